@@ -1,0 +1,532 @@
+"""Stage 0: each filter by its rule, broken input, dedup, PII, crawl, kill -9, shards."""
+import gzip
+import http.server
+import json
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import manual_site  # noqa: E402
+import prepare_fineweb as pf  # noqa: E402
+
+WEB = ROOT.parent / "shared" / "data" / "web"
+needs_web = pytest.mark.skipif(not WEB.exists(), reason="no ../shared/data/web here")
+PROSE = (
+    "The river rises in the hills to the north of the town and runs slowly through the meadows. "
+    "In spring it carries the water of melted snow, and people who live near the old bridge have "
+    "learned to watch it with care. Nobody remembers who built that bridge. A stone in its wall "
+    "bears a date, but the letters beside the date have worn away. Children like to sit there and "
+    "throw small sticks into the stream. On the other bank stands a mill that still works. ")
+
+
+def page(text, url="https://example.org/a"):
+    return {"id": "1", "url": url, "text": text}
+
+
+def reason(step, text):
+    return step(page(text))[1]
+
+
+def html(text, url="https://example.org/a", head="Content-Type: text/html; charset=utf-8"):
+    body = text if isinstance(text, bytes) else f"<html><body><p>{text}</p></body></html>".encode()
+    return pf.warc_record("response", url, f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode() + body)
+
+
+def read(path):
+    """The pages of a WARC file, and the reasons for which other records are none."""
+    parsed = [pf.parse_record(*record) if record else (None, why)
+              for record, why in pf.read_warc(path)]
+    return [page for page, _ in parsed if page], [why for page, why in parsed if not page]
+
+
+def run(*arguments, check=True):
+    command = [sys.executable, str(ROOT / "prepare_fineweb.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def documents(out, split="*"):
+    files = sorted((out / "documents").glob(f"{split}_*.jsonl.gz"))
+    return [row for file in files for row in pf.read_documents(file)]
+
+
+def distinct_prose(n, seed=0):
+    """n English documents of which no two are near duplicates."""
+    words, random = PROSE.replace(".", "").lower().split(), np.random.RandomState(seed)
+    sentence = lambda: " ".join(random.choice(words, 14)).capitalize() + "."
+    return [" ".join(sentence() for _ in range(12)) for _ in range(n)]
+
+
+def write_warc(path, texts):
+    records = [html(text, f"https://example.org/{i}") for i, text in enumerate(texts)]
+    path.write_bytes(b"".join(records))
+    return path
+
+
+# ---- WARC ----------------------------------------------------------------------------------------
+
+def test_a_record_that_is_written_is_read_back(tmp_path):
+    (tmp_path / "a.warc.gz").write_bytes(html("Grüße", "https://example.org/ü?x=1"))
+    (headers, payload), why = next(pf.read_warc(tmp_path / "a.warc.gz"))
+    assert why is None and headers["warc-target-uri"] == "https://example.org/ü?x=1"
+    assert "Grüße" in pf.parse_record(headers, payload)[0]["html"]
+
+
+@needs_web
+@pytest.mark.parametrize("name, pages", [
+    ("whirlwind.warc.gz", 1), ("whirlwind.warc.wet.gz", 1),
+    ("resiliparse-commoncrawl-16pages.warc.gz", 16),
+    ("jwarc-cc-1page.warc.gz", 1), ("warcio-example-iana.org-chunked.warc", 1),
+    ("pywb-iana.warc.gz", 16),
+    ("aut-archiveorg-subset.warc.gz", 94), ("ukwa-datagovuk-1.warc.gz", 32)])
+def test_real_archives_give_their_pages(name, pages):
+    assert len(read(WEB / "warc" / name)[0]) == pages
+
+
+@needs_web
+@pytest.mark.parametrize("name, why", [
+    ("resiliparse-clipped.warc.gz", "truncated_record"),
+    ("warcio-example-trunc.warc", "wrong_length"),
+    ("warcio-example-wrong-chunks.warc.gz", "truncated_record")])
+def test_damaged_archives_are_reported_and_not_fatal(name, why):
+    assert why in read(WEB / "warc" / name)[1]
+
+
+@pytest.mark.parametrize("damage, expected, pages", [
+    (lambda a, b: a[:40] + b"\x00" * 60 + a[100:] + b, "broken_gzip", 1),
+    (lambda a, b: a + b[:-40], "truncated_record", 1),
+    (lambda a, b: a + b"rubbish" + b, None, 2),
+    (lambda a, b: gzip.decompress(a) + gzip.decompress(b), None, 2),
+    (lambda a, b: gzip.decompress(a).replace(b"Content-Length: ", b"Content-Length: 9") +
+     gzip.decompress(b), "truncated_record", 1),
+    (lambda a, b: gzip.decompress(a).replace(b"Length: 1", b"Length: ") + gzip.decompress(b),
+        "wrong_length", 1),
+    (lambda a, b: gzip.decompress(a).replace(b"Length: ", b"Length: x") + gzip.decompress(b),
+        "broken_header", 1),
+    (lambda a, b: b"", None, 0)])
+def test_good_records_are_found_behind_a_broken_one(tmp_path, damage, expected, pages):
+    path = tmp_path / "x.warc.gz"
+    path.write_bytes(damage(html("first " * 12), html("second")))
+    found, reasons = read(path)
+    assert len(found) == pages and (expected in reasons if expected else not reasons)
+
+
+def test_a_zip_bomb_is_dropped_without_being_unzipped(tmp_path):
+    bomb = zlib.compress(b"<p>" + bytes(200 << 20), 9)
+    (tmp_path / "x.warc.gz").write_bytes(html(bomb,
+        head="Content-Type: text/html\r\nContent-Encoding: deflate"))
+    tracemalloc.start()
+    assert read(tmp_path / "x.warc.gz") == ([], ["page_too_large"])
+    assert tracemalloc.get_traced_memory()[1] < 60 << 20
+    tracemalloc.stop()
+
+
+def test_a_huge_record_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(pf, "MAX_RECORD_BYTES", 10_000)
+    data = html("a " * 9000) + html("second")
+    for name, content in (("x.warc.gz", data), ("x.warc", gzip.decompress(data))):
+        (tmp_path / name).write_bytes(content)
+        pages, reasons = read(tmp_path / name)
+        assert len(pages) == 1 and reasons == ["huge_record"]
+
+
+@pytest.mark.parametrize("body, head", [
+    ("Grüße".encode("cp1252"), "text/html; charset=ISO-8859-1"), ("Grüße".encode(), "text/html"),
+    ('<meta charset="windows-1252">'.encode() + "Grüße".encode("cp1252"), "text/html"),
+    ("\ufeffGrüße".encode(), "text/html; charset=nonsense"),
+    ("Grüße".encode("utf-16"), "text/html; charset=utf-16")])
+def test_charsets_come_from_header_meta_or_the_bytes(body, head):
+    assert pf.decode(body, head).removeprefix('<meta charset="windows-1252">') == "Grüße"
+
+
+@pytest.mark.parametrize("body, head", [
+    (gzip.compress(b"<p>hello"), "Content-Encoding: gzip"),
+    (zlib.compress(b"<p>hello"), "Content-Encoding: deflate"),
+    (b"<p>hello", "Content-Encoding: gzip"),
+    (b"4\r\n<p>h\r\n4\r\nello\r\n0\r\n\r\n", "Transfer-Encoding: chunked"),
+    (b"<p>hello", "Transfer-Encoding: chunked")])
+def test_encoded_bodies_are_decoded_and_decoded_ones_left(tmp_path, body, head):
+    (tmp_path / "x.warc.gz").write_bytes(html(body, head=f"Content-Type: text/html\r\n{head}"))
+    assert read(tmp_path / "x.warc.gz")[0][0]["html"] == "<p>hello"
+
+
+# ---- filters -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("url, why", [
+    ("https://example.org/river", None), ("https://www.bet365.com/", "domain"),
+    ("https://notbet365.com/", None), ("https://a.org/CASINO/x", "hard_word"),
+    ("https://a.org/adult-education", None), ("https://a.org/adult-dating", "soft_words"),
+    ("https://a.org/free-spins-today", "part_of_word"), ("https://sussex.ac.uk/", None)])
+def test_url_filter_drops_by_domain_words_and_parts(url, why):
+    assert pf.url_filter(page("", url))[1] == why
+
+
+def test_plain_extraction_keeps_text_and_drops_layout():
+    text = pf.plain_text(
+        "<head><title>T</title><style>p{}</style></head><nav><a href=/>Home</a></nav><main>"
+        f"<h1>River</h1><p>{PROSE}</p><pre>a\n  b</pre><h2>Links</h2><ul><li><a href=/x>All about it</a>"
+        "</ul></main><footer>All rights are reserved for ever and ever.</footer>")
+    assert text == f"River\n{PROSE.strip()}\na\n  b"
+
+
+def test_a_documented_function_is_a_signature_line_and_a_paragraph_line():
+    site = manual_site.Site(["textwrap"])
+    lines = pf.plain_text(site.page("/textwrap.html")[2]).split("\n")
+    at = lines.index("textwrap.dedent(text)")
+    assert lines[at + 1] == "Remove any common leading whitespace from every line in `text`."
+
+
+def test_a_page_cut_anywhere_never_breaks_the_extractor():
+    whole = manual_site.Site(["textwrap"]).page("/textwrap.html")[2]
+    for n in range(0, len(whole), 997):
+        pf.plain_text(whole[:n] + "<" + whole[n + 1:n + 300])
+
+
+@pytest.mark.parametrize("text, is_english", [
+    (PROSE, True), ("Das ist ein Satz, der in der Sprache geschrieben ist und nicht so.", False),
+    ("La maison est dans la rue et les enfants sont avec leur mère, qui est très contente.", False),
+    ("El perro está en la casa con los niños, pero no quiere comer lo que le dan.", False),
+    ("Pies jest w domu i nie chce się z nami bawić, bo jest już bardzo zmęczony.", False),
+    ("1 2 3 4 5 6 7 8 9", False), ("これは日本語の文章です。", False)])
+def test_function_words_tell_english(monkeypatch, text, is_english):
+    monkeypatch.setattr(pf, "fasttext_model", lambda: None)
+    found, score = pf.identify_language(text)
+    assert (found == "en" and score > 0.65) == is_english and 0 <= score <= 1
+
+
+@needs_web
+def test_without_a_model_no_foreign_text_passes_and_english_does(monkeypatch):
+    monkeypatch.setattr(pf, "fasttext_model", lambda: None)
+    rows = list(pf.read_documents(WEB / "multilang.jsonl.gz"))
+    passed = [row["lang"] for row in rows if pf.language(page(row["text"]))[1] is None]
+    # the five are English articles in the folders of two languages that have no translation of them
+    assert len(rows) == 159 and sorted(passed) == ["bn"] * 3 + ["en"] * 3 + ["pcm"] * 2
+
+
+@pytest.mark.parametrize("text, why", [
+    (PROSE, None), (f"{PROSE}\n\nsame\n\nsame\n\nsame", "repeated_paragraphs"),
+    (f"{PROSE}\nsame\nsame\nsame", "repeated_lines"), (PROSE + "good day " * 30, "top_2_gram"),
+    (PROSE + "a fine clear day " * 7, "top_4_gram"),
+    (PROSE + PROSE[:90] + PROSE[:90].upper() + PROSE[95:185], "repeated_5_grams")])
+def test_gopher_repetition_has_a_reason_for_each_rule(text, why):
+    assert reason(pf.gopher_repetition, text) == why
+
+
+@pytest.mark.parametrize("text, why", [
+    (PROSE, None), ("The end of that. " * 12, "under_50_words"),
+    ("of the x " * 60, "mean_word_length"),
+    ("of the incomprehensibilities extraordinarily " * 20, "mean_word_length"),
+    (PROSE + "# " * 40, "hashes"),
+    (PROSE + "and so ... " * 20, "ellipses"), ("- " + PROSE.replace(". ", ".\n- "), "bullet_lines"),
+    (PROSE.replace(". ", "…\n"), "ellipsis_lines"), (PROSE + "2024 " * 40, "words_without_letter"),
+    ("Rivers flow onward past green meadows everywhere. " * 9, "stop_words")])
+def test_gopher_quality_has_a_reason_for_each_rule(text, why):
+    assert reason(pf.gopher_quality, text) == why
+
+
+@pytest.mark.parametrize("text, why", [
+    (PROSE, None), (PROSE + "\nLorem ipsum dolor sit amet.", "lorem_ipsum"),
+    (PROSE + "\nif x { return y }", "curly_bracket"),
+    ("One line of it. And two.", "under_5_sentences")])
+def test_c4_drops_pages(text, why):
+    assert reason(pf.c4_quality, text) == why
+
+
+def test_c4_drops_lines_and_footnote_marks():
+    text = "\n".join([PROSE + "[1] See there [citation needed].", "Home",
+        "Please enable JavaScript { now }.",
+                      "This site uses cookies for all.", "x" * 1001 + " y z"])
+    assert pf.c4_quality(page(text))[0]["text"] == PROSE + " See there ."
+
+
+@pytest.mark.parametrize("text, why", [
+    (PROSE.strip(), None), ("", "empty"),
+    ("no stop at the end of this line here\n" * 3, "lines_without_end"),
+    ("Short line.\n" * 9 + PROSE, "short_lines"),
+    ("\n".join([PROSE.strip()] * 2), "repeated_lines"),
+    ("\n\n\n".join(f"Line number {n} ends with a stop." for n in range(9)), "lists")])
+def test_fineweb_quality_has_a_reason_for_each_rule(text, why):
+    assert reason(pf.fineweb_quality, text) == why
+
+
+# ---- near duplicates, PII ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("jaccard, probability",
+    [(0.7, 0.565), (0.75, 0.772), (0.8, 0.924), (0.85, 0.988)])
+def test_the_s_curve_is_fineweb_s(jaccard, probability):
+    assert pf.match_probability(jaccard) == pytest.approx(probability, abs=1e-3)
+
+
+def test_matches_of_planted_copies_follow_the_s_curve():
+    matched, expected = 0, 0
+    for seed, text in enumerate(distinct_prose(120)):
+        words, random = (text * 3).split(), np.random.RandomState(seed)
+        for at in random.choice(len(words), 10, replace=False):
+            words[at] = f"word{chr(97 + at % 26)}{chr(97 + at // 26)}"
+        copy = " ".join(words)
+        a, b = set(pf.shingles(text * 3)), set(pf.shingles(copy))
+        expected += pf.match_probability(len(a & b) / len(a | b))
+        matched += bool((pf.minhash(text * 3) == pf.minhash(copy)).any())
+    assert 10 < expected < 110 and abs(matched - expected) < 14
+
+
+def test_case_digits_accents_and_punctuation_do_not_matter():
+    a, b = "Café No. 17 in the Old Town, open daily", "cafe no 9 in the old town open daily!"
+    assert (pf.minhash(a) == pf.minhash(b)).all()
+
+
+def test_copies_are_joined_through_a_chain_and_the_first_stays(tmp_path):
+    keys = np.arange(6 * 14, dtype=np.uint64).reshape(6, 14)
+    keys[4, 3], keys[1, 9] = keys[2, 3], keys[4, 9]  # 4 matches 2, and 1 matches 4
+    np.save(tmp_path / "a.npy", keys[:3])
+    np.save(tmp_path / "b.npy", keys[3:])
+    assert list(pf.find_originals([tmp_path / "a.npy", tmp_path / "b.npy"])) == [0, 1, 1, 3, 1, 5]
+
+
+@pytest.mark.parametrize("before, after", [
+    ("write to a.b+c@mail.example-site.co.uk.", "write to email@example.com."),
+    ("@user and a@b", "@user and a@b"),
+    ("x@y.org, z@y.org, q@y.org", ", ".join([*pf.SAFE_EMAILS, pf.SAFE_EMAILS[0]])),
+    ("8.8.8.8 and 151.101.1.69.", "22.214.171.124 and 126.96.36.199."),
+    ("127.0.0.1 192.168.1.20 10.0.0.7",) * 2,
+    ("999.1.1.1", "999.1.1.1"), ("1.2.3.4.5", "1.2.3.4.5"), ("version 1.2.3", "version 1.2.3")])
+def test_public_addresses_are_replaced_and_private_ones_kept(before, after):
+    assert pf.replace_pii(before) == after
+
+
+# ---- the whole way -------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def small_site(tmp_path_factory):
+    """A crawl of the manual's pages for three packages, over HTTP, as documents and shards."""
+    out = tmp_path_factory.mktemp("data") / "site"
+    script = str(ROOT / "tests" / "manual_site.py")
+    command = [sys.executable, script, "--packages", "textwrap,heapq,json"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    url = child.stdout.readline().strip()
+    run("--source", "crawl", url, "--out", out, "--quality", "annotate", "--extractor", "plain",
+        "--val_fraction", 0.4)
+    yield out, url
+    child.kill()
+    child.wait()
+
+
+def test_a_crawl_follows_links_and_robots_and_drops_what_it_should(small_site):
+    out, _ = small_site
+    records = pf.read_warc(out / "warc" / "crawl_00000.warc.gz")
+    fetched = "\n".join(headers["warc-target-uri"] for (headers, _), _ in records)
+    assert "/json.decoder.html" in fetched and "/private" not in fetched
+    kept = {row["url"].split("/", 3)[3]: row for row in documents(out)}
+    assert {"textwrap.html", "contact.html"} <= set(kept)
+    assert not {"mirror/textwrap.html", "de/", "casino/free-spins.html"} & set(kept)
+    contact = kept["contact.html"]["text"]
+    assert "editors@" not in contact and "127.0.0.1" in contact
+    assert any("gopher_quality: under_50_words" in row.get("flags", ()) for row in kept.values())
+
+
+def test_the_funnel_adds_up_and_has_samples(small_site):
+    index = json.loads((small_site[0] / "index.json").read_text())
+    steps = [row["step"] for row in index["funnel"]]
+    assert steps == list(pf.STEPS)
+    for row, after in zip(index["funnel"], index["funnel"][1:]):
+        assert row["in"] - sum(row["dropped"].values()) == row["kept"] == after["in"]
+    assert index["samples"]["language: is_de"][0]["url"].endswith("/de/")
+    assert index["funnel"][-1]["kept"] == sum(file["documents"] for file in index["documents"])
+
+
+def test_finished_work_is_kept_and_other_settings_are_refused(small_site):
+    out, url = small_site
+    before = {file: file.stat().st_mtime_ns for file in (out / "documents").iterdir()}
+    same = ("--source", "crawl", url, "--out", out, "--extractor", "plain", "--val_fraction", 0.4)
+    run(*same, "--quality", "annotate")
+    assert before == {file: file.stat().st_mtime_ns for file in (out / "documents").iterdir()}
+    refused = run(*same, "--quality", "fineweb", check=False)
+    assert refused.returncode and f"remove {out} or choose another --out" in refused.stderr
+
+
+class SlowSite(http.server.BaseHTTPRequestHandler):
+    """700 pages in a chain of tens, each 2 ms late; every 50th fails at first."""
+    failed = set()
+
+    def do_GET(self):
+        number = int(self.path[1:] or 0) if self.path[1:].isdigit() or self.path == "/" else None
+        n = number or 0
+        time.sleep(0.002)
+        fails = n > 0 and n % 50 == 0 and n not in self.failed
+        self.failed.add(n)
+        self.send_response(404 if number is None else 503 if fails else 200)
+        self.send_header("Content-Type", "text/html")
+        links = "".join(f"<a href='/{i}'>{i}</a>" for i in range(n * 10, min(700, n * 10 + 11)))
+        body = f"<html><p>{TEXTS[n]}</p>{links}".encode()
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+TEXTS = distinct_prose(701)
+
+
+@pytest.fixture(scope="module")
+def slow_site():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowSite)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+def test_a_crawl_killed_in_the_middle_ends_with_the_same_documents(tmp_path, slow_site):
+    arguments = ["--source", "crawl", slow_site, "--max_pages", "600", "--out"]
+    run(*arguments, tmp_path / "whole")
+    command = [sys.executable, ROOT / "prepare_fineweb.py", *arguments, tmp_path / "killed"]
+    child = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "warc" / "crawl_00001.warc.gz.part").exists():
+        assert child.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert not (tmp_path / "killed" / "documents").exists()
+    run(*arguments, tmp_path / "killed")
+    texts = [[row["text"] for row in documents(tmp_path / name)] for name in ("whole", "killed")]
+    assert texts[0] == texts[1] and len(texts[0]) > 550
+
+
+def test_one_worker_and_three_write_the_same_bytes(tmp_path):
+    paths = [write_warc(tmp_path / f"{i}.warc.gz", distinct_prose(20, i) + TEXTS[90:92])
+             for i in range(4)]
+    for name, workers in (("a", 1), ("b", 3)):
+        run("--source", "warc", *paths, "--out", tmp_path / name, "--workers", workers,
+            "--val_fraction", 0.3)
+    files = sorted((tmp_path / "a" / "documents").iterdir())
+    assert len(files) == 2 and len(documents(tmp_path / "a")) == 82
+    others = [tmp_path / "b" / "documents" / file.name for file in files]
+    assert [file.read_bytes() for file in files] == [file.read_bytes() for file in others]
+
+
+def test_the_val_split_stays_when_input_is_added_or_cut_otherwise(tmp_path):
+    texts = distinct_prose(60)
+    write_warc(tmp_path / "a.warc.gz", texts[:40])
+    write_warc(tmp_path / "b.warc.gz", texts)
+    for name in "ab":
+        run("--source", "warc", tmp_path / f"{name}.warc.gz", "--out", tmp_path / name,
+            "--val_fraction", 0.2)
+    small, large = ({row["text"] for row in documents(tmp_path / name, "val")} for name in "ab")
+    assert small and small < large and small == {text for text in large if text in texts[:40]}
+
+
+def test_a_page_that_hangs_is_dropped_after_its_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(pf, "PAGE_SECONDS", 1)
+    hang_on_1 = lambda p: (p, time.sleep(30 if p["url"].endswith("/1") else 0))
+    monkeypatch.setattr(pf, "url_filter", hang_on_1)
+    write_warc(tmp_path / "x.warc.gz", TEXTS[:3])
+    settings = {"source": "warc", "quality": "fineweb", "extractor": "plain"}
+    pf.run_task(tmp_path / "x.warc.gz", tmp_path / "x", settings)
+    counts = json.loads((tmp_path / "x.json").read_text())[0]
+    assert ["url_filter", "dropped", "time_limit", 1] in counts
+    assert len(list(pf.read_documents(tmp_path / "x.jsonl.gz"))) == 2
+
+
+# ---- shards --------------------------------------------------------------------------------------
+
+@pytest.fixture
+def text_data(tmp_path):
+    texts = [*TEXTS[:80], TEXTS[0], "\ud800 odd", "<|endoftext|>"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (tmp_path / "book.txt").write_text(PROSE)
+    pf.Tokenizer.train(TEXTS[:20], vocab_size=400, pattern="gpt4").save(tmp_path / "tokenizer")
+    inputs = ("--source", "text", tmp_path / "in.jsonl", tmp_path / "book.txt")
+    return tmp_path / "toy", (*inputs, "--val_fraction", 0.1, "--out", tmp_path / "toy",
+                              "--tokenizer", tmp_path / "tokenizer", "--shard_tokens", 4000)
+
+
+def shards(out):
+    return {file.name: file.read_bytes() for file in sorted(out.glob("*.bin"))}
+
+
+def test_shards_read_back_to_the_documents(text_data):
+    out, arguments = text_data
+    run(*arguments)
+    tokenizer, texts = pf.Tokenizer.load(out / "tokenizer"), {"val": [], "train": []}
+    for shard in json.loads((out / "index.json").read_text())["shards"]:
+        header = np.fromfile(out / shard["file"], "<i4", 256)
+        ids = np.fromfile(out / shard["file"], "<u2", offset=1024)
+        assert list(header[:3]) == [20240520, 1, len(ids)] and len(ids) <= 4000
+        parts = np.split(ids, np.flatnonzero(ids == tokenizer.eot))
+        assert len(parts[0]) == 0 and np.load(out / "token_bytes.npy")[ids].sum() == shard["bytes"]
+        texts[shard["split"]] += [tokenizer.decode(part[1:].tolist()) for part in parts[1:]]
+    assert texts == {split: [row["text"] for row in documents(out, split)] for split in texts}
+    assert len(texts["val"] + texts["train"]) == 83 and "toy_train_000001.bin" in shards(out)
+
+
+def test_a_lost_or_damaged_shard_is_made_again_and_others_stay(text_data):
+    out, arguments = text_data
+    run(*arguments)
+    whole, first = shards(out), out / "toy_train_000001.bin"
+    kept = first.stat().st_mtime_ns
+    (out / "toy_train_000003.bin").write_bytes(whole["toy_train_000003.bin"][:-7])
+    (out / "toy_train_000099.bin").write_bytes(b"of a longer run")
+    run("tokenize", *arguments[arguments.index("--out"):])
+    assert shards(out) == whole and first.stat().st_mtime_ns == kept
+
+
+def test_another_tokenizer_or_shard_size_is_refused(text_data):
+    out, arguments = text_data
+    run(*arguments)
+    done = run("tokenize", "--out", out, "--tokenizer", out / "tokenizer", "--shard_tokens", 5000,
+        check=False)
+    assert done.returncode and "shard_tokens 4000, this run has 5000" in done.stderr
+
+
+def test_large_vocabularies_are_stored_in_32_bits(tmp_path):
+    class Wide:
+        eot, n_vocab = 100_257, 100_277
+        encode_batch = staticmethod(lambda texts: [[70_000] for _ in texts])
+    with pf.jsonl_writer(tmp_path / "d.jsonl.gz") as write:
+        write({"text": "hello"})
+    index = {"documents": [{"file": "d.jsonl.gz", "split": "val", "documents": 1}], "shards": [],
+             "tokenizer": {"shard_tokens": 10}}
+    pf.write_shards(tmp_path, index, "val", Wide)
+    data = (tmp_path / index["shards"][0]["file"]).read_bytes()
+    stored = np.frombuffer(data, "<i4")
+    assert [*stored[:3], *stored[256:]] == [20240520, 2, 2, 100_257, 70_000]
+
+
+@pytest.mark.parametrize("arguments, found", [
+    (("--out", "x"), "neither --source nor tokenize"),
+    (("--source", "warc", "--out", "x"), "without files"),
+    (("--source", "warc", "nowhere.warc.gz", "--out", "x"), "nowhere.warc.gz not found"),
+    (("tokenize", "--out", "x"), "tokenize without --tokenizer"),
+    (("tokenize", "--out", "x", "--tokenizer", "gpt2"), "lists no documents"),
+    (("--source", "text", __file__, "--out", "x", "--val_fraction", "2"), "not in [0, 1)")])
+def test_a_user_s_mistake_ends_in_one_line(tmp_path, monkeypatch, capsys, arguments, found):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare_fineweb.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        pf.main()
+    assert found in str(stop.value) and "\n" not in str(stop.value) and not list(tmp_path.iterdir())
+
+
+def test_an_index_of_another_format_names_what_to_remove(tmp_path):
+    pf.write_json(tmp_path / "index.json", {"format": "deepdive data", "version": 7})
+    with pytest.raises(SystemExit, match="version 7.*remove"):
+        pf.read_index(tmp_path)
+
+
+def test_a_file_that_could_not_be_finished_never_gets_its_name(tmp_path):
+    with pytest.raises(OSError):
+        with pf.jsonl_writer(tmp_path / "a.jsonl.gz") as write:
+            write({"text": "x"})
+            raise OSError(28, "No space left on device")
+    assert not (tmp_path / "a.jsonl.gz").exists()
