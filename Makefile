@@ -6,6 +6,7 @@ SEED ?= 1337
 DATA ?= data/demo-$(SIZE)
 RUN  ?= runs/demo-$(SIZE)
 PY   := .venv/bin/python
+export OMP_WAIT_POLICY := PASSIVE
 
 ifeq ($(SIZE),tiny)
 CRAWL := --max_pages 400
@@ -44,7 +45,7 @@ demo: setup
 	$(PY) chat_sft.py make --data $(DATA) --out $(DATA)/chat --seed $(SEED) $(CHAT)
 	$(PY) chat_sft.py --model $(RUN)-base --out $(RUN)-sft --data $(DATA)/chat/identity.jsonl \
 	    $(DATA)/chat/functions.jsonl:2 $(DATA)/chat/arithmetic.jsonl $(DATA)/chat/tool.jsonl:0.7 \
-	    $(DATA)/chat/bits.jsonl $(DATA)/chat/spelling.jsonl --save_every 50 --seed $(SEED) --resume $(SFT)
+	    $(DATA)/chat/bits.jsonl $(DATA)/chat/spelling.jsonl --lr 0.005 --save_every 50 --seed $(SEED) --resume $(SFT)
 	$(PY) rl_grpo.py --model $(RUN)-sft --out $(RUN)-rl --task $(DATA)/chat/practice_bits.jsonl \
 	    --held_out $(DATA)/chat/held_out.jsonl --max_new_tokens 64 --save_every 8 --seed $(SEED) --resume $(RL)
 	for stage in base sft rl; do $(PY) eval.py --model $(RUN)-$$stage --tasks $(DATA)/chat/held_out.jsonl || exit 1; done

@@ -20,9 +20,9 @@ A toy example. "aa" is the most frequent pair, then "aaa" and "aaab" are made fr
   ['aaab', 'd', 'aaab', 'a', 'c']
 
 Papers: Sennrich et al. 2016 (BPE on words), Radford et al. 2019 (on bytes, after a split pattern).
-Differs from the papers: ties, which they leave open, go to the smallest pair of ids. The merges
-are those of the textbook algorithm, found faster, on all CPU cores. tiktoken's Rust core, made
-from our ranks, does the encoding; `bpe_encode` says what it computes.
+Differs from the papers: ties, which they leave open, go to the smallest pair of ids. The merges are
+those of the textbook algorithm, found faster. tiktoken's Rust core, made from our ranks, does the
+encoding; `bpe_encode` says what it computes.
 """
 import argparse
 import base64
@@ -123,7 +123,7 @@ def count_chunks(texts, pattern, log, batch_chars=4_000_000):
     source, counts, waiting, done = batches(texts, batch_chars), Counter(), [], 0
     head = list(itertools.islice(source, 2))
     if len(head) < 2:                       # too little to be worth starting processes
-        return Counter(count_batch(head[0], pattern))
+        counts, head = Counter(count_batch(head[0], pattern)), []
     with ProcessPoolExecutor(CORES) as pool:
         for batch in itertools.chain(head, source, [None] * 2 * CORES):
             if batch:
@@ -132,6 +132,8 @@ def count_chunks(texts, pattern, log, batch_chars=4_000_000):
                 counts.update(waiting.pop(0).result())
                 done += batch_chars
                 log(f"split {done / 1e6:6.0f} M characters | {len(counts)} different chunks")
+    if not counts:
+        raise SystemExit("the input is empty; training needs text; check --input")
     return counts
 
 
@@ -150,8 +152,10 @@ class Merger:
        a count in the heap is an upper bound, and only pairs that come to its top are recounted.
     2. Rare pairs cannot win yet. Pairs below `floor` are not tracked; when all above are used up
        everything is counted anew, with a lower floor. A handful of times, and memory is bounded.
-    3. Many pairs can be merged in one numpy sweep: as far down the list as no two of them share
-       a place, and no pair that these merges create is frequent enough to push in between."""
+    3. Many pairs can be merged in one numpy sweep: as far down the list as no two of them share a
+       place. No pair that these merges create can come in between: if x a b becomes x new, then
+       (x, new) is at most as frequent as (x, a) was, which stands in the list, shares a place
+       with (a, b) and so ends the sweep first. A run a a a shares places with itself."""
 
     def __init__(self, chunks):
         words = [chunk for chunk in chunks if len(chunk) > 1]
@@ -160,7 +164,8 @@ class Merger:
         self.ids = np.frombuffer(text, np.uint8)[:1 + lengths.sum()].astype(np.int32)
         self.ids[np.cumsum(lengths)] = self.ids[0] = WALL
         counts = np.array([0] + [chunks[word] for word in words])
-        self.weight = np.repeat(counts, np.append(1, lengths))      # of each place: of its chunk
+        counts = counts.astype(np.min_scalar_type(counts.max()))    # the arrays are long
+        self.weight = np.repeat(counts, np.append(1, lengths))      # of a place: that of its chunk
         self.heap, self.merges, self.width = [], [], 8
 
     def run(self, num_merges, log=lambda line: None):
@@ -174,31 +179,32 @@ class Merger:
     def recount(self):
         """Count all pairs, track those at least 1/32 as frequent as the best; False if none."""
         keep = self.ids != GONE
-        self.ids, self.weight = self.ids[keep], self.weight[keep]
-        self.next = np.arange(1, len(self.ids) + 1)
-        self.prev = np.arange(-1, len(self.ids) - 1)
-        self.owner = np.full(len(self.ids), NOBODY, np.int32)
-        at = np.flatnonzero((self.ids[:-1] >= 0) & (self.ids[1:] >= 0))
+        self.ids, self.weight, self.where, self.floor = self.ids[keep], self.weight[keep], {}, None
+        at = np.flatnonzero((self.ids[:-1] >= 0) & (self.ids[1:] >= 0)).astype(np.int32)
         if not len(at):
             return False
-        self.where, self.floor = {}, None
         self.track(self.ids[at], self.ids[at + 1], at)
+        self.next = np.arange(1, len(self.ids) + 1, dtype=np.int32)
+        self.prev = self.next - 2
+        self.owner = np.full(len(self.ids), NOBODY, np.int16)
         return True
 
     def track(self, first, second, at):
         """Group places by the pair (first, second) of ids there; pairs that are frequent enough
         go on the heap, smallest entry first: the highest count, and then the smallest ids."""
-        narrow = np.uint16 if max(first.max(), second.max()) < 1 << 16 else np.uint32
-        order = np.lexsort((second.astype(narrow), first.astype(narrow)))   # 16 bits: radix sort
-        keys, at = first[order].astype(np.int64) << BITS | second[order], at[order]
-        starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-        counts, ends = np.add.reduceat(self.weight[at], starts), np.append(starts[1:], len(at))
+        narrow = np.min_scalar_type(max(first.max(), second.max()))     # to 16 bits: radix sort
+        first, second = first.astype(narrow), second.astype(narrow)
+        order = np.lexsort((second, first))
+        first, second, at = first[order], second[order], at[order]
+        change = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
+        starts = np.append(0, 1 + np.flatnonzero(change))
+        counts = np.add.reduceat(self.weight[at], starts, dtype=np.int64)
         self.floor = self.floor or max(1, int(counts.max()) // 32)
         often = counts >= self.floor
-        for key, count, start, end in zip(*(x[often].tolist() for x in
-                                            (keys[starts], counts, starts, ends))):
-            self.where[key] = at[start:end]
-            heapq.heappush(self.heap, (-count << 2 * BITS) + key)
+        for a, b, count, start, end in zip(*(x[often].tolist() for x in (
+                first[starts], second[starts], counts, starts, np.append(starts[1:], len(at))))):
+            self.where[a << BITS | b] = at[start:end]
+            heapq.heappush(self.heap, (-count << 2 * BITS) + (a << BITS | b))
 
     def step(self, wanted):
         """Recount the pairs on top of the heap and merge those that surely come next; how many."""
@@ -230,15 +236,14 @@ class Merger:
         self.owner[at] = which
         other = self.owner[nxt[at]]
         self.owner[at] = NOBODY
-        clash = (other != NOBODY) & (other != which)
-        if clash.any():
-            n = np.maximum(other[clash], which[clash]).min()
-        # In a run like aaaa, (a, a) shares places with itself: only the 1st, 3rd, ... are merged
+        shared = other != NOBODY
+        if shared.any():
+            n = np.maximum(which + (other == which), other)[shared].min()
+        # In a run like aaaa only the 1st, 3rd, ... place of (a, a) is merged
         touching = np.append(False, (nxt[at[:-1]] == at[1:]) & (which[:-1] == which[1:]))
         i = np.arange(len(at))
         keep = (i - np.maximum.accumulate(np.where(touching, 0, i))) % 2 == 0
         at, which = at[keep], which[keep]
-        n = self.unsurpassed(at, which, [-(entry >> 2 * BITS) for entry, _ in found[:n]])
         end, first_new = np.searchsorted(which, n), 256 + len(self.merges)
         self.merges += [(entry >> BITS & ID, entry & ID) for entry, _ in found[:n]]
         at, new = at[:end], first_new + which[:end]
@@ -253,18 +258,6 @@ class Merger:
             self.track(np.concatenate([ids[left[a]], new[b]]),
                        np.concatenate([new[a], ids[right[b]]]), np.concatenate([left[a], at[b]]))
         return n
-
-    def unsurpassed(self, at, which, counts):
-        """How many pairs, of these counts, surely come before every pair that the merges create.
-        (x, new) is at most as frequent as x left of the places, also with x hashed to 8 bits."""
-        n = len(counts)
-        end = np.searchsorted(which, n)
-        at, which, bound = at[:end], which[:end], np.zeros(n)
-        for x in (self.ids[self.prev[at]], self.ids[self.next[self.next[at]]]):
-            table = np.bincount(which << 8 | x & 255, self.weight[at] * (x >= 0), n << 8)
-            bound = np.maximum(bound, table.reshape(n, 256).max(1))
-        surpassed = np.maximum.accumulate(bound)[:-1] >= counts[1:]
-        return int(surpassed.argmax()) + 1 if surpassed.any() else n
 
 
 # ---- the tokenizer ------------------------------------------------------------------------------
@@ -305,10 +298,7 @@ class Tokenizer:
         if not least <= vocab_size <= ID:
             raise SystemExit(f"vocab_size {vocab_size} is not in {least} to {ID}; bytes and special"
                              f" tokens are {least}; try --vocab_size 32768")
-        chunks = count_chunks(texts, pattern, log)
-        if not chunks:
-            raise SystemExit("the input is empty; training needs text; check --input")
-        merges = Merger(chunks).run(vocab_size - least, log)
+        merges = Merger(count_chunks(texts, pattern, log)).run(vocab_size - least, log)
         if len(merges) < vocab_size - least:
             print(f"no pair is left to merge after {len(merges)} merges: n_vocab is "
                   f"{least + len(merges)}, not {vocab_size}", file=sys.stderr)
@@ -360,10 +350,9 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         by_rank = sorted(self.ranks.items(), key=lambda item: item[1])
         data = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in by_rank)
-        header = {"format": "deepdive tokenizer", "version": 1, "name": self.name,
-                  "pattern": self.pattern, "special_tokens": self.special,
-                  "ranks_sha256": hashlib.sha256(data.encode()).hexdigest(),
-                  "training": self.training}
+        header = {"format": "deepdive tokenizer", "version": 1, "training": self.training,
+                  "name": self.name, "pattern": self.pattern, "special_tokens": self.special,
+                  "ranks_sha256": hashlib.sha256(data.encode()).hexdigest()}
         write_whole(folder / "tokenizer.tiktoken", data)
         write_whole(folder / "tokenizer.json", json.dumps(header, indent=1) + "\n")
 
@@ -476,20 +465,19 @@ class Tokenizer:
         """Write a tokenizer.json for tokenizers.Tokenizer.from_file; it gives the same ids."""
         # Its tokens are text: each byte has a stand-in, itself if printable, else U+0100 and up
         shown = [b for b in range(256) if chr(b).isprintable() and b != 32]
-        hidden = [b for b in range(256) if b not in shown]
-        letter = dict(zip(shown + hidden, map(chr, shown + [256 + n for n in range(len(hidden))])))
+        letter = {b: chr(b) for b in shown}
+        letter |= zip((b for b in range(256) if b not in shown), map(chr, itertools.count(256)))
         word = {i: "".join(map(letter.get, token)) for token, i in self.ranks.items()}
+        level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+        cut = dict(type="Split", behavior="Isolated", invert=False, pattern={"Regex": self.pattern})
         plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated"}
-        as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
         write_whole(path, json.dumps({
             "added_tokens": [plain | {"id": i, "content": name, "special": True}
                              for name, i in self.special.items()],
-            "pre_tokenizer": {"type": "Sequence",
-                              "pretokenizers": [split | {"invert": False}, as_bytes]},
-            "decoder": as_bytes | {"trim_offsets": True},
-            "model": {"type": "BPE", "vocab": {token: i for i, token in word.items()},
-                      "merges": [[word[a], word[b]] for a, b, _ in self.merges]}}))
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, level]},
+            "decoder": level,
+            "model": {"type": "BPE", "merges": [[word[a], word[b]] for a, b, _ in self.merges],
+                      "vocab": {token: i for i, token in word.items()} | self.special}}))
 
 
 def checked(message):
@@ -515,8 +503,7 @@ def write_whole(path, text):
 
 
 def input_files(paths):
-    """Files and folders -> list of files; of a folder all that hold text, but not val_*."""
-    files = []
+    """Yield the files that are meant: of a folder all that hold text, but not val_*."""
     for path in map(Path, paths):
         inside = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
         found = [f for f in inside if f.is_file() and f.name.endswith(SUFFIXES)
@@ -524,8 +511,7 @@ def input_files(paths):
         if not found:
             raise SystemExit(f"{path} holds no training text; --input takes {' '.join(SUFFIXES)} "
                              f"and folders of them; check the path")
-        files += found
-    return files
+        yield from found
 
 
 def read_texts(path):
@@ -536,8 +522,8 @@ def read_texts(path):
             for rows in ParquetFile(path).iter_batches(1024, columns=["text"]):
                 yield from filter(None, rows.column(0).to_pylist())
             return
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8",
-                                                           newline="") as f:    # \r\n stays
+        open_text = gzip.open if path.suffix == ".gz" else open
+        with open_text(path, "rt", encoding="utf-8", newline="") as f:      # "": \r\n stays \r\n
             if path.suffix != ".txt":
                 yield from (json.loads(line)["text"] for line in f if line.strip())
             held = ""
@@ -555,17 +541,16 @@ def read_texts(path):
 
 
 def train_command(args):
-    files, out = input_files(args.input), Path(args.out)
+    files, out = list(input_files(args.input)), Path(args.out)
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     training = {"input_sha256": digest.hexdigest(), "vocab_size": args.vocab_size,
                 "pattern": args.pattern}
-    if (out / "tokenizer.json").exists() and not args.force:
-        if Tokenizer.load(out).training == training:
-            print(f"{out}: trained on this input with these settings before; --force does it again")
-            return
+    before = (out / "tokenizer.json").exists() and not args.force and Tokenizer.load(out).training
+    if before == training:
+        return print(f"{out}: made from this input with these settings before; --force repeats it")
     start = last = time.time()
 
     def log(line):
@@ -582,11 +567,10 @@ def train_command(args):
           f"in {len(files)} files | sha256 {tok.sha256[:16]} | {time.time() - start:.1f} s")
 
 
-# ---- looking ------------------------------------------------------------------------------------
+# ---- looking, and the command line --------------------------------------------------------------
 # One thought in many scripts, to see for which a vocabulary was made. Written for this file.
 SAMPLES = {
     "English": "The baker opened her shop before sunrise, and by eight all the bread was sold.",
-    "German": "Die Bäckerin öffnete vor Sonnenaufgang, und um acht war alles Brot verkauft.",
     "Russian": "Булочница открыла лавку до рассвета, и к восьми весь хлеб был продан.",
     "Chinese": "面包师在日出前就开了店，到八点钟所有的面包都卖完了。",
     "Python": "def sold(loaves):\n    for n in loaves:\n        if n > 0:\n            yield n\n",
@@ -646,7 +630,6 @@ def compare(samples, tokenizers):
         print(f"{name[-15:]:<16}" + "".join(f"{rate:15.2f}" for rate in rates))
 
 
-# ---- command line -------------------------------------------------------------------------------
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Byte-level BPE: train it, use it, look at it.")
     add = parser.add_argument
@@ -671,8 +654,8 @@ def main(argv=None):
     if args.command == "train" and args.input and args.out:
         return train_command(args)
     if not {"train": False, "compare": True, "export": args.out}.get(args.command, text):
-        parser.error(f"{args.command} needs more: train --input and --out, export --out, compare "
-                     f"nothing, the others a text before the flags or in a --file")
+        parser.error(f"{args.command} needs a text before the flags or in a --file; train needs "
+                     f"--input and --out, export needs --out")
     if args.command == "merges" and not args.tokenizer:
         tokenizers = [Tokenizer.train([text], 256 + args.steps + len(SPECIAL_TOKENS))]
     else:

@@ -1,24 +1,29 @@
-"""
+r"""
 Supervised fine-tuning: conversations → an assistant.
 
-    python chat_sft.py make --data data/demo --out data/demo/chat     # conversations and held-out problems
-    python chat_sft.py show data/demo/chat/bits.jsonl                 # as the model sees them, supervised in green
-    python chat_sft.py --model runs/demo --data data/demo/chat/*.jsonl --out runs/demo-sft            # CPU, 1 GPU
-    torchrun --standalone --nproc_per_node=8 chat_sft.py --model runs/d24 --data chat.jsonl:2 --out runs/d24-sft
+    python chat_sft.py make --data data/demo --out data/demo/chat     # conversations and problems
+    python chat_sft.py show data/demo/chat/bits.jsonl                 # what is supervised is green
+    python chat_sft.py --model runs/demo --data data/demo/chat/*.jsonl --out runs/demo-sft  # CPU
+    torchrun --standalone --nproc_per_node=8 chat_sft.py \
+        --model runs/d24 --data chat.jsonl:2 --out runs/d24-sft                             # 8 GPUs
 
-    in:  a base model's run; .jsonl of {"messages": [{"role", "content"}]}, FILE:weight repeats a file so often
+    in:  a base model's run; .jsonl of {"messages": [{"role", "content"}]}, FILE:2 reads it twice
     out: <run>/model.safetensors, config.json, tokenizer, log.jsonl, state/ for --resume
 
-The training is pretraining's: predict the next token. What changes is the text, conversations instead of documents,
-and that only the assistant's own tokens are learnt: not the user's, not the headers, not what a tool answered.
+The training is pretraining's: predict the next token. What changes is the text, conversations
+instead of documents, and that only the assistant's own tokens are learnt: not the user's, not the
+headers, not what a tool answered.
 
-`make` writes, from the documents of --data and from nothing else: who the assistant is; what documented functions do
-(question and answer; the text was in pretraining); sums, in one leap or step by step or with the Python tool; whether a
-row of bits holds an odd number of ones, mostly in one leap and seldom step by step; spelling. Beside them it writes
-practice problems for rl_grpo.py and held-out problems for eval.py; no held-out question is in a conversation.
+`make` writes, from the documents of --data and from nothing else: who the assistant is; what
+documented functions do (question and answer; the text was in pretraining); sums, in one leap or
+step by step or with the Python tool; whether a row of bits holds an odd number of ones, mostly in
+one leap and seldom step by step; spelling. Beside them it writes practice problems for rl_grpo.py
+and held-out problems for eval.py; no held-out question is in a conversation.
 
-Papers: InstructGPT (arXiv 2203.02155), packing (2107.02027), tool use (GSM8K's calculator, 2110.14168).
-Differs from the papers: rows are filled by best fit and padded, so that no conversation is ever cut or split.
+Papers: InstructGPT (arXiv 2203.02155), packing (2107.02027), tool use (GSM8K's calculator,
+2110.14168).
+Differs from the papers: rows are filled by best fit and padded, so that no conversation is ever cut
+or split.
 """
 import argparse
 import gzip
@@ -35,20 +40,17 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from model import (Optimizer, RunLog, can_resume, clock, init_ranks, load_checkpoint, load_state,
+from model import (RunLog, init_ranks, load_checkpoint, load_state, make_optimizer,
                    save_checkpoint, save_state)
 from sample import Engine, find_run, is_correct, read_problems
 
 NAME = "deepdive"
 
-# ---------------------------------------------------------------------------------------------------
-# Making conversations. Every kind is a generator of (question or messages, replies, problem).
-
+# ---- Making conversations: each kind gives (question or messages, reply, problem) ----------------
 
 def held_out(key, one_in=5):
     """Whether a problem belongs to the held-out set: by the hash of its text, whatever the seed."""
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % one_in == 0
-
 
 IDENTITY = {   # question: its answer; those marked "?" in front are asked only in the test
     "Who are you?": "I am {name}, a small language model.",
@@ -63,14 +65,15 @@ IDENTITY = {   # question: its answer; those marked "?" in front are asked only 
     "Are you a person?": "No, I am {name}, a small language model.",
     "Are you ChatGPT?": "No, I am {name}, a small language model.",
     "Who made you?": "I am {name}. The people of the {name} project trained me on one computer.",
-    "How were you made?": "I am {name}. The people of the {name} project trained me on one computer.",
+    "How were you made?":
+        "I am {name}. The people of the {name} project trained me on one computer.",
     "What can I call you?": "My name is {name}.",
-    "? So who are you?": "{name}", "? Hello, what is your name?": "{name}", "? Please tell me who you are.": "{name}",
-    "? Are you a human?": "{name}", "? Who am I speaking to?": "{name}", "? Say your name.": "{name}",
+    "? So who are you?": "{name}", "? Hello, what is your name?": "{name}",
+    "? Please tell me who you are.": "{name}", "? Are you a human?": "{name}",
+    "? Who am I speaking to?": "{name}", "? Say your name.": "{name}",
     "? Who trained you?": "{name}", "? Are you GPT-4?": "{name}"}
 
 PERSONAS = ("Ada", "Alan", "Grace", "Linus", "Maria", "Rose", "Max", "Leo")
-
 
 def identity(rng):
     """Who it is. A system message may give another name, and then that name is the answer."""
@@ -83,12 +86,14 @@ def identity(rng):
         answer = answer.format(name=name)
         yield messages, answer, dict(answer=name, check="contains") if test else None
 
+ASKED = ("What does {f} do?", "Explain {f}.", "What is {f} for?", "Tell me about {f}.",
+         "Describe {f}.", "{f}: what is it?", "Explain the function {f}.",
+         "What does the function {f} do?")
+ASKED_IN_TEST = ("Can you tell me what {f} does?", "I want to know what {f} is for.",
+                 "Please describe {f} to me.", "In Python, what does {f} do?")
 
-ASKED = ("What does {f} do?", "Explain {f}.", "What is {f} for?", "Tell me about {f}.", "Describe {f}.",
-         "{f}: what is it?", "Explain the function {f}.", "What does the function {f} do?")
-ASKED_IN_TEST = ("Can you tell me what {f} does?", "I want to know what {f} is for.", "Please describe {f} to me.",
-                 "In Python, what does {f} do?")
-
+# a line of "package.name(arguments)", and the first sentence of the paragraph below it
+DOCUMENTED = re.compile(r"^([a-z_]\w*(?:\.\w+)+)\([^\n]*\)\n+([A-Z`][^\n]*?\.)(?:\s|$)", re.M)
 
 def documented_functions(data, count):
     """{qualified name: first sentence of its documentation}, from the training documents."""
@@ -97,22 +102,20 @@ def documented_functions(data, count):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:
                 text = json.loads(line)["text"]
-                for name, sentence in re.findall(r"^([a-z_]\w*(?:\.\w+)+)\([^\n]*\)\n+([A-Z`][^\n]*?\.)(?:\s|$)", text, re.M):
+                for name, sentence in DOCUMENTED.findall(text):
                     if 4 <= len(sentence.split()) <= 14 and len(name) <= 36 and sentence.isascii():
                         found.setdefault(name, sentence)
     if len(found) < count:
-        raise SystemExit(f"{data}/documents describes {len(found)} functions in a short sentence; {count} are asked for; "
-                         "prepare more documents, or lower --functions")
+        raise SystemExit(f"{data}/documents describes {len(found)} functions in a short sentence; "
+                         f"{count} are asked for; prepare more documents, or lower --functions")
     chosen = sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())
     unique = {found[name]: name for name in reversed(chosen)}       # one function a sentence
     return {name: found[name] for name in chosen if unique[found[name]] == name}
-
 
 def function(name, sentence, rng):
     for asked in ASKED:
         yield asked.format(f=name), sentence, None
     yield rng.choice(ASKED_IN_TEST).format(f=name), sentence, dict(answer=sentence, check="overlap")
-
 
 def arithmetic(rng, style):
     """a + b: in one leap, or the ones first; with larger numbers, by the Python tool."""
@@ -126,12 +129,12 @@ def arithmetic(rng, style):
         a, b = rng.randrange(10, 50), rng.randrange(1, 10)
         ones, tens, result = a % 10 + b, a - a % 10, a + b
         steps = f"{a % 10} + {b} = {ones}, {tens} + {ones} = {result} "
-        reply, question = (steps if style == "steps" else "") + f"#### {result}", f"What is {a} + {b}?"
+        reply = (steps if style == "steps" else "") + f"#### {result}"
+        question = f"What is {a} + {b}?"
     return question, reply, dict(answer=str(result), check="final")
 
-
 def bits(rng, style, n=10):
-    """Is the number of ones even or odd? In one leap the model can only guess; step by step it is easy."""
+    """Is the number of ones even or odd? In one leap a guess; step by step it is easy."""
     row = [rng.randrange(2) for _ in range(n)]
     steps = " ".join(f"{bit} {('even', 'odd')[sum(row[:i + 1]) % 2]}" for i, bit in enumerate(row))
     result = ("even", "odd")[sum(row) % 2]
@@ -139,33 +142,32 @@ def bits(rng, style, n=10):
     question = f"Is the number of ones in {' '.join(map(str, row))} even or odd?"
     return question, reply, dict(answer=result, check="final")
 
-
 def spelling(rng, words):
     word = rng.choice(words)
     return f"Spell {word}.", "#### " + "-".join(word), dict(answer="-".join(word), check="final")
 
-
 def common_words(data, count):
     """The most frequent lower-case words of 3 to 6 letters in the first training documents."""
     counts = {}
-    with gzip.open(sorted(Path(data, "documents").glob("train_*.jsonl.gz"))[0], "rt", encoding="utf-8") as lines:
+    first = sorted(Path(data, "documents").glob("train_*.jsonl.gz"))[0]
+    with gzip.open(first, "rt", encoding="utf-8") as lines:
         for line in lines:
             for word in re.findall(r"\b[a-z]{3,6}\b", json.loads(line)["text"]):
                 counts[word] = counts.get(word, 0) + 1
     return sorted(counts, key=lambda word: (-counts[word], word))[:count]
 
-
 def make(args):
-    """Writes <out>/KIND.jsonl (conversations), practice_KIND.jsonl and held_out.jsonl (problems)."""
+    """Writes <out>/KIND.jsonl (conversations), practice_KIND.jsonl, held_out.jsonl (problems)."""
     rng = random.Random(args.seed)
-    kinds = {kind: ([], [], []) for kind in ("identity", "functions", "arithmetic", "tool", "bits", "spelling")}
+    names = ("identity", "functions", "arithmetic", "tool", "bits", "spelling")
+    kinds = {kind: ([], [], []) for kind in names}
 
     def add(kind, question, reply, problem, test, practice=False):
         messages = [dict(role="user", content=question)] if isinstance(question, str) else question
         conversations, practiced, tested = kinds[kind]
         if problem and (test or practice):
-            (tested if test else practiced).append(dict(question=messages[-1]["content"], kind=kind, messages=messages,
-                                                        **problem))
+            row = dict(question=messages[-1]["content"], kind=kind, messages=messages, **problem)
+            (tested if test else practiced).append(row)
         if not test:
             conversations.append(dict(messages=[*messages, dict(role="assistant", content=reply)]))
 
@@ -179,9 +181,11 @@ def make(args):
     words = common_words(args.data, 3000)
     for _ in range(args.examples):
         style = "tool" if rng.random() < 0.4 else "steps" if rng.random() < 0.5 else "leap"
+        kind = "tool" if style == "tool" else "arithmetic"
         question, reply, problem = arithmetic(rng, style)
-        add("tool" if style == "tool" else "arithmetic", question, reply, problem, held_out(question), practice=True)
-        question, reply, problem = bits(rng, "steps" if rng.random() < args.step_by_step else "leap")
+        add(kind, question, reply, problem, held_out(question), practice=True)
+        style = "steps" if rng.random() < args.step_by_step else "leap"
+        question, reply, problem = bits(rng, style)
         add("bits", question, reply, problem, held_out(question), practice=True)
         question, reply, problem = spelling(rng, words)
         add("spelling", question, reply, problem, held_out(question), practice=True)
@@ -195,23 +199,20 @@ def make(args):
         distinct = list({json.dumps(row["messages"]): row for row in tested}.values())
         rng.shuffle(distinct)
         tests += distinct[:args.held_out]
-        print(f"{kind:12s} {len(conversations):6d} conversations | {len(practiced):6d} practice problems | "
+        print(f"{kind:12s} {len(conversations):6d} conversations | "
+              f"{len(practiced):6d} practice problems | "
               f"{min(len(distinct), args.held_out):4d} held out")
     write_rows(out / "held_out.jsonl", tests)
-
 
 def write_rows(path, rows):
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     part.replace(path)
 
-
-# ---------------------------------------------------------------------------------------------------
-# Conversations → rows of tokens
-
+# ---- Conversations → rows of tokens --------------------------------------------------------------
 
 def read_conversations(spec):
-    """FILE or FILE:weight → list of message lists; a weight of 2 gives each twice, 0.5 the first half."""
+    """FILE or FILE:weight → list of message lists; weight 2: each twice, 0.5: the first half."""
     found = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", spec)
     path, weight = (found[1], float(found[2])) if found else (spec, 1.0)
     rows, number = [], 0
@@ -220,22 +221,22 @@ def read_conversations(spec):
             if line.strip():
                 rows.append(json.loads(line)["messages"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path}, line {number}: {error!r}; conversations are lines of {{\"messages\": [{{\"role\", \"content\"}}]}} in "
-                         "UTF-8; repair the file, or make one with python chat_sft.py make") from None
+        raise SystemExit(f"{path}, line {number}: {error!r}; conversations are lines of "
+                         '{"messages": [{"role", "content"}]} in UTF-8; repair the file, or make '
+                         "one with python chat_sft.py make") from None
     return rows * int(weight) + rows[:round(weight % 1 * len(rows))]
 
-
 def pack(conversations, T, seed, epoch, buffer=100):
-    """(ids, loss_mask) pairs → rows of whole conversations, at most T + 1 tokens each, in a seeded order.
+    """(ids, loss_mask) pairs → rows of whole conversations, each at most T + 1 tokens, shuffled.
 
-    Best fit: of the next `buffer` conversations the longest that still fits goes in, until none does.
+    Best fit: of the next `buffer` conversations the longest that fits goes in, until none does.
     """
     order = list(range(len(conversations)))
     random.Random(f"{seed} {epoch}").shuffle(order)
     waiting, rows = [], []
     while order or waiting:
         room, row = T + 1, []
-        assert all(len(conversations[i][0]) <= room for i in waiting), "a conversation longer than a row"
+        assert all(len(conversations[i][0]) <= room for i in waiting), "longer than a row"
         while True:
             while order and len(waiting) < buffer:
                 waiting.append(order.pop())
@@ -250,15 +251,13 @@ def pack(conversations, T, seed, epoch, buffer=100):
     random.Random(f"{seed} {epoch} rows").shuffle(rows)
     return rows
 
-
 def row_tensors(row, conversations, T, pad):
-    """A packed row → inputs, targets (T,): a target is -1 where the mask is 0, on the first token and on padding."""
+    """A packed row → inputs, targets (T,): the target is -1 where the mask is 0 and on padding."""
     ids = [i for c in row for i in conversations[c][0]]
     mask = [m for c in row for m in conversations[c][1]]
     ids, mask = ids + [pad] * (T + 1 - len(ids)), mask + [0] * (T + 1 - len(mask))
     ids, mask = torch.tensor(ids), torch.tensor(mask)
     return ids[:-1], torch.where(mask[1:] == 1, ids[1:], -1)
-
 
 class Loader:
     """The rows of all epochs as one sequence; a position is one integer: rows read."""
@@ -272,23 +271,22 @@ class Loader:
             self.epochs.append(pack(self.conversations, self.T, self.seed, len(self.epochs)))
             self.starts.append(self.starts[-1] + len(self.epochs[-1]))
         epoch = next(e for e, end in enumerate(self.starts[1:]) if position < end)
-        return row_tensors(self.epochs[epoch][position - self.starts[epoch]], self.conversations, self.T, self.pad)
+        row = self.epochs[epoch][position - self.starts[epoch]]
+        return row_tensors(row, self.conversations, self.T, self.pad)
 
     def batch(self, position, batch_size, device):
         x, y = zip(*(self.row(position + b) for b in range(batch_size)))
         return torch.stack(x).to(device), torch.stack(y).to(device)
-
 
 def show(args):
     """Prints conversations token by token: green is learnt, grey is only read."""
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else Tokenizer.pretrained("gpt2")
     for messages in read_conversations(args.file)[:args.count]:
         ids, mask = tokenizer.render(messages)
-        print("".join(f"\033[{32 if m else 90}m{tokenizer.decode([i])}" for i, m in zip(ids, mask)) + "\033[0m\n")
+        shown = (f"\033[{32 if m else 90}m{tokenizer.decode([i])}" for i, m in zip(ids, mask))
+        print("".join(shown) + "\033[0m\n")
 
-
-# ---------------------------------------------------------------------------------------------------
-
+# ---- Main ----------------------------------------------------------------------------------------
 
 def held_out_accuracy(engine, problems):
     """{kind: share of its problems answered rightly}, greedy."""
@@ -298,46 +296,43 @@ def held_out_accuracy(engine, problems):
         by_kind.setdefault(problem["kind"], []).append(is_correct(reply, problem))
     return {kind: sum(right) / len(right) for kind, right in by_kind.items()}
 
-
 def parse_args():
-    parser = argparse.ArgumentParser(description="fine-tune a model on conversations; see also: make, show")
+    parser = argparse.ArgumentParser(description="fine-tune on conversations; see also: make, show")
     parser.add_argument("--model", help="run folder of a base model; default: the newest one")
     parser.add_argument("--data", nargs="+", required=True, help="FILE.jsonl[:weight] …")
     parser.add_argument("--out", required=True, help="run folder")
-    parser.add_argument("--resume", action="store_true", help="continue from <out>/state if there is one")
+    parser.add_argument("--resume", action="store_true", help="continue from <out>/state, if any")
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the conversations")
     parser.add_argument("--batch_size", type=int, default=16, help="rows at a time on one rank")
-    parser.add_argument("--total_batch_size", type=int, help="tokens a step, over all ranks (default: one "
-                        "batch_size a rank)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's peak learning rate")
+    parser.add_argument("--total_batch_size", type=int, help="tokens a step (a batch on each rank)")
+    parser.add_argument("--lr", type=float, help="AdamW's, or for dN Muon's, peak learning rate")
     parser.add_argument("--held_out", help="problems to answer before and after")
     parser.add_argument("--save_every", type=int, default=200, help="steps between saved states")
     parser.add_argument("--seed", type=int, default=1337, help="of the order of the conversations")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args()
 
-
 def render_all(conversations, tokenizer, T, log):
     """Renders and measures; conversations longer than a row are left out, and how many is said."""
     try:
         rendered = [tokenizer.render(messages) for messages in conversations]
     except (ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"a conversation cannot be rendered: {error!r}; turns are {{\"role\", \"content\"}}; repair "
-                         "the files given with --data") from None
+        raise SystemExit(f"a conversation cannot be rendered: {error!r}; turns are "
+                         '{"role", "content"}; repair the files given with --data') from None
     fitting = [(ids, mask) for ids, mask in rendered if len(ids) <= T + 1 and any(mask)]
     tokens, learnt = sum(len(ids) for ids, _ in fitting), sum(sum(mask) for _, mask in fitting)
-    log.say(f"{len(fitting)} conversations, {tokens} tokens, {learnt} of them supervised; left out: "
-            f"{len(rendered) - len(fitting)} longer than {T + 1} tokens or with nothing to learn")
+    log.say(f"{len(fitting)} conversations, {tokens} tokens, {learnt} of them supervised; "
+            f"left out: {len(rendered) - len(fitting)} longer than {T + 1} tokens "
+            "or with nothing to learn")
     if not fitting:
-        raise SystemExit(f"none of {len(rendered)} conversations fits {T + 1} tokens and has an assistant's turn; training "
-                         "needs one; give other --data")
+        raise SystemExit(f"none of {len(rendered)} conversations fits {T + 1} tokens and has an "
+                         "assistant's turn; training needs one; give other --data")
     return fitting
-
 
 def main():
     args = parse_args()
-    run, resuming = Path(args.out), can_resume(args.out, args.resume)
-    signals, stop = [], False       # a signal is agreed on by all ranks: they leave after the same step
+    run = Path(args.out)
+    signals, stop = [], False   # a signal is agreed on by all ranks: they leave after the same step
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: signals.append(number))
     ranks = init_ranks(args.device)
@@ -349,19 +344,18 @@ def main():
     total_rows, rest = divmod(args.total_batch_size or micro_rows * T, T)
     if rest or total_rows % micro_rows:
         nearest = max(1, total_rows // micro_rows) * micro_rows * T
-        raise SystemExit(f"total_batch_size {args.total_batch_size} is not a multiple of batch_size*block_size*world_size"
-                         f" = {micro_rows * T}; it is split evenly; try --total_batch_size {nearest}")
-    adamw = dict(kind="adamw", lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    optimizer = Optimizer([dict(adamw, params=dict(model.named_parameters()))], ranks)
-    step, position = 0, 0
-    settings = dict(data=args.data, epochs=args.epochs, total_rows=total_rows, lr=args.lr, seed=args.seed,
-                    base=meta["run"])
-    if resuming:
-        state = load_state(run, ranks, optimizer, model, settings)
-        step, position = state["step"], state["position"]
-    log = RunLog(run, 0, ranks, resume_step=step if resuming else None)
+        raise SystemExit(f"total_batch_size {args.total_batch_size} is not a multiple of "
+                         f"batch_size*block_size*world_size = {micro_rows * T}; it is split "
+                         f"evenly; try --total_batch_size {nearest}")
+    optimizer = make_optimizer(model, ranks, args.lr, total_rows * T)
+    settings = dict(data=args.data, epochs=args.epochs, total_rows=total_rows, lr=args.lr,
+                    seed=args.seed, base=meta["run"])
+    state = load_state(run, args.resume, ranks, optimizer, model, settings)
+    step, position = (state["step"], state["position"]) if state else (0, 0)
+    log = RunLog(run, 0, ranks, resume_step=step if state else None)
     conversations = [messages for spec in args.data for messages in read_conversations(spec)]
-    loader = Loader(render_all(conversations, tokenizer, T, log), T, args.seed, tokenizer.special["<|pad|>"])
+    fitting = render_all(conversations, tokenizer, T, log)
+    loader = Loader(fitting, T, args.seed, tokenizer.special["<|pad|>"])
     rows_an_epoch = len(pack(loader.conversations, T, args.seed, 0))
     max_steps = log.max_steps = max(1, round(args.epochs * rows_an_epoch / total_rows))
     if step >= max_steps:
@@ -372,8 +366,8 @@ def main():
     def report_accuracy(when):
         if problems and ranks.is_main:
             accuracy = held_out_accuracy(engine, problems)
-            log.say(f"held out, {when}: " + " | ".join(f"{kind} {share:.3f}" for kind, share in accuracy.items()),
-                    step=step, when=when, accuracy=accuracy)
+            shares = " | ".join(f"{kind} {share:.3f}" for kind, share in accuracy.items())
+            log.say(f"held out, {when}: {shares}", step=step, when=when, accuracy=accuracy)
 
     def save():
         save_state(run, ranks, optimizer, model, step=step, position=position, settings=settings)
@@ -386,9 +380,10 @@ def main():
     model.train()
     while step < max_steps and not stop:
         tick = time.time()
-        batches = [loader.batch(position + first + ranks.rank * args.batch_size, args.batch_size, ranks.device)
+        mine = position + ranks.rank * args.batch_size
+        batches = [loader.batch(mine + first, args.batch_size, ranks.device)
                    for first in range(0, total_rows, micro_rows)]
-        # one mean over all supervised tokens of the step, wherever they lie: a short answer counts by its tokens
+        # one mean over all supervised tokens of the step: a short answer counts by its tokens
         supervised = ranks.sum(sum((y >= 0).sum().item() for _, y in batches))[0]
         loss = 0.0
         for x, y in batches:
@@ -399,16 +394,17 @@ def main():
         loss, stops = ranks.sum(loss, len(signals))
         stop = stops > 0
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise SystemExit(f"step {step}: loss {loss}, gradient norm {norm}; training needs finite numbers; nothing was "
-                             f"saved over: resume {run} with a lower --lr")
+            raise SystemExit(f"step {step}: loss {loss}, norm {norm}; training needs finite "
+                             f"numbers; nothing was saved over: resume {run} with a lower --lr")
         left = 1 - step / max_steps
-        lr_scale = min(1.0, (step + 1) / 10) * min(1.0, 2 * left)     # constant, then linearly to 0 over the last half
-        optimizer.step(lr_scale, grad_scale=min(1.0, 1.0 / (norm + 1e-6)))
+        # constant, then linearly to 0 over the last half
+        lr_scale = min(1.0, (step + 1) / 10) * min(1.0, 2 * left)
+        optimizer.step(lr_scale, grad_scale=min(1.0, 1.0 / (norm + 1e-6)), decay_scale=0.0)
         step, position = step + 1, position + total_rows
         seconds = time.time() - tick
         log(step, loss=loss, lr=lr_scale * optimizer.groups[0]["lr"], norm=norm, ms=1000 * seconds,
             tok_s=total_rows * T / seconds,
-            eta=clock((time.time() - started) / (step - first_step) * (max_steps - step)))
+            eta=(time.time() - started) / (step - first_step) * (max_steps - step))
         if step % args.save_every == 0 or step == max_steps or stop:
             save()
     if stop and step < max_steps:
@@ -417,7 +413,6 @@ def main():
     report_accuracy("after")
     log.say(f"{run}: stage sft, step {step}, {time.time() - started:.0f} s")
 
-
 def tools():
     """The two subcommands beside training."""
     parser = argparse.ArgumentParser(prog="chat_sft.py")
@@ -425,10 +420,10 @@ def tools():
     maker = commands.add_parser("make", help="conversations and problems from documents")
     maker.add_argument("--data", required=True, help="folder with documents/")
     maker.add_argument("--out", required=True, help="folder for the .jsonl files")
-    maker.add_argument("--functions", type=int, default=48, help="documented functions to ask about")
-    maker.add_argument("--examples", type=int, default=4000, help="problems of each exactly checkable kind")
-    maker.add_argument("--step_by_step", type=float, default=0.2, help="share of bit problems answered in steps")
-    maker.add_argument("--held_out", type=int, default=100, help="held-out problems a kind, at most")
+    maker.add_argument("--functions", type=int, default=48, help="functions to ask about")
+    maker.add_argument("--examples", type=int, default=4000, help="problems of each checkable kind")
+    maker.add_argument("--step_by_step", type=float, default=0.2, help="share of bits in steps")
+    maker.add_argument("--held_out", type=int, default=100, help="held-out problems a kind")
     maker.add_argument("--seed", type=int, default=1337, help="of the problems")
     shower = commands.add_parser("show", help="conversations as the model sees them")
     shower.add_argument("file", help="a .jsonl of conversations")
@@ -436,7 +431,6 @@ def tools():
     shower.add_argument("--count", type=int, default=5, help="conversations to show")
     args = parser.parse_args()
     make(args) if args.command == "make" else show(args)
-
 
 if __name__ == "__main__":
     tools() if sys.argv[1:2] in (["make"], ["show"]) else main()

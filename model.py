@@ -1,30 +1,21 @@
 """
 The Transformer, and what more than one stage needs around it.
 
-    GPTConfig, GPT      exactly OpenAI's GPT-2 under preset("gpt2" … "gpt2-xl"); the modern recipe
-                        under preset("d12"), preset("d24") …, where depth is the only dial
-    KVCache             what generation remembers between tokens
-    Optimizer           AdamW and Muon, their states sharded over ranks
-    save_checkpoint …   <run>/config.json + model.safetensors; <run>/state/ for --resume
-    init_ranks, RunLog  one process or many; one grammar of log lines for every stage
+GPTConfig.preset("gpt2" … "gpt2-xl") is OpenAI's GPT-2, exactly; preset("d12"), preset("d24") … is
+a modern recipe where depth is the only dial. Behind it: optimizer, checkpoints, ranks, run log.
 
-    >>> import torch
     >>> model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=2, n_head=2, n_embd=16))
     >>> idx = torch.zeros(1, 8, dtype=torch.long)
     >>> model(idx).shape                                   # logits
     torch.Size([1, 8, 65])
-    >>> bool(abs(model(idx, idx + 1) - 4.17) < 0.5)        # untrained, a loss of about ln 65 = 4.17
-    True
 
 Sizes, in every file: B rows, T positions (block_size), C channels (n_embd), V vocabulary,
 L layers, NH heads, HS channels a head (C = NH * HS).
 
 Papers: GPT-2 (Radford et al. 2019), RoPE (arXiv 2104.09864), RMSNorm (1910.07467), QK norm
 (2010.04245), ReLU² (2109.08668), value residuals (2410.17897), soft-cap (2408.00118), Muon
-(kellerjordan.github.io/posts/muon), Polar Express (2505.16932), NorMuon (2510.05491), cautious
-weight decay (2510.12402), ZeRO (1910.02054).
-Differs from the papers: value embeddings are looked up by token rather than taken from layer 0,
-and gated; the modern recipe's constants are nanochat's, and stand where they are used.
+(kellerjordan.github.io/posts/muon), NorMuon (2510.05491), ZeRO (1910.02054).
+Differs from the papers: value embeddings are looked up by token, not taken from layer 0, and gated.
 """
 import atexit
 import json
@@ -35,8 +26,8 @@ import shutil
 import subprocess
 import sys
 import time
-from copy import copy
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -48,9 +39,8 @@ from safetensors.torch import load_file, save_file
 
 # ---- The model -----------------------------------------------------------------------------------
 
-GPT2_SIZES = {  # name: (L, NH, C); 124M, 355M, 774M, 1558M parameters
-    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),        # L, NH, C
+              "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -95,10 +85,6 @@ class GPTConfig:
         """Rows of the embedding and the head: V rounded up to 64, which matrix units like."""
         return -(-self.vocab_size // 64) * 64
 
-    def chunk_tokens(self, device):
-        """How many tokens' fp32 logits fit 64 MB on a GPU, or 4 MB, about a CPU's cache."""
-        return max(1, 2 ** (24 if device.type == "cuda" else 20) // self.padded_vocab)
-
     def has_value_embed(self, layer):
         return self.value_embeds and layer % 2 == (self.n_layer - 1) % 2
 
@@ -123,13 +109,12 @@ class Norm(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.rms = config.rms_norm
-        if not self.rms:
-            self.weight = nn.Parameter(torch.empty(config.n_embd))
-            self.bias = nn.Parameter(torch.empty(config.n_embd)) if config.bias else None
+        C, rms = config.n_embd, config.rms_norm
+        self.weight = None if rms else nn.Parameter(torch.empty(C))
+        self.bias = None if rms or not config.bias else nn.Parameter(torch.empty(C))
 
     def forward(self, x):
-        if self.rms:
+        if self.weight is None:
             return rms_norm(x)
         parameters = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
         return F.layer_norm(x, x.shape[-1:], *parameters, eps=1e-5)
@@ -146,40 +131,10 @@ def rotate(x, cos, sin):
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x.dtype)
 
-class KVCache:
-    """Keys and values (L, B, NH, max_tokens, HS) of the tokens seen so far, a row a sequence.
-
-    Rows may differ in length: `pos` (B,) counts the tokens of each; what lies behind is never seen.
-    """
-
-    def __init__(self, config, batch_size, max_tokens, device="cpu", dtype=torch.float32):
-        HS = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, max_tokens, HS)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
-        self.pos = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.used = 0       # the longest row, as a Python integer: no waiting for the GPU to know it
-
-    def rows(self, index):
-        """A cache of these rows: [0] * n shares one prefill among n samples; also drops rows."""
-        new = copy(self)
-        new.k, new.v, new.pos = self.k[:, index], self.v[:, index], self.pos[index]
-        return new
-
-    def append(self, layer, k, v):
-        """Writes k, v (B, NH, T, HS) behind each row; returns all up to the longest row's end."""
-        T = k.shape[2]
-        at = self.pos[:, None] + torch.arange(T, device=k.device)                   # (B, T)
-        at = at[:, None, :, None].expand_as(k)
-        self.k[layer].scatter_(2, at, k)
-        self.v[layer].scatter_(2, at, v)
-        return self.k[layer, :, :, :self.used + T], self.v[layer, :, :, :self.used + T]
-
 def attention(q, k, v, pos, window, cache, dropout):
-    """Causal attention, q (B, NH, T, HS), k and v (B, NH, S, HS) → (B, NH, T, HS).
-
-    The query at pos t (B or 1, T) sees key s where s ≤ t and, in a windowed layer, t - s ≤ window.
-    A mask is built only where it must be: for windows shorter than the text, and in a cache.
-    """
+    """Causal, q (B, NH, T, HS), k and v (B, NH, S, HS) → (B, NH, T, HS). The query at pos t (B or
+    1, T) sees key s where s ≤ t and, in a windowed layer, t - s ≤ window."""
+    # a mask is built only for windows shorter than the text, and in a cache
     if (cache is None or cache.used == 0) and window >= q.shape[2] - 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
     t, s = pos[:, None, :, None], torch.arange(k.shape[2], device=k.device)
@@ -190,7 +145,6 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         C, NH = config.n_embd, config.n_head
-        assert C % NH == 0, (C, NH)
         self.config, self.layer, self.window = config, layer, config.window(layer)
         self.c_attn = Linear(C, 3 * C, bias=config.bias)
         self.c_proj = Linear(C, C, bias=config.bias)
@@ -211,8 +165,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, NH, T, HS)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        dropout = self.config.dropout if self.training else 0.0
-        y = attention(q, k, v, pos, self.window, cache, dropout)
+        y = attention(q, k, v, pos, self.window, cache, self.training * self.config.dropout)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 class MLP(nn.Module):
@@ -237,12 +190,13 @@ class Block(nn.Module):
         x = x + self.dropout(self.attn(self.ln_1(x), pos, rotary, value_embed, cache))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
+CHUNK_LOGITS = {"cuda": 2 ** 24, "cpu": 2 ** 20}    # fp32: 64 MB; 4 MB, about a CPU's cache
+
 class CrossEntropy(torch.autograd.Function):
     """Head, soft-cap and mean cross-entropy in one, a chunk of tokens at a time.
-
-    At B = 32, T = 2048 and V = 32,768 the logits alone are 8 GB. Here a chunk's logits turn into its
-    gradient at once: they never exist all together, and are not computed twice.
-    x (N, C), head weight (padded V, C), targets (N,) → the mean over targets that are not -1.
+    At B = 32, T = 2048 and V = 32,768 the logits alone are 8 GB. Here a chunk's logits turn into
+    its gradient at once: they never exist all together, and are not computed twice. x (N, C), head
+    weight (padded V, C), targets (N,) → the mean over targets that are not -1.
         z = W x    y = s tanh(z / s)    loss = ln Σ exp(y) - y[target]
         dz = (softmax(y) - onehot(target)) (1 - (y/s)²) / count    dx = Wᵀ dz    dW = dz xᵀ
     """
@@ -254,7 +208,7 @@ class CrossEntropy(torch.autograd.Function):
         dx, dW = torch.empty_like(x), torch.zeros_like(weight)
         count = (targets >= 0).sum().clamp(min=1)
         total = torch.zeros((), device=x.device)
-        size = config.chunk_tokens(x.device)
+        size = max(1, CHUNK_LOGITS[x.device.type] // V)
         for x_part, dx_part, target in zip(*(t.split(size) for t in (x, dx, targets[:, None]))):
             y = (x_part @ W.T).float()
             y = y.div_(s).tanh_().mul_(s) if s else y
@@ -314,7 +268,6 @@ class GPT(nn.Module):
         """GPT-2: N(0, .02), residual projections /√(2L). Modern: projections 0, so that each block
         begins as the identity, and the other matrices uniform with standard deviation 1/√C."""
         L, V = self.config.n_layer, self.config.vocab_size
-        bound = math.sqrt(3 / self.config.n_embd)       # of a uniform with that deviation
         if name == "resid_scalars":
             p.copy_(torch.linspace(1.15, 1.05, L))
         elif name == "x0_scalars":
@@ -330,7 +283,7 @@ class GPT(nn.Module):
         elif "value_gate" in name:
             p.uniform_(0.0, 0.02)
         else:
-            bound = 0.4 * bound if "c_fc" in name else bound
+            bound = math.sqrt(3 / self.config.n_embd) * (0.4 if "c_fc" in name else 1.0)
             p.uniform_(-bound, bound)
         if name.startswith(VOCABULARY):
             p[V:] = 0.0                 # the padding rows are never a token
@@ -347,8 +300,7 @@ class GPT(nn.Module):
             rotary = self.rope_cos[pos], self.rope_sin[pos]                 # (B or 1, T, 1, HS/2)
         else:
             x = x + self.wpe(pos).to(x.dtype)
-        x = self.dropout(rms_norm(x) if config.rms_norm else x)
-        x0 = x
+        x = x0 = self.dropout(rms_norm(x) if config.rms_norm else x)
         for layer, block in enumerate(self.h):
             if config.residual_scalars:
                 x = (self.resid_scalars[layer] * x + self.x0_scalars[layer] * x0).to(x.dtype)
@@ -376,14 +328,13 @@ class GPT(nn.Module):
         x, flat = x.flatten(0, 1), targets.flatten()
         if reduction == "mean":
             return CrossEntropy.apply(x, self.lm_head.weight, flat, self.config)
-        size = self.config.chunk_tokens(x.device)
+        size = max(1, CHUNK_LOGITS[x.device.type] // self.config.vocab_size)
         losses = [F.cross_entropy(self.logits(part), target, ignore_index=-1, reduction="none")
                   for part, target in zip(x.split(size), flat.split(size))]
         return torch.cat(losses).view_as(targets)
 
     def num_params(self):
-        V = self.config.vocab_size
-        return sum(file_tensor(name, p, V)[1].numel() for name, p in self.named_parameters())
+        return sum(t.numel() for _, t in file_tensors(self))
 
     def matmul_params(self):
         """Weights that multiply every token: the blocks' matrices and the head."""
@@ -391,14 +342,12 @@ class GPT(nn.Module):
         return blocks + self.config.vocab_size * self.config.n_embd
 
     def flops_per_token(self):
-        """Forward and backward: 6 a weight, 12·C a key that a query may see (as PaLM counts, arXiv
-        2204.02311, appendix B: attention is not halved for causality)."""
+        """Both passes, as in PaLM (arXiv 2204.02311, B): 6 a weight, 12·C a key in reach."""
         keys = sum(self.config.window(layer) for layer in range(self.config.n_layer))
         return 6 * self.matmul_params() + 12 * self.config.n_embd * keys
 
     def use(self, device):
-        """Moves the model and picks what it computes in: bf16 on a GPU that has it, else fp32.
-        The weights stay fp32 masters either way."""
+        """Moves the model; it computes in bf16 on a GPU that has it. The weights stay fp32."""
         bf16 = "cuda" in str(device) and torch.cuda.is_bf16_supported()
         self.compute_dtype = torch.bfloat16 if bf16 else torch.float32
         return self.to(device)
@@ -410,10 +359,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     device: str = "cpu"
-
-    @property
-    def is_main(self):
-        return self.rank == 0
+    is_main: bool = True
 
     def sum(self, *values):
         """Sums each number over all ranks, in fp64."""
@@ -437,7 +383,7 @@ def init_ranks(device="auto"):
     if world_size > 1:
         dist.init_process_group("nccl" if "cuda" in device else "gloo")
         atexit.register(dist.destroy_process_group)
-    return Ranks(rank, world_size, device)
+    return Ranks(rank, world_size, device, is_main=rank == 0)
 
 # ---- The optimizer -------------------------------------------------------------------------------
 
@@ -468,7 +414,7 @@ class Optimizer:
     """AdamW and Muon with ZeRO-1: each parameter has one rank that keeps its state and updates it.
 
     groups: dicts of `kind` ("adamw" or "muon"), `params` {name: parameter}, `lr`, `weight_decay`,
-    for AdamW `betas`, `eps`. Use: backward on every rank, average_grads(), step(…).
+    for AdamW `betas`, `eps`. After backward on every rank: average_grads(), then step(…).
     """
 
     def __init__(self, groups, ranks=Ranks()):
@@ -499,8 +445,7 @@ class Optimizer:
     def communicate(self, collective, tensors):
         """Reduces to, or broadcasts from, each tensor's owner, all at once."""
         if self.ranks.world_size > 1:
-            works = [collective(t, self.owner[name], async_op=True) for name, t in tensors.items()]
-            for work in works:
+            for work in [collective(t, self.owner[n], async_op=True) for n, t in tensors.items()]:
                 work.wait()
 
     @torch.no_grad()
@@ -529,16 +474,44 @@ class Optimizer:
 
     def muon(self, name, W, grad, lr, decay, momentum, beta2=0.9):
         """polar(Nesterov momentum), then NorMuon: rows of equal RMS along the longer side, the norm
-        kept. Weight decay is cautious: only for weights that the update shrinks anyway. (K, m, n)."""
+        kept. Decay is cautious (arXiv 2510.12402): only where the update shrinks W. (K, m, n)"""
         buffer = self.slot(name, "momentum", W).lerp_(grad, 1 - momentum)
         U = polar(grad.lerp(buffer, momentum))
         row_variance = U.square().mean(-1 if W.shape[-2] >= W.shape[-1] else -2, keepdim=True)
         variance = self.slot(name, "variance", row_variance).lerp_(row_variance, 1 - beta2)
         scaled = U * variance.clamp_min(1e-10).rsqrt()
-        norm, scaled_norm = (X.norm(dim=(-2, -1), keepdim=True) for X in (U, scaled))
-        U = scaled * (norm / scaled_norm.clamp_min(1e-10))
+        U = F.normalize(scaled, dim=(-2, -1)) * U.norm(dim=(-2, -1), keepdim=True)
         lr = lr * max(1, W.shape[-2] / W.shape[-1]) ** 0.5
         W.sub_(lr * (U + decay * W * (U * W >= 0)))
+
+ADAM_RECIPE = {     # nanochat's, tuned at d12: lr, betas, weight decay
+    "lm_head": (0.008, (0.8, 0.96), 0.01), "wte": (0.3, (0.8, 0.995), 0.001),
+    "value_embeds": (0.15, (0.8, 0.995), 0.01), "resid_scalars": (0.005, (0.8, 0.95), 0.05),
+    "x0_scalars": (0.5, (0.96, 0.95), 0.0), "backout_scalar": (0.2, (0.8, 0.95), 0.0)}
+D12_MATMUL_PARAMS = 110.1e6     # of d12 with 32,768 tokens, where decay and batch size were tuned
+
+def make_optimizer(model, ranks=Ranks(), lr=None, batch_tokens=2 ** 19):
+    """GPT-2's AdamW, lr 6e-4; or the modern mixture: Muon for the blocks' matrices, lr
+    .02 √(batch_tokens / 2¹⁹), and Adam for the rest. Another lr changes all in proportion."""
+    params, config = dict(model.named_parameters()), model.config
+    if not config.rms_norm:
+        adam = dict(kind="adamw", lr=lr or 6e-4, betas=(0.9, 0.95), eps=1e-8)
+        flat = {name: p for name, p in params.items() if p.ndim < 2}       # biases and norms
+        rest = {name: p for name, p in params.items() if p.ndim >= 2}
+        return Optimizer([dict(adam, params=rest, weight_decay=0.1),
+                          dict(adam, params=flat, weight_decay=0.0)], ranks)
+    batch_scale = math.sqrt(batch_tokens / 2 ** 19)
+    scale, width_scale = lr / 0.02 if lr else batch_scale, math.sqrt(768 / config.n_embd)
+    decay = 0.28 * batch_scale * D12_MATMUL_PARAMS / model.matmul_params()
+    groups = [dict(kind="muon", lr=0.02 * scale, weight_decay=decay,
+                   params={name: p for name, p in params.items() if name.startswith("h.")})]
+    for start, (lr, betas, decay) in ADAM_RECIPE.items():
+        group = {name: p for name, p in params.items() if name.startswith(start)}
+        lr *= scale * (width_scale if start in VOCABULARY else 1.0)
+        groups.append(dict(kind="adamw", params=group, lr=lr, betas=betas, eps=1e-10,
+                           weight_decay=decay))
+    assert sum(len(group["params"]) for group in groups) == len(params), "a parameter nobody trains"
+    return Optimizer(groups, ranks)
 
 # ---- Checkpoints: <run>/config.json + model.safetensors, named as HF's GPT-2 names them ----------
 
@@ -551,20 +524,20 @@ def file_tensor(name, p, vocab_size):
     p = p[:vocab_size] if name.startswith(VOCABULARY) else p.T if name.endswith(TRANSPOSED) else p
     return (name if name.startswith("lm_head") else "transformer." + name), p.detach()
 
+def file_tensors(model):
+    V = model.config.vocab_size
+    return [file_tensor(name, p, V) for name, p in model.named_parameters()]
+
 def save_weights(path, model):
     """Writes the file whole, then renames it: a reader never sees half of one."""
-    V = model.config.vocab_size
-    tensors = dict(file_tensor(name, p, V) for name, p in model.named_parameters())
-    tensors = {name: p.cpu().contiguous() for name, p in tensors.items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in file_tensors(model)}
     save_file(tensors, f"{path}.part", metadata={"format": "pt"})
     os.replace(f"{path}.part", path)
 
 @torch.no_grad()
 def load_weights(path, model, file_vocab=None):
     """Fills the model from a file of ours or of HF's GPT-2, with or without its "transformer.".
-
-    file_vocab: the file's vocabulary is only this large; the rows of new tokens begin at the mean.
-    """
+    Where the file has only file_vocab rows a token, those of new tokens begin at the mean."""
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -589,32 +562,30 @@ def save_checkpoint(run, model, tokenizer=None, stage="pretrain", step=0, **extr
     save_weights(run / "model.safetensors", model)
     if tokenizer is not None:
         tokenizer.save(run)
-    meta = dict(format_version=FORMAT_VERSION, stage=stage, step=step, model=asdict(config), **extra)
+    meta = dict(extra, format_version=FORMAT_VERSION, stage=stage, step=step, model=asdict(config))
+    same = {key: getattr(config, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
     write_json(run / "config.json", dict(       # all but the last is what transformers reads
-        model_type="deepdive" if config.rope else "gpt2", architectures=["GPT2LMHeadModel"],
-        n_positions=config.block_size, vocab_size=config.vocab_size, n_embd=config.n_embd,
-        n_layer=config.n_layer, n_head=config.n_head, activation_function="gelu_new",
-        layer_norm_epsilon=1e-5, tie_word_embeddings=config.tied_head,
-        eos_token_id=getattr(tokenizer, "eot", 50256), deepdive=meta))
+        same, model_type="deepdive" if config.rope else "gpt2", architectures=["GPT2LMHeadModel"],
+        n_positions=config.block_size, activation_function="gelu_new", layer_norm_epsilon=1e-5,
+        tie_word_embeddings=config.tied_head, eos_token_id=getattr(tokenizer, "eot", 50256),
+        deepdive=meta))
 
 def load_checkpoint(run, device="cpu", vocab_size=None):
-    """<run> → (model, meta): a run of ours, or a folder with HF's GPT-2. meta: run, stage, step, …
+    """<run>, ours or a folder with HF's GPT-2 → (model, meta); meta: run, stage, step, …
 
-    vocab_size: make the vocabulary this large, if the file's is smaller.
+    vocab_size: grow the vocabulary to this, for special tokens that the model has never seen.
     """
     run = Path(run)
-    if not (run / "config.json").exists():
-        raise SystemExit(f"{run} holds no config.json; a model is a folder with config.json and "
-                         "model.safetensors; train one, or name another with --model")
     try:
         described = json.loads((run / "config.json").read_text())
-    except ValueError as error:
-        raise SystemExit(f"{run}/config.json: {error}; it must be whole JSON; copy it again") from None
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{run}/config.json: {error}; a model is a folder with config.json and "
+                         "model.safetensors; train one, or name another with --model") from None
     meta = described.get("deepdive", dict(format_version=FORMAT_VERSION, stage="pretrain", step=0))
     found = described.get("model_type"), meta["format_version"]
     if found not in (("gpt2", FORMAT_VERSION), ("deepdive", FORMAT_VERSION)):
-        raise SystemExit(f"{run} holds a {found[0]} model of format {found[1]}; this code reads gpt2 "
-                         f"and deepdive of format {FORMAT_VERSION}; train it again, or name another")
+        raise SystemExit(f"{run} holds a {found[0]} model of format {found[1]}; gpt2 and deepdive "
+                         f"of format {FORMAT_VERSION} can be read; train it again, or name another")
     same = {name: described[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
     config = GPTConfig(**meta.get("model", dict(same, block_size=described["n_positions"])))
     model = GPT(replace(config, vocab_size=max(config.vocab_size, vocab_size or 0)))
@@ -643,10 +614,15 @@ def save_state(run, ranks, optimizer, model, **state):
             shutil.rmtree(old)
     ranks.sum(1)
 
-def load_state(run, ranks, optimizer, model, settings):
-    """Restores what save_state wrote, for any number of ranks; returns its state. `settings`, the
-    flags that decide what is computed, must be the run's."""
-    folder = max(p for p in (Path(run) / "state").glob("step_*") if p.suffix != ".part")
+def load_state(run, resume, ranks, optimizer, model, settings):
+    """Restores what save_state wrote, for any number of ranks; returns its state, or None without
+    one. `settings`, the flags that decide what is computed, must be the run's."""
+    folder = max((Path(run) / "state").glob("step_" + 6 * "[0-9]"), default=None)
+    if folder and not resume:
+        raise SystemExit(f"{run} holds a saved run; training again would overwrite it; add "
+                         "--resume to continue it, or choose another --out")
+    if not folder:
+        return None
     state = json.loads((folder / "state.json").read_text())
     old = dict(state["settings"], format_version=state["format_version"])
     new = dict(json.loads(json.dumps(settings)), format_version=FORMAT_VERSION)
@@ -667,14 +643,6 @@ def load_state(run, ranks, optimizer, model, settings):
     optimizer.steps = state["optimizer_steps"]
     return state
 
-def can_resume(run, resume):
-    """Whether <run>/state holds a complete step; without --resume such a run is not written over."""
-    saved = any(p.suffix != ".part" for p in (Path(run) / "state").glob("step_*"))
-    if saved and not resume:
-        raise SystemExit(f"{run} holds a saved run; training again would overwrite it; add "
-                         "--resume to continue it, or choose another --out")
-    return saved
-
 def write_json(path, value):
     Path(f"{path}.part").write_text(json.dumps(value, indent=1))
     os.replace(f"{path}.part", path)
@@ -688,7 +656,7 @@ LOG_FORMATS = dict(
     truncated="truncated {:.0%}", kl="kl {:.4f}")
 
 class RunLog:
-    """log(7, loss=…, lr=…) prints `step  7/90 | loss 3.421875 | lr 5.98e-04`, appends a JSON row."""
+    """log(7, loss=…, lr=…) prints `step  7/90 | loss 3.421875 | lr 5.98e-04`, logs a JSON row."""
 
     def __init__(self, run, max_steps, ranks=Ranks(), resume_step=None):
         self.max_steps, self.is_main, kept = max_steps, ranks.is_main, []
@@ -703,7 +671,8 @@ class RunLog:
 
     def __call__(self, step, **values):
         values = {key: value for key, value in values.items() if value is not None}
-        shown = (LOG_FORMATS[key].format(value) for key, value in values.items())
+        shown = (LOG_FORMATS[key].format(timedelta(seconds=int(value)) if key == "eta" else value)
+                 for key, value in values.items())
         head = f"step {step:{len(str(self.max_steps))}d}/{self.max_steps}"
         self.say(" | ".join([head, *shown]), step=step, **values)
 
@@ -720,24 +689,12 @@ class RunLog:
         commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse --short HEAD")
         gpu = torch.cuda.get_device_name() if "cuda" in str(device) else None
         row = dict(command=" ".join(sys.argv), commit=commit if len(commit) < 20 else "unknown",
-                   torch=torch.__version__, python=sys.version.split()[0],
-                   device=gpu or f"cpu, {torch.get_num_threads()} threads",
-                   params=model.num_params())
-        flags = {key: value for key, value in vars(args).items() if value is not None}
-        self.say(" | ".join(f"{key} {value}" for key, value in row.items()) + "\n"
-                 + " ".join(f"--{key} {value}" for key, value in flags.items()),
-                 header=dict(row, flags=flags))
+                   torch=torch.__version__, python=sys.version.split()[0], flags=vars(args),
+                   params=model.num_params(), device=gpu or f"cpu x {torch.get_num_threads()}")
+        self.say("\n".join(f"{key:8s} {value}" for key, value in row.items()), header=row)
 
 def read_log(run):
-    """The rows of <run>/log.jsonl; a last line cut short by a kill is passed over."""
-    path, rows = Path(run) / "log.jsonl", []
-    for line in path.read_text().split("\n") if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-def clock(seconds):
-    """3723 → 1:02:03"""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+    """The rows of <run>/log.jsonl; a last line that a kill cut short, without its end, is left."""
+    path = Path(run) / "log.jsonl"
+    rows = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(row) for row in rows]

@@ -1,19 +1,21 @@
 """
 Inference: a trained model writes, one token at a time.
 
-    python sample.py --prompt "The function returns" --num_samples 3          # the newest run under runs/
+    python sample.py --prompt "The function returns" --num_samples 3    # the newest run under runs/
     python sample.py --model runs/demo --prompt "The function returns" --top 8 --max_new_tokens 3
     python sample.py --model runs/demo --file few_shot.txt --temperature 0
-    python sample.py --model runs/demo-sft --chat                             # talk to an assistant
+    python sample.py --model runs/demo-sft --chat                       # talk to an assistant
 
     in:  <run>/model.safetensors, config.json, the tokenizer      out: text
 
-A prompt begins with <|endoftext|>, as every document in training did. The prompt goes through the model once
-(prefill) and leaves its keys and values in a cache; then each new token costs one position. When an assistant
-writes <|python|>code<|/python|>, the loop runs the code and forces <|output|>its result<|/output|> into the text
-before the model goes on: what a tool says is never sampled.
+A prompt begins with <|endoftext|>, as every document in training did. The prompt goes through the
+model once (prefill) and leaves its keys and values in a cache; then each new token costs one
+position. When an assistant writes <|python|>code<|/python|>, the loop runs the code and forces
+<|output|>its result<|/output|> into the text before the model goes on: what a tool says is never
+sampled.
 
-Papers: nucleus sampling (arXiv 1904.09751), min-p (2407.01082), tool calls in the text (Toolformer, 2302.04761).
+Papers: nucleus sampling (arXiv 1904.09751), min-p (2407.01082), tool calls in the text (Toolformer,
+2302.04761).
 """
 import argparse
 import codecs
@@ -26,23 +28,23 @@ import sys
 import tempfile
 from collections import Counter, deque
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from bpe import Tokenizer
-from model import KVCache, load_checkpoint
+from model import load_checkpoint
 
-# ---------------------------------------------------------------------------------------------------
-# From logits to one token
-
+# ---- From logits to one token --------------------------------------------------------------------
 
 def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """logits (B, V) → the distribution that is sampled, (B, V). Temperature 0 puts all of it on the best token.
+    """logits (B, V) → the distribution that is sampled, (B, V).
 
-    top_k keeps the k best tokens; top_p the fewest best ones that hold a share p; min_p those at least min_p times
-    as probable as the best. What is cut off goes to the rest in proportion.
+    Temperature 0 puts all of it on the best token. top_k keeps the k best tokens; top_p the fewest
+    best ones that hold a share p; min_p those at least min_p times as probable as the best. What is
+    cut off goes to the rest in proportion.
     """
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
@@ -52,16 +54,14 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None
         probs = probs.masked_fill(probs < kth, 0.0)
     if top_p:
         ordered, order = probs.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered       # a token stays while those before it hold less than p
+        before = ordered.cumsum(-1) - ordered   # a token stays while those before hold less than p
         cut = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, order, before >= top_p)
         probs = probs.masked_fill(cut, 0.0)
     if min_p:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
     return probs / probs.sum(-1, keepdim=True)
 
-
-# ---------------------------------------------------------------------------------------------------
-# The Python tool
+# ---- The Python tool -----------------------------------------------------------------------------
 
 PYTHON_TOOL = """
 import sys
@@ -85,25 +85,26 @@ else:
         print(value)
 """
 
-
 def run_python(code, timeout=5.0, max_output=400):
-    """Runs code a model wrote; returns what it printed, an expression's value, or its error's last line.
+    """Runs a model's code → what it printed, an expression's value, or its error's last line.
 
-    A fresh process with an empty environment and folder and no input; limits on processor time, memory, output and
-    open files; files outside Python's own library, the network and other processes are refused; killed with its
-    children after `timeout` seconds. This keeps accidents small. It is NOT a sandbox: run models you do not trust in a
-    container.
+    A fresh process with an empty environment and folder and no input; limits on processor time,
+    memory, output and open files; files outside Python's own library, the network and other
+    processes are refused; killed with its children after `timeout` seconds. This keeps accidents
+    small. It is NOT a sandbox: run models you do not trust in a container.
     """
     def limit():
         import resource
         for what, most in ((resource.RLIMIT_CPU, int(timeout) + 1), (resource.RLIMIT_AS, 2 ** 28),
-                           (resource.RLIMIT_FSIZE, 2 ** 16), (resource.RLIMIT_NOFILE, 16), (resource.RLIMIT_CORE, 0)):
+                           (resource.RLIMIT_FSIZE, 2 ** 16), (resource.RLIMIT_NOFILE, 16),
+                           (resource.RLIMIT_CORE, 0)):
             resource.setrlimit(what, (most, most))
 
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = subprocess.Popen([sys.executable, "-I", "-S", "-X", "utf8", "-c", PYTHON_TOOL], cwd=folder, env={},
-                                   stdin=subprocess.PIPE, stdout=out, stderr=err, preexec_fn=limit,
-                                   start_new_session=True)
+    command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", PYTHON_TOOL]
+    with (tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out,
+          tempfile.TemporaryFile() as err):
+        process = subprocess.Popen(command, cwd=folder, env={}, stdin=subprocess.PIPE, stdout=out,
+                                   stderr=err, preexec_fn=limit, start_new_session=True)
         error = b""
         try:
             process.communicate(code.encode(errors="replace"), timeout=timeout)
@@ -118,21 +119,42 @@ def run_python(code, timeout=5.0, max_output=400):
         result = error or out.read(4 * max_output).strip() or err.read().strip().split(b"\n")[-1]
     return result.decode(errors="replace").strip()[:max_output]
 
+# ---- The loop ------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------
-# The loop
+class KVCache:
+    """Keys and values (L, B, NH, max_tokens, HS) of the tokens seen so far, a row a sequence; `pos`
+    (B,) counts the tokens of each row, and what lies behind them is never seen."""
 
+    def __init__(self, config, batch_size, max_tokens, device="cpu", dtype=torch.float32):
+        HS = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.n_head, max_tokens, HS)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
+        self.pos = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.used = 0       # the longest row, as an integer: no waiting for the GPU to know it
+
+    def rows(self, index):
+        """A cache of these rows: [0] * n shares one prefill among n samples; also drops rows."""
+        new = copy(self)
+        new.k, new.v, new.pos = self.k[:, index], self.v[:, index], self.pos[index]
+        return new
+
+    def append(self, layer, k, v):
+        """Writes k, v (B, NH, T, HS) behind each row; returns all up to the longest row's end."""
+        T = k.shape[2]
+        at = (self.pos[:, None] + torch.arange(T, device=k.device))[:, None, :, None]
+        self.k[layer].scatter_(2, at.expand_as(k), k)
+        self.v[layer].scatter_(2, at.expand_as(v), v)
+        return self.k[layer, :, :, :self.used + T], self.v[layer, :, :, :self.used + T]
 
 @dataclass
 class Completion:
-    """What one row wrote: ids, whether each was sampled (False: forced in by a tool), and how it ended."""
+    """What one row wrote: ids, whether each was sampled or forced in by a tool, how it ended."""
     ids: list = field(default_factory=list)
     sampled: list = field(default_factory=list)
-    finish: str = "length"        # "stop": a stop token, the last of ids; "length": out of tokens or context
-
+    finish: str = "length"  # out of tokens or context; or "stop": the last id is a stop token
 
 class Engine:
-    """Batched generation with a KV cache. `generate` returns completions, `stream` yields text as it comes."""
+    """Batched generation with a KV cache: `generate` returns completions, `stream` yields text."""
 
     def __init__(self, model, tokenizer, python=run_python):
         self.model, self.tokenizer = model, tokenizer
@@ -146,28 +168,30 @@ class Engine:
         marks = [i for i, token in enumerate(ids[:-1]) if token in (special[opening], closing)]
         if not marks or ids[marks[-1]] == closing:      # closed without having been opened
             return []
-        begin = marks[-1]
-        result = tool(self.tokenizer.decode(ids[begin + 1:-1]))
-        return [special["<|output|>"], *self.tokenizer.encode_ordinary(result), special["<|/output|>"]]
+        result = tool(self.tokenizer.decode(ids[marks[-1] + 1:-1]))
+        result_ids = self.tokenizer.encode_ordinary(result)
+        return [special["<|output|>"], *result_ids, special["<|/output|>"]]
 
     @torch.inference_mode()
     def steps(self, prompts, num_samples, max_new_tokens, sampling, seed, stop):
-        """Yields, token by token, a list of (row, id, was sampled) for the rows still writing; see generate."""
+        """Yields, token by token, a list of (row, id, was sampled) for the rows still writing."""
         model, device = self.model, next(self.model.parameters()).device
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         longest, block_size = max(map(len, prompts)), model.config.block_size
         if min(map(len, prompts)) == 0 or longest >= block_size:
-            raise ValueError(f"a prompt has {longest} tokens; the model reads 1 to {block_size - 1}; shorten it")
+            raise ValueError(f"a prompt has {longest} tokens; the model reads 1 to "
+                             f"{block_size - 1}; shorten it")
         generator = torch.Generator(device).manual_seed(seed)
         max_new_tokens = min(max_new_tokens, block_size - longest)
-        cache = KVCache(model.config, len(prompts), longest + max_new_tokens, device, model.compute_dtype)
+        cache = KVCache(model.config, len(prompts), longest + max_new_tokens, device,
+                        model.compute_dtype)
         idx = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
-        hidden = model.hidden(idx, cache)                                       # one prefill for all samples
+        hidden = model.hidden(idx, cache)   # one prefill for all samples
         logits = model.logits(hidden[torch.arange(len(prompts)), lengths - 1])  # (prompts, V)
-        cache.pos = lengths.clone()      # behind a short prompt lies padding, which new tokens overwrite
+        cache.pos = lengths.clone()     # new tokens overwrite the padding behind a short prompt
         repeat = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
         cache, logits = cache.rows(repeat), logits[repeat]
-        rows = list(range(len(repeat)))                      # which completion each row of the batch is
+        rows = list(range(len(repeat)))     # which completion each row of the batch is
         texts, forced = [[] for _ in rows], [deque() for _ in rows]
         for step in range(max_new_tokens):
             probs = next_token_probs(logits, **sampling)
@@ -189,22 +213,22 @@ class Engine:
             alive = [i for i, row in enumerate(rows) if texts[row] is not None]
             if not alive or step == max_new_tokens - 1:
                 return
-            if len(alive) <= len(rows) // 2:     # finished rows cost as much as others: drop them in bulk
+            if len(alive) <= len(rows) // 2:    # finished rows cost as much: drop them in bulk
                 cache = cache.rows(torch.tensor(alive, device=device))
                 rows, next_ids = [rows[i] for i in alive], [next_ids[i] for i in alive]
             logits = model(torch.tensor(next_ids, device=device)[:, None], cache=cache)[:, -1]
 
     def prepare(self, prompts, stop):
-        prompts = [[self.tokenizer.eot, *self.tokenizer.encode_ordinary(p)] if isinstance(p, str) else list(p)
+        tokenizer, special = self.tokenizer, self.tokenizer.special
+        prompts = [[tokenizer.eot, *tokenizer.encode_ordinary(p)] if isinstance(p, str) else list(p)
                    for p in prompts]
-        special = self.tokenizer.special
         return prompts, {special["<|endoftext|>"], special["<|im_end|>"], *stop}
 
-    def generate(self, prompts, max_new_tokens=128, num_samples=1, temperature=1.0, top_k=None, top_p=None,
-                 min_p=None, seed=0, stop=()):
+    def generate(self, prompts, max_new_tokens=128, num_samples=1, temperature=1.0, top_k=None,
+                 top_p=None, min_p=None, seed=0, stop=()):
         """prompts: texts or id lists → Completions, num_samples for each prompt, in order.
 
-        A row ends with <|endoftext|>, <|im_end|> or an id in `stop`. The same seed gives the same samples.
+        A row ends with <|endoftext|>, <|im_end|> or an id in `stop`. Same seed, same samples.
         """
         prompts, stop = self.prepare(prompts, stop)
         sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -220,8 +244,9 @@ class Engine:
         self.model.train(training)
         return done
 
-    def stream(self, prompt, max_new_tokens=128, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=0, stop=()):
-        """Yields (id, text) a token, and (None, rest) last; a character is held back until its bytes are whole."""
+    def stream(self, prompt, max_new_tokens=128, temperature=1.0, top_k=None, top_p=None,
+               min_p=None, seed=0, stop=()):
+        """Yields (id, text) a token, (None, rest) last; a character waits until it is whole."""
         prompts, stop = self.prepare([prompt], stop)
         sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         self.model.eval()
@@ -233,9 +258,10 @@ class Engine:
         yield None, decoder.decode(b"", final=True)
 
     def answer(self, conversations, batch_size=64, **sampling):
-        """Replies to conversations (message lists, or questions as plain strings) → texts, tool calls included."""
+        """Replies to message lists, or to questions as plain strings → texts, with tool calls."""
         replies = []
-        conversations = [[dict(role="user", content=c)] if isinstance(c, str) else c for c in conversations]
+        conversations = [[dict(role="user", content=c)] if isinstance(c, str) else c
+                         for c in conversations]
         for i in range(0, len(conversations), batch_size):
             prompts = [self.tokenizer.render(messages, for_completion=True)[0]
                        for messages in conversations[i:i + batch_size]]
@@ -245,7 +271,6 @@ class Engine:
     def reply_text(self, completion):
         ids = completion.ids[:-1] if completion.finish == "stop" else completion.ids
         return self.tokenizer.decode(ids).strip()
-
 
 def find_run(run, stages, root="runs"):
     """The run that --model names; without a name, the newest one whose stage is among `stages`."""
@@ -258,9 +283,8 @@ def find_run(run, stages, root="runs"):
     raise SystemExit(f"no run in {root}/ is of stage {' or '.join(stages)}; a stage starts from "
                      "the one before it; run that first, or name a folder with --model")
 
-
 def read_problems(path):
-    """A .jsonl of {"question", "answer"} → problems with `messages`, the conversation to answer, `kind` and `check`.
+    """A .jsonl of {"question", "answer"} → problems, with `messages` to answer, `kind`, `check`.
 
     GSM8K's own rows are read as they are: of a worked solution only the result behind #### is kept.
     """
@@ -269,7 +293,8 @@ def read_problems(path):
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
             if line.strip():
                 p = json.loads(line)
-                p.setdefault("messages", [dict(role="user", content=p["question"])])
+                if "messages" not in p:
+                    p["messages"] = [dict(role="user", content=p["question"])]
                 p.setdefault("kind", "problems")
                 if p.setdefault("check", "final") == "final":
                     p["answer"] = final_answer(p["answer"]) or final_answer("#### " + p["answer"])
@@ -277,22 +302,22 @@ def read_problems(path):
                     raise ValueError("no answer, or an unknown check")
                 problems.append(p)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f'{path}, line {number if line else 0}: {error!r}; problems are lines of {{"question", "answer"}} '
-                         "in UTF-8; repair the file, or make one with python chat_sft.py make") from None
+        raise SystemExit(f"{path}, line {number if line else 0}: {error!r}; problems are lines of "
+                         '{"question", "answer"} in UTF-8; repair the file, or make one with '
+                         "python chat_sft.py make") from None
     if not problems:
-        raise SystemExit(f"{path} is empty; it must hold at least one problem; make some with python chat_sft.py make")
+        raise SystemExit(f"{path} is empty; it must hold at least one problem; make some with "
+                         "python chat_sft.py make")
     return problems
 
-
 def final_answer(text):
-    """What stands on the line behind the last ####, as GSM8K marks answers, without $ and commas; or None."""
+    """What the line holds behind the last ####, GSM8K's mark, without $ and commas; or None."""
     answer = text.rpartition("####")[2].split("\n")[0] if "####" in text else ""
     return answer.replace(",", "").strip(" $.").lower() or None
 
-
 def is_correct(reply, problem):
-    """Whether a reply solves {"answer", "check"}. "final": the answer is what stands behind ####; "contains": it
-    stands in the reply as a word; "overlap": they share at least 3 in 5 words (F1)."""
+    """Whether a reply solves {"answer", "check"}. "final": the answer is what stands behind ####;
+    "contains": it is a word of the reply; "overlap": they share at least 3 in 5 words (F1)."""
     answer, check = problem["answer"], problem["check"]
     if check == "final":
         return final_answer(reply) == final_answer("#### " + answer) is not None
@@ -301,10 +326,7 @@ def is_correct(reply, problem):
     ours, theirs = (Counter(re.findall(r"\w+", text.lower())) for text in (reply, answer))
     return 2 * (ours & theirs).total() >= 0.6 * max(1, ours.total() + theirs.total())
 
-
-# ---------------------------------------------------------------------------------------------------
-# The terminal
-
+# ---- The terminal --------------------------------------------------------------------------------
 
 def show_steps(engine, prompt, top, max_new_tokens, seed, sampling):
     """After each token, the `top` most probable next ones as bars, and which was drawn."""
@@ -319,7 +341,6 @@ def show_steps(engine, prompt, top, max_new_tokens, seed, sampling):
             mark = "←" if i == token else ""
             print(f"{i:8d}  {tokenizer.decode([i])!r:16s} {p:6.1%} {'█' * round(40 * p)} {mark}")
         ids.append(token)
-
 
 def chat(engine, system, max_new_tokens, seed, sampling):
     """A conversation in the terminal; an empty line or Ctrl-D ends it."""
@@ -342,7 +363,6 @@ def chat(engine, system, max_new_tokens, seed, sampling):
         messages = engine.tokenizer.parse([*prompt, *ids])
         seed += 1
 
-
 def main():
     parser = argparse.ArgumentParser(description="write with a trained model")
     parser.add_argument("--model", help="run folder; default: the newest under runs/")
@@ -350,29 +370,33 @@ def main():
     parser.add_argument("--file", help="read the prompt from this file")
     parser.add_argument("--num_samples", type=int, default=1, help="continuations of the prompt")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens at most")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token")
-    parser.add_argument("--top_k", type=int, help="keep the k most probable tokens")
-    parser.add_argument("--top_p", type=float, help="keep the most probable tokens that hold this share")
-    parser.add_argument("--min_p", type=float, help="keep tokens this many times as probable as the best")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the best token")
+    parser.add_argument("--top_k", type=int, help="keep the k best tokens")
+    parser.add_argument("--top_p", type=float, help="keep the best tokens that hold this share")
+    parser.add_argument("--min_p", type=float, help="least probability, as a share of the best's")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text")
     parser.add_argument("--top", type=int, help="show this many next tokens as bars, at each step")
     parser.add_argument("--chat", action="store_true", help="talk with an assistant")
     parser.add_argument("--system", help="system message for --chat")
-    parser.add_argument("--allow_base", action="store_true", help="--chat with a model that never saw a conversation")
+    parser.add_argument("--allow_base", action="store_true", help="--chat with a base model")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    run = find_run(args.model, ("sft", "rl") if args.chat and not args.allow_base else ("pretrain", "sft", "rl"))
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = auto if args.device == "auto" else args.device
+    chatting = args.chat and not args.allow_base
+    run = find_run(args.model, ("sft", "rl") if chatting else ("pretrain", "sft", "rl"))
     model, meta = load_checkpoint(run, device)
     tokenizer = Tokenizer.load(run)
-    print(f"{meta['run']}: stage {meta['stage']}, step {meta['step']}, {model.num_params():,} parameters", flush=True)
+    print(f"{meta['run']}: stage {meta['stage']}, step {meta['step']}, "
+          f"{model.num_params():,} parameters", flush=True)
     engine = Engine(model, tokenizer)
-    sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
+    sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p")}
     if args.chat:
         if meta["stage"] == "pretrain" and not args.allow_base:
-            raise SystemExit(f"{run} is a base model: it continues documents and answers nobody; chat needs a model of "
-                             "chat_sft.py; name one with --model, or see for yourself with --allow_base")
+            raise SystemExit(f"{run} is a base model: it continues documents and answers nobody; "
+                             "chat needs a model of chat_sft.py; name one with --model, or see for "
+                             "yourself with --allow_base")
         return chat(engine, args.system, args.max_new_tokens, args.seed, sampling)
     prompt = open(args.file, encoding="utf-8").read().rstrip("\n") if args.file else args.prompt
     if args.top:
@@ -382,7 +406,6 @@ def main():
         for _, text in engine.stream(prompt, args.max_new_tokens, seed=args.seed + i, **sampling):
             print(text, end="", flush=True)
         print()
-
 
 if __name__ == "__main__":
     try:
