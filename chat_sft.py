@@ -395,7 +395,7 @@ def main():
         stop = stops > 0
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise SystemExit(f"step {step}: loss {loss}, norm {norm}; training needs finite "
-                             f"numbers; nothing was saved over: resume {run} with a lower --lr")
+                             "numbers; what was saved is kept; try a lower --lr in another --out")
         left = 1 - step / max_steps
         # constant, then linearly to 0 over the last half
         lr_scale = min(1.0, (step + 1) / 10) * min(1.0, 2 * left)

@@ -59,7 +59,6 @@ GET_GSM8K = ("get test.jsonl from https://github.com/openai/grade-school-math, f
 
 # ---- Log-likelihood ------------------------------------------------------------------------------
 
-
 def token_spans(tokenizer, pairs):
     """(context, continuation) texts → spans (ids, start): ids[start:] is what gets scored.
 
@@ -70,7 +69,6 @@ def token_spans(tokenizer, pairs):
     wholes = tokenizer.encode_batch([context + continuation for context, continuation in pairs])
     return [([tokenizer.eot, *whole], 1 + len(os.path.commonprefix([context, whole[:-1]])))
             for context, whole in zip(contexts, wholes)]
-
 
 def batches(spans, block_size, batch_tokens):
     """Longest first, so that little is padding → (indices, inputs, targets (B, T)); -1: not scored.
@@ -90,7 +88,6 @@ def batches(spans, block_size, batch_tokens):
             ids, start = torch.tensor(ids[cut:]), max(1, start - cut)
             x[b, :len(ids) - 1], y[b, start - 1:len(ids) - 1] = ids[:-1], ids[start:]
         yield rows, x, y
-
 
 @torch.inference_mode()
 def score(model, spans):
@@ -113,7 +110,6 @@ def score(model, spans):
     model.train(training)
     return scores
 
-
 def measure(engine, questions, n, name):
     """questions: n pairs (spans, gold); gold None: greedy decoding must write the only span.
 
@@ -134,9 +130,7 @@ def measure(engine, questions, n, name):
             progress.set_postfix_str(f"accuracy {right / done:.3f}")
     return dict(accuracy=right / done, n=done, cut=cut)
 
-
 # ---- CORE and HellaSwag --------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Task:
@@ -150,17 +144,14 @@ class Task:
     delimiter: str = " "
     baseline: float = 0.0
 
-
 HELLASWAG = Task("hellaswag", "language_understanding/hellaswag.jsonl")
 CHAT_TASKS = [Task(label, f"world_knowledge/{label}.jsonl", "letters", baseline=0.25)
               for label in ("arc_easy", "arc_challenge", "mmlu")]
-
 
 def existing(path):
     """This file, with or without .gz; None where there is neither."""
     name = str(path).removesuffix(".gz")
     return next((p for p in (Path(name), Path(name + ".gz")) if p.is_file()), None)
-
 
 def read_rows(path):
     """The rows of a .jsonl or .jsonl.gz in the order of SEED."""
@@ -176,7 +167,6 @@ def read_rows(path):
     random.Random(SEED).shuffle(rows)
     return rows
 
-
 def candidates(task, row):
     """One (context, continuation) for each possible answer of a row."""
     if task.kind == "multiple_choice":
@@ -184,7 +174,6 @@ def candidates(task, row):
     if task.kind == "schema":
         return [(o + task.delimiter, row["continuation"]) for o in row["context_options"]]
     return [(row["context"].strip() + task.delimiter, row["continuation"])]
-
 
 def core_questions(tokenizer, task, rows, n):
     """The first n rows as questions; before each stand `shots` others with their right answers."""
@@ -198,7 +187,6 @@ def core_questions(tokenizer, task, rows, n):
         gold = None if task.kind == "language_modeling" else row["gold"]
         yield token_spans(tokenizer, pairs), gold
 
-
 def letter_questions(tokenizer, task, rows, n):
     """Multiple choice in the chat prompt: the candidates are the letters a reply may begin with."""
     for row in rows[:n]:
@@ -209,7 +197,6 @@ def letter_questions(tokenizer, task, rows, n):
         question = dict(role="user", content=f"{text}\n{options}Answer with one letter.")
         ids, _ = tokenizer.render([question], for_completion=True)
         yield [([*ids, *tokenizer.encode_ordinary(c)], len(ids)) for c in letters], row["gold"]
-
 
 def run_task(engine, task, path, max_examples=None):
     """→ {"accuracy", "n", "cut"} of one task."""
@@ -222,11 +209,9 @@ def run_task(engine, task, path, max_examples=None):
         raise SystemExit(f"{path}: a row has no {error}; every row of {task.kind} has one; get "
                          "the file again") from None
 
-
 def hellaswag(engine, path, max_examples=None):
     """Zero-shot accuracy on rows {"query", "choices", "gold"}."""
     return run_task(engine, HELLASWAG, path, max_examples)["accuracy"]
-
 
 def core_tasks(folder):
     """What core_tasks.csv lists; or core.yaml, with the baselines of eval_meta_data.csv."""
@@ -249,7 +234,6 @@ def core_tasks(folder):
                  json.loads(row["continuation_delimiter"]),
                  float(row["random_baseline_percent"]) / 100) for row in rows]
 
-
 def centered(accuracy, baseline):
     """Guessing → 0, all right → 1.
 
@@ -258,13 +242,11 @@ def centered(accuracy, baseline):
     """
     return (accuracy - baseline) / (1 - baseline)
 
-
 def run_tasks(engine, tasks, folder, max_examples):
     """Yields (label, baseline, result); a task without a file has the result None."""
     for task in tasks:
         path = existing(Path(folder, "eval_data", task.file))
         yield task.label, task.baseline, path and run_task(engine, task, path, max_examples)
-
 
 def mean_of(name, results):
     """(label, baseline, result) … → {name: mean of centered, "n", "tasks", "left_out"}."""
@@ -280,14 +262,11 @@ def mean_of(name, results):
     return {name: sum(task["centered"] for task in tasks.values()) / len(tasks),
             "n": sum(task["n"] for task in tasks.values()), "tasks": tasks, "left_out": left_out}
 
-
 def core(engine, folder, max_examples=None):
     """→ {"core": mean of centered, "n", "tasks": {label: result}, "left_out": [labels]}."""
     return mean_of("core", run_tasks(engine, core_tasks(folder), folder, max_examples))
 
-
 # ---- Replies to the chat prompt ------------------------------------------------------------------
-
 
 def solve(engine, path, max_examples=None, max_new_tokens=128):
     """Greedy replies to the problems of a file → {"accuracy", "n", "cut", "kinds"}.
@@ -311,7 +290,6 @@ def solve(engine, path, max_examples=None, max_new_tokens=128):
     return dict(accuracy=sum(map(sum, rights.values())) / len(problems), n=len(problems),
                 cut=sum(p["tokens"] >= room for p in problems), kinds=kinds)
 
-
 def chat_core(engine, folder, gsm8k, max_examples=None, max_new_tokens=256):
     """ChatCORE over what is at hand: letters against a baseline of .25, GSM8K against 0."""
     def results():
@@ -321,14 +299,11 @@ def chat_core(engine, folder, gsm8k, max_examples=None, max_new_tokens=256):
         yield "humaneval", 0.0, None
     return mean_of("chat_core", results())
 
-
 # ---- Measuring a run -----------------------------------------------------------------------------
-
 
 def digest(*paths):
     """12 hex digits that change with the content of these files."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
-
 
 def plan(args):
     """--tasks → [(name, its first file, arguments to remember)]; each needs one file at least."""
@@ -349,7 +324,6 @@ def plan(args):
                                           max_new_tokens=length)))
     return jobs
 
-
 def parse_args():
     parser = argparse.ArgumentParser(description="measure a model; see also: report, summary")
     add = parser.add_argument
@@ -364,7 +338,6 @@ def parse_args():
     if (args.max_examples or 0) < 0:
         raise SystemExit("--max_examples is below 0; it counts questions; leave it out for all")
     return args
-
 
 def evaluate():
     args = parse_args()
@@ -394,7 +367,6 @@ def evaluate():
         write_json(run / "eval.json", results)
         print(" | ".join([name, *figures(result)]), flush=True)
 
-
 def figures(result):
     """A task's result as the fields of a log line."""
     shares = {key: value for key, value in result.items() if isinstance(value, float)}
@@ -405,12 +377,10 @@ def figures(result):
             + [f"{key} {result[key]}" for key in ("n", "cut") if result.get(key)]
             + [f"left out: {left_out}"] * bool(left_out))
 
-
 # ---- What runs left on disk, and the demo's verdicts ---------------------------------------------
 
 STAGES = dict(pretrain="base", sft="SFT", rl="RL")
 CHANCE = dict(bits=0.5)         # even or odd; nobody guesses the answer to an open question
-
 
 def read_json(path):
     """A JSON object; {} where there is no file."""
@@ -418,7 +388,6 @@ def read_json(path):
         return json.loads(Path(path).read_text("utf-8")) if Path(path).is_file() else {}
     except ValueError as error:
         raise SystemExit(f"{path}: {error}; it is a JSON file; delete it, make it again") from None
-
 
 class Run:
     """A run's config.json, log.jsonl and eval.json; what is missing is empty."""
@@ -443,7 +412,6 @@ class Run:
         return [(row["step"], row[key]) for row in self.rows("step", key, *also)
                 if isinstance(row[key], (int, float)) and math.isfinite(row[key])]
 
-
 def accuracy_sources(runs):
     """[(source, {"base" | "SFT" | "RL": {kind: accuracy}})]; a source asked all the same, greedily.
 
@@ -467,7 +435,6 @@ def accuracy_sources(runs):
                 logged.setdefault(stage, {})[row["kind"]] = row["accuracy"]
     return [*sources.items(), *([("training logs", logged)] if logged else [])]
 
-
 def gain(runs, kind, before, after, wanted):
     """(whether accuracy rose by `wanted` points, and above chance; the figures as text)."""
     for source, stages in accuracy_sources(runs):
@@ -479,7 +446,6 @@ def gain(runs, kind, before, after, wanted):
                 f"{before} {a:.1%}, {after} {b:.1%}: {points:+.1f} points; wanted +{wanted}{chance}"
                 f" ({source.partition(':')[0]})")
     return False, f"no figure: no log or eval.json has {kind} of both {before} and {after}"
-
 
 def verdicts(runs):
     """[(passed, claim, figures)] for what the demo promises."""
@@ -495,9 +461,7 @@ def verdicts(runs):
     return [("pass" if passed else "fall short", claim, text)
             for claim, (passed, text) in claims.items()]
 
-
 # ---- The report; text from runs enters it only through table and curve, which escape it ----------
-
 
 def table(head, rows):
     """Column names and rows of anything → HTML; every cell is escaped."""
@@ -505,11 +469,9 @@ def table(head, rows):
     lines += ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
     return "<div class=wide><table><tr>" + "</tr>\n<tr>".join(lines) + "</tr></table></div>"
 
-
 def section(name, title, *parts):
     body = "\n".join(filter(None, parts)) or "<p>Nothing of this is recorded here.</p>"
     return f"<section id={name}>\n<h2>{title}</h2>\n{body}\n</section>"
-
 
 def curve(title, lines, levels={}, W=640, H=240):
     """An SVG of lines {name: [(step, y)]} and dashed levels {name: y}; "" if there is no point."""
@@ -540,13 +502,11 @@ def curve(title, lines, levels={}, W=640, H=240):
     return (f"<figure><figcaption>{escape(title)}, by step: {names}</figcaption>"
             f"<svg viewBox='0 0 {W} {H}'>{''.join(svg)}</svg></figure>")
 
-
 def ticks(low, high, most):
     """Round numbers between low and high: 0, 9.3, 5 → 0, 2, 4, 6, 8."""
     size = 10.0 ** math.floor(math.log10((high - low) / most))
     size *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * size) <= most)
     return [i * size for i in range(math.ceil(low / size), math.floor(high / size) + 1)]
-
 
 STYLE = """
 :root { color-scheme: light dark }
@@ -562,7 +522,6 @@ polyline { fill: none; stroke: currentColor; stroke-width: 1.5 }
 .grid { stroke: #8884 } .level { stroke: currentColor; stroke-dasharray: 5 4 }
 """
 
-
 def filter_table(funnel):
     """funnel: the rows of index.json that prepare_fineweb.py wrote, one a step."""
     if not funnel:
@@ -574,14 +533,12 @@ def filter_table(funnel):
     return table(("step", "in", "kept", "share", "MB of text", "pages/s", "why dropped",
                   "noted, not dropped"), rows)
 
-
 def gallery(run, most=12):
     """What the model wrote at some steps, the first and the last among them."""
     rows = dict.fromkeys((row["step"], row["sample"]) for row in run.rows("step", "sample"))
     steps = sorted({step for step, _ in rows})
     shown = {steps[i * (len(steps) - 1) // (most - 1)] for i in range(most)} if steps else ()
     return rows and table((f"{run.path}, step", "sample"), [row for row in rows if row[0] in shown])
-
 
 def run_curves(runs):
     """{section: curves}; a curve is "" where a log has no such rows."""
@@ -605,7 +562,6 @@ def run_curves(runs):
             curve(f"{run.path}, greedy accuracy on held-out problems", held_out, chance)]
     return parts
 
-
 def accuracy_tables(runs):
     """One table a source; a stage that it did not ask has a dash."""
     for source, stages in accuracy_sources(runs):
@@ -613,7 +569,6 @@ def accuracy_tables(runs):
                          for s in STAGES.values()), f"{CHANCE.get(kind, 0):.0%}")
                 for kind in dict.fromkeys(itertools.chain(*stages.values()))]
         yield table((source, "base (before SFT)", "SFT (after)", "RL", "chance"), rows)
-
 
 def result_rows(runs):
     """(run, task, figures) of each eval.json, the tasks of a mean below it."""
@@ -623,20 +578,21 @@ def result_rows(runs):
             for label, task in result.get("tasks", {}).items():
                 yield run.path, f"· {label}", " | ".join(figures(task))
 
-
 def cost_table(runs, funnel):
     """Seconds from the end of each log; the trainer's own running cost counts every GPU it used."""
     seconds = sum(row.get("seconds", 0) for row in funnel)
-    rows = [("data", "", "", f"{timedelta(seconds=int(seconds))}, summed over workers", "")] if funnel else []
+    rows = []
+    if funnel:
+        rows.append(("data", "", "", f"{timedelta(seconds=int(seconds))}, all workers", ""))
     for run in runs:
         price = run.header.get("flags", {}).get("gpu_hour_usd") or 0
         usd = [run.seconds / 3600 * price, *(row["usd"] for row in run.rows("usd"))][-1]
         steps = max((row["step"] for row in run.rows("step")), default="–")
         cost = f"${usd:.2f}" if price else "–"
         rows.append((run.path, run.stage, steps, str(timedelta(seconds=int(run.seconds))), cost))
-    rows.append(("all runs", "", "", str(timedelta(seconds=int(sum(run.seconds for run in runs)))), ""))
+    total = timedelta(seconds=int(sum(run.seconds for run in runs)))
+    rows.append(("all runs", "", "", str(total), ""))
     return table(("", "stage", "steps", "h:mm:ss", "cost"), rows)
-
 
 def report(runs, funnel, out):
     """Writes one HTML file: no script, no image, no font, nothing to load."""
@@ -664,7 +620,6 @@ def report(runs, funnel, out):
     part.replace(out)
     print(f"{out}: {len(page) / 1e3:.0f} kB, open it in a browser")
 
-
 def summary(runs, funnel, strict):
     """Prints the verdicts; returns the exit status."""
     for last in funnel[-1:]:
@@ -673,7 +628,6 @@ def summary(runs, funnel, strict):
     for verdict, claim, text in judged:
         print(f"{verdict:10s} | {claim:32s} | {text}")
     return int(strict and any(verdict != "pass" for verdict, _, _ in judged))
-
 
 def read_runs():
     """The two subcommands that only read what runs left on disk."""
@@ -691,10 +645,8 @@ def read_runs():
         raise SystemExit(summary(runs, funnel, args.strict))
     report(runs, funnel, args.out or runs[-1].path / "report.html")
 
-
 def main():
     read_runs() if sys.argv[1:2] in (["report"], ["summary"]) else evaluate()
-
 
 if __name__ == "__main__":
     main()

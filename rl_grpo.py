@@ -159,8 +159,8 @@ def learn(model, optimizer, ranks, ids, mask, advantage, args, lr_scale, referen
         norm = optimizer.average_grads()
         loss, kl = ranks.sum(loss, kl)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise SystemExit(f"loss {loss}, norm {norm}; training needs finite numbers; nothing "
-                             f"was saved over: resume {args.out} with a lower --lr")
+            raise SystemExit(f"loss {loss}, norm {norm}; training needs finite numbers; what "
+                             "was saved is kept; try a lower --lr in another --out")
         optimizer.step(lr_scale, min(1.0, 1.0 / (norm + 1e-6)))
     return loss, norm, kl if reference is not None else None
 

@@ -277,7 +277,7 @@ def main():
         last = step == args.max_steps
         if (step % args.eval_every == 0 or last) and (step == 0 or step > first_step):
             val_loss, val_bpb = evaluate(model, val_shards, token_bytes, T, args.batch_size, ranks,
-                                         max_tokens=None if last else args.val_tokens)
+                                         None if last else args.val_tokens)
             log(step, val_loss=val_loss, val_bpb=val_bpb)
             if ranks.is_main:
                 for i, prompt in enumerate(("The", "Return the")):
@@ -307,7 +307,7 @@ def main():
         stop = stops > 0
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise SystemExit(f"step {step}: loss {loss}, norm {norm}; training needs finite "
-                             f"numbers; nothing was saved over: resume {run} with a lower --lr")
+                             "numbers; what was saved is kept; try a lower --lr in another --out")
         lr_scale, momentum, decay_scale = schedule(step, args.max_steps, modern=config.rms_norm)
         # GPT-2 clips at norm 1; the modern recipe never reaches a norm where clipping would matter
         grad_scale = 1.0 if config.rms_norm else min(1.0, 1.0 / (norm + 1e-6))
