@@ -1,36 +1,33 @@
 """The web of the demo: a documentation site for the Python software that requirements.txt brings.
 
-A page for every public module of it and of the standard library: its docstring, then for each
-public class, function and method its qualified signature as a heading, and its docstring. Sources
-are read with `ast`; nothing is imported or run. As on the real web there are also pages to drop:
-translations, mirrors, an advertisement, dead links, a private folder.
+A page for every public module of it and of the standard library: docstrings, and signatures as
+headings, read with `ast`; nothing is imported or run. As on the real web there are also pages to
+drop: a translation, mirrors, an advertisement, dead links, a private folder.
 
-    python tests/manual_site.py --packages textwrap,heapq    prints its address, then serves
+    python tests/manual_site.py textwrap heapq    prints its address, then serves these two only
 """
-import argparse
 import ast
 import contextlib
 import inspect
 import os
 import re
+import sys
 import sysconfig
+from collections import defaultdict
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
 
 SKIPPED = {"test", "tests", "testing", "idle_test", "site-packages", "lib2to3", "pydoc_data"}
-MIRRORED = "textwrap heapq bisect csv fractions statistics shelve sched queue graphlib".split()
 WRITTEN = {  # the pages that do not come from a docstring
     "/de/": "Hier ist die Beschreibung aller Module, die auf diesem Rechner installiert sind.",
-    "/fr/": "Vous trouverez sur ces pages la description de tous les modules de cette machine.",
-    "/es/": "Aquí se encuentra la descripción de todos los módulos que están en esta máquina.",
     "/contact.html": "If a page is wrong, write to editors@manual-site.net. The address of this "
                      "machine is 151.101.1.69 from the outside, and 127.0.0.1 from the inside.",
     "/casino/free-spins.html": "Claim the free spins that are waiting for you at our tables.",
-    "/private/notes.html": "A crawler that keeps to robots.txt never reads this page.",
-}
-
+    "/private/notes.html": "A crawler that keeps to robots.txt never reads this page."}
+MIRRORED = "textwrap heapq bisect csv fractions statistics shelve sched queue graphlib".split()
+LINKED = [*WRITTEN, "/missing.html", *(f"/mirror/{name}.html" for name in MIRRORED)]
 
 def required_packages():
     """Top names of what requirements.txt installs, so that other packages change nothing."""
@@ -40,11 +37,9 @@ def required_packages():
         with contextlib.suppress(metadata.PackageNotFoundError):
             package = metadata.distribution(name)
             tops |= {path.parts[0].removesuffix(".py") for path in package.files or ()}
-            needs = [re.match(r"[\w.-]+", need)[0] for need in package.requires or ()
-                     if "extra ==" not in need]
+            needs = re.findall(r"(?m)^[\w.-]+\b(?!.*extra ==)", "\n".join(package.requires or ()))
             todo += [need for need in needs if need not in todo]
     return tops
-
 
 def find_modules(packages):
     """{dotted name: source path} of public modules, sorted; `packages` limits the top names."""
@@ -58,7 +53,6 @@ def find_modules(packages):
             if is_public and (parts[0] in wanted or (key == "stdlib" and not packages)):
                 found[".".join(parts)] = path
     return dict(sorted(found.items()))
-
 
 def prose(docstring):
     """A docstring as HTML: <p> for a paragraph or an argument's lines, <pre> for code, tables."""
@@ -79,7 +73,6 @@ def prose(docstring):
         in_code = in_code or block.rstrip().endswith("::")
     return "\n".join(out)
 
-
 def entries(prefix, body, level=2):
     """HTML of every public, documented class, function and method, in source order."""
     for node in body:
@@ -97,19 +90,17 @@ def entries(prefix, body, level=2):
                 yield f"<h{level}>{escape(f'{name}({listed})')}</h{level}>\n{prose(docstring)}"
             yield from entries(name, node.body, min(level + 1, 6)) if is_class else ()
 
-
 class Site:
-    """`page(path)` → (HTTP status, content type, text); module pages are built on demand."""
-
+    """`page(path)` → (HTTP status, content type, text), built anew each time it is asked for."""
     def __init__(self, packages=()):
-        self.modules, self.parent, self.cache = find_modules(packages), {}, {}
-        self.children = {name: [] for name in ["", *self.modules]}
+        self.modules, self.children = find_modules(packages), defaultdict(list)
         for name in self.modules:
-            up = name.rpartition(".")[0]
-            while up not in self.children:  # a folder without __init__.py has no page
-                up = up.rpartition(".")[0]
-            self.parent[name] = up
-            self.children[up].append(name)
+            self.children[self.parent(name)].append(name)
+
+    def parent(self, name):
+        """The nearest package above a module that has a page; "" is the site's first page."""
+        up = name.rpartition(".")[0]
+        return up if up in self.modules or not up else self.parent(up)
 
     def frame(self, title, body, near=(), status=200):
         links = " ".join(f'<a href="/{name}.html">{name}</a>' for name in near)
@@ -120,33 +111,29 @@ class Site:
             "<footer><p>This site uses cookies; see our terms of use.</p></footer></body></html>")
 
     def page(self, path):
-        folder, _, name = path.removesuffix(".html").rpartition("/")
         if path == "/robots.txt":
             return 200, "text/plain", "User-agent: *\nDisallow: /private/\n"
         if path == "/":
-            more = [f"/mirror/{name}.html" for name in MIRRORED if name in self.modules]
-            links = " ".join(f'<a href="{p}">{p}</a>' for p in [*WRITTEN, "/missing.html", *more])
+            links = " ".join(f'<a href="{link}">{link}</a>' for link in LINKED)
             return self.frame("Manual of this machine", f"<p>{links}</p>", self.children[""])
         if path in WRITTEN:
             return self.frame(path.strip("/"), f"<p>{WRITTEN[path]}</p>")
-        if folder not in ("", "/mirror") or name not in self.modules:
-            return self.frame("404 Not Found", f"<p>There is no {escape(path)}.</p>", status=404)
+        name = path.removeprefix("/mirror").removeprefix("/").removesuffix(".html")
         try:
             tree = ast.parse(self.modules[name].read_bytes())
-        except (SyntaxError, ValueError, RecursionError):  # templates that only look like modules
-            return self.frame(name, "<p>The source of this module cannot be read.</p>")
-        up, below = self.parent[name], self.children[name]
+        except (KeyError, SyntaxError, ValueError, RecursionError):  # some only look like modules
+            return self.frame("404 Not Found", f"<p>There is no {escape(path)}.</p>", status=404)
+        up, near = self.parent(name), self.children[name]
+        near = [*near, up, *self.children[up][:200]] if up else near
         body = "\n".join([prose(ast.get_docstring(tree)), *entries(name, tree.body)])
-        title = name + " (a copy kept by a mirror of this manual)" * (folder == "/mirror")
-        return self.frame(title, body, [*below, up, *self.children[up][:200]] if up else below)
-
+        return self.frame(name + " (a copy)" * path.startswith("/mirror/"), body, near)
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # keeps the connection open between pages
+    log_message = lambda *_: None
 
     def do_GET(self):
-        path, site = self.path.partition("?")[0], self.server.site
-        site.cache[path] = status, mime, text = site.cache.get(path) or site.page(path)
+        status, mime, text = self.server.site.page(self.path.partition("?")[0])
         body = text.encode("utf-8", "replace")
         self.send_response(status)
         self.send_header("Content-Type", mime)
@@ -154,20 +141,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    log_message = lambda *_: None
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--packages", default="", help="comma-separated top names (default: all)")
-    args = parser.parse_args()
     server, parent = ThreadingHTTPServer(("127.0.0.1", 0), Handler), os.getppid()
-    server.site = Site(args.packages.split(",") if args.packages else ())
+    server.site = Site(sys.argv[1:])
     print(f"http://127.0.0.1:{server.server_port}/", flush=True)
     # a parent that is killed cannot stop its child, so the child looks whether it is still there
     server.service_actions = lambda: os.getppid() == parent or os._exit(0)
     server.serve_forever()
-
 
 if __name__ == "__main__":
     main()
