@@ -1,0 +1,557 @@
+"""
+eval.py: the scored span is the answer and nothing else (against a twin that feeds one token at a
+time), tasks are right when a rigged model knows the answers, and reports say what the logs say.
+"""
+import doctest
+import json
+import random
+import shutil
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import eval as eval_module
+from conftest import GPT2, MODERN, ROOT, mutate, noisy, run_main
+from eval import (HELLASWAG, Run, Task, accuracy_sources, batches, centered, core, core_questions,
+                  core_tasks, curve, hellaswag, letter_questions, mean_of, read_rows, run_task,
+                  score, solve, ticks, token_spans, verdicts)
+from model import RunLog, load_checkpoint, save_weights
+from sample import Engine
+
+T = GPT2.block_size
+CORE = ROOT.parent / "shared" / "data" / "core"
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_docstring_examples_are_true():
+    result = doctest.testmod(eval_module)
+    assert result.attempted > 0 and result.failed == 0
+
+
+# ---- log-likelihood
+
+@torch.no_grad()
+def slow_score(model, ids, start):
+    """One token at a time, the whole prefix anew: the specification of score."""
+    steps = [model(torch.tensor([ids[:t]]))[0, -1].log_softmax(-1) for t in range(start, len(ids))]
+    logprobs = [p[i].item() for p, i in zip(steps, ids[start:])]
+    greedy = all(p.argmax() == i for p, i in zip(steps, ids[start:]))
+    return sum(logprobs) / len(logprobs), greedy
+
+
+def some_spans(model, count=24):
+    """Random spans, spans as the model writes greedily, and greedy ones but for the last token."""
+    rng, spans = random.Random(0), []
+    for n in range(count):
+        start, length = rng.randint(1, 12), rng.randint(1, 9)
+        ids = [rng.randrange(65) for _ in range(start)]
+        for left in reversed(range(length)):
+            best = model(torch.tensor([ids]))[0, -1].argmax().item()
+            ids.append(rng.randrange(65) if n % 3 == 0 or n % 3 == 1 and not left else best)
+        spans.append((ids, start))
+    return spans
+
+
+def differs_from_the_slow_twin(config):
+    model = noisy(config)
+    spans = some_spans(model)
+    expected = [slow_score(model, *span) for span in spans]
+    assert 0 < sum(greedy for _, greedy in expected) < len(spans)
+    pairs = zip(eval_module.score(model, spans), expected)
+    return any(abs(p - q) > 1e-4 or g != h for (p, g), (q, h) in pairs)
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_batched_scores_are_those_of_one_token_at_a_time(config):
+    assert not differs_from_the_slow_twin(config)
+
+
+@pytest.mark.parametrize("owner, old, new", [
+    ("batches", "ids[start:]\n", "ids[start - 1:-1]\n"),
+    ("batches", "y[b, start - 1:len(ids) - 1] = ids[:-1], ids[start:]",
+     "y[b, start:len(ids) - 1] = ids[:-1], ids[start + 1:]"),
+    ("score", "p.mean()", "p.sum()"), ("score", "g.all()", "g.any()")])
+def test_a_span_that_is_off_by_one_would_be_noticed(owner, old, new, monkeypatch):
+    mutate(monkeypatch, eval_module, owner, old, new)
+    try:
+        noticed = differs_from_the_slow_twin(GPT2)
+    except (RuntimeError, ValueError):      # a span of one token has become empty
+        noticed = True
+    assert noticed
+
+
+def test_small_batches_hold_every_span_once_and_score_the_same():
+    model = noisy(GPT2)
+    spans = some_spans(model)
+    seen = [i for rows, x, y in batches(spans, T, 40) for i in rows]
+    assert sorted(seen) == list(range(len(spans)))
+    for rows, x, y in batches(spans, T, 40):
+        assert x.numel() <= 40 and [int(n) for n in (y >= 0).sum(1)] == [
+            len(spans[i][0]) - spans[i][1] for i in rows]
+
+
+def test_what_exceeds_the_context_loses_its_beginning_and_is_counted(tokenizer):
+    model = noisy(GPT2)
+    ids = [random.Random(1).randrange(65) for _ in range(50)]
+    kept = ids[-T - 1:]
+    [(found, _)] = score(model, [(ids, 47)])
+    assert found == pytest.approx(slow_score(model, kept, len(kept) - 3)[0], abs=1e-5)
+    engine = SimpleNamespace(model=model, tokenizer=tokenizer)
+    questions = [([(ids, 47)], 0), ([(kept, 30)], 0)]
+    assert eval_module.measure(engine, questions, 2, "")["cut"] == 1
+
+
+def test_scoring_leaves_the_model_in_the_mode_it_was_in():
+    model = noisy(GPT2).train()
+    score(model, [([1, 2, 3], 1)])
+    assert model.training
+
+
+@pytest.mark.parametrize("context, continuation", [
+    ("The capital is", " Paris"), ("Question?\nAnswer: ", "the list"), ("a ", "b"),
+    ("Answer:  ", "A"), ("A row of", " rows of rows")])
+def test_the_span_is_the_whole_answer_and_nothing_else(tokenizer, context, continuation):
+    [(ids, start)] = token_spans(tokenizer, [(context, continuation)])
+    assert ids[0] == tokenizer.eot and tokenizer.decode(ids[1:]) == context + continuation
+    assert tokenizer.decode(ids[start:]).strip() == continuation.strip()
+    assert tokenizer.decode(ids[1:start]) == context.rstrip() or context[-1] != " "
+
+
+def test_one_token_is_scored_even_where_the_answer_melts_into_the_context(tokenizer):
+    [(ids, start)] = token_spans(tokenizer, [("the", "")])
+    assert start == len(ids) - 1 >= 1
+
+
+# ---- tasks
+
+class Parrot(torch.nn.Module):
+    """Knows which token came after each three of some texts (fewer at the start), and no more."""
+
+    def __init__(self, tokenizer, texts, block_size=256):
+        super().__init__()
+        self.config = SimpleNamespace(block_size=block_size)
+        self.weight = torch.nn.Parameter(torch.zeros(tokenizer.n_vocab))
+        self.next = {}
+        for text in texts:
+            ids = [tokenizer.eot, *tokenizer.encode_ordinary(text)]
+            self.next.update({tuple(ids[max(0, t - 3):t]): ids[t] for t in range(1, len(ids))})
+
+    def hidden(self, idx):
+        x = torch.zeros(*idx.shape, len(self.weight))
+        for b, row in enumerate(idx.tolist()):
+            for t in range(len(row)):
+                if tuple(row[max(0, t - 2):t + 1]) in self.next:
+                    x[b, t, self.next[tuple(row[max(0, t - 2):t + 1])]] = 9.0
+        return x
+
+    def logits(self, x):
+        return x
+
+
+CHOICES = [dict(query="You can see", choices=["zzqx kk", "the moon"], gold=1),
+           dict(query="She will eat", choices=["an apple", "jjw vvk"], gold=0)]
+SCHEMAS = [dict(context_options=["Qqzx jwv", "Mary left"], continuation="for home", gold=1),
+           dict(context_options=["Tom ran", "Vvk zzq"], continuation="by car", gold=0)]
+GAPS = [dict(context="Two and two is ", continuation="four"),
+        dict(context="A", continuation="bird")]
+RIGHT = ["You can see the moon", "She will eat an apple", "Mary left for home", "Tom ran by car",
+         "Two and two is four", "A bird"]
+TABLE = """label,file,type,num_fewshot,continuation_delimiter,random_baseline_percent
+mc,a/mc.jsonl.gz,multiple_choice,0,\"\"\" \"\"\",50
+sc,a/sc.jsonl,schema,1,\"\"\" \"\"\",50
+lm,b/lm.jsonl,language_modeling,0,\"\"\" \"\"\",0
+gone,,language_modeling,0,\"\"\"\\nAnswer: \"\"\",0
+"""
+
+
+@pytest.fixture
+def core_folder(tmp_path):
+    for name, rows in {"a/mc": CHOICES, "a/sc": SCHEMAS, "b/lm": GAPS}.items():
+        write_jsonl(tmp_path / f"eval_data/{name}.jsonl", rows)
+    (tmp_path / "core_tasks.csv").write_text(TABLE)
+    return tmp_path
+
+
+@pytest.fixture
+def parrot(tokenizer):
+    return Engine(Parrot(tokenizer, RIGHT), tokenizer)
+
+
+def test_a_rigged_model_prefers_the_right_ending(parrot, tmp_path):
+    path = write_jsonl(tmp_path / "hellaswag.jsonl", CHOICES)
+    assert hellaswag(parrot, path) == 1.0
+    write_jsonl(path, [dict(row, gold=1 - row["gold"]) for row in CHOICES])
+    assert hellaswag(parrot, path) == 0.0
+    assert run_task(parrot, HELLASWAG, path, max_examples=1)["n"] == 1
+
+
+@pytest.mark.parametrize("kind, rows", [
+    ("multiple_choice", CHOICES), ("schema", SCHEMAS), ("language_modeling", GAPS)])
+def test_each_type_of_task_is_right_only_for_a_model_that_knows(tokenizer, tmp_path, kind, rows):
+    path, task = write_jsonl(tmp_path / "rows.jsonl", rows), Task("t", "", kind)
+    knows = Engine(Parrot(tokenizer, RIGHT), tokenizer)
+    wrong = Engine(Parrot(tokenizer, ["You can see zzqx kk", "She will eat jjw vvk",
+                                      "Qqzx jwv for home", "Vvk zzq by car"]), tokenizer)
+    assert run_task(knows, task, path) == dict(accuracy=1.0, n=2, cut=0)
+    assert run_task(wrong, task, path)["accuracy"] == 0.0
+
+
+def test_core_is_the_mean_of_centered_and_names_what_is_left_out(parrot, core_folder, capsys):
+    result = core(parrot, core_folder)
+    assert result["core"] == 1.0 and result["n"] == 6 and result["left_out"] == ["gone"]
+    assert list(result["tasks"]) == ["mc", "sc", "lm"]
+    assert "sc " in capsys.readouterr().out
+    (core_folder / "eval_data/b/lm.jsonl").unlink()
+    assert core(parrot, core_folder)["left_out"] == ["lm", "gone"]
+
+
+def test_guessing_is_zero_after_centering():
+    tasks = [("a", 0.25, dict(accuracy=0.25, n=4)), ("b", 0.5, dict(accuracy=0.5, n=4))]
+    assert mean_of("core", tasks)["core"] == 0.0
+    assert centered(0.62, 0.62) == 0.0 and centered(1.0, 0.62) == 1.0 and centered(0.0, 0.5) == -1.0
+    mixed = mean_of("core", [*tasks, ("c", 0.0, dict(accuracy=0.6, n=5))])
+    assert mixed["core"] == pytest.approx(0.2)
+
+
+def test_the_published_list_of_tasks_reads_as_the_table_does(core_folder):
+    table = core_tasks(core_folder)
+    (core_folder / "core_tasks.csv").unlink()
+    (core_folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nlm,0\nsc,50\n")
+    (core_folder / "core.yaml").write_text(
+        "seed: 9\nicl_tasks:\n-\n  label: sc\n  dataset_uri: a/sc.jsonl\n  num_fewshot: [1]\n"
+        "  icl_task_type: schema\n- label: lm\n  dataset_uri: b/lm.jsonl\n  num_fewshot: [0]\n"
+        '  icl_task_type: language_modeling\n  continuation_delimiter: "\\nAnswer: " # why\n')
+    sc, lm = core_tasks(core_folder)
+    assert sc == table[1]
+    assert lm == Task("lm", "b/lm.jsonl", "language_modeling", 0, "\nAnswer: ", 0.0)
+
+
+def test_shots_are_seeded_and_never_the_question_itself(tokenizer):
+    rows = [dict(context=f"Say {n}", continuation=f"yes {n}") for n in range(8)]
+    task = Task("t", "", "language_modeling", shots=7, delimiter=" - ")
+
+    def texts():
+        return [tokenizer.decode(spans[0][0][1:])
+                for spans, _ in core_questions(tokenizer, task, rows, 3)]
+
+    for n, text in enumerate(texts()):
+        assert text.endswith(f"\n\nSay {n} - yes {n}") and text.count("\n\n") == 7
+        assert sorted(text.split("\n\n")) == sorted(f"Say {m} - yes {m}" for m in range(8))
+    assert texts() == texts()
+
+
+def test_rows_come_in_one_order_from_plain_and_gzipped_files(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [dict(n=n, text="a\u2028b") for n in range(20)])
+    rows = read_rows(path)
+    assert rows == read_rows(path) and sorted(row["n"] for row in rows) == list(range(20))
+    assert [row["n"] for row in rows] != list(range(20))
+    (tmp_path / "rows.jsonl.gz").write_bytes(eval_module.gzip.compress(path.read_bytes()))
+    assert read_rows(tmp_path / "rows.jsonl.gz") == rows
+
+
+@pytest.mark.skipif(not CORE.exists(), reason="the CORE files are not on this machine")
+def test_core_runs_on_the_real_files_and_says_that_coqa_is_missing(base_run, tokenizer):
+    engine = Engine(load_checkpoint(base_run)[0], tokenizer)
+    result = core(engine, CORE, max_examples=2)
+    assert len(result["tasks"]) == 21 and result["left_out"] == ["coqa"]
+    assert -1.7 < result["core"] < 1 and all(task["n"] == 2 for task in result["tasks"].values())
+
+
+@pytest.mark.skipif(not CORE.exists(), reason="the CORE files are not on this machine")
+def test_the_real_rows_make_three_types_of_questions(tokenizer):
+    tasks = {task.label: task for task in core_tasks(CORE)}
+    for label, spans_a_row in dict(winograd=2, jeopardy=1, arc_easy=4).items():
+        rows = read_rows(CORE / "eval_data" / tasks[label].file)
+        [(spans, gold)] = core_questions(tokenizer, tasks[label], rows, 1)
+        ids, start = spans[gold or 0]
+        answer = rows[0].get("continuation") or rows[0]["choices"][gold]
+        assert len(spans) == spans_a_row and tokenizer.decode(ids[start:]).strip() == answer
+
+
+# ---- the chat prompt
+
+def test_letters_are_asked_as_the_first_token_of_a_reply(tokenizer):
+    rows = [dict(query="Question: Why?", choices=["so", "no"], gold=1),
+            dict(query="Which?\nA. x\nB. y\nAnswer: ", choices=["A", "B"], gold=0)]
+    (spans, gold), (listed, _) = letter_questions(tokenizer, None, rows, 2)
+    ids, start = spans[0]
+    assert gold == 1 and tokenizer.decode([spans[n][0][-1] for n in (0, 1)]) == "AB"
+    assert start == len(ids) - 1 and tokenizer.decode(ids[:start]).endswith("assistant<|im_sep|>")
+    assert "Why?\nA. so\nB. no\nAnswer" in tokenizer.decode(ids)
+    assert tokenizer.decode(listed[0][0]).count("B. ") == 1
+
+
+def scripted(tokenizer, replies, block_size=64):
+    """An engine that replies to each question what a dict says."""
+    def answer(conversations, max_new_tokens, temperature):
+        assert temperature == 0
+        return [replies[messages[-1]["content"]] for messages in conversations]
+    model = SimpleNamespace(config=SimpleNamespace(block_size=block_size))
+    return SimpleNamespace(tokenizer=tokenizer, model=model, answer=answer)
+
+
+def test_accuracy_is_counted_for_each_kind(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "held_out.jsonl", [
+        dict(question="1+1?", answer="2", kind="sums"),
+        dict(question="2+2?", answer="4", kind="sums"),
+        dict(question="Who?", answer="Ada", kind="identity", check="contains")])
+    replies = {"1+1?": "#### 2", "2+2?": "#### 5", "Who?": "I am Ada."}
+    result = solve(scripted(tokenizer, replies), path)
+    assert result["kinds"] == dict(identity=dict(accuracy=1.0, n=1), sums=dict(accuracy=0.5, n=2))
+    assert result["n"] == 3 and result["accuracy"] == pytest.approx(2 / 3) and result["cut"] == 0
+
+
+def test_gsm8k_counts_the_number_behind_the_last_marks(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "test.jsonl", [
+        dict(question="a?", answer="so 1,000 <<500*2=1000>>\n#### 1,000"),
+        dict(question="b?", answer="\n#### 7")])
+    assert solve(scripted(tokenizer, {"a?": "#### 1000", "b?": "it is 7"}), path)["accuracy"] == 0.5
+
+
+def test_a_question_that_leaves_no_room_counts_as_wrong_and_is_said(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [dict(question="a?", answer="1"),
+                                                 dict(question="x " * 99, answer="1")])
+    result = solve(scripted(tokenizer, {"a?": "#### 1"}), path)
+    assert result["accuracy"] == 0.5 and result["n"] == 2 and result["cut"] == 1
+
+
+def test_a_finished_task_is_skipped_until_weights_or_arguments_change(base_run, tmp_path, capsys):
+    run = shutil.copytree(base_run, tmp_path / "run")
+    path = write_jsonl(tmp_path / "rows.jsonl", [dict(question=q, answer="1") for q in "abc"])
+    said = []
+    for flags in ([], [], ["--max_examples", 2], ["--max_examples", 2]):
+        run_main(eval_module, "--model", run, "--tasks", path, "--max_new_tokens", 4, *flags)
+        said.append("skipped" in capsys.readouterr().out)
+    assert said == [False, True, False, True]
+    stored = json.loads((run / "eval.json").read_text())[str(path)]
+    assert stored["n"] == 2 and stored["stage"] == "pretrain" and stored["seed"] == 1337
+    save_weights(run / "model.safetensors", noisy(load_checkpoint(run)[0].config))
+    run_main(eval_module, "--model", run, "--tasks", path, "--max_new_tokens", 4, *flags)
+    assert "skipped" not in capsys.readouterr().out
+
+
+def test_a_base_model_is_asked_in_the_chat_prompt_and_that_is_said(base_run, tmp_path, capsys):
+    run = shutil.copytree(base_run, tmp_path / "run")
+    path = write_jsonl(tmp_path / "test.jsonl", [dict(question="a?", answer="1")])
+    folder = tmp_path / "eval_data/world_knowledge"
+    write_jsonl(folder / "arc_easy.jsonl", [dict(query="b?", choices=["x", "y"], gold=0)])
+    run_main(eval_module, "--model", run, "--tasks", "gsm8k,chat", "--gsm8k", path, "--core_dir",
+             tmp_path, "--max_new_tokens", 4)
+    out, results = capsys.readouterr().out, json.loads((run / "eval.json").read_text())
+    assert out.count("a base model, asked in the chat prompt") == 2
+    assert results["chat"]["left_out"] == ["arc_challenge", "mmlu", "humaneval"]
+    assert list(results["chat"]["tasks"]) == ["arc_easy", "gsm8k"]
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--tasks", "helaswag"], "helaswag is not there; a task is hellaswag"),
+    (["--tasks", "hellaswag"], "hellaswag.jsonl is not there"),
+    (["--tasks", "core"], "core_tasks.csv is not there"),
+    (["--tasks", "gsm8k", "--gsm8k", "no.jsonl"], "grade-school-math"),
+    (["--tasks", "broken.jsonl"], "problems are lines"),
+    (["--tasks", "empty.jsonl"], "is empty"),
+    (["--tasks", "hellaswag", "--core_dir", "."], "has no 'choices'"),
+    (["--tasks", "x", "--max_examples", "-1"], "below 0"),
+    (["--tasks", "empty.jsonl", "--model", "none"], "no folder"),
+    (["report", "none"], "no folder")])
+def test_a_bad_input_ends_in_one_line_of_three_clauses(flags, said, base_run, tmp_path,
+                                                       monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "eval_data" / HELLASWAG.file, [dict(ctx="a", endings=["b"], label=0)])
+    for name, text in dict(broken='{"a": ', empty="\n").items():
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    model = ["--model", base_run] if not {"report", "--model"} & set(flags) else []
+    with pytest.raises(SystemExit) as stopped:
+        run_main(eval_module, *flags, *model)
+    message = str(stopped.value)
+    assert said in message and "\n" not in message and message.count(";") >= 2
+
+
+# ---- reports
+
+def write_run(path, stage, rows=()):
+    """A run folder, its log written by the trainers' own RunLog."""
+    log = RunLog(path, 20)
+    log.say("", header=dict(command=f"train {stage} <b>", commit="abc123", params=4, torch="2",
+                            python="3", device="cpu", flags=dict(seed=1)))
+    for step, values in rows:
+        log.say("", **({} if step is None else dict(step=step)), **values)
+    (path / "config.json").write_text(json.dumps(dict(deepdive=dict(stage=stage, step=20))))
+    return path
+
+
+def demo(tmp_path, bpb=2.1, identity=0.9, functions=0.6, bits=0.95, sft_bits=0.3):
+    """Three runs that pass, unless a figure is changed."""
+    after = dict(identity=identity, functions=functions, bits=sft_bits)
+    base = [(s, dict(val_loss=6 - s / 9, val_bpb=4 - s / 12)) for s in range(0, 21, 10)]
+    base += [(s, dict(sample=f"the <script>alert('x')</script> & {s}")) for s in range(0, 21, 10)]
+    base += [(s, dict(loss=6 - s / 9)) for s in range(1, 21)]
+    base += [(None, dict(val_bpb=bpb, gzip=2.5, xz=2.3))]
+    sft = [(0, dict(when="before", accuracy=dict(identity=0.0, functions=0.1, bits=0.4))),
+           (9, dict(loss=1.0)), (20, dict(when="after", accuracy=after))]
+    rl = [(0, dict(kind="bits", accuracy=sft_bits, reply_tokens=4.0))]
+    rl += [(s, dict(reward=s / 20, reply_tokens=4.0 + s)) for s in range(1, 21)]
+    rl += [(20, dict(kind="bits", accuracy=bits, reply_tokens=20.0))]
+    return [write_run(tmp_path / name, name, rows) for name, rows in
+            dict(pretrain=base, sft=sft, rl=rl).items()]
+
+
+SECTIONS = "runs verdicts data loss bpb samples accuracy rl results cost".split()
+
+
+class Checker(HTMLParser):
+    """Every tag is closed, and nothing that a page could load or run is in it."""
+    opened = ()
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in ("script", "img", "link", "iframe", "object", "b")
+        assert not {"src", "href", "onload", "style"} & set(dict(attributes))
+        self.opened += (tag,) if tag != "meta" else ()
+
+    def handle_endtag(self, tag):
+        assert self.opened[-1] == tag
+        self.opened = self.opened[:-1]
+
+
+def report_of(*flags):
+    """The page that `eval.py report` writes into the last run."""
+    run_main(eval_module, "report", *flags)
+    page = (flags[-1] / "report.html").read_text("utf-8")
+    checker = Checker()
+    checker.feed(page)
+    assert checker.opened == () and page.count("<section id=") == len(SECTIONS)
+    assert [name for name in SECTIONS if f"<section id={name}>" in page] == SECTIONS
+    assert not any(word in page for word in ("url(", "@import", "http:", "https:"))
+    return page
+
+
+def test_a_report_escapes_html_and_contains_every_section(tmp_path):
+    page = report_of(*demo(tmp_path))
+    assert "&lt;script&gt;" in page and "<script" not in page and "train sft &lt;b&gt;" in page
+    for text in ("abc123", "gzip -9 2.5", "xz -9e 2.3", "chance, bits 0.5", "30.0%", "95.0%"):
+        assert text in page, text
+    assert page.count("<svg") == 6          # 2 losses, bits a byte, reward, length, accuracy
+    assert "Nothing of this" in page        # nothing was measured by eval.py
+
+
+def test_a_report_shows_the_filters_and_every_measurement(tmp_path):
+    runs = demo(tmp_path)
+    result = dict(accuracy=0.5, n=4, cut=0, kinds=dict(bits=dict(accuracy=0.5, n=4)),
+                  arguments=dict(files="f00", max_new_tokens=9))
+    core_result = dict(core=0.1234, n=3, left_out=["coqa"], tasks=dict(
+        copa=dict(accuracy=0.75, centered=0.5, n=3)))
+    (runs[0] / "eval.json").write_text(json.dumps({"h.jsonl": result, "core": core_result}))
+    funnel = {"step": "language", "in": 100, "kept": 70, "dropped": {"is_<de>": 30}, "bytes": 2e6,
+              "flagged": dict(short=5), "docs_per_s": 12.0, "seconds": 3600}
+    (tmp_path / "index.json").write_text(json.dumps(dict(funnel=[funnel])))
+    page = report_of("--data", tmp_path, *runs)
+    for text in ("70.0%", "is_&lt;de&gt; 30", "short 5", "2.00", "1:00:00, summed", "core 0.1234",
+                 "left out: coqa", "centered 0.5000", "4 of h.jsonl (hash f00)"):
+        assert text in page, text
+
+
+@pytest.mark.parametrize("pieces", ["nothing", "header only", "cut line", "no config", "rl only"])
+def test_a_run_that_lacks_pieces_has_a_report_all_the_same(tmp_path, pieces):
+    run = tmp_path / "run"
+    run.mkdir()
+    if pieces == "header only":
+        write_run(run, "pretrain")
+    if pieces == "cut line":
+        (run / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "seconds": 3}\n{"step": 2, "lo')
+    if pieces == "no config":
+        (run / "log.jsonl").write_text('{"step": 1, "reward": NaN}\n{"step": 2, "reward": 0.5}\n')
+        assert Run(run).stage == "RL" and Run(run).points("reward") == [(2, 0.5)]
+    if pieces == "rl only":
+        run = demo(tmp_path)[2]
+    page = report_of("--data", tmp_path / "no", run)
+    assert "No filter table" in page and "fall short" in page
+
+
+def test_cost_is_the_trainers_own_or_one_gpus_hours(tmp_path):
+    for name, row in dict(own=dict(usd=7.5), hours={}).items():
+        row = dict(step=3, seconds=1800.0, **row)
+        header = dict(header=dict(flags=dict(gpu_hour_usd=4.0)), seconds=0)
+        write_jsonl(tmp_path / name / "log.jsonl", [header, row])
+    page = report_of(tmp_path / "hours", tmp_path / "own")
+    assert "$7.50" in page and "$2.00" in page and "0:30:00" in page and "1:00:00" in page
+
+
+def test_a_curve_draws_lines_levels_and_round_ticks():
+    line = [(s, s * s) for s in range(2000)]
+    svg = curve("a < b", {"x & y": line, "none": []}, {"level": 5.0})
+    points = svg.split("points='")[1].split("'")[0].split()
+    assert "a &lt; b" in svg and "x &amp; y" in svg and "none" not in svg and len(points) == 400
+    xs, ys = zip(*(map(float, point.split(",")) for point in points))
+    assert list(xs) == sorted(xs) and list(ys) == sorted(ys, reverse=True) and max(ys) <= 240
+    assert curve("", {}) == curve("", {"x": []}) == "" and "circle" in curve("", {"x": [(0, 1.0)]})
+
+
+@pytest.mark.parametrize("low, high", [(0, 9.3), (-0.4, 0.7), (1.21, 1.23), (3, 20000), (0.5, 1.5)])
+def test_ticks_are_few_and_lie_within(low, high):
+    found = ticks(low, high, 5)
+    steps = [b - a for a, b in zip(found, found[1:])]
+    assert 1 < len(found) <= 6 and low <= found[0] and found[-1] <= high * (1 + 1e-12)
+    assert max(steps) == pytest.approx(min(steps)) and f"{steps[0]:.0e}"[0] in "125"
+
+
+# ---- verdicts
+
+FIGURES = dict(bpb=(2.49, 2.51), identity=(0.30, 0.29), functions=(0.41, 0.39), bits=(0.51, 0.49),
+               sft_bits=(0.79, 0.81))
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_verdict_flips_when_its_figure_is_changed(tmp_path, figure):
+    enough, short = FIGURES[figure]
+    said = [[verdict for verdict, _, _ in verdicts([Run(run) for run in demo(
+        tmp_path / str(value), **{figure: value})])] for value in (enough, short)]
+    which = dict(bpb=0, identity=1, functions=2, bits=3, sft_bits=3)[figure]
+    assert said[0] == ["pass"] * 4 and said[1].count("fall short") == 1
+    assert said[1][which] == "fall short"
+
+
+def test_the_summary_prints_figures_and_is_strict_only_when_asked(tmp_path, capsys):
+    runs = demo(tmp_path, bits=0.44)        # 14 points, and below chance
+    for flags, status in (([], 0), (["--strict"], 1)):
+        with pytest.raises(SystemExit) as stopped:
+            run_main(eval_module, "summary", *runs, *flags)
+        assert stopped.value.code == status
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert lines[0].startswith("pass       | ") and "model 2.1000, gzip -9 2.5000" in lines[0]
+    assert lines[3].startswith("fall short | ") and "SFT 30.0%, RL 44.0%: +14.0 points" in lines[3]
+    assert "chance 50%" in lines[3] and len({line.index("|", 12) for line in lines}) == 1
+
+
+def test_a_missing_figure_falls_short(tmp_path):
+    judged = verdicts([Run(demo(tmp_path)[1])])
+    assert [verdict for verdict, _, _ in judged] == ["fall short", "pass", "pass", "fall short"]
+    assert judged[0][2].startswith("no figure") and judged[3][2].startswith("no figure")
+
+
+def test_figures_of_different_problems_are_never_compared(tmp_path):
+    runs = demo(tmp_path, bits=0.31)
+
+    def measured(run, share, files):
+        result = dict(n=9, kinds=dict(bits=dict(accuracy=share, n=9)),
+                      arguments=dict(files=files, max_new_tokens=128))
+        (run / "eval.json").write_text(json.dumps({"held_out.jsonl": result}))
+
+    for files, verdict in (("other", "fall short"), ("same", "pass")):
+        measured(runs[1], 0.2, "same")
+        measured(runs[2], 0.9, files)
+        assert verdicts([Run(run) for run in runs])[3][0] == verdict
+
+
+def test_rls_own_first_measurement_stands_for_sft(tmp_path):
+    runs = demo(tmp_path, bits=0.95, sft_bits=0.35)
+    [(source, stages)] = accuracy_sources([Run(run) for run in reversed(runs)])
+    assert source == "training logs" and stages["RL"]["bits"] == 0.95
+    assert stages["SFT"] == dict(identity=0.9, functions=0.6, bits=0.35)
+    assert stages["base"] == dict(identity=0.0, functions=0.1, bits=0.4)
