@@ -5,21 +5,22 @@ SIZE ?= small
 SEED ?= 1337
 DATA ?= data/demo-$(SIZE)
 RUN  ?= runs/demo-$(SIZE)
+CHAT ?= $(DATA)/chat
 PY   := .venv/bin/python
 export OMP_WAIT_POLICY := PASSIVE
 
 ifeq ($(SIZE),tiny)
 CRAWL := --max_pages 400
 TRAIN := --max_steps 60 --eval_every 30
-CHAT  := --examples 600 --functions 12
+TALK  := --examples 600 --functions 12
 SFT   := --epochs 1
 RL    := --max_steps 4 --prompts 4 --group_size 8 --eval_every 2
 else
 CRAWL := --max_pages 5000
 TRAIN := --max_steps 300 --eval_every 50
-CHAT  := --examples 5000 --functions 48
+TALK  := --examples 5000 --functions 48
 SFT   := --epochs 1.2
-RL    := --max_steps 24 --prompts 16 --group_size 16 --eval_every 8
+RL    := --max_steps 16 --prompts 16 --group_size 16 --eval_every 8
 endif
 
 .PHONY: setup demo test gpt2 bench clean
@@ -42,13 +43,13 @@ demo: setup
 	$(PY) sample.py --model $(RUN)-base --prompt "Return the number of" --num_samples 3 --max_new_tokens 40
 	$(PY) sample.py --model $(RUN)-base --prompt "True, False, True, False, True," --temperature 0 --max_new_tokens 8
 	$(PY) sample.py --model $(RUN)-base --prompt "Return the" --top 8 --max_new_tokens 2
-	$(PY) chat_sft.py make --data $(DATA) --out $(DATA)/chat --seed $(SEED) $(CHAT)
-	$(PY) chat_sft.py --model $(RUN)-base --out $(RUN)-sft --data $(DATA)/chat/identity.jsonl \
-	    $(DATA)/chat/functions.jsonl:2 $(DATA)/chat/arithmetic.jsonl $(DATA)/chat/tool.jsonl:0.7 \
-	    $(DATA)/chat/bits.jsonl $(DATA)/chat/spelling.jsonl --lr 0.005 --save_every 50 --seed $(SEED) --resume $(SFT)
-	$(PY) rl_grpo.py --model $(RUN)-sft --out $(RUN)-rl --task $(DATA)/chat/practice_bits.jsonl \
-	    --held_out $(DATA)/chat/held_out.jsonl --max_new_tokens 64 --save_every 8 --seed $(SEED) --resume $(RL)
-	for stage in base sft rl; do $(PY) eval.py --model $(RUN)-$$stage --tasks $(DATA)/chat/held_out.jsonl || exit 1; done
+	$(PY) chat_sft.py make --data $(DATA) --out $(CHAT) --seed $(SEED) $(TALK)
+	$(PY) chat_sft.py --model $(RUN)-base --out $(RUN)-sft --data $(CHAT)/identity.jsonl \
+	    $(CHAT)/functions.jsonl:2 $(CHAT)/arithmetic.jsonl $(CHAT)/tool.jsonl:0.7 \
+	    $(CHAT)/bits.jsonl $(CHAT)/spelling.jsonl --lr 0.005 --save_every 50 --seed $(SEED) --resume $(SFT)
+	$(PY) rl_grpo.py --model $(RUN)-sft --out $(RUN)-rl --task $(CHAT)/practice_bits.jsonl \
+	    --held_out $(CHAT)/held_out.jsonl --max_new_tokens 64 --save_every 8 --seed $(SEED) --resume $(RL)
+	for stage in base sft rl; do $(PY) eval.py --model $(RUN)-$$stage --tasks $(CHAT)/held_out.jsonl || exit 1; done
 	$(PY) eval.py report $(RUN)-base $(RUN)-sft $(RUN)-rl --data $(DATA)
 	$(PY) eval.py summary $(RUN)-base $(RUN)-sft $(RUN)-rl --data $(DATA)
 

@@ -116,7 +116,7 @@ def parse_args():
     parser.add_argument("--prompts", type=int, default=16, help="questions a step, over all ranks")
     parser.add_argument("--group_size", type=int, default=16, help="replies to each question")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens a reply, at most")
-    parser.add_argument("--lr", type=float, default=3e-4, help="AdamW's learning rate")
+    parser.add_argument("--lr", type=float, default=1e-4, help="AdamW's learning rate")
     parser.add_argument("--updates", type=int, default=1, help="optimizer steps on each batch")
     parser.add_argument("--clip", type=float, default=0.2, help="the ratio's room if updates > 1")
     parser.add_argument("--kl", type=float, default=0.0, help="weight of the KL to --model")
@@ -148,7 +148,7 @@ def learn(model, optimizer, ranks, ids, mask, advantage, args, lr_scale, referen
         old = token_logprobs(model, ids) if args.updates > 1 and len(ids) else None
     for update in range(args.updates):
         loss = kl = 0.0
-        for rows in torch.arange(len(ids)).split(64):
+        for rows in torch.arange(len(ids)).split(64) if len(ids) else ():
             logprobs = token_logprobs(model, ids[rows])
             old_logprobs = logprobs.detach() if old is None else old[rows]
             ref_logprobs = None if ref is None else ref[rows]
