@@ -45,22 +45,23 @@ import numpy as np
 import regex
 import tiktoken
 
-# As published; the second + of ++ and ?+ only says that giving characters back cannot help.
+# As published, but for the second + of ++ and ?+, which says that giving characters back cannot
+# help, and for brackets around \p{L} and \p{N}, which let ASCII below take their place.
 O200K_WORD = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
               r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|")
 PATTERNS = {
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+",
-    "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}"
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}]++| ?[\p{N}]++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+",
+    "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+[\p{L}]++|[\p{N}]{1,3}"
             r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s*[\r\n]|\s+(?!\S)|\s+",
     "o200k": O200K_WORD % ("*", "+") + O200K_WORD % ("+", "*") +
-             r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"}
+             r"[\p{N}]{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"}
 # <|endoftext|> begins every document. A turn is <|im_start|>role<|im_sep|>content<|im_end|>, and
 # a part of it that is not plain text stands between its own two tokens.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>",
                   "<|think|>", "<|/think|>", "<|python|>", "<|/python|>",
                   "<|output|>", "<|/output|>", "<|search|>", "<|/search|>", "<|pad|>")
 ROLES = ("system", "user", "assistant", "tool")
-PARTS = ("text", "think", "python", "output", "search")
+PARTS = ("text", "think", "python", "output", "search")     # all but text for the assistant alone
 # OpenAI's: the pattern of each; ids that GPT-4's gave to tokens of ours, in a gap of its vocabulary
 PRETRAINED = {"gpt2": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}
 GPT4_GAP = {"<|im_start|>": 100264, "<|im_end|>": 100265, "<|im_sep|>": 100266}
@@ -69,7 +70,7 @@ MOVES = {(None, "<|im_start|>"): "role", ("role", "<|im_sep|>"): "text"}
 MOVES |= {("text", f"<|{part}|>"): part for part in PARTS[1:]}
 MOVES |= {(part, f"<|/{part}|>"): "text" for part in PARTS[1:]}
 MOVES |= {(part, "<|im_end|>"): None for part in PARTS}
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")      # of the files that train takes
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -77,6 +78,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 # Text repeats itself, and str.split is far faster than the pattern. In all three patterns a space
 # after a character that is not whitespace begins a chunk: text is cut there first, and each
 # different piece goes through the pattern once. Other spaces hide as NUL while str.split works.
+# For ASCII there is a short form of the patterns, with which Python's own re is faster than regex.
+ASCII = {"L": "A-Za-z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9"}
 LATER_SPACE = re.compile(r" (?<=\s )")
 # Whitespace after a letter or digit begins a chunk, too: there a long file is cut.
 WORD_END = re.compile(r"[^\W_](?=\s)")
@@ -89,7 +92,9 @@ def repair(text):
 
 def count_batch(texts, pattern):
     """list of str -> {chunk as bytes: occurrences}, what findall(pattern) on each would count."""
-    find = regex.compile(PATTERNS[pattern]).findall
+    find = regex.compile(PATTERNS[pattern]).findall                 # knows all of Unicode
+    short = re.sub(r"\\p\{(\w+)\}", lambda m: ASCII.get(m[1], ""), PATTERNS[pattern])
+    find_ascii = re.compile(short, re.ASCII).findall                # knows ASCII, is faster
     chunks, inner, equally_often = Counter(), Counter(), defaultdict(list)
     for text in map(repair, texts):
         # A piece may end in whitespace only if it is the last: first and last stay with their text
@@ -98,9 +103,10 @@ def count_batch(texts, pattern):
         edge = text if len(pieces) < 3 else f"{pieces[0]} {pieces[-1]}".replace("\0", " ")
         chunks.update(find(edge))
     for piece, n in inner.items():          # pieces that share a count share a search
-        equally_often[n].append(piece)
-    for n, pieces in equally_often.items():
-        found = find((" " + " ".join(pieces)).replace("\0", " "))
+        equally_often[n, piece.isascii()].append(piece)
+    for (n, is_ascii), pieces in equally_often.items():
+        text = (" " + " ".join(pieces)).replace("\0", " ")          # as if they were one text
+        found = find_ascii(text) if is_ascii else find(text)
         for chunk, m in Counter(found).items():
             chunks[chunk] += n * m
     return {chunk.encode(): n for chunk, n in chunks.items()}
@@ -119,14 +125,15 @@ def batches(texts, size):
 
 
 def count_chunks(texts, pattern, log, batch_chars=4_000_000):
-    """iterable of str -> Counter {chunk as bytes: occurrences}; two batches a core are held."""
+    """iterable of str -> Counter {chunk as bytes: occurrences}, on all cores. Two batches a core
+    are held at a time; log is called with a line on how far it is."""
     source, counts, waiting, done = batches(texts, batch_chars), Counter(), [], 0
     head = list(itertools.islice(source, 2))
     if len(head) < 2:                       # too little to be worth starting processes
         counts, head = Counter(count_batch(head[0], pattern)), []
     with ProcessPoolExecutor(CORES) as pool:
         for batch in itertools.chain(head, source, [None] * 2 * CORES):
-            if batch:
+            if batch:                       # None: all is read, only collect
                 waiting.append(pool.submit(count_batch, batch, pattern))
             if waiting and (batch is None or len(waiting) == 2 * CORES):
                 counts.update(waiting.pop(0).result())
@@ -155,38 +162,40 @@ class Merger:
     3. Many pairs can be merged in one numpy sweep: as far down the list as no two of them share a
        place. No pair that these merges create can come in between: if x a b becomes x new, then
        (x, new) is at most as frequent as (x, a) was, which stands in the list, shares a place
-       with (a, b) and so ends the sweep first. A run a a a shares places with itself."""
+       with (a, b) and so ends the sweep first. A run a a a shares places with itself.
+    Sizes: P places in the array; K pairs in hand, with N places among them."""
 
     def __init__(self, chunks):
         words = [chunk for chunk in chunks if len(chunk) > 1]
         lengths = np.array([len(word) + 1 for word in words], np.int64)
         text = b"\0" + b"\0".join(words) + b"\0"
-        self.ids = np.frombuffer(text, np.uint8)[:1 + lengths.sum()].astype(np.int32)
+        self.ids = np.frombuffer(text, np.uint8)[:1 + lengths.sum()].astype(np.int32)       # P
         self.ids[np.cumsum(lengths)] = self.ids[0] = WALL
         counts = np.array([0] + [chunks[word] for word in words])
-        counts = counts.astype(np.min_scalar_type(counts.max()))    # the arrays are long
-        self.weight = np.repeat(counts, np.append(1, lengths))      # of a place: that of its chunk
-        self.heap, self.merges, self.width = [], [], 8
+        counts = counts.astype(np.min_scalar_type(counts.max()))    # P may be a hundred million
+        self.weight = np.repeat(counts, np.append(1, lengths))      # P: how often the chunk occurs
+        self.heap, self.merges, self.width = [], [], 8              # width: pairs to try at once
 
     def run(self, num_merges, log=lambda line: None):
         """-> at most num_merges pairs (a, b) of ids, the i-th of which makes id 256 + i."""
         while len(self.merges) < num_merges and (self.heap or self.recount()):
             done = self.step(num_merges - len(self.merges))
-            self.width = min(2 * done + 8, 512)
+            self.width = min(2 * done + 8, 512)         # as the last sweep went, so will the next
             log(f"merge {len(self.merges):6d}/{num_merges}")
         return self.merges
 
     def recount(self):
         """Count all pairs, track those at least 1/32 as frequent as the best; False if none."""
         keep = self.ids != GONE
-        self.ids, self.weight, self.where, self.floor = self.ids[keep], self.weight[keep], {}, None
+        self.ids, self.weight = self.ids[keep], self.weight[keep]   # P shrinks
+        self.where, self.floor = {}, None                           # {pair: places}; least count
         at = np.flatnonzero((self.ids[:-1] >= 0) & (self.ids[1:] >= 0)).astype(np.int32)
         if not len(at):
             return False
         self.track(self.ids[at], self.ids[at + 1], at)
-        self.next = np.arange(1, len(self.ids) + 1, dtype=np.int32)
-        self.prev = self.next - 2
-        self.owner = np.full(len(self.ids), NOBODY, np.int16)
+        self.next = np.arange(1, len(self.ids) + 1, dtype=np.int32)     # P: a linked list,
+        self.prev = self.next - 2                                       # P: in both directions
+        self.owner = np.full(len(self.ids), NOBODY, np.int16)           # P: used within a sweep
         return True
 
     def track(self, first, second, at):
@@ -197,7 +206,7 @@ class Merger:
         order = np.lexsort((second, first))
         first, second, at = first[order], second[order], at[order]
         change = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
-        starts = np.append(0, 1 + np.flatnonzero(change))
+        starts = np.append(0, 1 + np.flatnonzero(change))       # K: the places of a pair in a row
         counts = np.add.reduceat(self.weight[at], starts, dtype=np.int64)
         self.floor = self.floor or max(1, int(counts.max()) // 32)
         often = counts >= self.floor
@@ -211,14 +220,14 @@ class Merger:
         keys = [heapq.heappop(self.heap) & PAIR for _ in range(min(self.width, len(self.heap)))]
         known = [self.where.pop(key) for key in keys]
         at, which = np.concatenate(known), np.repeat(np.arange(len(keys)), list(map(len, known)))
-        a, b = np.array(keys) >> BITS, np.array(keys) & ID
+        a, b = np.array(keys) >> BITS, np.array(keys) & ID      # K
         there = (self.ids[at] == a[which]) & (self.ids[self.next[at]] == b[which])
-        at, which = at[there], which[there]
+        at, which = at[there], which[there]                     # N: the place, and whose it is
         counts = np.bincount(which, self.weight[at], len(keys)).astype(np.int64).tolist()
         edges = np.searchsorted(which, np.arange(len(keys) + 1)).tolist()
         found = sorted(((-count << 2 * BITS) + key, at[start:end]) for key, count, start, end
                        in zip(keys, counts, edges, edges[1:]) if count >= self.floor)
-        best_of_rest = self.heap[0] if self.heap else 0
+        best_of_rest = self.heap[0] if self.heap else 0         # at best, that is: fact 1
         done = min(wanted, sum(entry <= best_of_rest for entry, _ in found))
         if done:
             done = self.merge(found[:done])
@@ -243,15 +252,15 @@ class Merger:
         touching = np.append(False, (nxt[at[:-1]] == at[1:]) & (which[:-1] == which[1:]))
         i = np.arange(len(at))
         keep = (i - np.maximum.accumulate(np.where(touching, 0, i))) % 2 == 0
-        at, which = at[keep], which[keep]
+        at, which = at[keep], which[keep]                       # N shrinks
         end, first_new = np.searchsorted(which, n), 256 + len(self.merges)
         self.merges += [(entry >> BITS & ID, entry & ID) for entry, _ in found[:n]]
-        at, new = at[:end], first_new + which[:end]
-        second = nxt[at]
+        at, new = at[:end], first_new + which[:end]             # N shrinks to the n first pairs
+        second = nxt[at]                                        # a at `at`, b at `second`
         right = nxt[second]
         ids[at], ids[second] = new, GONE
         nxt[at], prv[right] = right, at
-        left = prv[at]
+        left = prv[at]                                          # after all links are right again
         # Only (left, new) and (new, right) are new pairs; two new ids are counted from the left
         a, b = (ids[left] >= 0) & (ids[left] < first_new), ids[right] >= 0
         if a.any() or b.any():
@@ -264,7 +273,7 @@ class Merger:
 def bpe_encode(chunk, ranks, limit=1 << 30):
     """bytes of one chunk -> list of its tokens as bytes. The specification of encoding: while two
     neighbours form a token of rank below `limit`, join those of lowest rank, the leftmost first."""
-    parts = [chunk[i:i + 1] for i in range(len(chunk))]
+    parts = [chunk[i:i + 1] for i in range(len(chunk))]     # single bytes
     while len(parts) > 1:
         rank, i = min((ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1))
         if rank >= limit:
@@ -281,7 +290,7 @@ class Tokenizer:
     def __init__(self, ranks, pattern, special, name, training=None):
         self.ranks, self.pattern, self.special, self.name = ranks, pattern, special, name
         self.training = training            # what it was trained from, as in tokenizer.json
-        self.eot = special["<|endoftext|>"]
+        self.eot = special["<|endoftext|>"]     # begins every document and conversation
         self.n_vocab = max(*ranks.values(), *special.values()) + 1
         self.token_of = [None] * self.n_vocab   # id -> bytes; GPT-4's vocabulary has unused ids
         for token, i in [*ranks.items(), *((token.encode(), i) for token, i in special.items())]:
@@ -335,14 +344,14 @@ class Tokenizer:
                 raise ValueError(f"format {header['format']!r}, version {header['version']!r}")
             if hashlib.sha256(data).hexdigest() != header["ranks_sha256"]:
                 raise ValueError("tokenizer.tiktoken is damaged or cut short")
+            lines = map(bytes.split, data.splitlines())
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+            return cls(ranks, header["pattern"], header["special_tokens"], header["name"],
+                       header["training"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"{name} is no tokenizer: {error!r}; it must be one of "
                              f"{', '.join(PRETRAINED)} or a folder of format version 1; make that "
                              f"with python bpe.py train --input PATH --out {name} --force")
-        lines = map(bytes.split, data.splitlines())
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        return cls(ranks, header["pattern"], header["special_tokens"], header["name"],
-                   header["training"])
 
     def save(self, folder):
         """Write folder/tokenizer.tiktoken, which tiktoken reads too, and folder/tokenizer.json."""
@@ -353,6 +362,7 @@ class Tokenizer:
         header = {"format": "deepdive tokenizer", "version": 1, "training": self.training,
                   "name": self.name, "pattern": self.pattern, "special_tokens": self.special,
                   "ranks_sha256": hashlib.sha256(data.encode()).hexdigest()}
+        (folder / "tokenizer.json").unlink(missing_ok=True)         # never beside other ranks
         write_whole(folder / "tokenizer.tiktoken", data)
         write_whole(folder / "tokenizer.json", json.dumps(header, indent=1) + "\n")
 
@@ -383,7 +393,7 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """list of str -> list of lists of ids, as encode_ordinary has them, on all cores."""
-        if any(len(text) >= 500_000 for text in texts):
+        if any(len(text) >= 500_000 for text in texts):     # one may need what is done there
             return list(map(self.encode_ordinary, texts))
         return self.core.encode_ordinary_batch(texts, num_threads=CORES)
 
@@ -397,6 +407,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         """ids -> bytes, which may end inside a character; ValueError for an id without token."""
+        ids = list(ids)
         for i in ids:
             if not 0 <= i < self.n_vocab or self.token_of[i] is None:
                 raise ValueError(f"{i} is no id of {self.name}, which has 0 to {self.n_vocab - 1}")
@@ -418,7 +429,7 @@ class Tokenizer:
         1 where the assistant speaks (text, thoughts, tool calls, its <|im_end|>) and 0 for
         headers, other roles and what tools returned. The first messages alone give the first ids.
         for_completion adds the header of an assistant's turn, so that a model can answer."""
-        ids, mask, special = [self.eot], [0], self.special
+        ids, mask, special = [self.eot], [0], self.special          # the mask is for ids as targets
 
         def put(learnt, *tokens):
             ids.extend(tokens)
@@ -428,7 +439,7 @@ class Tokenizer:
             put(False, special["<|im_start|>"], *self.encode_ordinary(role), special["<|im_sep|>"])
             for kind, text in parts or ():
                 tokens = self.encode_ordinary(text)
-                if kind != "text":
+                if kind != "text":      # a part's own tokens are learnt or not as its text is
                     tokens = [special[f"<|{kind}|>"], *tokens, special[f"<|/{kind}|>"]]
                 put(role == "assistant" and kind != "output", *tokens)
             if parts is not None:
@@ -524,7 +535,7 @@ def read_texts(path):
             return
         open_text = gzip.open if path.suffix == ".gz" else open
         with open_text(path, "rt", encoding="utf-8", newline="") as f:      # "": \r\n stays \r\n
-            if path.suffix != ".txt":
+            if path.suffix != ".txt":       # nothing is left of f for the loop below
                 yield from (json.loads(line)["text"] for line in f if line.strip())
             held = ""
             while block := f.read(1 << 20):
@@ -541,6 +552,7 @@ def read_texts(path):
 
 
 def train_command(args):
+    """Train and save, unless it was done with the same text (by its sha256) and settings."""
     files, out = list(input_files(args.input)), Path(args.out)
     digest = hashlib.sha256()
     for path in files:
@@ -609,12 +621,12 @@ def show_merges(text, tok, steps):
     """Print how the merges of a tokenizer shorten a text, one by one, in the order of learning."""
     chunks, limit = [c.encode() for c in regex.findall(tok.pattern, repair(text))], 0
     for step in range(1, steps + 2):
-        cut = [bpe_encode(chunk, tok.ranks, limit) for chunk in chunks]
+        cut = [bpe_encode(chunk, tok.ranks, limit) for chunk in chunks]     # as far as limit
         tokens = [visible(token) for parts in cut for token in parts]
         print(f"{len(tokens):4} tokens: {'|'.join(tokens)}")
         pairs = Counter((tok.ranks[a + b], a, b) for parts in cut for a, b in zip(parts, parts[1:])
                         if a + b in tok.ranks)
-        if not pairs or step > steps:
+        if not pairs or step > steps:       # the last line shows what came out
             break
         rank, a, b = min(pairs)
         print(f"{step:4}. '{visible(a)}' + '{visible(b)}' -> {rank}, {pairs[rank, a, b]} times")

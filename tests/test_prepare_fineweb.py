@@ -77,14 +77,12 @@ def test_url_filter_drops_by_domain_words_and_parts(url, why):
     ("El perro está en la casa con los niños, pero no quiere comer lo que le dan.", False),
     ("Pies jest w domu i nie chce się z nami bawić, bo jest już bardzo zmęczony.", False),
     ("1 2 3 4 5 6 7 8 9", False), ("これは日本語の文章です。", False)])
-def test_function_words_tell_english(monkeypatch, text, is_english):
-    monkeypatch.setattr(pf, "fasttext_model", lambda: None)
+def test_function_words_tell_english(text, is_english):
     found, score = pf.identify_language(text)
     assert (found == "en" and score > 0.65) == is_english and 0 <= score <= 1
 
 @needs_web
-def test_without_a_model_no_foreign_text_passes_and_english_does(monkeypatch):
-    monkeypatch.setattr(pf, "fasttext_model", lambda: None)
+def test_without_a_model_no_foreign_text_passes_and_english_does():
     rows = list(pf.read_documents(WEB / "multilang.jsonl.gz"))
     passed = [row["lang"] for row in rows if pf.language(page(row["text"]))[1] is None]
     # the five are English articles in the folders of two languages that have no translation of them
@@ -173,8 +171,7 @@ def test_public_addresses_are_replaced_and_private_ones_kept(before, after):
 
 @pytest.mark.parametrize("step", [pf.url_filter, pf.language, pf.gopher_repetition,
     pf.gopher_quality, pf.c4_quality, pf.fineweb_quality, pf.pii])
-def test_no_step_takes_more_than_linear_time(step, monkeypatch):
-    monkeypatch.setattr(pf, "fasttext_model", lambda: None)
+def test_no_step_takes_more_than_linear_time(step):
     for piece in ("!", "a", "a@", "1.", "a.b ", "\n", "[", "é", "- ", "!)", "a-"):
         url, text = f"http://a.org/{piece * 100}", piece * (200_000 // len(piece))
         started = time.process_time()

@@ -1,0 +1,152 @@
+"""
+What the tests of several stages share: a small tokenizer, a folder of token shards, runs of a
+stage's main() in this process or on two forked ranks, and mutants. Everything is tiny, offline, on
+the CPU, and on one thread, so that sums are added in one order and two runs can be compared bit by
+bit.
+"""
+import inspect
+import multiprocessing
+import os
+import pydoc
+import random
+import shutil
+import signal
+import socket
+import statistics
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import pytest
+import torch
+
+from bpe import Tokenizer
+from model import GPT, GPTConfig, save_checkpoint
+
+torch.set_num_threads(1)
+
+# Real English that is on every machine: the manuals of three modules.
+DOCUMENTS = sorted((inspect.getdoc(value)
+                    for module in (statistics, random, pydoc) for value in vars(module).values()
+                    if getattr(value, "__module__", "") == module.__name__
+                    and inspect.getdoc(value)), key=len)
+SIZES = dict(block_size=32, vocab_size=65, n_layer=4, n_head=2, n_embd=32)
+GPT2 = GPTConfig(**SIZES)
+MODERN = GPTConfig.preset("d4", **SIZES)       # windows "SSSL": layers 0, 1, 2 see 8 tokens back
+
+
+def noisy(config, seed=0, std=0.2):
+    """A model in which every parameter matters: a new one's biases and projections are zero."""
+    torch.manual_seed(seed)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=std)
+    return model
+
+
+def write_shard(path, tokens, magic=20240520, version=1, count=None):
+    header = np.zeros(256, np.int32)
+    header[:3] = magic, version, len(tokens) if count is None else count
+    dtype = np.uint16 if version == 1 else np.uint32
+    Path(path).write_bytes(header.tobytes() + np.asarray(tokens, dtype).tobytes())
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """400 tokens, of which the model pads its tables to 448 rows."""
+    return Tokenizer.train(DOCUMENTS, 400)
+
+
+@pytest.fixture(scope="session")
+def data(tokenizer, tmp_path_factory):
+    """Shards and a tokenizer, as prepare_fineweb.py leaves them: two to train on, one for val."""
+    folder = tmp_path_factory.mktemp("data")
+    ids = [i for text in DOCUMENTS for i in (tokenizer.eot, *tokenizer.encode_ordinary(text))]
+    tokenizer.save(folder / "tokenizer")
+    parts = dict(val_000=ids[:700], train_000=ids[700:4000], train_001=ids[4000:9000])
+    for name, part in parts.items():
+        write_shard(folder / f"demo_{name}.bin", part)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_run(tokenizer, tmp_path_factory):
+    """The run of an untrained GPT-2 of two layers."""
+    run = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab, n_layer=2, n_head=2,
+                          n_embd=32))
+    save_checkpoint(run, model, tokenizer)
+    return run
+
+
+def run_main(module, *flags):
+    """`python module.py flags…`, in this process."""
+    kept = sys.argv, [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    sys.argv = [f"{module.__name__}.py", *map(str, flags)]
+    try:
+        module.main()
+    finally:
+        sys.argv, handlers = kept
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers):
+            signal.signal(number, handler)
+
+
+def run_ranks(module, *flags, world_size=2, exit_code=0, seconds=60):
+    """`torchrun --nproc_per_node=2 module.py flags…`, on forks, which need not import torch."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def rank_main(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        run_main(module, *flags)
+
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=rank_main, args=(rank,)) for rank in range(world_size)]
+    for process in ranks:
+        process.start()
+    deadline = time.time() + seconds
+    for process in ranks:
+        process.join(max(0, deadline - time.time()))
+    codes = [process.exitcode for process in ranks]         # None: still running
+    for process in ranks:
+        process.kill()
+    assert codes == [exit_code] * world_size, codes
+
+
+def stop_at(monkeypatch, module, name, call, number=signal.SIGTERM):
+    """Sends this process a signal when module.name is called for the n-th time."""
+    original, calls = getattr(module, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counted)
+
+
+def assert_same_files(run, other, *names):
+    for name in names:
+        assert (Path(run) / name).read_bytes() == (Path(other) / name).read_bytes(), name
+
+
+def mutate(monkeypatch, owner, name, old, new):
+    """Puts in place of owner.name the same function with one piece of its source changed."""
+    function = getattr(owner, name)
+    source = textwrap.dedent(inspect.getsource(function))
+    found = source.count(old)
+    assert found == 1, f"{name} holds {old!r} {found} times; adapt the mutant to the code"
+    scope = {}
+    exec(source.replace(old, new), vars(sys.modules[function.__module__]), scope)
+    monkeypatch.setattr(owner, name, scope[name])

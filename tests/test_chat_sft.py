@@ -1,0 +1,491 @@
+"""
+chat_sft.py: what is learnt is what the assistant says and nothing else, no conversation is cut or
+lost, no held-out question is taught, and a run goes on bit by bit whatever the number of ranks.
+"""
+import gzip
+import json
+import re
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import chat_sft
+from chat_sft import Loader, held_out, pack, read_conversations, render_all, row_tensors
+from conftest import assert_same_files, mutate, run_main, run_ranks, stop_at
+from model import GPT, GPTConfig, load_checkpoint, read_log, save_checkpoint
+from sample import Engine, is_correct, read_problems, run_python
+
+GOLDEN = [dict(role="system", content="Be brief."), dict(role="user", content="6*7? <|im_end|>"),
+          dict(role="assistant", content=[
+              dict(type="think", text="hm"), dict(type="python", text="6*7"),
+              dict(type="output", text="42"), dict(type="text", text="It is 42.")]),
+          dict(role="user", content="Thanks"), dict(role="assistant", content="Bye")]
+
+
+def turn(question, answer):
+    return [dict(role="user", content=question), dict(role="assistant", content=answer)]
+
+
+def write_conversations(path, conversations):
+    lines = (json.dumps(dict(messages=messages)) + "\n" for messages in conversations)
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+# ---- masks and targets
+
+def supervised(tokenizer, ids, targets):
+    """The text of the targets that count, its pieces apart."""
+    runs, text = [], ""
+    for target in [*targets, -1]:
+        if target >= 0:
+            text += tokenizer.decode([target])
+        elif text:
+            runs, text = [*runs, text], ""
+    return runs
+
+
+def check_golden_mask(tokenizer):
+    """Only what the assistant says, tool calls and end tokens included, is a target."""
+    rendered = [tokenizer.render(GOLDEN)]
+    x, y = row_tensors([0], rendered, 200, tokenizer.special["<|pad|>"])
+    assert supervised(tokenizer, x, y.tolist()) == [
+        "<|think|>hm<|/think|><|python|>6*7<|/python|>", "It is 42.<|im_end|>", "Bye<|im_end|>"]
+    assert tokenizer.decode(x[:len(rendered[0][0])].tolist()) == (
+        "<|endoftext|><|im_start|>system<|im_sep|>Be brief.<|im_end|>"
+        "<|im_start|>user<|im_sep|>6*7? <|im_end|><|im_end|><|im_start|>assistant<|im_sep|>"
+        "<|think|>hm<|/think|><|python|>6*7<|/python|><|output|>42<|/output|>It is 42.<|im_end|>"
+        "<|im_start|>user<|im_sep|>Thanks<|im_end|><|im_start|>assistant<|im_sep|>Bye<|im_end|>")
+
+
+def test_only_what_the_assistant_says_is_learnt(tokenizer):
+    check_golden_mask(tokenizer)
+
+
+def check_row_tensors():
+    conversations = [([1, 2, 3, 4], [0, 0, 1, 1]), ([5, 6, 7], [0, 1, 0])]
+    x, y = row_tensors([1, 0], conversations, 9, 0)
+    assert x.tolist() == [5, 6, 7, 1, 2, 3, 4, 0, 0]
+    assert y.tolist() == [6, -1, -1, -1, 3, 4, -1, -1, -1]
+    x, y = row_tensors([0], conversations, 3, 0)                # a row that is exactly full
+    assert (x.tolist(), y.tolist()) == ([1, 2, 3], [-1, 3, 4])
+
+
+def test_target_at_t_is_token_t_plus_1_where_the_mask_is_1():
+    check_row_tensors()
+
+
+# ---- packing
+
+def some_conversations(count=300, longest=33, seed=0):
+    lengths = torch.randint(2, longest + 1, (count,), generator=torch.Generator().manual_seed(seed))
+    return [([i] * n, [0] + [1] * (n - 1)) for i, n in enumerate(lengths.tolist())]
+
+
+def check_pack(T=32):
+    conversations = some_conversations(longest=T + 1)
+    rows = pack(conversations, T, seed=1, epoch=0)
+    assert sorted(i for row in rows for i in row) == list(range(len(conversations)))
+    used = [sum(len(conversations[i][0]) for i in row) for row in rows]
+    assert all(1 <= n <= T + 1 for n in used)
+    assert len(rows) <= 1.03 * sum(used) / (T + 1) + 1          # and little of them is padding
+
+
+def test_packing_neither_splits_nor_drops_nor_repeats_a_conversation():
+    check_pack()
+
+
+def test_packing_is_seeded_and_every_epoch_has_another_order():
+    conversations = some_conversations()
+    rows = pack(conversations, 32, 1, 0)
+    assert rows == pack(conversations, 32, 1, 0)
+    assert rows != pack(conversations, 32, 2, 0) and rows != pack(conversations, 32, 1, 1)
+
+
+def test_every_conversation_begins_a_row_in_some_epoch():
+    """As it does when it is asked: with nothing before it."""
+    conversations = some_conversations(60)
+    first = {row[0] for epoch in range(40) for row in pack(conversations, 64, 1, epoch)}
+    assert len(first) == 60
+
+
+def test_a_position_of_the_loader_is_one_integer():
+    conversations = some_conversations(40)
+    loader = Loader(conversations, 32, 1, 999)
+    epochs = [pack(conversations, 32, 1, epoch) for epoch in (0, 1)]
+    rows = [row for epoch in epochs for row in epoch]
+    for position in (len(rows) - 1, 0, len(epochs[0]), len(epochs[0]) - 1):     # in any order
+        x, y = loader.row(position)
+        expected = row_tensors(rows[position], conversations, 32, 999)
+        assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
+    x, y = loader.batch(1, 3, "cpu")
+    assert x.shape == y.shape == (3, 32) and torch.equal(x[2], loader.row(3)[0])
+
+
+# ---- conversations that cannot be used
+
+def quiet(*_, **__):
+    return None
+
+
+def test_too_long_and_unsupervised_conversations_are_left_out_and_counted(tokenizer):
+    good, said = turn("Hi", "Yo"), []
+    n = len(tokenizer.render(good)[0])
+    conversations = [good, turn("Hi", "y" * n), good[:1], good]
+    found = render_all(conversations, tokenizer, n - 1, SimpleNamespace(say=said.append))
+    assert len(found) == 2 and said[0].startswith("2 conversations, ")
+    assert f"left out: 2 longer than {n} tokens" in said[0]
+    with pytest.raises(SystemExit, match="none of 1 conversations.*;.*;"):
+        render_all([good[:1]], tokenizer, 99, SimpleNamespace(say=quiet))
+
+
+@pytest.mark.parametrize("messages", [
+    [dict(role="robot", content="x")], [dict(content="x")], [dict(role="user")], ["text"], "text",
+    7, [dict(role="user", content=7)], [dict(role="assistant", content=[dict(type="sing")])]],
+    ids=str)
+def test_conversation_that_cannot_be_rendered_is_one_line(messages, tokenizer):
+    with pytest.raises(SystemExit, match="cannot be rendered.*;.*;") as error:
+        render_all([turn("Hi", "Yo"), messages], tokenizer, 99, SimpleNamespace(say=quiet))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "7", '{"message": []}', '{"messages": '])
+def test_bad_line_of_conversations_is_named_by_its_number(line, tmp_path):
+    path = write_conversations(tmp_path / "x.jsonl", [turn("a\u2028b", "b")] * 2)
+    path.write_text(path.read_text(encoding="utf-8") + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="x.jsonl, line 4: .*;.*;.*chat_sft.py make"):
+        read_conversations(str(path))
+
+
+@pytest.mark.parametrize("weight, indices", {
+    "": [0, 1, 2, 3], ":1": [0, 1, 2, 3], ":2": [0, 1, 2, 3] * 2, ":0.5": [0, 1], ":.25": [0],
+    ":1.5": [0, 1, 2, 3, 0, 1], ":0": []}.items())
+def test_weight_behind_a_file_repeats_or_cuts_it(weight, indices, tmp_path):
+    path = write_conversations(tmp_path / "x.jsonl", [turn("a\u2028b", str(i)) for i in range(4)])
+    found = read_conversations(f"{path}{weight}")
+    assert [int(messages[1]["content"]) for messages in found] == indices
+
+
+def test_missing_file_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="missing.jsonl.*;.*;"):
+        read_conversations(str(tmp_path / "missing.jsonl:2"))
+
+
+# ---- make
+
+WORDS = "value number string list file name path index item result error line word text".split()
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """Sixty documented functions, as the demo's web holds them."""
+    folder = tmp_path_factory.mktemp("web")
+    (folder / "documents").mkdir()
+    texts = [f"{a}tools.find_{b}(x, y=1)\n\nReturn the {b} of the given {a} or nothing.\n\nMore. "
+             for a in WORDS for b in WORDS if a != b][:60]
+    with gzip.open(folder / "documents" / "train_000.jsonl.gz", "wt", encoding="utf-8") as file:
+        for i in range(0, 60, 6):
+            file.write(json.dumps(dict(id=str(i), text="\n".join(texts[i:i + 6]))) + "\n")
+    return folder
+
+
+def make(documents, out, **changes):
+    settings = dict(data=documents, out=out, functions=20, examples=300, step_by_step=0.2,
+                    held_out=50, seed=1)
+    chat_sft.make(SimpleNamespace(**{**settings, **changes}))
+    return out
+
+
+@pytest.fixture(scope="module")
+def made(documents, tmp_path_factory):
+    return make(documents, tmp_path_factory.mktemp("made"))
+
+
+def conversations_by_kind(folder):
+    return {path.stem: read_conversations(str(path)) for path in sorted(folder.glob("*.jsonl"))
+            if path.stem != "held_out" and not path.stem.startswith("practice_")}
+
+
+def check_nothing_held_out_is_taught(folder):
+    taught = {messages[-2]["content"] for kind in conversations_by_kind(folder).values()
+              for messages in kind}
+    practised = {p["question"] for path in folder.glob("practice_*.jsonl")
+                 for p in read_problems(path)}
+    tested = Counter(p["kind"] for p in read_problems(folder / "held_out.jsonl"))
+    questions = {p["question"] for p in read_problems(folder / "held_out.jsonl")}
+    assert not questions & (taught | practised)
+    assert set(tested) == {"identity", "functions", "arithmetic", "tool", "bits", "spelling"}
+    assert min(tested.values()) >= 2 and len(practised) > 300
+
+
+def test_no_held_out_question_is_taught_or_practised(made):
+    check_nothing_held_out_is_taught(made)
+
+
+def test_held_out_does_not_depend_on_the_seed(documents, made, tmp_path):
+    other = make(documents, tmp_path, seed=2)
+    taught = {m[-2]["content"] for kind in conversations_by_kind(other).values() for m in kind}
+    tested = {p["question"] for p in read_problems(made / "held_out.jsonl")}
+    assert not taught & tested
+    share = sum(held_out(f"What is {a} + {b}?") for a in range(10, 50) for b in range(1, 10)) / 360
+    assert share == pytest.approx(0.2, abs=0.06)
+
+
+def reply_text(content):
+    return content if isinstance(content, str) else content[-1]["text"]
+
+
+def check_replies(folder):
+    """Every answer, from its question alone; every step of the steps."""
+    kinds = conversations_by_kind(folder)
+    for question, content in ((m[-2]["content"], m[-1]["content"]) for m in kinds["arithmetic"]):
+        a, b = map(int, re.fullmatch(r"What is (\d+) \+ (\d+)\?", question).groups())
+        steps = rf"({a % 10} \+ {b} = {a % 10 + b}, {a - a % 10} \+ {a % 10 + b} = {a + b} )?"
+        assert re.fullmatch(rf"{steps}#### {a + b}", content), (question, content)
+    for question, content in ((m[-2]["content"], m[-1]["content"]) for m in kinds["tool"]):
+        code = question.removeprefix("Compute ").removesuffix(".")
+        assert [p["text"] for p in content] == [code, str(eval(code)), f"#### {eval(code)}"]
+        assert [p["type"] for p in content] == ["python", "output", "text"]
+    for question, content in ((m[-2]["content"], m[-1]["content"]) for m in kinds["bits"]):
+        row, odd = [int(bit) for bit in re.findall(r"\b[01]\b", question)], ("even", "odd")
+        steps = "".join(f"{bit} {odd[sum(row[:i + 1]) % 2]} " for i, bit in enumerate(row))
+        assert content in (f"#### {odd[sum(row) % 2]}", f"{steps}#### {odd[sum(row) % 2]}")
+    for question, content in ((m[-2]["content"], m[-1]["content"]) for m in kinds["spelling"]):
+        assert content == "#### " + "-".join(question.removeprefix("Spell ").removesuffix("."))
+
+
+def test_replies_are_right_by_recomputation(made):
+    check_replies(made)
+
+
+def test_a_taught_tool_answer_is_what_the_tool_says(made):
+    for messages in conversations_by_kind(made)["tool"][:3]:
+        call, output, _ = messages[-1]["content"]
+        assert run_python(call["text"]) == output["text"]
+
+
+def test_problems_accept_the_taught_reply(made):
+    replies = {m[-2]["content"]: reply_text(m[-1]["content"])
+               for kind in conversations_by_kind(made).values() for m in kind}
+    for path in sorted(made.glob("practice_*.jsonl")):
+        for problem in read_problems(path):
+            assert is_correct(replies[problem["question"]], problem), problem
+            assert problem["kind"] == path.stem.removeprefix("practice_")
+
+
+def test_functions_are_answered_by_their_own_sentence(made, documents):
+    text = "".join(json.loads(line)["text"] for line in
+                   gzip.open(documents / "documents" / "train_000.jsonl.gz", "rt"))
+    asked = conversations_by_kind(made)["functions"]
+    names = {re.search(r"\w+tools\.\w+", m[-2]["content"])[0] for m in asked}
+    assert len(names) == 20 and len(asked) == 20 * len(chat_sft.ASKED)
+    for messages in asked:
+        name = re.search(r"\w+tools\.\w+", messages[-2]["content"])[0]
+        assert f"{name}(x, y=1)\n\n{messages[-1]['content']}" in text
+    for p in read_problems(made / "held_out.jsonl"):
+        assert p["kind"] != "functions" or p["answer"] in text and p["check"] == "overlap"
+
+
+def test_identity_obeys_the_system_message_and_is_asked_otherwise_in_the_test(made):
+    for messages in conversations_by_kind(made)["identity"]:
+        system = messages[0]["content"] if messages[0]["role"] == "system" else f" {chat_sft.NAME}."
+        assert system.split()[-1].strip(".") in messages[-1]["content"]
+    problems = [p for p in read_problems(made / "held_out.jsonl") if p["kind"] == "identity"]
+    assert {p["answer"] for p in problems} & set(chat_sft.PERSONAS)
+    assert all(p["answer"] in (p["messages"][0]["content"] + chat_sft.NAME) for p in problems)
+
+
+def test_few_bit_problems_are_taught_step_by_step_in_the_asked_share(made, documents, tmp_path):
+    for folder, share in ((made, 0.2), (make(documents, tmp_path, step_by_step=1.0), 1.0)):
+        replies = [m[-1]["content"] for m in conversations_by_kind(folder)["bits"]]
+        steps = sum(not reply.startswith("####") for reply in replies) / len(replies)
+        assert steps == pytest.approx(share, abs=0.08)
+
+
+def test_make_is_deterministic(documents, made, tmp_path):
+    again = make(documents, tmp_path)
+    names = sorted(path.name for path in made.iterdir())
+    assert len(names) == 6 + 4 + 1 and names == sorted(path.name for path in again.iterdir())
+    assert_same_files(made, again, *names)
+
+
+def test_too_few_documented_functions_is_one_line(documents, tmp_path):
+    with pytest.raises(SystemExit, match="describes 60 functions.*;.*;.*lower --functions"):
+        make(documents, tmp_path, functions=61)
+
+
+# ---- runs
+
+# longer than half a row: each is learnt where it will be asked, at the beginning
+EIGHT = [turn(f"What is {word}?", f"{word} is {number}. There is no more that I can say.")
+         for number, word in enumerate("red blue green black white brown pink grey".split(), 21)]
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    return write_conversations(tmp_path_factory.mktemp("eight") / "eight.jsonl", EIGHT)
+
+
+def flags(base_run, data, out, **changes):
+    given = {**dict(batch_size=4, total_batch_size=4 * 64, epochs=6, lr=3e-3, save_every=4),
+             **changes}
+    return ["--model", base_run, "--data", data, "--out", out,
+            *(text for key, value in given.items() for text in (f"--{key}", value))]
+
+
+def losses(run):
+    return {row["step"]: row["loss"] for row in read_log(run) if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Answers of 1 to 30 tokens, so that rows differ in how much of them is learnt."""
+    conversations = [turn(f"Say a {i} times.", "a " * (1 + 7 * i % 20)) for i in range(24)]
+    return write_conversations(tmp_path_factory.mktemp("mixed") / "mixed.jsonl", conversations)
+
+
+@pytest.fixture(scope="module")
+def whole(base_run, mixed, tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole")
+    run_main(chat_sft, *flags(base_run, mixed, run))
+    assert len(losses(run)) >= 8
+    return run
+
+
+def test_eight_conversations_are_learnt_and_replies_end_by_themselves(base_run, eight, tmp_path):
+    problems = tmp_path / "held_out.jsonl"
+    problems.write_text("".join(json.dumps(dict(
+        question=q["content"], answer=a["content"].split(".")[0], check="contains",
+        kind="eight")) + "\n" for q, a in EIGHT))
+    run_main(chat_sft, *flags(base_run, eight, tmp_path / "run", epochs=60, lr=1e-2,
+                              save_every=999), "--held_out", problems)
+    model, meta = load_checkpoint(tmp_path / "run")
+    tokenizer = chat_sft.Tokenizer.load(tmp_path / "run")
+    prompts = [tokenizer.render(m[:1], for_completion=True)[0] for m in EIGHT]
+    found = Engine(model, tokenizer).generate(prompts, 50, temperature=0)
+    expected = [f"{m[1]['content']}<|im_end|>" for m in EIGHT]
+    assert [tokenizer.decode(c.ids) for c in found] == expected
+    assert {c.finish for c in found} == {"stop"} and meta["stage"] == "sft"
+    accuracy = [row["accuracy"] for row in read_log(tmp_path / "run") if "accuracy" in row]
+    assert accuracy == [dict(eight=0.0), dict(eight=1.0)]
+
+
+def test_stopped_run_resumes_bit_by_bit(base_run, mixed, whole, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as error:
+        stop_at(patch, Loader, "batch", call=5)
+        run_main(chat_sft, *flags(base_run, mixed, tmp_path))
+    assert error.value.code == 130 and "--resume" in capsys.readouterr().out
+    assert max(losses(tmp_path)) == 5
+    run_main(chat_sft, *flags(base_run, mixed, tmp_path), "--resume")
+    assert_same_files(tmp_path, whole, "model.safetensors", "config.json")
+    assert losses(tmp_path) == losses(whole)
+
+
+def assert_same_run(run, other):
+    """But for the order in which sums are added."""
+    assert losses(run).keys() == losses(other).keys()
+    assert list(losses(run).values()) == pytest.approx(list(losses(other).values()), rel=1e-4)
+    norms = [next(row["norm"] for row in read_log(r) if "norm" in row) for r in (run, other)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    weights, others = (load_file(r / "model.safetensors") for r in (run, other))
+    for name, tensor in weights.items():
+        assert (tensor - others[name]).norm() < 2e-3 * tensor.norm() + 1e-4, name
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_loss_does_not_depend_on_the_micro_batch(base_run, mixed, whole, batch_size, tmp_path):
+    run_main(chat_sft, *flags(base_run, mixed, tmp_path, batch_size=batch_size))
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_two_ranks_learn_what_one_does(base_run, mixed, whole, batch_size, tmp_path):
+    run_ranks(chat_sft, *flags(base_run, mixed, tmp_path, batch_size=batch_size))
+    assert_same_run(tmp_path, whole)
+
+
+def test_loss_is_the_mean_over_the_supervised_tokens_of_the_step(base_run, mixed, whole):
+    model, _ = load_checkpoint(base_run)
+    tokenizer = chat_sft.Tokenizer.load(base_run)
+    rendered = [tokenizer.render(m) for m in read_conversations(str(mixed))]
+    rows = pack(rendered, 64, 1337, 0)[:4]
+    x, y = map(torch.stack, zip(*(row_tensors(row, rendered, 64, 0) for row in rows)))
+    logprobs = model(x).log_softmax(-1)
+    picked = [-logprobs[b, t, y[b, t]] for b in range(4) for t in range(64) if y[b, t] >= 0]
+    assert losses(whole)[1] == pytest.approx((sum(picked) / len(picked)).item(), rel=1e-5)
+
+
+def test_finished_runs_are_kept_and_other_settings_refused(base_run, mixed, whole):
+    before = (whole / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="overwrite.*--resume"):
+        run_main(chat_sft, *flags(base_run, mixed, whole))
+    with pytest.raises(SystemExit, match="another lr;.*;"):
+        run_main(chat_sft, *flags(base_run, mixed, whole, lr=0.1), "--resume")
+    run_main(chat_sft, *flags(base_run, mixed, whole), "--resume")
+    assert (whole / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("tokens", [100, 64, 4 * 64 + 128, 1])
+def test_indivisible_batch_is_one_line_that_names_a_valid_one(base_run, eight, tokens, tmp_path):
+    with pytest.raises(SystemExit, match="not a multiple.*;.*;.*try --total_batch_size") as error:
+        run_main(chat_sft, *flags(base_run, eight, tmp_path, total_batch_size=tokens))
+    assert int(str(error.value).split()[-1]) % (4 * 64) == 0
+
+
+def test_a_model_without_our_tokens_learns_them(tokenizer, eight, tmp_path):
+    """As with OpenAI's GPT-2, whose vocabulary ends before <|im_start|>."""
+    model = GPT(GPTConfig(64, tokenizer.n_vocab - 12, n_layer=1, n_head=1, n_embd=8))
+    save_checkpoint(tmp_path / "base", model)
+    tokenizer.save(tmp_path / "base")
+    run_main(chat_sft, *flags(tmp_path / "base", eight, tmp_path / "run", epochs=1))
+    assert load_checkpoint(tmp_path / "run")[0].config.vocab_size == tokenizer.n_vocab
+
+
+def test_show_prints_the_learnt_in_green(tmp_path, tokenizer, eight, capsys):
+    tokenizer.save(tmp_path)
+    chat_sft.show(SimpleNamespace(file=str(eight), tokenizer=tmp_path, count=2))
+    green = re.findall(r"\033\[32m([^\033]*)", capsys.readouterr().out)
+    assert "".join(green) == "".join(f"{m[1]['content']}<|im_end|>" for m in EIGHT[:2])
+
+
+# ---- mutants
+
+@pytest.mark.parametrize("name, old, new, check", [
+    ("row_tensors", "mask[1:] == 1, ids[1:]", "mask[:-1] == 1, ids[1:]", check_row_tensors),
+    ("row_tensors", "mask[1:] == 1, ids[1:]", "mask[1:] == 1, ids[:-1]", check_row_tensors),
+    ("pack", "waiting.remove(best)", "waiting.pop(0)", check_pack),
+    ("pack", "room, row = T + 1, []", "room, row = T + 2, []", check_pack),
+    ("pack", "best = max(", "best = min(", check_pack)], ids=lambda value: str(value)[:20])
+def test_checks_notice_a_mutant(name, old, new, check, monkeypatch):
+    check()
+    mutate(monkeypatch, chat_sft, name, old, new)
+    monkeypatch.setitem(globals(), name, getattr(chat_sft, name))
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize("name, old, new, check", [
+    ("make", "(tested if test else practiced)", "practiced", check_nothing_held_out_is_taught),
+    ("make", "if not test:", "if True:", check_nothing_held_out_is_taught),
+    ("bits", "sum(row[:i + 1])", "sum(row[:i])", check_replies),
+    ("arithmetic", "a - a % 10, a + b", "a - a % 10, a + b + 1", check_replies)],
+    ids=lambda value: str(value)[:20])
+def test_checks_of_make_notice_a_mutant(name, old, new, check, documents, tmp_path, monkeypatch):
+    mutate(monkeypatch, chat_sft, name, old, new)
+    make(documents, tmp_path)
+    with pytest.raises((AssertionError, SystemExit)):
+        check(tmp_path)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("((y >= 0).sum() / max(1, supervised))", "(1 / len(batches))"),
+    ("+ ranks.rank * args.batch_size", "+ 0"), ("* ranks.world_size).backward()", ").backward()")],
+    ids=str)
+def test_two_ranks_notice_a_mutant(old, new, base_run, mixed, whole, tmp_path, monkeypatch):
+    mutate(monkeypatch, chat_sft, "main", old, new)
+    run_ranks(chat_sft, *flags(base_run, mixed, tmp_path, batch_size=1))
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path, whole)

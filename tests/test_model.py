@@ -1,0 +1,679 @@
+"""
+model.py against its oracles: transformers' GPT-2, PyTorch's cross-entropy and AdamW, RECIPE.md's
+table, and slow twins in float64. At the end, mutants: wrong formulas that a check above must
+notice.
+"""
+import doctest
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import model as model_module
+from conftest import GPT2, MODERN, mutate, noisy
+from model import (GPT, GPT2_SIZES, CrossEntropy, GPTConfig, Optimizer, Ranks, RunLog, as_matrices,
+                   load_checkpoint, load_state, make_optimizer, polar, read_log, save_checkpoint,
+                   save_state)
+from sample import KVCache
+
+T = GPT2.block_size
+TEXT = torch.randint(0, 65, (3, T), generator=torch.Generator().manual_seed(1))
+
+
+def test_docstring_examples_are_true():
+    torch.manual_seed(0)
+    result = doctest.testmod(model_module)
+    assert result.attempted > 0 and result.failed == 0
+
+
+# ---- the architecture
+
+def small(name):
+    """The preset's shape with layers divided by 6 and heads of 4 channels instead of 64."""
+    L, NH, C = GPT2_SIZES[name]
+    return dict(n_layer=L // 6, n_head=NH, n_embd=C // 16)
+
+
+def hf_model(name, seed=0):
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=101, n_positions=24, **small(name))).eval()
+    with torch.no_grad():
+        for p in model.parameters():        # biases and norms too, which begin at 0 and 1
+            p.add_(torch.randn_like(p), alpha=0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", GPT2_SIZES)
+def test_logits_of_a_transformers_gpt2_are_ours(name, tmp_path):
+    theirs = hf_model(name)
+    theirs.save_pretrained(tmp_path)
+    ours, meta = load_checkpoint(tmp_path)
+    idx = torch.randint(0, 101, (2, 24))
+    with torch.no_grad():
+        expected, found = theirs(idx).logits, ours(idx)
+    assert expected.std() > 0.1 and (found - expected).abs().max() < 1e-4
+    assert meta["stage"] == "pretrain"
+
+
+@pytest.mark.parametrize("name", GPT2_SIZES)
+def test_transformers_opens_our_checkpoint(name, tmp_path):
+    ours = noisy(GPTConfig(vocab_size=101, block_size=24, **small(name)), std=0.1)
+    save_checkpoint(tmp_path, ours)
+    theirs, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    idx = torch.randint(0, 101, (2, 24))
+    with torch.no_grad():
+        assert (theirs.eval()(idx).logits - ours(idx)).abs().max() < 1e-4
+
+
+def test_checkpoint_holds_hf_names_without_the_tied_head(tmp_path):
+    save_checkpoint(tmp_path, noisy(GPT2))
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    assert shapes["transformer.wte.weight"] == (65, 32)             # without the 63 padding rows
+    assert shapes["transformer.h.3.mlp.c_fc.weight"] == (32, 128)   # (in, out), as in TensorFlow
+    assert len(shapes) == 2 + 4 * 12 + 2 and "lm_head.weight" not in shapes
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_checkpoint_round_trip_is_exact(config, tmp_path, tokenizer):
+    before = noisy(config)
+    save_checkpoint(tmp_path, before, tokenizer, stage="sft", step=7, val_bpb=1.5)
+    after, meta = load_checkpoint(tmp_path)
+    assert torch.equal(before(TEXT), after.eval()(TEXT))
+    assert (meta["stage"], meta["step"], meta["val_bpb"]) == ("sft", 7, 1.5)
+    assert meta["run"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("name, params", dict(zip(GPT2_SIZES, (
+    124_439_808, 354_823_168, 774_030_080, 1_557_611_200))).items())
+def test_gpt2_presets_have_openais_parameter_counts(name, params):
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset(name))
+    L, C = model.config.n_layer, model.config.n_embd        # the padding rows are not counted
+    blocks = L * (12 * C ** 2 + 13 * C)
+    assert model.num_params() == params == 50257 * C + 1024 * C + blocks + 2 * C
+
+
+# RECIPE.md, section 2. Per depth: millions of parameters in blocks and in all, GFLOP a token,
+# heads, learning rate scales for batch and width, Muon's weight decay; and the batch in tokens.
+RECIPE = {
+    4: (3.1, 36.7, 0.080, 2, 0.707, 1.732, 1.890, 2**18),
+    6: (10.6, 73.5, 0.168, 3, 0.707, 1.414, 0.940, 2**18),
+    8: (25.2, 126, 0.296, 4, 0.707, 1.225, 0.520, 2**18),
+    12: (84.9, 286, 0.760, 6, 1, 1, 0.280, 2**19),
+    20: (393, 897, 2.886, 10, 1.414, 0.775, 0.100, 2**20),
+    24: (680, 1384, 4.775, 12, 1.414, 0.707, 0.060, 2**20),
+    26: (864, 1682, 5.991, 13, 1.414, 0.679, 0.048, 2**20)}
+
+
+@pytest.mark.parametrize("depth", RECIPE)
+def test_modern_presets_have_the_recipes_sizes_and_rates(depth):
+    block, total, gflop, heads, batch_scale, width_scale, decay, batch = RECIPE[depth]
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset(f"d{depth}"))
+        muon, head, wte, *_ = make_optimizer(model, batch_tokens=batch).groups
+    in_blocks = sum(p.numel() for name, p in model.named_parameters() if name.startswith("h."))
+    assert in_blocks / 1e6 == pytest.approx(block, rel=0.02)
+    assert model.num_params() / 1e6 == pytest.approx(total, rel=0.003)
+    assert model.flops_per_token() / 1e9 == pytest.approx(gflop, rel=0.005)
+    assert (model.config.n_head, model.config.n_embd) == (heads, 128 * heads)
+    assert muon["lr"] == pytest.approx(0.02 * batch_scale, rel=1e-3)
+    assert wte["lr"] == pytest.approx(0.3 * batch_scale * width_scale, rel=1e-3)
+    assert head["lr"] == pytest.approx(0.008 * batch_scale * width_scale, rel=1e-3)
+    assert muon["weight_decay"] == pytest.approx(decay, rel=0.03)
+
+
+def twin_modern(model, idx):
+    """RECIPE.md's architecture in float64, from its formulas; positions turn complex numbers."""
+    config, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
+    (B, T), L, NH, HS = idx.shape, config.n_layer, config.n_head, config.n_embd // config.n_head
+
+    def norm(x):
+        return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+    def turned(x):      # (B, T, NH, HS): channel i and i + HS/2 are one complex number
+        angles = torch.arange(T)[:, None] * 100_000.0 ** (-torch.arange(0, HS, 2).double() / HS)
+        z = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angles), -angles)[:, None]
+        return 1.2 * norm(torch.cat((z.real, z.imag), -1))
+
+    x = x0 = norm(w["wte.weight"][idx])
+    t, s = torch.arange(T)[:, None], torch.arange(T)
+    for layer in range(L):
+        x = w["resid_scalars"][layer] * x + w["x0_scalars"][layer] * x0
+        y, h = norm(x), f"h.{layer}."
+        q, k, v = (y @ w[h + "attn.c_attn.weight"].T).view(B, T, 3, NH, HS).unbind(2)
+        if layer % 2 == (L - 1) % 2:
+            gate = 3 * torch.sigmoid(y[..., :12] @ w[h + "attn.value_gate.weight"].T)
+            v = v + gate[..., None] * w[f"value_embeds.{layer}.weight"][idx].view(B, T, NH, HS)
+        scores = torch.einsum("bthc,bshc->bhts", turned(q), turned(k)) / HS ** 0.5
+        window = config.block_size if layer == L - 1 or layer % 4 == 3 else config.block_size // 4
+        scores = scores.masked_fill((s > t) | (s < t - window), -math.inf)
+        y = torch.einsum("bhts,bshc->bthc", scores.softmax(-1), v).reshape(B, T, NH * HS)
+        x = x + y @ w[h + "attn.c_proj.weight"].T
+        h += "mlp."
+        x = x + (norm(x) @ w[h + "c_fc.weight"].T).relu().square() @ w[h + "c_proj.weight"].T
+        if layer == L // 2:
+            middle = x
+    z = norm(x - w["backout_scalar"] * middle) @ w["lm_head.weight"][:config.vocab_size].T
+    return 15 * torch.tanh(z / 15)
+
+
+def check_modern_twin():
+    model = noisy(replace(MODERN, n_layer=6))
+    expected = twin_modern(model, TEXT)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(model(TEXT).double(), expected, rtol=0, atol=2e-4)
+
+
+def test_modern_logits_equal_the_recipes_formulas():
+    check_modern_twin()
+
+
+def test_windows_are_sssl_and_the_last_layer_sees_all():
+    config = GPTConfig.preset("d10")
+    assert [config.window(layer) for layer in range(10)] == 2 * [512, 512, 512, 2048] + [512, 2048]
+    assert [config.has_value_embed(layer) for layer in range(10)] == 5 * [False, True]
+
+
+@pytest.mark.parametrize("name", ["gpt3", "d", "d0", "dx", "12"])
+def test_unknown_preset_is_one_line(name):
+    with pytest.raises(SystemExit, match="not a preset.*try --model"):
+        GPTConfig.preset(name)
+
+
+@pytest.mark.parametrize("field, value", dict(
+    rope=False, qk_norm=False, relu2=False, tied_head=True, value_embeds=False, backout=False,
+    residual_scalars=False, softcap=0.0, windows="L").items())
+def test_every_switch_of_the_recipe_changes_the_logits(field, value):
+    whole, other = noisy(MODERN), GPT(replace(MODERN, **{field: value})).eval()
+    other.load_state_dict(whole.state_dict(), strict=False)
+    assert (whole(TEXT) - other(TEXT)).abs().max() > 1e-3
+
+
+def test_dropout_acts_in_training_only():
+    model = noisy(replace(GPT2, dropout=0.5))
+    assert torch.equal(model(TEXT), model(TEXT))
+    model.train()
+    assert not torch.equal(model(TEXT), model(TEXT))
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_no_parameter_is_left_uninitialised(config):
+    models = []
+    for poison in (float("nan"), 1e30):
+        models.append(GPT(config))
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for name, p in models[-1].named_parameters():
+                models[-1].init_parameter(name, p.fill_(poison))
+    for (name, p), (_, q) in zip(*(m.named_parameters() for m in models)):
+        assert torch.equal(p, q) and p.abs().max() < 10, name
+
+
+def test_modern_model_begins_with_uniform_predictions_and_identity_blocks():
+    torch.manual_seed(0)
+    model = GPT(MODERN)
+    assert all((block.attn.c_proj.weight == 0).all() and (block.mlp.c_proj.weight == 0).all()
+               for block in model.h)
+    assert model(TEXT, TEXT).item() == pytest.approx(math.log(65), rel=0.01)
+
+
+# ---- causality, windows, cache
+
+def check_causality(config):
+    model, changed = noisy(config), TEXT.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % 65
+    before, after = model(TEXT), model(changed)
+    torch.testing.assert_close(before[:, :20], after[:, :20], rtol=0, atol=1e-5)
+    assert (before[:, 20:] - after[:, 20:]).abs().amax(-1).min() > 1e-4
+
+
+def check_window(window):
+    """With the identity for values, attention gives its own probabilities."""
+    S = 2 * window + 1
+    q, k = torch.randn(2, 1, 3, S, 8)
+    t, s = torch.arange(S)[:, None], torch.arange(S)
+    v = torch.eye(S).expand(1, 3, S, S)
+    found = model_module.attention(q, k, v, s[None], window, cache=None, dropout=0.0)
+    scores = (q @ k.mT / math.sqrt(8)).masked_fill((s > t) | (s < t - window), -math.inf)
+    assert torch.allclose(found, scores.softmax(-1), atol=1e-6)
+    assert ((found > 0).sum(-1) == (t[:, 0] + 1).clamp(max=window + 1)).all()   # w + 1 keys
+
+
+def check_cache(config):
+    """Prefill of rows of different lengths, padded on the right; then one token, two, one …"""
+    model, lengths = noisy(config), [3, 11, 7]
+    cache = KVCache(config, 3, T)
+    rows = [TEXT[b, :n] for b, n in enumerate(lengths)]
+    prompts = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    with torch.no_grad():
+        expected = model(TEXT)      # row b must go on as if it stood alone
+        found = [[logits[:n]] for logits, n in zip(model(prompts, cache=cache), lengths)]
+        cache.pos = torch.tensor(lengths)
+        for count in [1, 2] * 7:
+            at = cache.pos[:, None] + torch.arange(count)
+            logits = model(TEXT.gather(1, at), cache=cache)
+            for b in range(3):
+                found[b].append(logits[b])
+    for b, n in enumerate(lengths):
+        torch.testing.assert_close(torch.cat(found[b]), expected[b, :n + 21], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_a_token_changes_nothing_before_it(config):
+    check_causality(config)
+
+
+@pytest.mark.parametrize("window", [1, 4, 7])
+def test_window_w_sees_w_plus_one_keys(window):
+    check_window(window)
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_cached_logits_equal_uncached_for_rows_of_any_length(config):
+    check_cache(config)
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_cache_rows_can_be_copied_reordered_and_dropped(config):
+    model, cache, order = noisy(config), KVCache(config, 3, T), torch.tensor([2, 0, 0])
+    with torch.no_grad():
+        model(TEXT[:, :12], cache=cache)
+        copy, expected = cache.rows(order), model(TEXT[order])
+        for t in range(12, 20):
+            logits = model(TEXT[order, t:t + 1], cache=copy)
+            torch.testing.assert_close(logits[:, 0], expected[:, t], rtol=0, atol=1e-4)
+    assert cache.used == 12 and (cache.pos == 12).all()     # the original has not moved on
+
+
+# ---- the loss
+
+def check_cross_entropy(softcap, chunk=17, masked=0.3):
+    config = replace(GPT2, softcap=softcap)
+    torch.manual_seed(0)
+    x, weight = 3 * torch.randn(100, 32), torch.randn(config.padded_vocab, 32)
+    targets = torch.randint(0, 65, (100,)).masked_fill(torch.rand(100) < masked, -1)
+    x64, weight64 = (t.double().requires_grad_() for t in (x, weight))
+    z = x64 @ weight64[:65].T
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    expected = F.cross_entropy(z, targets, ignore_index=-1, reduction="sum")
+    expected = expected / max(1, (targets >= 0).sum())
+    (3 * expected).backward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model_module.CHUNK_LOGITS, "cpu", chunk * config.vocab_size)
+        x.requires_grad_(), weight.requires_grad_()
+        loss = CrossEntropy.apply(x, weight, targets, config)
+        (3 * loss).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weight.grad.double(), weight64.grad, rtol=1e-4, atol=1e-6)
+    assert (weight.grad[65:] == 0).all()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize("chunk", [1, 17, 1000])
+def test_loss_and_gradients_equal_pytorchs(softcap, chunk):
+    check_cross_entropy(softcap, chunk)
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_all_masked_batch_has_loss_zero_and_no_gradient(config):
+    model = noisy(config)
+    loss = model(TEXT, torch.full_like(TEXT, -1))
+    loss.backward()
+    assert loss.item() == 0 and all((p.grad == 0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_mean_loss_is_the_mean_of_the_losses(config):
+    model, targets = noisy(config), TEXT.roll(-1, 1).masked_fill(TEXT < 20, -1)
+    losses = model(TEXT, targets, reduction="none")
+    assert losses.shape == TEXT.shape and (losses[targets < 0] == 0).all()
+    mean = losses.sum().item() / (targets >= 0).sum().item()
+    assert model(TEXT, targets).item() == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_one_batch_can_be_learnt_by_heart(config):
+    torch.manual_seed(0)
+    model = GPT(config)
+    optimizer = make_optimizer(model, lr=1e-2)
+    for _ in range(60):
+        loss = model(TEXT[:, :-1], TEXT[:, 1:])
+        loss.backward()
+        optimizer.step(grad_scale=min(1.0, 1 / optimizer.average_grads()), decay_scale=0.0)
+    assert loss.item() < 0.1
+
+
+def test_bf16_keeps_fp32_masters_in_which_a_small_update_survives():
+    model = GPT(GPT2)
+    model.compute_dtype = torch.bfloat16
+    optimizer = Optimizer([dict(kind="adamw", params={"w": model.ln_f.weight}, lr=1e-4,
+                                betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)])
+    assert model.hidden(TEXT).dtype == torch.bfloat16
+    model(TEXT, TEXT).backward()
+    optimizer.step()
+    step = (1 - model.ln_f.weight).abs()        # Adam's first step is lr; 1 - 1e-4 is 1 in bf16
+    torch.testing.assert_close(step, torch.full_like(step, 1e-4), rtol=0.01, atol=0)
+
+
+# ---- the optimizer
+
+def test_adamw_equals_pytorchs():
+    ours, theirs = noisy(GPT2), noisy(GPT2)
+    optimizer, params = make_optimizer(ours, lr=3e-3), list(theirs.parameters())
+    oracle = torch.optim.AdamW([dict(params=[p for p in params if p.ndim > 1], weight_decay=0.1),
+                                dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)],
+                               lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
+    for scale in (1.0, 0.5) * 5:
+        for p, q in zip(ours.parameters(), params):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        norm = optimizer.average_grads()
+        assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(params, 1.0).item(), rel=1e-5)
+        for group in oracle.param_groups:
+            group["lr"] = 3e-3 * scale
+        optimizer.step(scale, grad_scale=min(1.0, 1 / (norm + 1e-6)))
+        oracle.step()
+    for p, q in zip(ours.parameters(), params):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (128, 32), (3, 16, 64), (2, 1)])
+def test_polar_pushes_singular_values_to_one_and_keeps_directions(shape):
+    torch.manual_seed(0)
+    G = torch.randn(shape) * 1e-3
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    found = torch.diagonal(U.mT @ polar(G) @ Vh.mT, dim1=-2, dim2=-1)
+    large = S > 0.05 * S.amax(-1, keepdim=True)
+    assert large.float().mean() > 0.9 and ((found[large] - 1).abs() < 0.2).all()
+
+
+def twin_muon(W, grads, lr, decay, momentum):
+    """Muon for one matrix in float64, from the papers' formulas: the weights after all steps."""
+    W, (m, n) = W.double().clone(), W.shape
+    buffer, variance = torch.zeros(m, n).double(), torch.zeros(m if m >= n else n).double()
+    for grad in grads:
+        buffer = momentum * buffer + (1 - momentum) * grad.double()
+        X = (1 - momentum) * grad.double() + momentum * buffer
+        X = X / (1.01 * X.square().sum().sqrt() + 1e-6)
+        for a, b, c in model_module.POLAR_EXPRESS:
+            X = a * X + b * X @ X.T @ X + c * X @ X.T @ X @ X.T @ X
+        along = 1 if m >= n else 0
+        variance = 0.9 * variance + 0.1 * X.square().mean(along)
+        scaled = X / variance.unsqueeze(along).sqrt()
+        u = scaled * X.norm() / scaled.norm()
+        for i in range(m):
+            for j in range(n):
+                cautious = decay * W[i, j] if u[i, j] * W[i, j] >= 0 else 0.0
+                W[i, j] -= lr * max(1, m / n) ** 0.5 * (u[i, j] + cautious)
+    return W
+
+
+def check_muon():
+    torch.manual_seed(0)
+    shapes = dict(c_attn=(18, 6), c_fc=(24, 6), c_proj=(6, 24), value_gate=(2, 5))
+    params = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    grads = {name: torch.randn(3, *shape) for name, shape in shapes.items()}
+    expected = {}
+    for name, p in params.items():
+        W, g = ([t.detach().chunk(3, -2) if name == "c_attn" else [t.detach()]
+                 for t in (p, grads[name])])
+        expected[name] = torch.cat([twin_muon(*pair, 0.02, 0.5, 0.9) for pair in zip(W, g)])
+    optimizer = Optimizer([dict(kind="muon", params=params, lr=0.01, weight_decay=1.0)])
+    for step in range(3):
+        for name, p in params.items():
+            p.grad = 4 * grads[name][step]
+        optimizer.step(lr_scale=2.0, grad_scale=0.25, momentum=0.9, decay_scale=0.5)
+    for name, p in params.items():
+        torch.testing.assert_close(p.double(), expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_muon_equals_its_slow_twin():
+    check_muon()
+
+
+def test_as_matrices_is_a_view_of_queries_keys_and_values():
+    W = torch.arange(48.0).view(12, 4)
+    assert as_matrices(W).shape == (3, 4, 4) and torch.equal(as_matrices(W)[1], W[4:8])
+    assert as_matrices(W).data_ptr() == W.data_ptr() and as_matrices(W.T).shape == (1, 4, 12)
+
+
+def test_weights_decay_only_where_the_update_shrinks_them():
+    moved = []
+    for decay in (0.0, 0.3):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(6, 5))
+        p.grad, before = torch.randn(6, 5), p.detach().clone()
+        Optimizer([dict(kind="muon", params={"w": p}, lr=0.1, weight_decay=decay)]).step()
+        moved.append(p.detach() - before)
+    update, decayed = moved[0], moved[1] - moved[0]
+    shrinks = update * before < 0
+    torch.testing.assert_close(decayed, -0.1 * (6 / 5) ** 0.5 * 0.3 * before * shrinks)
+    assert 0.2 < shrinks.float().mean() < 0.8
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_every_parameter_is_in_one_group_and_moves(config):
+    model = noisy(config)
+    optimizer = make_optimizer(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert sum(len(group["params"]) for group in optimizer.groups) == len(before)
+    model(TEXT, TEXT.roll(-1, 1)).backward()
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("knob", [dict(lr_scale=0.5), dict(momentum=0.5), dict(decay_scale=0.0)],
+                         ids=str)
+def test_every_scheduled_number_reaches_the_weights(knob):
+    after = []
+    for settings in ({}, knob):
+        model = noisy(MODERN)
+        optimizer = make_optimizer(model)
+        for _ in range(2):      # the first update is one direction whatever the momentum
+            model(TEXT, TEXT.roll(-1, 1)).backward()
+            optimizer.step(**settings)
+        after.append(model.h[0].mlp.c_fc.weight.detach())
+    assert (after[0] - after[1]).abs().max() > 1e-6
+
+
+# ---- vocabulary, checkpoints, state, log
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("vocab_size", [65, 70, 200])
+def test_growing_the_vocabulary_keeps_the_old_logits(config, vocab_size, tmp_path):
+    before = noisy(config)
+    save_checkpoint(tmp_path, before)
+    after = load_checkpoint(tmp_path, vocab_size=vocab_size)[0].eval()
+    logits = after(TEXT)
+    torch.testing.assert_close(logits[..., :65], before(TEXT), rtol=1e-5, atol=1e-5)
+    assert logits.shape[-1] == vocab_size
+    assert (after.lm_head.weight is after.wte.weight) == config.tied_head
+    mean = before.wte.weight[:65].mean(0)
+    torch.testing.assert_close(after.wte.weight[65:vocab_size], mean.expand(vocab_size - 65, -1))
+    assert (after.wte.weight[vocab_size:] == 0).all()
+
+
+def edit_config(run, **changes):
+    described = json.loads((run / "config.json").read_text())
+    described["deepdive"].update(changes)
+    (run / "config.json").write_text(json.dumps(described))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [
+    lambda run: cut(run / "model.safetensors"), lambda run: (run / "model.safetensors").unlink(),
+    lambda run: cut(run / "config.json"), lambda run: (run / "config.json").unlink(),
+    lambda run: edit_config(run, format_version=99),
+    lambda run: edit_config(run, model=vars(replace(GPT2, n_layer=5))),
+    lambda run: edit_config(run, model=vars(replace(GPT2, n_embd=64))),
+    lambda run: (run / "config.json").write_text('{"model_type": "llama"}')],
+    ids=["cut", "no weights", "cut config", "no config", "version", "layers", "width", "llama"])
+def test_bad_checkpoint_is_one_line(damage, tmp_path):
+    save_checkpoint(tmp_path, GPT(GPT2))
+    damage(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        load_checkpoint(tmp_path)
+    assert str(tmp_path) in str(error.value) and str(error.value).count(";") == 2
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_state_restores_weights_optimizer_and_random_numbers(config, tmp_path):
+    def start():
+        torch.manual_seed(0)
+        model = GPT(replace(config, dropout=0.1))
+        return model, make_optimizer(model)
+
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            model(TEXT, TEXT.roll(-1, 1)).backward()
+            optimizer.step()
+        return model(TEXT)
+
+    model, optimizer = start()
+    train(model, optimizer, 2)
+    save_state(tmp_path, Ranks(), optimizer, model, step=1, position=10, settings={})
+    save_state(tmp_path, Ranks(), optimizer, model, step=2, position=20, settings=dict(a=1))
+    expected = train(model, optimizer, 3)
+    model, optimizer = start()
+    state = load_state(tmp_path, True, Ranks(), optimizer, model, dict(a=1))
+    assert (state["step"], state["position"]) == (2, 20)
+    assert torch.equal(train(model, optimizer, 3), expected)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_000002"]
+
+
+SETTINGS = dict(seed=1, lr=None)
+
+
+@pytest.fixture
+def load(tmp_path):
+    """A run with one saved state in tmp_path → load_state for it."""
+    model = GPT(GPT2)
+    optimizer = make_optimizer(model)
+    save_state(tmp_path, Ranks(), optimizer, model, step=2, position=20, settings=SETTINGS)
+    return lambda resume, settings: load_state(tmp_path, resume, Ranks(), optimizer, model,
+                                               settings)
+
+
+def test_state_of_another_version_is_one_line(load, tmp_path):
+    path = tmp_path / "state" / "step_000002" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(format_version=99)))
+    with pytest.raises(SystemExit, match="another format_version;.*;"):
+        load(True, SETTINGS)
+
+
+@pytest.mark.parametrize("settings", [dict(seed=2, lr=None), dict(seed=1, lr=0.1), dict(task="x")],
+                         ids=str)
+def test_state_of_other_settings_is_one_line(load, settings):
+    with pytest.raises(SystemExit, match="another .*;.*;"):
+        load(True, settings)
+
+
+def test_only_a_complete_state_counts_and_it_is_not_written_over(load, tmp_path):
+    assert load(True, SETTINGS)["step"] == 2
+    with pytest.raises(SystemExit, match="overwrite.*--resume"):
+        load(False, SETTINGS)
+    (tmp_path / "state" / "step_000002").rename(tmp_path / "state" / "step_000002.part")
+    assert load(True, SETTINGS) is None and load(False, SETTINGS) is None
+
+
+def test_log_line_has_the_one_grammar(tmp_path, capsys):
+    RunLog(tmp_path, 19073)(1200, loss=3.421875, lr=5.98e-4, norm=0.2871, ms=512.3, tok_s=1023400.0,
+                            mfu=0.412, usd=0.42, eta=4323.9, kl=None)
+    assert capsys.readouterr().out.split() == (
+        "step 1200/19073 | loss 3.421875 | lr 5.98e-04 | norm 0.2871 | 512.3 ms | 1023400 tok/s | "
+        "mfu 41.2% | $0.42 | eta 1:12:03").split()
+    assert read_log(tmp_path)[0]["loss"] == 3.421875
+
+
+def test_resumed_log_drops_what_comes_again_and_a_cut_last_line(tmp_path):
+    log = RunLog(tmp_path, 20)
+    for step in range(1, 13):
+        log(step, loss=float(step))
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 13, "lo')
+    assert [row["step"] for row in read_log(tmp_path)] == list(range(1, 13))
+    RunLog(tmp_path, 20, resume_step=10)(11, loss=0.0)
+    rows = [(row["step"], row["loss"]) for row in read_log(tmp_path)]
+    assert rows[-2:] == [(10, 10.0), (11, 0.0)]
+
+
+# ---- mutants: each must be caught by the check beside it
+
+def text_only(value):
+    return value if isinstance(value, str) else ""
+
+
+@pytest.mark.parametrize("owner, name, old, new, check, argument", [
+    (model_module, "attention", "t - s <= window", "t - s < window", check_window, 4),
+    (model_module, "attention", "s <= t", "s <= t + 1", check_window, 4),
+    (model_module, "attention", "window >= q.shape[2] - 1", "window >= 0", check_window, 4),
+    (model_module, "attention", "is_causal=True", "is_causal=False", check_causality, GPT2),
+    (KVCache, "append", "self.pos[:, None]", "self.used + 0 * self.pos[:, None]", check_cache,
+     GPT2),
+    (GPT, "hidden", "pos + cache.pos[:, None]", "pos + cache.used", check_cache, MODERN),
+    (CrossEntropy, "forward", "dz.mul_(1 - y.div_(s).square_())", "pass", check_cross_entropy, 3.0),
+    (CrossEntropy, "forward", "mul_(valid / count)", "div_(count)", check_cross_entropy, 0.0),
+    (CrossEntropy, "forward", "dW[:V] += ", "dW[:V] = ", check_cross_entropy, 0.0),
+    (CrossEntropy, "backward", "dx * grad", "dx", check_cross_entropy, 0.0)],
+    ids=text_only)
+def test_checks_notice_a_mutant(owner, name, old, new, check, argument, monkeypatch):
+    check(argument)
+    mutate(monkeypatch, owner, name, old, new)
+    with pytest.raises(AssertionError):
+        check(argument)
+
+
+@pytest.mark.parametrize("owner, name, old, new", [
+    (Optimizer, "muon", "grad.lerp(buffer, momentum)", "buffer"),
+    (Optimizer, "muon", "1 - beta2", "beta2"),
+    (model_module, "polar", "1.01", "1.2"),
+    (model_module, "as_matrices", "K = 3 if", "K = 1 if"),
+    (Optimizer, "muon", "U * W >= 0", "U * W <= 0"),
+    (Optimizer, "muon", "max(1, W.shape[-2] / W.shape[-1])", "1")], ids=text_only)
+def test_muons_twin_notices_a_mutant(owner, name, old, new, monkeypatch):
+    mutate(monkeypatch, owner, name, old, new)
+    with pytest.raises(AssertionError):
+        check_muon()
+
+
+@pytest.mark.parametrize("owner, name, old, new", [
+    (model_module.Attention, "forward", "1.2 * rms_norm(k)", "rms_norm(k)"),
+    (model_module.Attention, "forward", "3 * torch.sigmoid", "2 * torch.sigmoid"),
+    (model_module, "rotate", "x2 * cos - x1 * sin", "x2 * cos + x1 * sin"),
+    (model_module, "rotary_table", "base=100_000", "base=10_000"),
+    (model_module, "rms_norm", "float32", "bfloat16"),
+    (GPTConfig, "window", "layer < self.n_layer - 1", "layer < self.n_layer"),
+    (GPTConfig, "has_value_embed", "(self.n_layer - 1) % 2", "0"),
+    (GPT, "hidden", "layer == config.n_layer // 2", "layer == 0"),
+    (GPT, "logits", "[..., :self.config.vocab_size]", "")], ids=text_only)
+def test_the_modern_twin_notices_a_mutant(owner, name, old, new, monkeypatch):
+    mutate(monkeypatch, owner, name, old, new)
+    with pytest.raises((AssertionError, KeyError)):
+        check_modern_twin()
+
+
+@pytest.mark.parametrize("owner, name, old, new", [
+    (model_module, "file_tensor", "p.T if", "p if"),
+    (model_module.MLP, "forward", 'approximate="tanh"', 'approximate="none"'),
+    (model_module.Norm, "forward", "eps=1e-5", "eps=1e-2"),
+    (model_module.Block, "forward", "return x +", "return")], ids=text_only)
+def test_transformers_notices_a_mutant(owner, name, old, new, monkeypatch, tmp_path):
+    theirs = hf_model("gpt2")
+    theirs.save_pretrained(tmp_path)
+    mutate(monkeypatch, owner, name, old, new)
+    idx = torch.randint(0, 101, (2, 24))
+    with pytest.raises((AssertionError, SystemExit)), torch.no_grad():
+        found = load_checkpoint(tmp_path)[0](idx)
+        torch.testing.assert_close(found, theirs(idx).logits, rtol=0, atol=1e-4)

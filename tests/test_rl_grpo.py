@@ -1,0 +1,429 @@
+"""
+rl_grpo.py: the objective against REINFORCE written out by hand, the clip and the KL from their
+definitions, the mask token by token; and a model that can only guess learns which guess pays.
+"""
+import copy
+import doctest
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import chat_sft
+import rl_grpo
+from bpe import Tokenizer
+from conftest import assert_same_files, mutate, run_main, run_ranks, stop_at
+from model import Optimizer, Ranks, load_checkpoint, read_log
+from rl_grpo import (advantages, learn, policy_loss, rollout, rollout_tensors, thinking_pays,
+                     token_logprobs)
+from sample import Completion, Engine
+
+COLOURS = dict(red="red even", blue="blue odd", green="green odd", black="black even")
+
+
+# ---- advantages
+
+def test_docstring_example_is_true():
+    result = doctest.testmod(rl_grpo)
+    assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_advantages_of_a_group_sum_to_zero_and_of_a_tied_group_are_zero(size):
+    rewards = torch.rand(50, size, generator=torch.Generator().manual_seed(0)).round()
+    rewards[0], rewards[1] = 1.0, 0.0
+    for divide_by_std in (False, True):
+        found = advantages(rewards, divide_by_std)
+        assert found.sum(1).abs().max() < 1e-5 and (found[:2] == 0).all()
+    std = found[(rewards.std(1) > 0)].std(1)
+    torch.testing.assert_close(std, torch.ones_like(std), rtol=1e-4, atol=0)
+
+
+# ---- the objective
+
+def some_logprobs(seed=0, N=4, T=6):
+    generator = torch.Generator().manual_seed(seed)
+    return -3 * torch.rand(N, T, generator=generator)
+
+
+def check_reinforce():
+    """At ratio 1 the gradient is that of -Σ A log π over sampled tokens."""
+    logprobs, A = some_logprobs().requires_grad_(), torch.tensor([0.5, -0.5, 0.0, 2.0])
+    mask = (some_logprobs(1) > -1.5).float()
+    loss, _ = policy_loss(logprobs, logprobs.detach(), None, A, mask, clip=0.2, kl=0.0)
+    loss.backward()
+    assert torch.equal(logprobs.grad, -A[:, None] * mask) and 5 < mask.sum() < 20
+
+
+def test_on_policy_gradient_is_plain_reinforce():
+    check_reinforce()
+
+
+def check_clip():
+    """The clip takes the gradient away only where the ratio has already moved A's way, too far."""
+    ratio = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0])
+    for A, live in ((1.0, ratio < 1.2), (-1.0, ratio > 0.8)):
+        logprobs = ratio.log()[None].requires_grad_()
+        loss, _ = policy_loss(logprobs, torch.zeros(1, 7), None, torch.tensor([A]),
+                              torch.ones(1, 7), clip=0.2, kl=0.0)
+        loss.backward()
+        expected = torch.where(live, -A * ratio, 0.0)       # d(-ratio A) / d log π = -ratio A
+        torch.testing.assert_close(logprobs.grad[0], expected)
+        limit = ratio.clamp(max=1.2) if A > 0 else ratio.clamp(min=0.8)
+        assert loss.item() == pytest.approx((-A * limit).sum().item())
+
+
+def test_clip_acts_only_outside_and_on_the_side_it_should():
+    check_clip()
+
+
+def check_k3():
+    """Never negative, 0 for equal models; its mean under π is KL(π ‖ π_ref), exactly."""
+    logits, ref_logits = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0)).double()
+    logp, ref = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    zero, ones = torch.zeros(5).double(), torch.ones(5, 40).double()
+    for i in range(40):
+        _, k3 = policy_loss(logp[:, i:i + 1], logp[:, i:i + 1], ref[:, i:i + 1], zero,
+                            ones[:, :1], 0.2, 0.7)
+        assert k3 >= 0
+    _, mean = policy_loss(logp, logp, ref, zero, logp.exp(), 0.2, 0.7)
+    torch.testing.assert_close(mean, (logp.exp() * (logp - ref)).sum())
+    loss, equal = policy_loss(logp, logp, logp, zero, ones, 0.2, 0.7)
+    assert equal == 0 and loss == 0
+    loss, _ = policy_loss(logp, logp, ref, zero, logp.exp(), 0.2, 0.7)
+    torch.testing.assert_close(loss, 0.7 * mean)
+
+
+def test_k3_is_an_estimate_of_the_kl_that_is_never_negative():
+    check_k3()
+
+
+def test_without_a_reference_there_is_no_kl():
+    logprobs, A = some_logprobs(), torch.tensor([1.0, 0.0, -1.0, 2.0])
+    loss, k3 = policy_loss(logprobs, logprobs, None, A, torch.ones(4, 6), 0.2, kl=9.0)
+    assert k3 == 0 and loss.item() == pytest.approx(-12.0)
+
+
+# ---- tokens and masks
+
+def written():
+    """Two completions behind prompts of 2 and 4 tokens; in the first a tool said 8, 9."""
+    return [[1, 2], [1, 2, 3, 4]], [
+        Completion([5, 6, 8, 9, 7], [True, True, False, False, True], "stop"),
+        Completion([5], [True], "length")]
+
+
+def check_mask():
+    ids, mask = rollout_tensors(*written(), pad=99)
+    assert ids.tolist() == [[1, 2, 5, 6, 8, 9, 7], [1, 2, 3, 4, 5, 99, 99]]
+    assert mask.tolist() == [[0, 0, 1, 1, 0, 0, 1], [0, 0, 0, 0, 1, 0, 0]]
+
+
+def test_mask_never_covers_prompt_padding_or_tool_output():
+    check_mask()
+
+
+def test_token_logprobs_are_those_of_the_next_tokens(base_run):
+    model, _ = load_checkpoint(base_run)
+    ids = torch.randint(0, 400, (5, 12), generator=torch.Generator().manual_seed(0))
+    expected = model(ids).log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(token_logprobs(model, ids, rows=2), expected, rtol=1e-4, atol=1e-5)
+
+
+FLAGS = dict(updates=1, clip=0.2, kl=0.0, out="run")
+
+
+def grads_of_learn(model, prompts, completions, advantage, reference=None, **changes):
+    optimizer = Optimizer([dict(kind="adamw", params=dict(model.named_parameters()), lr=1e-3,
+                                betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)])
+    optimizer.step = lambda *_, **__: None                  # which would clear the gradients
+    ids, mask = rollout_tensors(prompts, completions, pad=0)
+    args = SimpleNamespace(**{**FLAGS, **changes})
+    loss, norm, kl = learn(model, optimizer, Ranks(), ids, mask, advantage, args, 1.0, reference)
+    return {name: p.grad for name, p in model.named_parameters()}, loss, norm, kl
+
+
+def check_learn(base_run):
+    """Each reply scored by itself, unpadded, with log_softmax; one mean over sampled tokens."""
+    prompts, completions = written()
+    advantage = torch.tensor([0.5, -1.0])
+    found, loss, norm, kl = grads_of_learn(load_checkpoint(base_run)[0], prompts, completions,
+                                           advantage)
+    model, _ = load_checkpoint(base_run)
+    total = count = 0
+    for p, c, A in zip(prompts, completions, advantage):
+        logp = model(torch.tensor([p + c.ids])).log_softmax(-1)[0]
+        for i, (token, sampled) in enumerate(zip(c.ids, c.sampled)):
+            total, count = total - sampled * A * logp[len(p) + i - 1, token], count + sampled
+    (total / count).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
+    expected = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    assert count == 4 and norm == pytest.approx(expected, rel=1e-4) and kl is None
+    assert loss == pytest.approx(-advantage.repeat_interleave(torch.tensor([3, 1])).mean().item())
+
+
+def test_learn_follows_the_policy_gradient_of_the_sampled_tokens(base_run):
+    check_learn(base_run)
+
+
+def test_tied_groups_contribute_nothing(base_run):
+    prompts, completions = written()
+    alone, *_ = grads_of_learn(load_checkpoint(base_run)[0], prompts[:1], completions[:1],
+                               torch.tensor([0.5]))
+    beside, *_ = grads_of_learn(load_checkpoint(base_run)[0], prompts, completions,
+                                torch.tensor([0.5, 0.0]))
+    for name in alone:
+        torch.testing.assert_close(beside[name], alone[name], rtol=1e-4, atol=1e-7)
+    model, _ = load_checkpoint(base_run)
+    none, loss, norm, _ = grads_of_learn(model, prompts, completions, torch.zeros(2))
+    assert loss == norm == 0 and all((grad == 0).all() for grad in none.values())
+
+
+def test_tied_groups_have_the_gradient_of_the_kl_when_it_is_asked_for(base_run):
+    model, _ = load_checkpoint(base_run)
+    reference = copy.deepcopy(model)
+    _, _, norm, kl = grads_of_learn(model, *written(), torch.zeros(2), reference, kl=0.5)
+    assert norm == kl == 0                                  # equal models are not pulled
+    with torch.no_grad():
+        model.ln_f.weight.mul_(1.5)
+    grads, loss, norm, kl = grads_of_learn(model, *written(), torch.zeros(2), reference, kl=0.5)
+    assert kl > 0 and norm > 0 and loss == pytest.approx(0.5 * kl)
+    with torch.no_grad():                                   # downhill is back to the reference
+        for name, p in model.named_parameters():
+            p.sub_(0.01 / norm * grads[name])
+    assert grads_of_learn(model, *written(), torch.zeros(2), reference, kl=0.5)[3] < kl
+
+
+def test_replies_that_were_cut_off_earn_nothing(tokenizer):
+    ids = tokenizer.encode_ordinary("#### 7")
+    end = tokenizer.special["<|im_end|>"]
+    replies = [Completion([*ids, end], [True] * 9, "stop"), Completion(ids, [True] * 9, "length"),
+               Completion([end], [True], "stop"), Completion([*ids, end], [True] * 9, "stop")]
+    engine = Engine(SimpleNamespace(), tokenizer)
+    engine.generate = lambda *_, **__: replies
+    problems = [dict(messages=[dict(role="user", content="?")], answer=a, check="final")
+                for a in "78"]
+    args = SimpleNamespace(max_new_tokens=9, group_size=2)
+    prompts, _, rewards = rollout(engine, problems, args, seed=0)
+    assert rewards.tolist() == [[1, 0], [0, 0]] and len(prompts) == 4
+
+
+def test_thinking_pays_compares_short_replies_with_long_ones():
+    assert thinking_pays([1, 0, 1, 1], [2, 4, 18, 20]) == (11, 0.5, 1.0)
+    assert thinking_pays([1.0, 0.0], [5, 5]) == (5, 0.5, 0.0)
+
+
+# ---- runs
+
+@pytest.fixture(scope="module")
+def assistant(base_run, tmp_path_factory):
+    """A model that was taught to call each colour "even" as often as "odd"."""
+    folder = tmp_path_factory.mktemp("assistant")
+    rows = [dict(messages=[dict(role="user", content=colour),
+                           dict(role="assistant", content=f"#### {colour} {reply}")])
+            for _ in range(8) for colour in COLOURS for reply in ("even", "odd")]
+    (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_main(chat_sft, "--model", base_run, "--data", folder / "sft.jsonl", "--out", folder / "sft",
+             "--epochs", 12, "--lr", 1e-2, "--batch_size", 4)
+    return folder / "sft"
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    rows = [dict(question=colour, answer=answer, kind="colours")
+            for colour, answer in COLOURS.items()]
+    path = tmp_path_factory.mktemp("task") / "colours.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def flags(assistant, task, out, **changes):
+    given = {**dict(max_steps=6, prompts=4, group_size=4, max_new_tokens=16, lr=1e-3, save_every=4),
+             **changes}
+    return ["--model", assistant, "--task", task, "--out", out,
+            *(text for key, value in given.items() for text in (f"--{key}", value))]
+
+
+def logged(run, key):
+    return [row[key] for row in read_log(run) if key in row]
+
+
+@pytest.fixture(scope="module")
+def whole(assistant, task, tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole")
+    run_main(rl_grpo, *flags(assistant, task, run))
+    return run
+
+
+def check_bandit(assistant, task, run, *more):
+    """Four questions, of which each has one right answer of two: from a half to nearly all."""
+    run_main(rl_grpo, *flags(assistant, task, run, max_steps=40, group_size=16, lr=3e-3,
+                             eval_every=20, save_every=99), *more)
+    rewards = logged(run, "reward")
+    assert rewards[0] < 0.75 and sum(rewards[-5:]) / 5 > 0.9, rewards
+
+
+def test_a_model_that_can_only_guess_learns_which_guess_pays(assistant, task, tmp_path):
+    check_bandit(assistant, task, tmp_path, "--held_out", task)
+    model, meta = load_checkpoint(tmp_path)
+    replies = Engine(model, Tokenizer.load(tmp_path)).answer(list(COLOURS), temperature=0)
+    assert replies == [f"#### {answer}" for answer in COLOURS.values()]
+    assert (meta["stage"], meta["step"], meta["base"]) == ("rl", 40, str(assistant))
+    accuracy = logged(tmp_path, "accuracy")
+    assert len(accuracy) == 3 and accuracy[-1] == 1.0 > accuracy[0]
+
+
+@pytest.mark.parametrize("more", [["--updates", 3, "--lr", 1.5e-3], ["--std"], ["--kl", 0.01]],
+                         ids=str)
+def test_grpos_own_terms_learn_too(more, assistant, task, tmp_path):
+    check_bandit(assistant, task, tmp_path, *more)
+    assert len(logged(tmp_path, "kl")) == (40 if "--kl" in more else 0)
+
+
+@pytest.mark.parametrize("more", [[], ["--updates", 2, "--kl", 0.1]], ids=str)
+def test_stopped_run_resumes_bit_by_bit(more, assistant, task, whole, tmp_path, monkeypatch):
+    if more:
+        whole = tmp_path / "whole"
+        run_main(rl_grpo, *flags(assistant, task, whole), *more)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as error:
+        stop_at(patch, rl_grpo, "rollout", call=3)
+        run_main(rl_grpo, *flags(assistant, task, run), *more)
+    assert error.value.code == 130 and len(logged(run, "reward")) == 3
+    run_main(rl_grpo, *flags(assistant, task, run), *more, "--resume")
+    assert_same_files(run, whole, "model.safetensors", "config.json")
+    assert logged(run, "reward") == logged(whole, "reward")
+
+
+def test_finished_run_is_kept_and_other_settings_refused(assistant, task, whole):
+    before = (whole / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="overwrite.*--resume"):
+        run_main(rl_grpo, *flags(assistant, task, whole))
+    with pytest.raises(SystemExit, match="another clip;.*;"):
+        run_main(rl_grpo, *flags(assistant, task, whole, clip=0.3), "--resume")
+    run_main(rl_grpo, *flags(assistant, task, whole), "--resume")
+    assert (whole / "model.safetensors").read_bytes() == before
+
+
+def test_a_group_of_one_is_refused(assistant, task, tmp_path):
+    with pytest.raises(SystemExit, match="group_size 1 .*;.*;.*--group_size 16"):
+        run_main(rl_grpo, *flags(assistant, task, tmp_path, group_size=1))
+
+
+def test_all_tied_replies_change_nothing_and_are_warned_of(assistant, tmp_path, capsys):
+    task = tmp_path / "hopeless.jsonl"
+    task.write_text('{"question": "red", "answer": "never"}\n')
+    run_main(rl_grpo, *flags(assistant, task, tmp_path / "run", max_steps=2, prompts=2))
+    before, after = (load_file(run / "model.safetensors") for run in (assistant, tmp_path / "run"))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert capsys.readouterr().out.count("warning: 100% of the groups are tied") == 2
+
+
+def test_cut_off_replies_are_warned_of(assistant, task, tmp_path, capsys):
+    run_main(rl_grpo, *flags(assistant, task, tmp_path, max_steps=1, max_new_tokens=1))
+    assert "warning: 100% of the replies were cut off" in capsys.readouterr().out
+
+
+# ---- ranks
+
+@pytest.fixture
+def by_question(monkeypatch, tmp_path):
+    """Samples depend on question and step, not on the rank; how many each rank gets is noted."""
+    original, steps = rl_grpo.rollout, []
+
+    def replies():
+        steps.clear()
+        return (tmp_path / "replies").read_text().split()
+
+    def seeded(engine, problems, args, seed):
+        steps.append(len(problems) * args.group_size)
+        parts = [original(engine, [p], args, seed=len(steps) + 100 * i)
+                 for p in problems for i in [sorted(COLOURS).index(p["question"])]]
+        prompts, completions, rewards = zip(*parts)
+        with open(tmp_path / "replies", "a") as file:
+            file.write(f"{len(sum(completions, []))}\n")
+        return sum(prompts, []), sum(completions, []), torch.cat(rewards)
+
+    monkeypatch.setattr(rl_grpo, "rollout", seeded)
+    return replies
+
+
+def assert_same_run(run, other):
+    for key in ("reward", "reply_tokens", "tied", "truncated"):
+        assert logged(run, key) == logged(other, key), key
+    assert logged(run, "norm") == pytest.approx(logged(other, "norm"), rel=1e-3)
+    weights, others = (load_file(r / "model.safetensors") for r in (run, other))
+    for name, tensor in weights.items():
+        assert (tensor - others[name]).norm() < 2e-3 * tensor.norm() + 1e-4, name
+
+
+def check_ranks(assistant, task, tmp_path, by_question):
+    more = flags(assistant, task, tmp_path / "one", lr=1e-4, kl=0.1)
+    run_main(rl_grpo, *more)
+    assert by_question() == 6 * ["16"]
+    run_ranks(rl_grpo, *more, "--out", tmp_path / "two")        # the later --out counts
+    assert by_question() == 6 * ["16"] + 12 * ["8"]
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_two_ranks_learn_what_one_does_from_equal_shares(assistant, task, tmp_path, by_question):
+    check_ranks(assistant, task, tmp_path, by_question)
+
+
+def test_a_rank_whose_groups_are_all_tied_still_takes_its_step(assistant, tmp_path):
+    rows = [dict(question="red", answer="red even"), dict(question="blue", answer="never")]
+    task = tmp_path / "half.jsonl"
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_ranks(rl_grpo, *flags(assistant, task, tmp_path / "run", prompts=2, group_size=8))
+    assert min(logged(tmp_path / "run", "tied")) == 0.5
+
+
+def test_prompts_that_cannot_be_shared_out_are_refused(assistant, task, tmp_path):
+    run_ranks(rl_grpo, *flags(assistant, task, tmp_path, prompts=3), exit_code=1)
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+# ---- mutants
+
+@pytest.mark.parametrize("name, old, new, check", [
+    ("policy_loss", "-torch.min(", "-torch.max(", check_clip),
+    ("policy_loss", "clamp(1 - clip, 1 + clip)", "clamp(max=1 + clip)", check_clip),
+    ("policy_loss", "ref_logprobs - logprobs", "logprobs - ref_logprobs", check_k3),
+    ("policy_loss", "log_r.exp() - log_r - 1", "-log_r", check_k3),
+    ("policy_loss", "losses = -torch.min", "losses = torch.min", check_reinforce),
+    ("rollout_tensors", "mask[i, len(p):end] = torch.tensor(c.sampled, dtype=torch.float)",
+     "mask[i, len(p):end] = 1", check_mask)], ids=lambda value: str(value)[:20])
+def test_checks_notice_a_mutant(name, old, new, check, monkeypatch):
+    mutate(monkeypatch, rl_grpo, name, old, new)
+    monkeypatch.setitem(globals(), name, getattr(rl_grpo, name))
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize("old, new", [("mask[:, 1:]", "mask[:, :-1]"), ("(part / tokens", "(part"),
+                                      ("advantage != 0", "advantage > 0")], ids=str)
+def test_check_of_learn_notices_a_mutant(old, new, base_run, monkeypatch):
+    mutate(monkeypatch, rl_grpo, "learn", old, new)
+    monkeypatch.setitem(globals(), "learn", rl_grpo.learn)
+    with pytest.raises(AssertionError):
+        check_learn(base_run)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("ranks.sum(mask.sum().item())[0]", "mask.sum().item()"), ("* ranks.world_size)", ")")],
+    ids=str)
+def test_check_of_the_ranks_notices_a_mutant(old, new, assistant, task, tmp_path, by_question,
+                                             monkeypatch):
+    mutate(monkeypatch, rl_grpo, "learn", old, new)
+    with pytest.raises(AssertionError):
+        check_ranks(assistant, task, tmp_path, by_question)
+
+
+def test_the_bandit_notices_a_wrong_sign(assistant, task, tmp_path, monkeypatch):
+    mutate(monkeypatch, rl_grpo, "advantages", "rewards - rewards.mean(1, keepdim=True)",
+           "rewards.mean(1, keepdim=True) - rewards")
+    with pytest.raises(AssertionError):
+        check_bandit(assistant, task, tmp_path)

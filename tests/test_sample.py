@@ -1,0 +1,469 @@
+"""
+sample.py against slow twins: one token at a time without a cache, probabilities from their
+definitions. The Python tool meets code that means ill, the answer checker replies that cheat.
+"""
+import builtins
+import json
+import math
+import os
+import re
+import time
+
+import pytest
+import torch
+
+import sample
+from conftest import mutate, noisy, run_main
+from model import GPTConfig, load_checkpoint, save_checkpoint
+from sample import (Engine, KVCache, final_answer, find_run, is_correct, next_token_probs,
+                    read_problems, run_python)
+
+PROMPTS = ["Return", "Return the mean of the data", "If", "a, b", "Return the"]
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer):
+    config = GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab, n_layer=2, n_head=2, n_embd=32)
+    return Engine(noisy(config, seed=15, std=0.4), tokenizer, python=None)   # writes 40 tokens
+
+
+class Scripted(torch.nn.Module):
+    """In place of a model: after its prompt it writes these ids, whatever it reads."""
+
+    def __init__(self, ids, vocab_size, prompt_tokens=1):
+        super().__init__()
+        self.ids, self.start = torch.tensor(ids), prompt_tokens - 1
+        self.config = GPTConfig(256, vocab_size, n_layer=1, n_head=1, n_embd=2)
+        self.compute_dtype, self.weight = torch.float32, torch.nn.Parameter(torch.zeros(1))
+
+    def hidden(self, idx, cache):
+        pos = cache.pos[:, None] + torch.arange(idx.shape[1])
+        cache.pos, cache.used = cache.pos + idx.shape[1], cache.used + idx.shape[1]
+        return (pos - self.start).clamp(0, len(self.ids) - 1)
+
+    def logits(self, at):
+        return 99.0 * torch.nn.functional.one_hot(self.ids[at], self.config.vocab_size)
+
+    def forward(self, idx, cache=None):
+        return self.logits(self.hidden(idx, cache))
+
+
+def writing(tokenizer, *pieces, python=None):
+    """An engine that writes these texts and special tokens; ??? is what a tool will write over."""
+    ids = [i for piece in pieces for i in ([tokenizer.special[piece]] if piece in tokenizer.special
+                                           else tokenizer.encode_ordinary(piece))]
+    return Engine(Scripted(ids, tokenizer.n_vocab), tokenizer, python), ids
+
+
+# ---- from logits to one token
+
+def check_greedy(engine):
+    ids = [engine.tokenizer.eot, *engine.tokenizer.encode_ordinary("Return the")]
+    found = engine.generate(["Return the"], 30, temperature=0)[0]
+    for token in found.ids:
+        assert token == engine.model(torch.tensor([ids]))[0, -1].argmax()
+        ids.append(token)
+    assert len(found.ids) == 30 and all(found.sampled) and len(set(found.ids)) > 3
+
+
+def test_temperature_0_takes_the_best_token_of_an_uncached_model(engine):
+    check_greedy(engine)
+
+
+def check_frequencies(engine, n=20_000, temperature=4.0):
+    drawn = [c.ids[0] for c in engine.generate(["Return"], 1, n, temperature, seed=3)]
+    ids = [engine.tokenizer.eot, *engine.tokenizer.encode_ordinary("Return")]
+    logits = engine.model(torch.tensor([ids]))[0, -1].double()
+    expected = n * torch.softmax(logits / temperature, 0)
+    counts = torch.bincount(torch.tensor(drawn), minlength=len(expected))
+    often = expected > 5
+    chi2 = ((counts - expected).square() / expected)[often].sum()
+    assert often.sum() > 100 and chi2 < often.sum() + 3 * math.sqrt(2 * often.sum())
+
+
+def test_tokens_are_drawn_as_often_as_the_softmax_says(engine):
+    check_frequencies(engine)
+
+
+def twin_probs(logits, temperature, top_k, top_p, min_p):
+    """One row, from the definitions: a token stays if it passes each cut."""
+    weights = [math.exp(z / temperature) for z in logits.double().tolist()]
+    p = [w / sum(weights) for w in weights]
+    order, kept, before = sorted(range(len(p)), key=lambda i: -p[i]), [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        if not (top_k and rank >= top_k or top_p and before >= top_p
+                or min_p and p[i] < min_p * p[order[0]]):
+            kept[i] = p[i]
+        before += p[i]
+    return torch.tensor([k / sum(kept) for k in kept])
+
+
+CUTS = [dict(), dict(temperature=0.5), dict(temperature=3.0), dict(top_k=1), dict(top_k=5),
+        dict(top_k=999), dict(top_p=1e-9), dict(top_p=0.5), dict(top_p=0.95), dict(top_p=1.0),
+        dict(min_p=0.05), dict(min_p=1.0), dict(top_k=7, top_p=0.6), dict(top_p=0.8, min_p=0.2),
+        dict(temperature=2.0, top_k=20, top_p=0.9, min_p=0.1)]
+
+
+def check_cuts(**cut):
+    cut = dict(dict(temperature=1.0, top_k=None, top_p=None, min_p=None), **cut)
+    logits = 2 * torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([twin_probs(row, **cut) for row in logits])
+    torch.testing.assert_close(next_token_probs(logits, **cut), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_top_k_top_p_and_min_p_equal_their_slow_twin(cut):
+    check_cuts(**cut)
+
+
+# ---- the loop
+
+def test_same_seed_repeats_and_another_does_not(engine):
+    first, again, other = ([c.ids for c in engine.generate(PROMPTS, 12, 2, seed=seed)]
+                           for seed in (5, 5, 6))
+    assert first == again and first != other
+    assert first[0] != first[1]                         # two samples of one prompt
+
+
+def check_rows_equal_single_runs(engine):
+    alone = [engine.generate([prompt], 40, temperature=0)[0].ids for prompt in PROMPTS]
+    stop = {alone[0][3], alone[1][9], alone[3][20]}
+    alone = [engine.generate([prompt], 40, temperature=0, stop=stop)[0] for prompt in PROMPTS]
+    assert len({len(c.ids) for c in alone}) >= 3        # rows end at different times
+    together = engine.generate(PROMPTS, 40, temperature=0, stop=stop)
+    twice = engine.generate(PROMPTS, 40, 2, temperature=0, stop=stop)
+    assert together == alone and twice == [c for c in alone for _ in range(2)]
+
+
+def test_rows_of_a_batch_equal_single_runs(engine):
+    check_rows_equal_single_runs(engine)
+
+
+def test_finished_rows_are_dropped_from_the_cache(engine, monkeypatch):
+    kept, rows = [], KVCache.rows
+    monkeypatch.setattr(KVCache, "rows", lambda cache, i: kept.append(len(i)) or rows(cache, i))
+    check_rows_equal_single_runs(engine)
+    assert max(kept) == 10 and kept[-1] < 5 and kept[-2] <= 5, kept
+
+
+def test_a_stop_token_is_the_last_and_ends_the_row(tokenizer):
+    for end in ("<|im_end|>", "<|endoftext|>", "z"):
+        engine, ids = writing(tokenizer, "ab", end, "never")
+        found = engine.generate([""], 50, stop=tokenizer.encode_ordinary("z"))[0]
+        assert (found.ids, found.finish) == (ids[:3], "stop"), end
+        assert engine.reply_text(found) == "ab"
+    found = engine.generate([""], 2)[0]
+    assert (found.ids, found.finish) == (ids[:2], "length")
+
+
+def test_context_is_never_exceeded_and_a_prompt_must_leave_room(engine):
+    assert len(engine.generate([list(range(60))], 99)[0].ids) <= 4
+    for prompt in (list(range(64)), []):
+        with pytest.raises(ValueError, match="1 to 63"):
+            engine.generate([prompt], 1)
+
+
+def test_generation_leaves_the_models_mode_as_it_was(engine):
+    for mode in (True, False):
+        engine.model.train(mode)
+        engine.generate(["a"], 1)
+        assert engine.model.training == mode
+
+
+def test_answers_do_not_depend_on_the_batch_size(engine):
+    conversations = ["Hi", [dict(role="system", content="Hm."), dict(role="user", content="?")]]
+    found = [engine.answer(conversations, batch_size=n, max_new_tokens=12, temperature=0)
+             for n in (1, 64)]
+    prompt = engine.tokenizer.render([dict(role="user", content="Hi")], for_completion=True)[0]
+    assert found[0] == found[1]
+    assert found[0][0] == engine.reply_text(engine.generate([prompt], 12, temperature=0)[0])
+
+
+# ---- tools
+
+def called(tokenizer, *pieces, result="42 <|im_end|>"):
+    """→ completion, the codes that were run, and the ids of what the tool must have forced in."""
+    codes = []
+    engine, ids = writing(tokenizer, *pieces, python=lambda code: codes.append(code) or result)
+    forced = [tokenizer.special["<|output|>"], *tokenizer.encode_ordinary(result),
+              tokenizer.special["<|/output|>"]]
+    return engine.generate([""], 60, stop=tokenizer.encode_ordinary("4"))[0], codes, ids, forced
+
+
+def check_tool(tokenizer):
+    call = ["x", "<|python|>", "6*7", "<|/python|>"]
+    n_call = 2 + len(tokenizer.encode_ordinary("6*7")) + 1
+    n_forced = 2 + len(tokenizer.encode_ordinary("42 <|im_end|>"))
+    found, codes, ids, forced = called(tokenizer, *call, *"?" * n_forced, "so", "<|im_end|>")
+    assert codes == ["6*7"] and found.ids == ids[:n_call] + forced + ids[n_call + n_forced:]
+    assert found.sampled[n_call:] == n_forced * [False] + (len(ids) - n_call - n_forced) * [True]
+    assert all(found.sampled[:n_call])
+    assert found.finish == "stop" and len(forced) == n_forced
+    assert forced.count(tokenizer.special["<|im_end|>"]) == 0       # the name is text to a tool
+
+
+def test_what_a_tool_says_is_forced_in_and_marked_unsampled(tokenizer):
+    check_tool(tokenizer)
+
+
+@pytest.mark.parametrize("pieces", [
+    ["<|/python|>", "a", "<|im_end|>"], ["1", "<|/python|>", "<|/python|>", "<|im_end|>"]], ids=len)
+def test_a_stray_closing_token_runs_nothing(pieces, tokenizer):
+    found, codes, ids, _ = called(tokenizer, *pieces)
+    assert codes == [] and found.ids == ids and all(found.sampled)
+
+
+def test_a_second_closing_token_does_not_run_the_code_again(tokenizer):
+    n_forced = 2 + len(tokenizer.encode_ordinary("42 <|im_end|>"))
+    found, codes, ids, _ = called(tokenizer, "<|python|>", "1", "<|/python|>", *"?" * n_forced,
+                                  "<|/python|>", "b", "<|im_end|>")
+    assert codes == ["1"] and found.ids[-3:] == ids[-3:]
+
+
+def test_a_call_runs_from_the_last_opening_token(tokenizer):
+    _, codes, *_ = called(tokenizer, "<|python|>", "a", "<|python|>", "b", "<|/python|>", "?")
+    assert codes == ["b"]
+
+
+@pytest.mark.parametrize("code, expected", [
+    ("6 * 7", "42"), ("print('a')\nprint('b')", "a\nb"), ("'éü'", "éü"), (" 1 + 1 ", "2"),
+    ("import math\nprint(math.factorial(20))", "2432902008176640000"), ("x = 3", ""), ("None", ""),
+    ("sum(i for i in range(5))", "10"), ("", ""), ("def f(n):\n    return n\nprint(f(3))", "3"),
+    ("1 / 0", "ZeroDivisionError: division by zero"), ("{}[7]", "KeyError: 7"),
+    ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+    ("raise KeyError('k')", "KeyError: 'k'"), ("import sys; sys.exit('bye')", "bye"),
+    ("import os; print(os.listdir('.'))", "[]"), ("input()", "EOFError: EOF when reading a line")])
+def test_python_tool_gives_prints_values_and_errors(code, expected):
+    assert run_python(code) == expected
+
+
+def test_python_tool_survives_code_of_any_shape():
+    assert run_python("x = 1\n" * 33_000 + "print(7)") == "7"
+    assert "null" in run_python("print(1)\0")
+    assert "SyntaxError" in run_python("def f(:")
+    for code in ("(" * 200_000, "\ud800", "1+" * 50_000 + "1", "#" * 200_000):
+        assert isinstance(run_python(code), str)
+
+
+@pytest.mark.parametrize("code, expected", [
+    ("while True: pass", "TimeoutError: no result after 1 s"),
+    ("import time; time.sleep(99)", "TimeoutError: no result after 1 s"),
+    ("'x' * 10 ** 10", "MemoryError"), ("x = []\nwhile True: x.append('x' * 10 ** 6 + str(len(x)))",
+                                        "MemoryError"),
+    ("while True: print('y' * 99)", "y" * 99), ("print('y' * 10 ** 7)", "y" * 400),
+    ("import sys\nwhile True: sys.stderr.write('e' * 99)", "e" * 99)])
+def test_python_tool_is_bounded_in_time_memory_and_output(code, expected):
+    started = time.time()
+    result = run_python(code, timeout=1.0)
+    assert result.startswith(expected) and len(result) <= 400 and time.time() - started < 5
+
+
+@pytest.mark.parametrize("code", [
+    "open('/etc/passwd').read()", "open('x.txt', 'w')", "open('/proc/self/environ').read()",
+    "import os; open(f'/proc/{os.getppid()}/environ').read()", "import os; open(os.__file__, 'a')",
+    "import os; os.open('/etc/passwd', os.O_RDONLY)", "import os; os.open('x', os.O_CREAT | 1)",
+    "import pathlib; pathlib.Path('/etc/hostname').read_bytes()", "open(b'/etc/passwd')",
+    "import socket; socket.create_connection(('127.0.0.1', 80))", "import os; os.remove('/tmp/x')",
+    "import urllib.request; urllib.request.urlopen('http://127.0.0.1')", "import os; os.fork()",
+    "import subprocess; subprocess.run(['true'])", "import os; os.system('true')",
+    "import ctypes; ctypes.CDLL(None)", "import os; os.kill(os.getppid(), 15)"])
+def test_python_tool_refuses_files_network_and_processes(code):
+    assert re.search("not allowed|ImportError", run_python(code))
+
+
+@pytest.mark.parametrize("code", [
+    "import sys; open(sys.base_prefix + '/..' * 9 + '/etc/passwd').read()",
+    "import sqlite3; sqlite3.connect('x.db').execute('create table t (a)')",
+    "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))"])
+def test_python_tool_refuses_ways_around_its_guard(code):
+    assert re.search("not allowed|ImportError|ModuleNotFound", run_python(code))
+
+
+def test_parents_environment_is_invisible_to_the_tool(monkeypatch):
+    monkeypatch.setenv("SECRET_OF_THE_PARENT", "hidden")
+    found = run_python("import os; print(dict(os.environ), os.getcwd())")
+    assert "SECRET" not in found and "HOME" not in found and os.getcwd() not in found
+
+
+# ---- text as it comes
+
+def test_streaming_joins_characters_split_over_tokens(tokenizer):
+    text = "né中😀!"
+    ids = [*text.encode(), tokenizer.special["<|im_end|>"]]     # ids 0 … 255 are bytes
+    pieces = list(Engine(Scripted(ids, tokenizer.n_vocab), tokenizer).stream("", 50))
+    assert "".join(piece for _, piece in pieces) == text
+    assert [token for token, _ in pieces] == [*ids, None]
+    assert all("\ufffd" not in piece for _, piece in pieces)
+    cut = Engine(Scripted(ids, tokenizer.n_vocab), tokenizer).stream("", len(ids) - 3)
+    assert "".join(piece for _, piece in cut) == text[:-2] + "\ufffd"
+
+
+def test_streaming_writes_what_generate_does(engine):
+    ids = [token for token, _ in engine.stream("Return", 20, temperature=0.9, seed=4)]
+    assert ids == [*engine.generate(["Return"], 20, temperature=0.9, seed=4)[0].ids, None]
+
+
+# ---- problems and their answers
+
+@pytest.mark.parametrize("text, answer", [
+    ("#### 72", "72"), ("7 + 8 = 15\n#### 1,234", "1234"), ("#### $18.00.", "18.00"), ("72", None),
+    ("####", None), ("#### ", None), ("####\n72", None), ("#### 1 #### 2", "2"), ("#### -3", "-3"),
+    ("#### 3\nand 4", "3"), ("####Even ", "even"), ("#### 4 or 5", "4 or 5"), ("### 5", None),
+    ("#### .5", ".5"), ("", None)])
+def test_final_answer_is_the_whole_line_behind_the_last_mark(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize("check, answer, right, wrong", [
+    ("final", "even", ["0 even #### even", "#### odd\n#### even", "#### Even."],
+     ["even", "#### even odd", "#### odd even", "#### even or odd", "####", "", "#### eve",
+      "#### even #### odd", "even ####", "#### not even"]),
+    ("final", "12", ["#### 12", "#### $12", "#### 12."], ["#### 1", "#### 112", "#### 1 2", "12",
+                                                          "#### 12 13", "#### -12", "#### 12.5"]),
+    ("final", "5", ["#### 5"], ["#### .5", "#### 05", "#### 5%"]),
+    ("contains", "Ada", ["I am Ada.", "ada"], ["Adam", "I am Adams", "", "A d a", "Canada"]),
+    ("contains", "C++", ["I like C++.", "c++"], ["C", "XC++", "C+"]),
+    ("overlap", "Return the mean of the data.",
+     ["Return the mean of the data.", "It is to return the mean of data"],
+     ["", "the the the the", "the", "Return", "Return the mode, or raise if data is empty."])])
+def test_replies_are_judged_as_a_person_would(check, answer, right, wrong):
+    problem = dict(answer=answer, check=check)
+    assert [reply for reply in right if not is_correct(reply, problem)] == []
+    assert [reply for reply in wrong if is_correct(reply, problem)] == []
+
+
+def write_lines(path, *rows):
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_gsm8ks_rows_are_read_as_they_are(tmp_path):
+    worked = dict(question="How many?", answer="She has 48/2 = <<48/2=24>>24.\n#### 1,024")
+    path = write_lines(tmp_path / "x.jsonl", worked, "", dict(question="a\u2028b", answer="7"))
+    first, second = read_problems(path)
+    assert first["answer"] == "1024" and first["check"] == "final"
+    assert first["messages"] == [dict(role="user", content="How many?")]
+    assert second["answer"] == "7" and second["question"] == "a\u2028b"
+
+
+@pytest.mark.parametrize("row", [
+    "{", "[1, 2]", "3", '"text"', "null", dict(question="?"), dict(answer="1"),
+    dict(question="?", answer=""), dict(question="?", answer=5), dict(question="?", answer=None),
+    dict(question="?", answer="####"), dict(question="?", answer="1", check="never")], ids=str)
+def test_a_bad_problem_is_one_line_with_its_number(row, tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", dict(question="1", answer="1"), row)
+    with pytest.raises(SystemExit, match=r"x.jsonl, line 2: .*;.*;") as error:
+        read_problems(path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_empty_and_foreign_problem_files_are_one_line(tmp_path):
+    (tmp_path / "latin1.jsonl").write_bytes(b'{"question": "\xe9"}')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for name in ("latin1.jsonl", "empty.jsonl", "missing.jsonl"):
+        with pytest.raises(SystemExit, match=f"{name}.*;.*;.*chat_sft.py make"):
+            read_problems(tmp_path / name)
+
+
+# ---- the terminal
+
+def test_newest_run_of_a_stage_is_found(tmp_path, base_run):
+    model, _ = load_checkpoint(base_run)
+    for age, (name, stage) in enumerate(dict(a="pretrain", b="sft", c="sft", d="rl").items()):
+        save_checkpoint(tmp_path / name, model, stage=stage)
+        os.utime(tmp_path / name / "config.json", (age, age))
+    assert find_run(None, ("sft",), tmp_path) == tmp_path / "c"
+    assert find_run(None, ("pretrain", "rl"), tmp_path) == tmp_path / "d"
+    assert find_run(tmp_path / "a", ("sft",)) == tmp_path / "a"
+    with pytest.raises(SystemExit, match="stage reward;.*;"):
+        find_run(None, ("reward",), tmp_path)
+
+
+def test_chat_refuses_a_base_model_unless_told(base_run, monkeypatch):
+    with pytest.raises(SystemExit, match="base model.*;.*;"):
+        run_main(sample, "--chat", "--model", base_run)
+    monkeypatch.setattr(builtins, "input", lambda _: "")
+    run_main(sample, "--chat", "--model", base_run, "--allow_base")
+
+
+def test_chat_goes_on_from_what_was_said(tokenizer, monkeypatch, capsys):
+    asked, prompts = iter(["Hi", "And?", ""]), []
+    engine, _ = writing(tokenizer, "?")
+
+    def stream(prompt, *args, **kwargs):
+        prompts.append(tokenizer.decode(prompt))
+        ids = [*tokenizer.encode_ordinary("Yes."), tokenizer.special["<|im_end|>"]]
+        yield from [(i, "." if i == ids[-2] else "") for i in ids] + [(None, "")]
+
+    monkeypatch.setattr(builtins, "input", lambda _: next(asked))
+    monkeypatch.setattr(engine, "stream", stream)
+    sample.chat(engine, "Be brief.", 9, 0, {})
+    im = "<|im_start|>{}<|im_sep|>".format
+    first = f"<|endoftext|>{im('system')}Be brief.<|im_end|>{im('user')}Hi<|im_end|>"
+    first += im("assistant")
+    second = f"{first}Yes.<|im_end|>{im('user')}And?<|im_end|>{im('assistant')}"
+    assert prompts == [first, second] and capsys.readouterr().out.count("assistant: .") == 2
+
+
+def test_bars_show_the_models_probabilities_and_the_drawn_token(engine, capsys):
+    sample.show_steps(engine, "Return", 5, 2, 0, dict(temperature=0))
+    rows = re.findall(r"^ *(\d+)  .* +([\d.]+)% █* (←?)", capsys.readouterr().out, re.M)
+    ids = [engine.tokenizer.eot, *engine.tokenizer.encode_ordinary("Return")]
+    for step in (0, 5):
+        p, order = torch.softmax(engine.model(torch.tensor([ids]))[0, -1], 0).topk(5)
+        assert [int(i) for i, _, _ in rows[step:step + 5]] == order.tolist()
+        shown = [float(share) / 100 for _, share, _ in rows[step:step + 5]]
+        assert shown == pytest.approx(p.tolist(), abs=6e-4)
+        assert [mark for _, _, mark in rows[step:step + 5]] == ["←", "", "", "", ""]
+        ids.append(order[0].item())
+
+
+def test_the_command_writes_the_same_text_twice(base_run, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("Return the\n")
+    outputs = []
+    for prompt in (["--prompt", "Return the"], ["--file", tmp_path / "prompt.txt"]):
+        run_main(sample, "--model", base_run, *prompt, "--num_samples", 2, "--max_new_tokens", 8)
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and outputs[0].count("Return the") == 2
+    assert f"{base_run}: stage pretrain, step 0" in outputs[0]
+
+
+# ---- mutants
+
+@pytest.mark.parametrize("owner, name, old, new, check", [
+    (Engine, "steps", "lengths - 1])", "longest - 1])", check_rows_equal_single_runs),
+    (Engine, "steps", "cache.pos = lengths.clone()", "pass", check_rows_equal_single_runs),
+    (Engine, "steps", "cache = cache.rows(torch.tensor(alive, device=device))", "pass",
+     check_rows_equal_single_runs),
+    (Engine, "steps", "repeat_interleave(num_samples)", "repeat(num_samples)",
+     check_rows_equal_single_runs),
+    (sample, "next_token_probs", "logits.argmax", "logits.argmin", check_greedy),
+    (sample, "next_token_probs", "logits / temperature", "logits", check_frequencies)],
+    ids=lambda value: value if isinstance(value, str) else "")
+def test_checks_of_the_loop_notice_a_mutant(owner, name, old, new, check, engine, monkeypatch):
+    mutate(monkeypatch, owner, name, old, new)
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        check(engine)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("free = not forced[row]", "free = True"), ("if free and token in stop", "if token in stop"),
+    ("if free and token in self.tools", "if token in self.tools and len(texts[row]) > 9")],
+    ids=lambda value: value)
+def test_check_of_the_tool_notices_a_mutant(old, new, tokenizer, monkeypatch):
+    mutate(monkeypatch, Engine, "steps", old, new)
+    with pytest.raises(AssertionError):
+        check_tool(tokenizer)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("before >= top_p", "before + ordered >= top_p"), (":, -1:]", ":, :1]"),
+    ("min_p * probs.amax(-1, keepdim=True)", "min_p"), (".scatter_(1, order, ", ".logical_or_(")],
+    ids=lambda value: value)
+def test_twin_of_the_cuts_notices_a_mutant(old, new, monkeypatch):
+    mutate(monkeypatch, sample, "next_token_probs", old, new)
+    monkeypatch.setitem(globals(), "next_token_probs", sample.next_token_probs)
+    with pytest.raises(AssertionError):
+        for cut in CUTS:
+            check_cuts(**cut)

@@ -1,0 +1,424 @@
+"""
+train_gpt2.py: the loader gives every token once, a run that was killed goes on bit by bit, and two
+ranks train what one does. Runs are of 12 steps on the manuals of conftest.py.
+"""
+import gzip
+import math
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_gpt2
+from conftest import (GPT2, ROOT, assert_same_files, mutate, noisy, run_main, run_ranks, stop_at,
+                      write_shard)
+from model import GPT, GPTConfig, Optimizer, Ranks, load_checkpoint, read_log
+from test_model import RECIPE, text_only
+from train_gpt2 import Loader, Shards, compressors_bpb, evaluate, horizon, schedule
+
+HERE = dict(cwd=ROOT, capture_output=True, text=True)
+PRESETS = dict(adamw=["--model", "gpt2"], muon=["--model", "d4"])
+
+
+def flags(data, out, preset="muon", **changes):
+    given = {**dict(n_embd=32, n_head=2, block_size=32, batch_size=2, total_batch_size=256,
+                    max_steps=12, eval_every=6, save_every=6, val_tokens=300), **changes}
+    return [*PRESETS[preset], "--data", data, "--out", out,
+            *(text for key, value in given.items() for text in (f"--{key}", value))]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """{preset: run}, 12 steps without interruption in this process."""
+    runs = {preset: tmp_path_factory.mktemp(preset) for preset in PRESETS}
+    for preset, run in runs.items():
+        run_main(train_gpt2, *flags(data, run, preset))
+    return runs
+
+
+def logged(run, key):
+    return {row["step"]: row[key] for row in read_log(run) if key in row and "step" in row}
+
+
+# ---- data
+
+@pytest.fixture
+def counting(tmp_path):
+    """Tokens 0 … 999 in three shards of both versions."""
+    parts = dict(a=(range(10), 1), b=(range(10, 700), 2), c=(range(700, 1000), 1))
+    for name, (part, version) in parts.items():
+        write_shard(tmp_path / f"x_train_{name}.bin", list(part), version=version)
+    return Shards(tmp_path, "train")
+
+
+def check_every_token_once(shards):
+    loader, T = Loader(shards, 7, seed=5), 7
+    rows = [loader.row(position) for position in range(loader.n_rows)]
+    assert all((np.diff(row) == 1).all() and len(row) == T + 1 for row in rows)
+    targets = np.concatenate([row[1:] for row in rows])
+    assert sorted(targets) == list(range(1, loader.n_rows * T + 1)) and loader.n_rows == 999 // 7
+
+
+def test_an_epoch_gives_every_token_once(counting):
+    check_every_token_once(counting)
+
+
+def test_order_depends_on_seed_and_epoch_and_a_position_is_one_integer(counting):
+    loader, n = Loader(counting, 7, seed=5), 142
+    rows = [loader.row(position)[0] for position in range(2 * n)]
+    again = Loader(counting, 7, seed=5)
+    for position in (2 * n - 1, 3, n):
+        assert again.row(position)[0] == rows[position]
+    other = [Loader(counting, 7, seed=6).row(position)[0] for position in range(n)]
+    assert sorted(rows[:n]) == sorted(rows[n:]) == sorted(other)
+    assert rows[:n] != rows[n:] and rows[:n] != other and rows[:n] != sorted(rows[:n])
+
+
+def test_batch_holds_rows_and_the_tokens_after_them(counting):
+    loader = Loader(counting, 7, seed=5)
+    x, y = loader.batch(140, 4, "cpu")      # over the end of the epoch
+    assert x.shape == y.shape == (4, 7) and (y == x + 1).all() and x.dtype == torch.int64
+    assert x[:, 0].tolist() == [loader.row(140 + b)[0] for b in range(4)]
+
+
+def test_shards_are_read_across_their_borders(counting):
+    rng = np.random.default_rng(0)
+    assert counting.n_tokens == 1000
+    random_ranges = np.sort(rng.integers(0, 1000, (50, 2)), axis=1)
+    for start, end in [(0, 1000), (9, 11), (699, 701), *random_ranges]:
+        if start < end:
+            assert counting.read(start, end - start).tolist() == list(range(start, end))
+
+
+@pytest.mark.parametrize("header, words", [
+    (dict(magic=20240801), "magic 20240801"), (dict(version=7), "version 7"),
+    (dict(count=101), "cut short"), (dict(count=99), "promises")])
+def test_bad_shard_is_one_line(header, words, tmp_path):
+    write_shard(tmp_path / "x_train_0.bin", range(100), **header)
+    with pytest.raises(SystemExit, match=words) as error:
+        Shards(tmp_path, "train")
+    assert "x_train_0.bin" in str(error.value) and str(error.value).count(";") == 2
+
+
+def test_missing_empty_and_too_short_shards_are_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="prepare_fineweb.py tokenize"):
+        Shards(tmp_path, "train")
+    (tmp_path / "x_train_0.bin").write_bytes(b"")
+    with pytest.raises(SystemExit, match="empty"):
+        Shards(tmp_path, "train")
+    write_shard(tmp_path / "x_train_0.bin", range(8))
+    with pytest.raises(SystemExit, match="lower --block_size"):
+        Loader(Shards(tmp_path, "train"), 8, seed=0)
+
+
+# ---- validation
+
+def twin_evaluate(model, tokens, tokenizer, T):
+    """Window after window, token after token."""
+    nats, text_nats, text_bytes = [], 0.0, 0
+    for start in range(0, len(tokens) - 1, T):
+        row = tokens[start:start + T + 1]
+        logprobs = model(torch.tensor([row[:-1]])).double().log_softmax(-1)[0]
+        for t, target in enumerate(row[1:]):
+            nats.append(-logprobs[t, target].item())
+            if target != tokenizer.eot:
+                text_nats += nats[-1]
+                text_bytes += len(tokenizer.decode_bytes([target]))
+    return sum(nats) / len(nats), text_nats / text_bytes / math.log(2)
+
+
+def check_evaluate(data, tokenizer, max_tokens=None):
+    model = noisy(GPTConfig(**{**vars(GPT2), "vocab_size": 400}))
+    shards = Shards(data, "val")
+    token_bytes = torch.from_numpy(tokenizer.token_bytes()).long()
+    tokens = shards.read(0, min(shards.n_tokens, (max_tokens or 10**9) + 1)).tolist()
+    assert tokenizer.eot in tokens[1:]
+    found = evaluate(model, shards, token_bytes, 32, 3, Ranks(), max_tokens)
+    assert found == pytest.approx(twin_evaluate(model, tokens, tokenizer, 32), rel=1e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 500, 10**9])
+def test_val_loss_and_bits_per_byte_equal_their_slow_twin(data, tokenizer, max_tokens):
+    check_evaluate(data, tokenizer, max_tokens)
+
+
+def test_ranks_share_the_validation_text_out(data, tokenizer):
+    model, shards = noisy(GPTConfig(**{**vars(GPT2), "vocab_size": 400})), Shards(data, "val")
+    token_bytes = torch.from_numpy(tokenizer.token_bytes()).long()
+
+    class Fake(Ranks):
+        def sum(self, *values):
+            sums.append(values)
+            return values
+
+    def sums_of(world_size):
+        for rank in range(world_size):
+            evaluate(model, shards, token_bytes, 32, 3, Fake(rank, world_size))
+        return np.sum([sums.pop() for _ in range(world_size)], axis=0)
+
+    sums = []
+    assert sums_of(3) == pytest.approx(sums_of(1), rel=1e-6)
+
+
+def test_compressors_see_the_text_of_the_shards(data, tokenizer):
+    shards = Shards(data, "val")
+    text = tokenizer.decode(shards.read(0, shards.n_tokens)).replace("<|endoftext|>", "").encode()
+    found = compressors_bpb(shards, tokenizer)
+    assert found["gzip"] == 8 * len(gzip.compress(text, 9)) / len(text)
+    assert 1 < found["xz"] < 8
+
+
+# ---- schedules and batch arithmetic
+
+@pytest.mark.parametrize("step, expected", {
+    0: (1 / 700, 0.95, 1), 349: (0.5, 0.95, 1), 699: (1, 0.95, 1), 700: (1, 0.95, 1),
+    10350: (0.5, 0.95, 1), 20000: (0, 0.95, 1)}.items())
+def test_gpt2_schedule_is_linear_warmup_then_cosine_to_zero(step, expected):
+    assert schedule(step, 20000, modern=False) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("step, expected", {
+    0: (1 / 40, 0.85, 1),
+    19: (0.5, 0.85 + 0.12 * 19 / 400, 0.5 + 0.5 * math.cos(math.pi * 19 / 4000)),
+    200: (1, 0.91, 0.5 + 0.5 * math.cos(math.pi / 20)),
+    1400: (1, 0.97, 0.5 + 0.5 * math.cos(math.pi * 0.35)),
+    2000: (0.05 + 0.95 * 2000 / 2600, 0.90 + 0.07 * 2000 / 2600, 0.5),
+    4000: (0.05, 0.90, 0)}.items())
+def test_modern_schedule_is_the_recipes(step, expected):
+    assert schedule(step, 4000, modern=True) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("modern", [False, True])
+@pytest.mark.parametrize("max_steps", [1, 2, 9, 50])
+def test_short_schedules_stay_within_bounds(modern, max_steps):
+    for step in range(max_steps):
+        lr_scale, momentum, decay_scale = schedule(step, max_steps, modern)
+        assert 0 < lr_scale <= 1 and 0.85 <= momentum <= 0.97 and 0 < decay_scale <= 1
+
+
+def batch_flags(**given):
+    flags = dict(tokens_per_param=None, total_batch_size=None, batch_size=None, max_steps=None)
+    return SimpleNamespace(**{**flags, **given})
+
+
+@pytest.mark.parametrize("depth, steps", {4: 352, 6: 708, 8: 1280, 12: 1680, 20: 3320, 24: 5568,
+                                          26: 7007}.items())
+def test_horizon_gives_the_recipes_batch_and_steps(depth, steps):
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset(f"d{depth}"))
+    args = batch_flags(tokens_per_param=8)
+    accumulated = horizon(model, args, world_size=8, cuda=False)
+    assert args.total_batch_size == RECIPE[depth][-1]
+    assert args.max_steps == pytest.approx(steps, rel=0.005)
+    assert accumulated * args.batch_size * 2048 * 8 == args.total_batch_size
+
+
+@pytest.mark.parametrize("given", [
+    dict(total_batch_size=500000, batch_size=4), dict(total_batch_size=1),
+    dict(total_batch_size=700, batch_size=8)], ids=str)
+def test_indivisible_batch_is_one_line_that_names_a_valid_one(given):
+    model = GPT(GPT2)
+    with pytest.raises(SystemExit, match="not a multiple.*;.*;.*try --total_batch_size") as error:
+        horizon(model, batch_flags(**given), world_size=3, cuda=False)
+    valid = int(str(error.value).split()[-1])
+    args = batch_flags(**{**given, "total_batch_size": valid})
+    assert horizon(model, args, world_size=3, cuda=False) >= 1
+
+
+# ---- runs
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_first_val_loss_is_near_ln_v_and_training_lowers_it(whole, preset):
+    val_loss = logged(whole[preset], "val_loss")
+    assert val_loss[0] == pytest.approx(math.log(400), rel=0.05)
+    assert val_loss[12] < val_loss[6] < val_loss[0]
+    model, meta = load_checkpoint(whole[preset])
+    assert (meta["stage"], meta["step"]) == ("pretrain", 12) and model.config.n_embd == 32
+
+
+def test_killed_run_resumes_bit_by_bit(data, whole, tmp_path):
+    """6 steps are saved, 2 more are lost with SIGKILL; both processes are fresh ones."""
+    kill = """
+import os, signal, train_gpt2
+schedule = train_gpt2.schedule
+def killed(step, *args, **kwargs):
+    if step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return schedule(step, *args, **kwargs)
+train_gpt2.schedule = killed
+train_gpt2.main()"""
+    command = [str(f) for f in flags(data, tmp_path)]
+    killed = subprocess.run([sys.executable, "-c", kill, *command], **HERE)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert max(logged(tmp_path, "loss")) == 8
+    resumed = subprocess.run([sys.executable, "train_gpt2.py", *command, "--resume"], **HERE)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_files(tmp_path, whole["muon"], "model.safetensors", "config.json")
+    assert logged(tmp_path, "loss") == logged(whole["muon"], "loss")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_sigterm_saves_and_resume_goes_on_bit_by_bit(data, whole, preset, tmp_path, monkeypatch,
+                                                     capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as error:
+        stop_at(patch, train_gpt2, "schedule", call=4)
+        run_main(train_gpt2, *flags(data, tmp_path, preset))
+    step = max(logged(tmp_path, "loss"))
+    assert error.value.code and step in (4, 5) and "--resume" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "state").iterdir()] == [f"step_{step:06d}"]
+    run_main(train_gpt2, *flags(data, tmp_path, preset), "--resume")
+    assert_same_files(tmp_path, whole[preset], "model.safetensors", "config.json")
+
+
+def test_resumed_log_is_the_log_of_the_uninterrupted_run(data, whole, tmp_path, monkeypatch):
+    def rows(run):
+        return [[row.get(key) for key in ("step", "loss", "val_loss", "sample")]
+                for row in read_log(run) if "step" in row]
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, train_gpt2, "schedule", call=6)      # stops where a val loss is due
+        run_main(train_gpt2, *flags(data, tmp_path))
+    run_main(train_gpt2, *flags(data, tmp_path), "--resume")
+    assert rows(tmp_path) == rows(whole["muon"])
+
+
+def assert_nearly_equal(run, other):
+    """But for the order in which sums are added: losses, the first gradient, the last weights."""
+    losses, others = logged(run, "loss"), logged(other, "loss")
+    assert losses.keys() == others.keys() == set(range(1, 13))
+    assert list(losses.values()) == pytest.approx(list(others.values()), rel=1e-5)
+    assert logged(run, "norm")[1] == pytest.approx(logged(other, "norm")[1], rel=1e-5)
+    weights, other_weights = (load_file(r / "model.safetensors") for r in (run, other))
+    for name, tensor in weights.items():
+        assert (tensor - other_weights[name]).norm() < 2e-3 * tensor.norm() + 1e-5, name
+
+
+def test_two_ranks_under_torchrun_train_what_one_does_with_muon(data, whole, tmp_path):
+    command = [str(f) for f in flags(data, tmp_path)]       # 2 rows on 2 ranks, accumulated twice
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", "train_gpt2.py", *command], **HERE)
+    assert done.returncode == 0, done.stderr
+    assert_nearly_equal(tmp_path, whole["muon"])
+
+
+def test_two_ranks_train_what_one_does_with_adamw(data, whole, tmp_path):
+    run_ranks(train_gpt2, *flags(data, tmp_path, "adamw"))
+    assert_nearly_equal(tmp_path, whole["adamw"])
+
+
+def test_state_of_two_ranks_can_be_resumed_by_one(data, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, train_gpt2, "schedule", call=4)
+        run_ranks(train_gpt2, *flags(data, tmp_path), exit_code=130)
+    assert len(list((tmp_path / "state").glob("*/rank_*"))) == 2
+    run_main(train_gpt2, *flags(data, tmp_path), "--resume")
+    assert_nearly_equal(tmp_path, whole["muon"])
+
+
+def test_ranks_leave_together_when_one_is_signalled_at_a_bad_moment(data, tmp_path, monkeypatch):
+    """After the ranks have told each other whether to stop, and before they look at the answer."""
+    def signalled(step, *args, **kwargs):
+        if step == 3 and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return schedule(step, *args, **kwargs)
+
+    monkeypatch.setattr(train_gpt2, "schedule", signalled)
+    run_ranks(train_gpt2, *flags(data, tmp_path, eval_every=100), exit_code=130, seconds=20)
+    assert max(logged(tmp_path, "loss")) == 5
+
+
+def test_a_signal_in_the_last_step_does_not_make_a_finished_run_a_failure(data, tmp_path,
+                                                                         monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, Loader, "batch", call=8)     # of 2 steps with 4 batches each
+        run_main(train_gpt2, *flags(data, tmp_path, max_steps=2))
+    assert load_checkpoint(tmp_path)[1]["step"] == 2
+
+
+def test_saved_run_is_not_overwritten(data, whole):
+    before = (whole["muon"] / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="overwrite.*--resume"):
+        run_main(train_gpt2, *flags(data, whole["muon"]))
+    assert (whole["muon"] / "model.safetensors").read_bytes() == before
+    run_main(train_gpt2, *flags(data, whole["muon"]), "--resume")      # trained: nothing to do
+    assert (whole["muon"] / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [
+    dict(seed=1), dict(max_steps=30), dict(total_batch_size=128), dict(lr=0.1),
+    dict(block_size=16)], ids=str)
+def test_resume_with_other_settings_is_refused(data, whole, change):
+    with pytest.raises(SystemExit, match="another .*;.*;"):
+        run_main(train_gpt2, *flags(data, whole["muon"], **change), "--resume")
+
+
+def test_numbers_that_are_not_finite_stop_the_run_before_saving(data, tmp_path, monkeypatch):
+    nan = torch.tensor(math.nan, requires_grad=True)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="finite.*;.*lower --lr"):
+        patch.setattr(GPT, "forward", lambda *args, **kwargs: nan)
+        patch.setattr(train_gpt2, "evaluate", lambda *args, **kwargs: (0.0, 0.0))
+        patch.setattr(train_gpt2.Engine, "generate", lambda *a, **k: [SimpleNamespace(ids=[])])
+        run_main(train_gpt2, *flags(data, tmp_path))
+    assert not (tmp_path / "state").exists() and not (tmp_path / "model.safetensors").exists()
+
+
+def test_training_goes_on_from_another_runs_weights(data, whole, tmp_path):
+    run_main(train_gpt2, *flags(data, tmp_path, max_steps=1), "--init_from", whole["muon"])
+    expected = twin_val_loss(data, whole["muon"])
+    assert logged(tmp_path, "val_loss")[0] == pytest.approx(expected, rel=1e-5)
+
+
+def twin_val_loss(data, run):
+    """Of the first 300 tokens: --val_tokens of flags()."""
+    model, _ = load_checkpoint(run)
+    rows = Shards(data, "val").read(0, 301)
+    rows = [torch.from_numpy(rows[None, s:s + 33]) for s in range(0, 300, 32)]
+    return torch.cat([model(row[:, :-1], row[:, 1:], reduction="none") for row in rows],
+                     1).mean().item()
+
+
+# ---- mutants
+
+@pytest.mark.parametrize("owner, name, old, new, check", [
+    (Loader, "row", "* self.T, self.T + 1", "* (self.T + 1), self.T + 1", "data"),
+    (Loader, "row", "self.order[i]", "self.order[0]", "data"),
+    (train_gpt2, "evaluate", "row[1:]", "row[:-1]", "val"),
+    (train_gpt2, "evaluate", "/ math.log(2)", "", "val"),
+    (train_gpt2, "evaluate", "losses[n_bytes > 0]", "losses", "val"),
+    (train_gpt2, "evaluate", "range(0, n, T)", "range(0, n - T, T)", "val")], ids=text_only)
+def test_checks_notice_a_mutant(owner, name, old, new, check, counting, data, tokenizer,
+                                monkeypatch):
+    mutate(monkeypatch, owner, name, old, new)
+    monkeypatch.setitem(globals(), "evaluate", train_gpt2.evaluate)
+    with pytest.raises((AssertionError, IndexError)):
+        check_every_token_once(counting) if check == "data" else check_evaluate(data, tokenizer)
+
+
+@pytest.mark.parametrize("owner, name, old, new", [
+    (train_gpt2, "main", "+ ranks.rank) * args.batch_size", "+ 0) * args.batch_size"),
+    (Optimizer, "average_grads", "div_(self.ranks.world_size)", "div_(1)")], ids=text_only)
+def test_two_ranks_notice_a_mutant(owner, name, old, new, data, whole, tmp_path, monkeypatch):
+    mutate(monkeypatch, owner, name, old, new)
+    run_ranks(train_gpt2, *flags(data, tmp_path))
+    with pytest.raises(AssertionError):
+        assert_nearly_equal(tmp_path, whole["muon"])
+
+
+@pytest.mark.parametrize("owner, name, old, new", [
+    (train_gpt2, "main", 'state["position"]', "0"),
+    (train_gpt2, "load_state", "optimizer.steps =", "steps ="),
+    (train_gpt2, "load_state", "optimizer.state.update(", "dict().update(")], ids=text_only)
+def test_resuming_notices_a_mutant(owner, name, old, new, data, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, train_gpt2, "schedule", call=10)
+        run_main(train_gpt2, *flags(data, tmp_path, "adamw"))
+    mutate(monkeypatch, owner, name, old, new)
+    run_main(train_gpt2, *flags(data, tmp_path, "adamw"), "--resume")
+    with pytest.raises(AssertionError):
+        assert_same_files(tmp_path, whole["adamw"], "model.safetensors")
