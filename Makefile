@@ -23,7 +23,7 @@ SFT   := --epochs 1.2
 RL    := --max_steps 16 --prompts 16 --group_size 16 --eval_every 8
 endif
 
-.PHONY: setup demo test gpt2 bench clean
+.PHONY: setup demo test clean
 
 setup: .venv/ready
 

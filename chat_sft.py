@@ -233,7 +233,7 @@ def pack(conversations, T, seed, epoch, buffer=100):
     """
     order = list(range(len(conversations)))
     random.Random(f"{seed} {epoch}").shuffle(order)
-    waiting, rows = [], []
+    shuffled, waiting, rows = random.Random(f"{seed} {epoch} rows"), [], []
     while order or waiting:
         room, row = T + 1, []
         assert all(len(conversations[i][0]) <= room for i in waiting), "longer than a row"
@@ -247,8 +247,8 @@ def pack(conversations, T, seed, epoch, buffer=100):
             waiting.remove(best)
             row.append(best)
             room -= len(conversations[best][0])
-        rows.append(row)
-    random.Random(f"{seed} {epoch} rows").shuffle(rows)
+        rows.append(shuffled.sample(row, len(row)))     # else the longest would always come first
+    shuffled.shuffle(rows)
     return rows
 
 def row_tensors(row, conversations, T, pad):
@@ -316,7 +316,7 @@ def render_all(conversations, tokenizer, T, log):
     """Renders and measures; conversations longer than a row are left out, and how many is said."""
     try:
         rendered = [tokenizer.render(messages) for messages in conversations]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"a conversation cannot be rendered: {error!r}; turns are "
                          '{"role", "content"}; repair the files given with --data') from None
     fitting = [(ids, mask) for ids, mask in rendered if len(ids) <= T + 1 and any(mask)]

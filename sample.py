@@ -69,8 +69,9 @@ code, home = sys.stdin.read(), sys.base_prefix
 def guard(event, args):
     name = event.split(".")[0]
     writes = event == "open" and (set(str(args[1])) & set("wax+") or (args[2] or 0) & 0o103)
-    outside = event == "open" and not str(args[0]).startswith(home)
-    forbidden = name in ("socket", "subprocess", "os", "shutil", "ctypes", "signal", "webbrowser")
+    outside = event == "open" and (".." in str(args[0]) or not str(args[0]).startswith(home))
+    forbidden = name in ("socket", "subprocess", "os", "shutil", "ctypes", "signal", "sqlite3",
+                         "resource")
     if writes or outside or forbidden and event not in ("os.listdir", "os.scandir"):
         raise PermissionError(f"{event} is not allowed in the Python tool")
 sys.addaudithook(guard)
@@ -313,7 +314,7 @@ def read_problems(path):
 def final_answer(text):
     """What the line holds behind the last ####, GSM8K's mark, without $ and commas; or None."""
     answer = text.rpartition("####")[2].split("\n")[0] if "####" in text else ""
-    return answer.replace(",", "").strip(" $.").lower() or None
+    return answer.replace(",", "").strip(" $").rstrip(" .").lower() or None
 
 def is_correct(reply, problem):
     """Whether a reply solves {"answer", "check"}. "final": the answer is what stands behind ####;
@@ -322,7 +323,7 @@ def is_correct(reply, problem):
     if check == "final":
         return final_answer(reply) == final_answer("#### " + answer) is not None
     if check == "contains":
-        return re.search(rf"\b{re.escape(answer.lower())}\b", reply.lower()) is not None
+        return re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", reply.lower()) is not None
     ours, theirs = (Counter(re.findall(r"\w+", text.lower())) for text in (reply, answer))
     return 2 * (ours & theirs).total() >= 0.6 * max(1, ours.total() + theirs.total())
 

@@ -323,7 +323,7 @@ def main():
             tok_s=tok_s, mfu=peak and model.flops_per_token() * tok_s / peak / ranks.world_size,
             usd=usd or None, eta=sum(recent) / len(recent) * (args.max_steps - step))
 
-    if stop:
+    if stop and not last:
         log.say(f"stopped and saved at step {step}; continue with the same command and --resume")
         raise SystemExit(130)
     log.say(f"{run}: stage pretrain, step {step}, {time.time() - started:.0f} s")
