@@ -23,7 +23,7 @@ SFT   := --epochs 1.2
 RL    := --max_steps 16 --prompts 16 --group_size 16 --eval_every 8
 endif
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test
 
 setup: .venv/ready
 
@@ -56,6 +56,3 @@ demo: setup
 test: setup
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-extra.txt
 	$(PY) -m pytest -q tests
-
-clean:
-	rm -rf data/demo-* runs/demo-*

@@ -98,14 +98,15 @@ def count_batch(texts, pattern):
     chunks, inner, equally_often = Counter(), Counter(), defaultdict(list)
     for text in map(repair, texts):
         # A piece may end in whitespace only if it is the last: first and last stay with their text
-        pieces = [text] if "\0" in text else LATER_SPACE.sub("\0", text).split(" ")
+        pieces = [text] if "\0" in text else LATER_SPACE.sub("\0", text).encode().split(b" ")
         inner.update(pieces[1:-1])
-        edge = text if len(pieces) < 3 else f"{pieces[0]} {pieces[-1]}".replace("\0", " ")
-        chunks.update(find(edge))
+        if len(pieces) > 2:
+            text = (pieces[0] + b" " + pieces[-1]).decode().replace("\0", " ")
+        chunks.update(find(text))
     for piece, n in inner.items():          # pieces that share a count share a search
         equally_often[n, piece.isascii()].append(piece)
     for (n, is_ascii), pieces in equally_often.items():
-        text = (" " + " ".join(pieces)).replace("\0", " ")          # as if they were one text
+        text = (b" " + b" ".join(pieces)).decode().replace("\0", " ")
         found = find_ascii(text) if is_ascii else find(text)
         for chunk, m in Counter(found).items():
             chunks[chunk] += n * m
@@ -219,7 +220,8 @@ class Merger:
         """Recount the pairs on top of the heap and merge those that surely come next; how many."""
         keys = [heapq.heappop(self.heap) & PAIR for _ in range(min(self.width, len(self.heap)))]
         known = [self.where.pop(key) for key in keys]
-        at, which = np.concatenate(known), np.repeat(np.arange(len(keys)), list(map(len, known)))
+        at = np.concatenate(known).astype(np.intp)              # N: the type numpy indexes with
+        which = np.repeat(np.arange(len(keys)), list(map(len, known)))
         a, b = np.array(keys) >> BITS, np.array(keys) & ID      # K
         there = (self.ids[at] == a[which]) & (self.ids[self.next[at]] == b[which])
         at, which = at[there], which[there]                     # N: the place, and whose it is
@@ -666,8 +668,8 @@ def main(argv=None):
     if args.command == "train" and args.input and args.out:
         return train_command(args)
     if not {"train": False, "compare": True, "export": args.out}.get(args.command, text):
-        parser.error(f"{args.command} needs a text before the flags or in a --file; train needs "
-                     f"--input and --out, export needs --out")
+        parser.error("train needs --input and --out, export needs --out, and the others a text, "
+                     "before the flags or in a --file")
     if args.command == "merges" and not args.tokenizer:
         tokenizers = [Tokenizer.train([text], 256 + args.steps + len(SPECIAL_TOKENS))]
     else:

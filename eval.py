@@ -583,7 +583,8 @@ def cost_table(runs, funnel):
     seconds = sum(row.get("seconds", 0) for row in funnel)
     rows = []
     if funnel:
-        rows.append(("data", "", "", f"{timedelta(seconds=int(seconds))}, all workers", ""))
+        spent = timedelta(seconds=int(seconds))
+        rows.append(("data", "", "", f"{spent}, summed over workers", ""))
     for run in runs:
         price = run.header.get("flags", {}).get("gpu_hour_usd") or 0
         usd = [run.seconds / 3600 * price, *(row["usd"] for row in run.rows("usd"))][-1]
