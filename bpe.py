@@ -73,7 +73,6 @@ MOVES |= {(part, "<|im_end|>"): None for part in PARTS}
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")      # of the files that train takes
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-
 # ---- splitting: text -> how often each chunk occurs ---------------------------------------------
 # Text repeats itself, and str.split is far faster than the pattern. In all three patterns a space
 # after a character that is not whitespace begins a chunk: text is cut there first, and each
@@ -84,11 +83,9 @@ LATER_SPACE = re.compile(r" (?<=\s )")
 # Whitespace after a letter or digit begins a chunk, too: there a long file is cut.
 WORD_END = re.compile(r"[^\W_](?=\s)")
 
-
 def repair(text):
     """Lone surrogates (half an emoji in broken JSON), which UTF-8 cannot hold, become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
 
 def count_batch(texts, pattern):
     """list of str -> {chunk as bytes: occurrences}, what findall(pattern) on each would count."""
@@ -112,7 +109,6 @@ def count_batch(texts, pattern):
             chunks[chunk] += n * m
     return {chunk.encode(): n for chunk, n in chunks.items()}
 
-
 def batches(texts, size):
     """Group texts into lists of at least `size` characters."""
     batch, held = [], 0
@@ -123,7 +119,6 @@ def batches(texts, size):
             yield batch
             batch, held = [], 0
     yield batch
-
 
 def count_chunks(texts, pattern, log, batch_chars=4_000_000):
     """iterable of str -> Counter {chunk as bytes: occurrences}, on all cores. Two batches a core
@@ -144,12 +139,10 @@ def count_chunks(texts, pattern, log, batch_chars=4_000_000):
         raise SystemExit("the input is empty; training needs text; check --input")
     return counts
 
-
 # ---- merging: counted chunks -> merges ----------------------------------------------------------
 BITS = 21                                   # an id has 21 bits: the pair (a, b) is a << 21 | b
 ID, PAIR = (1 << BITS) - 1, (1 << 2 * BITS) - 1
 WALL, GONE, NOBODY = -1, -2, -1             # in ids: between chunks, merged away; in owner: none
-
 
 class Merger:
     """Finds the merges. All different chunks stand side by side in one array, with walls between.
@@ -270,7 +263,6 @@ class Merger:
                        np.concatenate([new[a], ids[right[b]]]), np.concatenate([left[a], at[b]]))
         return n
 
-
 # ---- the tokenizer ------------------------------------------------------------------------------
 def bpe_encode(chunk, ranks, limit=1 << 30):
     """bytes of one chunk -> list of its tokens as bytes. The specification of encoding: while two
@@ -282,7 +274,6 @@ def bpe_encode(chunk, ranks, limit=1 << 30):
             break
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts
-
 
 class Tokenizer:
     """Ranks {token bytes: id}, a split pattern (regex) and special tokens {name: id}. Text never
@@ -492,7 +483,6 @@ class Tokenizer:
             "model": {"type": "BPE", "merges": [[word[a], word[b]] for a, b, _ in self.merges],
                       "vocab": {token: i for i, token in word.items()} | self.special}}))
 
-
 def checked(message):
     """A message -> its role and [(type, text)], or a ValueError that says what is allowed."""
     role, content = message.get("role"), message.get("content")
@@ -506,14 +496,12 @@ def checked(message):
                              f"with a text and a type out of {', '.join(allowed)}")
     return role, [(part["type"], part["text"]) for part in parts]
 
-
 # ---- files --------------------------------------------------------------------------------------
 def write_whole(path, text):
     """Write under another name, then rename: the file is there whole or not at all."""
     part = Path(f"{path}.part")
     part.write_text(text, "utf-8")
     part.replace(path)
-
 
 def input_files(paths):
     """Yield the files that are meant: of a folder all that hold text, but not val_*."""
@@ -525,7 +513,6 @@ def input_files(paths):
             raise SystemExit(f"{path} holds no training text; --input takes {' '.join(SUFFIXES)} "
                              f"and folders of them; check the path")
         yield from found
-
 
 def read_texts(path):
     """Yield the documents of a file as str, a .txt in pieces cut where a chunk ends."""
@@ -551,7 +538,6 @@ def read_texts(path):
     except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
         raise SystemExit(f"{path} is unreadable ({type(error).__name__}: {error}); it must be whole"
                          f", UTF-8, and .jsonl have a \"text\" a line; convert or replace it")
-
 
 def train_command(args):
     """Train and save, unless it was done with the same text (by its sha256) and settings."""
@@ -580,7 +566,6 @@ def train_command(args):
     print(f"{out}: {tok.n_vocab} tokens from {sum(f.stat().st_size for f in files) / 1e6:.1f} MB "
           f"in {len(files)} files | sha256 {tok.sha256[:16]} | {time.time() - start:.1f} s")
 
-
 # ---- looking, and the command line --------------------------------------------------------------
 # One thought in many scripts, to see for which a vocabulary was made. Written for this file.
 SAMPLES = {
@@ -590,12 +575,10 @@ SAMPLES = {
     "Python": "def sold(loaves):\n    for n in loaves:\n        if n > 0:\n            yield n\n",
     "numbers": "8:00 127 loaves, 3.25 each = 412.75; 2024-11-20; 1,000,000 + 234567 = 1234567"}
 
-
 def visible(token):
     """bytes -> str on one line; line ends and bytes of broken characters are escaped."""
     text = token.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
 
 def show(text, tokenizers, allowed_special=frozenset(), page_path=None):
     """Print a text cut into tokens, coloured in a terminal, with ids and counts, by one tokenizer
@@ -618,7 +601,6 @@ def show(text, tokenizers, allowed_special=frozenset(), page_path=None):
     if page_path:
         write_whole(page_path, "".join(page))
 
-
 def show_merges(text, tok, steps):
     """Print how the merges of a tokenizer shorten a text, one by one, in the order of learning."""
     chunks, limit = [c.encode() for c in regex.findall(tok.pattern, repair(text))], 0
@@ -634,7 +616,6 @@ def show_merges(text, tok, steps):
         print(f"{step:4}. '{visible(a)}' + '{visible(b)}' -> {rank}, {pairs[rank, a, b]} times")
         limit = rank + 1
 
-
 def compare(samples, tokenizers):
     """Print bytes per token, by text and tokenizer; more means that a model has less to read."""
     print("bytes per token " + "".join(f"{tok.name[-14:]:>15}" for tok in tokenizers))
@@ -642,7 +623,6 @@ def compare(samples, tokenizers):
         rates = [len(repair(text).encode()) / max(1, len(tok.encode_ordinary(text)))
                  for tok in tokenizers]
         print(f"{name[-15:]:<16}" + "".join(f"{rate:15.2f}" for rate in rates))
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Byte-level BPE: train it, use it, look at it.")
@@ -691,7 +671,6 @@ def main(argv=None):
         compare(files or SAMPLES, tokenizers)
     else:
         tok.export_hf(args.out)
-
 
 if __name__ == "__main__":
     main()
