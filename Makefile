@@ -7,7 +7,7 @@ DATA ?= data/demo-$(SIZE)
 RUN  ?= runs/demo-$(SIZE)
 CHAT ?= $(DATA)/chat
 PY   := .venv/bin/python
-export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 20000
 
 ifeq ($(SIZE),tiny)
 CRAWL := --max_pages 400
@@ -55,4 +55,4 @@ demo: setup
 
 test: setup
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-extra.txt
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q --timeout 120 tests

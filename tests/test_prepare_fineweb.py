@@ -1,6 +1,7 @@
 """Stage 0: each filter by its rule, dedup, PII, the whole way from a site to shards, kill -9."""
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -226,18 +227,24 @@ def test_finished_work_is_kept_and_other_settings_are_refused(small_site):
 
 TEXTS = distinct_prose(701)
 
-@pytest.mark.parametrize("until", ["pages/00001_1.jsonl.gz", "documents/train_00000.jsonl.gz.part"])
+KILLED = """
+import os, signal, sys, prepare_fineweb
+main, replace, until = os.getpid(), os.replace, sys.argv.pop(1)
+def killed(part, path):
+    if str(path).endswith(until):
+        os.kill(main, signal.SIGKILL)
+    replace(part, path)
+os.replace = killed
+prepare_fineweb.main()"""
+
+@pytest.mark.parametrize("until", ["pages/00001_1.jsonl.gz", "documents/train_00000.jsonl.gz"])
 def test_a_run_killed_in_the_middle_ends_with_the_same_documents(tmp_path, until):
     paths = [write_warc(tmp_path / f"{i}.warc.gz", TEXTS[i * 100:i * 100 + 100]) for i in range(3)]
     arguments = ("--source", "warc", *paths, "--workers", 1, "--out")
     run(*arguments, tmp_path / "whole")
-    command = [sys.executable, ROOT / "prepare_fineweb.py", *arguments, tmp_path / "killed"]
-    child = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / until).exists():
-        assert child.poll() is None, "ended before it could be killed"
-        time.sleep(0.001)
-    child.kill()
-    child.wait()
+    command = [sys.executable, "-c", KILLED, until, *arguments, tmp_path / "killed"]
+    child = subprocess.run([*map(str, command)], stderr=subprocess.DEVNULL, cwd=ROOT)
+    assert child.returncode == -signal.SIGKILL
     assert ended(tmp_path / "killed"), "a worker writes on"
     run(*arguments, tmp_path / "killed")
     texts = [[row["text"] for row in documents(tmp_path / name)] for name in ("whole", "killed")]
