@@ -40,8 +40,8 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from model import (RunLog, init_ranks, load_checkpoint, load_state, make_optimizer,
-                   save_checkpoint, save_state)
+from model import RunLog, init_ranks, load_checkpoint, save_checkpoint
+from optim import load_state, make_optimizer, save_state
 from sample import Engine, find_run, is_correct, read_problems
 
 NAME = "deepdive"

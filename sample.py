@@ -140,12 +140,13 @@ class KVCache:
         return new
 
     def append(self, layer, k, v):
-        """Writes k, v (B, NH, T, HS) behind each row; returns all up to the longest row's end."""
+        """Writes k, v (B, T, NH, HS) behind each row; returns all up to the longest row's end."""
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
         T = k.shape[2]
         at = (self.pos[:, None] + torch.arange(T, device=k.device))[:, None, :, None]
         self.k[layer].scatter_(2, at.expand_as(k), k)
         self.v[layer].scatter_(2, at.expand_as(v), v)
-        return self.k[layer, :, :, :self.used + T], self.v[layer, :, :, :self.used + T]
+        return (kept[layer, :, :, :self.used + T].transpose(1, 2) for kept in (self.k, self.v))
 
 @dataclass
 class Completion:

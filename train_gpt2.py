@@ -37,8 +37,8 @@ import numpy as np
 import torch
 
 from bpe import Tokenizer
-from model import (D12_MATMUL_PARAMS, GPT, GPTConfig, RunLog, init_ranks, load_checkpoint,
-                   load_state, make_optimizer, save_checkpoint, save_state)
+from model import GPT, GPTConfig, RunLog, init_ranks, load_checkpoint, save_checkpoint
+from optim import D12_MATMUL_PARAMS, load_state, make_optimizer, save_state
 from sample import Engine
 
 # ---- Data ----------------------------------------------------------------------------------------

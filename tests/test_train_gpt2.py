@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 import train_gpt2
 from conftest import (GPT2, ROOT, assert_same_files, mutate, noisy, run_main, run_ranks, stop_at,
                       write_shard)
-from model import GPT, GPTConfig, Optimizer, Ranks, load_checkpoint, read_log
+from model import GPT, GPTConfig, Ranks, load_checkpoint, read_log
+from optim import Optimizer
 from test_model import RECIPE, text_only
 from train_gpt2 import Loader, Shards, compressors_bpb, evaluate, horizon, schedule
 
