@@ -72,6 +72,10 @@ class Optimizer:
             self.state[f"{name}.{key}"] = torch.zeros_like(like)
         return self.state[f"{name}.{key}"]
 
+    def zero_grad(self):
+        for p in self.params.values():
+            p.grad = None
+
     @torch.no_grad()
     def average_grads(self):
         """Averages each gradient over the ranks, onto its owner; returns the norm of them all."""
