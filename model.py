@@ -277,20 +277,25 @@ class Block(nn.Module):
 
 CHUNK_LOGITS = {"cuda": 2 ** 27, "cpu": 2 ** 20}    # bf16: 256 MB; fp32: 4 MB, a CPU's cache
 
+def chunk_rows(x, V):
+    """Tokens whose logits are held at a time; with fewer than 256, matmuls would wait for W."""
+    return max(256, CHUNK_LOGITS[x.device.type] // V)
+
 def loss_and_gradient(z, target, share, s):
     """Of one chunk: head outputs z (n, V), targets (n, 1), the share of each in the mean (n, 1),
-    soft-cap s → (loss, dz). On a GPU it is compiled into a pass or two over z."""
-    y = z.float()
-    y = y.div_(s).tanh_().mul_(s) if s else y
-    top = y.amax(-1, keepdim=True)
-    dy = (y - top).exp_()               # the loss needs its sum, the gradient all of it
+    soft-cap s → (loss, dz). z is overwritten. On a GPU it is compiled into a pass or two over z."""
+    t = z.float()
+    y = t.div_(s).tanh_() * s if s else t
+    y_target, top = y.gather(1, target), y.amax(-1, keepdim=True)
+    dy = y.sub_(top).exp_()             # the loss needs its sum, the gradient all of it
     sum_exp = dy.sum(-1, keepdim=True)
-    loss = ((top + sum_exp.log() - y.gather(1, target)) * share).sum()
-    here = torch.arange(z.shape[1], device=z.device) == target      # a scatter would not be fused
-    dy.mul_(share / sum_exp).sub_(torch.where(here, share, 0.0))
+    loss = ((top + sum_exp.log() - y_target) * share).sum()
+    dy_target = ((y_target - top).exp() / sum_exp - 1) * share
+    dy.mul_(share / sum_exp)
     if s:
-        dy.addcmul_(dy, y.div_(s).square_(), value=-1)
-    return loss, dy.to(z.dtype)
+        dy.addcmul_(dy, t.square_(), value=-1)
+        dy_target = dy_target * (1 - (y_target / s).square())
+    return loss, dy.to(z.dtype).scatter_(1, target, dy_target.to(z.dtype))
 
 @functools.cache
 def compiled(function):
@@ -312,14 +317,19 @@ class CrossEntropy(torch.autograd.Function):
         dx, dW = torch.empty_like(x), torch.zeros_like(weight)
         share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)
         total = torch.zeros((), device=x.device)
-        size = max(1, CHUNK_LOGITS[x.device.type] // V)
+        size = chunk_rows(x, V)
         of_chunk = compiled(loss_and_gradient) if x.is_cuda else loss_and_gradient
         tensors = x, dx, targets.clamp(min=0)[:, None], share[:, None]
+        buffer = x.new_empty(min(size, len(x)), V)
         for x_part, dx_part, target, share_part in zip(*(t.split(size) for t in tensors)):
-            loss, dz = of_chunk(x_part @ W.T, target, share_part, s)
+            z = torch.mm(x_part, W.T, out=buffer[:len(x_part)])
+            loss, dz = of_chunk(z, target, share_part, s)
             total += loss
             torch.mm(dz, W, out=dx_part)
-            dW[:V] += dz.T @ x_part
+            if dz.dtype == dW.dtype:
+                dW[:V].addmm_(dz.T, x_part)
+            else:
+                dW[:V] += dz.T @ x_part
         ctx.save_for_backward(dx, dW)
         return total
 
@@ -428,7 +438,7 @@ class GPT(nn.Module):
         x, flat = x.flatten(0, 1), targets.flatten()
         if reduction == "mean":
             return CrossEntropy.apply(x, self.lm_head.weight, flat, self.config)
-        size = max(1, CHUNK_LOGITS[x.device.type] // self.config.vocab_size)
+        size = chunk_rows(x, self.config.vocab_size)
         losses = [F.cross_entropy(self.logits(part), target, ignore_index=-1, reduction="none")
                   for part, target in zip(x.split(size), flat.split(size))]
         return torch.cat(losses).view_as(targets)
