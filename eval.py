@@ -47,9 +47,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bpe import Tokenizer
 from model import Ranks, init_ranks, load_checkpoint, read_log, write_json
-from sample import Engine, find_run, is_correct, read_problems
+from sample import Engine, find_run, is_correct, load_tokenizer, read_problems
 
 SEED = 1337     # of the order of rows; --max_examples N asks the first N of that order
 GET_CORE = ("get it with: curl -LO https://karpathy-public.s3.us-west-2.amazonaws.com/"
@@ -356,8 +355,7 @@ def evaluate():
     jobs = plan(args)       # bad names and missing files are found before a model is loaded
     run, folder, n = find_run(args.model, STAGES), args.core_dir, args.max_examples
     results = Run(run).results
-    ours = (run / "tokenizer.tiktoken").exists()        # OpenAI's GPT-2 comes with another format
-    tokenizer = Tokenizer.load(run) if ours else Tokenizer.pretrained("gpt2")
+    tokenizer = load_tokenizer(run)
     # conversation tokens that GPT-2 lacks take 1.6e-4 of its probability at most: mean rows, Jensen
     model, meta = load_checkpoint(run, init_ranks(args.device).device, tokenizer.n_vocab)
     print(f"{run}: stage {meta['stage']}, step {meta['step']}, {model.num_params():,} parameters")
