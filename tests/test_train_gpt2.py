@@ -315,9 +315,11 @@ def test_two_ranks_under_torchrun_train_what_one_does_with_muon(data, whole, tmp
     assert_nearly_equal(tmp_path, whole["muon"])
 
 
-def test_two_ranks_train_what_one_does_with_adamw(data, whole, tmp_path):
-    run_ranks(train_gpt2, *flags(data, tmp_path, "adamw"))
-    assert_nearly_equal(tmp_path, whole["adamw"])
+@pytest.mark.parametrize("preset, world_size", [("adamw", 2), ("adamw", 4), ("muon", 4)])
+def test_ranks_train_what_one_does(preset, world_size, data, whole, tmp_path):
+    """2 rows at a time: one rank accumulates 4, two 2, four 1."""
+    run_ranks(train_gpt2, *flags(data, tmp_path, preset), world_size=world_size)
+    assert_nearly_equal(tmp_path, whole[preset])
 
 
 def test_state_of_two_ranks_can_be_resumed_by_one(data, whole, tmp_path, monkeypatch):
