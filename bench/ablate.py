@@ -24,7 +24,9 @@ from model import read_log
 
 ARMS = {    # what is left out: fields of GPTConfig, or what takes the part's place
     "nothing": [],
-    "Muon: AdamW instead": ["adamw"],
+    "Muon: AdamW instead, lr 3e-4": ["adamw", 3e-4],
+    "Muon: AdamW instead, lr 1e-3": ["adamw", 1e-3],
+    "Muon: AdamW instead, lr 3e-3": ["adamw", 3e-3],
     "RoPE: learned positions": ["rope=0"],
     "QK norm": ["qk_norm=0"],
     "ReLU²: GELU instead": ["relu2=0"],
@@ -35,8 +37,8 @@ ARMS = {    # what is left out: fields of GPTConfig, or what takes the part's pl
     "soft-cap": ["softcap=0"],
     "full windows: SSSL": ["windows=SSSL"]}
 
-def adamw_for_muon(make_optimizer, lr=3e-3):
-    """The recipe with Adam for the blocks' matrices, at a learning rate that suits this size."""
+def adamw_for_muon(make_optimizer, lr):
+    """The recipe with AdamW for the blocks' matrices."""
     def make(*args, **kwargs):
         optimizer = make_optimizer(*args, **kwargs)
         optimizer.groups[0].update(kind="adamw", lr=lr, betas=(0.9, 0.95), eps=1e-10,
@@ -46,17 +48,17 @@ def adamw_for_muon(make_optimizer, lr=3e-3):
 
 def run_arm(args, name, changes, seed):
     """Trains, unless it is done → the last val_bpb."""
-    run = Path(args.out) / f"{name.split(':')[0].replace(' ', '_')}-{seed}"
+    run = Path(args.out) / f"{name.replace(' ', '_').replace(':', '')}-{seed}"
     done = [row for row in read_log(run) if "gzip" in row]
     if not done:
-        fields = [*args.config, *(c for c in changes if "=" in c)]
+        fields = [*args.config, *(change for change in changes if "=" in str(change))]
         sys.argv = ["train_gpt2.py", "--model", args.model, "--config", *fields, "--data", args.data,
                     "--out", str(run), "--resume", "--seed", str(seed), "--eval_every", "1000000",
                     "--total_batch_size", str(args.total_batch_size),
                     "--max_steps", str(args.max_steps)]
         make_optimizer = optim.make_optimizer
-        train_gpt2.make_optimizer = (adamw_for_muon(make_optimizer) if "adamw" in changes
-                                     else make_optimizer)
+        train_gpt2.make_optimizer = (adamw_for_muon(make_optimizer, changes[1])
+                                     if "adamw" in changes else make_optimizer)
         train_gpt2.main()
         done = [row for row in read_log(run) if "gzip" in row]
     return done[-1]["val_bpb"]
