@@ -24,9 +24,7 @@ from model import read_log
 
 ARMS = {    # what is left out: fields of GPTConfig, or what takes the part's place
     "nothing": [],
-    "Muon: AdamW instead, lr 3e-4": ["adamw", 3e-4],
     "Muon: AdamW instead, lr 1e-3": ["adamw", 1e-3],
-    "Muon: AdamW instead, lr 3e-3": ["adamw", 3e-3],
     "RoPE: learned positions": ["rope=0"],
     "QK norm": ["qk_norm=0"],
     "ReLU²: GELU instead": ["relu2=0"],
