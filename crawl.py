@@ -59,9 +59,13 @@ def whole_file(path):
     """Open PATH.part for writing bytes; rename it when all went well, so PATH is never half."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "wb") as file:
-        yield file
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    except BaseException:  # a full disk gets its space back
+        part.unlink(missing_ok=True)
+        raise
 
 def verdict(page, **broken):
     """(page, None), or (None, the name of the first rule that is broken)."""

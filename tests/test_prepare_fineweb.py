@@ -1,5 +1,7 @@
 """Stage 0: each filter by its rule, dedup, PII, the whole way from a site to shards, kill -9."""
 import contextlib
+import gzip
+import io
 import json
 import signal
 import subprocess
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import crawl  # noqa: E402
+import download  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
+from test_download import add_hub, server  # noqa: E402, F401
 
 WEB = ROOT.parent / "shared" / "data" / "web"
 needs_web = pytest.mark.skipif(not WEB.exists(), reason="no ../shared/data/web here")
@@ -271,64 +275,59 @@ def test_the_val_split_stays_when_input_is_added_or_cut_otherwise(tmp_path):
     small, large = ({row["text"] for row in documents(tmp_path / name, "val")} for name in "ab")
     assert small and small < large and small == {text for text in large if text in texts[:40]}
 
-# ---- shards --------------------------------------------------------------------------------------
+# ---- what others have made -----------------------------------------------------------------------
 
-@pytest.fixture
-def text_data(tmp_path):
-    texts = [*TEXTS[:80], TEXTS[0], "\ud800 odd", "<|endoftext|>"]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    (tmp_path / "book.txt").write_text(PROSE)
-    pf.Tokenizer.train(TEXTS[:20], vocab_size=400, pattern="gpt4").save(tmp_path / "tokenizer")
-    inputs = ("--source", "text", tmp_path / "in.jsonl", tmp_path / "book.txt")
-    return tmp_path / "toy", (*inputs, "--val_fraction", 0.1, "--out", tmp_path / "toy",
-                              "--tokenizer", tmp_path / "tokenizer", "--shard_tokens", 4000)
+def fineweb_file(texts):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is an extra")
+    from pyarrow import parquet
+    data, columns = io.BytesIO(), {"text": texts, "id": [f"<{i}>" for i in range(len(texts))],
+                                   "url": ["u"] * len(texts), "token_count": [1] * len(texts)}
+    parquet.write_table(pa.table(columns), data)
+    return data.getvalue()
 
-def shards(out):
-    return {file.name: file.read_bytes() for file in sorted(out.glob("*.bin"))}
+def test_fineweb_s_documents_come_as_they_are_and_its_files_go(server, tmp_path):  # noqa: F811
+    repo, revision, folder = download.NAMES["fineweb"]
+    texts = ["Short.", "The same twice, me@example.net", "The same twice, me@example.net"]
+    add_hub(server, repo, {"000.parquet": fineweb_file(texts), "001.parquet": b"never asked for"},
+            folder, revision)
+    server.moods[f"/datasets/{repo}/resolve/{revision}/{folder}/000.parquet"] = ["cut", 429]
+    command = ("--source", "fineweb", "--out", tmp_path / "a", "--mirror", server.url,
+               "--val_fraction", 0)
+    run(*command)
+    rows = documents(tmp_path / "a")
+    assert sorted(row["text"] for row in rows) == texts and "token_count" not in rows[0]
+    assert [path.name for path in (tmp_path / "a" / "downloads").iterdir()] == ["files.json"]
+    server.files.clear()
+    assert "is finished and kept" in run(*command).stdout
 
-def test_shards_read_back_to_the_documents(text_data):
-    out, arguments = text_data
-    run(*arguments)
-    tokenizer, texts = pf.Tokenizer.load(out / "tokenizer"), {"val": [], "train": []}
-    for shard in json.loads((out / "index.json").read_text())["shards"]:
-        header = np.fromfile(out / shard["file"], "<i4", 256)
-        ids = np.fromfile(out / shard["file"], "<u2", offset=1024)
-        assert list(header[:3]) == [20240520, 1, len(ids)] and len(ids) <= 4000
-        parts = np.split(ids, np.flatnonzero(ids == tokenizer.eot))
-        assert len(parts[0]) == 0 and np.load(out / "token_bytes.npy")[ids].sum() == shard["bytes"]
-        texts[shard["split"]] += [tokenizer.decode(part[1:].tolist()) for part in parts[1:]]
-    assert texts == {split: [row["text"] for row in documents(out, split)] for split in texts}
-    assert len(texts["val"] + texts["train"]) == 83 and "toy_train_000001.bin" in shards(out)
+def test_common_crawl_s_files_are_filtered_like_local_ones(server, tmp_path):  # noqa: F811
+    texts, crawl_id = distinct_prose(30), "CC-MAIN-2024-10"
+    path = write_warc(tmp_path / "0.warc.gz", texts)
+    server.files[f"/crawl-data/{crawl_id}/warc.paths.gz"] = gzip.compress(b"x/0.warc.gz\nx/1.gz")
+    server.files["/x/0.warc.gz"] = path.read_bytes()
+    run("--source", "commoncrawl", crawl_id, "--out", tmp_path / "a", "--mirror", server.url)
+    run("--source", "warc", path, "--out", tmp_path / "b")
+    assert documents(tmp_path / "a") == documents(tmp_path / "b") != []
+    assert not (tmp_path / "a" / "downloads" / "0.warc.gz").exists()
 
-def test_a_lost_or_damaged_shard_is_made_again_and_others_stay(text_data):
-    out, arguments = text_data
-    run(*arguments)
-    whole, first = shards(out), out / "toy_train_000001.bin"
-    kept = first.stat().st_mtime_ns
-    (out / "toy_train_000003.bin").write_bytes(whole["toy_train_000003.bin"][:-7])
-    (out / "toy_train_000099.bin").write_bytes(b"of a longer run")
-    run("tokenize", *arguments[arguments.index("--out"):])
-    assert shards(out) == whole and first.stat().st_mtime_ns == kept
+# ---- mistakes ------------------------------------------------------------------------------------
 
-def test_another_tokenizer_or_shard_size_is_refused(text_data):
-    out, arguments = text_data
-    run(*arguments)
-    done = run("tokenize", "--out", out, "--tokenizer", out / "tokenizer", "--shard_tokens", 5000,
-        check=False)
-    assert done.returncode and "shard_tokens 4000, this run has 5000" in done.stderr
-
-def test_large_vocabularies_are_stored_in_32_bits(tmp_path):
-    class Wide:
-        eot, n_vocab = 100_257, 100_277
-        encode_batch = staticmethod(lambda texts: [[70_000] for _ in texts])
-    with pf.jsonl_writer(tmp_path / "d.jsonl.gz") as write:
-        write({"text": "hello"})
-    index = {"documents": [{"file": "d.jsonl.gz", "split": "val", "documents": 1}], "shards": [],
-             "tokenizer": {"shard_tokens": 10}}
-    pf.write_shards(tmp_path, index, "val", Wide)
-    data = (tmp_path / index["shards"][0]["file"]).read_bytes()
-    stored = np.frombuffer(data, "<i4")
-    assert [*stored[:3], *stored[256:]] == [20240520, 2, 2, 100_257, 70_000]
+@pytest.mark.parametrize("name, data, found", [
+    ("a.jsonl", b'{"text": "x"}\n\n{"text": ', "a.jsonl line 3: "),
+    ("a.jsonl", b'{"text": "x"}\n\xff\n', "a.jsonl line 2: "),
+    ("a.jsonl", b'{"text": "x"}\n["y"]\n', "row 2 has no text"),
+    ("a.jsonl", b'{"txt": "x"}\n', "row 1 has no text"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n')[:-9], "a.jsonl.gz line "),
+    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz line 0: Not a gzipped file"),
+    ("a.parquet", b"PAR1 no parquet", "a.parquet")])
+def test_a_bad_documents_file_ends_in_one_line(tmp_path, name, data, found):
+    if name == "a.parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow is an extra")
+    (tmp_path / name).write_bytes(data)
+    done = run("--source", "text", tmp_path / name, "--out", tmp_path / "out", check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and found in last and last.count("; ") == 2
+    assert not list((tmp_path / "out" / "pages").glob("*"))
 
 def test_an_input_that_changed_but_not_in_size_is_refused(tmp_path):
     arguments = ("--source", "text", tmp_path / "in.txt", "--out", tmp_path / "out")
@@ -344,6 +343,9 @@ def test_an_input_that_changed_but_not_in_size_is_refused(tmp_path):
     (("--source", "crawl", "example.org", "--out", "x"), "write https://example.org"),
     (("tokenize", "--out", "x"), "tokenize without --tokenizer"),
     (("tokenize", "--out", "x", "--tokenizer", "gpt2"), "lists no documents"),
+    (("--source", "commoncrawl", "--out", "x"), "takes one crawl"),
+    (("--source", "finewebb", "--out", "x"), "finewebb is no source"),
+    (("--source", "text", __file__, "--out", "x", "--row_tokens", "1"), "not in 2…shard_tokens"),
     (("--source", "text", __file__, "--out", "x", "--val_fraction", "2"), "not in [0, 1)")])
 def test_a_user_s_mistake_ends_in_one_line(tmp_path, monkeypatch, capsys, arguments, found):
     monkeypatch.chdir(tmp_path)

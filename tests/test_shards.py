@@ -1,0 +1,154 @@
+"""Stage 0's last step: documents → token shards, whole or packed, damaged, resumed, or adopted."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import shards as sh  # noqa: E402
+from bpe import Tokenizer  # noqa: E402
+from test_download import add_hub, server  # noqa: E402, F401
+from test_prepare_fineweb import KILLED, PROSE, TEXTS, documents, run  # noqa: E402
+
+CACHE = ROOT.parent / "shared" / "data" / "tiktoken_cache"
+
+# ---- shards --------------------------------------------------------------------------------------
+
+@pytest.fixture
+def text_data(tmp_path):
+    texts = [*TEXTS[:80], TEXTS[0], "\ud800 odd", "<|endoftext|>"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (tmp_path / "book.txt").write_text(PROSE)
+    Tokenizer.train(TEXTS[:20], vocab_size=400, pattern="gpt4").save(tmp_path / "tokenizer")
+    inputs = ("--source", "text", tmp_path / "in.jsonl", tmp_path / "book.txt")
+    return tmp_path / "toy", (*inputs, "--val_fraction", 0.1, "--out", tmp_path / "toy",
+                              "--tokenizer", tmp_path / "tokenizer", "--shard_tokens", 4000)
+
+def bins(out):
+    return {file.name: file.read_bytes() for file in sorted(out.glob("*.bin"))}
+
+def test_shards_read_back_to_the_documents(text_data):
+    out, arguments = text_data
+    run(*arguments)
+    tokenizer, texts = Tokenizer.load(out / "tokenizer"), {"val": [], "train": []}
+    for shard in json.loads((out / "index.json").read_text())["shards"]:
+        header = np.fromfile(out / shard["file"], "<i4", 256)
+        ids = np.fromfile(out / shard["file"], "<u2", offset=1024)
+        assert list(header[:3]) == [20240520, 1, len(ids)] and len(ids) <= 4000
+        parts = np.split(ids, np.flatnonzero(ids == tokenizer.eot))
+        assert len(parts[0]) == 0 and np.load(out / "token_bytes.npy")[ids].sum() == shard["bytes"]
+        texts[shard["split"]] += [tokenizer.decode(part[1:].tolist()) for part in parts[1:]]
+    assert texts == {split: [row["text"] for row in documents(out, split)] for split in texts}
+    assert len(texts["val"] + texts["train"]) == 83 and "toy_train_000001.bin" in bins(out)
+
+def test_a_lost_or_damaged_shard_is_made_again_and_others_stay(text_data):
+    out, arguments = text_data
+    run(*arguments)
+    whole, first = bins(out), out / "toy_train_000001.bin"
+    kept = first.stat().st_mtime_ns
+    (out / "toy_train_000003.bin").write_bytes(whole["toy_train_000003.bin"][:-7])
+    (out / "toy_train_000099.bin").write_bytes(b"of a longer run")
+    run("tokenize", *arguments[arguments.index("--out"):])
+    assert bins(out) == whole and first.stat().st_mtime_ns == kept
+
+def test_another_tokenizer_or_shard_size_is_refused(text_data):
+    out, arguments = text_data
+    run(*arguments)
+    done = run("tokenize", "--out", out, "--tokenizer", out / "tokenizer", "--shard_tokens", 5000,
+        check=False)
+    assert done.returncode and "shard_tokens 4000, this run has 5000" in done.stderr
+
+def test_large_vocabularies_are_stored_in_32_bits(tmp_path):
+    class Wide:
+        eot, n_vocab = 100_257, 100_277
+        encode_batch = staticmethod(lambda texts: [[70_000] for _ in texts])
+        token_bytes = staticmethod(lambda: np.zeros(100_277, dtype=np.int32))
+    with sh.jsonl_writer(tmp_path / "d.jsonl.gz") as write:
+        write({"text": "hello"})
+    index = {"documents": [{"file": "d.jsonl.gz", "split": "val", "documents": 1}], "shards": [],
+             "tokenizer": {"shard_tokens": 10, "row_tokens": 0}}
+    sh.write_shards(tmp_path, index, "val", Wide)
+    data = (tmp_path / index["shards"][0]["file"]).read_bytes()
+    stored = np.frombuffer(data, "<i4")
+    assert [*stored[:3], *stored[256:]] == [20240520, 2, 2, 100_257, 70_000]
+
+# ---- packed rows ---------------------------------------------------------------------------------
+
+def test_every_packed_row_begins_with_a_document_and_only_the_val_split_is_not_packed(text_data):
+    out, arguments = text_data
+    run(*arguments, "--row_tokens", 64)
+    for shard in json.loads((out / "index.json").read_text())["shards"]:
+        ids = np.fromfile(out / shard["file"], "<u2", offset=1024)
+        is_packed = len(ids) % 64 == 0 and (ids.reshape(-1, 64)[:, 0] == ids[0]).all()
+        assert is_packed == (shard["split"] == "train") and len(ids) == shard["tokens"]
+        assert (shard["lost_tokens"] > 0) == is_packed
+        assert np.load(out / "token_bytes.npy")[ids].sum() == shard["bytes"]
+
+def pieces(lengths, T):
+    """[(document, tokens of it)] of each packed row; documents are named 1, 2, 3 …"""
+    rows = sh.pack_rows([np.full(n, i, "<u2") for i, n in enumerate(lengths, 1)], T).reshape(-1, T)
+    return [[(int(i), int((row == i).sum())) for i in dict.fromkeys(row)] for row in rows]
+
+@pytest.mark.parametrize("lengths, rows", [
+    ([10], [[(1, 10)]]), ([3, 7, 10], [[(3, 10)], [(2, 7), (1, 3)]]),
+    ([6, 6, 4, 3], [[(2, 6), (3, 4)], [(1, 6), (4, 3)]][:1]),
+    ([8, 5, 9], [[(3, 9), (2, 1)]]), ([25, 12], [[(2, 10)], [(1, 10)]]), ([4, 5], [])])
+def test_rows_take_what_fits_best_then_the_beginning_of_the_shortest(lengths, rows):
+    assert pieces(lengths, 10) == rows
+
+def test_a_document_is_in_at_most_one_row_and_few_tokens_are_lost():
+    lengths = np.random.RandomState(0).geometric(1 / 60, size=4000)
+    rows = pieces(lengths, 256)
+    names = [name for row in rows for name, _ in row]
+    assert len(names) == len(set(names)) and len(rows) * 256 > 0.9 * lengths.sum()
+
+@pytest.mark.parametrize("packed", [(), ("--row_tokens", 64)])
+def test_a_tokenization_killed_in_the_middle_ends_with_the_same_shards(text_data, packed):
+    out, arguments = text_data
+    run(*arguments, *packed)
+    whole = bins(out)
+    again = ["--tokenizer", out / "tokenizer", "--shard_tokens", 4000, *packed]
+    index = json.loads((out / "index.json").read_text()) | {"shards": [], "tokenizer": None}
+    (out / "index.json").write_text(json.dumps(index))
+    command = [sys.executable, "-c", KILLED, "train_000003.bin", "tokenize", "--out", out, *again]
+    child = subprocess.run([*map(str, command)], stderr=subprocess.DEVNULL, cwd=ROOT)
+    assert child.returncode == -signal.SIGKILL and len(bins(out)) < len(whole)
+    run("tokenize", "--out", out, *again)
+    assert bins(out) == whole
+
+# ---- ready shards --------------------------------------------------------------------------------
+
+def shard_bytes(tokens, n_tokens=None, magic=20240520):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, 1, len(tokens) if n_tokens is None else n_tokens
+    return header.tobytes() + np.array(tokens, "<u2").tobytes()
+
+@pytest.mark.skipif(not CACHE.exists(), reason="no ../shared/data/tiktoken_cache here")
+def test_ready_shards_come_with_an_index_and_gpt_2_s_tokenizer(server, tmp_path,  # noqa: F811
+                                                               monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+    add_hub(server, "kjj0/fineweb10B-gpt2", {
+        f"fineweb_{name}.bin": shard_bytes([50256, 15496, 995])
+        for name in ("train_000001", "train_000002", "val_000000")})
+    run("--source", "kjj0/fineweb10B-gpt2", "--out", tmp_path / "a", "--mirror", server.url)
+    index = sh.read_index(tmp_path / "a")
+    found = [(s["file"], s["split"], s["tokens"], s["documents"], s["bytes"])
+             for s in index["shards"]]
+    assert found == [("fineweb_val_000000.bin", "val", 3, 1, 11),
+                     ("fineweb_train_000001.bin", "train", 3, 1, 11)]
+    assert Tokenizer.load(tmp_path / "a" / "tokenizer").eot == 50256
+
+@pytest.mark.parametrize("data, found", [
+    (shard_bytes([1, 2], 3), "begins with"), (shard_bytes([1], magic=7), "begins with"),
+    (b"short", "has 5 bytes"), (shard_bytes([401]), "holds token 401")])
+def test_ready_shards_that_are_none_end_in_one_line(tmp_path, data, found):
+    Tokenizer.train(TEXTS[:20], vocab_size=400, pattern="gpt4").save(tmp_path / "tokenizer")
+    (tmp_path / "a_train_1.bin").write_bytes(data)
+    with pytest.raises(SystemExit, match=found):
+        sh.adopt(tmp_path, [tmp_path / "a_train_1.bin"], tmp_path / "tokenizer")
