@@ -7,16 +7,18 @@
     python prepare_fineweb.py --source warc CC-MAIN-*.warc.gz --out data/cc --workers 16
     python prepare_fineweb.py --source text book.txt wiki.jsonl.gz --out data/books
     python prepare_fineweb.py --source kjj0/fineweb10B-gpt2 --num_shards 9 --out data/fineweb10B
+    python prepare_fineweb.py --source warc /shared/*.warc.gz --out /shared/cc --ray auto
     python prepare_fineweb.py tokenize --out data/demo --tokenizer gpt2
 
 in:  pages: Common Crawl, or WARC files, or seed URLs (none: the manual of this machine's software);
      or documents that need no filter: FineWeb-Edu, climbmix or another data set of the Hub by its
      OWNER/NAME, or .txt .jsonl .jsonl.gz .parquet; or a data set that is ready token shards.
-     crawl.py gets pages into WARC files and out of them, download.py gets what others have made
+     crawl.py gets pages into WARC files and out of them, download.py gets what others have made,
+     corpus.py makes what has passed the filters into documents and shards
 out: OUT/warc/crawl_00000.warc.gz …              what was crawled, as Common Crawl stores it
      OUT/pages/00000_NAME.jsonl.gz …             pages that passed the filters, one file a task
      OUT/documents/{train,val}_00000.jsonl.gz …  {"id", "url", "text", "language", …}, shuffled
-     OUT/NAME_train_000001.bin …, OUT/tokenizer/  token shards: see shards.py
+     OUT/NAME_train_000001.bin …, OUT/tokenizer/  token shards: see corpus.py
      OUT/index.json, OUT/settings.json, OUT/downloads/files.json
 
 A page's way is STEPS below. A step is a pure function: step(page) → (page, None), (None, why it is
@@ -49,9 +51,7 @@ import json
 import os
 import re
 import time
-import unicodedata
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -59,13 +59,13 @@ from urllib.parse import urlsplit
 import numpy as np
 from tqdm import tqdm
 
-from crawl import (Extractor, check_seeds, crawl, end_with_parent, parse_record, read_warc, verdict,
+from corpus import (BUCKETS, FILE_BYTES, HASHES, SHINGLE, adopt, in_workers, jsonl_writer,
+                    match_probability, minhash, near_duplicates, open_text_file, read_documents,
+                    read_index, refuse_changes, sha256, tokenize, write_documents, write_json)
+from crawl import (Extractor, check_seeds, crawl, parse_record, read_warc, verdict,
                    whole_file)
 from download import check_source, fetch, find_files, is_crawl
-from shards import (adopt, jsonl_writer, open_text_file, read_documents, read_index,
-                    refuse_changes, sha256, tokenize, write_json)
 
-FILE_BYTES = 256 << 20  # text in one documents file, which is sorted in memory
 PAGES = ("crawl", "warc", "commoncrawl")  # the sources that are filtered
 QUALITY = ("gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality")
 STEPS = ("read", "url_filter", "extract_text", "language", *QUALITY, "near_duplicates", "pii")
@@ -272,54 +272,7 @@ def fineweb_quality(page):
         repeated_lines=repeated(lines)[1] > 0.01 * len(text.replace("\n", "")),
         lists=text.count("\n") > 0.3 * len(split_words(text)))
 
-# ---- Near duplicates and personal data -----------------------------------------------------------
-
-BUCKETS, HASHES, SHINGLE = 14, 8, 5  # FineWeb §3.4: a pair matches if all 8 of any bucket agree
-
-def match_probability(jaccard):
-    """The S-curve: how probably two texts with this share of common shingles are matched."""
-    return 1 - (1 - jaccard ** HASHES) ** BUCKETS
-
-def shingles(text):
-    """uint64 hashes of the 5-word runs of a text without case, accents, digits, punctuation."""
-    text = unicodedata.normalize("NFD", re.sub(r"\d+", "0", text.lower()))
-    text = "".join(c for c in text if not unicodedata.combining(c))
-    words = re.sub(r"[^\w\s]|_", " ", text).split()
-    runs = {" ".join(words[i:i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
-    return np.frombuffer(b"".join(hashlib.sha1(r.encode()).digest()[:8] for r in runs), "<u8")
-
-def minhash(text):
-    """A text → uint64 [BUCKETS]: a hash of the 8 minima of (a·h + b) mod p in each bucket."""
-    generator, prime = np.random.RandomState(1), np.uint64((1 << 61) - 1)
-    a, b = (generator.randint(low, prime, dtype=np.uint64, size=BUCKETS * HASHES) for low in (1, 0))
-    minima, hashes = np.full(BUCKETS * HASHES, prime, dtype=np.uint64), shingles(text)
-    for i in range(0, len(hashes), 1024):  # 1024 × 112 numbers stay in the cache
-        minima = np.minimum(minima, ((hashes[i:i + 1024, None] * a + b) % prime).min(axis=0))
-    digests = [hashlib.sha1(row.tobytes()).digest()[:8] for row in minima.reshape(BUCKETS, HASHES)]
-    return np.frombuffer(b"".join(digests), "<u8")
-
-def find_originals(key_files):
-    """.npy files of uint64 [documents, BUCKETS] → int64 [documents]: the first of its cluster.
-
-    Sorts one bucket at a time: memory holds a few numbers a document, the rest stays on disk.
-    """
-    files = [np.load(path, mmap_mode="r") for path in key_files]
-    first = np.arange(sum(map(len, files)))
-
-    def find(i):
-        while first[i] != i:
-            first[i] = first[first[i]]
-            i = first[i]
-        return i
-
-    for bucket in range(BUCKETS):
-        keys = np.concatenate([file[:, bucket] for file in files])
-        order = np.argsort(keys, kind="stable")
-        same = keys[order][1:] == keys[order][:-1]
-        for i, j in zip(order[:-1][same], order[1:][same]):
-            low, high = sorted((find(i), find(j)))
-            first[high] = low
-    return np.array([find(i) for i in range(len(first))], dtype=np.int64)
+# ---- Personal data -------------------------------------------------------------------------------
 
 EMAIL = re.compile(r"\b[\w.%+-]{1,64}@(?:[a-z0-9][a-z0-9-]{0,62}\.){1,8}[a-z]{2,24}\b", re.A | re.I)
 IPV4 = re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?!\.?\d)")
@@ -432,15 +385,6 @@ def run_task(file, stem, settings, mirror):
     if not is_here:
         path.unlink()
 
-def run_tasks(files, stems, settings, args):
-    """run_task for every file, in worker processes."""
-    tasks = list(zip(files, stems, itertools.repeat(settings), itertools.repeat(args.mirror)))
-    with ProcessPoolExecutor(max(1, min(args.workers, len(tasks))),
-                             initializer=end_with_parent) as pool:
-        list(tqdm(pool.map(run_task, *zip(*tasks)), total=len(tasks), desc="filter", unit="file"))
-
-# ---- Documents and shards ------------------------------------------------------------------------
-
 def unique_pages(stems, originals, settings, funnel):
     """Yield the pages of all tasks that are no near duplicates, without personal data."""
     pages = (page for stem in stems for page in read_documents(Path(f"{stem}.jsonl.gz")))
@@ -450,33 +394,6 @@ def unique_pages(stems, originals, settings, funnel):
         funnel.enter("near_duplicates", page, None if reason else page, reason)
         if not reason and (page := filter_page(page, steps, False, funnel)):
             yield page
-
-def write_documents(out, stems, settings, funnel):
-    """Pages → unique, shuffled documents in OUT/documents; returns their rows of index.json.
-
-    Split and order follow from SHA-256 of a text (the order also from the seed), not from the
-    number of files, tasks or shards. Duplicates go before the split.
-    """
-    started, files = time.perf_counter(), []
-    originals = find_originals([f"{stem}.npy" for stem in stems])
-    funnel.rows["near_duplicates"]["seconds"] += time.perf_counter() - started
-    n_files = 1 + sum(Path(f"{stem}.jsonl.gz").stat().st_size * 4 for stem in stems) // FILE_BYTES
-    for k in range(n_files):  # one pass a file, so that only its rows are in memory
-        chosen = {"val": [], "train": []}
-        for page in unique_pages(stems, originals, settings, Funnel() if k else funnel):
-            digest = sha256(page["text"].encode())
-            order = sha256(f"{settings['seed']} {digest}".encode())
-            if int(order[:8], 16) * n_files >> 32 == k:
-                is_val = int(digest[:8], 16) < settings["val_fraction"] * 2 ** 32
-                chosen["val" if is_val else "train"].append((order, page))
-        for split, pairs in chosen.items():
-            name = f"documents/{split}_{k:05d}.jsonl.gz"
-            with jsonl_writer(out / name) as write:
-                for _, page in sorted(pairs, key=lambda pair: pair[0]):
-                    write(page)
-            files.append({"file": name, "split": split, "documents": len(pairs),
-                          "bytes": sum(len(page["text"].encode()) for _, page in pairs)})
-    return files
 
 # ---- Command line --------------------------------------------------------------------------------
 
@@ -544,14 +461,20 @@ def make_documents(args):
         files = crawl(args.inputs, out / "warc", args.max_pages, args.delay)
     names = [file["name"] if args.dataset else file.name for file in files]
     stems = [out / "pages" / f"{i:05d}_{re.split('[./]', name)[0]}" for i, name in enumerate(names)]
-    run_tasks(files, stems, settings, args)
+    tasks = [(file, stem, settings, args.mirror) for file, stem in zip(files, stems)]
+    in_workers(run_task, tasks, "filter", args)
     funnel = Funnel()
     for stem in stems:
         funnel.add(json.loads(Path(f"{stem}.json").read_bytes()))
     print("near duplicates: matched with probability " + ", ".join(
         f"{match_probability(j):.2f} at {j:.0%}" for j in (0.5, 0.6, 0.7, 0.75, 0.8, 0.9))
         + f" of {SHINGLE}-word runs in common ({BUCKETS} buckets × {HASHES} hashes)")
-    files = write_documents(out, stems, settings, funnel)
+    started = time.perf_counter()
+    originals = near_duplicates(stems, args)
+    funnel.rows["near_duplicates"]["seconds"] += time.perf_counter() - started
+    size = sum(Path(f"{stem}.jsonl.gz").stat().st_size for stem in stems)
+    pages = unique_pages(stems, originals, settings, funnel)
+    files = write_documents(out, pages, 1 + size * 4 // FILE_BYTES, settings, args)
     rows = [{"step": step} | row | {"docs_per_s": row["seconds"] and row["in"] / row["seconds"]}
             for step, row in funnel.rows.items() if row["in"]]
     write_json(out / "index.json", {
@@ -577,6 +500,7 @@ def main():
     add("--mirror", help="URL to download from instead of the Hub or Common Crawl")
     add("--delay", type=float, help="seconds between requests (1; 0 on this machine)")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
+    add("--ray", help="address of a Ray cluster for the tasks, auto, or local for one of its own")
     add("--val_fraction", type=float, default=0.01, help="share of documents in the val split")
     add("--seed", type=int, default=1337, help="of the shuffle")
     add("--tokenizer", help="folder of one, or gpt2, cl100k_base, o200k_base")

@@ -134,35 +134,7 @@ def test_c4_drops_lines_and_footnote_marks():
 def test_fineweb_quality_has_a_reason_for_each_rule(text, why):
     assert reason(pf.fineweb_quality, text) == why
 
-# ---- near duplicates, PII ------------------------------------------------------------------------
-
-@pytest.mark.parametrize("jaccard, probability",
-    [(0.7, 0.565), (0.75, 0.772), (0.8, 0.924), (0.85, 0.988)])
-def test_the_s_curve_is_fineweb_s(jaccard, probability):
-    assert pf.match_probability(jaccard) == pytest.approx(probability, abs=1e-3)
-
-def test_matches_of_planted_copies_follow_the_s_curve():
-    matched, expected = 0, 0
-    for seed, text in enumerate(distinct_prose(120)):
-        words, random = (text * 3).split(), np.random.RandomState(seed)
-        for at in random.choice(len(words), 10, replace=False):
-            words[at] = f"word{chr(97 + at % 26)}{chr(97 + at // 26)}"
-        copy = " ".join(words)
-        a, b = set(pf.shingles(text * 3)), set(pf.shingles(copy))
-        expected += pf.match_probability(len(a & b) / len(a | b))
-        matched += bool((pf.minhash(text * 3) == pf.minhash(copy)).any())
-    assert 10 < expected < 110 and abs(matched - expected) < 14
-
-def test_case_digits_accents_and_punctuation_do_not_matter():
-    a, b = "Café No. 17 in the Old Town, open daily", "cafe no 9 in the old town open daily!"
-    assert (pf.minhash(a) == pf.minhash(b)).all()
-
-def test_copies_are_joined_through_a_chain_and_the_first_stays(tmp_path):
-    keys = np.arange(6 * 14, dtype=np.uint64).reshape(6, 14)
-    keys[4, 3], keys[1, 9] = keys[2, 3], keys[4, 9]  # 4 matches 2, and 1 matches 4
-    np.save(tmp_path / "a.npy", keys[:3])
-    np.save(tmp_path / "b.npy", keys[3:])
-    assert list(pf.find_originals([tmp_path / "a.npy", tmp_path / "b.npy"])) == [0, 1, 1, 3, 1, 5]
+# ---- personal data -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("before, after", [
     ("write to a.b+c@mail.example-site.co.uk.", "write to email@example.com."),

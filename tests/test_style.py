@@ -16,8 +16,8 @@ MODULES = {"torch", "numpy", "tiktoken", "requests", "safetensors", "tqdm",
            "regex", "urllib3"}      # requirements.txt; tiktoken and requests bring the last two
 ALLOWED = {                         # which of the project's files each may import
     "bpe": set(), "model": set(), "crawl": set(), "download": {"crawl"},
-    "shards": {"bpe", "crawl"},
-    "prepare_fineweb": {"crawl", "download", "shards"},
+    "corpus": {"bpe", "crawl"},
+    "prepare_fineweb": {"corpus", "crawl", "download"},
     "sample": {"model", "bpe"}, "train_gpt2": {"model", "bpe", "sample", "eval"},
     **dict.fromkeys(("chat_sft", "rl_grpo", "eval", "serve"), {"model", "bpe", "sample"})}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",

@@ -1,38 +1,49 @@
-"""Stage 0, its last step: documents → token shards, which a trainer reads as one long text.
+"""Stage 0, its second half: what is done to pages together, once each has passed the filters.
 
     python prepare_fineweb.py tokenize --out data/demo --tokenizer gpt2
     python prepare_fineweb.py tokenize --out data/demo --tokenizer gpt2 --row_tokens 1024
 
-in:  OUT/documents and OUT/index.json, as prepare_fineweb.py leaves them
-out: OUT/NAME_val_000000.bin, OUT/NAME_train_000001.bin …  256 int32 (magic 20240520, version 1
+in:  OUT/pages/00000_NAME.jsonl.gz, .npy (MinHash of each page), as prepare_fineweb.py leaves them
+out: OUT/documents/{train,val}_00000.jsonl.gz …  without near duplicates, shuffled
+     OUT/NAME_val_000000.bin, OUT/NAME_train_000001.bin …  256 int32 (magic 20240520, version 1
          for uint16 or 2 for uint32, token count), then tokens; NAME is the last part of OUT
      OUT/index.json (grows shard by shard), OUT/token_bytes.npy, OUT/tokenizer/
 
+Near duplicates are found as FineWeb does (§3.4), by sorting the (bucket, hash) pairs of MinHash, in
+parts that fit into memory and may run on a cluster.
 A document is the end-of-text token and its own tokens, and one follows the other. --row_tokens T
 packs the train split instead: every T tokens begin with a document, so that none is read without
 its beginning, and row i of a trainer with --block_size T is at token i·T. What does not fit a row
 is lost (index.json: lost_tokens); nanochat, which packs so, loses 35 % at T = 2048.
 
+Differs from FineWeb: near duplicates are looked for in all that OUT holds, not within each crawl.
 Differs from llm.c's shards: a shard ends with a document, or with a row.
 """
 import bisect
 import contextlib
+import functools
 import gzip
 import hashlib
 import itertools
 import json
+import re
+import shutil
 import time
+import unicodedata
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from bpe import Tokenizer
-from crawl import whole_file
+from crawl import end_with_parent, whole_file
 
 COLUMNS = ("text", "id", "url", "date", "dump", "language", "language_score")  # FineWeb's, of use
-WAITING = 1000  # documents among which the one that fits best is looked for
+FILE_BYTES = 256 << 20    # text in one documents file, which is sorted in memory
+SORTED_AT_ONCE = 1 << 24  # documents of which a worker sorts the MinHash keys: 16 bytes each, twice
+WAITING = 1000            # documents among which the one that fits best is looked for
 
 # ---- Files ---------------------------------------------------------------------------------------
 
@@ -41,9 +52,9 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
 
 @contextlib.contextmanager
-def jsonl_writer(path):
+def jsonl_writer(path, level=6):
     """Gives write(row) for a .jsonl.gz whose bytes depend on its rows alone (no time stamp)."""
-    with whole_file(path) as file, gzip.GzipFile("", "wb", 6, file, mtime=0) as zipped:
+    with whole_file(path) as file, gzip.GzipFile("", "wb", level, file, mtime=0) as zipped:
         yield lambda row: zipped.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 def open_text_file(path):
@@ -94,7 +105,153 @@ def read_documents(path):
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
-# ---- Documents → shards --------------------------------------------------------------------------
+# ---- Work ----------------------------------------------------------------------------------------
+
+def outcome(function, *task):
+    """(result, None) or (None, the message of a SystemExit), which would end a worker of Ray."""
+    try:
+        return function(*task), None
+    except SystemExit as stop:
+        return None, str(stop)
+
+def in_workers(function, tasks, desc, args):
+    """[function(*task) for task in tasks], in processes of this machine or on a Ray cluster.
+
+    Tasks name files, so that a cluster needs a folder that all its machines see at one path.
+    """
+    bar = functools.partial(tqdm, total=len(tasks), desc=desc, unit="task")
+    with contextlib.ExitStack() as stack:
+        if args.ray:
+            try:
+                import ray
+            except ImportError:
+                raise SystemExit("--ray found no ray; it runs tasks on a cluster; pip install -r "
+                                 "requirements-extra.txt, or leave it out") from None
+            here = str(Path(__file__).resolve().parent)
+            ray.init(**{"num_cpus": args.workers} if args.ray == "local" else {"address": args.ray},
+                     runtime_env={"env_vars": {"PYTHONPATH": here}}, ignore_reinit_error=True)
+            stack.callback(ray.shutdown)
+            remote = ray.remote(outcome)
+            results = map(ray.get, [remote.remote(function, *task) for task in tasks])
+        else:
+            pool = ProcessPoolExecutor(max(1, min(args.workers, len(tasks))),
+                                       initializer=end_with_parent)
+            results = stack.enter_context(pool).map(outcome, itertools.repeat(function),
+                                                    *zip(*tasks))
+        found = []
+        for result, stop in bar(results):
+            if stop:
+                raise SystemExit(stop)
+            found.append(result)
+        return found
+
+# ---- Near duplicates -----------------------------------------------------------------------------
+
+BUCKETS, HASHES, SHINGLE = 14, 8, 5  # FineWeb §3.4: a pair matches if all 8 of any bucket agree
+
+def match_probability(jaccard):
+    """The S-curve: how probably two texts with this share of common shingles are matched."""
+    return 1 - (1 - jaccard ** HASHES) ** BUCKETS
+
+def shingles(text):
+    """uint64 hashes of the 5-word runs of a text without case, accents, digits, punctuation."""
+    text = unicodedata.normalize("NFD", re.sub(r"\d+", "0", text.lower()))
+    text = "".join(c for c in text if not unicodedata.combining(c))
+    words = re.sub(r"[^\w\s]|_", " ", text).split()
+    runs = {" ".join(words[i:i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
+    return np.frombuffer(b"".join(hashlib.sha1(r.encode()).digest()[:8] for r in runs), "<u8")
+
+def minhash(text):
+    """A text → uint64 [BUCKETS]: a hash of the 8 minima of (a·h + b) mod p in each bucket."""
+    generator, prime = np.random.RandomState(1), np.uint64((1 << 61) - 1)
+    a, b = (generator.randint(low, prime, dtype=np.uint64, size=BUCKETS * HASHES) for low in (1, 0))
+    minima, hashes = np.full(BUCKETS * HASHES, prime, dtype=np.uint64), shingles(text)
+    for i in range(0, len(hashes), 1024):  # 1024 × 112 numbers stay in the cache
+        minima = np.minimum(minima, ((hashes[i:i + 1024, None] * a + b) % prime).min(axis=0))
+    digests = [hashlib.sha1(row.tobytes()).digest()[:8] for row in minima.reshape(BUCKETS, HASHES)]
+    return np.frombuffer(b"".join(digests), "<u8")
+
+def find_pairs(key_files, bucket, part, n_parts):
+    """int64 [n, 2]: documents next to each other in the order of (key, document) with one key.
+
+    .npy files of uint64 [documents, BUCKETS] are read, and sorted is what falls into one of n_parts
+    ranges of the keys of one bucket: memory holds that part only, and parts may run anywhere.
+    """
+    keys, documents, n_before = [], [], 0
+    for path in key_files:
+        column = np.load(path, mmap_mode="r")[:, bucket]
+        here = np.flatnonzero((column >> np.uint64(32)) * n_parts >> np.uint64(32) == part)
+        keys.append(column[here])
+        documents.append(here + n_before)
+        n_before += len(column)
+    keys, documents = np.concatenate(keys), np.concatenate(documents)
+    order = np.argsort(keys, kind="stable")
+    keys, documents = keys[order], documents[order]
+    same = keys[1:] == keys[:-1]
+    return np.stack([documents[:-1][same], documents[1:][same]], axis=1)
+
+def find_originals(n_documents, pairs):
+    """Pairs → int64 [documents]: the first document of each one's cluster (union-find)."""
+    first = np.arange(n_documents)
+
+    def find(i):
+        while first[i] != i:
+            first[i] = first[first[i]]
+            i = first[i]
+        return i
+
+    for i, j in itertools.chain.from_iterable(pairs):
+        low, high = sorted((find(i), find(j)))
+        first[high] = low
+    return np.array([find(i) for i in range(n_documents)], dtype=np.int64)
+
+# ---- Documents -----------------------------------------------------------------------------------
+
+def near_duplicates(stems, args):
+    """For each document the first one of its cluster; [] if its source had them removed."""
+    key_files = [Path(f"{stem}.npy") for stem in stems]
+    n_documents = sum(len(np.load(path, mmap_mode="r")) for path in key_files)
+    n_parts = 1 + n_documents // SORTED_AT_ONCE
+    tasks = [(key_files, bucket, part, n_parts) for bucket in range(BUCKETS)
+             for part in range(n_parts)]
+    return find_originals(n_documents, in_workers(find_pairs, tasks, "near duplicates", args))
+
+def sort_documents(out, k):
+    """OUT/unsorted/k → its val and train file in OUT/documents; their rows of index.json."""
+    rows, files = list(read_documents(out / "unsorted" / f"{k:05d}.jsonl.gz")), []
+    for split in ("val", "train"):
+        name = f"documents/{split}_{k:05d}.jsonl.gz"
+        chosen = sorted((row for row in rows if row["split"] == split),
+                        key=lambda row: row["order"])
+        with jsonl_writer(out / name) as write:
+            for row in chosen:
+                write({key: value for key, value in row.items() if key not in ("split", "order")})
+        files.append({"file": name, "split": split, "documents": len(chosen),
+                      "bytes": sum(len(row["text"].encode()) for row in chosen)})
+    return files
+
+def write_documents(out, pages, n_files, settings, args):
+    """Unique pages → shuffled documents in OUT/documents; returns their rows of index.json.
+
+    Split and order follow from SHA-256 of a text (the order also from the seed), not from the
+    number of files, tasks or shards. The order is a number that is sorted in two rounds, by its
+    first digits into n_files and then within each.
+    """
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(jsonl_writer(out / "unsorted" / f"{k:05d}.jsonl.gz", 1))
+                   for k in range(n_files)]
+        for page in pages:
+            digest = sha256(page["text"].encode())
+            order = sha256(f"{settings['seed']} {digest}".encode())
+            is_val = int(digest[:8], 16) < settings["val_fraction"] * 2 ** 32
+            writers[int(order[:8], 16) * n_files >> 32](
+                page | {"split": "val" if is_val else "train", "order": order})
+    tasks = [(out, k) for k in range(n_files)]
+    files = list(itertools.chain.from_iterable(in_workers(sort_documents, tasks, "sort", args)))
+    shutil.rmtree(out / "unsorted")
+    return files
+
+# ---- Shards --------------------------------------------------------------------------------------
 
 def refuse_changes(before, now, out, remedy):
     """Stop if a folder was made with other settings than this run has."""

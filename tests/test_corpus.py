@@ -1,6 +1,5 @@
-"""Stage 0's last step: documents → token shards, whole or packed, damaged, resumed, or adopted."""
+"""Stage 0's second half: near duplicates, and token shards: packed, damaged, resumed, adopted."""
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,12 +10,46 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import shards as sh  # noqa: E402
+import corpus  # noqa: E402
 from bpe import Tokenizer  # noqa: E402
 from test_download import add_hub, server  # noqa: E402, F401
-from test_prepare_fineweb import KILLED, PROSE, TEXTS, documents, run  # noqa: E402
+from test_prepare_fineweb import (KILLED, PROSE, TEXTS, distinct_prose, documents,  # noqa: E402
+                                  run)
 
 CACHE = ROOT.parent / "shared" / "data" / "tiktoken_cache"
+
+# ---- near duplicates -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("jaccard, probability",
+    [(0.7, 0.565), (0.75, 0.772), (0.8, 0.924), (0.85, 0.988)])
+def test_the_s_curve_is_fineweb_s(jaccard, probability):
+    assert corpus.match_probability(jaccard) == pytest.approx(probability, abs=1e-3)
+
+def test_matches_of_planted_copies_follow_the_s_curve():
+    matched, expected = 0, 0
+    for seed, text in enumerate(distinct_prose(120)):
+        words, random = (text * 3).split(), np.random.RandomState(seed)
+        for at in random.choice(len(words), 10, replace=False):
+            words[at] = f"word{chr(97 + at % 26)}{chr(97 + at // 26)}"
+        copy = " ".join(words)
+        a, b = set(corpus.shingles(text * 3)), set(corpus.shingles(copy))
+        expected += corpus.match_probability(len(a & b) / len(a | b))
+        matched += bool((corpus.minhash(text * 3) == corpus.minhash(copy)).any())
+    assert 10 < expected < 110 and abs(matched - expected) < 14
+
+def test_case_digits_accents_and_punctuation_do_not_matter():
+    a, b = "Café No. 17 in the Old Town, open daily", "cafe no 9 in the old town open daily!"
+    assert (corpus.minhash(a) == corpus.minhash(b)).all()
+
+def test_copies_are_joined_through_a_chain_and_the_first_stays(tmp_path):
+    keys = np.arange(6 * 14, dtype=np.uint64).reshape(6, 14)
+    keys[4, 3], keys[1, 9] = keys[2, 3], keys[4, 9]  # 4 matches 2, and 1 matches 4
+    np.save(tmp_path / "a.npy", keys[:3])
+    np.save(tmp_path / "b.npy", keys[3:])
+    for n_parts in (1, 3, 64):
+        pairs = [corpus.find_pairs([tmp_path / "a.npy", tmp_path / "b.npy"], bucket, part, n_parts)
+                 for bucket in range(14) for part in range(n_parts)]
+        assert list(corpus.find_originals(6, pairs)) == [0, 1, 1, 3, 1, 5]
 
 # ---- shards --------------------------------------------------------------------------------------
 
@@ -69,11 +102,11 @@ def test_large_vocabularies_are_stored_in_32_bits(tmp_path):
         eot, n_vocab = 100_257, 100_277
         encode_batch = staticmethod(lambda texts: [[70_000] for _ in texts])
         token_bytes = staticmethod(lambda: np.zeros(100_277, dtype=np.int32))
-    with sh.jsonl_writer(tmp_path / "d.jsonl.gz") as write:
+    with corpus.jsonl_writer(tmp_path / "d.jsonl.gz") as write:
         write({"text": "hello"})
     index = {"documents": [{"file": "d.jsonl.gz", "split": "val", "documents": 1}], "shards": [],
              "tokenizer": {"shard_tokens": 10, "row_tokens": 0}}
-    sh.write_shards(tmp_path, index, "val", Wide)
+    corpus.write_shards(tmp_path, index, "val", Wide)
     data = (tmp_path / index["shards"][0]["file"]).read_bytes()
     stored = np.frombuffer(data, "<i4")
     assert [*stored[:3], *stored[256:]] == [20240520, 2, 2, 100_257, 70_000]
@@ -92,8 +125,9 @@ def test_every_packed_row_begins_with_a_document_and_only_the_val_split_is_not_p
 
 def pieces(lengths, T):
     """[(document, tokens of it)] of each packed row; documents are named 1, 2, 3 …"""
-    rows = sh.pack_rows([np.full(n, i, "<u2") for i, n in enumerate(lengths, 1)], T).reshape(-1, T)
-    return [[(int(i), int((row == i).sum())) for i in dict.fromkeys(row)] for row in rows]
+    rows = corpus.pack_rows([np.full(n, i, "<u2") for i, n in enumerate(lengths, 1)], T)
+    return [[(int(i), int((row == i).sum())) for i in dict.fromkeys(row)]
+            for row in rows.reshape(-1, T)]
 
 @pytest.mark.parametrize("lengths, rows", [
     ([10], [[(1, 10)]]), ([3, 7, 10], [[(3, 10)], [(2, 7), (1, 3)]]),
@@ -137,7 +171,7 @@ def test_ready_shards_come_with_an_index_and_gpt_2_s_tokenizer(server, tmp_path,
         f"fineweb_{name}.bin": shard_bytes([50256, 15496, 995])
         for name in ("train_000001", "train_000002", "val_000000")})
     run("--source", "kjj0/fineweb10B-gpt2", "--out", tmp_path / "a", "--mirror", server.url)
-    index = sh.read_index(tmp_path / "a")
+    index = corpus.read_index(tmp_path / "a")
     found = [(s["file"], s["split"], s["tokens"], s["documents"], s["bytes"])
              for s in index["shards"]]
     assert found == [("fineweb_val_000000.bin", "val", 3, 1, 11),
@@ -151,4 +185,4 @@ def test_ready_shards_that_are_none_end_in_one_line(tmp_path, data, found):
     Tokenizer.train(TEXTS[:20], vocab_size=400, pattern="gpt4").save(tmp_path / "tokenizer")
     (tmp_path / "a_train_1.bin").write_bytes(data)
     with pytest.raises(SystemExit, match=found):
-        sh.adopt(tmp_path, [tmp_path / "a_train_1.bin"], tmp_path / "tokenizer")
+        corpus.adopt(tmp_path, [tmp_path / "a_train_1.bin"], tmp_path / "tokenizer")
