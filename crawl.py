@@ -108,7 +108,9 @@ def unzipped(path):
                 while not member.eof and at < size:
                     piece = data[at:at + PIECE_BYTES]
                     yield member.decompress(piece, 32 * PIECE_BYTES), None
-                    at += len(piece) - len(member.unconsumed_tail) - len(member.unused_data)
+                    # at a member's end zlib may name what follows in both
+                    rest = member.unused_data if member.eof else member.unconsumed_tail
+                    at += len(piece) - len(rest)
             except zlib.error:
                 at = max(at, start + 1)
                 yield b"", "broken_gzip"
