@@ -153,11 +153,15 @@ def match_probability(jaccard):
     """The S-curve: how probably two texts with this share of common shingles are matched."""
     return 1 - (1 - jaccard ** HASHES) ** BUCKETS
 
-def shingles(text):
-    """uint64 hashes of the 5-word runs of a text without case, accents, digits, punctuation."""
+def simplify(text):
+    """The words of a text without case, accents, digits and punctuation."""
     text = unicodedata.normalize("NFD", re.sub(r"\d+", "0", text.lower()))
     text = "".join(c for c in text if not unicodedata.combining(c))
-    words = re.sub(r"[^\w\s]|_", " ", text).split()
+    return re.sub(r"[^\w\s]|_", " ", text).split()
+
+def shingles(text):
+    """uint64 hashes of the 5-word runs of a text."""
+    words = simplify(text)
     runs = {" ".join(words[i:i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
     return np.frombuffer(b"".join(hashlib.sha1(r.encode()).digest()[:8] for r in runs), "<u8")
 

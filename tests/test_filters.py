@@ -6,14 +6,18 @@ given the same words? And how often do the words themselves make a difference?
 """
 import functools
 import gzip
+import hashlib
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import corpus  # noqa: E402
 import crawl  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
 
@@ -133,6 +137,27 @@ def test_personal_data_gives_way_as_datatrove_s_formatter_has_it():
     # it takes the first four numbers of the object identifier 1.3.6.1.1 for an address, and leaves
     # an address that Chinese writing touches
     assert len(found) <= 2
+
+@parity
+def test_minhash_is_datatrove_s_to_the_bit(tmp_path):
+    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+    from datatrove.utils.hashing import HashConfig
+    config = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8,
+                           hash_config=HashConfig(precision=64, hash_fc="sha1"))
+    other = MinhashDedupSignature(str(tmp_path), config)
+    for _, text in real_texts("plain")[:40]:
+        runs = corpus.shingles(text)
+        assert [hashlib.sha1(np.array(bucket, "<u8").tobytes()).digest()[:8]
+                for bucket in other.get_signature(runs.reshape(-1, 1))] == \
+            [key.tobytes() for key in corpus.minhash(text)]
+
+@parity
+def test_shingles_of_english_are_datatrove_s_but_for_the_words():
+    from datatrove.utils.text import simplify_text
+    for _, text in real_texts("plain")[:40]:
+        mine = set(corpus.simplify(text))
+        other = set(re.sub(r"[^\w\s]|_", " ", simplify_text(text)).split())
+        assert len(mine ^ other) <= 0.02 * len(other)
 
 # ---- blocklists ----------------------------------------------------------------------------------
 

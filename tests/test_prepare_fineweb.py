@@ -3,10 +3,12 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +248,75 @@ def test_the_val_split_stays_when_input_is_added_or_cut_otherwise(tmp_path):
             "--val_fraction", 0.2)
     small, large = ({row["text"] for row in documents(tmp_path / name, "val")} for name in "ab")
     assert small and small < large and small == {text for text in large if text in texts[:40]}
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+def plain_settings(**changes):
+    return {"is_filtered": True, "extractor": "plain", "language_identifier": "function words",
+            "quality": "fineweb", "blocklist": {}} | changes
+
+def test_bad_input_of_every_kind_is_counted_and_the_good_pages_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(crawl, "PAGE_SECONDS", 1)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n"
+    extracts = {"hang": lambda: time.sleep(30), "crash": lambda: os._exit(1),
+                "memory": lambda: bytearray(8 << 30)}
+    plain = crawl.plain_text
+    monkeypatch.setattr(crawl, "plain_text", lambda html: extracts.get(
+        html.removeprefix("<html>"), lambda: plain(html))())
+    bodies = [*(f"<html>{name}".encode() for name in extracts), b"<html>" + bytes(9 << 20),
+              b"<meta charset=utf-16>\xff\xfe\x00\xd8" + bytes(range(128, 256)) * 9]
+    bad = [crawl.warc_record("response", f"https://a.org/{i}", head + b"\r\n" + body)
+           for i, body in enumerate(bodies)]
+    bomb = head + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(99 << 20))
+    good = [write_warc(tmp_path / "x", [text]).read_bytes() for text in distinct_prose(9)]
+    damaged = good[0][:40] + bytes(60) + good[0][100:]
+    huge = b"WARC/1.0\r\nContent-Length: 100000000\r\n\r\n" + bytes(100_000_000)
+    (tmp_path / "a.warc.gz").write_bytes(b"".join([
+        good[1], damaged, good[2], *bad, crawl.warc_record("response", "https://a.org/", bomb),
+        good[3], gzip.compress(huge, 1), good[4], good[5][:-30]]))
+    tracemalloc.start()
+    pf.run_task(tmp_path / "a.warc.gz", tmp_path / "0", plain_settings(), None)
+    assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    tracemalloc.stop()
+    rows = json.loads((tmp_path / "0.json").read_text())["rows"]
+    assert len(list(pf.read_documents(tmp_path / "0.jsonl.gz"))) == 4
+    assert rows["read"]["dropped"] | rows["extract_text"]["dropped"] == {
+        "broken_gzip": 1, "page_too_large": 2, "huge_record": 1, "truncated_record": 1,
+        "error_TimeoutError": 1, "error_EOFError": 1, "error_MemoryError": 1,
+        "unknown_charset": 1}
+
+FULL_DISK = """
+import builtins, sys, prepare_fineweb
+until, opened = sys.argv.pop(1), builtins.open
+class Full:
+    def __init__(self, file): self.file = file
+    def __getattr__(self, name): return getattr(self.file, name)
+    def __enter__(self): return self
+    def __exit__(self, *_): self.file.close()
+    def write(self, data): raise OSError(28, "No space left on device")
+def full(path, mode="r", *rest, **more):
+    file = opened(path, mode, *rest, **more)
+    return Full(file) if str(path).endswith(until) and "w" in mode else file
+builtins.open = full
+prepare_fineweb.main()"""
+
+@pytest.mark.parametrize("until", ["0.jsonl.gz.part", "train_00000.jsonl.gz.part",
+                                   "index.json.part", "train_000001.bin.part"])
+def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(tmp_path, until):
+    pf.tokenize.__globals__["Tokenizer"].train(TEXTS[:20], 400, "gpt4").save(tmp_path / "tok")
+    write_warc(tmp_path / "0.warc.gz", TEXTS[:50])
+    arguments = [*map(str, ("--source", "warc", tmp_path / "0.warc.gz", "--tokenizer",
+                            tmp_path / "tok", "--out"))]
+    command = [sys.executable, "-c", FULL_DISK, until, *arguments, str(tmp_path / "full")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("no space is left for") and "; " in last
+    assert not list((tmp_path / "full").rglob("*.part"))
+    for name in ("full", "whole"):
+        run(*arguments, tmp_path / name)
+    names = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.bin")]
+    assert names and all((tmp_path / "whole" / name).read_bytes() == (
+        tmp_path / "full" / str(name).replace("whole", "full")).read_bytes() for name in names)
 
 # ---- what others have made -----------------------------------------------------------------------
 
