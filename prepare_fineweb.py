@@ -18,6 +18,7 @@ in:  pages: Common Crawl, or WARC files, or seed URLs (none: the manual of this 
 out: OUT/warc/crawl_00000.warc.gz …              what was crawled, as Common Crawl stores it
      OUT/pages/00000_NAME.jsonl.gz …             pages that passed the filters, one file a task
      OUT/documents/{train,val}_00000.jsonl.gz …  {"id", "url", "text", "language", …}, shuffled
+     OUT/inspect.html  with --inspect: what each step did to some pages
      OUT/NAME_train_000001.bin …, OUT/tokenizer/  token shards: see corpus.py
      OUT/index.json, OUT/settings.json, OUT/downloads/files.json
 
@@ -41,9 +42,11 @@ rules which datatrove takes (they agree on 99.5 % of the words, and the filters 
 """
 import argparse
 import contextlib
+import difflib
 import errno
 import functools
 import hashlib
+import html
 import importlib.util
 import ipaddress
 import itertools
@@ -62,8 +65,8 @@ from tqdm import tqdm
 from corpus import (BUCKETS, FILE_BYTES, HASHES, SHINGLE, adopt, in_workers, jsonl_writer,
                     match_probability, minhash, near_duplicates, open_text_file, read_documents,
                     read_index, refuse_changes, sha256, tokenize, write_documents, write_json)
-from crawl import (Extractor, check_seeds, crawl, parse_record, read_warc, verdict,
-                   whole_file)
+from crawl import (LAYOUT, NOT_TEXT, SCRIPTS, Extractor, check_seeds, crawl, cut_blocks,
+                   parse_record, read_warc, verdict, whole_file)
 from download import check_source, fetch, find_files, is_crawl
 
 PAGES = ("crawl", "warc", "commoncrawl")  # the sources that are filtered
@@ -85,6 +88,12 @@ def hashes(names):
     """Names → sorted uint64: 8 bytes a name, where Python's own set would take a hundred."""
     digests = b"".join(hashlib.sha1(name.encode()).digest()[:8] for name in names)
     return np.unique(np.frombuffer(digests, "<u8"))
+
+def any_in(names, known):
+    """Whether one of the names is among those whose sorted hashes are known."""
+    wanted = hashes(names)
+    at = np.searchsorted(known, wanted)
+    return bool(len(known)) and (known[np.minimum(at, len(known) - 1)] == wanted).any()
 
 @functools.lru_cache(maxsize=2)
 def blocklists(folders=()):
@@ -112,8 +121,8 @@ def url_filter(page, lists=None):
     place = url.partition("://")[2].removeprefix("www.").rstrip("/")  # as UT1 writes URLs
     domains = [".".join(labels[i:]) for i in range(len(labels))]
     return verdict(
-        page, domain=np.isin(hashes(domains), lists["domains"]).any(),
-        url=np.isin(hashes([url, place, place + "/"]), lists["urls"]).any(),
+        page, domain=any_in(domains, lists["domains"]),
+        url=any_in([url, place, place + "/"], lists["urls"]),
         hard_word=words & lists["banned_words"],
         soft_words=len(words & lists["soft_banned_words"]) >= 2,
         part_of_word=lists["banned_subwords"].search(re.sub(r"[^a-z0-9]+", "", url)))
@@ -343,6 +352,16 @@ def filter_page(page, steps, annotate, funnel):
         page = kept
     return page
 
+def steps_of_a_page(settings, extract_text):
+    """The steps before near duplicates, as functions of a page alone."""
+    model = fasttext_model() if settings["language_identifier"] == "lid.176" else None
+    lists = blocklists(tuple(settings["blocklist"]))
+    return (functools.update_wrapper(functools.partial(url_filter, lists=lists), url_filter),
+            extract_text,
+            functools.update_wrapper(functools.partial(language, model=model), language),
+            gopher_repetition, gopher_quality, c4_quality,
+            fineweb_quality) if settings["is_filtered"] else ()
+
 def read_pages(path, is_filtered):
     """Yield (page, None) or (None, reason) for all that an input file holds."""
     if is_filtered:
@@ -365,20 +384,17 @@ def run_task(file, stem, settings, mirror):
     path = file if is_here else fetch(file, settings["dataset"], stem.parents[1] / "downloads",
                                       mirror)
     funnel, keys, extract_text = Funnel(), [], Extractor(settings["extractor"])
-    model = fasttext_model() if settings["language_identifier"] == "lid.176" else None
-    find_language = functools.update_wrapper(functools.partial(language, model=model), language)
-    lists = blocklists(tuple(settings["blocklist"]))
-    filter_url = functools.update_wrapper(functools.partial(url_filter, lists=lists), url_filter)
-    steps = (filter_url, extract_text, find_language, gopher_repetition, gopher_quality, c4_quality,
-             fineweb_quality) if settings["is_filtered"] else ()
+    steps = steps_of_a_page(settings, extract_text)
     with jsonl_writer(f"{stem}.jsonl.gz") as write, contextlib.closing(extract_text):
+        started = time.perf_counter()
         for page, reason in read_pages(path, settings["is_filtered"]):
-            funnel.enter("read", page, page, reason)
+            funnel.enter("read", page, page, reason, time.perf_counter() - started)
             page = page and filter_page(page, steps, settings["quality"] == "annotate", funnel)
             if page:
                 if is_here or settings["is_filtered"]:
                     keys.append(minhash(page["text"]))
                 write(page | {"file": path.name})
+            started = time.perf_counter()
         with whole_file(f"{stem}.npy") as keys_file:
             np.save(keys_file, np.array(keys, dtype=np.uint64).reshape(-1, BUCKETS))
         write_json(f"{stem}.json", vars(funnel))
@@ -394,6 +410,74 @@ def unique_pages(stems, originals, settings, funnel):
         funnel.enter("near_duplicates", page, None if reason else page, reason)
         if not reason and (page := filter_page(page, steps, False, funnel)):
             yield page
+
+# ---- A page's way, to look at --------------------------------------------------------------------
+
+INSPECTED = """<!doctype html><meta charset="utf-8"><title>What each step did</title><style>
+body {font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto} del {color: #b55; opacity: .7}
+ins {background: #cfc; text-decoration: none} pre {white-space: pre-wrap; max-height: 28em;
+overflow: auto; background: #f6f6f6; padding: .7em} .kept {color: #070} .dropped {color: #b00}
+</style><h1>What each step did</h1><p>Struck out: what a step takes away. Green: what it puts in.
+"""
+
+def html_changes(before, after):
+    """Two texts → HTML: lines that are gone struck out, lines that are new marked."""
+    a, b, out = before.split("\n"), after.split("\n"), []
+    for kind, i, j, k, n in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if kind == "equal":
+            out += map(html.escape, a[i:j])
+        else:
+            out += [f"<del>{html.escape(line)}</del>" for line in a[i:j] if line.strip()]
+            out += [f"<ins>{html.escape(line)}</ins>" for line in b[k:n] if line.strip()]
+    return "<pre>" + "\n".join(out) + "</pre>"
+
+def html_extraction(source, text):
+    """Everything that a browser would show of a page, with what is not in its text struck out."""
+    squeeze = lambda text: re.sub(r"\W+", "", text)
+    visible = re.sub(NOT_TEXT.format(SCRIPTS), " ", source)
+    visible = re.sub(rf"</?(?:{LAYOUT})\b[^>]*>", "<p>", visible)
+    kept, blocks = squeeze(text), [block[1] for block in cut_blocks(visible)]
+    return "<pre>" + "\n".join(html.escape(block) if squeeze(block) in kept else
+                               f"<del>{html.escape(block)}</del>" for block in blocks) + "</pre>"
+
+def html_of_a_page(page, steps):
+    """(verdict, HTML of what each step did to a page)."""
+    source, ending = page.get("html", ""), "kept"
+    out = [f"<details><summary>HTML, {len(source)} characters</summary><pre>"
+           f"{html.escape(source[:20_000])}</pre></details>"]
+    for step in steps:
+        funnel = Funnel()
+        after = filter_page(page, (step,), False, funnel)
+        row = funnel.rows[step.__name__]
+        reason = next(iter(row["dropped"] | row["flagged"]), "")
+        out.append(f"<h3>{step.__name__} <span class={'kept' if after else 'dropped'}>"
+                   f"{html.escape(reason) or 'kept'}</span></h3>")
+        if after is None:
+            ending = f"{step.__name__}: {reason}"
+            break
+        if "html" in page and "html" not in after:
+            out.append(html_extraction(page["html"], after["text"]))
+        elif after.get("text") != page.get("text"):
+            out.append(html_changes(page["text"], after["text"]))
+        page = after
+    return ending, "".join(out) + f"<pre>{html.escape(page.get('text', '')[:20_000])}</pre>"
+
+def inspect(files, settings, n_each, path):
+    """Write an HTML page with n_each pages for every way that pages of the first file ended."""
+    shown, extract_text = {}, Extractor(settings["extractor"])
+    steps = (*steps_of_a_page(settings, extract_text), pii)
+    with contextlib.closing(extract_text):
+        for page, _ in tqdm(read_pages(files[0], settings["is_filtered"]), "inspect", unit="page"):
+            if page:
+                ending, text = html_of_a_page(page, steps)
+                some = shown.setdefault(ending, [])
+                if len(some) < n_each:
+                    some.append(f"<h2>{html.escape(page['url'])}</h2>{text}<hr>")
+    with whole_file(path) as file:
+        file.write((INSPECTED + "".join(
+            f"<h1 class={'kept' if ending == 'kept' else 'dropped'}>{html.escape(ending)}</h1>"
+            + "".join(pages) for ending, pages in sorted(shown.items()))).encode())
+    print(f"{path} shows what each step did to {sum(map(len, shown.values()))} pages")
 
 # ---- Command line --------------------------------------------------------------------------------
 
@@ -454,11 +538,15 @@ def make_documents(args):
             paths = [fetch(file, args.dataset, out, args.mirror) for file in files]
             return adopt(out, paths, args.tokenizer or "gpt2")
     settings, index = choose_settings(args, files), read_index(out)
-    if index and all((out / file["file"]).exists() for file in index["documents"]):
+    is_finished = index and all((out / file["file"]).exists() for file in index["documents"])
+    if args.source == "crawl":
+        files = sorted((out / "warc").glob("*.gz")) if is_finished else \
+            crawl(args.inputs, out / "warc", args.max_pages, args.delay)
+    if args.inspect:
+        inspect(files, settings, args.inspect, out / "inspect.html")
+    if is_finished:
         print(f"{out}/documents is finished and kept")
         return
-    if args.source == "crawl":
-        files = crawl(args.inputs, out / "warc", args.max_pages, args.delay)
     names = [file["name"] if args.dataset else file.name for file in files]
     stems = [out / "pages" / f"{i:05d}_{re.split('[./]', name)[0]}" for i, name in enumerate(names)]
     tasks = [(file, stem, settings, args.mirror) for file, stem in zip(files, stems)]
@@ -500,6 +588,7 @@ def main():
     add("--mirror", help="URL to download from instead of the Hub or Common Crawl")
     add("--delay", type=float, help="seconds between requests (1; 0 on this machine)")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
+    add("--inspect", type=int, default=0, help="pages a verdict to show in OUT/inspect.html")
     add("--ray", help="address of a Ray cluster for the tasks, auto, or local for one of its own")
     add("--val_fraction", type=float, default=0.01, help="share of documents in the val split")
     add("--seed", type=int, default=1337, help="of the shuffle")
@@ -524,6 +613,8 @@ def main():
             (any(not os.path.isdir(folder) for folder in args.blocklist), "--blocklist "
              f"{' '.join(args.blocklist)} is not all folders; each holds domains, urls or "
              "banned_words.txt; check the paths"),
+            (args.inspect and source not in ("warc", "crawl"), "--inspect "
+             f"with --source {source}; it shows pages of WARC files; give --source warc or crawl"),
             (args.row_tokens and not 2 <= args.row_tokens <= args.shard_tokens, "--row_tokens "
              f"{args.row_tokens} is not in 2…shard_tokens; a shard holds rows; try 1024"),
             (min(args.workers, args.max_pages, args.shard_tokens) < 1, "--workers, --max_pages or "

@@ -190,9 +190,23 @@ def test_the_funnel_adds_up_and_has_samples(small_site):
     steps = [row["step"] for row in index["funnel"]]
     assert steps == list(pf.STEPS)
     for row, after in zip(index["funnel"], index["funnel"][1:]):
+        assert row["docs_per_s"] > 0
         assert row["in"] - sum(row["dropped"].values()) == row["kept"] == after["in"]
     assert index["samples"]["language: is_de"][0]["url"].endswith("/de/")
     assert index["funnel"][-1]["kept"] == sum(file["documents"] for file in index["documents"])
+
+def test_inspect_shows_what_each_step_did_and_runs_nothing_of_a_page(tmp_path):
+    texts = [distinct_prose(1)[0] + "<nav>Home</nav><p>Write to me@example.net. It works."
+             "<p>The site uses cookies.", "Der Hund ist in dem Haus und die Katze auch nicht. " * 9,
+             "<script>alert(1)</script>short"]
+    path = write_warc(tmp_path / "a.warc.gz", texts)
+    run("--source", "warc", path, "--out", tmp_path / "o", "--inspect", 2, "--extractor", "plain",
+        "--val_fraction", 0, "--quality", "annotate")
+    shown = (tmp_path / "o" / "inspect.html").read_text()
+    assert "language: is_de</h1>" in shown and ">kept</h1>" in shown
+    assert "<del>Home</del>" in shown and "<del>The site uses cookies.</del>" in shown
+    assert "<ins>Write to email@example.com. It works.</ins>" in shown
+    assert "<script>" not in shown and "&lt;script&gt;" in shown
 
 def test_finished_work_is_kept_and_other_settings_are_refused(small_site):
     out, url = small_site
