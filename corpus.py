@@ -24,6 +24,7 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import importlib
 import itertools
 import json
 import re
@@ -114,6 +115,10 @@ def outcome(function, *task):
     except SystemExit as stop:
         return None, str(stop)
 
+def import_outcome(script, name, *task):
+    """The same on another machine, which knows the script as a module and not as __main__."""
+    return outcome(getattr(importlib.import_module(script), name), *task)
+
 def in_workers(function, tasks, desc, args):
     """[function(*task) for task in tasks], in processes of this machine or on a Ray cluster.
 
@@ -128,11 +133,17 @@ def in_workers(function, tasks, desc, args):
                 raise SystemExit("--ray found no ray; it runs tasks on a cluster; pip install -r "
                                  "requirements-extra.txt, or leave it out") from None
             here = str(Path(__file__).resolve().parent)
-            ray.init(**{"num_cpus": args.workers} if args.ray == "local" else {"address": args.ray},
-                     runtime_env={"env_vars": {"PYTHONPATH": here}}, ignore_reinit_error=True)
+            where = {"num_cpus": args.workers} if args.ray == "local" else {"address": args.ray}
+            try:
+                ray.init(**where, runtime_env={"env_vars": {"PYTHONPATH": here}})
+            except ConnectionError as error:
+                why = str(error).split(". ")[0]
+                raise SystemExit(f"--ray {args.ray}: {why}; it is the address of a cluster, auto, "
+                                 "or local; check ray status") from None
             stack.callback(ray.shutdown)
-            remote = ray.remote(outcome)
-            results = map(ray.get, [remote.remote(function, *task) for task in tasks])
+            remote, script = ray.remote(import_outcome), Path(function.__code__.co_filename).stem
+            results = map(ray.get, [remote.remote(script, function.__name__, *task)
+                                    for task in tasks])
         else:
             pool = ProcessPoolExecutor(max(1, min(args.workers, len(tasks))),
                                        initializer=end_with_parent)

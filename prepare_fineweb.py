@@ -507,10 +507,11 @@ def folder_fingerprint(folder):
 def choose_settings(args, files):
     """All that OUT depends on, as OUT/settings.json; stops if OUT was made with other settings."""
     has_trafilatura = importlib.util.find_spec("trafilatura") is not None
-    if args.extractor == "trafilatura" and not has_trafilatura:
-        raise SystemExit("--extractor trafilatura: not installed; it is an extra; pip install -r "
+    extractor = args.extractor if args.extractor != "auto" else \
+        "trafilatura" if has_trafilatura else "plain"
+    if extractor != "plain" and not importlib.util.find_spec(extractor):
+        raise SystemExit(f"--extractor {extractor}: not installed; it is an extra; pip install -r "
                          "requirements-extra.txt, or take --extractor plain")
-    extractor = "trafilatura" if has_trafilatura and args.extractor != "plain" else "plain"
     plain = args.extractor == "plain" or not fasttext_model()
     identifier = "function words" if plain else "lid.176"
     print(f"extractor: {extractor} · language identifier: {identifier} (trafilatura and lid.176 "
@@ -580,8 +581,8 @@ def main():
     add("--source", help="crawl, warc, text, commoncrawl, fineweb, climbmix, or OWNER/NAME")
     add("--out", type=Path, required=True, help="folder for everything, e.g. data/demo")
     add("--quality", choices=("fineweb", "annotate"), default="fineweb", help="drop, or only note")
-    add("--extractor", choices=("auto", "trafilatura", "plain"), default="auto",
-        help="HTML → text; plain: no optional library, for the language neither")
+    add("--extractor", choices=("auto", "trafilatura", "resiliparse", "plain"), default="auto",
+        help="HTML → text (auto: trafilatura or plain); plain: without it and without lid.176")
     add("--blocklist", nargs="+", default=[], help="folders of URLs to drop, e.g. UT1's")
     add("--max_pages", type=int, default=5000, help="pages to crawl")
     add("--num_shards", type=int, default=1, help="files to download")

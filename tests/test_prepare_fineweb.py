@@ -253,6 +253,32 @@ def test_one_worker_and_three_write_the_same_bytes(tmp_path):
     others = [tmp_path / "b" / "documents" / file.name for file in files]
     assert [file.read_bytes() for file in files] == [file.read_bytes() for file in others]
 
+def test_a_ray_cluster_of_two_workers_writes_the_same_bytes(tmp_path):
+    pytest.importorskip("ray", reason="ray is an extra")
+    paths = [write_warc(tmp_path / f"{i}.warc.gz", distinct_prose(20, i) + TEXTS[90:92])
+             for i in range(4)]
+    for name, how in (("a", ()), ("b", ("--ray", "local"))):
+        run("--source", "warc", *paths, "--out", tmp_path / name, "--workers", 2, *how)
+    written = [{path.name: path.read_bytes() for path in (tmp_path / name / "documents").iterdir()}
+               for name in "ab"]
+    assert written[0] == written[1] and len(documents(tmp_path / "b")) == 82
+
+def test_a_mistake_on_a_ray_cluster_ends_in_one_line_too(tmp_path):
+    pytest.importorskip("ray", reason="ray is an extra")
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\nbroken')
+    done = run("--source", "text", tmp_path / "a.jsonl", "--out", tmp_path / "o", "--ray", "local",
+               check=False)
+    assert done.returncode == 1 and "a.jsonl line 2: " in done.stderr.splitlines()[-1]
+
+@pytest.mark.parametrize("name", ["trafilatura", "resiliparse"])
+def test_other_extractors_give_the_main_text_and_not_the_navigation(tmp_path, name):
+    pytest.importorskip(name, reason=f"{name} is an extra")
+    body = "<nav><a href=/>Home page</a></nav><article><p>" + distinct_prose(1)[0] + "</article>"
+    write_warc(tmp_path / "a.warc.gz", [body])
+    run("--source", "warc", tmp_path / "a.warc.gz", "--out", tmp_path / "o", "--extractor", name,
+        "--val_fraction", 0)
+    assert [row["text"] for row in documents(tmp_path / "o")] == [distinct_prose(1)[0]]
+
 def test_the_val_split_stays_when_input_is_added_or_cut_otherwise(tmp_path):
     texts = distinct_prose(60)
     write_warc(tmp_path / "a.warc.gz", texts[:40])
