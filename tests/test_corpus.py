@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import corpus  # noqa: E402
 from bpe import Tokenizer  # noqa: E402
+from conftest import mutate  # noqa: E402
 from test_download import add_hub, server  # noqa: E402, F401
 from test_prepare_fineweb import (KILLED, PROSE, TEXTS, distinct_prose, documents,  # noqa: E402
                                   run)
@@ -38,7 +39,7 @@ def test_matches_of_planted_copies_follow_the_s_curve():
     assert 10 < expected < 110 and abs(matched - expected) < 14
 
 def test_case_digits_accents_and_punctuation_do_not_matter():
-    a, b = "Café No. 17 in the Old Town, open daily", "cafe no 9 in the old town open daily!"
+    a, b = "Cafés No. 17 in the Old Town, open daily", "cafes no 9 in the old town open daily!"
     assert (corpus.minhash(a) == corpus.minhash(b)).all()
 
 def test_copies_are_joined_through_a_chain_and_the_first_stays(tmp_path):
@@ -123,6 +124,14 @@ def test_every_packed_row_begins_with_a_document_and_only_the_val_split_is_not_p
         assert (shard["lost_tokens"] > 0) == is_packed
         assert np.load(out / "token_bytes.npy")[ids].sum() == shard["bytes"]
 
+def test_a_trainer_with_rows_of_that_length_reads_none_without_its_beginning(text_data):
+    from train_gpt2 import Loader, Shards
+    out, arguments = text_data
+    run(*arguments, "--row_tokens", 64)
+    loader = Loader(Shards(out, "train"), 64, seed=0)
+    eot = corpus.read_index(out)["tokenizer"]["eot"]
+    assert loader.n_rows > 50 and all(loader.row(i)[0] == eot for i in range(loader.n_rows))
+
 def pieces(lengths, T):
     """[(document, tokens of it)] of each packed row; documents are named 1, 2, 3 …"""
     rows = corpus.pack_rows([np.full(n, i, "<u2") for i, n in enumerate(lengths, 1)], T)
@@ -186,3 +195,36 @@ def test_ready_shards_that_are_none_end_in_one_line(tmp_path, data, found):
     (tmp_path / "a_train_1.bin").write_bytes(data)
     with pytest.raises(SystemExit, match=found):
         corpus.adopt(tmp_path, [tmp_path / "a_train_1.bin"], tmp_path / "tokenizer")
+
+# ---- mutants: each must be caught by the test beside it ------------------------------------------
+
+def caught(test, *arguments):
+    try:
+        test(*arguments)
+    except (AssertionError, IndexError, ValueError):
+        return True
+
+CURVE = (test_the_s_curve_is_fineweb_s, 0.75, 0.772)
+PLANTED, ALIKE = (test_matches_of_planted_copies_follow_the_s_curve,), (
+    test_case_digits_accents_and_punctuation_do_not_matter,)
+CHAIN = (test_copies_are_joined_through_a_chain_and_the_first_stays, Path)
+FIT = (test_rows_take_what_fits_best_then_the_beginning_of_the_shortest, [3, 7, 10],
+       [[(3, 10)], [(2, 7), (1, 3)]])
+
+@pytest.mark.parametrize("name, old, new, check", [
+    ("match_probability", "** HASHES", "* HASHES", CURVE),
+    ("match_probability", "** BUCKETS", "** HASHES", CURVE),
+    ("minhash", "reshape(BUCKETS, HASHES)", "reshape(HASHES, BUCKETS)[[0] * BUCKETS]", PLANTED),
+    ("shingles", "i:i + SHINGLE", "i:i + 1", PLANTED),
+    ("simplify", 'r"\\d+", "0"', 'r"x+", "0"', ALIKE),
+    ("simplify", "not unicodedata.combining(c)", "c", ALIKE),
+    ("simplify", "text.lower()", "text", ALIKE),
+    ("pack_rows", "bisect_right", "bisect_left", FIT),
+    ("pack_rows", "waiting, room, key=len) - 1", "waiting, room, key=len) - 2", FIT),
+    ("find_pairs", "here + n_before", "here", CHAIN),
+    ("find_originals", "(find(i), find(j))", "(i, j)", CHAIN)])
+def test_checks_notice_a_mutant(monkeypatch, tmp_path, name, old, new, check):
+    test, *arguments = [tmp_path if one is Path else one for one in check]
+    assert not caught(test, *arguments)
+    mutate(monkeypatch, corpus, name, old, new)
+    assert caught(test, *arguments), f"{name} with {new!r} passes"
