@@ -229,7 +229,8 @@ def killed(part, path):
 os.replace = killed
 prepare_fineweb.main()"""
 
-@pytest.mark.parametrize("until", ["pages/00001_1.jsonl.gz", "unsorted/00000.jsonl.gz", "index.json"])
+@pytest.mark.parametrize("until", ["pages/00001_1.jsonl.gz", "unsorted/00000.jsonl.gz",
+                                   "index.json"])
 def test_a_run_killed_in_the_middle_ends_with_the_same_documents(tmp_path, until):
     paths = [write_warc(tmp_path / f"{i}.warc.gz", TEXTS[i * 100:i * 100 + 100]) for i in range(3)]
     arguments = ("--source", "warc", *paths, "--workers", 1, "--out")
