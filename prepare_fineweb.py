@@ -34,8 +34,9 @@ goes on where it stopped and ends with the same shards. What was downloaded goes
 written, as a WARC file is a gigabyte. Documents that the Hub has were deduplicated, and rid of
 personal data, by their makers; `text` is deduplicated here.
 Sources: FineWeb (arXiv 2406.17557), Gopher (2112.11446), C4 (1910.10683); order and thresholds are
-those of datatrove 0.10, examples/fineweb.py. Differs from FineWeb: its URL lists give way to short
-ones of our own, compared in lower case; trafilatura's `deduplicate` is off, as it makes a page
+those of datatrove 0.10, examples/fineweb.py. Differs from FineWeb: without --blocklist, which takes
+UT1's folders and datatrove's words, the URL lists are short ones of our own; URLs are compared in
+lower case; trafilatura's `deduplicate` is off, as it makes a page
 depend on those before it; words and sentences are split by regular expressions, near to spaCy's
 rules which datatrove takes (they agree on 99.5 % of the words, and the filters on all but 7 of
 3224 decisions: tests/test_filters.py); replacements of PII rotate within a document.

@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import crawl  # noqa: E402
 import download  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
+from conftest import mutate  # noqa: E402
 from test_download import add_hub, server  # noqa: E402, F401
 
 WEB = ROOT.parent / "shared" / "data" / "web"
@@ -449,3 +450,31 @@ def test_a_file_that_could_not_be_finished_never_gets_its_name(tmp_path):
             write({"text": "x"})
             raise OSError(28, "No space left on device")
     assert not (tmp_path / "a.jsonl.gz").exists()
+
+# ---- mutants: each must be caught by a test above ------------------------------------------------
+
+def cases(test):
+    """The arguments of a parametrized test's runs."""
+    return [mark.args[1] for mark in test.pytestmark if mark.name == "parametrize"][0]
+
+@pytest.mark.parametrize("name, old, new, test", [
+    ("url_filter", ">= 2", ">= 1", test_url_filter_drops_by_domain_words_and_parts),
+    ("url_filter", "labels[i:]", "labels[:i]", test_url_filter_drops_by_domain_words_and_parts),
+    ("gopher_repetition", "(2, 0.20)", "(2, 0.90)",
+     test_gopher_repetition_has_a_reason_for_each_rule),
+    ("gopher_repetition", "number / len(items) > 0.30 or characters", "number < 0 or characters",
+     test_gopher_repetition_has_a_reason_for_each_rule),
+    ("gopher_quality", "< 50", "< 5", test_gopher_quality_has_a_reason_for_each_rule),
+    ("gopher_quality", "<= 10", "<= 99", test_gopher_quality_has_a_reason_for_each_rule),
+    ("gopher_quality", "0.8 * len", "0.3 * len", test_gopher_quality_has_a_reason_for_each_rule),
+    ("c4_quality", "< 5", "< 1", test_c4_drops_pages),
+    ("fineweb_quality", "0.12", "0.0", test_fineweb_quality_has_a_reason_for_each_rule),
+    ("fineweb_quality", "0.67", "1.67", test_fineweb_quality_has_a_reason_for_each_rule),
+    ("pii", ".is_global", ".is_private", test_public_addresses_are_replaced_and_private_ones_kept)])
+def test_checks_notice_a_mutant(monkeypatch, name, old, new, test):
+    for case in cases(test):
+        test(*case)
+    mutate(monkeypatch, pf, name, old, new)
+    with pytest.raises(AssertionError):
+        for case in cases(test):
+            test(*case)
