@@ -40,9 +40,9 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from model import (RunLog, init_ranks, load_checkpoint, load_state, make_optimizer,
-                   save_checkpoint, save_state)
-from sample import Engine, find_run, is_correct, read_problems
+from model import RunLog, init_ranks, load_checkpoint, save_checkpoint
+from optim import load_state, make_optimizer, save_state
+from sample import Engine, find_run, is_correct, load_tokenizer, read_problems
 
 NAME = "deepdive"
 
@@ -337,7 +337,7 @@ def main():
         signal.signal(number, lambda number, _: signals.append(number))
     ranks = init_ranks(args.device)
     base = find_run(args.model, ("pretrain",))
-    tokenizer = Tokenizer.load(base)
+    tokenizer = load_tokenizer(base)
     model, meta = load_checkpoint(base, ranks.device, vocab_size=tokenizer.n_vocab)
     T, engine = model.config.block_size, Engine(model, tokenizer)
     micro_rows = args.batch_size * ranks.world_size

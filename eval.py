@@ -47,9 +47,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bpe import Tokenizer
-from model import init_ranks, load_checkpoint, read_log, write_json
-from sample import Engine, find_run, is_correct, read_problems
+from model import Ranks, init_ranks, load_checkpoint, read_log, write_json
+from sample import Engine, find_run, is_correct, load_tokenizer, read_problems
 
 SEED = 1337     # of the order of rows; --max_examples N asks the first N of that order
 GET_CORE = ("get it with: curl -LO https://karpathy-public.s3.us-west-2.amazonaws.com/"
@@ -110,14 +109,16 @@ def score(model, spans):
     model.train(training)
     return scores
 
-def measure(engine, questions, n, name):
+def measure(engine, questions, n, name, ranks=Ranks()):
     """questions: n pairs (spans, gold); gold None: greedy decoding must write the only span.
 
     → {"accuracy", "n", "cut"}; cut: questions whose beginning did not fit the model's context.
+    Each rank answers its share.
     """
     right = done = cut = 0
-    questions = iter(questions)
-    with tqdm(total=n, desc=name, unit="question", leave=False) as progress:
+    questions = itertools.islice(questions, ranks.rank, None, ranks.world_size)
+    with tqdm(total=n // ranks.world_size, desc=name, unit="question", leave=False,
+              disable=not ranks.is_main) as progress:
         while chunk := list(itertools.islice(questions, 64)):
             scores = iter(score(engine.model, [span for spans, _ in chunk for span in spans]))
             for spans, gold in chunk:
@@ -128,6 +129,7 @@ def measure(engine, questions, n, name):
             done += len(chunk)
             progress.update(len(chunk))
             progress.set_postfix_str(f"accuracy {right / done:.3f}")
+    right, done, cut = map(int, ranks.sum(right, done, cut))
     return dict(accuracy=right / done, n=done, cut=cut)
 
 # ---- CORE and HellaSwag --------------------------------------------------------------------------
@@ -198,20 +200,16 @@ def letter_questions(tokenizer, task, rows, n):
         ids, _ = tokenizer.render([question], for_completion=True)
         yield [([*ids, *tokenizer.encode_ordinary(c)], len(ids)) for c in letters], row["gold"]
 
-def run_task(engine, task, path, max_examples=None):
+def run_task(engine, task, path, max_examples=None, ranks=Ranks()):
     """→ {"accuracy", "n", "cut"} of one task."""
     rows = read_rows(path)
     n = min(max_examples or len(rows), len(rows))
     ask = letter_questions if task.kind == "letters" else core_questions
     try:
-        return measure(engine, ask(engine.tokenizer, task, rows, n), n, task.label)
+        return measure(engine, ask(engine.tokenizer, task, rows, n), n, task.label, ranks)
     except KeyError as error:
         raise SystemExit(f"{path}: a row has no {error}; every row of {task.kind} has one; get "
                          "the file again") from None
-
-def hellaswag(engine, path, max_examples=None):
-    """Zero-shot accuracy on rows {"query", "choices", "gold"}."""
-    return run_task(engine, HELLASWAG, path, max_examples)["accuracy"]
 
 def core_tasks(folder):
     """What core_tasks.csv lists; or core.yaml, with the baselines of eval_meta_data.csv."""
@@ -242,11 +240,12 @@ def centered(accuracy, baseline):
     """
     return (accuracy - baseline) / (1 - baseline)
 
-def run_tasks(engine, tasks, folder, max_examples):
+def run_tasks(engine, tasks, folder, max_examples, ranks=Ranks()):
     """Yields (label, baseline, result); a task without a file has the result None."""
     for task in tasks:
         path = existing(Path(folder, "eval_data", task.file))
-        yield task.label, task.baseline, path and run_task(engine, task, path, max_examples)
+        result = path and run_task(engine, task, path, max_examples, ranks)
+        yield task.label, task.baseline, result
 
 def mean_of(name, results):
     """(label, baseline, result) … → {name: mean of centered, "n", "tasks", "left_out"}."""
@@ -265,6 +264,18 @@ def mean_of(name, results):
 def core(engine, folder, max_examples=None):
     """→ {"core": mean of centered, "n", "tasks": {label: result}, "left_out": [labels]}."""
     return mean_of("core", run_tasks(engine, core_tasks(folder), folder, max_examples))
+
+def scores(engine, folder, max_examples=None, ranks=Ranks()):
+    """For the log of a training run: {"hellaswag": accuracy, "core": mean of centered}."""
+    tasks = core_tasks(folder)
+    path = existing(Path(folder, "eval_data", HELLASWAG.file))
+    results = [(baseline, result["accuracy"]) for _, baseline, result
+               in run_tasks(engine, tasks, folder, max_examples, ranks) if result]
+    if not path or not results:
+        raise SystemExit(f"{folder} holds no HellaSwag or no CORE tasks; they are asked while "
+                         f"training; {GET_CORE}")
+    return dict(hellaswag=run_task(engine, HELLASWAG, path, max_examples, ranks)["accuracy"],
+                core=sum(centered(a, baseline) for baseline, a in results) / len(results))
 
 # ---- Replies to the chat prompt ------------------------------------------------------------------
 
@@ -344,8 +355,7 @@ def evaluate():
     jobs = plan(args)       # bad names and missing files are found before a model is loaded
     run, folder, n = find_run(args.model, STAGES), args.core_dir, args.max_examples
     results = Run(run).results
-    ours = (run / "tokenizer.tiktoken").exists()        # OpenAI's GPT-2 comes with another format
-    tokenizer = Tokenizer.load(run) if ours else Tokenizer.pretrained("gpt2")
+    tokenizer = load_tokenizer(run)
     # conversation tokens that GPT-2 lacks take 1.6e-4 of its probability at most: mean rows, Jensen
     model, meta = load_checkpoint(run, init_ranks(args.device).device, tokenizer.n_vocab)
     print(f"{run}: stage {meta['stage']}, step {meta['step']}, {model.num_params():,} parameters")

@@ -2,7 +2,7 @@
 The Transformer, and what more than one stage needs around it.
 
 GPTConfig.preset("gpt2" … "gpt2-xl") is OpenAI's GPT-2, exactly; preset("d12"), preset("d24") … is
-a modern recipe where depth is the only dial. Behind it: optimizer, checkpoints, ranks, run log.
+a modern recipe where depth is the only dial. Behind it: checkpoints, ranks, the run log.
 
     >>> model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=2, n_head=2, n_embd=16))
     >>> idx = torch.zeros(1, 8, dtype=torch.long)
@@ -13,11 +13,12 @@ Sizes, in every file: B rows, T positions (block_size), C channels (n_embd), V v
 L layers, NH heads, HS channels a head (C = NH * HS).
 
 Papers: GPT-2 (Radford et al. 2019), RoPE (arXiv 2104.09864), RMSNorm (1910.07467), QK norm
-(2010.04245), ReLU² (2109.08668), value residuals (2410.17897), soft-cap (2408.00118), Muon
-(kellerjordan.github.io/posts/muon), NorMuon (2510.05491), ZeRO (1910.02054).
+(2010.04245), ReLU² (2109.08668), value residuals (2410.17897), soft-cap (2408.00118),
+FlashAttention-3 (2407.08608), FP8 training (2209.05433).
 Differs from the papers: value embeddings are looked up by token, not taken from layer 0, and gated.
 """
 import atexit
+import functools
 import json
 import math
 import os
@@ -94,11 +95,46 @@ class GPTConfig:
         return self.block_size // 4 if short else self.block_size
 
 class Linear(nn.Linear):
-    """fp32 master weights, computed in the dtype of the input (bf16 on a GPU)."""
+    """fp32 master weights, computed in the dtype of the input (bf16 on a GPU), or in fp8."""
+    fp8 = False         # GPT.use sets it
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype),
-                        None if self.bias is None else self.bias.to(x.dtype))
+        weight = self.weight.to(x.dtype)
+        if self.fp8 and self.training:
+            return Fp8Matmul.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+def to_fp8(x, dtype):
+    """x / scale in 8 bits, with one scale for the whole tensor: its largest value just fits."""
+    scale = x.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
+    return (x.float() / scale).to(dtype), scale
+
+def fp8_matmul(a, b, fast_accum=False):
+    """a (M, K) @ b (N, K)ᵀ → bf16; a and b are what to_fp8 gave."""
+    return torch._scaled_mm(a[0], b[0].t(), scale_a=a[1], scale_b=b[1], out_dtype=torch.bfloat16,
+                            use_fast_accum=fast_accum)
+
+class Fp8Matmul(torch.autograd.Function):
+    """y = x Wᵀ    dx = dy W    dW = dyᵀ x, each of 8-bit operands and summed in fp32.
+
+    x (M, K), W (N, K), all of them multiples of 16. e4m3 has 3 bits of mantissa; gradients need the
+    range of e5m2. The 8-bit x is what backward keeps, half of bf16's memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        x8, weight8 = to_fp8(x, torch.float8_e4m3fn), to_fp8(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(*x8, *weight8)
+        return fp8_matmul(x8, weight8, fast_accum=True).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, x_scale, weight, weight_scale = ctx.saved_tensors
+        dy8, dy_scale = to_fp8(dy, torch.float8_e5m2)
+        transposed = weight.t().contiguous(), weight_scale
+        dx = fp8_matmul((dy8, dy_scale), transposed)
+        dW = fp8_matmul((dy8.t().contiguous(), dy_scale), (x.t().contiguous(), x_scale))
+        return dx.to(dy.dtype), dW.to(dy.dtype)
 
 def rms_norm(x):
     # one epsilon for every dtype, so that bf16 and fp32 models compute the same function
@@ -131,21 +167,65 @@ def rotate(x, cos, sin):
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x.dtype)
 
-def attention(q, k, v, pos, window, cache, dropout):
-    """Causal, q (B, NH, T, HS), k and v (B, NH, S, HS) → (B, NH, T, HS). The query at pos t (B or
-    1, T) sees key s where s ≤ t and, in a windowed layer, t - s ≤ window."""
-    # a mask is built only for windows shorter than the text, and in a cache
-    if (cache is None or cache.used == 0) and window >= q.shape[2] - 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-    t, s = pos[:, None, :, None], torch.arange(k.shape[2], device=k.device)
-    mask = (s <= t) & (t - s <= window)                                     # (B or 1, 1, T, S)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+# ---- Attention kernels: (q, k, v, window, scale) → y, all (B, T, NH, HS), causal. The query at t
+# sees the keys t - window … t; only the first two kernels skip the others. ------------------------
+
+def flash_attention_3(q, k, v, window, scale):
+    from flash_attn_interface import flash_attn_func    # Dao-AILab/flash-attention, in hopper/
+    y = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=(window, 0))
+    return y[0] if isinstance(y, tuple) else y
+
+def varlen_attention(q, k, v, window, scale):
+    from torch.nn.attention.varlen import varlen_attn   # PyTorch's own FlashAttention
+    B, T = q.shape[:2]
+    starts = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
+    flat = (t.flatten(0, 1) for t in (q, k, v))
+    y = varlen_attn(*flat, starts, starts, T, T, scale=scale, window_size=(window, 0))
+    return y.view(q.shape)
+
+def sdpa(q, k, v, window, scale, pos=None, dropout=0.0):
+    """Runs everywhere. A mask is built only where the window is shorter than the text, and for pos:
+    queries at positions (B, T) of a cache, with k and v (B, S, NH, HS)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))                        # (B, NH, T or S, HS)
+    causal, mask = pos is None and window >= q.shape[2] - 1, None
+    if not causal:
+        s = torch.arange(k.shape[2], device=k.device)
+        t = s[:q.shape[2], None] if pos is None else pos[:, None, :, None]
+        mask = (s <= t) & (t - s <= window)                             # (T, S) or (B, 1, T, S)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale,
+                                       dropout_p=dropout)
+    return y.transpose(1, 2)
+
+@functools.cache
+def find_kernel(device, kernels=(flash_attention_3, varlen_attention)):
+    """The first of the kernels that gives what sdpa gives, forward and backward, on this device;
+    else sdpa. → (kernel, why), the second a line for the log."""
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = torch.randn(3, 2, 256, 2, 128, device=device, generator=generator)
+    inputs = inputs.bfloat16().requires_grad_().unbind()
+
+    def outcome(kernel):
+        y = kernel(*inputs, window=64, scale=0.1)
+        return torch.stack((y, *torch.autograd.grad(y.square().sum(), inputs))).float()
+
+    wanted, tried = outcome(sdpa), []
+    for kernel in kernels:
+        try:
+            error = ((outcome(kernel) - wanted).norm() / wanted.norm()).item()
+        except Exception as problem:    # whatever is wrong with a kernel, training goes on without
+            tried.append(f"{kernel.__name__}: {str(problem).strip().splitlines()[0][:90]}")
+            continue
+        tried.append(f"{kernel.__name__}: differs from sdpa by {error:.1%}")
+        if error < 0.02:                # bf16 rounds to 0.4 %
+            return kernel, "; ".join(tried)
+    return sdpa, "; ".join([*tried, "sdpa it is"])
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         C, NH = config.n_embd, config.n_head
         self.config, self.layer, self.window = config, layer, config.window(layer)
+        self.kernel = sdpa
         self.c_attn = Linear(C, 3 * C, bias=config.bias)
         self.c_proj = Linear(C, C, bias=config.bias)
         if config.has_value_embed(layer):
@@ -160,13 +240,18 @@ class Attention(nn.Module):
             v = v + gate[..., None] * value_embed.view(B, T, NH, HS)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+        scale = HS ** -0.5
         if self.config.qk_norm:         # 1.2 each: a little sharper than unit vectors give
-            q, k = 1.2 * rms_norm(q), 1.2 * rms_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, NH, T, HS)
+            q, k, scale = rms_norm(q), rms_norm(k), 1.2 ** 2 * scale
+        dropout = self.training * self.config.dropout
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = attention(q, k, v, pos, self.window, cache, self.training * self.config.dropout)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+            y = sdpa(q, k, v, self.window, scale, pos if cache.used else None)
+        elif dropout:
+            y = sdpa(q, k, v, self.window, scale, dropout=dropout)
+        else:
+            y = self.kernel(q, k, v, self.window, scale)
+        return self.c_proj(y.reshape(B, T, C))
 
 class MLP(nn.Module):
     def __init__(self, config):
@@ -190,7 +275,31 @@ class Block(nn.Module):
         x = x + self.dropout(self.attn(self.ln_1(x), pos, rotary, value_embed, cache))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
-CHUNK_LOGITS = {"cuda": 2 ** 24, "cpu": 2 ** 20}    # fp32: 64 MB; 4 MB, about a CPU's cache
+CHUNK_LOGITS = {"cuda": 2 ** 27, "cpu": 2 ** 20}    # bf16: 256 MB; fp32: 4 MB, a CPU's cache
+
+def chunk_rows(x, V):
+    """Tokens whose logits are held at a time; with fewer than 256, matmuls would wait for W."""
+    return max(256, CHUNK_LOGITS[x.device.type] // V)
+
+def loss_and_gradient(z, target, share, s):
+    """Of one chunk: head outputs z (n, V), targets (n, 1), the share of each in the mean (n, 1),
+    soft-cap s → (loss, dz). z is overwritten. On a GPU it is compiled into a pass or two over z."""
+    t = z.float()
+    y = t.div_(s).tanh_() * s if s else t
+    y_target, top = y.gather(1, target), y.amax(-1, keepdim=True)
+    dy = y.sub_(top).exp_()             # the loss needs its sum, the gradient all of it
+    sum_exp = dy.sum(-1, keepdim=True)
+    loss = ((top + sum_exp.log() - y_target) * share).sum()
+    dy_target = ((y_target - top).exp() / sum_exp - 1) * share
+    dy.mul_(share / sum_exp)
+    if s:
+        dy.addcmul_(dy, t.square_(), value=-1)
+        dy_target = dy_target * (1 - (y_target / s).square())
+    return loss, dy.to(z.dtype).scatter_(1, target, dy_target.to(z.dtype))
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function, dynamic=False)
 
 class CrossEntropy(torch.autograd.Function):
     """Head, soft-cap and mean cross-entropy in one, a chunk of tokens at a time.
@@ -206,24 +315,23 @@ class CrossEntropy(torch.autograd.Function):
         V, s = config.vocab_size, config.softcap
         W = weight[:V].to(x.dtype)
         dx, dW = torch.empty_like(x), torch.zeros_like(weight)
-        count = (targets >= 0).sum().clamp(min=1)
+        share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)
         total = torch.zeros((), device=x.device)
-        size = max(1, CHUNK_LOGITS[x.device.type] // V)
-        for x_part, dx_part, target in zip(*(t.split(size) for t in (x, dx, targets[:, None]))):
-            y = (x_part @ W.T).float()
-            y = y.div_(s).tanh_().mul_(s) if s else y
-            valid, target = target >= 0, target.clamp(min=0)
-            log_sum = y.logsumexp(-1, keepdim=True)
-            total += ((log_sum - y.gather(1, target)) * valid).sum()
-            dz = (y - log_sum).exp_()
-            dz.scatter_add_(1, target, torch.full_like(log_sum, -1.0)).mul_(valid / count)
-            if s:
-                dz.mul_(1 - y.div_(s).square_())
-            dz = dz.to(x.dtype)
-            dx_part.copy_(dz @ W)
-            dW[:V] += dz.T @ x_part
+        size = chunk_rows(x, V)
+        of_chunk = compiled(loss_and_gradient) if x.is_cuda else loss_and_gradient
+        tensors = x, dx, targets.clamp(min=0)[:, None], share[:, None]
+        buffer = x.new_empty(min(size, len(x)), V)
+        for x_part, dx_part, target, share_part in zip(*(t.split(size) for t in tensors)):
+            z = torch.mm(x_part, W.T, out=buffer[:len(x_part)])
+            loss, dz = of_chunk(z, target, share_part, s)
+            total += loss
+            torch.mm(dz, W, out=dx_part)
+            if dz.dtype == dW.dtype:
+                dW[:V].addmm_(dz.T, x_part)
+            else:
+                dW[:V] += dz.T @ x_part
         ctx.save_for_backward(dx, dW)
-        return total / count
+        return total
 
     @staticmethod
     def backward(ctx, grad):
@@ -323,12 +431,14 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, reduction="mean"):
         x = self.hidden(idx, cache)
-        if targets is None:
-            return self.logits(x)
+        return self.logits(x) if targets is None else self.loss(x, targets, reduction)
+
+    def loss(self, x, targets, reduction="mean"):
+        """Of what hidden() gave. (Only hidden() is worth compiling: the loss is a loop.)"""
         x, flat = x.flatten(0, 1), targets.flatten()
         if reduction == "mean":
             return CrossEntropy.apply(x, self.lm_head.weight, flat, self.config)
-        size = max(1, CHUNK_LOGITS[x.device.type] // self.config.vocab_size)
+        size = chunk_rows(x, self.config.vocab_size)
         losses = [F.cross_entropy(self.logits(part), target, ignore_index=-1, reduction="none")
                   for part, target in zip(x.split(size), flat.split(size))]
         return torch.cat(losses).view_as(targets)
@@ -346,10 +456,19 @@ class GPT(nn.Module):
         keys = sum(self.config.window(layer) for layer in range(self.config.n_layer))
         return 6 * self.matmul_params() + 12 * self.config.n_embd * keys
 
-    def use(self, device):
-        """Moves the model; it computes in bf16 on a GPU that has it. The weights stay fp32."""
+    def use(self, device, fp8=False):
+        """Moves the model; it computes in bf16 on a GPU that has it. The weights stay fp32.
+        fp8: the blocks' matrices of at least 128 x 128 multiply in 8 bits while training."""
         bf16 = "cuda" in str(device) and torch.cuda.is_bf16_supported()
         self.compute_dtype = torch.bfloat16 if bf16 else torch.float32
+        self.kernel, self.kernel_why = find_kernel(device) if bf16 else (sdpa, "sdpa: no bf16 here")
+        for module in self.h.modules():
+            if isinstance(module, Attention):
+                module.kernel = self.kernel
+            elif isinstance(module, Linear):
+                module.fp8 = fp8 and min(module.weight.shape) >= 128
+        if fp8:     # torch.compile leaves it as it is: what it makes of the parts is slower
+            torch._dynamo.allow_in_graph(Fp8Matmul)
         return self.to(device)
 
 # ---- Ranks: a single process is rank 0 of 1, and no code below asks which case it is -------------
@@ -384,134 +503,6 @@ def init_ranks(device="auto"):
         dist.init_process_group("nccl" if "cuda" in device else "gloo")
         atexit.register(dist.destroy_process_group)
     return Ranks(rank, world_size, device, is_main=rank == 0)
-
-# ---- The optimizer -------------------------------------------------------------------------------
-
-POLAR_EXPRESS = (  # five quintics that push every singular value towards 1 (arXiv 2505.16932)
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
-
-def polar(G):
-    """The factor U Vᵀ of G = U S Vᵀ, about; G (…, m, n). On a GPU bf16 is precise enough."""
-    X = G.bfloat16() if G.is_cuda else G.float()
-    X = X / (1.01 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)
-    tall = X.shape[-2] > X.shape[-1]
-    X = X.mT if tall else X
-    for a, b, c in POLAR_EXPRESS:
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return (X.mT if tall else X).float()
-
-def as_matrices(W):
-    """c_attn.weight (3C, C) is three matrices, q, k and v; any other is one: a view (K, m, n)."""
-    K = 3 if W.shape[0] == 3 * W.shape[1] else 1
-    return W.view(K, W.shape[0] // K, W.shape[1])
-
-class Optimizer:
-    """AdamW and Muon with ZeRO-1: each parameter has one rank that keeps its state and updates it.
-
-    groups: dicts of `kind` ("adamw" or "muon"), `params` {name: parameter}, `lr`, `weight_decay`,
-    for AdamW `betas`, `eps`. After backward on every rank: average_grads(), then step(…).
-    """
-
-    def __init__(self, groups, ranks=Ranks()):
-        self.groups, self.ranks, self.steps, self.state = groups, ranks, 0, {}
-        self.params = {name: p for group in groups for name, p in group["params"].items()}
-        by_size = sorted(self.params, key=lambda name: (-self.params[name].numel(), name))
-        self.owner = {name: i % ranks.world_size for i, name in enumerate(by_size)}
-
-    def is_mine(self, name):
-        return self.owner[name] == self.ranks.rank
-
-    def slot(self, name, key, like):
-        """A tensor of the state, zeros at first."""
-        if f"{name}.{key}" not in self.state:
-            self.state[f"{name}.{key}"] = torch.zeros_like(like)
-        return self.state[f"{name}.{key}"]
-
-    @torch.no_grad()
-    def average_grads(self):
-        """Averages each gradient over the ranks, onto its owner; returns the norm of them all."""
-        for p in self.params.values():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        self.communicate(dist.reduce, {name: p.grad for name, p in self.params.items()})
-        mine = [self.params[name].grad for name in filter(self.is_mine, self.params)]
-        norms = [grad.div_(self.ranks.world_size).norm() for grad in mine]
-        return math.sqrt(self.ranks.sum(torch.stack(norms).double().square().sum().item())[0])
-
-    def communicate(self, collective, tensors):
-        """Reduces to, or broadcasts from, each tensor's owner, all at once."""
-        if self.ranks.world_size > 1:
-            for work in [collective(t, self.owner[n], async_op=True) for n, t in tensors.items()]:
-                work.wait()
-
-    @torch.no_grad()
-    def step(self, lr_scale=1.0, grad_scale=1.0, momentum=0.95, decay_scale=1.0):
-        """The schedules scale each group's own lr and weight_decay; grad_scale clips gradients."""
-        self.steps += 1
-        for group in self.groups:
-            lr, decay = lr_scale * group["lr"], decay_scale * group["weight_decay"]
-            for name in filter(self.is_mine, group["params"]):
-                p, grad = self.params[name], self.params[name].grad * grad_scale
-                if group["kind"] == "adamw":
-                    self.adamw(name, p, grad, lr, decay, group["betas"], group["eps"])
-                else:
-                    self.muon(name, as_matrices(p), as_matrices(grad), lr, decay, momentum)
-        self.communicate(dist.broadcast, {name: p.data for name, p in self.params.items()})
-        for p in self.params.values():
-            p.grad = None
-
-    def adamw(self, name, p, grad, lr, decay, betas, eps):
-        """Adam with decoupled weight decay (arXiv 1711.05101, algorithm 2)."""
-        m, v = self.slot(name, "exp_avg", p), self.slot(name, "exp_avg_sq", p)
-        m.lerp_(grad, 1 - betas[0])
-        v.lerp_(grad.square(), 1 - betas[1])
-        m_hat, v_hat = m / (1 - betas[0] ** self.steps), v / (1 - betas[1] ** self.steps)
-        p.mul_(1 - lr * decay).sub_(lr * m_hat / (v_hat.sqrt() + eps))
-
-    def muon(self, name, W, grad, lr, decay, momentum, beta2=0.9):
-        """polar(Nesterov momentum), then NorMuon: rows of equal RMS along the longer side, the norm
-        kept. Decay is cautious (arXiv 2510.12402): only where the update shrinks W. (K, m, n)"""
-        buffer = self.slot(name, "momentum", W).lerp_(grad, 1 - momentum)
-        U = polar(grad.lerp(buffer, momentum))
-        row_variance = U.square().mean(-1 if W.shape[-2] >= W.shape[-1] else -2, keepdim=True)
-        variance = self.slot(name, "variance", row_variance).lerp_(row_variance, 1 - beta2)
-        scaled = U * variance.clamp_min(1e-10).rsqrt()
-        U = F.normalize(scaled, dim=(-2, -1)) * U.norm(dim=(-2, -1), keepdim=True)
-        lr = lr * max(1, W.shape[-2] / W.shape[-1]) ** 0.5
-        W.sub_(lr * (U + decay * W * (U * W >= 0)))
-
-ADAM_RECIPE = {     # nanochat's, tuned at d12: lr, betas, weight decay
-    "lm_head": (0.008, (0.8, 0.96), 0.01), "wte": (0.3, (0.8, 0.995), 0.001),
-    "value_embeds": (0.15, (0.8, 0.995), 0.01), "resid_scalars": (0.005, (0.8, 0.95), 0.05),
-    "x0_scalars": (0.5, (0.96, 0.95), 0.0), "backout_scalar": (0.2, (0.8, 0.95), 0.0)}
-D12_MATMUL_PARAMS = 110.1e6     # of d12 with 32,768 tokens, where decay and batch size were tuned
-
-def make_optimizer(model, ranks=Ranks(), lr=None, batch_tokens=2 ** 19):
-    """GPT-2's AdamW, lr 6e-4; or the modern mixture: Muon for the blocks' matrices, lr
-    .02 √(batch_tokens / 2¹⁹), and Adam for the rest. Another lr changes all in proportion."""
-    params, config = dict(model.named_parameters()), model.config
-    if not config.rms_norm:
-        adam = dict(kind="adamw", lr=lr or 6e-4, betas=(0.9, 0.95), eps=1e-8)
-        flat = {name: p for name, p in params.items() if p.ndim < 2}       # biases and norms
-        rest = {name: p for name, p in params.items() if p.ndim >= 2}
-        return Optimizer([dict(adam, params=rest, weight_decay=0.1),
-                          dict(adam, params=flat, weight_decay=0.0)], ranks)
-    batch_scale = math.sqrt(batch_tokens / 2 ** 19)
-    scale, width_scale = lr / 0.02 if lr else batch_scale, math.sqrt(768 / config.n_embd)
-    decay = 0.28 * batch_scale * D12_MATMUL_PARAMS / model.matmul_params()
-    groups = [dict(kind="muon", lr=0.02 * scale, weight_decay=decay,
-                   params={name: p for name, p in params.items() if name.startswith("h.")})]
-    for start, (lr, betas, decay) in ADAM_RECIPE.items():
-        group = {name: p for name, p in params.items() if name.startswith(start)}
-        lr *= scale * (width_scale if start in VOCABULARY else 1.0)
-        groups.append(dict(kind="adamw", params=group, lr=lr, betas=betas, eps=1e-10,
-                           weight_decay=decay))
-    assert sum(len(group["params"]) for group in groups) == len(params), "a parameter nobody trains"
-    return Optimizer(groups, ranks)
 
 # ---- Checkpoints: <run>/config.json + model.safetensors, named as HF's GPT-2 names them ----------
 
@@ -592,57 +583,6 @@ def load_checkpoint(run, device="cpu", vocab_size=None):
     load_weights(run / "model.safetensors", model, file_vocab=config.vocab_size)
     return model.use(device), {"run": str(run), **meta}
 
-def save_state(run, ranks, optimizer, model, **state):
-    """What a bit-equal --resume needs, in <run>/state/step_N. Killed at any moment, the newest
-    complete folder holds weights, each rank's optimizer shard and generators, all of one step."""
-    final = Path(run) / "state" / f"step_{state['step']:06d}"
-    part = final.with_suffix(".part")
-    part.mkdir(parents=True, exist_ok=True)
-    tensors = {**optimizer.state, "rng.cpu": torch.get_rng_state()}
-    if "cuda" in ranks.device:
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, part / f"rank_{ranks.rank:05d}.safetensors")
-    ranks.sum(1)                        # every rank's file is there
-    if ranks.is_main:
-        save_weights(part / "model.safetensors", model)
-        write_json(part / "state.json", dict(state, format_version=FORMAT_VERSION,
-                                             optimizer_steps=optimizer.steps,
-                                             world_size=ranks.world_size))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(part, final)
-        for old in set(final.parent.iterdir()) - {final}:
-            shutil.rmtree(old)
-    ranks.sum(1)
-
-def load_state(run, resume, ranks, optimizer, model, settings):
-    """Restores what save_state wrote, for any number of ranks; returns its state, or None without
-    one. `settings`, the flags that decide what is computed, must be the run's."""
-    folder = max((Path(run) / "state").glob("step_" + 6 * "[0-9]"), default=None)
-    if folder and not resume:
-        raise SystemExit(f"{run} holds a saved run; training again would overwrite it; add "
-                         "--resume to continue it, or choose another --out")
-    if not folder:
-        return None
-    state = json.loads((folder / "state.json").read_text())
-    old = dict(state["settings"], format_version=state["format_version"])
-    new = dict(json.loads(json.dumps(settings)), format_version=FORMAT_VERSION)
-    changed = sorted(key for key in old | new if old.get(key) != new.get(key))
-    if changed:
-        raise SystemExit(f"{run} was begun with another {' and '.join(changed)}; a resumed run "
-                         "keeps its settings; give the same flags, or another --out")
-    load_weights(folder / "model.safetensors", model)
-    for number in range(state["world_size"]):
-        tensors = load_file(folder / f"rank_{number:05d}.safetensors", device=ranks.device)
-        rng = {name: tensors.pop(name).cpu() for name in list(tensors) if name.startswith("rng.")}
-        optimizer.state.update({name: tensor for name, tensor in tensors.items()
-                                if optimizer.is_mine(name.rpartition(".")[0])})
-        if number == ranks.rank:
-            torch.set_rng_state(rng["rng.cpu"])
-            if "cuda" in ranks.device and "rng.cuda" in rng:
-                torch.cuda.set_rng_state(rng["rng.cuda"])
-    optimizer.steps = state["optimizer_steps"]
-    return state
-
 def write_json(path, value):
     Path(f"{path}.part").write_text(json.dumps(value, indent=1))
     os.replace(f"{path}.part", path)
@@ -653,7 +593,7 @@ LOG_FORMATS = dict(
     loss="loss {:.6f}", val_loss="val_loss {:.6f}", val_bpb="val_bpb {:.4f}", lr="lr {:.2e}",
     norm="norm {:.4f}", ms="{:.1f} ms", tok_s="{:.0f} tok/s", mfu="mfu {:.1%}", usd="${:.2f}",
     eta="eta {}", reward="reward {:.3f}", reply_tokens="reply {:.1f} tokens", tied="tied {:.0%}",
-    truncated="truncated {:.0%}", kl="kl {:.4f}")
+    truncated="truncated {:.0%}", kl="kl {:.4f}", hellaswag="hellaswag {:.4f}", core="core {:.4f}")
 
 class RunLog:
     """log(7, loss=…, lr=…) prints `step  7/90 | loss 3.421875 | lr 5.98e-04`, logs a JSON row."""
@@ -665,7 +605,9 @@ class RunLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume_step is not None:     # what came after the saved step is going to come again
                 kept = [row for row in read_log(run) if row.get("step", 0) <= resume_step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(part, path)
             self.file = open(path, "a", buffering=1)
         self.started = time.time() - (kept[-1]["seconds"] if kept else 0)
 

@@ -33,8 +33,8 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from model import (Optimizer, RunLog, init_ranks, load_checkpoint, load_state,
-                   save_checkpoint, save_state)
+from model import RunLog, init_ranks, load_checkpoint, save_checkpoint
+from optim import Optimizer, load_state, save_state
 from sample import Engine, find_run, is_correct, read_problems
 
 def advantages(rewards, divide_by_std=False):

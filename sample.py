@@ -140,12 +140,13 @@ class KVCache:
         return new
 
     def append(self, layer, k, v):
-        """Writes k, v (B, NH, T, HS) behind each row; returns all up to the longest row's end."""
+        """Writes k, v (B, T, NH, HS) behind each row; returns all up to the longest row's end."""
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
         T = k.shape[2]
         at = (self.pos[:, None] + torch.arange(T, device=k.device))[:, None, :, None]
         self.k[layer].scatter_(2, at.expand_as(k), k)
         self.v[layer].scatter_(2, at.expand_as(v), v)
-        return self.k[layer, :, :, :self.used + T], self.v[layer, :, :, :self.used + T]
+        return (kept[layer, :, :, :self.used + T].transpose(1, 2) for kept in (self.k, self.v))
 
 @dataclass
 class Completion:
@@ -284,6 +285,11 @@ def find_run(run, stages, root="runs"):
     raise SystemExit(f"no run in {root}/ is of stage {' or '.join(stages)}; a stage starts from "
                      "the one before it; run that first, or name a folder with --model")
 
+def load_tokenizer(run):
+    """A run's own; OpenAI's GPT-2 comes with its tokenizer in another format, and we have it."""
+    ours = (Path(run) / "tokenizer.tiktoken").exists()
+    return Tokenizer.load(run) if ours else Tokenizer.pretrained("gpt2")
+
 def read_problems(path):
     """A .jsonl of {"question", "answer"} → problems, with `messages` to answer, `kind`, `check`.
 
@@ -387,8 +393,8 @@ def main():
     device = auto if args.device == "auto" else args.device
     chatting = args.chat and not args.allow_base
     run = find_run(args.model, ("sft", "rl") if chatting else ("pretrain", "sft", "rl"))
-    model, meta = load_checkpoint(run, device)
-    tokenizer = Tokenizer.load(run)
+    tokenizer = load_tokenizer(run)
+    model, meta = load_checkpoint(run, device, tokenizer.n_vocab)
     print(f"{meta['run']}: stage {meta['stage']}, step {meta['step']}, "
           f"{model.num_params():,} parameters", flush=True)
     engine = Engine(model, tokenizer)

@@ -1,7 +1,8 @@
 r"""
 Pretraining: token shards → a base model that continues documents.
 
-    python train_gpt2.py --model d4 --data data/demo --out runs/demo --block_size 256      # CPU
+    python train_gpt2.py --model d4 --config block_size=256 \
+        --data data/demo --out runs/demo                                                   # CPU
     python train_gpt2.py --model gpt2 --data data/fineweb --out runs/gpt2                  # 1 GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py \
         --model d24 --data data/fineweb --out runs/d24                                     # 8 GPUs
@@ -25,20 +26,27 @@ batch size against tokens.
 Differs from the papers: constants are nanochat's for dN and llm.c's for gpt2…gpt2-xl.
 """
 import argparse
+import gc
 import gzip
+import hashlib
 import lzma
 import math
+import os
 import signal
 import time
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import requests
 import torch
+from tqdm import tqdm
 
 from bpe import Tokenizer
-from model import (D12_MATMUL_PARAMS, GPT, GPTConfig, RunLog, init_ranks, load_checkpoint,
-                   load_state, make_optimizer, save_checkpoint, save_state)
+from eval import scores
+from model import (GPT, GPT2_SIZES, GPTConfig, RunLog, find_kernel, init_ranks, load_checkpoint,
+                   save_checkpoint, sdpa)
+from optim import D12_MATMUL_PARAMS, load_state, make_optimizer, save_state
 from sample import Engine
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -106,6 +114,8 @@ class Loader:
             rows = rows.pin_memory().to(device, non_blocking=True)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
+VAL_TOKENS, CORE_EXAMPLES = 2 ** 20, 500    # of an evaluation; only the last val_loss is of all
+
 @torch.inference_mode()
 def evaluate(model, shards, token_bytes, T, batch_size, ranks, max_tokens=None):
     """Val loss in nats a token, and bits per byte of text: (loss, bpb).
@@ -158,17 +168,16 @@ def schedule(step, max_steps, modern):
     momentum = momentum if left == 1 else 0.90 + (momentum - 0.90) * left
     return lr_scale, momentum, 0.5 * (1 + math.cos(math.pi * step / max_steps))
 
-def horizon(model, args, world_size, cuda):
+def horizon(model, args, world_size, most_rows):
     """Fills in max_steps, total_batch_size, batch_size where no flag did; → grad_accum_steps."""
     config, size = model.config, model.matmul_params()
-    # 80 tokens a parameter: llm.c's 10B for 124M
-    tokens = size * (args.tokens_per_param or (12 if config.rms_norm else 80))
+    tokens = size * (8 if config.rms_norm else 80)      # 8 reach GPT-2 at d24; llm.c: 10B for 124M
     if not args.total_batch_size:       # ∝ tokens^.383, 2¹⁹ at d12
         scale = (size / D12_MATMUL_PARAMS) ** 0.383 if config.rms_norm else 1.0
         args.total_batch_size = 2 ** round(math.log2(2 ** 19 * scale))
-    if not args.batch_size:             # the most rows that divide the batch and usually fit
-        rows, most = args.total_batch_size // (config.block_size * world_size), 32 if cuda else 16
-        args.batch_size = max((n for n in range(1, most + 1) if rows % n == 0), default=1)
+    if not args.batch_size:             # the most rows that fit and divide the batch
+        rows = args.total_batch_size // (config.block_size * world_size)
+        args.batch_size = max((n for n in range(1, most_rows + 1) if rows % n == 0), default=1)
     micro_tokens = args.batch_size * config.block_size * world_size
     if args.total_batch_size % micro_tokens:
         nearest = max(1, round(args.total_batch_size / micro_tokens)) * micro_tokens
@@ -179,6 +188,25 @@ def horizon(model, args, world_size, cuda):
         args.max_steps = max(1, round(tokens / args.total_batch_size))
     return args.total_batch_size // micro_tokens
 
+def memory_bytes(model, world_size):
+    """An estimate of (fixed, a row's) memory on a rank: in fp32 weights, gradients and this rank's
+    share of Adam's two moments (Muon has one); weights once more in the dtype of the matmuls;
+    activations at 34 C bytes a token and layer in 16 bits (arXiv 2205.05198, eq. 2, less T x T)."""
+    config, width = model.config, model.compute_dtype.itemsize
+    params = sum(p.numel() for p in model.parameters())
+    muon = sum(p.numel() for p in model.h.parameters()) if config.rms_norm else 0
+    row = 34 * config.n_embd * config.block_size * config.n_layer * width // 2
+    return 4 * (2 * params + (2 * params - muon) // world_size) + params * width, row
+
+def most_rows(model, world_size, device):
+    """Rows that a micro-batch should have at most: on a GPU what fits into its memory, but no more
+    than 32; on a CPU 2048 tokens, whose activations stay in the cache."""
+    fixed, row = memory_bytes(model, world_size)
+    if "cuda" not in device:
+        return max(1, 2048 // model.config.block_size)
+    free = 0.85 * torch.cuda.mem_get_info()[0] - 2 ** 30        # the loss's chunk, and cuBLAS
+    return max(1, min(32, int((free - fixed) // row)))
+
 def peak_flops(device):
     """Dense bf16 FLOP/s of common GPUs, by their data sheets; None: unknown, no MFU is shown."""
     if "cuda" not in device:
@@ -188,44 +216,138 @@ def peak_flops(device):
              "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
     return next((flops for key, flops in known.items() if key in name), None)
 
+SPIKE_WINDOW, SPIKE_Z = 128, 7.0        # llm.c's window, and what its GPT-2 1558M run was given
+
+def is_spike(window, value):
+    """Whether a value stands out of the last SPIKE_WINDOW, by its z-score."""
+    if len(window) < SPIKE_WINDOW:
+        return False
+    mean = sum(window) / len(window)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in window) / len(window))
+    return value - mean > SPIKE_Z * deviation
+
+# ---- OpenAI's weights ----------------------------------------------------------------------------
+
+def download_gpt2(name, folder):
+    """Fetches config.json and model.safetensors of "gpt2" … "gpt2-xl" from Hugging Face into a
+    folder. What was interrupted goes on; size and sha256 are those that the hub states."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")       # or a mirror
+    for file in ("model.safetensors", "config.json"):
+        path, url = folder / file, f"{hub}/openai-community/{name}/resolve/main/{file}"
+        if path.exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            fetch(url, path)
+        except (requests.RequestException, OSError) as error:
+            raise SystemExit(f"{url}: {error}; --init_from {name} needs it once; run the same "
+                             f"command again to go on, or put the file into {folder}") from None
+    return folder
+
+def fetch(url, path):
+    """GET into path, by way of path.part, where an earlier attempt may have left off."""
+    part = Path(f"{path}.part")
+    stated = requests.head(url, timeout=30)     # of large files the hub states the sha256 here
+    stated.raise_for_status()
+    have = part.stat().st_size if part.exists() else 0
+    with requests.get(url, stream=True, timeout=30, headers={"Range": f"bytes={have}-"}) as answer:
+        if answer.status_code != 416:           # 416: all of it is there already
+            answer.raise_for_status()
+            have = have if answer.status_code == 206 else 0
+            total = have + int(answer.headers.get("Content-Length", 0))
+            with open(part, "ab" if have else "wb") as file, tqdm(
+                    initial=have, total=total, unit="B", unit_scale=True, desc=path.name) as bar:
+                for data in answer.iter_content(2 ** 14):
+                    bar.update(file.write(data))
+    size, etag = (stated.headers.get(f"X-Linked-{key}", "").strip('"') for key in ("Size", "ETag"))
+    if size and part.stat().st_size < int(size):
+        raise OSError(f"{part.stat().st_size} of {size} bytes came")
+    if len(etag) == 64:
+        with open(part, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != etag:
+            part.unlink()
+            raise OSError(f"sha256 is {found}, the hub states {etag}")
+    os.replace(part, path)
+
 # ---- Main ----------------------------------------------------------------------------------------
 
 def parse_args():
     parser = argparse.ArgumentParser(description="pretrain a GPT on token shards")
     parser.add_argument("--model", default="d12", help="gpt2 … gpt2-xl, or dN: N layers")
+    parser.add_argument("--config", nargs="*", default=[], metavar="KEY=VALUE",
+                        help="other fields of GPTConfig: n_embd=128 n_head=4 block_size=256 …")
     parser.add_argument("--data", required=True, help="folder with *_train_*.bin and *_val_*.bin")
     parser.add_argument("--out", required=True, help="run folder")
     parser.add_argument("--resume", action="store_true", help="continue from <out>/state, if any")
-    parser.add_argument("--init_from", help="start from this checkpoint's weights and shape")
-    parser.add_argument("--block_size", type=int, help="T, tokens a row (default: the preset's)")
-    parser.add_argument("--n_embd", type=int, help="C, channels (default: the preset's)")
-    parser.add_argument("--n_head", type=int, help="NH, heads (default: the preset's)")
-    parser.add_argument("--max_steps", type=int, help="steps (default: from tokens_per_param)")
-    parser.add_argument("--tokens_per_param", type=float, help="tokens a parameter (12; gpt2: 80)")
+    parser.add_argument("--init_from", help="weights and shape: a run's folder, or gpt2 … gpt2-xl")
+    parser.add_argument("--max_steps", type=int, help="steps (default: 8 tokens a parameter)")
     parser.add_argument("--total_batch_size", type=int, help="tokens a step, over all ranks")
     parser.add_argument("--batch_size", type=int, help="rows at a time on one rank")
     parser.add_argument("--lr", type=float, help="AdamW's, or for dN Muon's, peak learning rate")
     parser.add_argument("--eval_every", type=int, default=250, help="steps between evaluations")
-    parser.add_argument("--val_tokens", type=int, default=2 ** 20, help="tokens an eval; last: all")
+    parser.add_argument("--core_dir", help="eval_bundle folder: evaluate HellaSwag and CORE, too")
     parser.add_argument("--save_every", type=int, default=1000, help="steps between saved states")
     parser.add_argument("--gpu_hour_usd", type=float, help="price of one GPU hour: shows the cost")
     parser.add_argument("--seed", type=int, default=1337, help="of the weights and the rows' order")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--compile", type=int, help="1: torch.compile (default on a GPU), 0: eager")
+    parser.add_argument("--fp8", type=int, default=0, help="1: multiply in 8 bits (H100 or later)")
+    parser.add_argument("--deterministic", type=int, default=0, help="1: the same bits on a GPU")
+    parser.add_argument("--profile", action="store_true", help="trace steps 10-12 into <out>")
     return parser.parse_args()
 
-def build_model(args, tokenizer):
+def build_model(args, tokenizer, kernel):
     if args.init_from:
-        return load_checkpoint(args.init_from, vocab_size=tokenizer.n_vocab)[0]
-    given = {key: getattr(args, key) for key in ("block_size", "n_embd", "n_head")}
-    given = {key: value for key, value in given.items() if value is not None}
-    # every layer sees all: windows pay only with a kernel that skips what lies outside of them
-    config = GPTConfig.preset(args.model, vocab_size=tokenizer.n_vocab, windows="L", **given)
+        folder = Path(args.init_from)
+        if args.init_from in GPT2_SIZES and not folder.exists():
+            folder = download_gpt2(args.init_from, Path("data/openai") / args.init_from)
+        return load_checkpoint(folder, vocab_size=tokenizer.n_vocab)[0]
+    # without a kernel that skips what lies outside of them, windows only cost
+    fields = dict(vocab_size=tokenizer.n_vocab, **({} if kernel is not sdpa else {"windows": "L"}))
+    for given in args.config:
+        key, _, value = given.partition("=")
+        if key not in GPTConfig.__dataclass_fields__ or key == "vocab_size":
+            raise SystemExit(f"--config {given}: no such field; they are "
+                             f"{', '.join(GPTConfig.__dataclass_fields__)}, less vocab_size, which "
+                             "is the tokenizer's; try --config block_size=256")
+        kind = type(getattr(GPTConfig, key))
+        try:
+            fields[key] = value in ("1", "True", "true") if kind is bool else kind(value)
+        except ValueError:
+            raise SystemExit(f"--config {given}: {value!r} is no {kind.__name__}; fields have the "
+                             "types of GPTConfig; try --config n_embd=128") from None
+    config = GPTConfig.preset(args.model, **fields)
     C, NH = config.n_embd, config.n_head
     if C % NH:
         raise SystemExit(f"n_embd {C} is not a multiple of n_head {NH}; heads are equally wide; "
-                         f"try --n_embd {C // NH * NH}")
+                         f"try --config n_embd={C // NH * NH}")
     return GPT(config)
+
+@contextmanager
+def named_failures(ranks, where):
+    """A rank that loses another in a collective says which it is and where, then ends."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"rank {ranks.rank}, {where()}: {str(error).splitlines()[0]}; a step "
+                         "takes the same in smaller pieces; halve --batch_size") from None
+    except RuntimeError as error:
+        if ranks.world_size == 1:
+            raise
+        raise SystemExit(f"rank {ranks.rank} of {ranks.world_size}, {where()}: "
+                         f"{str(error).splitlines()[0][:200]}; a rank ends when another is gone; "
+                         "see what that one said, then continue with --resume") from error
+
+def make_profiler(run, ranks, log):
+    """Steps 10-12 → <run>/trace.json (chrome://tracing, ui.perfetto.dev), and the 15 longest."""
+    def show(profiler):
+        cuda = "cuda" in ranks.device
+        by = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+        log.say(profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=60))
+        profiler.export_chrome_trace(str(run / "trace.json"))
+    steps = torch.profiler.schedule(wait=8, warmup=1, active=3, repeat=1)
+    return torch.profiler.profile(schedule=steps, on_trace_ready=show)
 
 def main():
     args = parse_args()
@@ -236,92 +358,134 @@ def main():
     signals, stop = [], False   # a signal is agreed on by all ranks: they leave after the same step
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: signals.append(number))
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
     ranks = init_ranks(args.device)
     torch.manual_seed(args.seed)
-    model = build_model(args, tokenizer).use(ranks.device)
+    kernel, why = find_kernel(ranks.device)
+    model = build_model(args, tokenizer, kernel).use(ranks.device, fp8=args.fp8)
     config, T, V = model.config, model.config.block_size, model.config.vocab_size
-    grad_accum_steps = horizon(model, args, ranks.world_size, "cuda" in ranks.device)
+    grad_accum_steps = horizon(model, args, ranks.world_size,
+                               most_rows(model, ranks.world_size, ranks.device))
     optimizer = make_optimizer(model, ranks, args.lr, args.total_batch_size)
+    B = args.batch_size
     loader = Loader(train_shards, T, args.seed)
     token_bytes = torch.from_numpy(tokenizer.token_bytes().astype(np.int64)).to(ranks.device)
     engine = Engine(model, tokenizer)
     settings = dict(model=vars(config), total_batch_size=args.total_batch_size,
-                    max_steps=args.max_steps, seed=args.seed, lr=args.lr,
+                    max_steps=args.max_steps, seed=args.seed, lr=args.lr, fp8=args.fp8,
                     tokenizer=tokenizer.sha256, n_tokens=train_shards.n_tokens)
 
     state = load_state(run, args.resume, ranks, optimizer, model, settings)
-    step, position = (state["step"], state["position"]) if state else (0, 0)
+    first_step = step = state["step"] if state else 0
+    position, usd = (state["position"], state["usd"]) if state else (0, 0.0)
+    losses, norms = (state["losses"], state["norms"]) if state else ([], [])    # for is_spike
     log = RunLog(run, args.max_steps, ranks, resume_step=step if state else None)
     if step >= args.max_steps:
         return log.say(f"{run} is trained: step {step} of {args.max_steps}")
     log.header(args, model, ranks.device)
-    log.say(f"{args.total_batch_size} tokens a step = {args.batch_size} rows x {T} tokens x "
+    log.say(f"{args.total_batch_size} tokens a step = {B} rows x {T} tokens x "
             f"{ranks.world_size} ranks x {grad_accum_steps} accumulated; {args.max_steps} steps = "
             f"{args.max_steps * args.total_batch_size / train_shards.n_tokens:.2f} epochs of "
-            f"{train_shards.n_tokens:,} tokens; {model.flops_per_token():.3g} FLOP a token; "
-            f"an untrained model's loss is ln({V}) = {math.log(V):.4f}")
+            f"{train_shards.n_tokens:,} tokens")
+    fixed, row = memory_bytes(model, ranks.world_size)
+    log.say(f"{model.matmul_params():,} parameters in matmuls, {model.flops_per_token():.3g} FLOP "
+            f"a token; memory about {(fixed + B * row) / 1e9:.1f} GB a rank, {row / 1e9:.2f} GB of "
+            "it a row: if it does not fit, halve --batch_size")
+    log.say(f"attention {config.windows}: {why}")
     # only training is compiled: evaluation and samples use the raw model
     use_compile = args.compile if args.compile is not None else "cuda" in ranks.device
-    train_model = torch.compile(model, dynamic=False) if use_compile else model
+    hidden = torch.compile(model.hidden, dynamic=False) if use_compile else model.hidden
     peak = peak_flops(ranks.device)
-    started, first_step, recent = time.time(), step, []
+    gpu_usd, earlier_usd = (args.gpu_hour_usd or 0) * ranks.world_size, usd
+    started, recent, phase, val_bpb = time.time(), [], "the first collective", None
 
     def save():
-        save_state(run, ranks, optimizer, model, step=step, position=position, settings=settings)
+        save_state(run, ranks, optimizer, model, step=step, position=position, usd=usd,
+                   losses=losses, norms=norms, settings=settings)
         if ranks.is_main:
             save_checkpoint(run, model, tokenizer, stage="pretrain", step=step, val_bpb=val_bpb)
 
-    val_bpb = None
-    model.train()
-    while True:
-        last = step == args.max_steps
-        if (step % args.eval_every == 0 or last) and (step == 0 or step > first_step):
-            val_loss, val_bpb = evaluate(model, val_shards, token_bytes, T, args.batch_size, ranks,
-                                         None if last else args.val_tokens)
-            log(step, val_loss=val_loss, val_bpb=val_bpb)
-            if ranks.is_main:
-                for i, prompt in enumerate(("The", "Return the")):
-                    ids = engine.generate([prompt], 48, temperature=0.8, seed=i)[0].ids
-                    text = tokenizer.decode(ids)
-                    log.say(f"  sample: {prompt}{text!r}", step=step, sample=prompt + text)
-            if last and ranks.is_main and val_shards.n_tokens < 2 ** 22:  # xz is slow
-                others = compressors_bpb(val_shards, tokenizer)
-                log.say(f"val bits per byte: this model {val_bpb:.4f}, gzip -9 "
-                        f"{others['gzip']:.4f}, xz -9e {others['xz']:.4f}",
-                        step=step, val_bpb=val_bpb, **others)
-        if last or stop or (step % args.save_every == 0 and step > first_step):
-            save()
-        if last or stop:
-            break
+    def batch(micro_step):
+        """Rows of a micro-step; one behind the last is the first of the next step."""
+        first = position + (micro_step * ranks.world_size + ranks.rank) * B
+        return loader.batch(first, B, ranks.device)
 
-        tick = time.time()
-        loss = torch.zeros((), device=ranks.device)
-        for micro_step in range(grad_accum_steps):
-            rows = position + (micro_step * ranks.world_size + ranks.rank) * args.batch_size
-            x, y = loader.batch(rows, args.batch_size, ranks.device)
-            micro_loss = train_model(x, y) / grad_accum_steps
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        norm = optimizer.average_grads()
-        loss, stops = ranks.sum(loss.item() / ranks.world_size, len(signals))
-        stop = stops > 0
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise SystemExit(f"step {step}: loss {loss}, norm {norm}; training needs finite "
-                             "numbers; what was saved is kept; try a lower --lr in another --out")
-        lr_scale, momentum, decay_scale = schedule(step, args.max_steps, modern=config.rms_norm)
-        # GPT-2 clips at norm 1; the modern recipe never reaches a norm where clipping would matter
-        grad_scale = 1.0 if config.rms_norm else min(1.0, 1.0 / (norm + 1e-6))
-        optimizer.step(lr_scale, grad_scale, momentum, decay_scale)
-        step, position = step + 1, position + args.total_batch_size // T
+    with ExitStack() as stack:
+        stack.enter_context(named_failures(ranks, lambda: f"step {step}, {phase}"))
+        profiler = args.profile and ranks.is_main and stack.enter_context(
+            make_profiler(run, ranks, log))
+        ranks.sum(1)
+        model.train()
+        x, y = batch(0)
+        while True:
+            last = step == args.max_steps
+            if (step % args.eval_every == 0 or last) and (step == 0 or step > first_step):
+                phase = "evaluation"
+                val_loss, val_bpb = evaluate(model, val_shards, token_bytes, T, B, ranks,
+                                             None if last else VAL_TOKENS)
+                log(step, val_loss=val_loss, val_bpb=val_bpb, **(scores(
+                    engine, args.core_dir, CORE_EXAMPLES, ranks) if args.core_dir else {}))
+                if step == 0 and not args.init_from and not 0.95 < val_loss / math.log(V) < 1.05:
+                    raise SystemExit(f"val_loss {val_loss:.4f} before step 1; an untrained model's "
+                                     f"is ln({V}) = {math.log(V):.4f}; the code of the model or "
+                                     "of the loss was broken: run make test")
+                if ranks.is_main:
+                    for i, prompt in enumerate(("The", "Return the")):
+                        ids = engine.generate([prompt], 48, temperature=0.8, seed=i)[0].ids
+                        text = tokenizer.decode(ids)
+                        log.say(f"  sample: {prompt}{text!r}", step=step, sample=prompt + text)
+                if last and ranks.is_main and val_shards.n_tokens < 2 ** 22:  # xz is slow
+                    others = compressors_bpb(val_shards, tokenizer)
+                    log.say(f"val bits per byte: this model {val_bpb:.4f}, gzip -9 "
+                            f"{others['gzip']:.4f}, xz -9e {others['xz']:.4f}",
+                            step=step, val_bpb=val_bpb, **others)
+            if last or stop or (step % args.save_every == 0 and step > first_step):
+                phase = "saving"
+                save()
+            if last or stop:
+                break
 
-        seconds = time.time() - tick
-        recent = [*recent[-19:], seconds]
-        tok_s = args.total_batch_size / seconds
-        gpu_hours = (time.time() - started) / 3600 * ranks.world_size
-        usd = args.gpu_hour_usd and gpu_hours * args.gpu_hour_usd
-        log(step, loss=loss, lr=lr_scale * optimizer.groups[0]["lr"], norm=norm, ms=1000 * seconds,
-            tok_s=tok_s, mfu=peak and model.flops_per_token() * tok_s / peak / ranks.world_size,
-            usd=usd or None, eta=sum(recent) / len(recent) * (args.max_steps - step))
+            phase, tick = "training", time.time()
+            loss = torch.zeros((), device=ranks.device)
+            for micro_step in range(grad_accum_steps):
+                micro_loss = model.loss(hidden(x), y) / grad_accum_steps
+                micro_loss.backward()
+                loss += micro_loss.detach()
+                x, y = batch(micro_step + 1)        # while a GPU is still busy with the backward
+            norm = optimizer.average_grads()
+            loss, stops = ranks.sum(loss.item() / ranks.world_size, len(signals))
+            stop = stops > 0
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise SystemExit(f"step {step}: loss {loss}, norm {norm}; training needs finite "
+                                 "numbers; what was saved is kept; try a lower --lr in another "
+                                 "--out")
+            lr_scale, momentum, decay_scale = schedule(step, args.max_steps, config.rms_norm)
+            if is_spike(losses, loss) or is_spike(norms, norm):
+                log.say(f"step {step + 1}: skipped, loss {loss:.4f} or norm {norm:.4f} stands out "
+                        f"of the last {SPIKE_WINDOW}", step=step + 1, skipped=True)
+                optimizer.zero_grad()
+            else:   # GPT-2 clips at norm 1; the modern recipe's clipping would never act, but cost
+                grad_scale = 1.0 if config.rms_norm else min(1.0, 1.0 / (norm + 1e-6))
+                optimizer.step(lr_scale, grad_scale, momentum, decay_scale)
+            losses, norms = ([*last_ones, value][-SPIKE_WINDOW:]
+                             for last_ones, value in ((losses, loss), (norms, norm)))
+            step, position = step + 1, position + args.total_batch_size // T
+
+            seconds = time.time() - tick
+            recent = [*recent[-19:], seconds]
+            tok_s = args.total_batch_size / seconds
+            usd = earlier_usd + (time.time() - started) / 3600 * gpu_usd
+            log(step, loss=loss, lr=lr_scale * optimizer.groups[0]["lr"], norm=norm,
+                ms=1000 * seconds, tok_s=tok_s, usd=usd or None,
+                mfu=peak and model.flops_per_token() * tok_s / peak / ranks.world_size,
+                eta=sum(recent) / len(recent) * (args.max_steps - step))
+            if profiler:
+                profiler.step()
+            if step == first_step + 1:      # collecting garbage takes half a second now and then
+                gc.collect()
+                gc.freeze()
 
     if stop and not last:
         log.say(f"stopped and saved at step {step}; continue with the same command and --resume")

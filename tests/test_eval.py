@@ -15,7 +15,7 @@ import torch
 import eval as eval_module
 from conftest import GPT2, MODERN, ROOT, mutate, noisy, run_main
 from eval import (HELLASWAG, Run, Task, accuracy_sources, batches, centered, core, core_questions,
-                  core_tasks, curve, hellaswag, letter_questions, mean_of, read_rows, run_task,
+                  core_tasks, curve, letter_questions, mean_of, read_rows, run_task,
                   score, solve, ticks, token_spans, verdicts)
 from model import RunLog, load_checkpoint, save_weights
 from sample import Engine
@@ -186,9 +186,9 @@ def parrot(tokenizer):
 
 def test_a_rigged_model_prefers_the_right_ending(parrot, tmp_path):
     path = write_jsonl(tmp_path / "hellaswag.jsonl", CHOICES)
-    assert hellaswag(parrot, path) == 1.0
+    assert run_task(parrot, HELLASWAG, path)["accuracy"] == 1.0
     write_jsonl(path, [dict(row, gold=1 - row["gold"]) for row in CHOICES])
-    assert hellaswag(parrot, path) == 0.0
+    assert run_task(parrot, HELLASWAG, path)["accuracy"] == 0.0
     assert run_task(parrot, HELLASWAG, path, max_examples=1)["n"] == 1
 
 

@@ -10,15 +10,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as model_module
 from conftest import GPT2, MODERN, mutate, noisy
-from model import (GPT, GPT2_SIZES, CrossEntropy, GPTConfig, Optimizer, Ranks, RunLog, as_matrices,
-                   load_checkpoint, load_state, make_optimizer, polar, read_log, save_checkpoint,
-                   save_state)
+from model import (GPT, GPT2_SIZES, CrossEntropy, Fp8Matmul, GPTConfig, Linear, RunLog, find_kernel,
+                   load_checkpoint, read_log, save_checkpoint, sdpa)
+from optim import Optimizer, make_optimizer
 from sample import KVCache
 
 T = GPT2.block_size
@@ -240,8 +241,9 @@ def check_window(window):
     q, k = torch.randn(2, 1, 3, S, 8)
     t, s = torch.arange(S)[:, None], torch.arange(S)
     v = torch.eye(S).expand(1, 3, S, S)
-    found = model_module.attention(q, k, v, s[None], window, cache=None, dropout=0.0)
-    scores = (q @ k.mT / math.sqrt(8)).masked_fill((s > t) | (s < t - window), -math.inf)
+    q_k_v = (x.transpose(1, 2) for x in (q, k, v))
+    found = model_module.sdpa(*q_k_v, window, scale=0.3).transpose(1, 2)
+    scores = (0.3 * q @ k.mT).masked_fill((s > t) | (s < t - window), -math.inf)
     assert torch.allclose(found, scores.softmax(-1), atol=1e-6)
     assert ((found > 0).sum(-1) == (t[:, 0] + 1).clamp(max=window + 1)).all()   # w + 1 keys
 
@@ -292,6 +294,89 @@ def test_cache_rows_can_be_copied_reordered_and_dropped(config):
     assert cache.used == 12 and (cache.pos == 12).all()     # the original has not moved on
 
 
+# ---- attention kernels, 8-bit matmuls
+
+def test_a_kernel_is_taken_only_if_it_gives_what_sdpa_gives():
+    def window_off_by_one(q, k, v, window, scale):
+        return sdpa(q, k, v, window - 1, scale)
+
+    def missing(*args, **kwargs):
+        raise ImportError("no such module\nfor two lines")
+
+    def right(q, k, v, window, scale):
+        return sdpa(q, k, v, window, scale)
+
+    kernel, why = find_kernel("cpu", (missing, window_off_by_one, right))
+    assert kernel is right and why.startswith("missing: no such module; window_off_by_one: differs")
+    kernel, why = find_kernel("cpu", (missing, window_off_by_one))
+    assert kernel is sdpa and why.endswith("sdpa it is")
+
+
+def test_kernels_that_need_a_gpu_are_refused_on_a_cpu_with_a_reason():
+    kernel, why = find_kernel("cpu")
+    assert kernel is sdpa and why.count(";") == 2 and "flash_attention_3: " in why
+
+
+def test_dropout_and_a_cache_do_without_the_kernel():
+    model = noisy(replace(MODERN, dropout=0.5))
+    for block in model.h:
+        block.attn.kernel = None        # calling it would raise
+    model(TEXT[:, :4], cache=KVCache(model.config, 3, T))
+    model.train()(TEXT)
+    with pytest.raises(TypeError):
+        model.eval()(TEXT)
+
+
+@pytest.mark.parametrize("config, fp8", [(GPT2, 0), (MODERN, 0), (MODERN, 1)],
+                         ids=["gpt2", "modern", "fp8"])
+def test_training_compiles_to_one_graph_once(config, fp8):
+    """Without an inductor, which takes a minute: breaks and recompilations are seen as well."""
+    torch._dynamo.reset()
+    model = noisy(config).use("cpu", fp8=fp8).train()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True, backend=graphs)
+    optimizer = make_optimizer(model)
+    for _ in range(4):
+        loss = model.loss(hidden(TEXT), TEXT)
+        torch.testing.assert_close(loss, model(TEXT, TEXT), rtol=1e-4, atol=0)
+        loss.backward()
+        optimizer.average_grads(), optimizer.step(0.1)
+    assert graphs.frame_count == 1
+
+
+def check_fp8(shape):
+    """Against fp32: e4m3 rounds to 1/16 at most, e5m2 to 1/8; over a sum the errors average out."""
+    torch.manual_seed(0)
+    M, K, N = shape
+    x, W = torch.randn(M, K, requires_grad=True), torch.randn(N, K, requires_grad=True)
+    dy = torch.randn(M, N)
+    found = torch.autograd.grad(Fp8Matmul.apply(x, W), (x, W), dy)
+    for a, b in zip((Fp8Matmul.apply(x, W), *found), (x @ W.T, dy @ W, dy.T @ x)):
+        assert a.dtype == torch.float32 and 0.001 < (a - b).norm() / b.norm() < 0.08
+
+
+def test_fp8_matmul_and_its_gradients_are_near_fp32s():
+    check_fp8((64, 48, 32))
+
+
+def test_fp8_reaches_the_large_matrices_and_trains():
+    config = replace(MODERN, n_embd=128, n_head=1)
+    losses = []
+    for fp8 in (False, True):
+        torch.manual_seed(0)
+        model = GPT(config).use("cpu", fp8=fp8)
+        assert {m.fp8 for m in model.h.modules() if isinstance(m, Linear)} == {False, fp8}
+        optimizer = make_optimizer(model, lr=0.002)
+        for _ in range(8):
+            loss = model(TEXT[:, :-1], TEXT[:, 1:])
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.average_grads(), optimizer.step()
+    plain, in_8_bits = torch.tensor(losses).view(2, 8)
+    assert in_8_bits[-1] < in_8_bits[0] - 0.3 and not torch.equal(plain, in_8_bits)
+    torch.testing.assert_close(plain, in_8_bits, rtol=0.01, atol=0)
+
+
 # ---- the loss
 
 def check_cross_entropy(softcap, chunk=17, masked=0.3):
@@ -306,7 +391,7 @@ def check_cross_entropy(softcap, chunk=17, masked=0.3):
     expected = expected / max(1, (targets >= 0).sum())
     (3 * expected).backward()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model_module.CHUNK_LOGITS, "cpu", chunk * config.vocab_size)
+        patch.setattr(model_module, "chunk_rows", lambda x, V: chunk)
         x.requires_grad_(), weight.requires_grad_()
         loss = CrossEntropy.apply(x, weight, targets, config)
         (3 * loss).backward()
@@ -363,127 +448,6 @@ def test_bf16_keeps_fp32_masters_in_which_a_small_update_survives():
     torch.testing.assert_close(step, torch.full_like(step, 1e-4), rtol=0.01, atol=0)
 
 
-# ---- the optimizer
-
-def test_adamw_equals_pytorchs():
-    ours, theirs = noisy(GPT2), noisy(GPT2)
-    optimizer, params = make_optimizer(ours, lr=3e-3), list(theirs.parameters())
-    oracle = torch.optim.AdamW([dict(params=[p for p in params if p.ndim > 1], weight_decay=0.1),
-                                dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)],
-                               lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
-    for scale in (1.0, 0.5) * 5:
-        for p, q in zip(ours.parameters(), params):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        norm = optimizer.average_grads()
-        assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(params, 1.0).item(), rel=1e-5)
-        for group in oracle.param_groups:
-            group["lr"] = 3e-3 * scale
-        optimizer.step(scale, grad_scale=min(1.0, 1 / (norm + 1e-6)))
-        oracle.step()
-    for p, q in zip(ours.parameters(), params):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(32, 32), (128, 32), (3, 16, 64), (2, 1)])
-def test_polar_pushes_singular_values_to_one_and_keeps_directions(shape):
-    torch.manual_seed(0)
-    G = torch.randn(shape) * 1e-3
-    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    found = torch.diagonal(U.mT @ polar(G) @ Vh.mT, dim1=-2, dim2=-1)
-    large = S > 0.05 * S.amax(-1, keepdim=True)
-    assert large.float().mean() > 0.9 and ((found[large] - 1).abs() < 0.2).all()
-
-
-def twin_muon(W, grads, lr, decay, momentum):
-    """Muon for one matrix in float64, from the papers' formulas: the weights after all steps."""
-    W, (m, n) = W.double().clone(), W.shape
-    buffer, variance = torch.zeros(m, n).double(), torch.zeros(m if m >= n else n).double()
-    for grad in grads:
-        buffer = momentum * buffer + (1 - momentum) * grad.double()
-        X = (1 - momentum) * grad.double() + momentum * buffer
-        X = X / (1.01 * X.square().sum().sqrt() + 1e-6)
-        for a, b, c in model_module.POLAR_EXPRESS:
-            X = a * X + b * X @ X.T @ X + c * X @ X.T @ X @ X.T @ X
-        along = 1 if m >= n else 0
-        variance = 0.9 * variance + 0.1 * X.square().mean(along)
-        scaled = X / variance.unsqueeze(along).sqrt()
-        u = scaled * X.norm() / scaled.norm()
-        for i in range(m):
-            for j in range(n):
-                cautious = decay * W[i, j] if u[i, j] * W[i, j] >= 0 else 0.0
-                W[i, j] -= lr * max(1, m / n) ** 0.5 * (u[i, j] + cautious)
-    return W
-
-
-def check_muon():
-    torch.manual_seed(0)
-    shapes = dict(c_attn=(18, 6), c_fc=(24, 6), c_proj=(6, 24), value_gate=(2, 5))
-    params = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
-    grads = {name: torch.randn(3, *shape) for name, shape in shapes.items()}
-    expected = {}
-    for name, p in params.items():
-        W, g = ([t.detach().chunk(3, -2) if name == "c_attn" else [t.detach()]
-                 for t in (p, grads[name])])
-        expected[name] = torch.cat([twin_muon(*pair, 0.02, 0.5, 0.9) for pair in zip(W, g)])
-    optimizer = Optimizer([dict(kind="muon", params=params, lr=0.01, weight_decay=1.0)])
-    for step in range(3):
-        for name, p in params.items():
-            p.grad = 4 * grads[name][step]
-        optimizer.step(lr_scale=2.0, grad_scale=0.25, momentum=0.9, decay_scale=0.5)
-    for name, p in params.items():
-        torch.testing.assert_close(p.double(), expected[name], rtol=1e-3, atol=1e-4)
-
-
-def test_muon_equals_its_slow_twin():
-    check_muon()
-
-
-def test_as_matrices_is_a_view_of_queries_keys_and_values():
-    W = torch.arange(48.0).view(12, 4)
-    assert as_matrices(W).shape == (3, 4, 4) and torch.equal(as_matrices(W)[1], W[4:8])
-    assert as_matrices(W).data_ptr() == W.data_ptr() and as_matrices(W.T).shape == (1, 4, 12)
-
-
-def test_weights_decay_only_where_the_update_shrinks_them():
-    moved = []
-    for decay in (0.0, 0.3):
-        torch.manual_seed(0)
-        p = torch.nn.Parameter(torch.randn(6, 5))
-        p.grad, before = torch.randn(6, 5), p.detach().clone()
-        Optimizer([dict(kind="muon", params={"w": p}, lr=0.1, weight_decay=decay)]).step()
-        moved.append(p.detach() - before)
-    update, decayed = moved[0], moved[1] - moved[0]
-    shrinks = update * before < 0
-    torch.testing.assert_close(decayed, -0.1 * (6 / 5) ** 0.5 * 0.3 * before * shrinks)
-    assert 0.2 < shrinks.float().mean() < 0.8
-
-
-@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
-def test_every_parameter_is_in_one_group_and_moves(config):
-    model = noisy(config)
-    optimizer = make_optimizer(model)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    assert sum(len(group["params"]) for group in optimizer.groups) == len(before)
-    model(TEXT, TEXT.roll(-1, 1)).backward()
-    optimizer.step()
-    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-@pytest.mark.parametrize("knob", [dict(lr_scale=0.5), dict(momentum=0.5), dict(decay_scale=0.0)],
-                         ids=str)
-def test_every_scheduled_number_reaches_the_weights(knob):
-    after = []
-    for settings in ({}, knob):
-        model = noisy(MODERN)
-        optimizer = make_optimizer(model)
-        for _ in range(2):      # the first update is one direction whatever the momentum
-            model(TEXT, TEXT.roll(-1, 1)).backward()
-            optimizer.step(**settings)
-        after.append(model.h[0].mlp.c_fc.weight.detach())
-    assert (after[0] - after[1]).abs().max() > 1e-6
-
-
 # ---- vocabulary, checkpoints, state, log
 
 @pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
@@ -528,66 +492,6 @@ def test_bad_checkpoint_is_one_line(damage, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
-def test_state_restores_weights_optimizer_and_random_numbers(config, tmp_path):
-    def start():
-        torch.manual_seed(0)
-        model = GPT(replace(config, dropout=0.1))
-        return model, make_optimizer(model)
-
-    def train(model, optimizer, steps):
-        for _ in range(steps):
-            model(TEXT, TEXT.roll(-1, 1)).backward()
-            optimizer.step()
-        return model(TEXT)
-
-    model, optimizer = start()
-    train(model, optimizer, 2)
-    save_state(tmp_path, Ranks(), optimizer, model, step=1, position=10, settings={})
-    save_state(tmp_path, Ranks(), optimizer, model, step=2, position=20, settings=dict(a=1))
-    expected = train(model, optimizer, 3)
-    model, optimizer = start()
-    state = load_state(tmp_path, True, Ranks(), optimizer, model, dict(a=1))
-    assert (state["step"], state["position"]) == (2, 20)
-    assert torch.equal(train(model, optimizer, 3), expected)
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_000002"]
-
-
-SETTINGS = dict(seed=1, lr=None)
-
-
-@pytest.fixture
-def load(tmp_path):
-    """A run with one saved state in tmp_path → load_state for it."""
-    model = GPT(GPT2)
-    optimizer = make_optimizer(model)
-    save_state(tmp_path, Ranks(), optimizer, model, step=2, position=20, settings=SETTINGS)
-    return lambda resume, settings: load_state(tmp_path, resume, Ranks(), optimizer, model,
-                                               settings)
-
-
-def test_state_of_another_version_is_one_line(load, tmp_path):
-    path = tmp_path / "state" / "step_000002" / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(format_version=99)))
-    with pytest.raises(SystemExit, match="another format_version;.*;"):
-        load(True, SETTINGS)
-
-
-@pytest.mark.parametrize("settings", [dict(seed=2, lr=None), dict(seed=1, lr=0.1), dict(task="x")],
-                         ids=str)
-def test_state_of_other_settings_is_one_line(load, settings):
-    with pytest.raises(SystemExit, match="another .*;.*;"):
-        load(True, settings)
-
-
-def test_only_a_complete_state_counts_and_it_is_not_written_over(load, tmp_path):
-    assert load(True, SETTINGS)["step"] == 2
-    with pytest.raises(SystemExit, match="overwrite.*--resume"):
-        load(False, SETTINGS)
-    (tmp_path / "state" / "step_000002").rename(tmp_path / "state" / "step_000002.part")
-    assert load(True, SETTINGS) is None and load(False, SETTINGS) is None
-
-
 def test_log_line_has_the_one_grammar(tmp_path, capsys):
     RunLog(tmp_path, 19073)(1200, loss=3.421875, lr=5.98e-4, norm=0.2871, ms=512.3, tok_s=1023400.0,
                             mfu=0.412, usd=0.42, eta=4323.9, kl=None)
@@ -616,16 +520,23 @@ def text_only(value):
 
 
 @pytest.mark.parametrize("owner, name, old, new, check, argument", [
-    (model_module, "attention", "t - s <= window", "t - s < window", check_window, 4),
-    (model_module, "attention", "s <= t", "s <= t + 1", check_window, 4),
-    (model_module, "attention", "window >= q.shape[2] - 1", "window >= 0", check_window, 4),
-    (model_module, "attention", "is_causal=True", "is_causal=False", check_causality, GPT2),
+    (model_module, "sdpa", "t - s <= window", "t - s < window", check_window, 4),
+    (model_module, "sdpa", "s <= t", "s <= t + 1", check_window, 4),
+    (model_module, "sdpa", "window >= q.shape[2] - 1", "window >= 0", check_window, 4),
+    (model_module, "sdpa", "is_causal=causal", "is_causal=False", check_causality, GPT2),
     (KVCache, "append", "self.pos[:, None]", "self.used + 0 * self.pos[:, None]", check_cache,
      GPT2),
     (GPT, "hidden", "pos + cache.pos[:, None]", "pos + cache.used", check_cache, MODERN),
-    (CrossEntropy, "forward", "dz.mul_(1 - y.div_(s).square_())", "pass", check_cross_entropy, 3.0),
-    (CrossEntropy, "forward", "mul_(valid / count)", "div_(count)", check_cross_entropy, 0.0),
-    (CrossEntropy, "forward", "dW[:V] += ", "dW[:V] = ", check_cross_entropy, 0.0),
+    (model_module, "loss_and_gradient", "dy.addcmul_(dy, t.square_(), value=-1)", "pass",
+     check_cross_entropy, 3.0),
+    (model_module, "loss_and_gradient", "share / sum_exp", "1 / sum_exp", check_cross_entropy, 0.0),
+    (model_module, "loss_and_gradient", "(1 - (y_target / s).square())", "1", check_cross_entropy,
+     3.0),
+    (Fp8Matmul, "backward", "weight.t().contiguous(), weight_scale", "weight, weight_scale",
+     check_fp8, (32, 32, 32)),
+    (model_module, "to_fp8", "x.float() / scale", "x.float()", check_fp8, (64, 48, 32)),
+    (CrossEntropy, "forward", "dW[:V].addmm_(dz.T, x_part)", "dW[:V] = dz.T @ x_part",
+     check_cross_entropy, 0.0),
     (CrossEntropy, "backward", "dx * grad", "dx", check_cross_entropy, 0.0)],
     ids=text_only)
 def test_checks_notice_a_mutant(owner, name, old, new, check, argument, monkeypatch):
@@ -636,20 +547,7 @@ def test_checks_notice_a_mutant(owner, name, old, new, check, argument, monkeypa
 
 
 @pytest.mark.parametrize("owner, name, old, new", [
-    (Optimizer, "muon", "grad.lerp(buffer, momentum)", "buffer"),
-    (Optimizer, "muon", "1 - beta2", "beta2"),
-    (model_module, "polar", "1.01", "1.2"),
-    (model_module, "as_matrices", "K = 3 if", "K = 1 if"),
-    (Optimizer, "muon", "U * W >= 0", "U * W <= 0"),
-    (Optimizer, "muon", "max(1, W.shape[-2] / W.shape[-1])", "1")], ids=text_only)
-def test_muons_twin_notices_a_mutant(owner, name, old, new, monkeypatch):
-    mutate(monkeypatch, owner, name, old, new)
-    with pytest.raises(AssertionError):
-        check_muon()
-
-
-@pytest.mark.parametrize("owner, name, old, new", [
-    (model_module.Attention, "forward", "1.2 * rms_norm(k)", "rms_norm(k)"),
+    (model_module.Attention, "forward", "1.2 ** 2 * scale", "scale"),
     (model_module.Attention, "forward", "3 * torch.sigmoid", "2 * torch.sigmoid"),
     (model_module, "rotate", "x2 * cos - x1 * sin", "x2 * cos + x1 * sin"),
     (model_module, "rotary_table", "base=100_000", "base=10_000"),

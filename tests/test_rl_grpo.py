@@ -15,7 +15,8 @@ import chat_sft
 import rl_grpo
 from bpe import Tokenizer
 from conftest import assert_same_files, mutate, run_main, run_ranks, stop_at
-from model import Optimizer, Ranks, load_checkpoint, read_log
+from model import Ranks, load_checkpoint, read_log
+from optim import Optimizer
 from rl_grpo import (advantages, learn, policy_loss, rollout, rollout_tensors, thinking_pays,
                      token_logprobs)
 from sample import Completion, Engine

@@ -467,3 +467,10 @@ def test_twin_of_the_cuts_notices_a_mutant(old, new, monkeypatch):
     with pytest.raises(AssertionError):
         for cut in CUTS:
             check_cuts(**cut)
+
+
+def test_openais_gpt2_is_read_with_gpt2s_tokenizer(base_run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample.Tokenizer, "pretrained", asked.append)
+    assert sample.load_tokenizer(tmp_path) is None and asked == ["gpt2"]
+    assert sample.load_tokenizer(base_run).n_vocab == 400

@@ -16,10 +16,11 @@ MODULES = {"torch", "numpy", "tiktoken", "requests", "safetensors", "tqdm",
            "regex", "urllib3"}      # requirements.txt; tiktoken and requests bring the last two
 ALLOWED = {                         # which of the project's files each may import
     "bpe": set(), "model": set(), "crawl": set(), "download": {"crawl"},
-    "corpus": {"bpe", "crawl"},
-    "prepare_fineweb": {"corpus", "crawl", "download"},
-    "sample": {"model", "bpe"}, "train_gpt2": {"model", "bpe", "sample", "eval"},
-    **dict.fromkeys(("chat_sft", "rl_grpo", "eval", "serve"), {"model", "bpe", "sample"})}
+    "corpus": {"bpe", "crawl"}, "prepare_fineweb": {"corpus", "crawl", "download"},
+    "optim": {"model"}, "sample": {"model", "bpe"},
+    "train_gpt2": {"model", "optim", "bpe", "sample", "eval"},
+    **dict.fromkeys(("chat_sft", "rl_grpo"), {"model", "optim", "bpe", "sample"}),
+    **dict.fromkeys(("eval", "serve"), {"model", "bpe", "sample"})}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
                            ".ci/run") for path in [ROOT / name] if path.exists()]
 

@@ -3,11 +3,15 @@ train_gpt2.py: the loader gives every token once, a run that was killed goes on 
 ranks train what one does. Runs are of 12 steps on the manuals of conftest.py.
 """
 import gzip
+import hashlib
+import http.server
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,18 +22,22 @@ from safetensors.torch import load_file
 import train_gpt2
 from conftest import (GPT2, ROOT, assert_same_files, mutate, noisy, run_main, run_ranks, stop_at,
                       write_shard)
-from model import GPT, GPTConfig, Optimizer, Ranks, load_checkpoint, read_log
+from model import GPT, GPTConfig, Ranks, load_checkpoint, read_log
+from optim import Optimizer
 from test_model import RECIPE, text_only
-from train_gpt2 import Loader, Shards, compressors_bpb, evaluate, horizon, schedule
+from train_gpt2 import (Loader, Shards, compressors_bpb, download_gpt2, evaluate, horizon, is_spike,
+                        memory_bytes, schedule)
 
 HERE = dict(cwd=ROOT, capture_output=True, text=True)
 PRESETS = dict(adamw=["--model", "gpt2"], muon=["--model", "d4"])
 
 
 def flags(data, out, preset="muon", **changes):
-    given = {**dict(n_embd=32, n_head=2, block_size=32, batch_size=2, total_batch_size=256,
-                    max_steps=12, eval_every=6, save_every=6, val_tokens=300), **changes}
-    return [*PRESETS[preset], "--data", data, "--out", out,
+    config = dict(n_embd=32, n_head=2, block_size=changes.pop("block_size", 32))
+    given = {**dict(batch_size=2, total_batch_size=256, max_steps=12, eval_every=6, save_every=6),
+             **changes}
+    return [*PRESETS[preset], "--config", *(f"{key}={value}" for key, value in config.items()),
+            "--data", data, "--out", out,
             *(text for key, value in given.items() for text in (f"--{key}", value))]
 
 
@@ -203,7 +211,7 @@ def test_short_schedules_stay_within_bounds(modern, max_steps):
 
 
 def batch_flags(**given):
-    flags = dict(tokens_per_param=None, total_batch_size=None, batch_size=None, max_steps=None)
+    flags = dict(total_batch_size=None, batch_size=None, max_steps=None)
     return SimpleNamespace(**{**flags, **given})
 
 
@@ -212,8 +220,8 @@ def batch_flags(**given):
 def test_horizon_gives_the_recipes_batch_and_steps(depth, steps):
     with torch.device("meta"):
         model = GPT(GPTConfig.preset(f"d{depth}"))
-    args = batch_flags(tokens_per_param=8)
-    accumulated = horizon(model, args, world_size=8, cuda=False)
+    args = batch_flags()
+    accumulated = horizon(model, args, world_size=8, most_rows=16)
     assert args.total_batch_size == RECIPE[depth][-1]
     assert args.max_steps == pytest.approx(steps, rel=0.005)
     assert accumulated * args.batch_size * 2048 * 8 == args.total_batch_size
@@ -225,10 +233,10 @@ def test_horizon_gives_the_recipes_batch_and_steps(depth, steps):
 def test_indivisible_batch_is_one_line_that_names_a_valid_one(given):
     model = GPT(GPT2)
     with pytest.raises(SystemExit, match="not a multiple.*;.*;.*try --total_batch_size") as error:
-        horizon(model, batch_flags(**given), world_size=3, cuda=False)
+        horizon(model, batch_flags(**given), world_size=3, most_rows=16)
     valid = int(str(error.value).split()[-1])
     args = batch_flags(**{**given, "total_batch_size": valid})
-    assert horizon(model, args, world_size=3, cuda=False) >= 1
+    assert horizon(model, args, world_size=3, most_rows=16) >= 1
 
 
 # ---- runs
@@ -307,9 +315,11 @@ def test_two_ranks_under_torchrun_train_what_one_does_with_muon(data, whole, tmp
     assert_nearly_equal(tmp_path, whole["muon"])
 
 
-def test_two_ranks_train_what_one_does_with_adamw(data, whole, tmp_path):
-    run_ranks(train_gpt2, *flags(data, tmp_path, "adamw"))
-    assert_nearly_equal(tmp_path, whole["adamw"])
+@pytest.mark.parametrize("preset, world_size", [("adamw", 2), ("adamw", 4), ("muon", 4)])
+def test_ranks_train_what_one_does(preset, world_size, data, whole, tmp_path):
+    """2 rows at a time: one rank accumulates 4, two 2, four 1."""
+    run_ranks(train_gpt2, *flags(data, tmp_path, preset), world_size=world_size)
+    assert_nearly_equal(tmp_path, whole[preset])
 
 
 def test_state_of_two_ranks_can_be_resumed_by_one(data, whole, tmp_path, monkeypatch):
@@ -361,8 +371,8 @@ def test_resume_with_other_settings_is_refused(data, whole, change):
 def test_numbers_that_are_not_finite_stop_the_run_before_saving(data, tmp_path, monkeypatch):
     nan = torch.tensor(math.nan, requires_grad=True)
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="finite.*;.*lower --lr"):
-        patch.setattr(GPT, "forward", lambda *args, **kwargs: nan)
-        patch.setattr(train_gpt2, "evaluate", lambda *args, **kwargs: (0.0, 0.0))
+        patch.setattr(GPT, "loss", lambda *args, **kwargs: nan)
+        patch.setattr(train_gpt2, "evaluate", lambda *args, **kwargs: (math.log(400), 0.0))
         patch.setattr(train_gpt2.Engine, "generate", lambda *a, **k: [SimpleNamespace(ids=[])])
         run_main(train_gpt2, *flags(data, tmp_path))
     assert not (tmp_path / "state").exists() and not (tmp_path / "model.safetensors").exists()
@@ -375,12 +385,169 @@ def test_training_goes_on_from_another_runs_weights(data, whole, tmp_path):
 
 
 def twin_val_loss(data, run):
-    """Of the first 300 tokens: --val_tokens of flags()."""
     model, _ = load_checkpoint(run)
-    rows = Shards(data, "val").read(0, 301)
-    rows = [torch.from_numpy(rows[None, s:s + 33]) for s in range(0, 300, 32)]
+    rows = Shards(data, "val").read(0, 700)
+    rows = [torch.from_numpy(rows[None, s:s + 33]) for s in range(0, 699, 32)]
     return torch.cat([model(row[:, :-1], row[:, 1:], reduction="none") for row in rows],
                      1).mean().item()
+
+
+# ---- spikes, failures, memory, profile, benchmarks on the way
+
+def test_a_spike_is_skipped_and_logged_and_training_goes_on(data, tmp_path, monkeypatch):
+    def loss_of(self, x, targets, *args):
+        calls.append(1)
+        return ours(self, x, targets, *args) * (50.0 if len(calls) == 4 * 8 + 1 else 1.0)
+
+    calls, ours = [], GPT.loss
+    monkeypatch.setattr(train_gpt2, "SPIKE_WINDOW", 5)
+    monkeypatch.setattr(GPT, "loss", loss_of)
+    monkeypatch.setattr(train_gpt2, "evaluate", lambda *args, **kwargs: (math.log(400), 0.0))
+    run_main(train_gpt2, *flags(data, tmp_path))
+    assert [row["step"] for row in read_log(tmp_path) if row.get("skipped")] == [9]
+    assert logged(tmp_path, "loss")[9] > 20 and logged(tmp_path, "loss")[12] < 6
+
+
+@pytest.mark.parametrize("value, expected", [(1.0, False), (2.2, False), (2.3, True)])
+def test_a_spike_is_7_deviations_above_a_full_window(value, expected):
+    window = [1.0, 1.4] * 64        # mean 1.2, deviation 0.2
+    assert is_spike(window, value + 0.35) is expected and not is_spike(window[1:], 1e9)
+
+
+def test_a_rank_that_dies_ends_the_others_with_rank_and_phase(data, tmp_path, monkeypatch, capfd):
+    def dies(step, *args, **kwargs):
+        if step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return schedule(step, *args, **kwargs)
+
+    monkeypatch.setattr(train_gpt2, "schedule", dies)
+    with pytest.raises(AssertionError, match=r"\[1, -9\]"):
+        run_ranks(train_gpt2, *flags(data, tmp_path), seconds=60)
+    assert "rank 0 of 2, step 3, training: " in capfd.readouterr().err
+
+
+def test_running_out_of_memory_names_the_flag_to_halve(data, tmp_path, monkeypatch):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.\nmore")
+
+    monkeypatch.setattr(GPT, "loss", out_of_memory)
+    monkeypatch.setattr(train_gpt2, "evaluate", lambda *args, **kwargs: (math.log(400), 0.0))
+    with pytest.raises(SystemExit, match="rank 0, step 0, training: CUDA.*;.*; halve --batch_size"):
+        run_main(train_gpt2, *flags(data, tmp_path))
+
+
+def test_memory_of_d24_on_8_ranks_is_what_its_parameters_need():
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset("d24"))
+    fixed, row = memory_bytes(model, 8)
+    params = 1384e6         # RECIPE.md §2; Muon keeps one number for 680e6 of them, Adam two
+    assert fixed == pytest.approx(4 * (2 * params + (2 * params - 680e6) / 8) + 4 * params, rel=0.01)
+    assert row == 34 * 1536 * 2048 * 24 * 2
+
+
+def test_a_model_that_does_not_begin_at_ln_v_is_stopped(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "evaluate", lambda *args, **kwargs: (5.5, 2.0))
+    with pytest.raises(SystemExit, match=r"5.5000 before step 1; .*ln\(400\) = 5.9915;"):
+        run_main(train_gpt2, *flags(data, tmp_path))
+
+
+def test_profile_writes_a_trace_and_names_the_longest(data, tmp_path, capsys):
+    run_main(train_gpt2, *flags(data, tmp_path), "--profile")
+    assert "aten::mm" in capsys.readouterr().out
+    assert '"traceEvents"' in (tmp_path / "trace.json").read_text()
+
+
+@pytest.mark.parametrize("given, words", [
+    (["n_embed=3"], "no such field"), (["vocab_size=3"], "no such field"),
+    (["n_head=two"], "'two' is no int"), (["n_embd=31"], "not a multiple")])
+def test_bad_config_is_one_line(data, tmp_path, given, words):
+    with pytest.raises(SystemExit, match=words) as error:
+        run_main(train_gpt2, "--data", data, "--out", tmp_path, "--config", *given)
+    assert str(error.value).count(";") == 2
+
+
+def test_config_switches_parts_of_the_recipe_off(data, tmp_path):
+    run_main(train_gpt2, *flags(data, tmp_path, max_steps=1)[:-2], "--max_steps", 1, "--config",
+             "n_embd=32", "n_head=2", "block_size=32", "backout=0", "softcap=0", "windows=SSSL")
+    config = load_checkpoint(tmp_path)[0].config
+    assert (config.backout, config.softcap, config.windows) == (False, 0.0, "SSSL")
+
+
+def test_hellaswag_and_core_are_logged_beside_val_loss(data, tmp_path, monkeypatch):
+    CHOICES = [dict(query=f"{n}:", choices=[" a", " b"], gold=n % 2) for n in range(10)]
+    folder = tmp_path / "bundle" / "eval_data"
+    for name in ("language_understanding/hellaswag.jsonl", "other/task.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in CHOICES))
+    (tmp_path / "bundle" / "core_tasks.csv").write_text(
+        "label,file,type,num_fewshot,continuation_delimiter,random_baseline_percent\n"
+        'task,other/task.jsonl,multiple_choice,0,""" """,50\n')
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_main(train_gpt2, *flags(data, one), "--core_dir", tmp_path / "bundle")
+    run_ranks(train_gpt2, *flags(data, two), "--core_dir", tmp_path / "bundle")
+    for key in ("hellaswag", "core"):
+        assert set(logged(one, key)) == {0, 6, 12} and logged(one, key) == logged(two, key)
+
+
+# ---- OpenAI's weights
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server of one file on loopback; `hub.cut` bytes are sent at first, then all the rest."""
+    content = np.random.default_rng(0).bytes(100_000)
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self, body=b"", status=302, **headers):
+            self.send_response(status)
+            for name, value in {"X-Linked-ETag": f'"{Hub.sha256}"', "X-Linked-Size": len(content),
+                                "Content-Length": len(body), **headers}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+
+        def do_GET(self):
+            start = int(self.headers["Range"][6:-1])
+            Hub.ranges.append(start)
+            body = content[start:]
+            self.do_HEAD(body, 206 if start else 200)
+            self.wfile.write(body[:Hub.cut if not start else None])
+
+        def log_message(self, *args):
+            pass
+
+    Hub.content, Hub.cut, Hub.ranges = content, None, []
+    Hub.sha256 = hashlib.sha256(content).hexdigest()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield Hub
+    server.shutdown()
+
+
+def test_download_goes_on_where_it_was_cut(hub, tmp_path):
+    hub.cut = 30_000
+    with pytest.raises(SystemExit, match="30000") as error:
+        download_gpt2("gpt2", tmp_path)
+    assert "run the same command again" in str(error.value)
+    assert not (tmp_path / "model.safetensors").exists()
+    hub.cut = None
+    download_gpt2("gpt2", tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == hub.content
+    assert hub.ranges == [0, 2 ** 14, 0]      # the last is config.json's
+    download_gpt2("gpt2", tmp_path)
+    assert len(hub.ranges) == 3             # nothing is fetched twice
+
+
+def test_download_with_another_sha256_is_refused_and_removed(hub, tmp_path):
+    hub.sha256 = 64 * "0"
+    with pytest.raises(SystemExit, match="the hub states 000"):
+        download_gpt2("gpt2", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unreachable_hub_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit, match=f";.*put the file into {tmp_path}"):
+        download_gpt2("gpt2-xl", tmp_path)
 
 
 # ---- mutants
@@ -401,7 +568,7 @@ def test_checks_notice_a_mutant(owner, name, old, new, check, counting, data, to
 
 
 @pytest.mark.parametrize("owner, name, old, new", [
-    (train_gpt2, "main", "+ ranks.rank) * args.batch_size", "+ 0) * args.batch_size"),
+    (train_gpt2, "main", "+ ranks.rank) * B", "+ 0) * B"),
     (Optimizer, "average_grads", "div_(self.ranks.world_size)", "div_(1)")], ids=text_only)
 def test_two_ranks_notice_a_mutant(owner, name, old, new, data, whole, tmp_path, monkeypatch):
     mutate(monkeypatch, owner, name, old, new)
