@@ -147,8 +147,7 @@ def in_workers(function, tasks, desc, args):
         else:
             pool = ProcessPoolExecutor(max(1, min(args.workers, len(tasks))),
                                        initializer=end_with_parent)
-            results = stack.enter_context(pool).map(outcome, itertools.repeat(function),
-                                                    *zip(*tasks))
+            results = stack.enter_context(pool).map(outcome, [function] * len(tasks), *zip(*tasks))
         found = []
         for result, stop in bar(results):
             if stop:
@@ -228,7 +227,7 @@ def near_duplicates(stems, args):
     n_documents = sum(len(np.load(path, mmap_mode="r")) for path in key_files)
     n_parts = 1 + n_documents // SORTED_AT_ONCE
     tasks = [(key_files, bucket, part, n_parts) for bucket in range(BUCKETS)
-             for part in range(n_parts)]
+             for part in range(n_parts)] if n_documents else []
     return find_originals(n_documents, in_workers(find_pairs, tasks, "near duplicates", args))
 
 def sort_documents(out, k):

@@ -439,6 +439,10 @@ def test_a_user_s_mistake_ends_in_one_line(tmp_path, monkeypatch, capsys, argume
         pf.main()
     assert found in str(stop.value) and "\n" not in str(stop.value) and not list(tmp_path.iterdir())
 
+def test_a_crawl_that_reaches_nothing_ends_in_one_line(tmp_path):
+    done = run("--source", "crawl", "http://127.0.0.1:9/", "--out", tmp_path / "o", check=False)
+    assert "no document is left for training; " in done.stderr.splitlines()[-1]
+
 def test_an_index_of_another_format_names_what_to_remove(tmp_path):
     pf.write_json(tmp_path / "index.json", {"format": "deepdive data", "version": 7})
     with pytest.raises(SystemExit, match="version 7.*remove"):
