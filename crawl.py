@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import queue
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -49,6 +50,7 @@ MAX_HEADER_BYTES = 64 << 10   # of a WARC record
 PIECE_BYTES = 128 << 10       # read at once; 32 times as much at most when unzipped
 PAGES_PER_WARC = 250          # what a killed crawl loses, and one task of prepare_fineweb.py
 PAGE_SECONDS = 20             # to extract the text of a page, which is dropped if it takes longer
+PAGE_MEMORY_BYTES = 4 << 30   # of the process that does it
 FETCH_SECONDS = 120           # one URL in all, with retries and the pauses a server asks for
 SILENCE_SECONDS = 20          # without a byte, after which a try has failed
 USER_AGENT = "deepdive-crawler/1.0 (educational; obeys robots.txt)"
@@ -59,9 +61,13 @@ def whole_file(path):
     """Open PATH.part for writing bytes; rename it when all went well, so PATH is never half."""
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "wb") as file:
-        yield file
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    except BaseException:  # a full disk gets its space back
+        part.unlink(missing_ok=True)
+        raise
 
 def verdict(page, **broken):
     """(page, None), or (None, the name of the first rule that is broken)."""
@@ -102,7 +108,9 @@ def unzipped(path):
                 while not member.eof and at < size:
                     piece = data[at:at + PIECE_BYTES]
                     yield member.decompress(piece, 32 * PIECE_BYTES), None
-                    at += len(piece) - len(member.unconsumed_tail) - len(member.unused_data)
+                    # at a member's end zlib may name what follows in both
+                    rest = member.unused_data if member.eof else member.unconsumed_tail
+                    at += len(piece) - len(rest)
             except zlib.error:
                 at = max(at, start + 1)
                 yield b"", "broken_gzip"
@@ -284,10 +292,11 @@ def end_with_parent():
 class Extractor:
     """extract_text(page) → (page with "text" instead of "html", None) or (None, reason).
 
-    name: "trafilatura", called as FineWeb does, or "plain" for plain_text. Either runs in a forked
-    child, which is killed and replaced when a page takes PAGE_SECONDS (TimeoutError) or makes it
-    crash (EOFError). A signal would not do: Python handles one between two of its own instructions,
-    and what hangs or crashes is C code.
+    name: "trafilatura", called as FineWeb does, "resiliparse" (main content, a dozen times as fast,
+    another text) or "plain" for plain_text. Each runs in a forked child, which is killed and
+    replaced when a page takes PAGE_SECONDS (TimeoutError) or makes it crash (EOFError). A signal
+    would not do: Python handles one between two of its own instructions, and what hangs or crashes
+    is C code.
     """
     __name__ = "extract_text"  # the step's name, as that of a function
 
@@ -296,10 +305,15 @@ class Extractor:
         if name == "trafilatura":  # imported here, so that a new child need not
             from trafilatura import extract
             self.extract = functools.partial(extract, favor_precision=True, include_comments=False)
+        if name == "resiliparse":
+            from resiliparse.extract.html2text import extract_plain_text
+            self.extract = functools.partial(extract_plain_text, main_content=True, links=False,
+                                             alt_texts=False, form_fields=False, noscript=False)
 
     def serve(self, pipe):
         """The child: HTML comes from the pipe, its text or an exception goes back."""
         self.pipe.close()  # the parent's end; open here, it would hide that the parent is gone
+        resource.setrlimit(resource.RLIMIT_AS, (PAGE_MEMORY_BYTES, PAGE_MEMORY_BYTES))
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             while True:
                 html = pipe.recv()

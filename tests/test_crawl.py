@@ -90,6 +90,13 @@ def test_a_file_of_one_gzip_member_is_streamed(tmp_path, monkeypatch, whole):
     tracemalloc.stop()
     assert reasons == ([None] * 99 if whole else [None] * 49 + ["truncated_record"])
 
+def test_a_page_that_unzips_to_much_more_than_a_piece_hides_no_other(tmp_path):
+    noise = random.Random(0).randbytes(30_000).hex()
+    data = [html("first") + html(bytes(7 << 20)) if i == 2 else html(noise, f"https://a.org/{i}")
+            for i in range(9)]
+    (tmp_path / "x.warc.gz").write_bytes(b"".join(data))
+    assert len(read(tmp_path / "x.warc.gz")[0]) == 10
+
 def test_records_that_lie_across_gzip_members_are_read(tmp_path):
     data = gzip.decompress(html("first") + html("second"))
     cuts = [data[i:i + 77] for i in range(0, len(data), 77)]

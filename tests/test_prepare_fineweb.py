@@ -1,19 +1,26 @@
 """Stage 0: each filter by its rule, dedup, PII, the whole way from a site to shards, kill -9."""
 import contextlib
+import gzip
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import crawl  # noqa: E402
+import download  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
+from conftest import mutate  # noqa: E402
+from test_download import add_hub, server  # noqa: E402, F401
 
 WEB = ROOT.parent / "shared" / "data" / "web"
 needs_web = pytest.mark.skipif(not WEB.exists(), reason="no ../shared/data/web here")
@@ -130,35 +137,7 @@ def test_c4_drops_lines_and_footnote_marks():
 def test_fineweb_quality_has_a_reason_for_each_rule(text, why):
     assert reason(pf.fineweb_quality, text) == why
 
-# ---- near duplicates, PII ------------------------------------------------------------------------
-
-@pytest.mark.parametrize("jaccard, probability",
-    [(0.7, 0.565), (0.75, 0.772), (0.8, 0.924), (0.85, 0.988)])
-def test_the_s_curve_is_fineweb_s(jaccard, probability):
-    assert pf.match_probability(jaccard) == pytest.approx(probability, abs=1e-3)
-
-def test_matches_of_planted_copies_follow_the_s_curve():
-    matched, expected = 0, 0
-    for seed, text in enumerate(distinct_prose(120)):
-        words, random = (text * 3).split(), np.random.RandomState(seed)
-        for at in random.choice(len(words), 10, replace=False):
-            words[at] = f"word{chr(97 + at % 26)}{chr(97 + at // 26)}"
-        copy = " ".join(words)
-        a, b = set(pf.shingles(text * 3)), set(pf.shingles(copy))
-        expected += pf.match_probability(len(a & b) / len(a | b))
-        matched += bool((pf.minhash(text * 3) == pf.minhash(copy)).any())
-    assert 10 < expected < 110 and abs(matched - expected) < 14
-
-def test_case_digits_accents_and_punctuation_do_not_matter():
-    a, b = "Café No. 17 in the Old Town, open daily", "cafe no 9 in the old town open daily!"
-    assert (pf.minhash(a) == pf.minhash(b)).all()
-
-def test_copies_are_joined_through_a_chain_and_the_first_stays(tmp_path):
-    keys = np.arange(6 * 14, dtype=np.uint64).reshape(6, 14)
-    keys[4, 3], keys[1, 9] = keys[2, 3], keys[4, 9]  # 4 matches 2, and 1 matches 4
-    np.save(tmp_path / "a.npy", keys[:3])
-    np.save(tmp_path / "b.npy", keys[3:])
-    assert list(pf.find_originals([tmp_path / "a.npy", tmp_path / "b.npy"])) == [0, 1, 1, 3, 1, 5]
+# ---- personal data -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("before, after", [
     ("write to a.b+c@mail.example-site.co.uk.", "write to email@example.com."),
@@ -212,9 +191,23 @@ def test_the_funnel_adds_up_and_has_samples(small_site):
     steps = [row["step"] for row in index["funnel"]]
     assert steps == list(pf.STEPS)
     for row, after in zip(index["funnel"], index["funnel"][1:]):
+        assert row["docs_per_s"] > 0
         assert row["in"] - sum(row["dropped"].values()) == row["kept"] == after["in"]
     assert index["samples"]["language: is_de"][0]["url"].endswith("/de/")
     assert index["funnel"][-1]["kept"] == sum(file["documents"] for file in index["documents"])
+
+def test_inspect_shows_what_each_step_did_and_runs_nothing_of_a_page(tmp_path):
+    texts = [distinct_prose(1)[0] + "<nav>Home</nav><p>Write to me@example.net. It works."
+             "<p>The site uses cookies.", "Der Hund ist in dem Haus und die Katze auch nicht. " * 9,
+             "<script>alert(1)</script>short"]
+    path = write_warc(tmp_path / "a.warc.gz", texts)
+    run("--source", "warc", path, "--out", tmp_path / "o", "--inspect", 2, "--extractor", "plain",
+        "--val_fraction", 0, "--quality", "annotate")
+    shown = (tmp_path / "o" / "inspect.html").read_text()
+    assert "language: is_de</h1>" in shown and ">kept</h1>" in shown
+    assert "<del>Home</del>" in shown and "<del>The site uses cookies.</del>" in shown
+    assert "<ins>Write to email@example.com. It works.</ins>" in shown
+    assert "<script>" not in shown and "&lt;script&gt;" in shown
 
 def test_finished_work_is_kept_and_other_settings_are_refused(small_site):
     out, url = small_site
@@ -237,7 +230,8 @@ def killed(part, path):
 os.replace = killed
 prepare_fineweb.main()"""
 
-@pytest.mark.parametrize("until", ["pages/00001_1.jsonl.gz", "documents/train_00000.jsonl.gz"])
+@pytest.mark.parametrize("until", ["pages/00001_1.jsonl.gz", "unsorted/00000.jsonl.gz",
+                                   "index.json"])
 def test_a_run_killed_in_the_middle_ends_with_the_same_documents(tmp_path, until):
     paths = [write_warc(tmp_path / f"{i}.warc.gz", TEXTS[i * 100:i * 100 + 100]) for i in range(3)]
     arguments = ("--source", "warc", *paths, "--workers", 1, "--out")
@@ -261,6 +255,32 @@ def test_one_worker_and_three_write_the_same_bytes(tmp_path):
     others = [tmp_path / "b" / "documents" / file.name for file in files]
     assert [file.read_bytes() for file in files] == [file.read_bytes() for file in others]
 
+def test_a_ray_cluster_of_two_workers_writes_the_same_bytes(tmp_path):
+    pytest.importorskip("ray", reason="ray is an extra")
+    paths = [write_warc(tmp_path / f"{i}.warc.gz", distinct_prose(20, i) + TEXTS[90:92])
+             for i in range(4)]
+    for name, how in (("a", ()), ("b", ("--ray", "local"))):
+        run("--source", "warc", *paths, "--out", tmp_path / name, "--workers", 2, *how)
+    written = [{path.name: path.read_bytes() for path in (tmp_path / name / "documents").iterdir()}
+               for name in "ab"]
+    assert written[0] == written[1] and len(documents(tmp_path / "b")) == 82
+
+def test_a_mistake_on_a_ray_cluster_ends_in_one_line_too(tmp_path):
+    pytest.importorskip("ray", reason="ray is an extra")
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\nbroken')
+    done = run("--source", "text", tmp_path / "a.jsonl", "--out", tmp_path / "o", "--ray", "local",
+               check=False)
+    assert done.returncode == 1 and "a.jsonl line 2: " in done.stderr.splitlines()[-1]
+
+@pytest.mark.parametrize("name", ["trafilatura", "resiliparse"])
+def test_other_extractors_give_the_main_text_and_not_the_navigation(tmp_path, name):
+    pytest.importorskip(name, reason=f"{name} is an extra")
+    body = "<nav><a href=/>Home page</a></nav><article><p>" + distinct_prose(1)[0] + "</article>"
+    write_warc(tmp_path / "a.warc.gz", [body])
+    run("--source", "warc", tmp_path / "a.warc.gz", "--out", tmp_path / "o", "--extractor", name,
+        "--val_fraction", 0)
+    assert [row["text"] for row in documents(tmp_path / "o")] == [distinct_prose(1)[0]]
+
 def test_the_val_split_stays_when_input_is_added_or_cut_otherwise(tmp_path):
     texts = distinct_prose(60)
     write_warc(tmp_path / "a.warc.gz", texts[:40])
@@ -271,64 +291,128 @@ def test_the_val_split_stays_when_input_is_added_or_cut_otherwise(tmp_path):
     small, large = ({row["text"] for row in documents(tmp_path / name, "val")} for name in "ab")
     assert small and small < large and small == {text for text in large if text in texts[:40]}
 
-# ---- shards --------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
-@pytest.fixture
-def text_data(tmp_path):
-    texts = [*TEXTS[:80], TEXTS[0], "\ud800 odd", "<|endoftext|>"]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    (tmp_path / "book.txt").write_text(PROSE)
-    pf.Tokenizer.train(TEXTS[:20], vocab_size=400, pattern="gpt4").save(tmp_path / "tokenizer")
-    inputs = ("--source", "text", tmp_path / "in.jsonl", tmp_path / "book.txt")
-    return tmp_path / "toy", (*inputs, "--val_fraction", 0.1, "--out", tmp_path / "toy",
-                              "--tokenizer", tmp_path / "tokenizer", "--shard_tokens", 4000)
+def plain_settings(**changes):
+    return {"is_filtered": True, "extractor": "plain", "language_identifier": "function words",
+            "quality": "fineweb", "blocklist": {}} | changes
 
-def shards(out):
-    return {file.name: file.read_bytes() for file in sorted(out.glob("*.bin"))}
+def test_bad_input_of_every_kind_is_counted_and_the_good_pages_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(crawl, "PAGE_SECONDS", 1)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n"
+    extracts = {"hang": lambda: time.sleep(30), "crash": lambda: os._exit(1),
+                "memory": lambda: bytearray(8 << 30)}
+    plain = crawl.plain_text
+    monkeypatch.setattr(crawl, "plain_text", lambda html: extracts.get(
+        html.removeprefix("<html>"), lambda: plain(html))())
+    bodies = [*(f"<html>{name}".encode() for name in extracts), b"<html>" + bytes(9 << 20),
+              b"<meta charset=utf-16>\xff\xfe\x00\xd8" + bytes(range(128, 256)) * 9]
+    bad = [crawl.warc_record("response", f"https://a.org/{i}", head + b"\r\n" + body)
+           for i, body in enumerate(bodies)]
+    bomb = head + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(99 << 20))
+    good = [write_warc(tmp_path / "x", [text]).read_bytes() for text in distinct_prose(9)]
+    damaged = good[0][:40] + bytes(60) + good[0][100:]
+    huge = b"WARC/1.0\r\nContent-Length: 100000000\r\n\r\n" + bytes(100_000_000)
+    (tmp_path / "a.warc.gz").write_bytes(b"".join([
+        good[1], damaged, good[2], *bad, crawl.warc_record("response", "https://a.org/", bomb),
+        good[3], gzip.compress(huge, 1), good[4], good[5][:-30]]))
+    tracemalloc.start()
+    pf.run_task(tmp_path / "a.warc.gz", tmp_path / "0", plain_settings(), None)
+    assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    tracemalloc.stop()
+    rows = json.loads((tmp_path / "0.json").read_text())["rows"]
+    assert len(list(pf.read_documents(tmp_path / "0.jsonl.gz"))) == 4
+    assert rows["read"]["dropped"] | rows["extract_text"]["dropped"] == {
+        "broken_gzip": 1, "page_too_large": 2, "huge_record": 1, "truncated_record": 1,
+        "error_TimeoutError": 1, "error_EOFError": 1, "error_MemoryError": 1,
+        "unknown_charset": 1}
 
-def test_shards_read_back_to_the_documents(text_data):
-    out, arguments = text_data
-    run(*arguments)
-    tokenizer, texts = pf.Tokenizer.load(out / "tokenizer"), {"val": [], "train": []}
-    for shard in json.loads((out / "index.json").read_text())["shards"]:
-        header = np.fromfile(out / shard["file"], "<i4", 256)
-        ids = np.fromfile(out / shard["file"], "<u2", offset=1024)
-        assert list(header[:3]) == [20240520, 1, len(ids)] and len(ids) <= 4000
-        parts = np.split(ids, np.flatnonzero(ids == tokenizer.eot))
-        assert len(parts[0]) == 0 and np.load(out / "token_bytes.npy")[ids].sum() == shard["bytes"]
-        texts[shard["split"]] += [tokenizer.decode(part[1:].tolist()) for part in parts[1:]]
-    assert texts == {split: [row["text"] for row in documents(out, split)] for split in texts}
-    assert len(texts["val"] + texts["train"]) == 83 and "toy_train_000001.bin" in shards(out)
+FULL_DISK = """
+import builtins, sys, prepare_fineweb
+until, opened = sys.argv.pop(1), builtins.open
+class Full:
+    def __init__(self, file): self.file = file
+    def __getattr__(self, name): return getattr(self.file, name)
+    def __enter__(self): return self
+    def __exit__(self, *_): self.file.close()
+    def write(self, data): raise OSError(28, "No space left on device")
+def full(path, mode="r", *rest, **more):
+    file = opened(path, mode, *rest, **more)
+    return Full(file) if str(path).endswith(until) and "w" in mode else file
+builtins.open = full
+prepare_fineweb.main()"""
 
-def test_a_lost_or_damaged_shard_is_made_again_and_others_stay(text_data):
-    out, arguments = text_data
-    run(*arguments)
-    whole, first = shards(out), out / "toy_train_000001.bin"
-    kept = first.stat().st_mtime_ns
-    (out / "toy_train_000003.bin").write_bytes(whole["toy_train_000003.bin"][:-7])
-    (out / "toy_train_000099.bin").write_bytes(b"of a longer run")
-    run("tokenize", *arguments[arguments.index("--out"):])
-    assert shards(out) == whole and first.stat().st_mtime_ns == kept
+@pytest.mark.parametrize("until", ["0.jsonl.gz.part", "train_00000.jsonl.gz.part",
+                                   "index.json.part", "train_000001.bin.part"])
+def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(tmp_path, until):
+    pf.tokenize.__globals__["Tokenizer"].train(TEXTS[:20], 400, "gpt4").save(tmp_path / "tok")
+    write_warc(tmp_path / "0.warc.gz", TEXTS[:50])
+    arguments = [*map(str, ("--source", "warc", tmp_path / "0.warc.gz", "--tokenizer",
+                            tmp_path / "tok", "--out"))]
+    command = [sys.executable, "-c", FULL_DISK, until, *arguments, str(tmp_path / "full")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("no space is left for") and "; " in last
+    assert not list((tmp_path / "full").rglob("*.part"))
+    for name in ("full", "whole"):
+        run(*arguments, tmp_path / name)
+    names = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.bin")]
+    assert names and all((tmp_path / "whole" / name).read_bytes() == (
+        tmp_path / "full" / str(name).replace("whole", "full")).read_bytes() for name in names)
 
-def test_another_tokenizer_or_shard_size_is_refused(text_data):
-    out, arguments = text_data
-    run(*arguments)
-    done = run("tokenize", "--out", out, "--tokenizer", out / "tokenizer", "--shard_tokens", 5000,
-        check=False)
-    assert done.returncode and "shard_tokens 4000, this run has 5000" in done.stderr
+# ---- what others have made -----------------------------------------------------------------------
 
-def test_large_vocabularies_are_stored_in_32_bits(tmp_path):
-    class Wide:
-        eot, n_vocab = 100_257, 100_277
-        encode_batch = staticmethod(lambda texts: [[70_000] for _ in texts])
-    with pf.jsonl_writer(tmp_path / "d.jsonl.gz") as write:
-        write({"text": "hello"})
-    index = {"documents": [{"file": "d.jsonl.gz", "split": "val", "documents": 1}], "shards": [],
-             "tokenizer": {"shard_tokens": 10}}
-    pf.write_shards(tmp_path, index, "val", Wide)
-    data = (tmp_path / index["shards"][0]["file"]).read_bytes()
-    stored = np.frombuffer(data, "<i4")
-    assert [*stored[:3], *stored[256:]] == [20240520, 2, 2, 100_257, 70_000]
+def fineweb_file(texts):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is an extra")
+    from pyarrow import parquet
+    data, columns = io.BytesIO(), {"text": texts, "id": [f"<{i}>" for i in range(len(texts))],
+                                   "url": ["u"] * len(texts), "token_count": [1] * len(texts)}
+    parquet.write_table(pa.table(columns), data)
+    return data.getvalue()
+
+def test_fineweb_s_documents_come_as_they_are_and_its_files_go(server, tmp_path):  # noqa: F811
+    repo, revision, folder = download.NAMES["fineweb"]
+    texts = ["Short.", "The same twice, me@example.net", "The same twice, me@example.net"]
+    add_hub(server, repo, {"000.parquet": fineweb_file(texts), "001.parquet": b"never asked for"},
+            folder, revision)
+    server.moods[f"/datasets/{repo}/resolve/{revision}/{folder}/000.parquet"] = ["cut", 429]
+    command = ("--source", "fineweb", "--out", tmp_path / "a", "--mirror", server.url,
+               "--val_fraction", 0)
+    run(*command)
+    rows = documents(tmp_path / "a")
+    assert sorted(row["text"] for row in rows) == texts and "token_count" not in rows[0]
+    assert [path.name for path in (tmp_path / "a" / "downloads").iterdir()] == ["files.json"]
+    server.files.clear()
+    assert "is finished and kept" in run(*command).stdout
+
+def test_common_crawl_s_files_are_filtered_like_local_ones(server, tmp_path):  # noqa: F811
+    texts, crawl_id = distinct_prose(30), "CC-MAIN-2024-10"
+    path = write_warc(tmp_path / "0.warc.gz", texts)
+    server.files[f"/crawl-data/{crawl_id}/warc.paths.gz"] = gzip.compress(b"x/0.warc.gz\nx/1.gz")
+    server.files["/x/0.warc.gz"] = path.read_bytes()
+    run("--source", "commoncrawl", crawl_id, "--out", tmp_path / "a", "--mirror", server.url)
+    run("--source", "warc", path, "--out", tmp_path / "b")
+    assert documents(tmp_path / "a") == documents(tmp_path / "b") != []
+    assert not (tmp_path / "a" / "downloads" / "0.warc.gz").exists()
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, data, found", [
+    ("a.jsonl", b'{"text": "x"}\n\n{"text": ', "a.jsonl line 3: "),
+    ("a.jsonl", b'{"text": "x"}\n\xff\n', "a.jsonl line 2: "),
+    ("a.jsonl", b'{"text": "x"}\n["y"]\n', "row 2 has no text"),
+    ("a.jsonl", b'{"txt": "x"}\n', "row 1 has no text"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n')[:-9], "a.jsonl.gz line "),
+    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz line 0: Not a gzipped file"),
+    ("a.parquet", b"PAR1 no parquet", "a.parquet")])
+def test_a_bad_documents_file_ends_in_one_line(tmp_path, name, data, found):
+    if name == "a.parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow is an extra")
+    (tmp_path / name).write_bytes(data)
+    done = run("--source", "text", tmp_path / name, "--out", tmp_path / "out", check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and found in last and last.count("; ") == 2
+    assert not list((tmp_path / "out" / "pages").glob("*"))
 
 def test_an_input_that_changed_but_not_in_size_is_refused(tmp_path):
     arguments = ("--source", "text", tmp_path / "in.txt", "--out", tmp_path / "out")
@@ -344,6 +428,9 @@ def test_an_input_that_changed_but_not_in_size_is_refused(tmp_path):
     (("--source", "crawl", "example.org", "--out", "x"), "write https://example.org"),
     (("tokenize", "--out", "x"), "tokenize without --tokenizer"),
     (("tokenize", "--out", "x", "--tokenizer", "gpt2"), "lists no documents"),
+    (("--source", "commoncrawl", "--out", "x"), "takes one crawl"),
+    (("--source", "finewebb", "--out", "x"), "finewebb is no source"),
+    (("--source", "text", __file__, "--out", "x", "--row_tokens", "1"), "not in 2…shard_tokens"),
     (("--source", "text", __file__, "--out", "x", "--val_fraction", "2"), "not in [0, 1)")])
 def test_a_user_s_mistake_ends_in_one_line(tmp_path, monkeypatch, capsys, arguments, found):
     monkeypatch.chdir(tmp_path)
@@ -351,6 +438,10 @@ def test_a_user_s_mistake_ends_in_one_line(tmp_path, monkeypatch, capsys, argume
     with pytest.raises(SystemExit) as stop:
         pf.main()
     assert found in str(stop.value) and "\n" not in str(stop.value) and not list(tmp_path.iterdir())
+
+def test_a_crawl_that_reaches_nothing_ends_in_one_line(tmp_path):
+    done = run("--source", "crawl", "http://127.0.0.1:9/", "--out", tmp_path / "o", check=False)
+    assert "no document is left for training; " in done.stderr.splitlines()[-1]
 
 def test_an_index_of_another_format_names_what_to_remove(tmp_path):
     pf.write_json(tmp_path / "index.json", {"format": "deepdive data", "version": 7})
@@ -363,3 +454,31 @@ def test_a_file_that_could_not_be_finished_never_gets_its_name(tmp_path):
             write({"text": "x"})
             raise OSError(28, "No space left on device")
     assert not (tmp_path / "a.jsonl.gz").exists()
+
+# ---- mutants: each must be caught by a test above ------------------------------------------------
+
+def cases(test):
+    """The arguments of a parametrized test's runs."""
+    return [mark.args[1] for mark in test.pytestmark if mark.name == "parametrize"][0]
+
+@pytest.mark.parametrize("name, old, new, test", [
+    ("url_filter", ">= 2", ">= 1", test_url_filter_drops_by_domain_words_and_parts),
+    ("url_filter", "labels[i:]", "labels[:i]", test_url_filter_drops_by_domain_words_and_parts),
+    ("gopher_repetition", "(2, 0.20)", "(2, 0.90)",
+     test_gopher_repetition_has_a_reason_for_each_rule),
+    ("gopher_repetition", "number / len(items) > 0.30 or characters", "number < 0 or characters",
+     test_gopher_repetition_has_a_reason_for_each_rule),
+    ("gopher_quality", "< 50", "< 5", test_gopher_quality_has_a_reason_for_each_rule),
+    ("gopher_quality", "<= 10", "<= 99", test_gopher_quality_has_a_reason_for_each_rule),
+    ("gopher_quality", "0.8 * len", "0.3 * len", test_gopher_quality_has_a_reason_for_each_rule),
+    ("c4_quality", "< 5", "< 1", test_c4_drops_pages),
+    ("fineweb_quality", "0.12", "0.0", test_fineweb_quality_has_a_reason_for_each_rule),
+    ("fineweb_quality", "0.67", "1.67", test_fineweb_quality_has_a_reason_for_each_rule),
+    ("pii", ".is_global", ".is_private", test_public_addresses_are_replaced_and_private_ones_kept)])
+def test_checks_notice_a_mutant(monkeypatch, name, old, new, test):
+    for case in cases(test):
+        test(*case)
+    mutate(monkeypatch, pf, name, old, new)
+    with pytest.raises(AssertionError):
+        for case in cases(test):
+            test(*case)

@@ -15,7 +15,8 @@ NAMES = {path.stem for path in SCRIPTS}
 MODULES = {"torch", "numpy", "tiktoken", "requests", "safetensors", "tqdm",
            "regex", "urllib3"}      # requirements.txt; tiktoken and requests bring the last two
 ALLOWED = {                         # which of the project's files each may import
-    "bpe": set(), "model": set(), "crawl": set(), "prepare_fineweb": {"bpe", "crawl"},
+    "bpe": set(), "model": set(), "crawl": set(), "download": {"crawl"},
+    "corpus": {"bpe", "crawl"}, "prepare_fineweb": {"corpus", "crawl", "download"},
     "optim": {"model"}, "sample": {"model", "bpe"},
     "train_gpt2": {"model", "optim", "bpe", "sample", "eval"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"model", "optim", "bpe", "sample"}),

