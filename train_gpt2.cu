@@ -2371,9 +2371,9 @@ static void check_config(Config config, int V) {
         die("the model has %d tokens, the shards' tokenizer %d; both must have the same; take the "
             "shards of its tokenizer", config.vocab_size, V);
     }
-    if (NH < 1 || C % NH != 0 || HS > WARP * LANE_CHANNELS || C % 8 != 0 || C > 1024 * W) {
+    if (NH < 1 || C % NH != 0 || HS > WARP * LANE_CHANNELS || C % 8 != 0 || C > 3072) {
         die("n_embd %d with n_head %d; heads are equally wide, 256 at most, and n_embd is a "
-            "multiple of 8; try --config n_embd=768 n_head=12", C, NH);
+            "multiple of 8 up to 3072; try --config n_embd=768 n_head=12", C, NH);
     }
     if (config.n_layer < 1 || config.block_size < 1) {
         die("n_layer %d, block_size %d; both are 1 or more; try --config n_layer=12 "
@@ -2651,6 +2651,7 @@ static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_token
     }
     free(values);
     close_safetensors(file);
+    CHECK_CUDA(cudaDeviceSynchronize());        // pageable memory may be on its way still
     restore_parameters(model, ranks, (int)state->optimizer_steps);
     return true;
 }
@@ -2776,7 +2777,9 @@ int main(int argc, char** argv) {
     int* token_bytes = read_token_bytes(a.data, V);
     Ranks ranks = start_ranks();
     cudaDeviceProp device;
-    CHECK_CUDA(cudaGetDeviceProperties(&device, ranks.local_rank));
+    int device_number;
+    CHECK_CUDA(cudaGetDevice(&device_number));
+    CHECK_CUDA(cudaGetDeviceProperties(&device, device_number));
     if (BF16 && device.major < 8) {
         die("%s has no bf16 tensor cores; those came with compute capability 8.0; build with make "
             "train_gpt2cu PRECISION=FP32", device.name);
