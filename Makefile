@@ -1,5 +1,6 @@
 # make demo   web → tokenizer → base model → assistant → reasoner → report, on a CPU, in minutes
 # make test   everything checked, offline
+# make train_gpt2cu   the CUDA trainer; make check says what it would be built with
 # Each step is a command you can type yourself. A demo that was interrupted goes on where it was.
 SIZE ?= small
 SEED ?= 1337
@@ -23,7 +24,7 @@ SFT   := --epochs 1.2
 RL    := --max_steps 16 --prompts 16 --group_size 16 --eval_every 8
 endif
 
-.PHONY: setup demo test
+.PHONY: setup demo test check test_train_gpt2cu
 
 setup: .venv/ready
 
@@ -56,3 +57,24 @@ demo: setup
 test: setup
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-extra.txt
 	$(PY) -m pytest -q --timeout 120 tests
+
+# nvcc; cuBLASLt and, for several GPUs, NCCL from a CUDA toolkit or from the wheels of requirements-extra.txt
+NVCC  ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+WHEEL ?= $(firstword $(wildcard .venv/lib/python3*/site-packages/nvidia))
+find   = $(firstword $(foreach d,/usr/local/cuda $(WHEEL)/cu13 $(WHEEL)/nccl /usr,$(wildcard $(d)/$(1))))
+CUBLAS = $(firstword $(call find,lib64/libcublasLt.so.*) $(call find,lib*/libcublasLt.so.*))
+NCCL   = $(firstword $(call find,lib/libnccl.so.*) $(call find,lib/*/libnccl.so.*))
+GPU_ARCHS ?= $(or $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u)),90)
+link   = $(if $(1),-isystem $(dir $(1))../include -L$(dir $(1)) -l:$(notdir $(1)) -Xlinker -rpath=$(abspath $(dir $(1))))
+
+train_gpt2cu: train_gpt2.cu
+	@test -n "$(NVCC)" || { echo "nvcc is not here; it compiles CUDA; install CUDA 13 or give NVCC=PATH"; exit 1; }
+	@test -n "$(CUBLAS)" || { echo "libcublasLt is not here; matmuls need it; install what requirements-extra.txt names"; exit 1; }
+	$(NVCC) -O3 -std=c++17 --use_fast_math $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
+	    -Xptxas -v -Xcompiler -Wall $(if $(NCCL),-DMULTI_GPU) $(if $(PRECISION),-D$(PRECISION)) $< -o $@ $(call link,$(CUBLAS)) $(call link,$(NCCL))
+
+test_train_gpt2cu: setup
+	SLOW=1 $(PY) -m pytest -q tests/test_train_gpt2cu.py
+
+check:
+	@printf '%s\n' "nvcc $(or $(NVCC),not found)" "cublasLt $(or $(CUBLAS),not found)" "NCCL $(or $(NCCL),not found)" "sm_$(GPU_ARCHS)"

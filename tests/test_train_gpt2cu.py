@@ -1,0 +1,325 @@
+"""
+train_gpt2.cu, the whole trainer, run on the CPU by tests/cuda_emulator: its losses, gradients and
+files against train_gpt2.py and float64 PyTorch, ranks against one rank, mutants against the checks.
+
+Bounds are two to four times what was measured; fp32 differs from Python in the order of sums, bf16
+has 8 bits.
+"""
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import train_gpt2
+from conftest import ROOT, noisy, run_main
+from cuda_emulator.rewrite import rewrite
+from model import GPTConfig, file_tensors, load_checkpoint, save_checkpoint
+
+SOURCE = (ROOT / "train_gpt2.cu").read_text(encoding="utf-8")
+EMULATOR = ROOT / "tests" / "cuda_emulator"
+FLAGS = ["--total_batch_size", 160, "--batch_size", 2, "--lr", 1e-3, "--seed", 5]
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++ to build the emulation")
+
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="make test_train_gpt2cu runs it")
+
+
+def build(folder, *options, source=SOURCE):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train_gpt2.cpp").write_text(rewrite(source), encoding="utf-8")
+    subprocess.run(["g++", "-std=c++17", "-march=native", "-w", f"-I{EMULATOR}",
+                    f"-I{EMULATOR}/shim", "-include", EMULATOR / "cuemu.h", "-DMULTI_GPU", *options,
+                    folder / "train_gpt2.cpp", "-o", folder / "train_gpt2cu"], check=True)
+    return folder / "train_gpt2cu"
+
+
+@pytest.fixture(scope="session")
+def bf16(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("bf16"), "-O2")
+
+
+@pytest.fixture(scope="session")
+def fp32(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("fp32"), "-O2", "-DFP32")
+
+
+@pytest.fixture(scope="session")
+def cuda_data(data, tokenizer, tmp_path_factory):
+    """The shards of `data`, with the vocabulary's size and bytes, which the CUDA trainer reads."""
+    folder = shutil.copytree(data, tmp_path_factory.mktemp("cuda") / "data")
+    (folder / "index.json").write_text(json.dumps(dict(tokenizer=dict(n_vocab=tokenizer.n_vocab))))
+    np.save(folder / "token_bytes.npy", tokenizer.token_bytes().astype(np.int32))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def init(tokenizer, tmp_path_factory):
+    """A checkpoint of heads of 64, and T that is no multiple of a tile."""
+    run = tmp_path_factory.mktemp("init")
+    config = GPTConfig(block_size=80, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=2, n_embd=128)
+    save_checkpoint(run, noisy(config, std=0.05), tokenizer)
+    return run
+
+
+def train(binary, data, out, *flags, code=0, **environment):
+    done = subprocess.run([str(part) for part in (binary, "--data", data, "--out", out, *flags)],
+                          capture_output=True, text=True, timeout=60,
+                          env=dict(os.environ, **environment))
+    assert done.returncode == code, done.stdout[-500:] + done.stderr[-500:]
+    return done.stderr if code else rows_of(out)
+
+
+def rows_of(out):
+    rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if "step" in row]
+
+
+def column(rows, key):
+    return np.array([row[key] for row in rows if key in row])
+
+
+def difference(a, b):
+    """The relative distance of two arrays."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+# ---- against PyTorch
+
+def python_gradients(init, data, rows=2, seed=5):
+    """Of the first batch, by float64 PyTorch: {name: gradient}, as they stand in a file."""
+    model = load_checkpoint(init)[0].double()
+    model.compute_dtype = torch.float64
+    shards = train_gpt2.Shards(data, "train")
+    x, y = train_gpt2.Loader(shards, model.config.block_size, seed).batch(0, rows, "cpu")
+    logits = model.logits(model.hidden(x)).flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits.double(), y.flatten()).backward()
+    for p in model.parameters():
+        p.data = p.grad
+    return {name: tensor.float().numpy() for name, tensor in file_tensors(model)}
+
+
+TENSORS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight",
+           "ln_1.weight", "ln_1.bias", "attn.c_attn.bias", "attn.c_proj.bias", "ln_2.weight",
+           "ln_2.bias", "mlp.c_fc.bias", "mlp.c_proj.bias")
+
+
+def cuda_gradients(run, gradients):
+    """Adam's first moment after one step is a tenth of the clipped gradient: the same, by name."""
+    m = load_file(next((run / "state").glob("step_*/rank_00000.safetensors")))["m"]
+    norm, offset, found = column(rows_of(run), "norm")[0], 0, {}
+    for name in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias",
+                 *(f"h.0.{name}" for name in TENSORS)):
+        name = f"transformer.{name}"
+        g = gradients[name]
+        part = m[offset:offset + g.size].reshape(g.shape)
+        found[name] = part * 10 * max(1, norm)
+        rows = -(-len(g) // 64) * 64 if "wte" in name else len(g)
+        offset += -(-rows * g[0].size // 128) * 128
+    return found
+
+
+def worst_gradient(binary, init, data, out, *flags, **environment):
+    train(binary, data, out, "--init_from", init, "--max_steps", 1, "--eval_every", 9, *FLAGS,
+          *flags, **environment)
+    expected = python_gradients(init, data)
+    found = cuda_gradients(out, expected)
+    return max(difference(found[name], expected[name]) for name in found)
+
+
+def test_every_gradient_is_pytorchs_in_fp32(fp32, init, cuda_data, tmp_path):
+    assert worst_gradient(fp32, init, cuda_data, tmp_path) < 2e-6         # measured 6e-7
+
+
+@pytest.mark.parametrize("recompute", [0, 2])
+def test_every_gradient_is_pytorchs_in_bf16(bf16, init, cuda_data, tmp_path, recompute):
+    assert worst_gradient(bf16, init, cuda_data, tmp_path, "--recompute", recompute) < 0.02   # 0.008
+
+
+def test_heads_of_128_and_small_ones_have_pytorchs_gradients(bf16, cuda_data, tokenizer, tmp_path):
+    for NH, C in ((1, 128), (2, 64)):
+        config = GPTConfig(block_size=72, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=NH,
+                           n_embd=C)
+        init, run = tmp_path / f"init{C}", tmp_path / f"run{C}"
+        save_checkpoint(init, noisy(config, std=0.05), tokenizer)
+        flags = ["--total_batch_size", 144]
+        assert worst_gradient(bf16, init, cuda_data, run, *flags) < 0.02
+
+
+@slow
+def test_a_build_with_sanitizers_finds_nothing(init, cuda_data, tmp_path):
+    """Addresses outside of a tensor or of shared memory, and undefined behaviour, end the run."""
+    binary = build(tmp_path, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover")
+    train(binary, cuda_data, tmp_path / "run", "--init_from", init, "--max_steps", 1, *FLAGS)
+
+
+@pytest.fixture(scope="session")
+def python_run(init, cuda_data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("python")
+    run_main(train_gpt2, "--data", cuda_data, "--out", run, "--init_from", init, "--device", "cpu",
+             "--max_steps", 10, "--eval_every", 10, *FLAGS)
+    return run
+
+
+@pytest.mark.parametrize("precision, bound", [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_ten_steps_are_those_of_train_gpt2_py(precision, bound, init, cuda_data, python_run,
+                                              tmp_path, request):
+    rows = train(request.getfixturevalue(precision), cuda_data, tmp_path, "--init_from", init,
+                 "--max_steps", 10, "--eval_every", 10, *FLAGS)
+    python_rows = rows_of(python_run)
+    for key in ("loss", "norm", "lr", "val_loss"):
+        assert difference(column(rows, key), column(python_rows, key)) < bound, key
+    if precision == "fp32":
+        assert column(rows, "val_bpb")[-1] == pytest.approx(column(python_rows, "val_bpb")[-1])
+    ours, theirs = (load_file(run / "model.safetensors") for run in (tmp_path, python_run))
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        start = load_file(init / "model.safetensors")[name]
+        moved = difference(ours[name] - start, tensor - start)
+        assert moved < 40 * bound or "c_attn.bias" in name, name     # keys' biases have gradient 0
+
+
+def test_the_order_of_rows_is_numpys(bf16, tmp_path):
+    source = rewrite(SOURCE).replace("int main(", "int trainer_main(") + (
+        "int main() { uint32_t order[1000]; permute(1337, 3, order, 1000);"
+        'for (uint32_t row : order) { printf("%u ", row); } }')
+    program = build(tmp_path, "-O0", source=source)
+    printed = subprocess.run([program], capture_output=True, text=True).stdout
+    expected = np.random.default_rng([1337, 3]).permutation(1000)
+    assert list(map(int, printed.split())) == expected.tolist()
+
+
+# ---- ranks, thread orders, resuming
+
+SHORT = ["--max_steps", 2, "--eval_every", 9]
+
+
+def same_bits(run, other):
+    return (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def test_three_orders_of_threads_give_the_same_bits(bf16, init, cuda_data, tmp_path):
+    for order in "012":
+        train(bf16, cuda_data, tmp_path / order, "--init_from", init, *SHORT, *FLAGS,
+              CUEMU_ORDER=order)
+    assert same_bits(tmp_path / "0", tmp_path / "1") and same_bits(tmp_path / "0", tmp_path / "2")
+
+
+def test_two_ranks_train_as_one_does(fp32, init, cuda_data, tmp_path):
+    flags = ["--init_from", init, *SHORT, *FLAGS, "--batch_size", 1]
+    one = train(fp32, cuda_data, tmp_path / "one", *flags)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1] - 1
+    environment = dict(os.environ, WORLD_SIZE="2", MASTER_PORT=str(port))
+    ranks = [subprocess.Popen([str(part) for part in (fp32, "--data", cuda_data, "--out",
+                                                      tmp_path / "two", *flags)],
+                              env=dict(environment, RANK=rank, LOCAL_RANK=rank)) for rank in "01"]
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
+    for key in ("loss", "norm"):
+        assert difference(column(rows_of(tmp_path / "two"), key), column(one, key)) < 1e-6
+    one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
+    assert all(difference(two[name], one[name]) < 1e-4 for name in one)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(bf16, init, cuda_data, tmp_path):
+    flags = ["--init_from", init, "--max_steps", 3, "--eval_every", 9, "--save_every", 2, *FLAGS]
+    train(bf16, cuda_data, tmp_path / "whole", *flags)
+    program = subprocess.Popen([str(part) for part in (
+        bf16, "--data", cuda_data, "--out", tmp_path / "killed", *flags)], stdout=subprocess.PIPE,
+        text=True)
+    for line in program.stdout:
+        if line.startswith("step 2/3"):
+            break
+    while not (tmp_path / "killed" / "state" / "step_000002" / "state.json").exists():
+        assert program.poll() is None
+    program.kill()
+    program.wait()
+    train(bf16, cuda_data, tmp_path / "killed", *flags, "--resume")
+    assert same_bits(tmp_path / "killed", tmp_path / "whole")
+
+
+# ---- checkpoints, and a user's mistakes
+
+def test_a_new_models_loss_is_that_of_a_guess_and_python_reads_it(bf16, cuda_data, tokenizer,
+                                                                  tmp_path):
+    rows = train(bf16, cuda_data, tmp_path, "--config", "n_layer=1", "n_head=1", "n_embd=64",
+                 "block_size=32", "--max_steps", 1, "--total_batch_size", 64, "--batch_size", 2)
+    model, meta = load_checkpoint(tmp_path)
+    assert abs(column(rows, "val_loss")[0] - np.log(tokenizer.n_vocab)) < 0.1
+    assert meta["stage"] == "pretrain" and meta["step"] == 1
+    assert 0.018 < model.wte.weight[:tokenizer.n_vocab].std() < 0.022
+
+
+@pytest.mark.parametrize("flags, found", [
+    (["--total_batch_size", 100], "try --total_batch_size 160"),
+    (["--model", "d12", "--init_from", ""], "config.json"),
+    (["--model", "d12"], "train_gpt2.py"),
+    (["--layers", 3], "--layers is no flag")])
+def test_a_mistake_ends_in_one_line_that_names_the_remedy(bf16, init, cuda_data, tmp_path, flags,
+                                                          found):
+    start = [] if "--model" in flags else ["--init_from", init]
+    error = train(bf16, cuda_data, tmp_path, *start, *SHORT, *FLAGS, *flags, code=1)
+    assert found in error and error.count("\n") == 1 and error.count(";") == 2
+
+
+def test_a_truncated_checkpoint_is_refused(bf16, init, cuda_data, tmp_path):
+    broken = shutil.copytree(init, tmp_path / "init")
+    with open(broken / "model.safetensors", "r+b") as file:
+        file.truncate(30_000)
+    error = train(bf16, cuda_data, tmp_path / "run", "--init_from", broken, *SHORT, *FLAGS, code=1)
+    assert "cut short" in error
+
+
+# ---- mutants: each must be seen by a check above
+
+MUTANTS = [
+    ("fp32", "    bias_backward(dbias, partials, dy, rows, OC, stream);\n", ""),
+    ("fp32", "s <= at.t; s++", "s < at.t; s++"),
+    ("bf16", "key <= query + i / 2 * 8 ? p[n][i] * to_base_2", "key <= query ? p[n][i] * to_base_2"),
+    ("bf16", "float to_base_2 = rsqrtf((float)HS) * 1.44269504f;             // 1",
+     "float to_base_2 = 1.44269504f; // 1"),
+    ("bf16", "key <= first + column ? exp2f(power)", "key < first + column ? exp2f(power)"),
+    ("bf16", "    __syncthreads();\n    if (threadIdx.y > 0 || c >= C) { return; }",
+     "    if (threadIdx.y > 0 || c >= C) { return; }"),
+]
+
+
+@slow
+@pytest.mark.parametrize("precision, old, new", MUTANTS)
+def test_a_mutant_changes_a_gradient(precision, old, new, init, cuda_data, tmp_path):
+    assert SOURCE.count(old) == 1, old
+    options = ["-O1", *(["-DFP32"] if precision == "fp32" else [])]
+    binary = build(tmp_path / "build", *options, source=SOURCE.replace(old, new))
+    try:
+        worst = worst_gradient(binary, init, cuda_data, tmp_path / "run")
+    except AssertionError:
+        return                  # it did not even run
+    assert worst > 0.05
+
+
+# ---- the real compiler
+
+@slow
+def test_nvcc_builds_it_without_a_warning_or_a_spill(tmp_path):
+    wheel = next(iter((ROOT / ".venv").glob("lib/python3*/site-packages/nvidia")), "")
+    if not shutil.which("nvcc") or "not found" in subprocess.run(
+            ["make", "-s", "check", f"WHEEL={wheel}"], cwd=ROOT, capture_output=True,
+            text=True).stdout:
+        pytest.skip("make check finds no nvcc, cuBLASLt or NCCL")
+    for name in ("Makefile", "train_gpt2.cu"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = subprocess.run(["make", "train_gpt2cu", "GPU_ARCHS=80 90 90a", f"WHEEL={wheel}"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0 and "warning" not in printed, printed[-2000:]
+    assert printed.count("0 bytes spill stores") > 60       # of each kernel, for each GPU
+    assert not re.search(r"[1-9]\d* bytes (stack frame|spill)", printed)

@@ -1,0 +1,2891 @@
+/*
+Pretraining of GPT-2 in CUDA C: the same shards, checkpoints, flags and log lines as train_gpt2.py.
+
+    make train_gpt2cu
+    ./train_gpt2cu --model gpt2 --data data/fineweb --out runs/gpt2                        # 1 GPU
+    torchrun --standalone --nproc_per_node=8 --no-python \
+        ./train_gpt2cu --model gpt2-xl --data data/fineweb --out runs/xl                   # 8 GPUs
+
+    in:  <data>/…_train_….bin, …_val_….bin, index.json, token_bytes.npy
+    out: <run>/model.safetensors, config.json, log.jsonl, state/ for --resume
+
+Map: §1 types and failures · §2 reductions, 128-bit loads, tensor cores · §3 embedding ·
+§4 sums over rows · §5 residual + LayerNorm · §6 matmuls · §7 attention · §8 GELU · §9 classifier ·
+§10 AdamW · §11 ranks · §12 tensor table · §13 model · §14 files · §15 data · §16 flags ·
+§17 the log and saved states · §18 main
+
+Numerics: weights and activations are bf16 (floatX), every sum and statistic fp32. Each rank keeps
+fp32 masters and Adam's moments of its 1/world_size of the parameters (ZeRO-1, arXiv 1910.02054).
+Gradients of parameters are fp32 and accumulate; gradients of activations are bf16 and overwrite,
+except along the residual stream, where they add up. With -DFP32 all is fp32, for cards before
+sm_80 and for tests. There are no floating-point atomics: the same run gives the same bits.
+
+Memory: a matrix is stored as HF's GPT-2 stores it, (in, out), so that files hold what memory holds.
+
+Sizes: B rows, T positions, C channels, V vocabulary, Vp V rounded up to 64, L layers, NH heads,
+HS = C / NH, BT = B * T.
+
+Papers: GPT-2 (Radford et al. 2019), FlashAttention-2 (arXiv 2307.08691), online softmax
+(1805.02867), AdamW (1711.05101), stochastic rounding (2010.06192).
+Differs from the papers: FlashAttention-2 adds dQ with atomics; here a second kernel computes it,
+7 matmuls instead of 5, so that sums have one order.
+*/
+#include <arpa/inet.h>
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <glob.h>
+#include <math.h>
+#include <netdb.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef MULTI_GPU
+#include <nccl.h>
+#endif
+
+// ---- §1 Types and failures ----------------------------------------------------------------------
+
+#ifdef FP32
+typedef float floatX;
+const cudaDataType_t CUBLAS_X = CUDA_R_32F;
+#else
+typedef __nv_bfloat16 floatX;
+const cudaDataType_t CUBLAS_X = CUDA_R_16BF;
+#endif
+const bool BF16 = sizeof(floatX) == 2;
+
+// A user's mistake: one line that says what was found; what the rule is; what to do.
+[[noreturn]] static void die(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    fflush(stdout);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    exit(1);
+}
+
+static void check_cuda(cudaError_t error, int line) {
+    if (error == cudaSuccess) { return; }
+    die("train_gpt2.cu:%d: CUDA says: %s; a kernel or the driver failed; run nvidia-smi, then "
+        "continue with --resume", line, cudaGetErrorString(error));
+}
+
+static void check_cublas(cublasStatus_t status, int line) {
+    if (status == CUBLAS_STATUS_SUCCESS) { return; }
+    die("train_gpt2.cu:%d: cuBLASLt returned status %d; it needs the CUDA release it was built "
+        "with; run make check", line, (int)status);
+}
+
+#define CHECK_CUDA(call) check_cuda(call, __LINE__)
+#define CHECK_CUBLAS(call) check_cublas(call, __LINE__)
+#define CHECK_LAUNCH() check_cuda(cudaGetLastError(), __LINE__)
+
+static void* allocate(size_t bytes) {
+    void* pointer = NULL;
+    if (cudaMalloc(&pointer, bytes) != cudaSuccess) {
+        size_t free_bytes = 0, total = 0;
+        CHECK_CUDA(cudaMemGetInfo(&free_bytes, &total));
+        die("out of memory: %.2f GB asked, %.2f of %.2f GB free; weights, states and activations "
+            "must fit on a GPU; halve --batch_size, or try --recompute 2",
+            bytes / 1e9, free_bytes / 1e9, total / 1e9);
+    }
+    CHECK_CUDA(cudaMemset(pointer, 0, bytes));
+    return pointer;
+}
+
+template <class Number> __host__ __device__ constexpr Number ceil_div(Number a, Number b) {
+    return (a + b - 1) / b;
+}
+
+// ---- §2 Reductions, 128-bit loads, tensor cores -------------------------------------------------
+
+const int WARP = 32;
+
+// W neighbours that one thread loads or stores at once: 8 bf16 or 4 fp32.
+const int W = 16 / sizeof(floatX);
+struct alignas(16) Pack {
+    floatX values[W];
+    __device__ float operator[](int i) const { return (float)values[i]; }
+    __device__ void set(int i, float value) { values[i] = (floatX)value; }
+};
+
+__device__ Pack load(const floatX* address) { return *(const Pack*)address; }
+__device__ void store(floatX* address, Pack pack) { *(Pack*)address = pack; }
+
+__device__ float warp_sum(float value) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) {
+        value += __shfl_xor_sync(~0u, value, offset);
+    }
+    return value;
+}
+
+__device__ float warp_max(float value) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) {
+        value = fmaxf(value, __shfl_xor_sync(~0u, value, offset));
+    }
+    return value;
+}
+
+// Sums over a block of up to 1024 threads; every thread gets the result.
+__device__ float block_sum(float value) {
+    __shared__ float of_warp[WARP];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
+    value = warp_sum(value);
+    if (lane == 0) { of_warp[warp] = value; }
+    __syncthreads();
+    value = warp_sum(lane < n_warps ? of_warp[lane] : 0.0f);
+    __syncthreads();
+    return value;
+}
+
+__device__ float block_max(float value) {
+    __shared__ float of_warp[WARP];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
+    value = warp_max(value);
+    if (lane == 0) { of_warp[warp] = value; }
+    __syncthreads();
+    value = warp_max(lane < n_warps ? of_warp[lane] : -INFINITY);
+    __syncthreads();
+    return value;
+}
+
+// The only inline PTX. On the CPU the emulator of tests/cuda_emulator has the same names.
+#if !defined(CUEMU) && !defined(FP32)
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return (uint32_t)__cvta_generic_to_shared(pointer);
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8), spread over the lanes of a warp as the PTX manual has it
+__device__ __forceinline__ void mma_m16n8k16_bf16(float c[4], const uint32_t a[4],
+                                                  const uint32_t b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8 x 8 matrices; lane i gives the address of row i % 8 of matrix i / 8
+__device__ __forceinline__ void ldmatrix_x4(uint32_t r[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)) : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t r[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)) : "memory");
+}
+
+// 16 bytes to shared memory, of which those behind `valid` are zeros
+__device__ __forceinline__ void cp_async16(void* to, const void* from, int valid) {
+    asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;"
+                 :: "r"(shared_address(to)), "l"(from), "r"(valid) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+}
+#endif
+
+// ---- §3 Embedding -------------------------------------------------------------------------------
+//
+//   out[b, t] = wte[token[b, t]] + wpe[t]              out (B, T, C), wte (Vp, C), wpe (T, C)
+//   dwte[v] += Σ dout[b, t] where token = v            dwpe[t] += Σ_b dout[b, t]
+
+// One thread: one Pack of a token. Grid BT*C/W/256 x 256. Moves 3 BTC; bound by memory.
+__global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte,
+                                         const floatX* wpe, int BT, int T, int C) {
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (at >= (int64_t)BT * C) { return; }
+    int bt = at / C, c = at % C;
+    Pack token = load(wte + (int64_t)tokens[bt] * C + c), sum;
+    Pack position = load(wpe + bt % T * C + c);
+    for (int i = 0; i < W; i++) { sum.set(i, token[i] + position[i]); }
+    store(out + at, sum);
+}
+
+// Which positions hold which token, sorted by token: what makes the backward pass deterministic.
+struct TokenIndex {
+    int* positions;     // (BT) grouped by token, ascending within a group
+    int* starts;        // (n_groups + 1) where each group begins in `positions`
+    int* tokens;        // (n_groups) the token of each
+};
+
+// One block of 32 x 8: 32 Packs of channels of one token; its positions are dealt to 8 rows of
+// threads. Grid (n_groups, C/W/32). Reads BTC once; bound by memory.
+__global__ void wte_backward_kernel(float* dwte, const floatX* dout, TokenIndex index, int C) {
+    __shared__ float sums[8][W][WARP];
+    int c = (blockIdx.y * WARP + threadIdx.x) * W;
+    float sum[W] = {};
+    if (c < C) {
+        int end = index.starts[blockIdx.x + 1];
+        for (int i = index.starts[blockIdx.x] + threadIdx.y; i < end; i += 8) {
+            Pack gradient = load(dout + (int64_t)index.positions[i] * C + c);
+            for (int k = 0; k < W; k++) { sum[k] += gradient[k]; }
+        }
+    }
+    for (int k = 0; k < W; k++) { sums[threadIdx.y][k][threadIdx.x] = sum[k]; }
+    __syncthreads();
+    if (threadIdx.y > 0 || c >= C) { return; }
+    float* row = dwte + (int64_t)index.tokens[blockIdx.x] * C + c;
+    for (int k = 0; k < W; k++) {
+        for (int y = 1; y < 8; y++) { sum[k] += sums[y][k][threadIdx.x]; }
+        row[k] += sum[k];
+    }
+}
+
+// One thread: one Pack of a position, over all rows. Grid T*C/W/256 x 256. Reads BTC once.
+__global__ void wpe_backward_kernel(float* dwpe, const floatX* dout, int B, int T, int C) {
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (at >= (int64_t)T * C) { return; }
+    float sum[W] = {};
+    for (int b = 0; b < B; b++) {
+        Pack gradient = load(dout + (int64_t)b * T * C + at);
+        for (int k = 0; k < W; k++) { sum[k] += gradient[k]; }
+    }
+    for (int k = 0; k < W; k++) { dwpe[at + k] += sum[k]; }
+}
+
+static void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe,
+                              int B, int T, int C, cudaStream_t stream) {
+    int blocks = ceil_div((int64_t)B * T * C / W, (int64_t)256);
+    embedding_forward_kernel<<<blocks, 256, 0, stream>>>(out, tokens, wte, wpe, B * T, T, C);
+    CHECK_LAUNCH();
+}
+
+static void embedding_backward(float* dwte, float* dwpe, const floatX* dout, TokenIndex index,
+                               int n_groups, int B, int T, int C, cudaStream_t stream) {
+    dim3 grid(n_groups, ceil_div(C, W * WARP)), block(WARP, 8);
+    wte_backward_kernel<<<grid, block, 0, stream>>>(dwte, dout, index, C);
+    CHECK_LAUNCH();
+    wpe_backward_kernel<<<ceil_div(T * C / W, 256), 256, 0, stream>>>(dwpe, dout, B, T, C);
+    CHECK_LAUNCH();
+}
+
+// ---- §4 Sums over rows --------------------------------------------------------------------------
+//
+//   gradient[c] += Σ_rows of a matrix, in two steps of fixed order: each block sums some rows into
+//   `partials` (n_partials, width), then add_partials_kernel sums those.
+
+const int ROW_SPLITS = 64;
+
+// One block of 32 x 8: 32 Packs of columns; its share of the rows is dealt to 8 rows of threads.
+// Grid (OC/W/32, ROW_SPLITS). Reads the matrix once; bound by memory.
+__global__ void row_sum_kernel(float* partials, const floatX* matrix, int rows, int OC) {
+    __shared__ float sums[8][W][WARP];
+    int c = (blockIdx.x * WARP + threadIdx.x) * W;
+    float sum[W] = {};
+    if (c < OC) {
+        for (int row = blockIdx.y * 8 + threadIdx.y; row < rows; row += gridDim.y * 8) {
+            Pack values = load(matrix + (int64_t)row * OC + c);
+            for (int k = 0; k < W; k++) { sum[k] += values[k]; }
+        }
+    }
+    for (int k = 0; k < W; k++) { sums[threadIdx.y][k][threadIdx.x] = sum[k]; }
+    __syncthreads();
+    if (threadIdx.y > 0 || c >= OC) { return; }
+    for (int k = 0; k < W; k++) {
+        for (int y = 1; y < 8; y++) { sum[k] += sums[y][k][threadIdx.x]; }
+        partials[(int64_t)blockIdx.y * OC + c + k] = sum[k];
+    }
+}
+
+// One block of 32 x 16: 32 columns; the partial sums are dealt to 16 rows of threads.
+__global__ void add_partials_kernel(float* gradient, const float* partials, int n_partials,
+                                    int width, int columns) {
+    __shared__ float sums[16][WARP];
+    int c = blockIdx.x * WARP + threadIdx.x;
+    float sum = 0.0f;
+    if (c < columns) {
+        for (int i = threadIdx.y; i < n_partials; i += 16) {
+            sum += partials[(int64_t)i * width + c];
+        }
+    }
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || c >= columns) { return; }
+    for (int y = 1; y < 16; y++) { sum += sums[y][threadIdx.x]; }
+    gradient[c] += sum;
+}
+
+static void add_partials(float* gradient, const float* partials, int n_partials, int width,
+                         int columns, cudaStream_t stream) {
+    dim3 block(WARP, 16);
+    add_partials_kernel<<<ceil_div(columns, WARP), block, 0, stream>>>(gradient, partials,
+                                                                       n_partials, width, columns);
+    CHECK_LAUNCH();
+}
+
+static void bias_backward(float* dbias, float* partials, const floatX* dout, int BT, int OC,
+                          cudaStream_t stream) {
+    dim3 grid(ceil_div(OC, W * WARP), ROW_SPLITS), block(WARP, 8);
+    row_sum_kernel<<<grid, block, 0, stream>>>(partials, dout, BT, OC);
+    CHECK_LAUNCH();
+    add_partials(dbias, partials, ROW_SPLITS, OC, OC, stream);
+}
+
+// ---- §5 Residual + LayerNorm --------------------------------------------------------------------
+//
+//   x = a + b    mean = Σ x / C    rstd = 1 / sqrt(Σ (x - mean)² / C + 1e-5)
+//   n = (x - mean) rstd    out = n weight + bias
+//   dn = dout weight    dx += (dn - Σ dn / C - n Σ (dn n) / C) rstd
+//   dweight += Σ_rows dout n    dbias += Σ_rows dout
+
+const int NORM_WARPS = 4;
+
+// One warp: one row of C channels, held in shared memory between the passes. Grid BT/4 x 128.
+// Moves 4 BTC (2 without b); bound by memory. Without b, x is a and is not written.
+__global__ void layernorm_forward_kernel(floatX* out, floatX* x, float* mean, float* rstd,
+                                         const floatX* a, const floatX* b, const floatX* weight,
+                                         const floatX* bias, int BT, int C) {
+    extern __shared__ float rows[];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int64_t bt = (int64_t)blockIdx.x * NORM_WARPS + warp;
+    if (bt >= BT) { return; }
+    float *row = rows + warp * C, sum = 0.0f, square_sum = 0.0f;
+    for (int c = lane * W; c < C; c += WARP * W) {
+        Pack value = load(a + bt * C + c);
+        if (b != NULL) {
+            Pack other = load(b + bt * C + c);
+            for (int i = 0; i < W; i++) { value.set(i, value[i] + other[i]); }
+            store(x + bt * C + c, value);
+        }
+        for (int i = 0; i < W; i++) { row[c + i] = value[i], sum += value[i]; }
+    }
+    float m = warp_sum(sum) / C;
+    for (int c = lane * W; c < C; c += WARP * W) {
+        for (int i = 0; i < W; i++) { square_sum += (row[c + i] - m) * (row[c + i] - m); }
+    }
+    float s = rsqrtf(warp_sum(square_sum) / C + 1e-5f);
+    for (int c = lane * W; c < C; c += WARP * W) {
+        Pack w = load(weight + c), shift = load(bias + c), value;
+        for (int i = 0; i < W; i++) { value.set(i, (row[c + i] - m) * s * w[i] + shift[i]); }
+        store(out + bt * C + c, value);
+    }
+    if (lane == 0) { mean[bt] = m, rstd[bt] = s; }
+}
+
+const int NORM_ROWS = 2;        // of an iteration, so that two rows share a barrier
+
+// One block: all C channels, a Pack a thread, of every gridDim-th pair of rows. Grid n_partials x
+// C/W. Moves 4 BTC; bound by memory. partials (n_partials, 2C): dweight, then dbias.
+__global__ void layernorm_backward_kernel(floatX* dx, float* partials, const floatX* dout,
+                                          const floatX* x, const floatX* weight, const float* mean,
+                                          const float* rstd, int BT, int C) {
+    __shared__ float of_warp[2][NORM_ROWS][WARP];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
+    int c = threadIdx.x * W;
+    bool active = c < C;
+    float dweight[W] = {}, dbias[W] = {};
+    Pack w = load(weight + (active ? c : 0));
+    for (int first = blockIdx.x * NORM_ROWS; first < BT; first += gridDim.x * NORM_ROWS) {
+        float n[NORM_ROWS][W] = {}, dn[NORM_ROWS][W] = {}, scale[NORM_ROWS] = {};
+        for (int r = 0; r < NORM_ROWS; r++) {
+            int64_t bt = first + r;
+            float sum_dn = 0.0f, sum_dn_n = 0.0f;
+            if (active && bt < BT) {
+                Pack gradient = load(dout + bt * C + c), value = load(x + bt * C + c);
+                float m = mean[bt];
+                scale[r] = rstd[bt];
+                for (int i = 0; i < W; i++) {
+                    n[r][i] = (value[i] - m) * scale[r];
+                    dn[r][i] = gradient[i] * w[i];
+                    dweight[i] += gradient[i] * n[r][i];
+                    dbias[i] += gradient[i];
+                    sum_dn += dn[r][i];
+                    sum_dn_n += dn[r][i] * n[r][i];
+                }
+            }
+            sum_dn = warp_sum(sum_dn), sum_dn_n = warp_sum(sum_dn_n);
+            if (lane == 0) { of_warp[0][r][warp] = sum_dn, of_warp[1][r][warp] = sum_dn_n; }
+        }
+        __syncthreads();
+        for (int r = 0; r < NORM_ROWS; r++) {
+            int64_t bt = first + r;
+            float mean_dn = warp_sum(lane < n_warps ? of_warp[0][r][lane] : 0.0f) / C;
+            float mean_dn_n = warp_sum(lane < n_warps ? of_warp[1][r][lane] : 0.0f) / C;
+            if (active && bt < BT) {
+                Pack gradient = load(dx + bt * C + c);
+                for (int i = 0; i < W; i++) {
+                    float here = (dn[r][i] - mean_dn - n[r][i] * mean_dn_n) * scale[r];
+                    gradient.set(i, gradient[i] + here);
+                }
+                store(dx + bt * C + c, gradient);
+            }
+        }
+        __syncthreads();
+    }
+    if (!active) { return; }
+    float* partial = partials + (int64_t)blockIdx.x * 2 * C + c;
+    for (int i = 0; i < W; i++) { partial[i] = dweight[i], partial[C + i] = dbias[i]; }
+}
+
+// out = LayerNorm(x), x = a + b; without b, x is a.
+static void layernorm_forward(floatX* out, floatX* x, float* mean, float* rstd, const floatX* a,
+                              const floatX* b, const floatX* weight, const floatX* bias, int BT,
+                              int C, cudaStream_t stream) {
+    size_t shared_bytes = sizeof(float) * NORM_WARPS * C;
+    layernorm_forward_kernel<<<ceil_div(BT, NORM_WARPS), NORM_WARPS * WARP, shared_bytes, stream>>>(
+        out, x, mean, rstd, a, b, weight, bias, BT, C);
+    CHECK_LAUNCH();
+}
+
+const int NORM_PARTIALS = 256;
+
+static void layernorm_backward(floatX* dx, float* dweight, float* dbias, float* partials,
+                               const floatX* dout, const floatX* x, const floatX* weight,
+                               const float* mean, const float* rstd, int BT, int C,
+                               cudaStream_t stream) {
+    int blocks = min(NORM_PARTIALS, ceil_div(BT, NORM_ROWS));
+    layernorm_backward_kernel<<<blocks, ceil_div(C, W * WARP) * WARP, 0, stream>>>(
+        dx, partials, dout, x, weight, mean, rstd, BT, C);
+    CHECK_LAUNCH();
+    add_partials(dweight, partials, blocks, 2 * C, C, stream);
+    add_partials(dbias, partials + C, blocks, 2 * C, C, stream);
+}
+
+// ---- §6 Matmuls: cuBLASLt -----------------------------------------------------------------------
+//
+//   y = x w + bias            x (rows, C), w (C, OC), y (rows, OC)
+//   dx = dy wᵀ                dw += xᵀ dy
+//
+// cuBLAS counts matrices by columns: to it, what we call (rows, C) is (C, rows). So each of these
+// is computed as its own transpose, yᵀ = wᵀ xᵀ, and nothing is ever moved.
+
+enum Epilogue { PLAIN, ADD_BIAS, ADD_BIAS_GELU, TIMES_DGELU };
+
+// D (m, n) = op(A) (m, k) op(B) (k, n) + beta D, in cuBLAS's order of dimensions
+struct Matmul {
+    bool transpose_a, transpose_b;
+    int m, n, k;
+    bool accumulate;            // then D is fp32 and is added to
+    Epilogue epilogue;
+    bool operator==(const Matmul& o) const {
+        return transpose_a == o.transpose_a && transpose_b == o.transpose_b && m == o.m &&
+               n == o.n && k == o.k && accumulate == o.accumulate && epilogue == o.epilogue;
+    }
+};
+
+// What cuBLASLt chose for a shape; choosing takes longer than a small matmul.
+struct MatmulPlan {
+    Matmul matmul;
+    cublasLtMatmulDesc_t operation;
+    cublasLtMatrixLayout_t a, b, d;
+    cublasLtMatmulHeuristicResult_t chosen;
+};
+
+static struct {
+    cublasLtHandle_t handle;
+    void* workspace;
+    MatmulPlan plans[64];
+    int n_plans;
+} cublas;
+const size_t WORKSPACE_BYTES = 32 << 20;        // what NVIDIA recommends for Hopper
+
+static void start_cublas() {
+    CHECK_CUBLAS(cublasLtCreate(&cublas.handle));
+    cublas.workspace = allocate(WORKSPACE_BYTES);
+}
+
+template <class Value> static void set(cublasLtMatmulDesc_t operation,
+                                       cublasLtMatmulDescAttributes_t attribute, Value value) {
+    CHECK_CUBLAS(cublasLtMatmulDescSetAttribute(operation, attribute, &value, sizeof value));
+}
+
+// With an epilogue: bias (m), or aux (n, m), the input of GELU, written or read.
+static void set_epilogue(cublasLtMatmulDesc_t operation, Matmul mm, const floatX* bias,
+                         floatX* aux) {
+    const cublasLtEpilogue_t epilogues[] = {
+        CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+        CUBLASLT_EPILOGUE_DGELU};
+    set(operation, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogues[mm.epilogue]);
+    if (bias != NULL) { set(operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias); }
+    if (aux != NULL) {
+        set(operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
+        set(operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)mm.m);
+    }
+}
+
+static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias, floatX* aux) {
+    for (int i = 0; i < cublas.n_plans; i++) {
+        if (cublas.plans[i].matmul == mm) { return &cublas.plans[i]; }
+    }
+    if (cublas.n_plans == 64) { die("more than 64 shapes of matmuls; a model has 15; report it"); }
+    MatmulPlan* plan = &cublas.plans[cublas.n_plans++];
+    plan->matmul = mm;
+    cudaDataType_t type = mm.accumulate ? CUDA_R_32F : CUBLAS_X;
+    CHECK_CUBLAS(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSA, mm.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSB, mm.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set_epilogue(plan->operation, mm, bias, aux);
+    int a_rows = mm.transpose_a ? mm.k : mm.m, a_columns = mm.transpose_a ? mm.m : mm.k;
+    int b_rows = mm.transpose_b ? mm.n : mm.k, b_columns = mm.transpose_b ? mm.k : mm.n;
+    CHECK_CUBLAS(cublasLtMatrixLayoutCreate(&plan->a, CUBLAS_X, a_rows, a_columns, a_rows));
+    CHECK_CUBLAS(cublasLtMatrixLayoutCreate(&plan->b, CUBLAS_X, b_rows, b_columns, b_rows));
+    CHECK_CUBLAS(cublasLtMatrixLayoutCreate(&plan->d, type, mm.m, mm.n, mm.m));
+    cublasLtMatmulPreference_t preference;
+    CHECK_CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
+    CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(
+        preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES,
+        sizeof WORKSPACE_BYTES));
+    int found = 0;
+    CHECK_CUBLAS(cublasLtMatmulAlgoGetHeuristic(cublas.handle, plan->operation, plan->a, plan->b,
+                                                plan->d, plan->d, preference, 1, &plan->chosen,
+                                                &found));
+    if (found == 0) {
+        die("cuBLASLt has no kernel for a %d x %d x %d matmul; sizes should be multiples of 8; "
+            "try --config n_embd=%d", mm.m, mm.n, mm.k, ceil_div(mm.m, 64) * 64);
+    }
+    CHECK_CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
+    return plan;
+}
+
+static void matmul(void* d, const floatX* a, const floatX* b, Matmul mm, const floatX* bias,
+                   floatX* aux, cudaStream_t stream) {
+    MatmulPlan* plan = plan_matmul(mm, bias, aux);
+    set_epilogue(plan->operation, mm, bias, aux);
+    float alpha = 1.0f, beta = mm.accumulate ? 1.0f : 0.0f;
+    CHECK_CUBLAS(cublasLtMatmul(cublas.handle, plan->operation, &alpha, a, plan->a, b, plan->b,
+                                &beta, d, plan->d, d, plan->d, &plan->chosen.algo,
+                                cublas.workspace, WORKSPACE_BYTES, stream));
+}
+
+// y = x w + bias; with aux: aux = x w + bias, y = gelu(aux)
+static void linear_forward(floatX* y, const floatX* x, const floatX* w, const floatX* bias,
+                           floatX* aux, int rows, int C, int OC, cudaStream_t stream) {
+    Epilogue epilogue = aux != NULL ? ADD_BIAS_GELU : ADD_BIAS;
+    matmul(y, w, x, {false, false, OC, rows, C, false, epilogue}, bias, aux, stream);
+}
+
+// dx = dy wᵀ; with aux: dx = dy wᵀ gelu'(aux)
+static void linear_backward_input(floatX* dx, const floatX* dy, const floatX* w, floatX* aux,
+                                  int rows, int C, int OC, cudaStream_t stream) {
+    Epilogue epilogue = aux != NULL ? TIMES_DGELU : PLAIN;
+    matmul(dx, w, dy, {true, false, C, rows, OC, false, epilogue}, NULL, aux, stream);
+}
+
+// dw += xᵀ dy    dbias += Σ_rows dy
+static void linear_backward_weight(float* dw, float* dbias, float* partials, const floatX* x,
+                                   const floatX* dy, int rows, int C, int OC, cudaStream_t stream) {
+    matmul(dw, dy, x, {false, true, OC, C, rows, true, PLAIN}, NULL, NULL, stream);
+    bias_backward(dbias, partials, dy, rows, OC, stream);
+}
+
+// ---- §7 Attention -------------------------------------------------------------------------------
+//
+//   S[t, s] = q[t]·k[s] / sqrt(HS) for s ≤ t    P = softmax(S)    y[t] = Σ_s P[t, s] v[s]
+//   delta[t] = dy[t]·y[t]    dP[t, s] = dy[t]·v[s]    dS = P (dP - delta[t])
+//   dv[s] = Σ_t P[t, s] dy[t]    dq[t] = Σ_s dS[t, s] k[s] / sqrt(HS)    dk likewise with q
+//
+// qkv (B, T, 3, NH, HS), y (B, T, NH, HS). Of S, only lse (B, NH, T) is kept, the logarithm of the
+// softmax's denominator; both have base 2, which the GPU's exponential has: P = 2^(S/ln 2 - lse).
+
+struct AttentionSizes { int B, T, NH, HS; };
+
+// Where a head's q begins in qkv (k and v follow C and 2C later), or its y.
+__device__ int64_t head_start(int b, int h, int T, int NH, int HS, int width) {
+    return (int64_t)b * T * width * NH * HS + h * HS;
+}
+
+// One warp: delta of one token and head. Grid BT*NH/4 x 128. Reads 2 BTC; bound by memory.
+__global__ void attention_delta_kernel(float* delta, const floatX* y, const floatX* dy,
+                                       AttentionSizes sizes) {
+    int lane = threadIdx.x % WARP, T = sizes.T, NH = sizes.NH, HS = sizes.HS;
+    int64_t row = (int64_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;   // (B, T, NH)
+    if (row >= (int64_t)sizes.B * T * NH) { return; }
+    float sum = 0.0f;
+    for (int c = lane; c < HS; c += WARP) {
+        sum += (float)y[row * HS + c] * (float)dy[row * HS + c];
+    }
+    sum = warp_sum(sum);
+    int b = row / ((int64_t)T * NH), t = row / NH % T, h = row % NH;
+    if (lane == 0) { delta[((int64_t)b * NH + h) * T + t] = sum; }
+}
+
+#ifndef FP32
+// A tile is rows of HS channels in shared memory, in chunks of 8 (16 bytes). Chunk i of row r lies
+// where chunk i ^ (r % 8) would: 8 rows' same chunks are then in different banks.
+const int TILE = 64, ATTENTION_THREADS = 128;      // rows of a tile; 4 warps of 16 rows each
+
+template <int HS> __device__ floatX* chunk_at(floatX* tile, int row, int chunk) {
+    return tile + row * HS + (chunk ^ (row % 8)) * 8;
+}
+
+// Begins to copy rows first … first + ROWS - 1; those from T on are zeros.
+template <int HS, int ROWS>
+__device__ void load_tile(floatX* tile, const floatX* from, int64_t stride, int first, int T) {
+    for (int i = threadIdx.x; i < ROWS * HS / 8; i += ATTENTION_THREADS) {
+        int row = i / (HS / 8), chunk = i % (HS / 8), t = first + row;
+        const floatX* source = from + (t < T ? t * stride + chunk * 8 : 0);
+        cp_async16(chunk_at<HS>(tile, row, chunk), source, t < T ? 16 : 0);
+    }
+}
+
+// A warp's product (16, N) = a[row … row + 15] bᵀ of tiles a and b (N, HS). The lane holds, of each
+// 16 x 8 part, row lane/4, columns 2(lane%4) and +1 in [0] and [1], those 8 rows below in [2], [3].
+template <int HS, int N>
+__device__ void multiply_transposed(float (&product)[N / 8][4], floatX* a, int row, floatX* b) {
+    int lane = threadIdx.x % WARP;
+    for (auto& part : product) { part[0] = part[1] = part[2] = part[3] = 0.0f; }
+#pragma unroll
+    for (int k = 0; k < HS; k += 16) {
+        uint32_t left[4], right[4];
+        ldmatrix_x4(left, chunk_at<HS>(a, row + lane % 16, k / 8 + lane / 16));
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            ldmatrix_x4(right, chunk_at<HS>(b, n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+            mma_m16n8k16_bf16(product[n / 8], left, right);
+            mma_m16n8k16_bf16(product[n / 8 + 1], left, right + 2);
+        }
+    }
+}
+
+__device__ uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+
+// sum (16, HS) += a (16, K) b: a as multiply_transposed left it, b a tile (K, HS).
+template <int HS, int K>
+__device__ void multiply_add(float (&sum)[HS / 8][4], const float (&a)[K / 8][4], floatX* b) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+        const float *near = a[k / 8], *far = a[k / 8 + 1];
+        uint32_t left[4] = {pack_bf16(near[0], near[1]), pack_bf16(near[2], near[3]),
+                            pack_bf16(far[0], far[1]), pack_bf16(far[2], far[3])}, right[4];
+#pragma unroll
+        for (int n = 0; n < HS; n += 16) {
+            ldmatrix_x4_trans(right, chunk_at<HS>(b, k + lane % 16, n / 8 + lane / 16));
+            mma_m16n8k16_bf16(sum[n / 8], left, right);
+            mma_m16n8k16_bf16(sum[n / 8 + 1], left, right + 2);
+        }
+    }
+}
+
+// Writes a warp's (16, HS) times `scale` of its two rows to rows first … of a matrix, up to T.
+template <int HS>
+__device__ void store_rows(floatX* to, int64_t stride, int first, int T,
+                           const float (&rows)[HS / 8][4], float scale_0, float scale_8) {
+    int lane = threadIdx.x % WARP, t = first + lane / 4;
+#pragma unroll
+    for (int n = 0; n < HS / 8; n++) {
+        int c = n * 8 + lane % 4 * 2;
+        if (t < T) {
+            *(uint32_t*)(to + t * stride + c) =
+                pack_bf16(rows[n][0] * scale_0, rows[n][1] * scale_0);
+        }
+        if (t + 8 < T) {
+            *(uint32_t*)(to + (t + 8) * stride + c) =
+                pack_bf16(rows[n][2] * scale_8, rows[n][3] * scale_8);
+        }
+    }
+}
+
+__device__ float quad_max(float value) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+}
+
+__device__ float quad_sum(float value) {
+    value += __shfl_xor_sync(~0u, value, 1);
+    return value + __shfl_xor_sync(~0u, value, 2);
+}
+
+// One block: 64 queries of a head, 16 a warp; it walks over the keys before them, 64 at a time,
+// while the next 64 are on their way. Grid (T/64, NH, B) x 128. 2 BT²C FLOP; bound by tensor cores.
+template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
+attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSizes sizes) {
+    extern __shared__ float4 shared[];
+    floatX* q = (floatX*)shared;
+    floatX *k = q + TILE * HS, *v = k + 2 * TILE * HS;             // two tiles each
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = sizes.T, NH = sizes.NH;
+    int h = blockIdx.y, b = blockIdx.z, last = gridDim.x - 1 - blockIdx.x;     // long ones first
+    int64_t C = (int64_t)NH * HS;
+    const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
+    float sum[HS / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, total[2] = {};
+    float to_base_2 = rsqrtf((float)HS) * 1.44269504f;             // 1 / (sqrt(HS) ln 2)
+    int query = last * TILE + warp * 16 + lane / 4;                // this lane's first of two
+
+    load_tile<HS, TILE>(q, from, 3 * C, last * TILE, T);
+    load_tile<HS, TILE>(k, from + C, 3 * C, 0, T);
+    load_tile<HS, TILE>(v, from + 2 * C, 3 * C, 0, T);
+    cp_async_commit();
+    for (int j = 0; j <= last; j++) {
+        floatX *k_tile = k + j % 2 * TILE * HS, *v_tile = v + j % 2 * TILE * HS;
+        if (j < last) {
+            int next = (j + 1) % 2 * TILE * HS;
+            load_tile<HS, TILE>(k + next, from + C, 3 * C, (j + 1) * TILE, T);
+            load_tile<HS, TILE>(v + next, from + 2 * C, 3 * C, (j + 1) * TILE, T);
+            cp_async_commit();
+            cp_async_wait<1>();
+        } else {
+            cp_async_wait<0>();
+        }
+        __syncthreads();
+        float p[TILE / 8][4];
+        multiply_transposed<HS, TILE>(p, q, warp * 16, k_tile);
+        float new_highest[2] = {highest[0], highest[1]};
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int key = j * TILE + n * 8 + lane % 4 * 2 + i % 2;
+                p[n][i] = key <= query + i / 2 * 8 ? p[n][i] * to_base_2 : -INFINITY;
+                new_highest[i / 2] = fmaxf(new_highest[i / 2], p[n][i]);
+            }
+        }
+        for (int r = 0; r < 2; r++) {       // what was summed so far shrinks to the new maximum
+            new_highest[r] = quad_max(new_highest[r]);
+            float shrink = exp2f(highest[r] - new_highest[r]);
+            highest[r] = new_highest[r];
+            total[r] *= shrink;
+            for (auto& part : sum) { part[2 * r] *= shrink, part[2 * r + 1] *= shrink; }
+        }
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                p[n][i] = exp2f(p[n][i] - highest[i / 2]);
+                total[i / 2] += p[n][i];
+            }
+        }
+        multiply_add<HS, TILE>(sum, p, v_tile);
+        __syncthreads();
+    }
+    for (int r = 0; r < 2; r++) {
+        total[r] = quad_sum(total[r]);
+        int t = query + 8 * r;
+        if (lane % 4 == 0 && t < T) {
+            lse[((int64_t)b * NH + h) * T + t] = highest[r] + log2f(total[r]);
+        }
+    }
+    store_rows<HS>(y + head_start(b, h, T, NH, HS, 1), C, last * TILE + warp * 16, T, sum,
+                   1.0f / total[0], 1.0f / total[1]);
+}
+
+// Queries that the backward pass over keys takes at a time: what the registers hold
+template <int HS> constexpr int QUERY_TILE = HS == 64 ? 64 : 32;
+
+// dk and dv. One block: 64 keys of a head, 16 a warp; it walks over the queries behind them. All
+// products are transposed, keys by queries, so that P and dS stay in registers. Grid and block as
+// above. 4 BT²C FLOP; bound by tensor cores.
+template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
+attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy, const float* lse,
+                               const float* delta, AttentionSizes sizes) {
+    constexpr int QUERIES = QUERY_TILE<HS>;
+    extern __shared__ float4 shared[];
+    floatX* k = (floatX*)shared;
+    floatX *v = k + TILE * HS, *q = v + TILE * HS, *dy_tiles = q + 2 * QUERIES * HS;
+    float* lse_tiles = (float*)(dy_tiles + 2 * QUERIES * HS);
+    float* delta_tiles = lse_tiles + 2 * QUERIES;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = sizes.T, NH = sizes.NH;
+    int h = blockIdx.y, b = blockIdx.z, key_0 = blockIdx.x * TILE;
+    int64_t C = (int64_t)NH * HS, row = ((int64_t)b * NH + h) * T;
+    const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
+    const floatX* dy_from = dy + head_start(b, h, T, NH, HS, 1);
+    float dk[HS / 8][4] = {}, dv[HS / 8][4] = {};
+    float scale = rsqrtf((float)HS), to_base_2 = scale * 1.44269504f;
+
+    auto load_queries = [&](int first, int which) {
+        load_tile<HS, QUERIES>(q + which * QUERIES * HS, from, 3 * C, first, T);
+        load_tile<HS, QUERIES>(dy_tiles + which * QUERIES * HS, dy_from, C, first, T);
+        cp_async_commit();
+        if (threadIdx.x < QUERIES) {        // behind T, P becomes 2^-inf = 0
+            int t = first + threadIdx.x, at = which * QUERIES + threadIdx.x;
+            lse_tiles[at] = t < T ? lse[row + t] : INFINITY;
+            delta_tiles[at] = t < T ? delta[row + t] : 0.0f;
+        }
+    };
+    load_tile<HS, TILE>(k, from + C, 3 * C, key_0, T);
+    load_tile<HS, TILE>(v, from + 2 * C, 3 * C, key_0, T);
+    load_queries(key_0, 0);
+    for (int first = key_0, which = 0; first < T; first += QUERIES, which ^= 1) {
+        if (first + QUERIES < T) {
+            load_queries(first + QUERIES, which ^ 1);
+            cp_async_wait<1>();
+        } else {
+            cp_async_wait<0>();
+        }
+        __syncthreads();
+        floatX *q_tile = q + which * QUERIES * HS, *dy_tile = dy_tiles + which * QUERIES * HS;
+        float p[QUERIES / 8][4], ds[QUERIES / 8][4];
+        multiply_transposed<HS, QUERIES>(p, k, warp * 16, q_tile);
+        multiply_transposed<HS, QUERIES>(ds, v, warp * 16, dy_tile);
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int column = n * 8 + lane % 4 * 2 + i % 2, at = which * QUERIES + column;
+                int key = key_0 + warp * 16 + lane / 4 + i / 2 * 8;
+                float power = p[n][i] * to_base_2 - lse_tiles[at];
+                p[n][i] = key <= first + column ? exp2f(power) : 0.0f;
+                ds[n][i] = p[n][i] * (ds[n][i] - delta_tiles[at]);
+            }
+        }
+        multiply_add<HS, QUERIES>(dv, p, dy_tile);
+        multiply_add<HS, QUERIES>(dk, ds, q_tile);
+        __syncthreads();
+    }
+    floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
+    store_rows<HS>(to + C, 3 * C, key_0 + warp * 16, T, dk, scale, scale);
+    store_rows<HS>(to + 2 * C, 3 * C, key_0 + warp * 16, T, dv, 1.0f, 1.0f);
+}
+
+// dq. One block: 64 queries of a head, 16 a warp, as in the forward pass. 3 BT²C FLOP.
+template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
+attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy,
+                                  const float* lse, const float* delta, AttentionSizes sizes) {
+    extern __shared__ float4 shared[];
+    floatX* q = (floatX*)shared;
+    floatX *dy_tile = q + TILE * HS, *k = dy_tile + TILE * HS, *v = k + 2 * TILE * HS;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = sizes.T, NH = sizes.NH;
+    int h = blockIdx.y, b = blockIdx.z, last = gridDim.x - 1 - blockIdx.x;
+    int64_t C = (int64_t)NH * HS, row = ((int64_t)b * NH + h) * T;
+    const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
+    float dq[HS / 8][4] = {}, lse_of[2], delta_of[2];
+    float scale = rsqrtf((float)HS), to_base_2 = scale * 1.44269504f;
+    int query = last * TILE + warp * 16 + lane / 4;
+    for (int r = 0; r < 2; r++) {
+        int t = query + 8 * r;
+        lse_of[r] = t < T ? lse[row + t] : INFINITY;
+        delta_of[r] = t < T ? delta[row + t] : 0.0f;
+    }
+    load_tile<HS, TILE>(q, from, 3 * C, last * TILE, T);
+    load_tile<HS, TILE>(dy_tile, dy + head_start(b, h, T, NH, HS, 1), C, last * TILE, T);
+    load_tile<HS, TILE>(k, from + C, 3 * C, 0, T);
+    load_tile<HS, TILE>(v, from + 2 * C, 3 * C, 0, T);
+    cp_async_commit();
+    for (int j = 0; j <= last; j++) {
+        floatX *k_tile = k + j % 2 * TILE * HS, *v_tile = v + j % 2 * TILE * HS;
+        if (j < last) {
+            int next = (j + 1) % 2 * TILE * HS;
+            load_tile<HS, TILE>(k + next, from + C, 3 * C, (j + 1) * TILE, T);
+            load_tile<HS, TILE>(v + next, from + 2 * C, 3 * C, (j + 1) * TILE, T);
+            cp_async_commit();
+            cp_async_wait<1>();
+        } else {
+            cp_async_wait<0>();
+        }
+        __syncthreads();
+        float p[TILE / 8][4], ds[TILE / 8][4];
+        multiply_transposed<HS, TILE>(p, q, warp * 16, k_tile);
+        multiply_transposed<HS, TILE>(ds, dy_tile, warp * 16, v_tile);
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int key = j * TILE + n * 8 + lane % 4 * 2 + i % 2;
+                float power = p[n][i] * to_base_2 - lse_of[i / 2];
+                float probability = key <= query + i / 2 * 8 ? exp2f(power) : 0.0f;
+                ds[n][i] = probability * (ds[n][i] - delta_of[i / 2]);
+            }
+        }
+        multiply_add<HS, TILE>(dq, ds, k_tile);
+        __syncthreads();
+    }
+    floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
+    store_rows<HS>(to, 3 * C, last * TILE + warp * 16, T, dq, scale, scale);
+}
+
+template <class Kernel> static void allow_shared_bytes(Kernel kernel, size_t bytes) {
+    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    (int)bytes));
+}
+
+template <int HS> static void flash_forward(floatX* y, float* lse, const floatX* qkv,
+                                            AttentionSizes sizes, cudaStream_t stream) {
+    dim3 grid(ceil_div(sizes.T, TILE), sizes.NH, sizes.B);
+    size_t bytes = sizeof(floatX) * 5 * TILE * HS;
+    allow_shared_bytes(attention_forward_kernel<HS>, bytes);
+    attention_forward_kernel<HS><<<grid, ATTENTION_THREADS, bytes, stream>>>(y, lse, qkv, sizes);
+    CHECK_LAUNCH();
+}
+
+template <int HS> static void flash_backward(floatX* dqkv, const floatX* qkv, const floatX* dy,
+                                             const float* lse, const float* delta,
+                                             AttentionSizes sizes, cudaStream_t stream) {
+    dim3 grid(ceil_div(sizes.T, TILE), sizes.NH, sizes.B);
+    size_t queries = QUERY_TILE<HS>;
+    size_t bytes = sizeof(floatX) * HS * (2 * TILE + 4 * queries) + sizeof(float) * 4 * queries;
+    allow_shared_bytes(attention_backward_keys_kernel<HS>, bytes);
+    attention_backward_keys_kernel<HS><<<grid, ATTENTION_THREADS, bytes, stream>>>(
+        dqkv, qkv, dy, lse, delta, sizes);
+    CHECK_LAUNCH();
+    bytes = sizeof(floatX) * 6 * TILE * HS;
+    allow_shared_bytes(attention_backward_queries_kernel<HS>, bytes);
+    attention_backward_queries_kernel<HS><<<grid, ATTENTION_THREADS, bytes, stream>>>(
+        dqkv, qkv, dy, lse, delta, sizes);
+    CHECK_LAUNCH();
+}
+#endif
+
+// The slow twins: fp32, and head sizes other than 64 and 128. One warp a query or key, channels
+// lane, lane + 32, … in its registers. Grid B*NH*T/4 x 128.
+const int LANE_CHANNELS = 8;        // so HS is at most 256
+
+struct HeadRow {                    // which row of which head a warp has
+    int b, h, t;
+    bool exists;
+    __device__ HeadRow(AttentionSizes sizes) {
+        int64_t row = (int64_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+        exists = row < (int64_t)sizes.B * sizes.NH * sizes.T;
+        b = row / ((int64_t)sizes.NH * sizes.T), h = row / sizes.T % sizes.NH, t = row % sizes.T;
+    }
+};
+
+__device__ void load_channels(float (&channels)[LANE_CHANNELS], const floatX* row, int HS) {
+    for (int i = 0; i < LANE_CHANNELS; i++) {
+        int c = threadIdx.x % WARP + WARP * i;
+        channels[i] = c < HS ? (float)row[c] : 0.0f;
+    }
+}
+
+__device__ void store_channels(floatX* row, const float (&channels)[LANE_CHANNELS], float scale,
+                               int HS) {
+    for (int i = 0; i < LANE_CHANNELS; i++) {
+        int c = threadIdx.x % WARP + WARP * i;
+        if (c < HS) { row[c] = (floatX)(channels[i] * scale); }
+    }
+}
+
+__device__ float dot(const float (&a)[LANE_CHANNELS], const float (&b)[LANE_CHANNELS]) {
+    float sum = 0.0f;
+    for (int i = 0; i < LANE_CHANNELS; i++) { sum += a[i] * b[i]; }
+    return warp_sum(sum);
+}
+
+__device__ void add_scaled(float (&sum)[LANE_CHANNELS], float factor,
+                           const float (&a)[LANE_CHANNELS]) {
+    for (int i = 0; i < LANE_CHANNELS; i++) { sum[i] += factor * a[i]; }
+}
+
+__global__ void plain_attention_forward_kernel(floatX* y, float* lse, const floatX* qkv,
+                                               AttentionSizes sizes) {
+    HeadRow at(sizes);
+    if (!at.exists) { return; }
+    int T = sizes.T, NH = sizes.NH, HS = sizes.HS, C = NH * HS;
+    const floatX* from = qkv + head_start(at.b, at.h, T, NH, HS, 3);
+    float q[LANE_CHANNELS], k[LANE_CHANNELS], v[LANE_CHANNELS], sum[LANE_CHANNELS] = {};
+    float highest = -INFINITY, total = 0.0f, to_base_2 = rsqrtf((float)HS) * 1.44269504f;
+    load_channels(q, from + (int64_t)at.t * 3 * C, HS);
+    for (int s = 0; s <= at.t; s++) {
+        load_channels(k, from + (int64_t)s * 3 * C + C, HS);
+        load_channels(v, from + (int64_t)s * 3 * C + 2 * C, HS);
+        float score = dot(q, k) * to_base_2, new_highest = fmaxf(highest, score);
+        float shrink = exp2f(highest - new_highest), p = exp2f(score - new_highest);
+        highest = new_highest;
+        total = total * shrink + p;
+        for (int i = 0; i < LANE_CHANNELS; i++) { sum[i] = sum[i] * shrink + p * v[i]; }
+    }
+    floatX* to = y + head_start(at.b, at.h, T, NH, HS, 1) + (int64_t)at.t * C;
+    store_channels(to, sum, 1.0f / total, HS);
+    if (threadIdx.x % WARP == 0) {
+        lse[((int64_t)at.b * NH + at.h) * T + at.t] = highest + log2f(total);
+    }
+}
+
+// Of one warp: dq of its query when KEYS is false, dk and dv of its key when it is true.
+template <bool KEYS>
+__global__ void plain_attention_backward_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy,
+                                                const float* lse, const float* delta,
+                                                AttentionSizes sizes) {
+    HeadRow at(sizes);
+    if (!at.exists) { return; }
+    int T = sizes.T, NH = sizes.NH, HS = sizes.HS, C = NH * HS;
+    int64_t start = head_start(at.b, at.h, T, NH, HS, 3), row = ((int64_t)at.b * NH + at.h) * T;
+    const floatX *from = qkv + start, *dy_from = dy + head_start(at.b, at.h, T, NH, HS, 1);
+    float q[LANE_CHANNELS], k[LANE_CHANNELS], v[LANE_CHANNELS], dy_row[LANE_CHANNELS];
+    float dq_or_dk[LANE_CHANNELS] = {}, dv[LANE_CHANNELS] = {};
+    float scale = rsqrtf((float)HS), to_base_2 = scale * 1.44269504f;
+    int begin = KEYS ? at.t : 0, end = KEYS ? T : at.t + 1;
+    for (int other = begin; other < end; other++) {
+        int query = KEYS ? other : at.t, key = KEYS ? at.t : other;
+        load_channels(q, from + (int64_t)query * 3 * C, HS);
+        load_channels(k, from + (int64_t)key * 3 * C + C, HS);
+        load_channels(v, from + (int64_t)key * 3 * C + 2 * C, HS);
+        load_channels(dy_row, dy_from + (int64_t)query * C, HS);
+        float p = exp2f(dot(q, k) * to_base_2 - lse[row + query]);
+        float ds = p * (dot(dy_row, v) - delta[row + query]);
+        add_scaled(dv, p, dy_row);
+        add_scaled(dq_or_dk, ds, KEYS ? q : k);
+    }
+    floatX* to = dqkv + start + (int64_t)at.t * 3 * C;
+    store_channels(to + (KEYS ? C : 0), dq_or_dk, scale, HS);
+    if (KEYS) { store_channels(to + 2 * C, dv, 1.0f, HS); }
+}
+
+static void attention_forward(floatX* y, float* lse, const floatX* qkv, AttentionSizes sizes,
+                              cudaStream_t stream) {
+#ifndef FP32
+    if (sizes.HS == 64) { return flash_forward<64>(y, lse, qkv, sizes, stream); }
+    if (sizes.HS == 128) { return flash_forward<128>(y, lse, qkv, sizes, stream); }
+#endif
+    int blocks = ceil_div((int64_t)sizes.B * sizes.NH * sizes.T, (int64_t)4);
+    plain_attention_forward_kernel<<<blocks, 128, 0, stream>>>(y, lse, qkv, sizes);
+    CHECK_LAUNCH();
+}
+
+static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, const floatX* y,
+                               const float* lse, const floatX* qkv, AttentionSizes sizes,
+                               cudaStream_t stream) {
+    int blocks = ceil_div((int64_t)sizes.B * sizes.NH * sizes.T, (int64_t)4);
+    attention_delta_kernel<<<blocks, 128, 0, stream>>>(delta, y, dy, sizes);
+    CHECK_LAUNCH();
+#ifndef FP32
+    if (sizes.HS == 64) { return flash_backward<64>(dqkv, qkv, dy, lse, delta, sizes, stream); }
+    if (sizes.HS == 128) { return flash_backward<128>(dqkv, qkv, dy, lse, delta, sizes, stream); }
+#endif
+    plain_attention_backward_kernel<false><<<blocks, 128, 0, stream>>>(dqkv, qkv, dy, lse, delta,
+                                                                       sizes);
+    CHECK_LAUNCH();
+    plain_attention_backward_kernel<true><<<blocks, 128, 0, stream>>>(dqkv, qkv, dy, lse, delta,
+                                                                      sizes);
+    CHECK_LAUNCH();
+}
+
+// ---- §8 GELU ------------------------------------------------------------------------------------
+//
+//   u = sqrt(2/π) (x + 0.044715 x³)    y = x (1 + tanh u) / 2
+//   dx = dy ((1 + tanh u) / 2 + x (1 - tanh² u) u' / 2)
+//
+// bf16 leaves both to cuBLASLt's epilogues. Alone they serve fp32, and what is recomputed.
+
+const float GELU_SCALE = 0.7978845608f;
+
+// One thread: one Pack. Grid n/W/256 x 256. Moves 2n; bound by memory.
+__global__ void gelu_forward_kernel(floatX* y, const floatX* x, int64_t n) {
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (at >= n) { return; }
+    Pack value = load(x + at);
+    for (int i = 0; i < W; i++) {
+        float a = value[i], u = GELU_SCALE * (a + 0.044715f * a * a * a);
+        value.set(i, 0.5f * a * (1.0f + tanhf(u)));
+    }
+    store(y + at, value);
+}
+
+// As above, in place on dy. Moves 3n.
+__global__ void gelu_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (at >= n) { return; }
+    Pack gradient = load(dy + at), value = load(x + at);
+    for (int i = 0; i < W; i++) {
+        float a = value[i], t = tanhf(GELU_SCALE * (a + 0.044715f * a * a * a));
+        float du = GELU_SCALE * (1.0f + 3.0f * 0.044715f * a * a);
+        gradient.set(i, gradient[i] * 0.5f * (1.0f + t + a * (1.0f - t * t) * du));
+    }
+    store(dy + at, gradient);
+}
+
+static void gelu_forward(floatX* y, const floatX* x, int64_t n, cudaStream_t stream) {
+    gelu_forward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(y, x, n);
+    CHECK_LAUNCH();
+}
+
+static void gelu_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
+    gelu_backward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(dy, x, n);
+    CHECK_LAUNCH();
+}
+
+// ---- §9 Classifier ------------------------------------------------------------------------------
+//
+//   loss = ln Σ exp(z) - z[target]    dz = (softmax(z) - onehot(target)) share
+//
+// A target of -1 has no loss and no gradient; nor have the padding rows V … Vp - 1 of wte.
+
+// One block: a token's logits, overwritten by their gradient. Grid tokens x 512. Reads Vp twice
+// (the second time from the L2 cache), writes it once; bound by memory.
+__global__ void classifier_kernel(floatX* logits, float* losses, const int* targets, float share,
+                                  int V, int Vp, bool write_gradient) {
+    floatX* row = logits + (int64_t)blockIdx.x * Vp;
+    int target = targets[blockIdx.x];
+    float of_target = target >= 0 ? (float)row[target] : 0.0f;
+    float highest = -INFINITY, sum = 0.0f;
+    for (int c = threadIdx.x * W; c < V; c += blockDim.x * W) {
+        Pack z = load(row + c);
+        float before = highest;
+        for (int i = 0; i < W && c + i < V; i++) { highest = fmaxf(highest, z[i]); }
+        sum *= expf(before - highest);
+        for (int i = 0; i < W && c + i < V; i++) { sum += expf(z[i] - highest); }
+    }
+    float top = block_max(highest);
+    sum = block_sum(highest == -INFINITY ? 0.0f : sum * expf(highest - top));
+    if (threadIdx.x == 0) {
+        losses[blockIdx.x] = target >= 0 ? logf(sum) + top - of_target : 0.0f;
+    }
+    if (!write_gradient) { return; }
+    for (int c = threadIdx.x * W; c < Vp; c += blockDim.x * W) {
+        Pack z = load(row + c);
+        for (int i = 0; i < W; i++) {
+            float dz = (expf(z[i] - top) / sum - (c + i == target)) * share;
+            z.set(i, target >= 0 && c + i < V ? dz : 0.0f);
+        }
+        store(row + c, z);
+    }
+}
+
+// One block sums all losses, in fp64 and always in the same order, onto *sum.
+__global__ void loss_sum_kernel(double* sum, const float* losses, int n) {
+    __shared__ double sums[256];
+    double mine = 0.0;
+    for (int i = threadIdx.x; i < n; i += 256) { mine += losses[i]; }
+    sums[threadIdx.x] = mine;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 256; i++) { *sum += sums[i]; }
+    }
+}
+
+// ---- §10 AdamW and the gradient's norm ----------------------------------------------------------
+//
+//   m += (1 - β₁)(g - m)    v += (1 - β₂)(g² - v)
+//   p ← p (1 - lr decay) - lr m / (1 - β₁ᵗ) / (sqrt(v / (1 - β₂ᵗ)) + ε)
+
+const float BETA_1 = 0.9f, BETA_2 = 0.95f, EPSILON = 1e-8f, WEIGHT_DECAY = 0.1f;
+
+// fp32 → floatX. bf16 drops 16 bits of mantissa: rounding up with the probability that they stand
+// for is right on average. The "random" bits depend on the step and the parameter alone, so that a
+// run repeats on any number of ranks. Before step 1 it is to nearest.
+__device__ floatX round_parameter(float value, int64_t index, unsigned step) {
+    if (!BF16 || step == 0) { return (floatX)value; }
+    unsigned bits = (unsigned)index * 0x9E3779B1u ^ (unsigned)(index >> 32) ^ step * 0x85EBCA77u;
+    bits = (bits ^ bits >> 16) * 0x7FEB352Du;           // a mixer of the "lowbias32" kind
+    bits = (bits ^ bits >> 15) * 0x846CA68Bu;
+    bits = __float_as_uint(value) + ((bits ^ bits >> 16) & 0xFFFFu);
+    return (floatX)__uint_as_float(bits & 0xFFFF0000u);
+}
+
+struct AdamStep {
+    float lr, grad_scale, correction_1, correction_2;   // corrections: 1 - βᵗ
+    unsigned step;
+};
+
+// One thread: one parameter of this rank's shard of a bucket; `index` is its place in the whole
+// model. Moves 34 bytes a parameter (7 fp32, 1 bf16 and reuse); bound by memory.
+__global__ void adamw_kernel(floatX* parameters, float* masters, float* m, float* v,
+                             const float* gradients, int64_t n, int64_t index, int64_t decay_end,
+                             AdamStep adam) {
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) { return; }
+    float g = gradients[i] * adam.grad_scale;
+    m[i] += (1.0f - BETA_1) * (g - m[i]);
+    v[i] += (1.0f - BETA_2) * (g * g - v[i]);
+    float m_hat = m[i] / adam.correction_1, v_hat = v[i] / adam.correction_2;
+    float decay = index + i < decay_end ? WEIGHT_DECAY : 0.0f;
+    masters[i] = masters[i] * (1.0f - adam.lr * decay) - adam.lr * m_hat / (sqrtf(v_hat) + EPSILON);
+    parameters[i] = round_parameter(masters[i], index + i, adam.step);
+}
+
+// masters → parameters, as adamw_kernel did at `step`
+__global__ void round_parameters_kernel(floatX* parameters, const float* masters, int64_t n,
+                                        int64_t index, unsigned step) {
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) { parameters[i] = round_parameter(masters[i], index + i, step); }
+}
+
+const int NORM_BLOCKS = 128;
+
+// Block i: the sum of squares of its share of the gradients → sums[i]. Reads n once.
+__global__ void square_sum_kernel(float* sums, const float* gradients, int64_t n) {
+    float sum = 0.0f;
+    int64_t step = (int64_t)gridDim.x * blockDim.x;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
+        sum += gradients[i] * gradients[i];
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) { sums[blockIdx.x] = sum; }
+}
+
+// ---- §11 Ranks: torchrun's environment, NCCL; a single process is rank 0 of 1 -------------------
+
+struct Ranks {
+    int rank, world_size, local_rank;
+    cudaStream_t stream;            // collectives run here, beside the backward pass
+    cudaEvent_t ready;
+#ifdef MULTI_GPU
+    ncclComm_t comm;
+    double* buffer;                 // of ranks_sum
+#endif
+};
+
+static int environment(const char* name, int fallback) {
+    const char* value = getenv(name);
+    return value != NULL ? atoi(value) : fallback;
+}
+
+#ifdef MULTI_GPU
+#define CHECK_NCCL(call) check_nccl(call, __LINE__)
+static void check_nccl(ncclResult_t result, int line) {
+    if (result == ncclSuccess) { return; }
+    die("train_gpt2.cu:%d: NCCL says: %s; a rank ends when another is gone; see what that one "
+        "said, then continue with --resume", line, ncclGetErrorString(result));
+}
+
+// Rank 0's id for the group goes to the others over TCP, on the port after MASTER_PORT, which
+// torchrun itself holds.
+static void share_id(ncclUniqueId* id, int rank, int world_size) {
+    const char* host = getenv("MASTER_ADDR") != NULL ? getenv("MASTER_ADDR") : "127.0.0.1";
+    char port[16];
+    snprintf(port, sizeof port, "%d", environment("MASTER_PORT", 29500) + 1);
+    addrinfo hints = {}, *address;
+    hints.ai_family = AF_INET, hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = rank == 0 ? AI_PASSIVE : 0;
+    if (getaddrinfo(rank == 0 ? NULL : host, port, &hints, &address) != 0) {
+        die("MASTER_ADDR %s: no such host; ranks meet at rank 0's; start them with torchrun", host);
+    }
+    if (rank == 0) {
+        int server = socket(AF_INET, SOCK_STREAM, 0), yes = 1;
+        setsockopt(server, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+        if (bind(server, address->ai_addr, address->ai_addrlen) != 0 || listen(server, 1024) != 0) {
+            die("port %s is taken; rank 0 listens on MASTER_PORT + 1; give torchrun another "
+                "--master_port", port);
+        }
+        for (int others = 1; others < world_size; others++) {
+            int client = accept(server, NULL, NULL);
+            if (write(client, id, sizeof *id) != (ssize_t)sizeof *id) {
+                die("a rank hung up; all must start together; see what it said");
+            }
+            close(client);
+        }
+        close(server);
+    } else {
+        int client, tries = 0;
+        while (client = socket(AF_INET, SOCK_STREAM, 0),
+               connect(client, address->ai_addr, address->ai_addrlen) != 0) {
+            close(client);
+            if (++tries == 1200) {
+                die("rank 0 at %s:%s does not answer for a minute; ranks meet there; see what "
+                    "rank 0 said", host, port);
+            }
+            usleep(50000);
+        }
+        size_t have = 0;
+        while (have < sizeof *id) {
+            ssize_t got = read(client, (char*)id + have, sizeof *id - have);
+            if (got <= 0) { die("rank 0 hung up; all must start together; see what it said"); }
+            have += got;
+        }
+        close(client);
+    }
+    freeaddrinfo(address);
+}
+#endif
+
+static Ranks start_ranks() {
+    Ranks ranks = {};
+    ranks.rank = environment("RANK", 0), ranks.world_size = environment("WORLD_SIZE", 1);
+    ranks.local_rank = environment("LOCAL_RANK", 0);
+    int n_devices = 0;
+    if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0) {
+        die("no CUDA GPU is seen; the CUDA trainer needs one and its driver; look at nvidia-smi, "
+            "or use python train_gpt2.py");
+    }
+    CHECK_CUDA(cudaSetDevice(ranks.local_rank % n_devices));
+    CHECK_CUDA(cudaStreamCreateWithFlags(&ranks.stream, cudaStreamNonBlocking));
+    CHECK_CUDA(cudaEventCreateWithFlags(&ranks.ready, cudaEventDisableTiming));
+#ifdef MULTI_GPU
+    if (ranks.world_size > 1) {
+        ncclUniqueId id = {};
+        if (ranks.rank == 0) { CHECK_NCCL(ncclGetUniqueId(&id)); }
+        share_id(&id, ranks.rank, ranks.world_size);
+        CHECK_NCCL(ncclCommInitRank(&ranks.comm, ranks.world_size, id, ranks.rank));
+        ranks.buffer = (double*)allocate(sizeof(double) * 16);
+    }
+#else
+    if (ranks.world_size > 1) {
+        die("WORLD_SIZE is %d; this binary was built without NCCL; install nvidia-nccl-cu13 and "
+            "run make train_gpt2cu again", ranks.world_size);
+    }
+#endif
+    return ranks;
+}
+
+// Sums each of up to 16 numbers over all ranks.
+static void ranks_sum(Ranks* ranks, double* values, int n) {
+#ifdef MULTI_GPU
+    if (ranks->world_size == 1) { return; }
+    CHECK_CUDA(cudaMemcpyAsync(ranks->buffer, values, sizeof(double) * n, cudaMemcpyHostToDevice,
+                               ranks->stream));
+    CHECK_NCCL(ncclAllReduce(ranks->buffer, ranks->buffer, n, ncclFloat64, ncclSum, ranks->comm,
+                             ranks->stream));
+    CHECK_CUDA(cudaMemcpyAsync(values, ranks->buffer, sizeof(double) * n, cudaMemcpyDeviceToHost,
+                               ranks->stream));
+    CHECK_CUDA(cudaStreamSynchronize(ranks->stream));
+#endif
+}
+
+// Each rank's n of world_size * n gradients become the sums over all ranks, when `after` is done.
+static void reduce_scatter(Ranks* ranks, float* gradients, int64_t n, cudaStream_t after) {
+#ifdef MULTI_GPU
+    if (ranks->world_size == 1) { return; }
+    CHECK_CUDA(cudaEventRecord(ranks->ready, after));
+    CHECK_CUDA(cudaStreamWaitEvent(ranks->stream, ranks->ready, 0));
+    CHECK_NCCL(ncclReduceScatter(gradients, gradients + ranks->rank * n, n, ncclFloat32, ncclSum,
+                                 ranks->comm, ranks->stream));
+#endif
+}
+
+// Every rank's n bytes, in place, to all ranks, when `after` is done.
+static void all_gather(Ranks* ranks, void* all, int64_t n_bytes, cudaStream_t after) {
+#ifdef MULTI_GPU
+    if (ranks->world_size == 1) { return; }
+    CHECK_CUDA(cudaEventRecord(ranks->ready, after));
+    CHECK_CUDA(cudaStreamWaitEvent(ranks->stream, ranks->ready, 0));
+    CHECK_NCCL(ncclAllGather((char*)all + ranks->rank * n_bytes, all, n_bytes, ncclInt8,
+                             ranks->comm, ranks->stream));
+#endif
+}
+
+// What `stream` does next waits for the collectives so far.
+static void wait_for_ranks(Ranks* ranks, cudaStream_t stream) {
+    CHECK_CUDA(cudaEventRecord(ranks->ready, ranks->stream));
+    CHECK_CUDA(cudaStreamWaitEvent(stream, ranks->ready, 0));
+}
+
+// ---- §12 Tensor table ---------------------------------------------------------------------------
+//
+// All parameters lie in one array, in buckets: one for the embeddings and the last norm, then one a
+// layer. In a bucket matrices, which decay, come before vectors, which do not. Each rank owns the
+// rank-th part of every bucket, so that a bucket is reduced as soon as its backward pass is done.
+
+struct Config { int block_size, vocab_size, n_layer, n_head, n_embd; };
+
+static int padded_vocab(Config config) { return ceil_div(config.vocab_size, 64) * 64; }
+
+enum { WTE, WPE, LN_F_W, LN_F_B, GLOBAL_TENSORS };
+enum { ATTN_W, ATTN_PROJ_W, FC_W, FC_PROJ_W, LN_1_W, LN_1_B, ATTN_B, ATTN_PROJ_B, LN_2_W, LN_2_B,
+       FC_B, FC_PROJ_B, LAYER_TENSORS };
+
+struct Tensor {
+    char name[96];              // HF's
+    int rows, columns;          // columns 0: a vector
+    int file_rows;              // without the padding of the vocabulary
+    float std, mean;            // of the initial values
+    int64_t offset;
+    int64_t file_size() const { return (int64_t)file_rows * (columns > 0 ? columns : 1); }
+};
+
+struct Bucket { int64_t offset, size, decay_end; };
+
+struct Table {
+    int n_tensors, n_buckets;
+    Tensor* tensors;
+    Bucket* buckets;
+    int64_t size, file_size;            // with and without padding
+};
+
+const int ALIGNMENT = 128;              // elements: where tensors begin
+
+static void add_tensor(Table* table, const char* name, int rows, int columns, float std,
+                       float mean) {
+    Tensor* tensor = &table->tensors[table->n_tensors++];
+    Bucket* bucket = &table->buckets[table->n_buckets - 1];
+    *tensor = {"", rows, columns, rows, std, mean, table->size};
+    snprintf(tensor->name, sizeof tensor->name, "transformer.%s", name);
+    table->size = ceil_div(table->size + tensor->file_size(), (int64_t)ALIGNMENT) * ALIGNMENT;
+    if (columns > 0) { bucket->decay_end = table->size; }
+}
+
+static void begin_bucket(Table* table) {
+    table->buckets[table->n_buckets++] = {table->size, 0, table->size};
+}
+
+static void end_bucket(Table* table, int world_size) {
+    Bucket* bucket = &table->buckets[table->n_buckets - 1];
+    int64_t part = (int64_t)ALIGNMENT * world_size;
+    bucket->size = ceil_div(table->size - bucket->offset, part) * part;
+    table->size = bucket->offset + bucket->size;
+}
+
+static Table make_table(Config config, int world_size) {
+    int C = config.n_embd, L = config.n_layer, Vp = padded_vocab(config);
+    float std = 0.02f, proj_std = 0.02f / sqrtf(2.0f * L);
+    Table table = {};
+    table.tensors = (Tensor*)calloc(GLOBAL_TENSORS + L * LAYER_TENSORS, sizeof(Tensor));
+    table.buckets = (Bucket*)calloc(1 + L, sizeof(Bucket));
+    begin_bucket(&table);
+    add_tensor(&table, "wte.weight", Vp, C, std, 0);
+    table.tensors[WTE].file_rows = config.vocab_size;
+    add_tensor(&table, "wpe.weight", config.block_size, C, std, 0);
+    add_tensor(&table, "ln_f.weight", C, 0, 0, 1);
+    add_tensor(&table, "ln_f.bias", C, 0, 0, 0);
+    end_bucket(&table, world_size);
+    const struct { const char* name; int rows, columns; float std, mean; } layer[LAYER_TENSORS] = {
+        {"attn.c_attn.weight", C, 3 * C, std, 0}, {"attn.c_proj.weight", C, C, proj_std, 0},
+        {"mlp.c_fc.weight", C, 4 * C, std, 0}, {"mlp.c_proj.weight", 4 * C, C, proj_std, 0},
+        {"ln_1.weight", C, 0, 0, 1}, {"ln_1.bias", C, 0, 0, 0},
+        {"attn.c_attn.bias", 3 * C, 0, 0, 0}, {"attn.c_proj.bias", C, 0, 0, 0},
+        {"ln_2.weight", C, 0, 0, 1}, {"ln_2.bias", C, 0, 0, 0},
+        {"mlp.c_fc.bias", 4 * C, 0, 0, 0}, {"mlp.c_proj.bias", C, 0, 0, 0}};
+    for (int l = 0; l < L; l++) {
+        begin_bucket(&table);
+        for (int i = 0; i < LAYER_TENSORS; i++) {
+            char name[64];
+            snprintf(name, sizeof name, "h.%d.%s", l, layer[i].name);
+            add_tensor(&table, name, layer[i].rows, layer[i].columns, layer[i].std, layer[i].mean);
+        }
+        end_bucket(&table, world_size);
+    }
+    for (int i = 0; i < table.n_tensors; i++) { table.file_size += table.tensors[i].file_size(); }
+    return table;
+}
+
+// ---- §13 Model ----------------------------------------------------------------------------------
+
+struct LayerActivations {
+    floatX *x, *ln_1, *qkv, *y, *x_mid, *ln_2, *fc, *gelu;     // (BT, …); x: the residual stream
+    float *lse, *ln_1_mean, *ln_1_rstd, *ln_2_mean, *ln_2_rstd;
+};
+
+struct Model {
+    Config config;
+    int B, T, recompute;
+    Table table;
+    floatX* parameters;                     // all of them, on each rank
+    float *gradients, *masters, *m, *v;     // the last three: this rank's part of each bucket
+    LayerActivations* layers;
+    floatX *x_last, *ln_f, *logits;         // logits: of HEAD_ROWS tokens at a time
+    float *ln_f_mean, *ln_f_rstd, *losses;
+    floatX *branch, *dx, *dbranch, *dwide;  // dwide (BT, 4C); also dqkv
+    float *partials, *delta, *square_sums;
+    double* loss_sum;
+    int *inputs, *targets, *index;          // index: a TokenIndex, in three parts
+    cudaStream_t stream;
+};
+
+const int HEAD_ROWS = 8192;
+
+static floatX* global_parameter(Model* model, int which) {
+    return model->parameters + model->table.tensors[which].offset;
+}
+static float* global_gradient(Model* model, int which) {
+    return model->gradients + model->table.tensors[which].offset;
+}
+static int64_t layer_offset(Model* model, int layer, int which) {
+    return model->table.tensors[GLOBAL_TENSORS + layer * LAYER_TENSORS + which].offset;
+}
+
+// Bytes of a row's activations, and of what does not depend on the rows.
+static void memory_bytes(Config config, int T, int recompute, int world_size, double* fixed,
+                         double* row) {
+    double C = config.n_embd, N = make_table(config, world_size).size;
+    double width = (recompute == 0 ? 32 : recompute == 1 ? 24 : 20) * config.n_layer + 16;
+    *row = width * C * T * sizeof(floatX);
+    *fixed = N * (sizeof(floatX) + 4 + 12.0 / world_size) + WORKSPACE_BYTES +
+             (double)HEAD_ROWS * padded_vocab(config) * sizeof(floatX);
+}
+
+static floatX* allocate_x(int64_t n) { return (floatX*)allocate(n * sizeof(floatX)); }
+static float* allocate_float(int64_t n) { return (float*)allocate(n * sizeof(float)); }
+
+static void allocate_activations(Model* model) {
+    Config config = model->config;
+    int64_t BT = (int64_t)model->B * model->T, C = config.n_embd, L = config.n_layer;
+    model->layers = (LayerActivations*)calloc(L, sizeof(LayerActivations));
+    for (int l = 0; l < L; l++) {       // what is recomputed shares the first layer's memory
+        LayerActivations *a = &model->layers[l], *first = &model->layers[0];
+        bool own_gelu = l == 0 || model->recompute < 1, own_norms = l == 0 || model->recompute < 2;
+        a->x = allocate_x(BT * C), a->x_mid = allocate_x(BT * C);
+        a->ln_1 = own_norms ? allocate_x(BT * C) : first->ln_1;
+        a->ln_2 = own_norms ? allocate_x(BT * C) : first->ln_2;
+        a->qkv = allocate_x(BT * 3 * C), a->y = allocate_x(BT * C), a->fc = allocate_x(BT * 4 * C);
+        a->gelu = own_gelu ? allocate_x(BT * 4 * C) : first->gelu;
+        a->lse = allocate_float(BT * config.n_head);
+        a->ln_1_mean = allocate_float(BT), a->ln_1_rstd = allocate_float(BT);
+        a->ln_2_mean = allocate_float(BT), a->ln_2_rstd = allocate_float(BT);
+    }
+    int64_t head_rows = BT < HEAD_ROWS ? BT : HEAD_ROWS;
+    model->x_last = allocate_x(BT * C), model->ln_f = allocate_x(BT * C);
+    model->logits = allocate_x(head_rows * padded_vocab(config));
+    model->ln_f_mean = allocate_float(BT), model->ln_f_rstd = allocate_float(BT);
+    model->losses = allocate_float(BT), model->delta = allocate_float(BT * config.n_head);
+    model->branch = allocate_x(BT * C), model->dx = allocate_x(BT * C);
+    model->dbranch = allocate_x(BT * C), model->dwide = allocate_x(BT * 4 * C);
+    model->partials = allocate_float(2 * NORM_PARTIALS * C);
+    model->square_sums = allocate_float((int64_t)model->table.n_buckets * NORM_BLOCKS);
+    model->loss_sum = (double*)allocate(sizeof(double));
+    model->inputs = (int*)allocate(BT * sizeof(int)), model->targets = (int*)allocate(BT * 4);
+    model->index = (int*)allocate((3 * BT + 1) * sizeof(int));
+}
+
+static Model make_model(Config config, int B, int recompute, Ranks* ranks) {
+    Model model = {};
+    model.config = config, model.B = B, model.T = config.block_size, model.recompute = recompute;
+    model.table = make_table(config, ranks->world_size);
+    int64_t size = model.table.size, mine = size / ranks->world_size;
+    CHECK_CUDA(cudaStreamCreateWithFlags(&model.stream, cudaStreamNonBlocking));
+    model.parameters = allocate_x(size), model.gradients = allocate_float(size);
+    model.masters = allocate_float(mine), model.m = allocate_float(mine);
+    model.v = allocate_float(mine);
+    allocate_activations(&model);
+    start_cublas();
+    CHECK_CUDA(cudaDeviceSynchronize());        // the zeros are there before other streams begin
+    return model;
+}
+
+// ln_1 … x + attention → x_mid → ln_2 … x_mid + MLP; the last sum is left to the next norm.
+static void layer_forward(Model* model, int l, const floatX* branch) {
+    LayerActivations* a = &model->layers[l];
+    int B = model->B, T = model->T, C = model->config.n_embd, BT = B * T;
+    AttentionSizes sizes = {B, T, model->config.n_head, C / model->config.n_head};
+    cudaStream_t stream = model->stream;
+    auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
+    const floatX* before = branch != NULL ? model->layers[l - 1].x_mid : a->x;
+    layernorm_forward(a->ln_1, a->x, a->ln_1_mean, a->ln_1_rstd, before, branch, p(LN_1_W),
+                      p(LN_1_B), BT, C, stream);
+    linear_forward(a->qkv, a->ln_1, p(ATTN_W), p(ATTN_B), NULL, BT, C, 3 * C, stream);
+    attention_forward(a->y, a->lse, a->qkv, sizes, stream);
+    linear_forward(model->branch, a->y, p(ATTN_PROJ_W), p(ATTN_PROJ_B), NULL, BT, C, C, stream);
+    layernorm_forward(a->ln_2, a->x_mid, a->ln_2_mean, a->ln_2_rstd, a->x, model->branch,
+                      p(LN_2_W), p(LN_2_B), BT, C, stream);
+    if (BF16) {
+        linear_forward(a->gelu, a->ln_2, p(FC_W), p(FC_B), a->fc, BT, C, 4 * C, stream);
+    } else {
+        linear_forward(a->fc, a->ln_2, p(FC_W), p(FC_B), NULL, BT, C, 4 * C, stream);
+        gelu_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream);
+    }
+    linear_forward(model->branch, a->gelu, p(FC_PROJ_W), p(FC_PROJ_B), NULL, BT, 4 * C, C, stream);
+}
+
+// The same backwards: dx is the residual stream's gradient after the layer, then before it.
+static void layer_backward(Model* model, int l) {
+    LayerActivations* a = &model->layers[l];
+    int B = model->B, T = model->T, C = model->config.n_embd, BT = B * T;
+    AttentionSizes sizes = {B, T, model->config.n_head, C / model->config.n_head};
+    cudaStream_t stream = model->stream;
+    floatX *dx = model->dx, *dbranch = model->dbranch, *dwide = model->dwide;
+    float* partials = model->partials;
+    auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
+    auto d = [&](int which) { return model->gradients + layer_offset(model, l, which); };
+    if (model->recompute >= 1) { gelu_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream); }
+    if (model->recompute >= 2) {
+        layernorm_forward(a->ln_1, NULL, a->ln_1_mean, a->ln_1_rstd, a->x, NULL, p(LN_1_W),
+                          p(LN_1_B), BT, C, stream);
+        layernorm_forward(a->ln_2, NULL, a->ln_2_mean, a->ln_2_rstd, a->x_mid, NULL, p(LN_2_W),
+                          p(LN_2_B), BT, C, stream);
+    }
+    linear_backward_weight(d(FC_PROJ_W), d(FC_PROJ_B), partials, a->gelu, dx, BT, 4 * C, C, stream);
+    linear_backward_input(dwide, dx, p(FC_PROJ_W), BF16 ? a->fc : NULL, BT, 4 * C, C, stream);
+    if (!BF16) { gelu_backward(dwide, a->fc, (int64_t)BT * 4 * C, stream); }
+    linear_backward_weight(d(FC_W), d(FC_B), partials, a->ln_2, dwide, BT, C, 4 * C, stream);
+    linear_backward_input(dbranch, dwide, p(FC_W), NULL, BT, C, 4 * C, stream);
+    layernorm_backward(dx, d(LN_2_W), d(LN_2_B), partials, dbranch, a->x_mid, p(LN_2_W),
+                       a->ln_2_mean, a->ln_2_rstd, BT, C, stream);
+    linear_backward_weight(d(ATTN_PROJ_W), d(ATTN_PROJ_B), partials, a->y, dx, BT, C, C, stream);
+    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), NULL, BT, C, C, stream);
+    attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, sizes, stream);
+    linear_backward_weight(d(ATTN_W), d(ATTN_B), partials, a->ln_1, dwide, BT, C, 3 * C, stream);
+    linear_backward_input(dbranch, dwide, p(ATTN_W), NULL, BT, C, 3 * C, stream);
+    layernorm_backward(dx, d(LN_1_W), d(LN_1_B), partials, dbranch, a->x, p(LN_1_W), a->ln_1_mean,
+                       a->ln_1_rstd, BT, C, stream);
+}
+
+// Head and loss, HEAD_ROWS tokens at a time: their logits turn into the gradient at once. Losses
+// (BT); with train, dbranch = d ln_f, and dwte grows by the head's part.
+static void head(Model* model, bool train) {
+    int C = model->config.n_embd, V = model->config.vocab_size, Vp = padded_vocab(model->config);
+    int BT = model->B * model->T;
+    floatX *wte = global_parameter(model, WTE), *logits = model->logits;
+    for (int first = 0; first < BT; first += HEAD_ROWS) {
+        int rows = min(HEAD_ROWS, BT - first);
+        floatX *x = model->ln_f + (int64_t)first * C, *dx = model->dbranch + (int64_t)first * C;
+        matmul(logits, wte, x, {true, false, Vp, rows, C, false, PLAIN}, NULL, NULL, model->stream);
+        classifier_kernel<<<rows, 512, 0, model->stream>>>(
+            logits, model->losses + first, model->targets + first, 1.0f / BT, V, Vp, train);
+        CHECK_LAUNCH();
+        if (train) {
+            matmul(dx, wte, logits, {false, false, C, rows, Vp, false, PLAIN}, NULL, NULL,
+                   model->stream);
+            matmul(global_gradient(model, WTE), x, logits, {false, true, C, Vp, rows, true, PLAIN},
+                   NULL, NULL, model->stream);
+        }
+    }
+}
+
+// inputs, targets → losses
+static void forward(Model* model, bool train) {
+    int B = model->B, T = model->T, C = model->config.n_embd, L = model->config.n_layer;
+    embedding_forward(model->layers[0].x, model->inputs, global_parameter(model, WTE),
+                      global_parameter(model, WPE), B, T, C, model->stream);
+    for (int l = 0; l < L; l++) { layer_forward(model, l, l > 0 ? model->branch : NULL); }
+    layernorm_forward(model->ln_f, model->x_last, model->ln_f_mean, model->ln_f_rstd,
+                      model->layers[L - 1].x_mid, model->branch, global_parameter(model, LN_F_W),
+                      global_parameter(model, LN_F_B), B * T, C, model->stream);
+    head(model, train);
+}
+
+// After forward(…, true): adds to all gradients. In the last micro-step each bucket goes to the
+// other ranks as soon as it is whole.
+static void backward(Model* model, int n_groups, bool last_micro_step, Ranks* ranks) {
+    int B = model->B, T = model->T, C = model->config.n_embd, BT = B * T;
+    auto send = [&](int i) {
+        Bucket bucket = model->table.buckets[i];
+        if (!last_micro_step) { return; }
+        reduce_scatter(ranks, model->gradients + bucket.offset, bucket.size / ranks->world_size,
+                       model->stream);
+    };
+    CHECK_CUDA(cudaMemsetAsync(model->dx, 0, (int64_t)BT * C * sizeof(floatX), model->stream));
+    layernorm_backward(model->dx, global_gradient(model, LN_F_W), global_gradient(model, LN_F_B),
+                       model->partials, model->dbranch, model->x_last,
+                       global_parameter(model, LN_F_W), model->ln_f_mean, model->ln_f_rstd, BT, C,
+                       model->stream);
+    for (int l = model->config.n_layer - 1; l >= 0; l--) {
+        layer_backward(model, l);
+        send(1 + l);
+    }
+    TokenIndex index = {model->index, model->index + BT, model->index + 2 * BT + 1};
+    embedding_backward(global_gradient(model, WTE), global_gradient(model, WPE), model->dx, index,
+                       n_groups, B, T, C, model->stream);
+    send(0);
+}
+
+// The norm of the gradients' average over micro-steps and ranks.
+static double gradient_norm(Model* model, Ranks* ranks, int grad_accum_steps) {
+    int n = model->table.n_buckets;
+    float* sums = (float*)malloc(sizeof(float) * n * NORM_BLOCKS);
+    wait_for_ranks(ranks, model->stream);
+    for (int i = 0; i < n; i++) {
+        Bucket bucket = model->table.buckets[i];
+        int64_t mine = bucket.size / ranks->world_size;
+        square_sum_kernel<<<NORM_BLOCKS, 256, 0, model->stream>>>(
+            model->square_sums + i * NORM_BLOCKS,
+            model->gradients + bucket.offset + ranks->rank * mine, mine);
+        CHECK_LAUNCH();
+    }
+    CHECK_CUDA(cudaMemcpyAsync(sums, model->square_sums, sizeof(float) * n * NORM_BLOCKS,
+                               cudaMemcpyDeviceToHost, model->stream));
+    CHECK_CUDA(cudaStreamSynchronize(model->stream));
+    double sum = 0.0;
+    for (int i = 0; i < n * NORM_BLOCKS; i++) { sum += sums[i]; }
+    free(sums);
+    ranks_sum(ranks, &sum, 1);
+    return sqrt(sum) / grad_accum_steps / ranks->world_size;
+}
+
+static void zero_gradients(Model* model) {
+    CHECK_CUDA(cudaMemsetAsync(model->gradients, 0, model->table.size * sizeof(float),
+                               model->stream));
+}
+
+// Updates this rank's part of each bucket and sends it to the others; the gradients become zero.
+static void optimizer_step(Model* model, Ranks* ranks, float lr, float grad_scale, int steps) {
+    AdamStep adam = {lr, grad_scale, (float)(1 - pow(BETA_1, steps)),
+                     (float)(1 - pow(BETA_2, steps)), (unsigned)steps};
+    for (int i = 0; i < model->table.n_buckets; i++) {
+        Bucket bucket = model->table.buckets[i];
+        int64_t mine = bucket.size / ranks->world_size, first = bucket.offset + ranks->rank * mine;
+        int64_t at = bucket.offset / ranks->world_size;
+        adamw_kernel<<<ceil_div(mine, (int64_t)256), 256, 0, model->stream>>>(
+            model->parameters + first, model->masters + at, model->m + at, model->v + at,
+            model->gradients + first, mine, first, bucket.decay_end, adam);
+        CHECK_LAUNCH();
+        all_gather(ranks, model->parameters + bucket.offset, mine * sizeof(floatX), model->stream);
+    }
+    wait_for_ranks(ranks, model->stream);
+    zero_gradients(model);
+}
+
+// The bf16 parameters as they were after `steps` updates, from the masters.
+static void restore_parameters(Model* model, Ranks* ranks, int steps) {
+    for (int i = 0; i < model->table.n_buckets; i++) {
+        Bucket bucket = model->table.buckets[i];
+        int64_t mine = bucket.size / ranks->world_size, first = bucket.offset + ranks->rank * mine;
+        round_parameters_kernel<<<ceil_div(mine, (int64_t)256), 256, 0, model->stream>>>(
+            model->parameters + first, model->masters + bucket.offset / ranks->world_size, mine,
+            first, steps);
+        CHECK_LAUNCH();
+        all_gather(ranks, model->parameters + bucket.offset, mine * sizeof(floatX), model->stream);
+    }
+    wait_for_ranks(ranks, model->stream);
+}
+
+// ---- §14 Files: JSON, safetensors, checkpoints --------------------------------------------------
+
+// A whole file, with a 0 behind it; NULL where there is none.
+static char* read_file(const char* path) {
+    FILE* file = fopen(path, "rb");
+    if (file == NULL) { return NULL; }
+    fseek(file, 0, SEEK_END);
+    long size = ftell(file);
+    rewind(file);
+    char* text = (char*)calloc(1, size + 1);
+    if (fread(text, 1, size, file) != (size_t)size) { die("%s: cannot be read; check the disk; "
+                                                          "copy it again", path); }
+    fclose(file);
+    return text;
+}
+
+// What stands behind the first "key": in a JSON text, or NULL. Enough for files of known shape.
+static const char* json_find(const char* text, const char* key) {
+    char quoted[96];
+    snprintf(quoted, sizeof quoted, "\"%s\"", key);
+    for (const char* at = text; (at = strstr(at, quoted)) != NULL; at++) {
+        const char* value = at + strlen(quoted) + strspn(at + strlen(quoted), " \n\t");
+        if (*value == ':') { return value + 1 + strspn(value + 1, " \n\t"); }
+    }
+    return NULL;
+}
+
+static double json_number(const char* text, const char* key, double fallback) {
+    const char* value = json_find(text, key);
+    return value != NULL ? strtod(value, NULL) : fallback;
+}
+
+static const char* joined(const char* folder, const char* name) {
+    static char paths[4][4096];         // the last four stay valid
+    static int next;
+    char* path = paths[next++ % 4];
+    if (snprintf(path, sizeof paths[0], "%s/%s", folder, name) >= (int)sizeof paths[0]) {
+        die("%s: the path is too long; 4095 bytes at most; choose another --out", folder);
+    }
+    return path;
+}
+
+static FILE* create(const char* path) {
+    FILE* file = fopen(path, "wb");
+    if (file == NULL) { die("%s: %s; a run is written there; choose another --out", path,
+                            strerror(errno)); }
+    return file;
+}
+
+static void write_all(FILE* file, const void* data, size_t bytes, const char* path) {
+    if (fwrite(data, 1, bytes, file) != bytes) {
+        die("%s: %s; a checkpoint is written whole; free disk space, then --resume", path,
+            strerror(errno));
+    }
+}
+
+// <path>.part, whole and on the disk, becomes <path>: a reader never sees half of a file.
+static void finish(FILE* file, const char* path) {
+    char part[4096];
+    snprintf(part, sizeof part, "%s.part", path);
+    if (fflush(file) != 0 || fsync(fileno(file)) != 0 || fclose(file) != 0 ||
+        rename(part, path) != 0) {
+        die("%s: %s; a checkpoint is written whole; free disk space, then --resume", path,
+            strerror(errno));
+    }
+}
+
+static FILE* create_part(const char* path) {
+    char part[4096];
+    snprintf(part, sizeof part, "%s.part", path);
+    return create(part);
+}
+
+// safetensors: 8 bytes n, n bytes of JSON {"name": {"dtype", "shape", "data_offsets"}}, then data.
+struct SafeTensors { const char *path, *header, *data; size_t data_size; void* map; size_t size; };
+
+static SafeTensors open_safetensors(const char* path) {
+    int file = open(path, O_RDONLY);
+    struct stat status = {};
+    uint64_t n = 0;
+    if (file < 0 || fstat(file, &status) != 0 || read(file, &n, 8) != 8 ||
+        n + 8 > (uint64_t)status.st_size) {
+        die("%s: missing or cut short; weights must be one whole safetensors file; copy it or "
+            "train it again", path);
+    }
+    size_t size = status.st_size;
+    char* map = (char*)mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
+    if (map == MAP_FAILED) { die("%s: %s; it is mapped into memory; check ulimit -v", path,
+                                 strerror(errno)); }
+    close(file);
+    char* header = (char*)calloc(1, n + 1);
+    memcpy(header, map + 8, n);
+    return {path, header, map + 8 + n, size - 8 - n, map, size};
+}
+
+static void close_safetensors(SafeTensors file) {
+    free((void*)file.header);
+    munmap(file.map, file.size);
+}
+
+// Copies n values of a tensor, with or without its "transformer.", F32 or BF16, as fp32.
+static void read_tensor(SafeTensors file, const char* name, int64_t n, float* values) {
+    const char* entry = json_find(file.header, name);
+    if (entry == NULL && strncmp(name, "transformer.", 12) == 0) {
+        entry = json_find(file.header, name + 12);
+    }
+    const char* offsets = entry != NULL ? strchr(json_find(entry, "data_offsets"), '[') : NULL;
+    const char* dtype = entry != NULL ? json_find(entry, "dtype") : "";
+    int width = strncmp(dtype, "\"F32\"", 5) == 0 ? 4 : strncmp(dtype, "\"BF16\"", 6) == 0 ? 2 : 0;
+    char* next = NULL;
+    size_t begin = offsets != NULL ? strtoull(offsets + 1, &next, 10) : 0;
+    size_t end = offsets != NULL ? strtoull(next + 1, NULL, 10) : 0;
+    if (width == 0 || end - begin != (size_t)n * width || end > file.data_size) {
+        die("%s: %s is %s; config.json asks for %lld values in F32 or BF16; take both files whole "
+            "and from one checkpoint", file.path, name, entry == NULL ? "missing" : "of another "
+            "size or type, or cut short", (long long)n);
+    }
+    const char* data = file.data + begin;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits = 0;
+        memcpy((char*)&bits + 4 - width, data + i * width, width);
+        memcpy(&values[i], &bits, 4);
+    }
+}
+
+// Where a bucket's tensors are: [first, end) in the table
+static void bucket_tensors(int bucket, int* first, int* end) {
+    *first = bucket == 0 ? 0 : GLOBAL_TENSORS + (bucket - 1) * LAYER_TENSORS;
+    *end = bucket == 0 ? GLOBAL_TENSORS : *first + LAYER_TENSORS;
+}
+
+// Fills masters and parameters bucket by bucket: fill(tensor, values) gives a tensor's fp32 values.
+template <class Fill> static void set_parameters(Model* model, Ranks* ranks, Fill fill) {
+    for (int i = 0; i < model->table.n_buckets; i++) {
+        Bucket bucket = model->table.buckets[i];
+        float* values = (float*)calloc(bucket.size, sizeof(float));
+        int first, end;
+        bucket_tensors(i, &first, &end);
+        for (int t = first; t < end; t++) {
+            Tensor tensor = model->table.tensors[t];
+            fill(tensor, values + tensor.offset - bucket.offset);
+        }
+        int64_t mine = bucket.size / ranks->world_size;
+        CHECK_CUDA(cudaMemcpy(model->masters + bucket.offset / ranks->world_size,
+                              values + ranks->rank * mine, mine * sizeof(float),
+                              cudaMemcpyHostToDevice));
+        free(values);
+    }
+    CHECK_CUDA(cudaDeviceSynchronize());
+    restore_parameters(model, ranks, 0);
+}
+
+// A normal random number that depends on the seed and its place alone (Box-Muller on splitmix64).
+static float normal(uint64_t seed, uint64_t place) {
+    double uniform[2];
+    for (int i = 0; i < 2; i++) {
+        uint64_t z = seed * 0xD1342543DE82EF95u + (2 * place + i + 1) * 0x9E3779B97F4A7C15u;
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+        z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+        uniform[i] = ((z ^ z >> 31) >> 11) * 0x1p-53;
+    }
+    return (float)(sqrt(-2.0 * log(1.0 - uniform[0])) * cos(2.0 * M_PI * uniform[1]));
+}
+
+// GPT-2's: N(0, .02), residual projections / sqrt(2L), norms 1, biases 0.
+static void initialise(Model* model, Ranks* ranks, int seed) {
+    uint64_t place = 0;                 // counts without padding: the same for any number of ranks
+    set_parameters(model, ranks, [&](Tensor tensor, float* values) {
+        for (int64_t i = 0; i < tensor.file_size(); i++, place++) {
+            values[i] = tensor.std > 0 ? tensor.std * normal(seed, place) : tensor.mean;
+        }
+    });
+}
+
+static void load_weights(Model* model, Ranks* ranks, const char* path) {
+    SafeTensors file = open_safetensors(path);
+    set_parameters(model, ranks, [&](Tensor tensor, float* values) {
+        read_tensor(file, tensor.name, tensor.file_size(), values);
+    });
+    close_safetensors(file);
+}
+
+static Config read_config(const char* folder) {
+    char* text = read_file(joined(folder, "config.json"));
+    if (text == NULL) {
+        die("%s/config.json is not there; a model is a folder with config.json and "
+            "model.safetensors; train one, or name another with --init_from", folder);
+    }
+    const char *type = json_find(text, "model_type"), *rope = json_find(text, "rope");
+    if (type == NULL || strncmp(type, "\"gpt2\"", 6) != 0 ||
+        (rope != NULL && strncmp(rope, "true", 4) == 0)) {
+        die("%s is not a GPT-2; the CUDA trainer has its layers only; use python train_gpt2.py",
+            folder);
+    }
+    Config config = {(int)json_number(text, "n_positions", 1024),
+                     (int)json_number(text, "vocab_size", 50257),
+                     (int)json_number(text, "n_layer", 0), (int)json_number(text, "n_head", 0),
+                     (int)json_number(text, "n_embd", 0)};
+    free(text);
+    return config;
+}
+
+// The header of a safetensors file with fp32 tensors: name(i), shape and bytes by `describe`.
+template <class Describe> static void write_header(FILE* file, int n, Describe describe,
+                                                   const char* path) {
+    char* header = NULL;
+    size_t size = 0;
+    FILE* text = open_memstream(&header, &size);
+    fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
+    int64_t begin = 0;
+    for (int i = 0; i < n; i++) {
+        char name[96];
+        int64_t rows = 0, columns = 0;
+        describe(i, name, &rows, &columns);
+        int64_t bytes = 4 * rows * (columns > 0 ? columns : 1);
+        fprintf(text, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%lld", name, (long long)rows);
+        if (columns > 0) { fprintf(text, ",%lld", (long long)columns); }
+        fprintf(text, "],\"data_offsets\":[%lld,%lld]}", (long long)begin,
+                (long long)(begin + bytes));
+        begin += bytes;
+    }
+    fputc('}', text);
+    while (fflush(text), size % 8 != 0) { fputc(' ', text); }
+    fclose(text);
+    uint64_t length = size;
+    write_all(file, &length, 8, path);
+    write_all(file, header, size, path);
+    free(header);
+}
+
+// The masters of all ranks → model.safetensors. The gradients, zero between steps, lend memory.
+static void save_weights(Model* model, Ranks* ranks, const char* path) {
+    FILE* file = ranks->rank == 0 ? create_part(path) : NULL;
+    if (file != NULL) {
+        write_header(file, model->table.n_tensors,
+                     [&](int i, char* name, int64_t* rows, int64_t* columns) {
+            Tensor tensor = model->table.tensors[i];
+            strcpy(name, tensor.name);
+            *rows = tensor.file_rows, *columns = tensor.columns;
+        }, path);
+    }
+    for (int i = 0; i < model->table.n_buckets; i++) {
+        Bucket bucket = model->table.buckets[i];
+        int64_t mine = bucket.size / ranks->world_size;
+        float *all = model->gradients + bucket.offset, *values = (float*)malloc(bucket.size * 4);
+        CHECK_CUDA(cudaMemcpyAsync(all + ranks->rank * mine,
+                                   model->masters + bucket.offset / ranks->world_size, mine * 4,
+                                   cudaMemcpyDeviceToDevice, model->stream));
+        all_gather(ranks, all, mine * 4, model->stream);
+        wait_for_ranks(ranks, model->stream);
+        CHECK_CUDA(cudaMemcpyAsync(values, all, bucket.size * 4, cudaMemcpyDeviceToHost,
+                                   model->stream));
+        CHECK_CUDA(cudaStreamSynchronize(model->stream));
+        int first, end;
+        bucket_tensors(i, &first, &end);
+        for (int t = first; t < end && file != NULL; t++) {
+            Tensor tensor = model->table.tensors[t];
+            write_all(file, values + tensor.offset - bucket.offset, 4 * tensor.file_size(), path);
+        }
+        free(values);
+    }
+    zero_gradients(model);
+    if (file != NULL) { finish(file, path); }
+}
+
+// ---- §15 Data: shards of tokens, and the order of their rows ------------------------------------
+
+struct Shard { const char* path; const uint8_t* tokens; int64_t n_tokens; int width; };
+struct Shards { Shard* files; int n; int64_t n_tokens; };
+
+static Shard open_shard(const char* path) {
+    int file = open(path, O_RDONLY);
+    struct stat status = {};
+    int32_t header[256] = {};
+    if (file < 0 || fstat(file, &status) != 0 || read(file, header, 1024) != 1024 ||
+        header[0] != 20240520 || (header[1] != 1 && header[1] != 2)) {
+        die("%s: magic %d version %d; a shard has magic 20240520 and version 1 or 2; write it "
+            "again with python prepare_fineweb.py tokenize", path, header[0], header[1]);
+    }
+    int width = header[1] == 1 ? 2 : 4;
+    int64_t expected = 1024 + (int64_t)header[2] * width;
+    if (status.st_size != expected) {
+        die("%s has %lld bytes; its header promises %lld; it is cut short: delete it and run "
+            "python prepare_fineweb.py tokenize again", path, (long long)status.st_size,
+            (long long)expected);
+    }
+    uint8_t* map = (uint8_t*)mmap(NULL, expected, PROT_READ, MAP_PRIVATE, file, 0);
+    if (map == MAP_FAILED) { die("%s: %s; it is mapped into memory; check ulimit -v", path,
+                                 strerror(errno)); }
+    close(file);
+    return {strdup(path), map + 1024, header[2], width};
+}
+
+static Shards open_shards(const char* data, const char* split) {
+    char pattern[4096];
+    snprintf(pattern, sizeof pattern, "%s/*%s_*.bin", data, split);
+    glob_t found;
+    if (glob(pattern, 0, NULL, &found) != 0) {
+        die("%s holds no *%s_*.bin; training reads token shards; run python prepare_fineweb.py "
+            "tokenize --out %s --tokenizer DIR", data, split, data);
+    }
+    Shards shards = {(Shard*)calloc(found.gl_pathc, sizeof(Shard)), (int)found.gl_pathc, 0};
+    for (int i = 0; i < shards.n; i++) {
+        shards.files[i] = open_shard(found.gl_pathv[i]);
+        shards.n_tokens += shards.files[i].n_tokens;
+    }
+    globfree(&found);
+    return shards;
+}
+
+// Tokens start … start + count - 1 of all shards as one sequence; V: the first that is no token
+static void read_tokens(Shards shards, int64_t start, int count, int* tokens, int V) {
+    int done = 0;
+    for (int i = 0; i < shards.n && done < count; i++) {
+        Shard shard = shards.files[i];
+        for (; start < shard.n_tokens && done < count; start++, done++) {
+            const uint8_t* at = shard.tokens + start * shard.width;
+            uint32_t token = at[0] | at[1] << 8;
+            token |= shard.width == 4 ? (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24 : 0;
+            if (token >= (uint32_t)V) {
+                die("%s holds token %u; the vocabulary has %d; take the shards and the model of "
+                    "one tokenizer", shard.path, token, V);
+            }
+            tokens[done] = (int)token;
+        }
+        start -= start < shard.n_tokens ? start : shard.n_tokens;
+    }
+}
+
+// numpy.random.default_rng([seed, epoch]).permutation(n), so that both trainers read the same rows:
+// SeedSequence (O'Neill's seed_seq_fe128), PCG64 (pcg-random.org), Fisher and Yates.
+struct Pcg64 { unsigned __int128 state, increment; bool has_half; uint32_t half; };
+
+static uint64_t pcg64_next(Pcg64* rng) {
+    const unsigned __int128 multiplier =
+        (unsigned __int128)0x2360ED051FC65DA4u << 64 | 0x4385DF649FCCF645u;
+    rng->state = rng->state * multiplier + rng->increment;
+    uint64_t mixed = (uint64_t)(rng->state >> 64) ^ (uint64_t)rng->state;
+    int turn = (int)(rng->state >> 122);
+    return mixed >> turn | mixed << (-turn & 63);
+}
+
+static uint32_t pcg64_next32(Pcg64* rng) {
+    rng->has_half = !rng->has_half;
+    if (!rng->has_half) { return rng->half; }
+    uint64_t both = pcg64_next(rng);
+    rng->half = both >> 32;
+    return (uint32_t)both;
+}
+
+static Pcg64 default_rng(uint32_t seed, uint32_t epoch) {
+    uint32_t entropy[4] = {seed, epoch, 0, 0}, pool[4], factor = 0x43B0D7E5u, words[8];
+    auto hash = [&](uint32_t value, uint32_t multiplier) {
+        value ^= factor;
+        factor *= multiplier;
+        value *= factor;
+        return value ^ value >> 16;
+    };
+    for (int i = 0; i < 4; i++) { pool[i] = hash(entropy[i], 0x931E8875u); }
+    for (int from = 0; from < 4; from++) {
+        for (int to = 0; to < 4; to++) {
+            if (from == to) { continue; }
+            uint32_t mixed = 0xCA01F9DDu * pool[to] - 0x4973F715u * hash(pool[from], 0x931E8875u);
+            pool[to] = mixed ^ mixed >> 16;
+        }
+    }
+    factor = 0x8B51F9DDu;
+    for (int i = 0; i < 8; i++) { words[i] = hash(pool[i % 4], 0x58F38DEDu); }
+    auto pair = [&](int i) { return (unsigned __int128)words[i + 1] << 32 | words[i]; };
+    Pcg64 rng = {0, (pair(4) << 64 | pair(6)) << 1 | 1, false, 0};
+    pcg64_next(&rng);
+    rng.state += pair(0) << 64 | pair(2);
+    pcg64_next(&rng);
+    return rng;
+}
+
+static void permute(uint32_t seed, uint32_t epoch, uint32_t* order, uint32_t n) {
+    Pcg64 rng = default_rng(seed, epoch);
+    for (uint32_t i = 0; i < n; i++) { order[i] = i; }
+    for (uint32_t i = n - 1; i > 0; i--) {
+        uint32_t mask = i, j;
+        for (int shift = 1; shift < 32; shift *= 2) { mask |= mask >> shift; }
+        while ((j = pcg64_next32(&rng) & mask) > i) {}
+        uint32_t kept = order[i];
+        order[i] = order[j], order[j] = kept;
+    }
+}
+
+// Rows of T + 1 tokens in a seeded order, each once an epoch; a position counts rows.
+struct Loader {
+    Shards shards;
+    int T, V, seed;
+    int64_t n_rows, epoch;
+    uint32_t* order;
+    int* staging[2];                // pinned; one is filled while the other is on its way
+    cudaEvent_t sent[2];
+    int turn, n_groups;             // n_groups: distinct inputs of the last batch
+    int* counts;                    // (V) of each token in a batch
+};
+
+static Loader make_loader(Shards shards, int B, int T, int V, int seed) {
+    Loader loader = {};
+    loader.shards = shards, loader.T = T, loader.V = V, loader.seed = seed, loader.epoch = -1;
+    loader.n_rows = (shards.n_tokens - 1) / T;
+    if (loader.n_rows < 1) {
+        die("the shards hold %lld tokens; a row needs %d; prepare more text, or lower --config "
+            "block_size", (long long)shards.n_tokens, T + 1);
+    }
+    loader.order = (uint32_t*)malloc(loader.n_rows * sizeof(uint32_t));
+    loader.counts = (int*)calloc(V, sizeof(int));
+    for (int i = 0; i < 2; i++) {
+        CHECK_CUDA(cudaMallocHost(&loader.staging[i], (5 * (size_t)B * T + 1) * sizeof(int)));
+        CHECK_CUDA(cudaEventCreateWithFlags(&loader.sent[i], cudaEventDisableTiming));
+    }
+    return loader;
+}
+
+// Sorts the inputs by token, for the embedding's backward pass: positions, starts, tokens.
+static int index_tokens(const int* inputs, int BT, int* counts, int V, int* positions, int* starts,
+                        int* tokens) {
+    memset(counts, 0, V * sizeof(int));
+    for (int i = 0; i < BT; i++) { counts[inputs[i]]++; }
+    int n_groups = 0, start = 0;
+    for (int token = 0; token < V; token++) {
+        int count = counts[token];
+        counts[token] = start;          // from here on: where the token's next position goes
+        if (count > 0) { starts[n_groups] = start, tokens[n_groups++] = token; }
+        start += count;
+    }
+    starts[n_groups] = BT;
+    for (int i = 0; i < BT; i++) { positions[counts[inputs[i]]++] = i; }
+    return n_groups;
+}
+
+// Sends what staging[turn] holds; rows of T inputs and T targets are there already.
+static void send_batch(Loader* loader, Model* model) {
+    int BT = model->B * model->T, *inputs = loader->staging[loader->turn];
+    int *targets = inputs + BT, *index = targets + BT;
+    loader->n_groups = index_tokens(inputs, BT, loader->counts, loader->V, index, index + BT,
+                                    index + 2 * BT + 1);
+    const struct { int *to, *from; size_t n; } copies[] = {
+        {model->inputs, inputs, (size_t)BT}, {model->targets, targets, (size_t)BT},
+        {model->index, index, 3 * (size_t)BT + 1}};
+    for (auto copy : copies) {
+        CHECK_CUDA(cudaMemcpyAsync(copy.to, copy.from, copy.n * sizeof(int),
+                                   cudaMemcpyHostToDevice, model->stream));
+    }
+    CHECK_CUDA(cudaEventRecord(loader->sent[loader->turn], model->stream));
+    loader->turn ^= 1;
+}
+
+// A free staging buffer
+static int* begin_batch(Loader* loader) {
+    CHECK_CUDA(cudaEventSynchronize(loader->sent[loader->turn]));
+    return loader->staging[loader->turn];
+}
+
+// Rows position … position + B - 1 → the model's inputs, targets and index
+static void load_batch(Loader* loader, Model* model, int64_t position) {
+    int B = model->B, T = model->T, *inputs = begin_batch(loader);
+    int* row = (int*)malloc((T + 1) * sizeof(int));
+    for (int b = 0; b < B; b++) {
+        int64_t epoch = (position + b) / loader->n_rows, i = (position + b) % loader->n_rows;
+        if (epoch != loader->epoch) {
+            permute(loader->seed, epoch, loader->order, loader->n_rows);
+            loader->epoch = epoch;
+        }
+        read_tokens(loader->shards, (int64_t)loader->order[i] * T, T + 1, row, loader->V);
+        memcpy(inputs + b * T, row, T * sizeof(int));
+        memcpy(inputs + (B + b) * T, row + 1, T * sizeof(int));
+    }
+    free(row);
+    send_batch(loader, model);
+}
+
+const int64_t VAL_TOKENS = 1 << 20;         // of an evaluation; only the last one is of all
+
+struct Evaluation { double val_loss, val_bpb; };        // val_bpb 0: no token_bytes.npy
+
+// Val loss in nats a token, and bits per byte of text, which <|endoftext|> (0 bytes) is not.
+static Evaluation evaluate(Model* model, Loader* loader, Shards shards, const int* token_bytes,
+                           int64_t max_tokens, Ranks* ranks) {
+    int B = model->B, T = model->T, BT = B * T;
+    int64_t n = (shards.n_tokens < max_tokens + 1 ? shards.n_tokens : max_tokens + 1) - 1;
+    int64_t n_rows = ceil_div(n, (int64_t)T);
+    double sums[4] = {};                    // nats, tokens, nats of text, bytes of text
+    float* losses = (float*)malloc(BT * sizeof(float));
+    int* row = (int*)malloc((T + 1) * sizeof(int));
+    for (int64_t first = ranks->rank * B; first < n_rows; first += (int64_t)B * ranks->world_size) {
+        int *inputs = begin_batch(loader), *targets = inputs + BT;
+        for (int b = 0; b < B; b++) {
+            int64_t start = (first + b) * T, left = n - start;
+            int count = left < 0 ? 0 : left < T ? (int)left : T;
+            if (count > 0) { read_tokens(shards, start, count + 1, row, loader->V); }
+            for (int t = 0; t < T; t++) {
+                inputs[b * T + t] = t < count ? row[t] : 0;
+                targets[b * T + t] = t < count ? row[t + 1] : -1;
+            }
+        }
+        send_batch(loader, model);
+        forward(model, false);
+        CHECK_CUDA(cudaMemcpyAsync(losses, model->losses, BT * sizeof(float),
+                                   cudaMemcpyDeviceToHost, model->stream));
+        CHECK_CUDA(cudaStreamSynchronize(model->stream));
+        for (int i = 0; i < BT; i++) {
+            int bytes = targets[i] >= 0 && token_bytes != NULL ? token_bytes[targets[i]] : 0;
+            sums[0] += losses[i], sums[1] += targets[i] >= 0;
+            sums[2] += bytes > 0 ? losses[i] : 0, sums[3] += bytes;
+        }
+    }
+    free(losses), free(row);
+    ranks_sum(ranks, sums, 4);
+    return {sums[0] / fmax(1, sums[1]), sums[2] / log(2) / fmax(1, sums[3])};
+}
+
+// <data>/token_bytes.npy: int32 of each token's bytes, or NULL where there is none
+static int* read_token_bytes(const char* data, int V) {
+    const char* path = joined(data, "token_bytes.npy");
+    char* npy = read_file(path);
+    if (npy == NULL) { return NULL; }
+    uint16_t header_size;
+    memcpy(&header_size, npy + 8, 2);
+    char shape[64];
+    snprintf(shape, sizeof shape, "'shape': (%d,)", V);
+    if (strstr(npy + 10, "<i4") == NULL || strstr(npy + 10, shape) == NULL) {
+        die("%s is no int32 array of %d; it has the bytes of each token; run python "
+            "prepare_fineweb.py tokenize again", path, V);
+    }
+    int* bytes = (int*)malloc(V * sizeof(int));
+    memcpy(bytes, npy + 10 + header_size, V * sizeof(int));
+    free(npy);
+    return bytes;
+}
+
+// ---- §16 Flags ----------------------------------------------------------------------------------
+
+struct Arguments {
+    const char *model = "gpt2", *config = "", *data = NULL, *out = NULL, *init_from = NULL;
+    int64_t resume = 0, max_steps = 0, total_batch_size = 0, batch_size = 0, eval_every = 250;
+    int64_t save_every = 1000, seed = 1337, recompute = 0;
+    double lr = 6e-4, gpu_hour_usd = 0;
+};
+
+struct Flag {
+    const char *name, *help;
+    const char** text;          // one of these three is where the value goes
+    int64_t* integer;
+    double* real;
+};
+
+static Arguments arguments;
+static const Flag FLAGS[] = {
+    {"model", "gpt2, gpt2-medium, gpt2-large or gpt2-xl", &arguments.model, NULL, NULL},
+    {"config", "block_size=256 n_layer=2 n_head=2 n_embd=128", &arguments.config, NULL, NULL},
+    {"data", "folder with *_train_*.bin and *_val_*.bin", &arguments.data, NULL, NULL},
+    {"out", "run folder", &arguments.out, NULL, NULL},
+    {"resume", "continue from <out>/state, if any", NULL, &arguments.resume, NULL},
+    {"init_from", "weights and shape: a run's folder", &arguments.init_from, NULL, NULL},
+    {"max_steps", "steps (default: 80 tokens a parameter)", NULL, &arguments.max_steps, NULL},
+    {"total_batch_size", "tokens a step, over all ranks", NULL, &arguments.total_batch_size, NULL},
+    {"batch_size", "rows at a time on one rank", NULL, &arguments.batch_size, NULL},
+    {"lr", "AdamW's peak learning rate", NULL, NULL, &arguments.lr},
+    {"eval_every", "steps between evaluations", NULL, &arguments.eval_every, NULL},
+    {"save_every", "steps between saved states", NULL, &arguments.save_every, NULL},
+    {"gpu_hour_usd", "price of one GPU hour: shows the cost", NULL, NULL, &arguments.gpu_hour_usd},
+    {"seed", "of the weights and the rows' order", NULL, &arguments.seed, NULL},
+    {"recompute", "in the backward pass: 1 GELU, 2 also the norms", NULL, &arguments.recompute,
+     NULL},
+};
+
+static const Flag* find_flag(const char* word) {
+    for (const Flag& flag : FLAGS) {
+        if (strncmp(word, "--", 2) == 0 && strcmp(word + 2, flag.name) == 0) { return &flag; }
+    }
+    return NULL;
+}
+
+static void parse_arguments(int argc, char** argv) {
+    static char config[1024];           // --config takes several words
+    for (int i = 1; i < argc; i++) {
+        const Flag* flag = find_flag(argv[i]);
+        if (strcmp(argv[i], "--help") == 0) {
+            for (const Flag& each : FLAGS) { printf("--%-18s%s\n", each.name, each.help); }
+            exit(0);
+        }
+        if (flag == NULL) { die("%s is no flag; they are those of --help; look there", argv[i]); }
+        if (flag->integer == &arguments.resume) {
+            arguments.resume = 1;
+            continue;
+        }
+        if (i + 1 == argc) { die("%s has no value; it needs one; see --help", argv[i]); }
+        char *value = argv[++i], *end = NULL;
+        if (flag->text == &arguments.config) {
+            for (i--; i + 1 < argc && strncmp(argv[i + 1], "--", 2) != 0; i++) {
+                strncat(config, argv[i + 1], sizeof config - strlen(config) - 2);
+                strcat(config, " ");
+            }
+            arguments.config = config;
+        } else if (flag->text != NULL) {
+            *flag->text = value;
+        } else if (flag->integer != NULL) {
+            *flag->integer = strtoll(value, &end, 10);
+        } else {
+            *flag->real = strtod(value, &end);
+        }
+        if (end != NULL && (*end != '\0' || end == value)) {
+            die("--%s %s: not a number; %s; see --help", flag->name, value, flag->help);
+        }
+    }
+    if (arguments.data == NULL || arguments.out == NULL) {
+        die("--data or --out is missing; training reads shards and writes a run; try --data "
+            "data/fineweb --out runs/gpt2");
+    }
+    if (arguments.eval_every < 1 || arguments.save_every < 1) {
+        die("--eval_every or --save_every is below 1; both count steps; try --eval_every 250");
+    }
+}
+
+static int matched_integer(const char* text, const char* key, int fallback) {
+    char pattern[32];
+    snprintf(pattern, sizeof pattern, "%s=", key);
+    const char* found = strstr(text, pattern);
+    return found != NULL ? atoi(found + strlen(pattern)) : fallback;
+}
+
+static Config choose_config(int V) {
+    const struct { const char* name; int n_layer, n_head, n_embd; } sizes[] = {
+        {"gpt2", 12, 12, 768}, {"gpt2-medium", 24, 16, 1024}, {"gpt2-large", 36, 20, 1280},
+        {"gpt2-xl", 48, 25, 1600}};
+    Config config = {1024, V, 0, 0, 0};
+    for (auto size : sizes) {
+        if (strcmp(arguments.model, size.name) == 0) {
+            config.n_layer = size.n_layer, config.n_head = size.n_head;
+            config.n_embd = size.n_embd;
+        }
+    }
+    if (config.n_layer == 0) {
+        die("model '%s' is not a preset here; they are gpt2, gpt2-medium, gpt2-large, gpt2-xl; dN "
+            "needs python train_gpt2.py", arguments.model);
+    }
+    config.block_size = matched_integer(arguments.config, "block_size", config.block_size);
+    config.n_layer = matched_integer(arguments.config, "n_layer", config.n_layer);
+    config.n_head = matched_integer(arguments.config, "n_head", config.n_head);
+    config.n_embd = matched_integer(arguments.config, "n_embd", config.n_embd);
+    return config;
+}
+
+static void check_config(Config config, int V) {
+    int C = config.n_embd, NH = config.n_head, HS = NH > 0 ? C / NH : 0;
+    if (config.vocab_size != V) {
+        die("the model has %d tokens, the shards' tokenizer %d; both must have the same; take the "
+            "shards of its tokenizer", config.vocab_size, V);
+    }
+    if (NH < 1 || C % NH != 0 || HS > WARP * LANE_CHANNELS || C % 8 != 0 || C > 3072) {
+        die("n_embd %d with n_head %d; heads are equally wide, 256 at most, and n_embd is a "
+            "multiple of 8 up to 3072; try --config n_embd=768 n_head=12", C, NH);
+    }
+    if (config.n_layer < 1 || config.block_size < 1) {
+        die("n_layer %d, block_size %d; both are 1 or more; try --config n_layer=12 "
+            "block_size=1024", config.n_layer, config.block_size);
+    }
+}
+
+// ---- §17 The log and saved states ---------------------------------------------------------------
+
+struct Log { FILE* file; int64_t max_steps; double started; bool is_main; };
+
+static double seconds_now() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec + now.tv_nsec * 1e-9;
+}
+
+static void make_folders(const char* path) {
+    char part[4096];
+    snprintf(part, sizeof part, "%s", path);
+    for (char* at = part + 1; *at != '\0'; at++) {
+        if (*at == '/') { *at = '\0', mkdir(part, 0777), *at = '/'; }
+    }
+    mkdir(part, 0777);
+}
+
+// Rows after the resumed step are going to come again: they are dropped.
+static Log open_log(int64_t max_steps, int64_t resume_step, bool resumes, bool is_main) {
+    Log log = {NULL, max_steps, seconds_now(), is_main};
+    if (!is_main) { return log; }
+    const char* path = joined(arguments.out, "log.jsonl");
+    char* old = resumes ? read_file(path) : NULL;
+    log.file = create_part(path);
+    for (char* line = old; line != NULL && strchr(line, '\n') != NULL; ) {
+        char* end = strchr(line, '\n');
+        *end = '\0';
+        if (json_number(line, "step", 0) <= resume_step) { fprintf(log.file, "%s\n", line); }
+        if (json_find(line, "seconds") != NULL) {
+            log.started = seconds_now() - json_number(line, "seconds", 0);
+        }
+        line = end + 1;
+    }
+    finish(log.file, path);
+    log.file = fopen(path, "a");
+    free(old);
+    return log;
+}
+
+// A line on stdout; with a row ("\"loss\": 1") also in log.jsonl. On the main rank only.
+static void say(Log* log, const char* line, const char* row) {
+    if (!log->is_main) { return; }
+    printf("%s\n", line);
+    fflush(stdout);
+    if (row == NULL) { return; }
+    fprintf(log->file, "{%s, \"seconds\": %.3f}\n", row, seconds_now() - log->started);
+    fflush(log->file);
+}
+
+// Two texts that grow together: "loss 3.421875" for the line, "\"loss\": 3.421875" for the row.
+struct Row { char line[1024], row[1024]; };
+
+static void add(Row* row, const char* key, double value, const char* format) {
+    size_t n = strlen(row->line), m = strlen(row->row);
+    snprintf(row->line + n, sizeof row->line - n, " | ");
+    snprintf(row->line + n + 3, sizeof row->line - n - 3, format, value);
+    snprintf(row->row + m, sizeof row->row - m, ", \"%s\": %.17g", key, value);
+}
+
+static Row begin_row(Log* log, int64_t step) {
+    Row row = {};
+    int width = snprintf(NULL, 0, "%lld", (long long)log->max_steps);
+    snprintf(row.line, sizeof row.line, "step %*lld/%lld", width, (long long)step,
+             (long long)log->max_steps);
+    snprintf(row.row, sizeof row.row, "\"step\": %lld", (long long)step);
+    return row;
+}
+
+static void add_eta(Row* row, double seconds) {
+    char eta[64];
+    int s = (int)seconds, days = s / 86400;
+    int n = days > 0 ? snprintf(eta, sizeof eta, "%d day%s, ", days, days > 1 ? "s" : "") : 0;
+    snprintf(eta + n, sizeof eta - n, "%d:%02d:%02d", s / 3600 % 24, s / 60 % 60, s % 60);
+    add(row, "eta", seconds, "eta ");
+    strcat(row->line, eta);
+}
+
+const int SPIKE_WINDOW = 128;
+const double SPIKE_Z = 7.0;
+struct Window { double values[SPIKE_WINDOW]; int n; };
+
+static bool is_spike(const Window* window, double value) {
+    if (window->n < SPIKE_WINDOW) { return false; }
+    double mean = 0, square = 0;
+    for (double v : window->values) { mean += v / SPIKE_WINDOW; }
+    for (double v : window->values) { square += (v - mean) * (v - mean) / SPIKE_WINDOW; }
+    return value - mean > SPIKE_Z * sqrt(square);
+}
+
+static void push(Window* window, double value) {
+    if (window->n == SPIKE_WINDOW) {
+        memmove(window->values, window->values + 1, sizeof(double) * --window->n);
+    }
+    window->values[window->n++] = value;
+}
+
+// What a run is at a step, besides weights and moments
+struct State {
+    int64_t step, position, optimizer_steps;
+    double usd;
+    Window losses, norms;
+};
+
+// The flags that decide what is computed; a resumed run must have the same.
+static void write_settings(FILE* file, Config config, int64_t n_tokens, int world_size) {
+    fprintf(file, "\"settings\": {\"format_version\": 1, \"block_size\": %d, \"vocab_size\": %d, "
+            "\"n_layer\": %d, \"n_head\": %d, \"n_embd\": %d, \"total_batch_size\": %lld, "
+            "\"max_steps\": %lld, \"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, "
+            "\"world_size\": %d, \"bf16\": %d}", config.block_size, config.vocab_size,
+            config.n_layer, config.n_head, config.n_embd, (long long)arguments.total_batch_size,
+            (long long)arguments.max_steps, (long long)arguments.seed, arguments.lr,
+            (long long)n_tokens, world_size, BF16);
+}
+
+static char* settings_text(Config config, int64_t n_tokens, int world_size) {
+    char* text = NULL;
+    size_t size = 0;
+    FILE* file = open_memstream(&text, &size);
+    write_settings(file, config, n_tokens, world_size);
+    fclose(file);
+    return text;
+}
+
+static void write_window(FILE* file, const char* name, const Window* window) {
+    fprintf(file, ",\n\"%s\": [", name);
+    for (int i = 0; i < window->n; i++) {
+        fprintf(file, "%s%.17g", i > 0 ? ", " : "", window->values[i]);
+    }
+    fprintf(file, "]");
+}
+
+static Window read_window(const char* text, const char* name) {
+    Window window = {};
+    const char* at = json_find(text, name);
+    for (at = at != NULL ? at + 1 : "]"; *at != ']' && *at != '\0'; at += strspn(at, ", ")) {
+        window.values[window.n++] = strtod(at, (char**)&at);
+    }
+    return window;
+}
+
+// <run>/config.json and model.safetensors, as model.py's save_checkpoint writes them
+static void save_checkpoint(Model* model, Ranks* ranks, int64_t step, double val_bpb) {
+    save_weights(model, ranks, joined(arguments.out, "model.safetensors"));
+    if (ranks->rank != 0) { return; }
+    Config c = model->config;
+    const char* path = joined(arguments.out, "config.json");
+    FILE* file = create_part(path);
+    fprintf(file, "{\n \"vocab_size\": %d,\n \"n_layer\": %d,\n \"n_head\": %d,\n \"n_embd\": %d,\n"
+            " \"model_type\": \"gpt2\",\n \"architectures\": [\"GPT2LMHeadModel\"],\n"
+            " \"n_positions\": %d,\n \"activation_function\": \"gelu_new\",\n"
+            " \"layer_norm_epsilon\": 1e-05,\n \"tie_word_embeddings\": true,\n \"deepdive\": {\n"
+            "  \"format_version\": 1,\n  \"stage\": \"pretrain\",\n  \"step\": %lld,\n",
+            c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.block_size, (long long)step);
+    if (val_bpb > 0) { fprintf(file, "  \"val_bpb\": %.17g,\n", val_bpb); }
+    fprintf(file, "  \"model\": {\"block_size\": %d, \"vocab_size\": %d, \"n_layer\": %d, "
+            "\"n_head\": %d, \"n_embd\": %d}\n }\n}\n", c.block_size, c.vocab_size, c.n_layer,
+            c.n_head, c.n_embd);
+    finish(file, path);
+    for (const char* name : {"tokenizer/tokenizer.json", "tokenizer/tokenizer.tiktoken"}) {
+        char* text = read_file(joined(arguments.data, name));
+        if (text == NULL) { continue; }
+        const char* to = joined(arguments.out, strchr(name, '/') + 1);
+        FILE* copy = create_part(to);
+        write_all(copy, text, strlen(text), to);
+        finish(copy, to);
+        free(text);
+    }
+}
+
+static void state_folder(char* path, int64_t step) {
+    snprintf(path, 4096, "%s/state/step_%06lld", arguments.out, (long long)step);
+}
+
+const char* const STATE_TENSORS[] = {"masters", "m", "v"};
+
+// <run>/state/step_N: each rank its shard, then state.json on rank 0, without which the folder does
+// not count. Killed at any moment, the newest complete state is whole. Older ones go.
+static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n_tokens) {
+    char folder[4096], name[64];
+    state_folder(folder, state->step);
+    make_folders(folder);
+    snprintf(name, sizeof name, "rank_%05d.safetensors", ranks->rank);
+    const char* path = joined(folder, name);
+    FILE* file = create_part(path);
+    int64_t mine = model->table.size / ranks->world_size;
+    write_header(file, 3, [&](int i, char* tensor, int64_t* rows, int64_t*) {
+        strcpy(tensor, STATE_TENSORS[i]);
+        *rows = mine;
+    }, path);
+    float* values = (float*)malloc(mine * sizeof(float));
+    for (float* from : {model->masters, model->m, model->v}) {
+        CHECK_CUDA(cudaMemcpyAsync(values, from, mine * sizeof(float), cudaMemcpyDeviceToHost,
+                                   model->stream));
+        CHECK_CUDA(cudaStreamSynchronize(model->stream));
+        write_all(file, values, mine * sizeof(float), path);
+    }
+    free(values);
+    finish(file, path);
+    double one = 1;
+    ranks_sum(ranks, &one, 1);              // every rank's file is there
+    if (ranks->rank == 0) {
+        path = joined(folder, "state.json");
+        file = create_part(path);
+        fprintf(file, "{\"step\": %lld, \"position\": %lld, \"optimizer_steps\": %lld, "
+                "\"usd\": %.17g,\n", (long long)state->step, (long long)state->position,
+                (long long)state->optimizer_steps, state->usd);
+        write_settings(file, model->config, n_tokens, ranks->world_size);
+        write_window(file, "losses", &state->losses);
+        write_window(file, "norms", &state->norms);
+        fprintf(file, "}\n");
+        finish(file, path);
+        glob_t found;
+        char pattern[4200];
+        snprintf(pattern, sizeof pattern, "%s/state/step_*/*", arguments.out);
+        for (size_t i = 0; glob(pattern, 0, NULL, &found) == 0 && i < found.gl_pathc; i++) {
+            if (strncmp(found.gl_pathv[i], folder, strlen(folder)) == 0) { continue; }
+            unlink(found.gl_pathv[i]);
+            *strrchr(found.gl_pathv[i], '/') = '\0';
+            rmdir(found.gl_pathv[i]);       // succeeds with the folder's last file
+        }
+    }
+    ranks_sum(ranks, &one, 1);
+}
+
+// The newest step with a state.json, or -1
+static int64_t newest_state() {
+    char pattern[4096];
+    snprintf(pattern, sizeof pattern, "%s/state/step_*/state.json", arguments.out);
+    glob_t found;
+    if (glob(pattern, 0, NULL, &found) != 0) { return -1; }
+    char* path = found.gl_pathv[found.gl_pathc - 1];
+    int64_t step = atoll(path + strlen(path) - strlen("000000/state.json"));
+    globfree(&found);
+    return step;
+}
+
+// Restores what save_state wrote; false where there is nothing to resume.
+static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_tokens) {
+    int64_t step = newest_state();
+    if (step >= 0 && !arguments.resume) {
+        die("%s holds a saved run; training again would overwrite it; add --resume to continue it, "
+            "or choose another --out", arguments.out);
+    }
+    if (step < 0) { return false; }
+    char folder[4096], name[64];
+    state_folder(folder, step);
+    char* text = read_file(joined(folder, "state.json"));
+    char* settings = settings_text(model->config, n_tokens, ranks->world_size);
+    if (strstr(text, settings) == NULL) {
+        die("%s was begun with another %.300s; a resumed run keeps its settings and its ranks; "
+            "give the same flags, or another --out", arguments.out, json_find(text, "settings"));
+    }
+    state->step = step, state->position = (int64_t)json_number(text, "position", 0);
+    state->optimizer_steps = (int64_t)json_number(text, "optimizer_steps", 0);
+    state->usd = json_number(text, "usd", 0);
+    state->losses = read_window(text, "losses"), state->norms = read_window(text, "norms");
+    free(text), free(settings);
+    snprintf(name, sizeof name, "rank_%05d.safetensors", ranks->rank);
+    SafeTensors file = open_safetensors(joined(folder, name));
+    int64_t mine = model->table.size / ranks->world_size;
+    float* values = (float*)malloc(mine * sizeof(float));
+    float* to[] = {model->masters, model->m, model->v};
+    for (int i = 0; i < 3; i++) {
+        read_tensor(file, STATE_TENSORS[i], mine, values);
+        CHECK_CUDA(cudaMemcpy(to[i], values, mine * sizeof(float), cudaMemcpyHostToDevice));
+    }
+    free(values);
+    close_safetensors(file);
+    CHECK_CUDA(cudaDeviceSynchronize());        // pageable memory may be on its way still
+    restore_parameters(model, ranks, (int)state->optimizer_steps);
+    return true;
+}
+
+// ---- §18 Main -----------------------------------------------------------------------------------
+
+// llm.c's for GPT-2: linear warm-up, then cosine to 0
+static double schedule(int64_t step, int64_t max_steps) {
+    int64_t warmup = max_steps / 10 < 700 ? max_steps / 10 : 700;
+    if (step < warmup) { return (step + 1.0) / warmup; }
+    int64_t rest = max_steps > warmup ? max_steps - warmup : 1;
+    return 0.5 * (1 + cos(M_PI * (step - warmup) / rest));
+}
+
+// Weights that multiply every token: the blocks' matrices and the head
+static double matmul_parameters(Config config) {
+    return 12.0 * config.n_layer * config.n_embd * config.n_embd +
+           (double)config.vocab_size * config.n_embd;
+}
+
+// Both passes, as in PaLM (arXiv 2204.02311, B): 6 a weight, 12·C a key in reach
+static double flops_per_token(Config config) {
+    return 6 * matmul_parameters(config) +
+           12.0 * config.n_embd * config.block_size * config.n_layer;
+}
+
+// Dense bf16 FLOP/s by the data sheets; 0: unknown, no MFU is shown
+static double peak_flops(const char* gpu) {
+    const struct { const char* name; double flops; } known[] = {
+        {"H100 PCIe", 756e12}, {"H100", 989e12}, {"H200", 989e12}, {"B200", 2250e12},
+        {"A100", 312e12}, {"L40S", 362e12}, {"4090", 165e12}, {"3090", 71e12}};
+    for (auto each : known) {
+        if (BF16 && strstr(gpu, each.name) != NULL) { return each.flops; }
+    }
+    return 0;
+}
+
+// Fills in max_steps, total_batch_size, batch_size where no flag did; → grad_accum_steps
+static int64_t horizon(Config config, int world_size) {
+    int64_t T = config.block_size, rows;
+    Arguments* a = &arguments;
+    if (a->total_batch_size == 0) { a->total_batch_size = 1 << 19; }
+    if (a->batch_size == 0) {           // the most rows that fit and divide the batch
+        size_t free_bytes = 0, all = 0;
+        CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
+        double fixed, row;
+        memory_bytes(config, T, a->recompute, world_size, &fixed, &row);
+        rows = a->total_batch_size / (T * world_size);
+        int64_t most = fmin(32.0, fmax(1.0, (0.9 * free_bytes - fixed) / row));
+        for (int64_t n = 1; n <= most; n++) { a->batch_size = rows % n == 0 ? n : a->batch_size; }
+    }
+    int64_t micro_tokens = a->batch_size * T * world_size;
+    if (micro_tokens < 1 || a->total_batch_size % micro_tokens != 0) {
+        int64_t times = micro_tokens > 0 ? llround((double)a->total_batch_size / micro_tokens) : 1;
+        die("total_batch_size %lld is not a multiple of batch_size*block_size*world_size = %lld; "
+            "it is split evenly; try --total_batch_size %lld", (long long)a->total_batch_size,
+            (long long)micro_tokens, (long long)(times > 1 ? times : 1) * micro_tokens);
+    }
+    if (a->max_steps == 0) {
+        a->max_steps = llround(80 * matmul_parameters(config) / a->total_batch_size);
+        a->max_steps = a->max_steps > 1 ? a->max_steps : 1;
+    }
+    return a->total_batch_size / micro_tokens;
+}
+
+static volatile sig_atomic_t stop_asked;
+static void on_signal(int) { stop_asked = 1; }
+
+// What it takes to repeat a run: command, versions, device, flags, parameters
+static void say_header(Log* log, Model* model, const char* gpu, int argc, char** argv,
+                       int64_t grad_accum_steps, int64_t n_tokens) {
+    char command[2048] = "", line[4096];
+    for (int i = 0; i < argc; i++) {
+        size_t n = strlen(command);
+        snprintf(command + n, sizeof command - n, "%s%s", i ? " " : "", argv[i]);
+    }
+    const Arguments& a = arguments;
+    int64_t T = model->T, ranks = a.total_batch_size / (a.batch_size * T * grad_accum_steps);
+    double fixed, row;
+    memory_bytes(model->config, T, a.recompute, ranks, &fixed, &row);
+    snprintf(line, sizeof line, "command  %s\nversions CUDA %d.%d, cuBLASLt %zu, %s\ndevice   %s\n"
+             "params   %lld\n%lld tokens a step = %lld rows x %lld tokens x %lld ranks x %lld "
+             "accumulated; %lld steps = %.2f epochs of %lld tokens\n%.0f parameters in matmuls, "
+             "%.3g FLOP a token; memory about %.1f GB a rank, %.2f GB of it a row: if it does not "
+             "fit, halve --batch_size", command, CUDART_VERSION / 1000, CUDART_VERSION / 10 % 100,
+             cublasLtGetVersion(), BF16 ? "bf16" : "fp32", gpu, (long long)model->table.file_size,
+             (long long)a.total_batch_size, (long long)a.batch_size, (long long)T,
+             (long long)ranks, (long long)grad_accum_steps, (long long)a.max_steps,
+             (double)a.max_steps * a.total_batch_size / n_tokens, (long long)n_tokens,
+             matmul_parameters(model->config), flops_per_token(model->config),
+             (fixed + a.batch_size * row) / 1e9, row / 1e9);
+    say(log, line, NULL);
+}
+
+// One step's gradients → the mean loss over all ranks, and whether a rank was asked to stop
+static double accumulate(Model* model, Loader* loader, Ranks* ranks, int64_t position,
+                         int64_t grad_accum_steps, bool* stop) {
+    int B = model->B, BT = B * model->T;
+    CHECK_CUDA(cudaMemsetAsync(model->loss_sum, 0, sizeof(double), model->stream));
+    for (int64_t micro_step = 0; micro_step < grad_accum_steps; micro_step++) {
+        load_batch(loader, model, position + (micro_step * ranks->world_size + ranks->rank) * B);
+        forward(model, true);
+        loss_sum_kernel<<<1, 256, 0, model->stream>>>(model->loss_sum, model->losses, BT);
+        CHECK_LAUNCH();
+        backward(model, loader->n_groups, micro_step == grad_accum_steps - 1, ranks);
+    }
+    double sums[2] = {0, (double)stop_asked};
+    CHECK_CUDA(cudaMemcpyAsync(&sums[0], model->loss_sum, sizeof(double), cudaMemcpyDeviceToHost,
+                               model->stream));
+    CHECK_CUDA(cudaStreamSynchronize(model->stream));
+    ranks_sum(ranks, sums, 2);
+    *stop = sums[1] > 0;
+    return sums[0] / BT / grad_accum_steps / ranks->world_size;
+}
+
+int main(int argc, char** argv) {
+    parse_arguments(argc, argv);
+    const Arguments& a = arguments;
+    signal(SIGTERM, on_signal), signal(SIGINT, on_signal);
+    char* index = read_file(joined(a.data, "index.json"));
+    int V = index != NULL ? (int)json_number(index, "n_vocab", 50257) : 50257;
+    Shards train_shards = open_shards(a.data, "train"), val_shards = open_shards(a.data, "val");
+    int* token_bytes = read_token_bytes(a.data, V);
+    Ranks ranks = start_ranks();
+    cudaDeviceProp device;
+    int device_number;
+    CHECK_CUDA(cudaGetDevice(&device_number));
+    CHECK_CUDA(cudaGetDeviceProperties(&device, device_number));
+    if (BF16 && device.major < 8) {
+        die("%s has no bf16 tensor cores; those came with compute capability 8.0; build with make "
+            "train_gpt2cu PRECISION=FP32", device.name);
+    }
+
+    Config config = a.init_from != NULL ? read_config(a.init_from) : choose_config(V);
+    check_config(config, V);
+    int64_t grad_accum_steps = horizon(config, ranks.world_size);
+    int B = a.batch_size, T = config.block_size;
+    Model model = make_model(config, B, a.recompute, &ranks);
+    Loader loader = make_loader(train_shards, B, T, V, a.seed);
+    make_folders(a.out);
+    State state = {};
+    bool resumed = load_state(&model, &ranks, &state, train_shards.n_tokens);
+    if (!resumed && a.init_from != NULL) {
+        load_weights(&model, &ranks, joined(a.init_from, "model.safetensors"));
+    } else if (!resumed) {
+        initialise(&model, &ranks, a.seed);
+    }
+    Log log = open_log(a.max_steps, state.step, resumed, ranks.rank == 0);
+    if (state.step >= a.max_steps) {
+        printf("%s is trained: step %lld of %lld\n", a.out, (long long)state.step,
+               (long long)a.max_steps);
+        return 0;
+    }
+    say_header(&log, &model, device.name, argc, argv, grad_accum_steps, train_shards.n_tokens);
+    double peak = peak_flops(device.name), val_bpb = 0, mean_seconds = 0;
+    double started = seconds_now(), earlier_usd = state.usd;
+    int64_t first_step = state.step;
+    bool stop = false;
+
+    while (true) {
+        bool last = state.step == a.max_steps, fresh = state.step > first_step;
+        if ((state.step % a.eval_every == 0 || last) && (state.step == 0 || fresh)) {
+            Evaluation val = evaluate(&model, &loader, val_shards, token_bytes,
+                                      last ? val_shards.n_tokens : VAL_TOKENS, &ranks);
+            val_bpb = val.val_bpb;
+            Row row = begin_row(&log, state.step);
+            add(&row, "val_loss", val.val_loss, "val_loss %.6f");
+            if (val_bpb > 0) { add(&row, "val_bpb", val_bpb, "val_bpb %.4f"); }
+            say(&log, row.line, row.row);
+            if (state.step == 0 && a.init_from == NULL && 
+                fabs(val.val_loss / ::log(V) - 1) > 0.05) {
+                die("val_loss %.4f before step 1; an untrained model's is ln(%d) = %.4f; a kernel "
+                    "is wrong on this GPU: run make test_train_gpt2cu", val.val_loss, V, ::log(V));
+            }
+        }
+        if (last || stop || (state.step % a.save_every == 0 && fresh)) {
+            save_state(&model, &ranks, &state, train_shards.n_tokens);
+            save_checkpoint(&model, &ranks, state.step, val_bpb);
+        }
+        if (last || stop) { break; }
+
+        double tick = seconds_now();
+        double loss = accumulate(&model, &loader, &ranks, state.position, grad_accum_steps, &stop);
+        double norm = gradient_norm(&model, &ranks, grad_accum_steps);
+        if (!isfinite(loss) || !isfinite(norm)) {
+            die("step %lld: loss %f, norm %f; training needs finite numbers; what was saved is "
+                "kept; try a lower --lr in another --out", (long long)state.step, loss, norm);
+        }
+        double lr = a.lr * schedule(state.step, a.max_steps);
+        state.step++, state.position += a.total_batch_size / T;
+        if (is_spike(&state.losses, loss) || is_spike(&state.norms, norm)) {
+            char line[256], row[64];
+            snprintf(line, sizeof line, "step %lld: skipped, loss %.4f or norm %.4f stands out of "
+                     "the last %d", (long long)state.step, loss, norm, SPIKE_WINDOW);
+            snprintf(row, sizeof row, "\"step\": %lld, \"skipped\": true", (long long)state.step);
+            say(&log, line, row);
+            zero_gradients(&model);
+        } else {                            // GPT-2 clips at norm 1
+            double clip = fmin(1.0, 1.0 / (norm + 1e-6));
+            optimizer_step(&model, &ranks, lr, clip / grad_accum_steps / ranks.world_size,
+                           ++state.optimizer_steps);
+        }
+        CHECK_CUDA(cudaStreamSynchronize(model.stream));
+        push(&state.losses, loss), push(&state.norms, norm);
+
+        double seconds = seconds_now() - tick, tok_s = a.total_batch_size / seconds;
+        mean_seconds = mean_seconds > 0 ? 0.95 * mean_seconds + 0.05 * seconds : seconds;
+        state.usd = earlier_usd +
+                    (seconds_now() - started) / 3600 * a.gpu_hour_usd * ranks.world_size;
+        double mfu = flops_per_token(config) * tok_s / fmax(peak, 1) / ranks.world_size;
+        Row row = begin_row(&log, state.step);
+        add(&row, "loss", loss, "loss %.6f");
+        add(&row, "lr", lr, "lr %.2e");
+        add(&row, "norm", norm, "norm %.4f");
+        add(&row, "ms", 1000 * seconds, "%.1f ms");
+        add(&row, "tok_s", tok_s, "%.0f tok/s");
+        if (peak > 0) {
+            add(&row, "mfu", mfu, "mfu ");
+            snprintf(row.line + strlen(row.line), 16, "%.1f%%", 100 * mfu);
+        }
+        if (state.usd > 0) { add(&row, "usd", state.usd, "$%.2f"); }
+        add_eta(&row, mean_seconds * (a.max_steps - state.step));
+        say(&log, row.line, row.row);
+    }
+
+    char line[4200];
+    if (stop && state.step < a.max_steps) {
+        snprintf(line, sizeof line, "stopped and saved at step %lld; continue with the same "
+                 "command and --resume", (long long)state.step);
+        say(&log, line, NULL);
+        return 130;
+    }
+    snprintf(line, sizeof line, "%s: stage pretrain, step %lld, %.0f s", a.out,
+             (long long)state.step, seconds_now() - started);
+    say(&log, line, NULL);
+    return 0;
+}
