@@ -19,8 +19,8 @@ loss: on fresh samples its value says nothing, only its gradient does.
 Papers: GRPO (DeepSeekMath, arXiv 2402.03300), DeepSeek-R1 (2501.12948), Dr. GRPO (2503.20783), DAPO
 (2503.14476), PPO's clip (1707.06347), the KL estimator k3 (joschu.net/blog/kl-approx.html).
 Differs from the papers: by default as Dr. GRPO and DAPO have it (no division by the group's
-deviation, one mean over all tokens of the step, no KL), one update a batch of samples, so that the
-clip never acts; --std, --kl and --updates bring GRPO's terms back.
+deviation, one mean over all tokens of the groups that are not tied, no KL), one update a batch of
+samples, so that the clip never acts; --std, --kl and --updates bring GRPO's terms back.
 """
 import argparse
 import copy
