@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import io
 import math
+import os
 import sys
 import types
 from dataclasses import dataclass
@@ -51,11 +52,18 @@ class Shape:
         with torch.device("meta"):
             return GPT(self.config(windows)).flops_per_token()
 
+def gpt2_lr(shape):
+    """Of AdamW, for whoever trains GPT-2: 3e-3 is the best of 1e-3 and 3e-3 at 4096 tokens a step;
+    at large batches 1.8e-3 is what tuning found."""
+    return 1.8e-3 if shape.step_tokens > 2 ** 15 else 3e-3
+
 class Ours:
-    def __init__(self, shape, max_steps, device="cpu", windows="L", fp8=False, lr=None):
+    def __init__(self, shape, max_steps, device="cpu", windows="L", fp8=False):
         self.shape, self.max_steps, self.device = shape, max_steps, device
-        self.model = GPT(shape.config(windows)).use(device, fp8=fp8)
-        self.optimizer = make_optimizer(self.model, Ranks(device=str(device)), lr,
+        with torch.device(device):
+            self.model = GPT(shape.config(windows)).use(device, fp8=fp8)
+        self.optimizer = make_optimizer(self.model, Ranks(device=str(device)),
+                                        None if shape.modern else gpt2_lr(shape),
                                         shape.step_tokens)
         compiled = "cuda" in str(device)
         self.hidden = torch.compile(self.model.hidden, dynamic=False) if compiled else (
@@ -79,8 +87,7 @@ class Ours:
         return self.model(x, y, reduction="none")
 
 class NanoGPT:
-    """Its model and optimizer, with the schedule and the precision of its train.py. lr 3e-3 is the
-    best of 1e-3 and 3e-3 at 4096 tokens a step; at large batches 1.8e-3 is what tuning found."""
+    """Its model and optimizer, with the schedule and the precision of its train.py."""
     rows = None         # as many as are given
 
     def __init__(self, shape, max_steps, device="cpu", windows="L", fp8=False):
@@ -89,12 +96,12 @@ class NanoGPT:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         cuda = "cuda" in str(device)
-        with contextlib.redirect_stdout(io.StringIO()):
+        with torch.device(device), contextlib.redirect_stdout(io.StringIO()):
             self.model = module.GPT(module.GPTConfig(
                 block_size=shape.T, vocab_size=-(-shape.V // 64) * 64 if cuda else shape.V,
                 n_layer=shape.L, n_head=shape.NH, n_embd=shape.C, dropout=0.0,
-                bias=not cuda)).to(device)
-            self.lr = 1.8e-3 if shape.step_tokens > 2 ** 15 else 3e-3
+                bias=not cuda))
+            self.lr = gpt2_lr(shape)
             self.optimizer = self.model.configure_optimizers(0.1, self.lr, (0.9, 0.95),
                                                              "cuda" if cuda else "cpu")
         self.max_steps = max_steps
@@ -127,10 +134,11 @@ class NanoGPT:
 def nanochat_modules(device="cpu"):
     """(gpt, engine) of its package, without what a model does not need: the dashboard and the
     trainer of tokenizers. On a CPU nothing is compiled: its optimizer alone would take minutes."""
-    torch._dynamo.config.disable = "cuda" not in str(device)
+    if "cuda" not in str(device):
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     for name in ("wandb", "rustbpe"):
-        if importlib.util.find_spec(name) is None:
-            sys.modules.setdefault(name, types.ModuleType(name))
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            sys.modules[name] = types.ModuleType(name)
     from nanochat import engine, gpt
     return gpt, engine
 
@@ -185,6 +193,10 @@ class Nanochat:
     def losses(self, x, y):
         return self.model(x, y, loss_reduction="none").view_as(y)
 
+def best_windows(shape, device):
+    """As train_gpt2.py chooses: without a kernel that skips what lies outside, windows only cost."""
+    return "SSSL" if shape.modern and find_kernel(device)[0] is not sdpa else "L"
+
 def arms(shape, max_steps, device="cpu"):
     """{label: constructor} of who is measured at a shape; None for a peer that is not there. Whole
     windows for all, which every attention kernel knows; ours also as train_gpt2.py would choose."""
@@ -193,7 +205,7 @@ def arms(shape, max_steps, device="cpu"):
     here = (PEERS / label).is_dir()
     found = {"ours": make(Ours), label: make(peer) if here else None}
     if "cuda" in str(device):
-        windows = "SSSL" if shape.modern and find_kernel(device)[0] is not sdpa else "L"
+        windows = best_windows(shape, device)
         if windows != "L":
             found["ours, windows"] = make(Ours, windows=windows)
         found["ours, fp8"] = make(Ours, windows=windows, fp8=True)

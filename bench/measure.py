@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ROOT / ".peers"
+PEERS, RESULTS = ROOT / ".peers", ROOT / "bench" / "RESULTS.md"
 PROXY = next((folder for folder in (ROOT / "data" / "proxy",
                                     ROOT.parent / "shared" / "data" / "proxy") if folder.is_dir()),
              None)      # English Wikipedia, .jsonl.xz
@@ -83,8 +83,10 @@ def peak_mb():
 # ---- Tables --------------------------------------------------------------------------------------
 
 def show(value):
-    """Three digits of a number; thousands are grouped."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    """Three digits of a number, all of an integer; thousands are grouped."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not isinstance(value, float):
         return "–" if value is None else str(value)
     if value == 0 or not math.isfinite(value):
         return str(value)
@@ -142,6 +144,12 @@ def machine():
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return f"{len(os.sched_getaffinity(0))} cores of {cpu[1] if cpu else 'a CPU'}"
 
+def commit():
+    """The commit that is measured; a `-dirty` behind it says that files were changed since."""
+    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], text=True,
+                           capture_output=True)
+    return found.stdout.strip() or "unknown"
+
 def put_section(text, name, body):
     """RESULTS.md with the section `## name` replaced, or added at the end."""
     section = f"## {name}\n\n{body.strip()}\n"
@@ -166,14 +174,12 @@ def main():
     kept = ROOT / "data" / "bench" / f"{name}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(last + "\n")
-    commit = subprocess.getoutput(f"git -C '{ROOT}' describe --always --dirty")
     shown = " ".join([Path(command[0]).name, *command[1:]])
     text = "\n".join(text).strip()
     text = text if "|---|" in text else f"```\n{text}\n```"
-    results = ROOT / "bench" / "RESULTS.md"
-    body = (f"{datetime.date.today()} · commit {commit} · {machine()} · load {load:.1f} before · "
+    body = (f"{datetime.date.today()} · commit {commit()} · {machine()} · load {load:.1f} before · "
             f"{time.time() - started:.0f} s\n\n`{shown}`\n\n{text}")
-    results.write_text(put_section(results.read_text(encoding="utf-8"), name, body),
+    RESULTS.write_text(put_section(RESULTS.read_text(encoding="utf-8"), name, body),
                        encoding="utf-8")
 
 if __name__ == "__main__":

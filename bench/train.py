@@ -18,6 +18,7 @@ after the other has all the memory; a step is what one GPU of eight would do of 
 but for the optimizer, which eight would share. MFU is of the bf16 peak of the data sheet.
 """
 import argparse
+import gc
 import statistics
 import sys
 import time
@@ -40,9 +41,11 @@ SHAPES = {      # where: {name: modern, L, C, NH, V, T, tokens of a step}
             "gpt2-50k": Shape(False, 4, 256, 4, 50257, 256, 4096),
             "d4-2k": Shape(True, 4, 128, 4, 2048, 256, 4096)},
     "cuda": {"gpt2": Shape(False, 12, 768, 12, 50257, 1024, 2 ** 16),
+             "gpt2-xl": Shape(False, 48, 1600, 25, 50257, 1024, 2 ** 17),
              "d12": Shape(True, 12, 768, 6, 32768, 2048, 2 ** 16),
              "d24": Shape(True, 24, 1536, 12, 32768, 2048, 2 ** 17)},
     "quick": {"gpt2": Shape(False, 2, 64, 2, 512, 32, 128),
+              "gpt2-xl": Shape(False, 3, 64, 2, 512, 32, 128),
               "d12": Shape(True, 2, 64, 2, 512, 32, 128),
               "d24": Shape(True, 3, 64, 2, 512, 32, 128)}}
 
@@ -96,10 +99,27 @@ class Timed:
         windows = self.arm.model.config.windows if "ours" in label else "L"
         peak = peak_flops(str(self.device))
         return dict(
-            contender=label, ms=median, spread=spread(self.ms), tok_s=tok_s, all_ms=self.ms,
+            contender=label, step_tokens=shape.step_tokens, ms=median, spread=spread(self.ms), tok_s=tok_s, all_ms=self.ms,
             mfu=peak and shape.flops_per_token(windows) * tok_s / peak, rows=self.rows,
             optimizer_share=statistics.median(self.optimizer_ms) / median,
             memory_gb=torch.cuda.max_memory_allocated() / 1e9 if cuda else None)
+
+def alone(make, shape, label, repeats, device, warmup):
+    """A contender with all of a GPU's memory → its row. One that fails says why: the others go on."""
+    try:
+        timed = Timed(make, shape, device, warmup)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for _ in range(repeats):
+            timed.step()
+        again = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+        return dict(timed.row(shape, label), recompiled=again)
+    except Exception as error:
+        return dict(contender=label, missing=f"failed: {str(error).strip().splitlines()[0][:90]}")
+    finally:
+        timed = None
+        gc.collect()
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
 
 def speed(shape, contenders, repeats, device):
     """→ rows, ours first; those of missing peers say so."""
@@ -110,12 +130,7 @@ def speed(shape, contenders, repeats, device):
         if make is None:
             rows[label] = dict(contender=label, missing=missing(label.split(",")[0]))
         elif "cuda" in str(device):
-            timed = Timed(make, shape, device, warmup)
-            for _ in range(repeats):
-                timed.step()
-            rows[label] = timed.row(shape, label)
-            del timed
-            torch._dynamo.reset()
+            rows[label] = alone(make, shape, label, repeats, device, warmup)
         else:
             built[label] = Timed(make, shape, device, warmup)
         print(f"\r{label}: {steps} steps", end="", file=sys.stderr)
@@ -131,11 +146,11 @@ def speed(shape, contenders, repeats, device):
 def show_speed(name, shape, rows):
     table([f"{name}: {shape.L} layers, {shape.C} channels, T {shape.T}, "
            f"{shape.step_tokens:,} tokens a step", "ms", "spread", "tok/s", "MFU", "peak GB",
-           "optimizer", "ours is faster by"],
-          [[row["contender"], row["missing"], *[None] * 6] if "missing" in row else
+           "optimizer", "recompiled", "ours is faster by"],
+          [[row["contender"], row["missing"], *[None] * 7] if "missing" in row else
            [row["contender"], row["ms"], row["spread"], f"{row['tok_s']:,.0f}",
-            row["mfu"] and f"{row['mfu']:.1%}", row["memory_gb"],
-            f"{row['optimizer_share']:.0%}", row["ours_faster_by"]] for row in rows])
+            row["mfu"] and f"{row['mfu']:.1%}", row["memory_gb"], f"{row['optimizer_share']:.0%}",
+            row.get("recompiled"), row["ours_faster_by"]] for row in rows])
 
 # ---- Quality -------------------------------------------------------------------------------------
 
@@ -174,6 +189,18 @@ def learn(data, shape, make, seed, args):
     after = args.max_steps - min(10, args.max_steps - 1)
     return curve[-1][2], curve, after * shape.step_tokens / (seconds - settled)
 
+def time_to_match(ours, theirs):
+    """When our curve [(step, seconds, bpb)] comes down to their last bpb, as a share of their time;
+    None if it does not."""
+    (_, total, goal), before = theirs[-1], None
+    for _, seconds, bpb in ours:
+        if bpb <= goal:
+            if before:      # on the line between two evaluations
+                seconds -= (seconds - before[0]) * (goal - bpb) / (before[1] - bpb)
+            return seconds / total
+        before = seconds, bpb
+    return None
+
 def quality(name, shape, args):
     """Each contender, seed after seed, on the same rows → rows of the table."""
     data, rows = args.data, []
@@ -191,17 +218,22 @@ def quality(name, shape, args):
         if "cuda" in args.device:
             torch._dynamo.reset()
             torch.cuda.empty_cache()
+    curves = {row["contender"].split(",")[0]: row["curve"] for row in rows if "curve" in row}
+    for row in rows:
+        if "curve" in row and "ours" not in row["contender"] and "ours" in curves:
+            row["matched_in"] = time_to_match(curves["ours"], row["curve"])
     return rows
 
 def show_quality(rows, args):
     table([f"{args.max_steps} steps", "val bits per byte, a seed each", "mean", "tok/s",
-           "seconds: bits per byte"],
-          [[f"{row['contender']} ({row['shape']})", row["missing"], None, None, None]
+           "ours is as good after", "seconds: bits per byte"],
+          [[f"{row['contender']} ({row['shape']})", row["missing"], *[None] * 4]
            if "missing" in row else
            [f"{row['contender']} ({row['shape']})",
             ", ".join(f"{bpb:.4f}" for bpb in row["val_bpb"]), f"{row['mean']:.4f}",
-            f"{row['tok_s']:,.0f}", ", ".join(f"{s:.0f}: {bpb:.4f}" for _, s, bpb in row["curve"])]
-           for row in rows])
+            f"{row['tok_s']:,.0f}",
+            f"{row['matched_in']:.0%} of its time" if row.get("matched_in") else None,
+            ", ".join(f"{s:.0f}: {bpb:.4f}" for _, s, bpb in row["curve"])] for row in rows])
 
 def parse_args():
     parser = argparse.ArgumentParser(description="training speed and quality, beside peers")
