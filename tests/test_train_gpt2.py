@@ -227,6 +227,16 @@ def test_horizon_gives_the_recipes_batch_and_steps(depth, steps):
     assert accumulated * args.batch_size * 2048 * 8 == args.total_batch_size
 
 
+@pytest.mark.parametrize("name, tokens, steps", [("gpt2", 2 ** 19, 19073), ("gpt2-xl", 2 ** 20, 32000)])
+def test_horizon_of_gpt2_is_that_of_llm_cs_runs(name, tokens, steps):
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset(name))
+    args = batch_flags()
+    horizon(model, args, world_size=8, most_rows=16)
+    assert args.total_batch_size == tokens
+    assert args.max_steps == pytest.approx(steps, rel=0.01)
+
+
 @pytest.mark.parametrize("given", [
     dict(total_batch_size=500000, batch_size=4), dict(total_batch_size=1),
     dict(total_batch_size=700, batch_size=8)], ids=str)
