@@ -30,7 +30,8 @@ PROXY_SHARDS = "data/bench/proxy-32768"
 PARTS = {       # name: (seconds at most, command after `python`), the most telling first
     "ceilings": (30, "bench/kernels.py ceilings"),
     "trainers": (150, "bench/trainers.py"),
-    "device_tests": (120, "-m pytest -q -x --timeout 100 tests/test_train_gpt2cu.py"),
+    "device_tests": (150, "-m pytest -q --timeout 100 tests/test_device.py "
+                     "tests/test_train_gpt2cu.py"),
     "sanitizer": (90, "bench/trainers.py --sanitize --limit 20"),
     "attention": (40, "bench/kernels.py attention"),
     "gpt2": (150, "bench/train.py --shapes gpt2"),
