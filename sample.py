@@ -149,8 +149,11 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Writes k, v (B, T, NH, HS) behind each row; returns all up to the longest row's end."""
+        T = k.shape[1]
+        if not self.used:       # a prefill: what is there is what comes
+            self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k.transpose(1, 2), v.transpose(1, 2)
+            return k, v
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        T = k.shape[2]
         at = (self.pos[:, None] + torch.arange(T, device=k.device))[:, None, :, None]
         self.k[layer].scatter_(2, at.expand_as(k), k)
         self.v[layer].scatter_(2, at.expand_as(v), v)
