@@ -1,6 +1,6 @@
 # make demo   web → tokenizer → base model → assistant → reasoner → report, on a CPU, in minutes
 # make test   everything checked, offline
-# make bench  how fast this is, beside peers: into bench/RESULTS.md; bench/gpu.sh does it on a GPU
+# make bench  how fast this is beside peers, on a CPU, into bench/RESULTS.md; on a GPU: bench/gpu.sh
 # make train_gpt2cu   the CUDA trainer; make check says what it would be built with
 # Each step is a command you can type yourself. A demo that was interrupted goes on where it was.
 SIZE ?= small
@@ -59,17 +59,8 @@ test: setup
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-extra.txt
 	$(PY) -m pytest -q --timeout 120 tests
 
-.peers/ready: bench/peers.txt .venv/ready
-	python3 -m venv .peers/venv
-	ls -d $(CURDIR)/.venv/lib/python3*/site-packages > .peers/deepdive.pth
-	cp .peers/deepdive.pth .peers/venv/lib/python3*/site-packages/
-	.peers/venv/bin/python -m pip install --quiet --disable-pip-version-check -r bench/peers.txt
-	touch $@
-
-BENCHES ?= train bpe prepare sample rl eval growth
-bench: setup .peers/ready
-	for bench in $(BENCHES); do .peers/venv/bin/python bench/measure.py $$bench \
-	    .peers/venv/bin/python bench/$$bench.py || exit 1; done
+bench: setup
+	bash bench/cpu.sh
 
 # nvcc; cuBLASLt and, for several GPUs, NCCL from a CUDA toolkit or from the wheels of requirements-extra.txt
 NVCC  ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))

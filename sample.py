@@ -64,9 +64,8 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None
 def draw(probs, generator):
     """probs (B, V) → a token of each row (B,): the first up to which they add up to more than a
     random share of the whole. torch.multinomial draws a random number for each of B x V."""
-    # a GPU adds in trees: in fp32 rounding could give a little even to what was cut off
-    ends = probs.cumsum(-1, dtype=torch.float64 if probs.is_cuda else torch.float32)
-    share = torch.rand(len(probs), 1, generator=generator, device=probs.device)
+    ends = probs.double().cumsum(-1)    # in fp32 rounding could give a share to what was cut off
+    share = torch.rand(len(probs), 1, generator=generator, device=probs.device, dtype=ends.dtype)
     return torch.searchsorted(ends, share * ends[:, -1:], right=True)[:, 0]
 
 # ---- The Python tool -----------------------------------------------------------------------------

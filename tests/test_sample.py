@@ -97,7 +97,7 @@ def test_a_random_share_picks_its_token_and_never_one_of_probability_0(monkeypat
 
 
 @pytest.mark.parametrize("old, new", [("right=True", "right=False"), ("* ends[:, -1:]", ""),
-                                      ("probs.cumsum(-1", "probs.flip(-1).cumsum(-1")])
+                                      ("probs.double()", "probs.double().flip(-1)")])
 def test_a_draw_at_the_wrong_end_would_be_noticed(old, new, monkeypatch):
     mutate(monkeypatch, sample, "draw", old, new)
     with pytest.raises(AssertionError):
