@@ -72,14 +72,14 @@ class Ours:
             best = max(range(len(scores)), key=lambda i: scores[i][0])
             yield spans, scores[0][1] if gold is None else best == gold
 
-    def as_written(self, task, row):
-        """A row of language modeling with the one token that the model would write, if that is the
-        beginning of a word; this is then right."""
+    def as_written(self, task, row, rest):
+        """A row of language modeling whose answer begins as the model would; if that is a word,
+        and there is no rest, it is right."""
         context = candidates(task, row)[0][0].rstrip()
         ids = [self.tokenizer.eot, *self.tokenizer.encode_ordinary(context)]
         logits = self.model(torch.tensor([ids], device=self.device))
         word = self.tokenizer.decode(logits[0, -1:].argmax(-1).tolist()).strip()
-        return dict(row, continuation=word or row["continuation"])
+        return dict(row, continuation=f"{word} {rest}".strip() or row["continuation"])
 
 class Nanochat:
     """Its core_eval. To that it is a model: model(ids) → logits; and a tokenizer."""
@@ -122,7 +122,8 @@ def check(ours, theirs, task, rows):
     """In fp32 the same spans have the same outcome; → how many questions have others."""
     ours.exactly(fp32=True)
     if task.kind == "language_modeling":        # else no answer would be right
-        rows = [ours.as_written(task, row) if i % 2 else row for i, row in enumerate(rows)]
+        rows = [ours.as_written(task, row, ["", row["continuation"]][i % 2])
+                for i, row in enumerate(rows)]
     outcomes = [*zip(ours.answers(task, rows), theirs.answers(task, rows))]
     for (a, mine), (b, other) in outcomes:
         assert [ids for ids, _ in a] == [ids for ids, _ in b], f"{task.label}: other tokens"
