@@ -5,8 +5,8 @@ and memory grow with the input.
     python bench/bpe.py                                         # 50 MB, vocabulary 32,768
     python bench/bpe.py --input FILE.jsonl --megabytes 10 --repeats 5
 
-in:  .jsonl[.gz|.xz] with a "text" in each line, by default what is in ../shared/data; the
-     environment .peers/venv of bench/peers.txt; a peer that is not there is reported as not measured
+in:  .jsonl[.gz|.xz] with a "text" in each line, by default what is in ../shared/data; peers in
+     the environment .peers/venv, see peers.txt; one that is not there is reported as not measured
 out: three tables, and the same as one line of JSON
 
 Every run is a process of its own, which reads the same file into memory, and is timed from there to

@@ -8,10 +8,10 @@ in:  tasks of CORE, as eval.py reads them; .peers/nanochat, else it is reported 
 out: a table a shape, and the same as one line of JSON
 
 Both ask the same model the same questions in the same order, with the same shots and tokens; what
-takes time is reading them. Before anything is timed, both must find the same answers right, question
-by question, but for those where eval.py scores another span on purpose, the whole answer: nanochat
-leaves out first tokens that all choices share, and adds last ones that all contexts share. How many
-these are is in the table.
+takes time is reading them. Before anything is timed, both must find the same answers right, but for
+questions where eval.py scores another span on purpose, the whole answer: nanochat leaves out first
+tokens that all choices share, and adds last ones that all contexts share. How many these are is in
+the table.
 """
 import argparse
 import statistics
@@ -46,11 +46,11 @@ CORE = next((folder for folder in (ROOT / "data" / "eval_bundle",
 class Ours:
     def __init__(self, shape, tokenizer, device):
         torch.manual_seed(1)
-        self.model, self.tokenizer = GPT(shape.config()).use(device).eval(), tokenizer
-        self.device = device
+        self.model, self.tokenizer, self.device = GPT(shape.config()).eval(), tokenizer, device
         with torch.no_grad():
             for p in self.model.parameters():
                 p.add_(torch.randn_like(p), alpha=2 * shape.C ** -0.5 if p.ndim > 1 else 0.1)
+        self.exactly(fp32=False)
 
     def exactly(self, fp32):
         """Computes in fp32 from now on, or else in what it would take."""

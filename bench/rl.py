@@ -33,7 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-import torch.nn.functional as F
 
 from bpe import PATTERNS, SPECIAL_TOKENS, Tokenizer
 from contenders import Shape
@@ -50,7 +49,7 @@ SHAPES = {      # where: {name: modern, L, C, NH, V, T, tokens of a training ste
              "d24": Shape(True, 24, 1536, 12, 32768, 2048, 1)},
     "quick": {"gpt2": Shape(False, 2, 64, 2, 512, 128, 1),
               "d2": Shape(True, 2, 64, 2, 512, 128, 1)}}
-SIZES = {"cpu": (4, 8, 48), "cuda": (16, 16, 256), "quick": (2, 4, 8)}  # prompts, group, new tokens
+SIZES = {"cpu": (4, 8, 48), "cuda": (16, 16, 128), "quick": (2, 4, 8)}  # prompts, group, new tokens
 LEARNING = SimpleNamespace(updates=1, clip=0.2, kl=0.0, lr=1e-5)        # flags of rl_grpo.py
 
 def tokenizer_of(n_vocab):
