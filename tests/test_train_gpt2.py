@@ -314,7 +314,7 @@ def assert_nearly_equal(run, other):
     assert logged(run, "norm")[1] == pytest.approx(logged(other, "norm")[1], rel=1e-5)
     weights, other_weights = (load_file(r / "model.safetensors") for r in (run, other))
     for name, tensor in weights.items():
-        assert (tensor - other_weights[name]).norm() < 2e-3 * tensor.norm() + 1e-5, name
+        assert (tensor - other_weights[name]).norm() < 5e-3 * tensor.norm() + 1e-5, name
 
 
 def test_two_ranks_under_torchrun_train_what_one_does_with_muon(data, whole, tmp_path):
@@ -579,7 +579,7 @@ def test_checks_notice_a_mutant(owner, name, old, new, check, counting, data, to
 
 @pytest.mark.parametrize("owner, name, old, new", [
     (train_gpt2, "main", "+ ranks.rank) * B", "+ 0) * B"),
-    (Optimizer, "average_grads", "div_(self.ranks.world_size)", "div_(1)")], ids=text_only)
+    (Optimizer, "average_grads", "(mine, self.ranks.world_size)", "(mine, 1)")], ids=text_only)
 def test_two_ranks_notice_a_mutant(owner, name, old, new, data, whole, tmp_path, monkeypatch):
     mutate(monkeypatch, owner, name, old, new)
     run_ranks(train_gpt2, *flags(data, tmp_path))
