@@ -1,5 +1,6 @@
 # make demo   web → tokenizer → base model → assistant → reasoner → report, on a CPU, in minutes
 # make test   everything checked, offline
+# make bench  how fast this is beside peers, on a CPU, into bench/RESULTS.md; on a GPU: bench/gpu.sh
 # make train_gpt2cu   the CUDA trainer; make check says what it would be built with
 # Each step is a command you can type yourself. A demo that was interrupted goes on where it was.
 SIZE ?= small
@@ -24,7 +25,7 @@ SFT   := --epochs 1.2
 RL    := --max_steps 16 --prompts 16 --group_size 16 --eval_every 8
 endif
 
-.PHONY: setup demo test check test_train_gpt2cu
+.PHONY: setup demo test bench check test_train_gpt2cu
 
 setup: .venv/ready
 
@@ -57,6 +58,9 @@ demo: setup
 test: setup
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-extra.txt
 	$(PY) -m pytest -q --timeout 120 tests
+
+bench: setup
+	bash bench/cpu.sh
 
 # nvcc; cuBLASLt and, for several GPUs, NCCL from a CUDA toolkit or from the wheels of requirements-extra.txt
 NVCC  ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))

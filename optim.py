@@ -22,8 +22,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.optim.adamw import adamw
 
-from model import FORMAT_VERSION, VOCABULARY, Ranks, load_weights, save_weights, write_json
+from model import (FORMAT_VERSION, VOCABULARY, Ranks, compiled, load_weights, save_weights,
+                   write_json)
 
 # ---- The optimizer -------------------------------------------------------------------------------
 
@@ -49,6 +51,21 @@ def as_matrices(W):
     """c_attn.weight (3C, C) is three matrices, q, k and v; any other is one: a view (K, m, n)."""
     K = 3 if W.shape[0] == 3 * W.shape[1] else 1
     return W.view(K, W.shape[0] // K, W.shape[1])
+
+def muon(W, grad, buffer, variance, lr, decay, momentum, beta2=0.9):
+    """polar(Nesterov momentum), then NorMuon: rows of equal RMS along the longer side, the norm
+    kept. Decay is cautious (arXiv 2510.12402): only where the update shrinks W.
+
+    Of all matrices of a shape at once, (K, m, n); variance (K, m, 1) or, if m < n, (K, 1, n).
+    → the next W, buffer and variance. On a GPU it is compiled."""
+    buffer = buffer.lerp(grad, 1 - momentum)
+    U = polar(grad.lerp(buffer, momentum))
+    row_variance = U.square().mean(-1 if W.shape[-2] >= W.shape[-1] else -2, keepdim=True)
+    variance = variance.lerp(row_variance, 1 - beta2)
+    scaled = U * variance.clamp_min(1e-10).rsqrt()
+    U = F.normalize(scaled, dim=(-2, -1)) * U.norm(dim=(-2, -1), keepdim=True)
+    lr = lr * max(1, W.shape[-2] / W.shape[-1]) ** 0.5
+    return W - lr * (U + decay * W * (U * W >= 0)), buffer, variance
 
 class Optimizer:
     """AdamW and Muon with ZeRO-1: each parameter has one rank that keeps its state and updates it.
@@ -84,8 +101,10 @@ class Optimizer:
         for work in [self.send(dist.reduce, name, p.grad) for name, p in self.params.items()]:
             work.wait()
         mine = [self.params[name].grad for name in filter(self.is_mine, self.params)]
-        norms = [grad.div_(self.ranks.world_size).norm() for grad in mine]
-        return math.sqrt(self.ranks.sum(torch.stack(norms).double().square().sum().item())[0])
+        if self.ranks.world_size > 1:
+            torch._foreach_div_(mine, self.ranks.world_size)
+        norms = torch.stack(torch._foreach_norm(mine)) if mine else torch.zeros(1)
+        return math.sqrt(self.ranks.sum(norms.double().square().sum().item())[0])
 
     def send(self, collective, name, tensor):
         """Starts reducing a tensor to its owner, or broadcasting it from there."""
@@ -96,42 +115,57 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr_scale=1.0, grad_scale=1.0, momentum=0.95, decay_scale=1.0):
         """The schedules scale each group's own lr and weight_decay; grad_scale clips gradients.
-        A parameter is on its way to the other ranks while its owner updates the next."""
+        Parameters are on their way to the other ranks while their owners update the next."""
         self.steps += 1
-        groups, sent = {name: group for group in self.groups for name in group["params"]}, []
-        for name in self.owner:             # large ones first, one after the other on each rank
-            p, group = self.params[name], groups[name]
-            if self.is_mine(name):
-                grad = p.grad * grad_scale
-                lr, decay = lr_scale * group["lr"], decay_scale * group["weight_decay"]
-                if group["kind"] == "adamw":
-                    self.adamw(name, p, grad, lr, decay, group["betas"], group["eps"])
-                else:
-                    self.muon(name, as_matrices(p), as_matrices(grad), lr, decay, momentum)
-            sent.append(self.send(dist.broadcast, name, p.data))
-            p.grad = None
+        sent = []
+        for group in sorted(self.groups, key=lambda group: group["kind"]):      # AdamW is quick
+            lr, decay = lr_scale * group["lr"], decay_scale * group["weight_decay"]
+            for names in self.together(group):
+                mine = list(filter(self.is_mine, names))
+                if mine and grad_scale != 1:
+                    torch._foreach_mul_([self.params[name].grad for name in mine], grad_scale)
+                if mine and group["kind"] == "adamw":
+                    self.adamw(mine, lr, decay, group["betas"], group["eps"])
+                elif mine:
+                    self.muon(mine, lr, decay, momentum)
+                sent += [self.send(dist.broadcast, name, self.params[name].data) for name in names]
         for work in sent:
             work.wait()
+        self.zero_grad()
 
-    def adamw(self, name, p, grad, lr, decay, betas, eps):
-        """Adam with decoupled weight decay (arXiv 1711.05101, algorithm 2)."""
-        m, v = self.slot(name, "exp_avg", p), self.slot(name, "exp_avg_sq", p)
-        m.lerp_(grad, 1 - betas[0])
-        v.lerp_(grad.square(), 1 - betas[1])
-        m_hat, v_hat = m / (1 - betas[0] ** self.steps), v / (1 - betas[1] ** self.steps)
-        p.mul_(1 - lr * decay).sub_(lr * m_hat / (v_hat.sqrt() + eps))
+    def together(self, group):
+        """The names of a group, as they are updated at once: for Muon those of equal shape."""
+        if group["kind"] == "adamw":
+            return [list(group["params"])]
+        by_shape = {}
+        for name, p in group["params"].items():
+            by_shape.setdefault(as_matrices(p).shape[1:], []).append(name)
+        return sorted(by_shape.values(), key=lambda names: -self.params[names[0]].numel())
 
-    def muon(self, name, W, grad, lr, decay, momentum, beta2=0.9):
-        """polar(Nesterov momentum), then NorMuon: rows of equal RMS along the longer side, the norm
-        kept. Decay is cautious (arXiv 2510.12402): only where the update shrinks W. (K, m, n)"""
-        buffer = self.slot(name, "momentum", W).lerp_(grad, 1 - momentum)
-        U = polar(grad.lerp(buffer, momentum))
-        row_variance = U.square().mean(-1 if W.shape[-2] >= W.shape[-1] else -2, keepdim=True)
-        variance = self.slot(name, "variance", row_variance).lerp_(row_variance, 1 - beta2)
-        scaled = U * variance.clamp_min(1e-10).rsqrt()
-        U = F.normalize(scaled, dim=(-2, -1)) * U.norm(dim=(-2, -1), keepdim=True)
-        lr = lr * max(1, W.shape[-2] / W.shape[-1]) ** 0.5
-        W.sub_(lr * (U + decay * W * (U * W >= 0)))
+    def adamw(self, names, lr, decay, betas, eps):
+        """Adam with decoupled weight decay (arXiv 1711.05101, algorithm 2), PyTorch's, which makes
+        one pass over all tensors. With ^ for what is divided by 1 - βᵗ at step t:
+            m = β₁ m + (1 - β₁) g    v = β₂ v + (1 - β₂) g²    p = p - lr (m^ / (√v^ + ε) + decay p)
+        """
+        params = [self.params[name] for name in names]
+        m, v = ([self.slot(name, key, p) for name, p in zip(names, params)]
+                for key in ("exp_avg", "exp_avg_sq"))
+        before = torch.full((len(names),), self.steps - 1.0, device=params[0].device).unbind()
+        adamw([p.data for p in params], [p.grad for p in params], m, v, [], list(before),
+              fused=True, amsgrad=False, maximize=False, beta1=betas[0], beta2=betas[1], lr=lr,
+              weight_decay=decay, eps=eps)
+
+    def muon(self, names, lr, decay, momentum):
+        W = [as_matrices(self.params[name].data) for name in names]
+        grads = [as_matrices(self.params[name].grad) for name in names]
+        rows = [w[..., :1] if w.shape[-2] >= w.shape[-1] else w[..., :1, :] for w in W]
+        kept = [W, [self.slot(name, "momentum", w) for name, w in zip(names, W)],
+                [self.slot(name, "variance", row) for name, row in zip(names, rows)]]
+        update = compiled(muon) if W[0].is_cuda else muon
+        numbers = map(torch.tensor, (lr, decay, momentum))      # as floats each would be compiled
+        stacks = [torch.cat(tensors) for tensors in (W, grads, *kept[1:])]
+        for tensors, result in zip(kept, update(*stacks, *numbers)):
+            torch._foreach_copy_(tensors, result.split([len(w) for w in W]))
 
 ADAM_RECIPE = {     # nanochat's, tuned at d12: lr, betas, weight decay
     "lm_head": (0.008, (0.8, 0.96), 0.01), "wte": (0.3, (0.8, 0.995), 0.001),

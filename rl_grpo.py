@@ -58,10 +58,15 @@ def rollout_tensors(prompts, completions, pad):
         mask[i, len(p):end] = torch.tensor(c.sampled, dtype=torch.float)
     return ids, mask
 
-def token_logprobs(model, ids, rows=64):
-    """log p of ids[:, 1:] under the model, (N, T - 1), a few rows at a time."""
-    return torch.cat([-model(part[:, :-1], part[:, 1:], reduction="none")
-                      for part in ids.split(rows)])
+def token_logprobs(model, ids, mask, rows=64):
+    """log p of the tokens of ids[:, 1:] that mask (N, T - 1) marks, else 0, a few rows at a time.
+    Only what is marked passes the head: neither prompts nor padding."""
+    found = []
+    for part, marked in zip(ids.split(rows), mask.bool().split(rows)):
+        hidden, targets = model.hidden(part[:, :-1])[marked], part[:, 1:][marked]   # (n, C), (n,)
+        losses = model.loss(hidden[None], targets[None], reduction="none")[0]
+        found.append(torch.zeros(marked.shape, device=ids.device).masked_scatter(marked, -losses))
+    return torch.cat(found)
 
 def policy_loss(logprobs, old_logprobs, ref_logprobs, advantage, mask, clip, kl):
     """The clipped objective and the KL, summed over sampled tokens; all (N, T), advantage (N,).
@@ -144,12 +149,12 @@ def learn(model, optimizer, ranks, ids, mask, advantage, args, lr_scale, referen
     ids, mask, advantage = (t[live].to(ranks.device) for t in (ids, mask[:, 1:], advantage))
     tokens = max(1.0, ranks.sum(mask.sum().item())[0])          # one mean over all ranks
     with torch.inference_mode():
-        ref = token_logprobs(reference, ids) if reference is not None and len(ids) else None
-        old = token_logprobs(model, ids) if args.updates > 1 and len(ids) else None
+        ref = token_logprobs(reference, ids, mask) if reference is not None and len(ids) else None
+        old = token_logprobs(model, ids, mask) if args.updates > 1 and len(ids) else None
     for update in range(args.updates):
         loss = kl = 0.0
         for rows in torch.arange(len(ids)).split(64) if len(ids) else ():
-            logprobs = token_logprobs(model, ids[rows])
+            logprobs = token_logprobs(model, ids[rows], mask[rows])
             old_logprobs = logprobs.detach() if old is None else old[rows]
             ref_logprobs = None if ref is None else ref[rows]
             part, part_kl = policy_loss(logprobs, old_logprobs, ref_logprobs, advantage[rows],

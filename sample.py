@@ -61,6 +61,13 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
     return probs / probs.sum(-1, keepdim=True)
 
+def draw(probs, generator):
+    """probs (B, V) → a token of each row (B,): the first up to which they add up to more than a
+    random share of the whole. torch.multinomial draws a random number for each of B x V."""
+    ends = probs.double().cumsum(-1)    # in fp32 rounding could give a share to what was cut off
+    share = torch.rand(len(probs), 1, generator=generator, device=probs.device, dtype=ends.dtype)
+    return torch.searchsorted(ends, share * ends[:, -1:], right=True)[:, 0]
+
 # ---- The Python tool -----------------------------------------------------------------------------
 
 PYTHON_TOOL = """
@@ -141,8 +148,11 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Writes k, v (B, T, NH, HS) behind each row; returns all up to the longest row's end."""
+        T = k.shape[1]
+        if not self.used:       # a prefill: what is there is what comes
+            self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k.transpose(1, 2), v.transpose(1, 2)
+            return k, v
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        T = k.shape[2]
         at = (self.pos[:, None] + torch.arange(T, device=k.device))[:, None, :, None]
         self.k[layer].scatter_(2, at.expand_as(k), k)
         self.v[layer].scatter_(2, at.expand_as(v), v)
@@ -197,7 +207,7 @@ class Engine:
         texts, forced = [[] for _ in rows], [deque() for _ in rows]
         for step in range(max_new_tokens):
             probs = next_token_probs(logits, **sampling)
-            drawn = torch.multinomial(probs, 1, generator=generator)[:, 0].tolist()
+            drawn = draw(probs, generator).tolist()
             emitted, next_ids = [], []
             for row, token in zip(rows, drawn):
                 free = not forced[row]

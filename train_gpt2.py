@@ -168,12 +168,17 @@ def schedule(step, max_steps, modern):
     momentum = momentum if left == 1 else 0.90 + (momentum - 0.90) * left
     return lr_scale, momentum, 0.5 * (1 + math.cos(math.pi * step / max_steps))
 
+GPT2_MATMUL_PARAMS = 12 * 12 * 768 ** 2 + 50257 * 768     # of the 124M
+
 def horizon(model, args, world_size, most_rows):
     """Fills in max_steps, total_batch_size, batch_size where no flag did; → grad_accum_steps."""
     config, size = model.config, model.matmul_params()
-    tokens = size * (8 if config.rms_norm else 80)      # 8 reach GPT-2 at d24; llm.c: 10B for 124M
-    if not args.total_batch_size:       # ∝ tokens^.383, 2¹⁹ at d12
-        scale = (size / D12_MATMUL_PARAMS) ** 0.383 if config.rms_norm else 1.0
+    if config.rms_norm:     # 8 tokens a parameter reach GPT-2 at d24; batch ∝ tokens^.383
+        tokens, scale = 8 * size, (size / D12_MATMUL_PARAMS) ** 0.383
+    else:                   # through llm.c's runs: 10B tokens for 124M, 33.6B by 2²⁰ for 1558M
+        times = size / GPT2_MATMUL_PARAMS
+        tokens, scale = 1e10 * times ** 0.48, times ** 0.27
+    if not args.total_batch_size:
         args.total_batch_size = 2 ** round(math.log2(2 ** 19 * scale))
     if not args.batch_size:             # the most rows that fit and divide the batch
         rows = args.total_batch_size // (config.block_size * world_size)
@@ -281,7 +286,7 @@ def parse_args():
     parser.add_argument("--out", required=True, help="run folder")
     parser.add_argument("--resume", action="store_true", help="continue from <out>/state, if any")
     parser.add_argument("--init_from", help="weights and shape: a run's folder, or gpt2 … gpt2-xl")
-    parser.add_argument("--max_steps", type=int, help="steps (default: 8 tokens a parameter)")
+    parser.add_argument("--max_steps", type=int, help="steps (default: by the model's size)")
     parser.add_argument("--total_batch_size", type=int, help="tokens a step, over all ranks")
     parser.add_argument("--batch_size", type=int, help="rows at a time on one rank")
     parser.add_argument("--lr", type=float, help="AdamW's, or for dN Muon's, peak learning rate")

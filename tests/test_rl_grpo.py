@@ -129,8 +129,10 @@ def test_mask_never_covers_prompt_padding_or_tool_output():
 def test_token_logprobs_are_those_of_the_next_tokens(base_run):
     model, _ = load_checkpoint(base_run)
     ids = torch.randint(0, 400, (5, 12), generator=torch.Generator().manual_seed(0))
-    expected = model(ids).log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(token_logprobs(model, ids, rows=2), expected, rtol=1e-4, atol=1e-5)
+    mask = (torch.rand(5, 11, generator=torch.Generator().manual_seed(0)) < 0.6).float()
+    expected = model(ids).log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0] * mask
+    found = token_logprobs(model, ids, mask, rows=2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 FLAGS = dict(updates=1, clip=0.2, kl=0.0, out="run")

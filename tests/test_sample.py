@@ -85,6 +85,25 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says(engine):
     check_frequencies(engine)
 
 
+def check_draw(monkeypatch):
+    weights = torch.tensor([[0.0, 0.5, 0.0, 1.5, 0.0], [2.0, 0.0, 0.0, 0.0, 0.0]])
+    for share, wanted in ((0.0, [1, 0]), (0.2499, [1, 0]), (0.25, [3, 0]), (1 - 2 ** -24, [3, 0])):
+        monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, share))
+        assert sample.draw(weights, None).tolist() == wanted, share
+
+
+def test_a_random_share_picks_its_token_and_never_one_of_probability_0(monkeypatch):
+    check_draw(monkeypatch)
+
+
+@pytest.mark.parametrize("old, new", [("right=True", "right=False"), ("* ends[:, -1:]", ""),
+                                      ("probs.double()", "probs.double().flip(-1)")])
+def test_a_draw_at_the_wrong_end_would_be_noticed(old, new, monkeypatch):
+    mutate(monkeypatch, sample, "draw", old, new)
+    with pytest.raises(AssertionError):
+        check_draw(monkeypatch)
+
+
 def twin_probs(logits, temperature, top_k, top_p, min_p):
     """One row, from the definitions: a token stays if it passes each cut."""
     weights = [math.exp(z / temperature) for z in logits.double().tolist()]

@@ -192,7 +192,7 @@ def test_commands_of_a_docstring_exist(path):
 
 def test_makefile_is_short_and_its_commands_and_phony_targets_exist():
     rules, text = targets()
-    assert len(text.splitlines()) <= 80 and check_commands(text) >= 8
+    assert len(text.splitlines()) <= 90 and check_commands(text) >= 8
     phony = re.search(r"^\.PHONY: (.*)", text, re.M)[1].split()
     assert set(phony) <= rules, f"no rule makes {set(phony) - rules}: make would do nothing"
 

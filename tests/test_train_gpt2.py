@@ -227,6 +227,16 @@ def test_horizon_gives_the_recipes_batch_and_steps(depth, steps):
     assert accumulated * args.batch_size * 2048 * 8 == args.total_batch_size
 
 
+@pytest.mark.parametrize("name, tokens, steps", [("gpt2", 2 ** 19, 19073), ("gpt2-xl", 2 ** 20, 32000)])
+def test_horizon_of_gpt2_is_that_of_llm_cs_runs(name, tokens, steps):
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset(name))
+    args = batch_flags()
+    horizon(model, args, world_size=8, most_rows=16)
+    assert args.total_batch_size == tokens
+    assert args.max_steps == pytest.approx(steps, rel=0.01)
+
+
 @pytest.mark.parametrize("given", [
     dict(total_batch_size=500000, batch_size=4), dict(total_batch_size=1),
     dict(total_batch_size=700, batch_size=8)], ids=str)
@@ -304,7 +314,7 @@ def assert_nearly_equal(run, other):
     assert logged(run, "norm")[1] == pytest.approx(logged(other, "norm")[1], rel=1e-5)
     weights, other_weights = (load_file(r / "model.safetensors") for r in (run, other))
     for name, tensor in weights.items():
-        assert (tensor - other_weights[name]).norm() < 2e-3 * tensor.norm() + 1e-5, name
+        assert (tensor - other_weights[name]).norm() < 5e-3 * tensor.norm() + 1e-5, name
 
 
 def test_two_ranks_under_torchrun_train_what_one_does_with_muon(data, whole, tmp_path):
@@ -569,7 +579,7 @@ def test_checks_notice_a_mutant(owner, name, old, new, check, counting, data, to
 
 @pytest.mark.parametrize("owner, name, old, new", [
     (train_gpt2, "main", "+ ranks.rank) * B", "+ 0) * B"),
-    (Optimizer, "average_grads", "div_(self.ranks.world_size)", "div_(1)")], ids=text_only)
+    (Optimizer, "average_grads", "(mine, self.ranks.world_size)", "(mine, 1)")], ids=text_only)
 def test_two_ranks_notice_a_mutant(owner, name, old, new, data, whole, tmp_path, monkeypatch):
     mutate(monkeypatch, owner, name, old, new)
     run_ranks(train_gpt2, *flags(data, tmp_path))
