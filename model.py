@@ -558,6 +558,7 @@ def save_checkpoint(run, model, tokenizer=None, stage="pretrain", step=0, **extr
     write_json(run / "config.json", dict(       # all but the last is what transformers reads
         same, model_type="deepdive" if config.rope else "gpt2", architectures=["GPT2LMHeadModel"],
         n_positions=config.block_size, activation_function="gelu_new", layer_norm_epsilon=1e-5,
+        embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout,
         tie_word_embeddings=config.tied_head, eos_token_id=getattr(tokenizer, "eot", 50256),
         deepdive=meta))
 

@@ -67,6 +67,7 @@ def test_transformers_opens_our_checkpoint(name, tmp_path):
     save_checkpoint(tmp_path, ours)
     theirs, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert theirs.config.attn_pdrop == theirs.config.embd_pdrop == ours.config.dropout
     idx = torch.randint(0, 101, (2, 24))
     with torch.no_grad():
         assert (theirs.eval()(idx).logits - ours(idx)).abs().max() < 1e-4
