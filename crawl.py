@@ -21,7 +21,6 @@ import ctypes
 import functools
 import gzip
 import itertools
-import mmap
 import multiprocessing
 import os
 import queue
@@ -97,23 +96,28 @@ def unzipped(path):
     `why` is "broken_gzip", behind which the next gzip member is found by its magic, or "end".
     """
     with open(path, "rb") as file:
-        size, at = os.fstat(file.fileno()).st_size, 0
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        if data[:2] != b"\x1f\x8b":
-            yield from ((data[i:i + PIECE_BYTES], None) for i in range(0, size, PIECE_BYTES))
-            at = size
-        while (at := data.find(b"\x1f\x8b\x08", at)) >= 0:
-            member, start = zlib.decompressobj(wbits=31), at
+        is_gzip, member = file.peek(2)[:2] == b"\x1f\x8b", None
+        data = file.read(PIECE_BYTES)
+        while data and not is_gzip:
+            yield data, None
+            data = file.read(PIECE_BYTES)
+        while data:
+            if not member:
+                at = data.find(b"\x1f\x8b\x08")
+                if at < 0:
+                    more = file.read(PIECE_BYTES)
+                    data = more and data[-2:] + more  # a magic may be cut
+                    continue
+                data, member, is_first = data[at:], zlib.decompressobj(wbits=31), True
             try:
-                while not member.eof and at < size:
-                    piece = data[at:at + PIECE_BYTES]
-                    yield member.decompress(piece, 32 * PIECE_BYTES), None
-                    # at a member's end zlib may name what follows in both
-                    rest = member.unused_data if member.eof else member.unconsumed_tail
-                    at += len(piece) - len(rest)
+                yield member.decompress(data, 32 * PIECE_BYTES), None
+                # at a member's end zlib may name what follows in both
+                data = member.unused_data if member.eof else member.unconsumed_tail
+                member, is_first = None if member.eof else member, False
             except zlib.error:
-                at = max(at, start + 1)
+                data, member = data[is_first:], None
                 yield b"", "broken_gzip"
+            data = data or file.read(PIECE_BYTES)
         yield b"", "end"
 
 def record_at(buffer, start, is_last):
