@@ -65,7 +65,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from tqdm import tqdm
 
-from corpus import (BUCKETS, FILE_BYTES, HASHES, SHINGLE, adopt, in_workers, jsonl_writer,
+from corpus import (BUCKETS, HASHES, SHINGLE, adopt, gzip_file, in_workers, json_line,
                     match_probability, minhash, near_duplicates, open_text_file, read_documents,
                     read_index, refuse_changes, sha256, tokenize, write_documents, write_json)
 from crawl import (LAYOUT, NOT_TEXT, SCRIPTS, Extractor, check_seeds, crawl, cut_blocks,
@@ -391,7 +391,7 @@ def run_task(file, stem, settings, mirror):
                                       mirror)
     funnel, keys, extract_text = Funnel(), [], Extractor(settings["extractor"])
     steps = steps_of_a_page(settings, extract_text)
-    with jsonl_writer(f"{stem}.jsonl.gz") as write, contextlib.closing(extract_text):
+    with gzip_file(f"{stem}.jsonl.gz") as file_of_pages, contextlib.closing(extract_text):
         started = time.perf_counter()
         for page, reason in read_pages(path, settings["is_filtered"]):
             funnel.enter("read", page, page, reason, time.perf_counter() - started)
@@ -399,10 +399,10 @@ def run_task(file, stem, settings, mirror):
             if page:
                 if is_here or settings["is_filtered"]:
                     keys.append(minhash(page["text"]))
-                write(page | {"file": path.name})
+                file_of_pages.write(json_line(page | {"file": path.name}))
             started = time.perf_counter()
         with whole_file(f"{stem}.npy") as keys_file:
-            np.save(keys_file, np.array(keys, dtype=np.uint64).reshape(-1, BUCKETS))
+            np.save(keys_file, np.array(keys, dtype=np.uint64).reshape(-1, BUCKETS).T.copy())
         write_json(f"{stem}.json", vars(funnel))
     if not is_here:
         path.unlink()
@@ -557,9 +557,8 @@ def make_documents(args):
     names = [file["name"] if args.dataset else file.name for file in files]
     stems = [out / "pages" / f"{i:05d}_{re.split('[./]', name)[0]}" for i, name in enumerate(names)]
     tasks = [(file, stem, settings, args.mirror) for file, stem in zip(files, stems)]
-    in_workers(run_task, tasks, "filter", args)
     funnel = Funnel()
-    for stem in stems:
+    for _, stem in zip(in_workers(run_task, tasks, "filter", args), stems):
         funnel.add(json.loads(Path(f"{stem}.json").read_bytes()))
     print("near duplicates: matched with probability " + ", ".join(
         f"{match_probability(j):.2f} at {j:.0%}" for j in (0.5, 0.6, 0.7, 0.75, 0.8, 0.9))
@@ -569,7 +568,7 @@ def make_documents(args):
     funnel.rows["near_duplicates"]["seconds"] += time.perf_counter() - started
     size = sum(Path(f"{stem}.jsonl.gz").stat().st_size for stem in stems)
     pages = unique_pages(stems, originals, settings, funnel)
-    files = write_documents(out, pages, 1 + size * 4 // FILE_BYTES, settings, args)
+    files = write_documents(out, pages, size * 4, settings, args)
     rows = [{"step": step} | row | {"docs_per_s": row["seconds"] and row["in"] / row["seconds"]}
             for step, row in funnel.rows.items() if row["in"]]
     write_json(out / "index.json", {

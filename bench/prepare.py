@@ -16,17 +16,21 @@ in   ../shared/data/web: WARC files, and pages with their text by hand (gold-aeb
 out  tables, and the same as one line of JSON
 """
 import argparse
+import contextlib
 import gzip
+import itertools
 import json
 import os
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import numpy as np
 
@@ -263,7 +267,7 @@ def groups(keys):
     cuts = np.flatnonzero(np.diff(keys[order])) + 1
     return [part for part in np.split(order, cuts) if len(part) > 1]
 
-def growth(args):
+def sorting(args):
     """Near duplicates among 1, 4 and 16 times as many keys: time and memory a document."""
     import corpus
     folder, rows = ROOT / "data" / "bench", []
@@ -272,7 +276,7 @@ def growth(args):
     for n in (args.keys // 16, args.keys // 4, args.keys):
         keys = np.random.RandomState(0).randint(0, 1 << 62, (n, corpus.BUCKETS)).astype("<u8")
         keys[n // 2:n // 2 + n // 50] = keys[:n // 50]  # 2 % are copies
-        np.save(folder / "keys.npy", keys)
+        np.save(folder / "keys.npy", keys.T.copy())
         started = time.process_time()
         pairs = (corpus.find_pairs([folder / "keys.npy"], bucket, 0, 1)
                  for bucket in range(corpus.BUCKETS))
@@ -284,6 +288,99 @@ def growth(args):
     (folder / "keys.npy").unlink()
     return rows
 
+# ---- time and memory as the input grows ----------------------------------------------------------
+
+def write_crawl(path, pages, n_bytes, random):
+    """A WARC file of about n_bytes of HTML, unzipped: real pages again and again, in each of which
+    the words of four letters and more change places. So the filters drop no more of it than of the
+    real pages, and hardly any two share a run of five words.
+    """
+    import crawl
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n"
+    with crawl.whole_file(path) as file:
+        for number in itertools.count():
+            url, pieces, places = pages[number % len(pages)]
+            pieces, words = list(pieces), [pieces[i] for i in places]
+            random.shuffle(words)
+            for i, word in zip(places, words):
+                pieces[i] = word
+            body = "".join(pieces).encode("utf-8", "replace")
+            record = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}?{number}\r\n" \
+                f"Content-Length: {len(head) + len(body)}\r\n\r\n".encode() + head + body
+            file.write(gzip.compress(record + b"\r\n\r\n", 1))
+            n_bytes -= len(body)
+            if n_bytes < 0:
+                return
+
+def cut_words(page):
+    """A page → (its URL, pieces of its HTML, which of the pieces are words of the visible text)."""
+    pieces = re.findall(r"(?is)<(?:script|style)\b.*?</(?:script|style)\s*>|<[^>]*>|[a-z]{4,}|"
+                        r"[^<a-z]+|[a-z]+|<", page["html"])
+    return page["url"], pieces, [i for i, piece in enumerate(pieces)
+                                 if len(piece) > 3 and piece.isascii() and piece.isalpha()]
+
+def memory_of(process):
+    """(role, peak MB) of a run's processes that live: Linux keeps each one's peak (VmHWM)."""
+    parents, peaks = {}, {}
+    for path in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            field = dict(line.split(":", 1) for line in path.read_text().splitlines())
+            pid = int(field["Pid"])
+            parents[pid] = int(field["PPid"])
+            peaks[pid] = int(field.get("VmHWM", "0 kB").split()[0]) / 1024
+    for pid, peak in peaks.items():
+        depth, at = 0, pid
+        while at in parents and at != process.pid:
+            depth, at = depth + 1, parents[at]
+        if at == process.pid:
+            yield ("main", "worker", "extractor", "other")[min(depth, 3)], peak
+
+def growth(args):
+    """The whole way from WARC files to shards for 1, 4 and 16 times as much input."""
+    folder, rows, random = ROOT / "data" / "bench", [], Random(0)
+    pages = [cut_words(page) for page in read_pages(1 << 30)]
+    print(f"\n{'MB of HTML':>10}{'gzipped':>9}{'documents':>11}{'s':>8}{'to linear':>11}"
+          f"{'main':>8}{'worker':>8}{'extractor':>11}   peak MB of each process")
+    for times in (1, 4, 16):
+        shutil.rmtree(folder, ignore_errors=True)
+        paths = [folder / f"{i}.warc.gz" for i in range(4 * times)]
+        for path in paths:
+            write_crawl(path, pages, args.growth * 1_000_000 // 4, random)
+        started, peaks = time.perf_counter(), {}
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "prepare_fineweb.py"), "--source", "warc",
+             *map(str, paths), "--out", str(folder / "out"), "--extractor", "resiliparse",
+             "--workers", "2", "--tokenizer", str(tokenizer_of(folder))],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while process.poll() is None:
+            for role, peak in memory_of(process):
+                peaks[role] = max(peaks.get(role, 0), peak)
+            time.sleep(0.1)
+        seconds = time.perf_counter() - started
+        index = json.loads((folder / "out" / "index.json").read_bytes())
+        rows.append({
+            "html_mb": args.growth * times, "s": round(seconds, 1),
+            "warc_mb": round(sum(path.stat().st_size for path in paths) / 1e6),
+            "documents": sum(file["documents"] for file in index["documents"]),
+            "peak_mb": {role: round(peak) for role, peak in peaks.items()}})
+        row = rows[-1] | {"to_linear": round(seconds / rows[0]["s"] / times, 2)}
+        rows[-1] = row
+        print(f"{row['html_mb']:10}{row['warc_mb']:9}{row['documents']:11}{row['s']:8.1f}"
+              f"{row['to_linear']:11.2f}{peaks['main']:8.0f}{peaks['worker']:8.0f}"
+              f"{peaks['extractor']:11.0f}", flush=True)
+        steps = {r["step"]: round(r["seconds"]) for r in index["funnel"]}; print(steps)
+    shutil.rmtree(folder)
+    return rows
+
+def tokenizer_of(folder):
+    """A small tokenizer, trained once, so that nothing is downloaded."""
+    from bpe import Tokenizer
+    texts = [json.loads(line)["text"] for line in
+             gzip.open(sorted((WEB.parent / "prose").glob("*.gz"))[0], "rt")][:200]
+    Tokenizer.train(texts, 4096, "gpt4").save(folder / "tokenizer")
+    return folder / "tokenizer"
+
 def main():
     if sys.argv[1:2] == ["--worker"]:
         return worker(*sys.argv[2:4], int(sys.argv[4]))
@@ -292,14 +389,18 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each contender")
     parser.add_argument("--texts", type=int, default=600, help="planted near duplicates")
     parser.add_argument("--keys", type=int, default=1 << 20, help="documents to find pairs among")
+    parser.add_argument("--growth", type=int, nargs="?", const=160, metavar="MB",
+                        help="only the whole way for 1, 4 and 16 times so much HTML (160)")
     parser.add_argument("--peers", default=str(ROOT / ".peers" / "venv"), help="their environment")
     args = parser.parse_args()
     if not WEB.exists():
         raise SystemExit(f"no {WEB}; the bench reads real pages there; get the data first")
+    if args.growth:
+        return print("\n" + json.dumps({"bench": "prepare", "growth": growth(args)}))
     print(f"{args.pages} pages, load {os.getloadavg()[0]:.1f}, {args.repeats} runs each, in turns")
     report = {"bench": "prepare", "pages": args.pages, "repeats": args.repeats,
               "speed": speed(args), "extraction_f1": extraction(), "planted": planted(args.texts),
-              "growth": growth(args)}
+              "sorting": sorting(args)}
     print("\n" + json.dumps(report))
 
 if __name__ == "__main__":
