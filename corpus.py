@@ -33,13 +33,14 @@ import time
 import unicodedata
 import zlib
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from bpe import Tokenizer
-from crawl import end_with_parent, whole_file
+from crawl import end_with_parent, one_line_when_full, whole_file
 
 COLUMNS = ("text", "id", "url", "date", "dump", "language", "language_score")  # FineWeb's, of use
 FILE_BYTES = 256 << 20    # text in one documents file, which is sorted in memory
@@ -115,7 +116,8 @@ def sha256(data):
 def outcome(function, *task):
     """(result, None) or (None, the message of a SystemExit), which would end a worker of Ray."""
     try:
-        return function(*task), None
+        with one_line_when_full():
+            return function(*task), None
     except SystemExit as stop:
         return None, str(stop)
 
@@ -152,10 +154,14 @@ def in_workers(function, tasks, desc, args):
             pool = ProcessPoolExecutor(max(1, min(args.workers, len(tasks))),
                                        initializer=end_with_parent)
             results = stack.enter_context(pool).map(outcome, [function] * len(tasks), *zip(*tasks))
-        for result, stop in bar(results):
-            if stop:
-                raise SystemExit(stop)
-            yield result
+        try:
+            for result, stop in bar(results):
+                if stop:
+                    raise SystemExit(stop)
+                yield result
+        except BrokenProcessPool:
+            raise SystemExit("a worker was killed, most likely for want of memory; finished files "
+                             "are kept; repeat the command with fewer --workers") from None
 
 # ---- Near duplicates -----------------------------------------------------------------------------
 
@@ -273,6 +279,21 @@ def write_documents(out, pages, n_bytes, settings, args):
     files = list(itertools.chain.from_iterable(in_workers(sort_documents, tasks, "sort", args)))
     shutil.rmtree(out / "unsorted")
     return files
+
+def print_funnel(index):
+    """The table of what each step took in, kept and dropped, and what the splits hold."""
+    print(f"{'step':<18}{'in':>9}{'kept':>9}{'MB kept':>9}{'docs/s':>9}   dropped (? only noted)")
+    for row in index["funnel"]:
+        reasons = [(n, f"{mark}{reason} {n}") for field, mark in (("dropped", ""), ("flagged", "?"))
+                   for reason, n in row[field].items()]
+        why = ", ".join(text for _, text in sorted(reasons, reverse=True)[:6])
+        print(f"{row['step']:<18}{row['in']:>9}{row['kept']:>9}{row['bytes'] / 1e6:>9.2f}"
+              f"{row['docs_per_s']:>9.0f}   {why}")
+    for split in ("val", "train"):
+        files = [file for file in index["documents"] if file["split"] == split]
+        tokens = sum(shard["tokens"] for shard in index["shards"] if shard["split"] == split)
+        print(f"{split:<5} {sum(f['documents'] for f in files)} documents, "
+              f"{sum(f['bytes'] for f in files) / 1e6:.2f} MB, {tokens} tokens")
 
 # ---- Shards --------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ request records, and a text of more than 8 MB is dropped instead of being cut.
 import argparse
 import contextlib
 import ctypes
+import errno
 import functools
 import gzip
 import itertools
@@ -67,6 +68,17 @@ def whole_file(path):
     except BaseException:  # a full disk gets its space back
         part.unlink(missing_ok=True)
         raise
+
+@contextlib.contextmanager
+def one_line_when_full():
+    """A full disk ends in one line; whole_file has left nothing half-written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SystemExit(f"no space is left: {error.strerror}; no file has its name before it is "
+                         "whole; make room and repeat the command, which goes on") from None
 
 def verdict(page, **broken):
     """(page, None), or (None, the name of the first rule that is broken)."""
@@ -544,7 +556,9 @@ def main():
         raise SystemExit(f"--max_pages {args.max_pages} is below 1; it counts pages; give 1 "
                          "or more")
     check_seeds(args.seeds)
-    paths, found = crawl(args.seeds, args.out / "warc", args.max_pages, args.delay), Counter()
+    with one_line_when_full():
+        paths = crawl(args.seeds, args.out / "warc", args.max_pages, args.delay)
+    found = Counter()
     for record, reason in itertools.chain.from_iterable(map(read_warc, paths)):
         found[parse_record(*record)[1] if record else reason] += 1
     print(f"{args.out}/warc holds {found.pop(None, 0)} pages in {len(paths)} files; no pages are: "

