@@ -427,7 +427,8 @@ def unique_pages(stems, originals, settings, funnel):
 
 MAX_INSPECTED = 100  # pages in one inspect.html
 INSPECTED = """<!doctype html><html lang="en"><meta charset="utf-8">
-<title>What each step did</title><style>body {font: 15px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em}
+<title>What each step did</title><style>
+body {font: 15px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em}
 h2 {font-size: 1.1em; overflow-wrap: anywhere; border-top: 2px solid #ccc; padding-top: 1em}
 pre {white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24em; overflow: auto;
 background: #f6f6f6; padding: .7em; color: #222; font: 13px/1.5 sans-serif} li {margin: .3em 0}
