@@ -118,12 +118,13 @@ def their_step(step):
         return all(rule.filter(document) is True for rule in rules)
     return drop
 
+def cpu_seconds():
+    """Of this process, and of its children that have ended."""
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
 def worker(step, contender, n_pages):
     """Prints {"seconds", "pages", "peak_mb"} for one step over all pages, or {"missing"}."""
-    def cpu_seconds():  # of this process, and of children that have ended
-        used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        return sum(one.ru_utime + one.ru_stime for one in used)
-
     pages = read_pages(n_pages)
     try:
         if step == "extract":
@@ -136,6 +137,8 @@ def worker(step, contender, n_pages):
         if hasattr(run, "extract"):  # before it forks: what the first use loads is not counted
             run.extract(pages[0]["html"])
         run(pages[0])
+        close = getattr(run, "close", lambda: None)
+        close()  # what its child has done so far then lies before the clock's start
     except ImportError as error:
         return print(json.dumps({"missing": str(error)}))
     started = cpu_seconds()
@@ -144,8 +147,7 @@ def worker(step, contender, n_pages):
             run(page)
         except Exception:  # a page that one of them cannot take
             pass
-    if hasattr(run, "close"):
-        run.close()  # whose time then counts as a child's
+    close()  # whose time then counts as a child's
     print(json.dumps({"seconds": cpu_seconds() - started, "pages": len(pages), "peak_mb":
                       resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
@@ -367,17 +369,20 @@ def memory_of(process):
             yield ("main", "worker", "extractor", "other")[min(depth, 3)], peak
 
 def growth(args):
-    """The whole way from WARC files to shards for 1, 4 and 16 times as much input."""
+    """The whole way from WARC files to shards for 1, 4 and 16 times as much input: processor time,
+    and the peak of each kind of process. What grows is bounded by corpus.FILE_BYTES in a worker,
+    which sorts that much text, and by --shard_tokens in the main process.
+    """
     folder, rows, random = ROOT / "data" / "bench", [], Random(0)
     pages = [cut_words(page) for page in read_pages(1 << 30)]
-    print(f"\n{'MB of HTML':>10}{'gzipped':>9}{'documents':>11}{'s':>8}{'to linear':>11}"
+    print(f"\n{'MB of HTML':>10}{'gzipped':>9}{'documents':>11}{'CPU s':>9}{'to linear':>11}"
           f"{'main':>8}{'worker':>8}{'extractor':>11}   peak MB of each process")
     for times in (1, 4, 16):
         shutil.rmtree(folder, ignore_errors=True)
         paths = [folder / f"{i}.warc.gz" for i in range(4 * times)]
         for path in paths:
             write_crawl(path, pages, args.growth * 1_000_000 // 4, random)
-        started, peaks = time.perf_counter(), {}
+        started, peaks = cpu_seconds(), {}
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "prepare_fineweb.py"), "--source", "warc",
              *map(str, paths), "--out", str(folder / "out"), "--extractor", "resiliparse",
@@ -388,16 +393,15 @@ def growth(args):
             for role, peak in memory_of(process):
                 peaks[role] = max(peaks.get(role, 0), peak)
             time.sleep(0.1)
-        seconds = time.perf_counter() - started
+        seconds = cpu_seconds() - started
         index = json.loads((folder / "out" / "index.json").read_bytes())
-        rows.append({
-            "html_mb": args.growth * times, "s": round(seconds, 1),
+        rows.append(row := {
+            "html_mb": args.growth * times, "cpu_s": round(seconds, 1),
+            "to_linear": round(seconds / times / (rows[0]["cpu_s"] if rows else seconds), 3),
             "warc_mb": round(sum(path.stat().st_size for path in paths) / 1e6),
             "documents": sum(file["documents"] for file in index["documents"]),
             "peak_mb": {role: round(peak) for role, peak in peaks.items()}})
-        row = rows[-1] | {"to_linear": round(seconds / rows[0]["s"] / times, 2)}
-        rows[-1] = row
-        print(f"{row['html_mb']:10}{row['warc_mb']:9}{row['documents']:11}{row['s']:8.1f}"
+        print(f"{row['html_mb']:10}{row['warc_mb']:9}{row['documents']:11}{row['cpu_s']:9.1f}"
               f"{row['to_linear']:11.2f}{peaks['main']:8.0f}{peaks['worker']:8.0f}"
               f"{peaks['extractor']:11.0f}", flush=True)
     shutil.rmtree(folder)
