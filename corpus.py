@@ -130,7 +130,7 @@ def in_workers(function, tasks, desc, args):
 
     Tasks name files, so that a cluster needs a folder that all its machines see at one path.
     """
-    bar = functools.partial(tqdm, total=len(tasks), desc=desc, unit="task")
+    bar, lost = functools.partial(tqdm, total=len(tasks), desc=desc, unit="task"), BrokenProcessPool
     with contextlib.ExitStack() as stack:
         if args.ray:
             try:
@@ -147,6 +147,7 @@ def in_workers(function, tasks, desc, args):
                 raise SystemExit(f"--ray {args.ray}: {why}; it is the address of a cluster, auto, "
                                  "or local; check ray status") from None
             stack.callback(ray.shutdown)
+            lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
             remote, script = ray.remote(import_outcome), Path(function.__code__.co_filename).stem
             results = map(ray.get, [remote.remote(script, function.__name__, *task)
                                     for task in tasks])
@@ -159,7 +160,7 @@ def in_workers(function, tasks, desc, args):
                 if stop:
                     raise SystemExit(stop)
                 yield result
-        except BrokenProcessPool:
+        except lost:
             raise SystemExit("a worker was killed, most likely for want of memory; finished files "
                              "are kept; repeat the command with fewer --workers") from None
 

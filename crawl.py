@@ -77,8 +77,8 @@ def one_line_when_full():
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise SystemExit(f"no space is left: {error.strerror}; no file has its name before it is "
-                         "whole; make room and repeat the command, which goes on") from None
+        raise SystemExit("no space is left on the disk; no file has its name before it is whole; "
+                         "make room and repeat the command, which goes on") from None
 
 def verdict(page, **broken):
     """(page, None), or (None, the name of the first rule that is broken)."""

@@ -616,8 +616,8 @@ def filter_and_gather(files, stems, settings, args):
     originals = near_duplicates(stems, args)
     funnel.rows["near_duplicates"]["seconds"] += time.perf_counter() - started
     size = sum(Path(f"{stem}.jsonl.gz").stat().st_size for stem in stems)
-    pages = unique_pages(stems, originals, settings, funnel)
-    files = write_documents(out, pages, size * 4, settings, args)
+    with contextlib.closing(unique_pages(stems, originals, settings, funnel)) as pages:
+        files = write_documents(out, pages, size * 4, settings, args)
     rows = [{"step": step} | row | {"docs_per_s": row["seconds"] and row["in"] / row["seconds"]}
             for step, row in funnel.rows.items() if row["in"]]
     write_json(out / "index.json", {

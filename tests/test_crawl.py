@@ -2,6 +2,7 @@
 import ctypes
 import gzip
 import http.server
+import io
 import os
 import random
 import subprocess
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import crawl  # noqa: E402
 import manual_site  # noqa: E402
+from conftest import run_main  # noqa: E402
 
 WEB = ROOT.parent / "shared" / "data" / "web"
 needs_web = pytest.mark.skipif(not WEB.exists(), reason="no ../shared/data/web here")
@@ -299,6 +301,16 @@ def test_pages_made_to_hang_a_link_finder_do_not():
     for piece in (b"<a ", b"<a href=", b"<a x", b"<"):
         list(crawl.links_of("http://a.org/", head + piece * (200_000 // len(piece))))
     assert time.process_time() - started < 2
+
+def test_a_full_disk_ends_a_crawl_in_one_line(monkeypatch, tmp_path, site):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(crawl, "open", lambda *_: Full(), raising=False)
+    with pytest.raises(SystemExit, match="no space is left on the disk; .*; make room"):
+        run_main(crawl, site, "--max_pages", 3, "--out", tmp_path)
+    assert not list(tmp_path.rglob("*.gz"))
 
 def test_a_seed_that_is_no_url_ends_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["crawl.py", "example.org", "--out", str(tmp_path / "x")])

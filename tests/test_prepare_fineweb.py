@@ -201,8 +201,8 @@ def test_the_funnel_adds_up_and_has_samples(small_site):
 def inspected(tmp_path_factory):
     """--inspect N and --inspect TEXT of two files, as HTML."""
     out, texts = tmp_path_factory.mktemp("inspect"), distinct_prose(3)
-    ours = texts[0] + "<nav>Home</nav><p>Write to me@example.net. It works.<p>The site uses cookies."
-    write_warc(out / "0.warc.gz", [ours, "<script>alert(1)</script>short", texts[1]])
+    odd = "<nav>Home</nav><p>Write to me@example.net. It works.<p>The site uses cookies."
+    write_warc(out / "0.warc.gz", [texts[0] + odd, "<script>alert(1)</script>short", texts[1]])
     write_warc(out / "1.warc.gz", ["Der Hund ist in dem Haus und die Katze auch nicht. " * 9,
                                    texts[2], texts[1] + "<p>It is a near twin."])
     shown = []
@@ -268,7 +268,7 @@ def outputs(out):
 @pytest.mark.parametrize("until", [
     "pages/00000_0.npy", "pages/00001_1.json", "pages/00002_2.jsonl.gz", "unsorted/00000.gz",
     "documents/train_00000.jsonl.gz", "/index.json", "data_train_000002.bin"])
-def test_a_run_killed_anywhere_ends_with_the_same_documents_and_shards(undisturbed, tmp_path, until):
+def test_a_run_killed_anywhere_ends_with_the_same_output(undisturbed, tmp_path, until):
     arguments, whole = undisturbed
     command = [sys.executable, "-c", KILLED, until, *arguments, tmp_path / "data"]
     child = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
@@ -389,7 +389,7 @@ def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(tmp_path, until):
     command = [sys.executable, "-c", FULL_DISK, until, *arguments, str(tmp_path / "full")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("no space is left: ") and last.count("; ") == 2
+    assert done.returncode == 1 and last.startswith("no space is left on the disk; ")
     assert not list((tmp_path / "full").rglob("*.part"))
     for name in ("full", "whole"):
         run(*arguments, tmp_path / name)
