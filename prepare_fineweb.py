@@ -196,7 +196,8 @@ EDGE = r"""!"#$%&'()*+,.:;<=>?\[\]`{}_…“”‘’„«»。，、：；！�
 NOT, SUFFIX = r"n['’]t(?!\w)", r"['’](?:s|S|re|ve|ll|d|m)(?!\w)"  # do|n't, it|'s
 INSIDE = rf"""(?: (?<={LETTER})(?:--?-?|[–—~,])(?={LETTER}) | (?<=[^\W_])[:<>=/](?={LETTER})
     | (?<=\d)[+*^-](?=[\d-]) | (?<=[a-z])\.(?=[A-Z]) | \.\. | … | {SUFFIX} )"""  # in a word
-WORD = re.compile(rf"""\.\.+ | {INSIDE} | ---? | {NOT}
+WORD = re.compile(rf"""[A-Za-z]++(?=,?\s)  # most words, sooner than below
+    | \.\.+ | {INSIDE} | ---? | {NOT}
     | \d+(?=(?:[ap]m|[kcm]?m|[KkMG]B?|in|inch)\b|°)
     | (?:Mr|Mrs|Ms|Dr|St|Jr|Prof|Gen|Gov|Rep|Sen|Inc|Ltd|Co|Corp|vs|v|Jan|Feb|Aug|Sep|Oct|Nov|Dec)\.
     (?!\w) | (?:{LETTER}\.)+(?:(?<=\.{LETTER}\.)|(?<=[A-Z]\.))(?!\w)
@@ -228,27 +229,24 @@ def gopher_repetition(page):
         if number / len(items) > 0.30 or characters / size > 0.20:
             return None, f"repeated_{name}"
     words = split_words(text)
-    starts = list(itertools.accumulate(map(len, words), initial=0))
-    spaced, joined = " ".join(words), "".join(words)  # slices of them are cheaper than joins
     for n, limit in ((2, 0.20), (3, 0.18), (4, 0.16)):
-        grams = Counter(spaced[starts[i] + i:starts[i + n] + i + n - 1]
-                        for i in range(len(words) - n + 1))
-        gram, count = max(grams.items(), key=lambda item: item[1], default=("", 0))
-        if len(gram) * count / size > limit:
+        grams = Counter(zip(*(words[i:] for i in range(n))))
+        gram = max(grams, key=grams.get, default=())
+        if len(" ".join(gram)) * grams[gram] / size > limit:
             return None, f"top_{n}_gram"
+    # a longer run is repeated only where a 4-gram is
+    places = [i for i in range(len(words) - 4) if grams[words[i:i + 4]] > 1]
     for n, limit in zip(range(5, 11), (0.15, 0.14, 0.13, 0.12, 0.11, 0.10)):
-        seen, characters, i = set(), 0, 0
-        while i < len(words) - n + 1:
-            gram = joined[starts[i]:starts[i + n]]
-            if gram in seen:  # count its characters once: go on behind it
-                characters, i = characters + len(gram), i + n
-            else:
-                seen.add(gram)
-                i += 1
+        seen, characters, end = set(), 0, 0
+        for i in places:
+            gram = words[i:i + n]
+            if i < end or len(gram) < n:
+                continue  # characters count once
+            if gram in seen:
+                characters, end = characters + sum(map(len, gram)), i + n
+            seen.add(gram)
         if characters / size > limit:
             return None, f"repeated_{n}_grams"
-        if not characters:
-            break  # then no longer n-gram is repeated either
     return page, None
 
 def gopher_quality(page):
