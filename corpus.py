@@ -272,8 +272,9 @@ def write_documents(out, pages, n_bytes, settings, args):
                     for k in range(n_files)]
         for page in pages:
             text = page["text"].encode()
-            order = sha256(f"{settings['seed']} {sha256(text)}".encode())
-            is_val = int(sha256(text)[:8], 16) < settings["val_fraction"] * 2 ** 32
+            digest = sha256(text)
+            order = sha256(f"{settings['seed']} {digest}".encode())
+            is_val = int(digest[:8], 16) < settings["val_fraction"] * 2 ** 32
             head = f"{'val' if is_val else 'train'} {order} {len(text)} ".encode()
             unsorted[int(order[:8], 16) * n_files >> 32].write(head + json_line(page))
     tasks = [(out, k) for k in range(n_files)]

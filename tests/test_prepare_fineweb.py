@@ -101,7 +101,8 @@ def test_without_a_model_no_foreign_text_passes_and_english_does():
     (PROSE, None), (f"{PROSE}\n\nsame\n\nsame\n\nsame", "repeated_paragraphs"),
     (f"{PROSE}\nsame\nsame\nsame", "repeated_lines"), (PROSE + "good day " * 30, "top_2_gram"),
     (PROSE + "a fine clear day " * 7, "top_4_gram"),
-    (PROSE + PROSE[:90] + PROSE[:90].upper() + PROSE[95:185], "repeated_5_grams")])
+    (PROSE + PROSE[:90] + PROSE[:90].upper() + PROSE[95:185], "repeated_5_grams"),
+    (PROSE + PROSE[:53], None)])  # of overlapping runs each character counts once
 def test_gopher_repetition_has_a_reason_for_each_rule(text, why):
     assert reason(pf.gopher_repetition, text) == why
 
@@ -520,6 +521,10 @@ def cases(test):
     ("gopher_repetition", "(2, 0.20)", "(2, 0.90)",
      test_gopher_repetition_has_a_reason_for_each_rule),
     ("gopher_repetition", "number / len(items) > 0.30 or characters", "number < 0 or characters",
+     test_gopher_repetition_has_a_reason_for_each_rule),
+    ("gopher_repetition", "[i:i + 4]] > 1", "[i:i + 4]] > 2",
+     test_gopher_repetition_has_a_reason_for_each_rule),
+    ("gopher_repetition", "i < end or", "",
      test_gopher_repetition_has_a_reason_for_each_rule),
     ("gopher_quality", "< 50", "< 5", test_gopher_quality_has_a_reason_for_each_rule),
     ("gopher_quality", "<= 10", "<= 99", test_gopher_quality_has_a_reason_for_each_rule),
