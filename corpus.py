@@ -21,7 +21,6 @@ Differs from llm.c's shards: a shard ends with a document, or with a row.
 """
 import bisect
 import contextlib
-import functools
 import gzip
 import hashlib
 import importlib
@@ -125,38 +124,43 @@ def import_outcome(script, name, *task):
     """The same on another machine, which knows the script as a module and not as __main__."""
     return outcome(getattr(importlib.import_module(script), name), *task)
 
+def start_ray(args):
+    """The module ray, joined to a cluster: once for all that a run does, until its process ends."""
+    try:
+        import ray
+    except ImportError:
+        raise SystemExit("--ray found no ray; it runs tasks on a cluster; pip install -r "
+                         "requirements-extra.txt, or leave it out") from None
+    here = str(Path(__file__).resolve().parent)
+    where = {"num_cpus": args.workers} if args.ray == "local" else {"address": args.ray}
+    try:
+        if not ray.is_initialized():
+            ray.init(**where, runtime_env={"env_vars": {"PYTHONPATH": here}})
+    except ConnectionError as error:
+        why = str(error).split(". ")[0]
+        raise SystemExit(f"--ray {args.ray}: {why}; it is the address of a cluster, auto, "
+                         "or local; check ray status") from None
+    return ray
+
 def in_workers(function, tasks, desc, args):
     """Yield function(*task) for each task, from processes of this machine or from a Ray cluster.
 
     Tasks name files, so that a cluster needs a folder that all its machines see at one path.
     """
-    bar, lost = functools.partial(tqdm, total=len(tasks), desc=desc, unit="task"), BrokenProcessPool
     with contextlib.ExitStack() as stack:
         if args.ray:
-            try:
-                import ray
-            except ImportError:
-                raise SystemExit("--ray found no ray; it runs tasks on a cluster; pip install -r "
-                                 "requirements-extra.txt, or leave it out") from None
-            here = str(Path(__file__).resolve().parent)
-            where = {"num_cpus": args.workers} if args.ray == "local" else {"address": args.ray}
-            try:
-                ray.init(**where, runtime_env={"env_vars": {"PYTHONPATH": here}})
-            except ConnectionError as error:
-                why = str(error).split(". ")[0]
-                raise SystemExit(f"--ray {args.ray}: {why}; it is the address of a cluster, auto, "
-                                 "or local; check ray status") from None
-            stack.callback(ray.shutdown)
+            ray = start_ray(args)
             lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
             remote, script = ray.remote(import_outcome), Path(function.__code__.co_filename).stem
             results = map(ray.get, [remote.remote(script, function.__name__, *task)
                                     for task in tasks])
         else:
+            lost = BrokenProcessPool
             pool = ProcessPoolExecutor(max(1, min(args.workers, len(tasks))),
                                        initializer=end_with_parent)
             results = stack.enter_context(pool).map(outcome, [function] * len(tasks), *zip(*tasks))
         try:
-            for result, stop in bar(results):
+            for result, stop in tqdm(results, desc, len(tasks), unit="task"):
                 if stop:
                     raise SystemExit(stop)
                 yield result

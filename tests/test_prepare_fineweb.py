@@ -40,7 +40,7 @@ def reason(step, text):
 
 def run(*arguments, check=True):
     command = [sys.executable, str(ROOT / "prepare_fineweb.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert not check or done.returncode == 0, done.stderr
     return done
 
