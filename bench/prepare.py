@@ -265,8 +265,8 @@ def planted(n_texts):
     both, jaccards = list(texts), []
     for i, text in enumerate(texts):
         words = text.split()
-        share = 0.4 * i / len(texts)
-        for at in random.choice(len(words), int(share * len(words) / 4), replace=False):
+        share = 0.4 * (i / len(texts)) ** 2  # more small ones: a tenth more than halves Jaccard
+        for at in random.choice(len(words), int(share * len(words)), replace=False):
             words[at] = vocabulary[random.randint(len(vocabulary))]
         both.append(" ".join(words))
         a, b = (set(corpus.shingles(one).tolist()) for one in (text, both[-1]))
