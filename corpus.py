@@ -21,7 +21,6 @@ Differs from llm.c's shards: a shard ends with a document, or with a row.
 """
 import bisect
 import contextlib
-import functools
 import gzip
 import hashlib
 import importlib
@@ -33,17 +32,19 @@ import time
 import unicodedata
 import zlib
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from bpe import Tokenizer
-from crawl import end_with_parent, whole_file
+from crawl import end_with_parent, one_line_when_full, whole_file
 
 COLUMNS = ("text", "id", "url", "date", "dump", "language", "language_score")  # FineWeb's, of use
 FILE_BYTES = 256 << 20    # text in one documents file, which is sorted in memory
-SORTED_AT_ONCE = 1 << 24  # documents of which a worker sorts the MinHash keys: 16 bytes each, twice
+MAX_FILES = 512           # which are written at once; more text than 128 GB makes them larger
+SORTED_AT_ONCE = 1 << 22  # documents of which a worker sorts the MinHash keys: 60 bytes for each
 WAITING = 1000            # documents among which the one that fits best is looked for
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -53,10 +54,13 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
 
 @contextlib.contextmanager
-def jsonl_writer(path, level=6):
-    """Gives write(row) for a .jsonl.gz whose bytes depend on its rows alone (no time stamp)."""
+def gzip_file(path, level=6):
+    """A whole_file that is zipped; its bytes depend on what is written alone (no time stamp)."""
     with whole_file(path) as file, gzip.GzipFile("", "wb", level, file, mtime=0) as zipped:
-        yield lambda row: zipped.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        yield zipped
+
+def json_line(row):
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 def open_text_file(path):
     return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
@@ -111,7 +115,8 @@ def sha256(data):
 def outcome(function, *task):
     """(result, None) or (None, the message of a SystemExit), which would end a worker of Ray."""
     try:
-        return function(*task), None
+        with one_line_when_full():
+            return function(*task), None
     except SystemExit as stop:
         return None, str(stop)
 
@@ -119,41 +124,49 @@ def import_outcome(script, name, *task):
     """The same on another machine, which knows the script as a module and not as __main__."""
     return outcome(getattr(importlib.import_module(script), name), *task)
 
+def start_ray(args):
+    """The module ray, joined to a cluster: once for all that a run does, until its process ends."""
+    try:
+        import ray
+    except ImportError:
+        raise SystemExit("--ray found no ray; it runs tasks on a cluster; pip install -r "
+                         "requirements-extra.txt, or leave it out") from None
+    here = str(Path(__file__).resolve().parent)
+    where = {"num_cpus": args.workers} if args.ray == "local" else {"address": args.ray}
+    try:
+        if not ray.is_initialized():
+            ray.init(**where, runtime_env={"env_vars": {"PYTHONPATH": here}})
+    except ConnectionError as error:
+        why = str(error).split(". ")[0]
+        raise SystemExit(f"--ray {args.ray}: {why}; it is the address of a cluster, auto, "
+                         "or local; check ray status") from None
+    return ray
+
 def in_workers(function, tasks, desc, args):
-    """[function(*task) for task in tasks], in processes of this machine or on a Ray cluster.
+    """Yield function(*task) for each task, from processes of this machine or from a Ray cluster.
 
     Tasks name files, so that a cluster needs a folder that all its machines see at one path.
     """
-    bar = functools.partial(tqdm, total=len(tasks), desc=desc, unit="task")
     with contextlib.ExitStack() as stack:
         if args.ray:
-            try:
-                import ray
-            except ImportError:
-                raise SystemExit("--ray found no ray; it runs tasks on a cluster; pip install -r "
-                                 "requirements-extra.txt, or leave it out") from None
-            here = str(Path(__file__).resolve().parent)
-            where = {"num_cpus": args.workers} if args.ray == "local" else {"address": args.ray}
-            try:
-                ray.init(**where, runtime_env={"env_vars": {"PYTHONPATH": here}})
-            except ConnectionError as error:
-                why = str(error).split(". ")[0]
-                raise SystemExit(f"--ray {args.ray}: {why}; it is the address of a cluster, auto, "
-                                 "or local; check ray status") from None
-            stack.callback(ray.shutdown)
+            ray = start_ray(args)
+            lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
             remote, script = ray.remote(import_outcome), Path(function.__code__.co_filename).stem
             results = map(ray.get, [remote.remote(script, function.__name__, *task)
                                     for task in tasks])
         else:
+            lost = BrokenProcessPool
             pool = ProcessPoolExecutor(max(1, min(args.workers, len(tasks))),
                                        initializer=end_with_parent)
             results = stack.enter_context(pool).map(outcome, [function] * len(tasks), *zip(*tasks))
-        found = []
-        for result, stop in bar(results):
-            if stop:
-                raise SystemExit(stop)
-            found.append(result)
-        return found
+        try:
+            for result, stop in tqdm(results, desc, len(tasks), unit="task"):
+                if stop:
+                    raise SystemExit(stop)
+                yield result
+        except lost:
+            raise SystemExit("a worker was killed, most likely for want of memory; finished files "
+                             "are kept; repeat the command with fewer --workers") from None
 
 # ---- Near duplicates -----------------------------------------------------------------------------
 
@@ -188,16 +201,16 @@ def minhash(text):
 def find_pairs(key_files, bucket, part, n_parts):
     """int64 [n, 2]: documents next to each other in the order of (key, document) with one key.
 
-    .npy files of uint64 [documents, BUCKETS] are read, and sorted is what falls into one of n_parts
+    .npy files of uint64 [BUCKETS, documents] are read, and sorted is what falls into one of n_parts
     ranges of the keys of one bucket: memory holds that part only, and parts may run anywhere.
     """
     keys, documents, n_before = [], [], 0
     for path in key_files:
-        column = np.load(path, mmap_mode="r")[:, bucket]
-        here = np.flatnonzero((column >> np.uint64(32)) * n_parts >> np.uint64(32) == part)
-        keys.append(column[here])
+        row = np.load(path, mmap_mode="r")[bucket]
+        here = np.flatnonzero((row >> np.uint64(32)) * n_parts >> np.uint64(32) == part)
+        keys.append(row[here])
         documents.append(here + n_before)
-        n_before += len(column)
+        n_before += len(row)
     keys, documents = np.concatenate(keys), np.concatenate(documents)
     order = np.argsort(keys, kind="stable")
     keys, documents = keys[order], documents[order]
@@ -217,14 +230,16 @@ def find_originals(n_documents, pairs):
     for i, j in itertools.chain.from_iterable(pairs):
         low, high = sorted((find(i), find(j)))
         first[high] = low
-    return np.array([find(i) for i in range(n_documents)], dtype=np.int64)
+    while (first != first[first]).any():
+        first = first[first]
+    return first
 
 # ---- Documents -----------------------------------------------------------------------------------
 
 def near_duplicates(stems, args):
     """For each document the first one of its cluster; [] if its source had them removed."""
     key_files = [Path(f"{stem}.npy") for stem in stems]
-    n_documents = sum(len(np.load(path, mmap_mode="r")) for path in key_files)
+    n_documents = sum(np.load(path, mmap_mode="r").shape[1] for path in key_files)
     n_parts = 1 + n_documents // SORTED_AT_ONCE
     tasks = [(key_files, bucket, part, n_parts) for bucket in range(BUCKETS)
              for part in range(n_parts)] if n_documents else []
@@ -232,38 +247,59 @@ def near_duplicates(stems, args):
 
 def sort_documents(out, k):
     """OUT/unsorted/k → its val and train file in OUT/documents; their rows of index.json."""
-    rows, files = list(read_documents(out / "unsorted" / f"{k:05d}.jsonl.gz")), []
+    with gzip.open(out / "unsorted" / f"{k:05d}.gz") as file:
+        lines = sorted(file)
+    files = []
     for split in ("val", "train"):
-        name = f"documents/{split}_{k:05d}.jsonl.gz"
-        chosen = sorted((row for row in rows if row["split"] == split),
-                        key=lambda row: row["order"])
-        with jsonl_writer(out / name) as write:
-            for row in chosen:
-                write({key: value for key, value in row.items() if key not in ("split", "order")})
-        files.append({"file": name, "split": split, "documents": len(chosen),
-                      "bytes": sum(len(row["text"].encode()) for row in chosen)})
+        found = {"file": f"documents/{split}_{k:05d}.jsonl.gz", "split": split, "documents": 0,
+                 "bytes": 0}
+        with gzip_file(out / found["file"]) as file:
+            for its_split, _, n_bytes, row in (line.split(b" ", 3) for line in lines):
+                if its_split == split.encode():
+                    file.write(row)
+                    found["documents"] += 1
+                    found["bytes"] += int(n_bytes)
+        files.append(found)
     return files
 
-def write_documents(out, pages, n_files, settings, args):
-    """Unique pages → shuffled documents in OUT/documents; returns their rows of index.json.
+def write_documents(out, pages, n_bytes, settings, args):
+    """Unique pages, of about n_bytes, → shuffled documents in OUT/documents; returns their rows of
+    index.json.
 
     Split and order follow from SHA-256 of a text (the order also from the seed), not from the
     number of files, tasks or shards. The order is a number that is sorted in two rounds, by its
-    first digits into n_files and then within each.
+    first digits into n_files, of lines "split order bytes {row}", and then within each.
     """
+    n_files = min(MAX_FILES, 1 + n_bytes // FILE_BYTES)
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(jsonl_writer(out / "unsorted" / f"{k:05d}.jsonl.gz", 1))
-                   for k in range(n_files)]
+        unsorted = [stack.enter_context(gzip_file(out / "unsorted" / f"{k:05d}.gz", 1))
+                    for k in range(n_files)]
         for page in pages:
-            digest = sha256(page["text"].encode())
+            text = page["text"].encode()
+            digest = sha256(text)
             order = sha256(f"{settings['seed']} {digest}".encode())
             is_val = int(digest[:8], 16) < settings["val_fraction"] * 2 ** 32
-            writers[int(order[:8], 16) * n_files >> 32](
-                page | {"split": "val" if is_val else "train", "order": order})
+            head = f"{'val' if is_val else 'train'} {order} {len(text)} ".encode()
+            unsorted[int(order[:8], 16) * n_files >> 32].write(head + json_line(page))
     tasks = [(out, k) for k in range(n_files)]
     files = list(itertools.chain.from_iterable(in_workers(sort_documents, tasks, "sort", args)))
     shutil.rmtree(out / "unsorted")
     return files
+
+def print_funnel(index):
+    """The table of what each step took in, kept and dropped, and what the splits hold."""
+    print(f"{'step':<18}{'in':>9}{'kept':>9}{'MB kept':>9}{'docs/s':>9}   dropped (? only noted)")
+    for row in index["funnel"]:
+        reasons = [(n, f"{mark}{reason} {n}") for field, mark in (("dropped", ""), ("flagged", "?"))
+                   for reason, n in row[field].items()]
+        why = ", ".join(text for _, text in sorted(reasons, reverse=True)[:6])
+        print(f"{row['step']:<18}{row['in']:>9}{row['kept']:>9}{row['bytes'] / 1e6:>9.2f}"
+              f"{row['docs_per_s']:>9.0f}   {why}")
+    for split in ("val", "train"):
+        files = [file for file in index["documents"] if file["split"] == split]
+        tokens = sum(shard["tokens"] for shard in index["shards"] if shard["split"] == split)
+        print(f"{split:<5} {sum(f['documents'] for f in files)} documents, "
+              f"{sum(f['bytes'] for f in files) / 1e6:.2f} MB, {tokens} tokens")
 
 # ---- Shards --------------------------------------------------------------------------------------
 
@@ -321,10 +357,17 @@ def write_bin(path, tokens):
     """A shard of tokens → its file; returns the file's SHA-256."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = 20240520, 1 + (tokens.dtype == np.uint32), len(tokens)
-    data = header.tobytes() + tokens.tobytes()
     with whole_file(path) as file:
-        file.write(data)
-    return sha256(data)
+        file.write(header)
+        file.write(tokens)
+    digest = hashlib.sha256(header)
+    digest.update(tokens)
+    return digest.hexdigest()
+
+def count_bytes(tokens, token_bytes):
+    """Bytes of text that tokens stand for, summed in parts: a shard's int32 would be twice it."""
+    return sum(int(token_bytes[tokens[i:i + (1 << 20)]].sum())
+               for i in range(0, len(tokens), 1 << 20))
 
 def write_shards(out, index, split, tokenizer):
     """Tokenize the documents of a split that no shard holds yet; the index grows shard by shard."""
@@ -343,7 +386,7 @@ def write_shards(out, index, split, tokenizer):
         index["shards"].append({
             "file": name, "split": split, "tokens": len(tokens), "documents": len(shard),
             "lost_tokens": sum(map(len, shard)) - len(tokens),
-            "bytes": int(token_bytes[tokens].sum()), "sha256": write_bin(out / name, tokens)})
+            "bytes": count_bytes(tokens, token_bytes), "sha256": write_bin(out / name, tokens)})
         write_json(out / "index.json", index)
 
 def save_tokenizer(out, tokenizer, name):
@@ -408,7 +451,7 @@ def adopt(out, paths, name):
                              "shards need the tokenizer that made them; give it as --tokenizer")
         shards.append({"file": path.name, "split": "val" if "_val_" in path.name else "train",
                        "tokens": len(tokens), "documents": int((tokens == tokenizer.eot).sum()),
-                       "bytes": int(token_bytes[tokens].sum()), "sha256": sha256(data)})
+                       "bytes": count_bytes(tokens, token_bytes), "sha256": sha256(data)})
     write_json(out / "index.json", {
         "format": "deepdive data", "version": 1, "settings": None, "documents": [], "funnel": [],
         "samples": {}, "tokenizer": about(tokenizer, None, 0), "shards": shards})

@@ -18,10 +18,10 @@ request records, and a text of more than 8 MB is dropped instead of being cut.
 import argparse
 import contextlib
 import ctypes
+import errno
 import functools
 import gzip
 import itertools
-import mmap
 import multiprocessing
 import os
 import queue
@@ -50,7 +50,7 @@ MAX_HEADER_BYTES = 64 << 10   # of a WARC record
 PIECE_BYTES = 128 << 10       # read at once; 32 times as much at most when unzipped
 PAGES_PER_WARC = 250          # what a killed crawl loses, and one task of prepare_fineweb.py
 PAGE_SECONDS = 20             # to extract the text of a page, which is dropped if it takes longer
-PAGE_MEMORY_BYTES = 4 << 30   # of the process that does it
+PAGE_MEMORY_BYTES = 2 << 30   # of the process that does it, without memory that it shares
 FETCH_SECONDS = 120           # one URL in all, with retries and the pauses a server asks for
 SILENCE_SECONDS = 20          # without a byte, after which a try has failed
 USER_AGENT = "deepdive-crawler/1.0 (educational; obeys robots.txt)"
@@ -68,6 +68,17 @@ def whole_file(path):
     except BaseException:  # a full disk gets its space back
         part.unlink(missing_ok=True)
         raise
+
+@contextlib.contextmanager
+def one_line_when_full():
+    """A full disk ends in one line; whole_file has left nothing half-written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SystemExit("no space is left on the disk; no file has its name before it is whole; "
+                         "make room and repeat the command, which goes on") from None
 
 def verdict(page, **broken):
     """(page, None), or (None, the name of the first rule that is broken)."""
@@ -97,23 +108,28 @@ def unzipped(path):
     `why` is "broken_gzip", behind which the next gzip member is found by its magic, or "end".
     """
     with open(path, "rb") as file:
-        size, at = os.fstat(file.fileno()).st_size, 0
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        if data[:2] != b"\x1f\x8b":
-            yield from ((data[i:i + PIECE_BYTES], None) for i in range(0, size, PIECE_BYTES))
-            at = size
-        while (at := data.find(b"\x1f\x8b\x08", at)) >= 0:
-            member, start = zlib.decompressobj(wbits=31), at
+        is_gzip, member = file.peek(2)[:2] == b"\x1f\x8b", None
+        data = file.read(PIECE_BYTES)
+        while data and not is_gzip:
+            yield data, None
+            data = file.read(PIECE_BYTES)
+        while data:
+            if not member:
+                at = data.find(b"\x1f\x8b\x08")
+                if at < 0:
+                    more = file.read(PIECE_BYTES)
+                    data = more and data[-2:] + more  # a magic may be cut
+                    continue
+                data, member, is_first = data[at:], zlib.decompressobj(wbits=31), True
             try:
-                while not member.eof and at < size:
-                    piece = data[at:at + PIECE_BYTES]
-                    yield member.decompress(piece, 32 * PIECE_BYTES), None
-                    # at a member's end zlib may name what follows in both
-                    rest = member.unused_data if member.eof else member.unconsumed_tail
-                    at += len(piece) - len(rest)
+                yield member.decompress(data, 32 * PIECE_BYTES), None
+                # at a member's end zlib may name what follows in both
+                data = member.unused_data if member.eof else member.unconsumed_tail
+                member, is_first = None if member.eof else member, False
             except zlib.error:
-                at = max(at, start + 1)
+                data, member = data[is_first:], None
                 yield b"", "broken_gzip"
+            data = data or file.read(PIECE_BYTES)
         yield b"", "end"
 
 def record_at(buffer, start, is_last):
@@ -313,7 +329,7 @@ class Extractor:
     def serve(self, pipe):
         """The child: HTML comes from the pipe, its text or an exception goes back."""
         self.pipe.close()  # the parent's end; open here, it would hide that the parent is gone
-        resource.setrlimit(resource.RLIMIT_AS, (PAGE_MEMORY_BYTES, PAGE_MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_DATA, (PAGE_MEMORY_BYTES, PAGE_MEMORY_BYTES))
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             while True:
                 html = pipe.recv()
@@ -540,7 +556,9 @@ def main():
         raise SystemExit(f"--max_pages {args.max_pages} is below 1; it counts pages; give 1 "
                          "or more")
     check_seeds(args.seeds)
-    paths, found = crawl(args.seeds, args.out / "warc", args.max_pages, args.delay), Counter()
+    with one_line_when_full():
+        paths = crawl(args.seeds, args.out / "warc", args.max_pages, args.delay)
+    found = Counter()
     for record, reason in itertools.chain.from_iterable(map(read_warc, paths)):
         found[parse_record(*record)[1] if record else reason] += 1
     print(f"{args.out}/warc holds {found.pop(None, 0)} pages in {len(paths)} files; no pages are: "

@@ -28,7 +28,7 @@ from urllib.parse import quote
 import requests
 from tqdm import tqdm
 
-from crawl import whole_file
+from crawl import one_line_when_full, whole_file
 
 HUB, COMMON_CRAWL = "https://huggingface.co", "https://data.commoncrawl.org"
 NAMES = {  # short name: (data set, revision, folder in it)
@@ -223,9 +223,10 @@ def main():
     add("--mirror", help=f"URL to ask instead of {HUB} or {COMMON_CRAWL}")
     args = parser.parse_args()
     check_source(args.source, args.num_shards)
-    files = find_files(args.source, args.num_shards, args.out, args.mirror)
-    for file in tqdm(files, desc=args.source, unit="file"):
-        fetch(file, args.source, args.out, args.mirror)
+    with one_line_when_full():
+        files = find_files(args.source, args.num_shards, args.out, args.mirror)
+        for file in tqdm(files, desc=args.source, unit="file"):
+            fetch(file, args.source, args.out, args.mirror)
     print(f"{args.out} holds {len(files)} files of {args.source}, each whole")
 
 def check_source(source, num_shards):

@@ -5,6 +5,7 @@
     python prepare_fineweb.py --source crawl --out data/demo --quality annotate
     python prepare_fineweb.py --source crawl https://example.org/ --max_pages 500 --out data/site
     python prepare_fineweb.py --source warc CC-MAIN-*.warc.gz --out data/cc --workers 16
+    python prepare_fineweb.py --source warc CC-MAIN-*.warc.gz --out data/cc --inspect example.org
     python prepare_fineweb.py --source text book.txt wiki.jsonl.gz --out data/books
     python prepare_fineweb.py --source kjj0/fineweb10B-gpt2 --num_shards 9 --out data/fineweb10B
     python prepare_fineweb.py --source warc /shared/*.warc.gz --out /shared/cc --ray auto
@@ -18,7 +19,7 @@ in:  pages: Common Crawl, or WARC files, or seed URLs (none: the manual of this 
 out: OUT/warc/crawl_00000.warc.gz …              what was crawled, as Common Crawl stores it
      OUT/pages/00000_NAME.jsonl.gz …             pages that passed the filters, one file a task
      OUT/documents/{train,val}_00000.jsonl.gz …  {"id", "url", "text", "language", …}, shuffled
-     OUT/inspect.html  with --inspect: what each step did to some pages
+     OUT/inspect.html  with --inspect: what each step did to some pages, or to chosen ones
      OUT/NAME_train_000001.bin …, OUT/tokenizer/  token shards: see corpus.py
      OUT/index.json, OUT/settings.json, OUT/downloads/files.json
 
@@ -30,22 +31,27 @@ index.json: {"format": "deepdive data", "version": 1, "settings", "tokenizer", "
 (of pages kept), "bytes" (of UTF-8 text kept), "seconds" (summed over workers), "docs_per_s"}]}.
 
 Every file is written as .part and renamed, and one input file is one task: a run that was killed
-goes on where it stopped and ends with the same shards. What was downloaded goes when its pages are
-written, as a WARC file is a gigabyte. Documents that the Hub has were deduplicated, and rid of
-personal data, by their makers; `text` is deduplicated here.
+goes on where it stopped and ends with the same shards. A file of Common Crawl, a gigabyte, comes
+whole before its pages are read, and goes when they are written, so that the disk holds one for each
+worker: to read it while it comes would gain little, as extraction takes many times as long, and
+make a cut connection a matter of half pages. What memory holds does not grow with the input: a
+record, a page, a part of all MinHash keys, one documents file (256 MB), one shard; but for 8 bytes
+a page that say of which other one it is a near duplicate. Documents that the Hub has were
+deduplicated, and rid of personal data, by their makers; `text` is deduplicated here.
 Sources: FineWeb (arXiv 2406.17557), Gopher (2112.11446), C4 (1910.10683); order and thresholds are
 those of datatrove 0.10, examples/fineweb.py. Differs from FineWeb: without --blocklist, which takes
 UT1's folders and datatrove's words, the URL lists are short ones of our own; URLs are compared in
-lower case; trafilatura's `deduplicate` is off, as it makes a page
-depend on those before it; words and sentences are split by regular expressions, near to spaCy's
-rules which datatrove takes (they agree on 99.5 % of the words, and the filters on all but 7 of
-3224 decisions: tests/test_filters.py); replacements of PII rotate within a document.
+lower case; trafilatura's `deduplicate` is off, as it makes a page depend on those before it; the
+language comes from lid.176.ftz, which fastText's makers compressed from FineWeb's lid.176.bin and a
+wheel brings: of all steps the one whose scores differ, though the rule is the same; words and
+sentences are split by regular expressions, near to spaCy's rules which datatrove takes (they agree
+on 99.5 % of the words, and the filters on all but 7 of 3224 decisions: tests/test_filters.py);
+replacements of PII rotate within a document.
 """
 import argparse
 import bisect
 import contextlib
 import difflib
-import errno
 import functools
 import hashlib
 import html
@@ -58,18 +64,18 @@ import re
 import time
 from array import array
 from collections import Counter
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
 
-from corpus import (BUCKETS, FILE_BYTES, HASHES, SHINGLE, adopt, in_workers, jsonl_writer,
-                    match_probability, minhash, near_duplicates, open_text_file, read_documents,
-                    read_index, refuse_changes, sha256, tokenize, write_documents, write_json)
+from corpus import (BUCKETS, HASHES, SHINGLE, adopt, gzip_file, in_workers, json_line,
+                    match_probability, minhash, near_duplicates, open_text_file, print_funnel,
+                    read_documents, read_index, refuse_changes, sha256, tokenize, write_documents,
+                    write_json)
 from crawl import (LAYOUT, NOT_TEXT, SCRIPTS, Extractor, check_seeds, crawl, cut_blocks,
-                   parse_record, read_warc, verdict, whole_file)
+                   one_line_when_full, parse_record, read_warc, verdict, whole_file)
 from download import check_source, fetch, find_files, is_crawl
 
 PAGES = ("crawl", "warc", "commoncrawl")  # the sources that are filtered
@@ -190,7 +196,8 @@ EDGE = r"""!"#$%&'()*+,.:;<=>?\[\]`{}_…“”‘’„«»。，、：；！�
 NOT, SUFFIX = r"n['’]t(?!\w)", r"['’](?:s|S|re|ve|ll|d|m)(?!\w)"  # do|n't, it|'s
 INSIDE = rf"""(?: (?<={LETTER})(?:--?-?|[–—~,])(?={LETTER}) | (?<=[^\W_])[:<>=/](?={LETTER})
     | (?<=\d)[+*^-](?=[\d-]) | (?<=[a-z])\.(?=[A-Z]) | \.\. | … | {SUFFIX} )"""  # in a word
-WORD = re.compile(rf"""\.\.+ | {INSIDE} | ---? | {NOT}
+WORD = re.compile(rf"""[A-Za-z]++(?=,?\s)  # most words, sooner than below
+    | \.\.+ | {INSIDE} | ---? | {NOT}
     | \d+(?=(?:[ap]m|[kcm]?m|[KkMG]B?|in|inch)\b|°)
     | (?:Mr|Mrs|Ms|Dr|St|Jr|Prof|Gen|Gov|Rep|Sen|Inc|Ltd|Co|Corp|vs|v|Jan|Feb|Aug|Sep|Oct|Nov|Dec)\.
     (?!\w) | (?:{LETTER}\.)+(?:(?<=\.{LETTER}\.)|(?<=[A-Z]\.))(?!\w)
@@ -222,27 +229,24 @@ def gopher_repetition(page):
         if number / len(items) > 0.30 or characters / size > 0.20:
             return None, f"repeated_{name}"
     words = split_words(text)
-    starts = list(itertools.accumulate(map(len, words), initial=0))
-    spaced, joined = " ".join(words), "".join(words)  # slices of them are cheaper than joins
     for n, limit in ((2, 0.20), (3, 0.18), (4, 0.16)):
-        grams = Counter(spaced[starts[i] + i:starts[i + n] + i + n - 1]
-                        for i in range(len(words) - n + 1))
-        gram, count = max(grams.items(), key=lambda item: item[1], default=("", 0))
-        if len(gram) * count / size > limit:
+        grams = Counter(zip(*(words[i:] for i in range(n))))
+        gram = max(grams, key=grams.get, default=())
+        if len(" ".join(gram)) * grams[gram] / size > limit:
             return None, f"top_{n}_gram"
+    # a longer run is repeated only where a 4-gram is
+    places = [i for i in range(len(words) - 4) if grams[words[i:i + 4]] > 1]
     for n, limit in zip(range(5, 11), (0.15, 0.14, 0.13, 0.12, 0.11, 0.10)):
-        seen, characters, i = set(), 0, 0
-        while i < len(words) - n + 1:
-            gram = joined[starts[i]:starts[i + n]]
-            if gram in seen:  # count its characters once: go on behind it
-                characters, i = characters + len(gram), i + n
-            else:
-                seen.add(gram)
-                i += 1
+        seen, characters, end = set(), 0, 0
+        for i in places:
+            gram = words[i:i + n]
+            if i < end or len(gram) < n:
+                continue  # characters count once
+            if gram in seen:
+                characters, end = characters + sum(map(len, gram)), i + n
+            seen.add(gram)
         if characters / size > limit:
             return None, f"repeated_{n}_grams"
-        if not characters:
-            break  # then no longer n-gram is repeated either
     return page, None
 
 def gopher_quality(page):
@@ -391,7 +395,7 @@ def run_task(file, stem, settings, mirror):
                                       mirror)
     funnel, keys, extract_text = Funnel(), [], Extractor(settings["extractor"])
     steps = steps_of_a_page(settings, extract_text)
-    with jsonl_writer(f"{stem}.jsonl.gz") as write, contextlib.closing(extract_text):
+    with gzip_file(f"{stem}.jsonl.gz") as file_of_pages, contextlib.closing(extract_text):
         started = time.perf_counter()
         for page, reason in read_pages(path, settings["is_filtered"]):
             funnel.enter("read", page, page, reason, time.perf_counter() - started)
@@ -399,13 +403,13 @@ def run_task(file, stem, settings, mirror):
             if page:
                 if is_here or settings["is_filtered"]:
                     keys.append(minhash(page["text"]))
-                write(page | {"file": path.name})
+                file_of_pages.write(json_line(page | {"file": path.name}))
             started = time.perf_counter()
         with whole_file(f"{stem}.npy") as keys_file:
-            np.save(keys_file, np.array(keys, dtype=np.uint64).reshape(-1, BUCKETS))
+            np.save(keys_file, np.array(keys, dtype=np.uint64).reshape(-1, BUCKETS).T.copy())
         write_json(f"{stem}.json", vars(funnel))
-    if not is_here:
-        path.unlink()
+        if not is_here:
+            path.unlink()  # before the pages get their name: none can stay behind
 
 def unique_pages(stems, originals, settings, funnel):
     """Yield the pages of all tasks that are no near duplicates, without personal data."""
@@ -419,22 +423,30 @@ def unique_pages(stems, originals, settings, funnel):
 
 # ---- A page's way, to look at --------------------------------------------------------------------
 
-INSPECTED = """<!doctype html><meta charset="utf-8"><title>What each step did</title><style>
-body {font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto} del {color: #b55; opacity: .7}
-ins {background: #cfc; text-decoration: none} pre {white-space: pre-wrap; max-height: 28em;
-overflow: auto; background: #f6f6f6; padding: .7em} .kept {color: #070} .dropped {color: #b00}
-</style><h1>What each step did</h1><p>Struck out: what a step takes away. Green: what it puts in.
+MAX_INSPECTED = 100  # pages in one inspect.html
+INSPECTED = """<!doctype html><html lang="en"><meta charset="utf-8">
+<title>What each step did</title><style>
+body {font: 15px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em}
+h2 {font-size: 1.1em; overflow-wrap: anywhere; border-top: 2px solid #ccc; padding-top: 1em}
+pre {white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24em; overflow: auto;
+background: #f6f6f6; padding: .7em; color: #222; font: 13px/1.5 sans-serif} li {margin: .3em 0}
+.kept {color: #070} .noted {color: #a60} .dropped {color: #b00} .later {color: #999}
+del {color: #b55; opacity: .7} ins {background: #cfc; text-decoration: none}</style>
+<h1>What each step did</h1><p>Struck out: what a step takes away. Green: what it puts in.
 """
 
 def html_changes(before, after):
     """Two texts → HTML: lines that are gone struck out, lines that are new marked."""
-    a, b, out = before.split("\n"), after.split("\n"), []
+    a, b = ([line.strip() for line in text.split("\n") if line.strip()] for text in (before, after))
+    if a == b:
+        return ""
+    out = []
     for kind, i, j, k, n in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         if kind == "equal":
             out += map(html.escape, a[i:j])
         else:
-            out += [f"<del>{html.escape(line)}</del>" for line in a[i:j] if line.strip()]
-            out += [f"<ins>{html.escape(line)}</ins>" for line in b[k:n] if line.strip()]
+            out += [f"<del>{html.escape(line)}</del>" for line in a[i:j]]
+            out += [f"<ins>{html.escape(line)}</ins>" for line in b[k:n]]
     return "<pre>" + "\n".join(out) + "</pre>"
 
 def html_extraction(source, text):
@@ -442,64 +454,90 @@ def html_extraction(source, text):
     squeeze = lambda text: re.sub(r"\W+", "", text)
     visible = re.sub(NOT_TEXT.format(SCRIPTS), " ", source)
     visible = re.sub(rf"</?(?:{LAYOUT})\b[^>]*>", "<p>", visible)
-    kept, blocks = squeeze(text), [block[1] for block in cut_blocks(visible)]
-    return "<pre>" + "\n".join(html.escape(block) if squeeze(block) in kept else
-                               f"<del>{html.escape(block)}</del>" for block in blocks) + "</pre>"
+    kept, lines, out = squeeze(text), set(map(squeeze, text.split("\n"))), []
 
-def html_of_a_page(page, steps):
-    """(verdict, HTML of what each step did to a page)."""
-    source, ending = page.get("html", ""), "kept"
-    out = [f"<details><summary>HTML, {len(source)} characters</summary><pre>"
-           f"{html.escape(source[:20_000])}</pre></details>"]
-    for step in steps:
-        funnel = Funnel()
-        after = filter_page(page, (step,), False, funnel)
-        row = funnel.rows[step.__name__]
-        reason = next(iter(row["dropped"] | row["flagged"]), "")
-        out.append(f"<h3>{step.__name__} <span class={'kept' if after else 'dropped'}>"
-                   f"{html.escape(reason) or 'kept'}</span></h3>")
+    def is_kept(block):
+        key = squeeze(block)  # a short one may be part of any line
+        return key in lines or len(key) > 20 and key in kept
+
+    for is_text, run in itertools.groupby((block[1] for block in cut_blocks(visible)), is_kept):
+        run = map(html.escape, run)
+        out.append("\n".join(run) if is_text else f"<del>{' · '.join(run)}</del>")
+    return "<pre>" + "\n".join(out) + "</pre>"
+
+def html_of_a_page(page, steps, annotate):
+    """(how it ended, HTML of what each step did to a page)."""
+    source, ending, out = page.get("html", ""), "kept", []
+    for number, step in enumerate(steps, 1):
+        funnel, name = Funnel(), step.__name__
+        after = filter_page(page, (step,), annotate, funnel)
+        reason = next(iter(funnel.rows[name]["dropped"] | funnel.rows[name]["flagged"]), "kept")
+        kind = "dropped" if after is None else "kept" if reason == "kept" else "noted"
+        if name == "language" and after:
+            reason = f"{after['language']}, score {after['language_score']}"
+        out.append(f"<li class={kind}><b>{name}</b>: {html.escape(reason)}")
         if after is None:
-            ending = f"{step.__name__}: {reason}"
+            ending = f"{name}: {reason.partition(' of ')[0]}"
+            out += [f"<li class=later>{later.__name__}" for later in steps[number:]]
             break
         if "html" in page and "html" not in after:
-            out.append(html_extraction(page["html"], after["text"]))
-        elif after.get("text") != page.get("text"):
-            out.append(html_changes(page["text"], after["text"]))
+            out.append(html_extraction(source, after["text"]))
+        else:
+            out.append(html_changes(page.get("text", ""), after.get("text", "")))
         page = after
-    return ending, "".join(out) + f"<pre>{html.escape(page.get('text', '')[:20_000])}</pre>"
+    return ending, (
+        f"<h2>{html.escape(page['url'])}</h2><details><summary>HTML, {len(source)} characters"
+        f"</summary><pre>{html.escape(source[:20_000])}</pre></details><ol>{''.join(out)}</ol>"
+        f"<details><summary>Text at the end</summary><pre>{html.escape(page.get('text', ''))}"
+        "</pre></details>")
 
-def inspect(files, settings, n_each, path):
-    """Write an HTML page with n_each pages for every way that pages of the first file ended."""
+def urls_to_inspect(out, n_each):
+    """URLs of some pages for every way that pages ended, as far as index.json has samples."""
+    index = read_index(out)
+    kept = [row for file in index["documents"]
+            for row in itertools.islice(read_documents(out / file["file"]), n_each)]
+    return {row["url"] for rows in (kept, *index["samples"].values()) for row in rows[:n_each]}
+
+def inspect(files, stems, settings, args):
+    """Write OUT/inspect.html: what each step did to pages of any of the files.
+
+    --inspect N shows up to N pages for every way that they ended, --inspect TEXT those whose URL
+    contains it.
+    """
+    urls = urls_to_inspect(args.out, int(args.inspect)) if args.inspect.isdigit() else None
+    is_wanted = lambda url: url in urls if urls is not None else args.inspect in url
+    passed = [((page["file"], page["id"]), page["url"]) for stem in stems
+              for page in read_documents(Path(f"{stem}.jsonl.gz"))]
+    twins = {passed[i][0]: passed[first][1] for i, first in
+             enumerate(near_duplicates(stems, args)) if i != first}
+
+    def unlike_others(page):
+        twin = twins.get((page["file"], page["id"]))
+        return verdict(page, **{f"near_duplicate of {twin}": twin})
+
+    unlike_others.__name__ = "near_duplicates"
     shown, extract_text = {}, Extractor(settings["extractor"])
-    steps = (*steps_of_a_page(settings, extract_text), pii)
+    steps = (*steps_of_a_page(settings, extract_text), unlike_others, pii)
+    records = ((file, record) for file in tqdm(files, "inspect", unit="file")
+               for record, _ in read_warc(file)
+               if record and is_wanted(record[0].get("warc-target-uri", "")))
+    pages = (page | {"file": file.name} for file, record in records
+             for page, _ in [parse_record(*record)] if page)
     with contextlib.closing(extract_text):
-        for page, _ in tqdm(read_pages(files[0], settings["is_filtered"]), "inspect", unit="page"):
-            if page:
-                ending, text = html_of_a_page(page, steps)
-                some = shown.setdefault(ending, [])
-                if len(some) < n_each:
-                    some.append(f"<h2>{html.escape(page['url'])}</h2>{text}<hr>")
-    with whole_file(path) as file:
-        file.write((INSPECTED + "".join(
-            f"<h1 class={'kept' if ending == 'kept' else 'dropped'}>{html.escape(ending)}</h1>"
-            + "".join(pages) for ending, pages in sorted(shown.items()))).encode())
-    print(f"{path} shows what each step did to {sum(map(len, shown.values()))} pages")
+        for page in itertools.islice(pages, MAX_INSPECTED):
+            ending, text = html_of_a_page(page, steps, settings["quality"] == "annotate")
+            shown.setdefault(ending, []).append(text)
+    endings = sorted(shown, key=lambda ending: (ending != "kept", ending))
+    contents = "".join(f"<li><a href='#{i}'>{html.escape(ending)}</a>, {len(shown[ending])} pages"
+                       for i, ending in enumerate(endings))
+    with whole_file(args.out / "inspect.html") as file:
+        file.write(f"{INSPECTED}<ul>{contents}</ul>".encode())
+        for i, ending in enumerate(endings):
+            file.write(f"<h1 id='{i}'>{html.escape(ending)}</h1>{''.join(shown[ending])}".encode())
+    print(f"{args.out}/inspect.html shows what each step did to "
+          f"{sum(map(len, shown.values()))} pages")
 
 # ---- Command line --------------------------------------------------------------------------------
-
-def print_funnel(index):
-    print(f"{'step':<18}{'in':>9}{'kept':>9}{'MB kept':>9}{'docs/s':>9}   dropped (? only noted)")
-    for row in index["funnel"]:
-        reasons = [(n, f"{mark}{reason} {n}") for field, mark in (("dropped", ""), ("flagged", "?"))
-                   for reason, n in row[field].items()]
-        why = ", ".join(text for _, text in sorted(reasons, reverse=True)[:6])
-        print(f"{row['step']:<18}{row['in']:>9}{row['kept']:>9}{row['bytes'] / 1e6:>9.2f}"
-              f"{row['docs_per_s']:>9.0f}   {why}")
-    for split in ("val", "train"):
-        files = [file for file in index["documents"] if file["split"] == split]
-        tokens = sum(shard["tokens"] for shard in index["shards"] if shard["split"] == split)
-        print(f"{split:<5} {sum(f['documents'] for f in files)} documents, "
-              f"{sum(f['bytes'] for f in files) / 1e6:.2f} MB, {tokens} tokens")
 
 def fingerprint(path):
     """What tells that an input is another one: its size and the SHA-256 of its first MiB."""
@@ -549,35 +587,40 @@ def make_documents(args):
     if args.source == "crawl":
         files = sorted((out / "warc").glob("*.gz")) if is_finished else \
             crawl(args.inputs, out / "warc", args.max_pages, args.delay)
-    if args.inspect:
-        inspect(files, settings, args.inspect, out / "inspect.html")
-    if is_finished:
-        print(f"{out}/documents is finished and kept")
-        return
     names = [file["name"] if args.dataset else file.name for file in files]
     stems = [out / "pages" / f"{i:05d}_{re.split('[./]', name)[0]}" for i, name in enumerate(names)]
-    tasks = [(file, stem, settings, args.mirror) for file, stem in zip(files, stems)]
-    in_workers(run_task, tasks, "filter", args)
-    funnel = Funnel()
-    for stem in stems:
-        funnel.add(json.loads(Path(f"{stem}.json").read_bytes()))
+    if is_finished:
+        print(f"{out}/documents is finished and kept")
+    else:
+        filter_and_gather(files, stems, settings, args)
+    if args.inspect:
+        inspect(files, stems, settings, args)
+    if not sum(file["documents"] for file in read_index(out)["documents"]
+               if file["split"] == "train"):
+        raise SystemExit(f"{out}: no document is left for training; a data set needs some; see why "
+                         f"in {out}/index.json, then give more input or --quality annotate")
+
+def filter_and_gather(files, stems, settings, args):
+    """All tasks, and what is done to their pages together: OUT/documents and OUT/index.json."""
+    out = args.out
     print("near duplicates: matched with probability " + ", ".join(
         f"{match_probability(j):.2f} at {j:.0%}" for j in (0.5, 0.6, 0.7, 0.75, 0.8, 0.9))
         + f" of {SHINGLE}-word runs in common ({BUCKETS} buckets × {HASHES} hashes)")
+    tasks = [(file, stem, settings, args.mirror) for file, stem in zip(files, stems)]
+    funnel = Funnel()
+    for _, stem in zip(in_workers(run_task, tasks, "filter", args), stems):
+        funnel.add(json.loads(Path(f"{stem}.json").read_bytes()))
     started = time.perf_counter()
     originals = near_duplicates(stems, args)
     funnel.rows["near_duplicates"]["seconds"] += time.perf_counter() - started
     size = sum(Path(f"{stem}.jsonl.gz").stat().st_size for stem in stems)
-    pages = unique_pages(stems, originals, settings, funnel)
-    files = write_documents(out, pages, 1 + size * 4 // FILE_BYTES, settings, args)
+    with contextlib.closing(unique_pages(stems, originals, settings, funnel)) as pages:
+        files = write_documents(out, pages, size * 4, settings, args)
     rows = [{"step": step} | row | {"docs_per_s": row["seconds"] and row["in"] / row["seconds"]}
             for step, row in funnel.rows.items() if row["in"]]
     write_json(out / "index.json", {
         "format": "deepdive data", "version": 1, "settings": settings, "tokenizer": None,
         "shards": [], "documents": files, "funnel": rows, "samples": funnel.samples})
-    if not sum(file["documents"] for file in files if file["split"] == "train"):
-        raise SystemExit(f"{out}: no document is left for training; a data set needs some; see why "
-                         f"in {out}/index.json, then give more input or --quality annotate")
 
 def main():
     parser = argparse.ArgumentParser(
@@ -595,7 +638,8 @@ def main():
     add("--mirror", help="URL to download from instead of the Hub or Common Crawl")
     add("--delay", type=float, help="seconds between requests (1; 0 on this machine)")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
-    add("--inspect", type=int, default=0, help="pages a verdict to show in OUT/inspect.html")
+    add("--inspect", metavar="N|TEXT", default="", help="write OUT/inspect.html: N pages a verdict "
+        "(up to 5), or those with TEXT in their URL")
     add("--ray", help="address of a Ray cluster for the tasks, auto, or local for one of its own")
     add("--val_fraction", type=float, default=0.01, help="share of documents in the val split")
     add("--seed", type=int, default=1337, help="of the shuffle")
@@ -635,19 +679,11 @@ def main():
     if args.dataset:
         check_source(args.dataset, args.num_shards)
     started, args.out = time.perf_counter(), Path(os.path.normpath(args.out))
-    try:
+    with one_line_when_full():
         if source:
             make_documents(args)
         if args.tokenizer and read_index(args.out).get("documents") != []:  # []: ready shards
             tokenize(args.out, args.tokenizer, args.shard_tokens, args.row_tokens)
-    except BrokenProcessPool:
-        raise SystemExit("a worker was killed, most likely for want of memory; finished files are "
-                         "kept; repeat the command with fewer --workers") from None
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise SystemExit(f"no space is left for {args.out}; no file was left half-written; make "
-                         "room and repeat the command") from None
     print_funnel(read_index(args.out))
     print(f"{args.out}/index.json is complete after {time.perf_counter() - started:.1f} s")
 

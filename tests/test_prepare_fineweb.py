@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import crawl  # noqa: E402
 import download  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
-from conftest import mutate  # noqa: E402
+from conftest import mutate, run_main  # noqa: E402
 from test_download import add_hub, server  # noqa: E402, F401
 
 WEB = ROOT.parent / "shared" / "data" / "web"
@@ -39,7 +40,7 @@ def reason(step, text):
 
 def run(*arguments, check=True):
     command = [sys.executable, str(ROOT / "prepare_fineweb.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -100,7 +101,8 @@ def test_without_a_model_no_foreign_text_passes_and_english_does():
     (PROSE, None), (f"{PROSE}\n\nsame\n\nsame\n\nsame", "repeated_paragraphs"),
     (f"{PROSE}\nsame\nsame\nsame", "repeated_lines"), (PROSE + "good day " * 30, "top_2_gram"),
     (PROSE + "a fine clear day " * 7, "top_4_gram"),
-    (PROSE + PROSE[:90] + PROSE[:90].upper() + PROSE[95:185], "repeated_5_grams")])
+    (PROSE + PROSE[:90] + PROSE[:90].upper() + PROSE[95:185], "repeated_5_grams"),
+    (PROSE + PROSE[:53], None)])  # of overlapping runs each character counts once
 def test_gopher_repetition_has_a_reason_for_each_rule(text, why):
     assert reason(pf.gopher_repetition, text) == why
 
@@ -196,18 +198,36 @@ def test_the_funnel_adds_up_and_has_samples(small_site):
     assert index["samples"]["language: is_de"][0]["url"].endswith("/de/")
     assert index["funnel"][-1]["kept"] == sum(file["documents"] for file in index["documents"])
 
-def test_inspect_shows_what_each_step_did_and_runs_nothing_of_a_page(tmp_path):
-    texts = [distinct_prose(1)[0] + "<nav>Home</nav><p>Write to me@example.net. It works."
-             "<p>The site uses cookies.", "Der Hund ist in dem Haus und die Katze auch nicht. " * 9,
-             "<script>alert(1)</script>short"]
-    path = write_warc(tmp_path / "a.warc.gz", texts)
-    run("--source", "warc", path, "--out", tmp_path / "o", "--inspect", 2, "--extractor", "plain",
-        "--val_fraction", 0, "--quality", "annotate")
-    shown = (tmp_path / "o" / "inspect.html").read_text()
-    assert "language: is_de</h1>" in shown and ">kept</h1>" in shown
+@pytest.fixture(scope="module")
+def inspected(tmp_path_factory):
+    """--inspect N and --inspect TEXT of two files, as HTML."""
+    out, texts = tmp_path_factory.mktemp("inspect"), distinct_prose(3)
+    odd = "<nav>Home</nav><p>Write to me@example.net. It works.<p>The site uses cookies."
+    write_warc(out / "0.warc.gz", [texts[0] + odd, "<script>alert(1)</script>short", texts[1]])
+    write_warc(out / "1.warc.gz", ["Der Hund ist in dem Haus und die Katze auch nicht. " * 9,
+                                   texts[2], texts[1] + "<p>It is a near twin."])
+    shown = []
+    for what in ("2", "org/2"):
+        run("--source", "warc", out / "0.warc.gz", out / "1.warc.gz", "--out", out / "o",
+            "--inspect", what, "--extractor", "plain", "--val_fraction", 0)
+        shown.append((out / "o" / "inspect.html").read_text())
+    return shown
+
+def test_inspect_shows_what_each_step_did_and_runs_nothing_of_a_page(inspected):
+    shown = inspected[0]
     assert "<del>Home</del>" in shown and "<del>The site uses cookies.</del>" in shown
     assert "<ins>Write to email@example.com. It works.</ins>" in shown
     assert "<script>" not in shown and "&lt;script&gt;" in shown
+
+def test_inspect_has_pages_of_every_file_for_every_way_to_end(inspected):
+    ends = re.findall(r"<li><a href='#\d'>(.*?)</a>, (\d) pages", inspected[0])
+    assert dict(ends) == {"kept": "3", "language: is_de": "1", "extract_text: no_text": "1",
+                          "near_duplicates: near_duplicate": "1"}
+    assert "near_duplicate of https://example.org/2" in inspected[0]
+
+def test_inspect_takes_the_pages_whose_url_holds_a_text(inspected):
+    assert re.findall("<h2>(.*?)</h2>", inspected[1]) == ["https://example.org/2"] * 2
+    assert inspected[1].count("<li class=kept><b>url_filter</b>: kept") == 2
 
 def test_finished_work_is_kept_and_other_settings_are_refused(small_site):
     out, url = small_site
@@ -222,27 +242,45 @@ TEXTS = distinct_prose(701)
 
 KILLED = """
 import os, signal, sys, prepare_fineweb
-main, replace, until = os.getpid(), os.replace, sys.argv.pop(1)
+victim, replace, until = os.getpid(), os.replace, sys.argv.pop(1)
 def killed(part, path):
     if str(path).endswith(until):
-        os.kill(main, signal.SIGKILL)
+        os.kill(os.getpid() if until == "pages/00000_0.npy" else victim, signal.SIGKILL)
     replace(part, path)
 os.replace = killed
 prepare_fineweb.main()"""
 
-@pytest.mark.parametrize("until", ["pages/00001_1.jsonl.gz", "unsorted/00000.jsonl.gz",
-                                   "index.json"])
-def test_a_run_killed_in_the_middle_ends_with_the_same_documents(tmp_path, until):
-    paths = [write_warc(tmp_path / f"{i}.warc.gz", TEXTS[i * 100:i * 100 + 100]) for i in range(3)]
-    arguments = ("--source", "warc", *paths, "--workers", 1, "--out")
-    run(*arguments, tmp_path / "whole")
-    command = [sys.executable, "-c", KILLED, until, *arguments, tmp_path / "killed"]
-    child = subprocess.run([*map(str, command)], stderr=subprocess.DEVNULL, cwd=ROOT)
-    assert child.returncode == -signal.SIGKILL
-    assert ended(tmp_path / "killed"), "a worker writes on"
-    run(*arguments, tmp_path / "killed")
-    texts = [[row["text"] for row in documents(tmp_path / name)] for name in ("whole", "killed")]
-    assert texts[0] == texts[1] and len(texts[0]) > 290
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(command without the folder of its output, that output) of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    paths = [write_warc(folder / f"{i}.warc.gz", TEXTS[i * 30:i * 30 + 40]) for i in range(3)]
+    pf.tokenize.__globals__["Tokenizer"].train(TEXTS[:20], 400, "gpt4").save(folder / "tok")
+    command = ("--source", "warc", *paths, "--extractor", "plain", "--workers", 1, "--tokenizer",
+               folder / "tok", "--shard_tokens", 10_000, "--val_fraction", 0.1, "--out")
+    run(*command, folder / "data")
+    return command, folder / "data"
+
+def outputs(out):
+    """The documents and shards of a folder."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*"))
+            if path.suffix == ".bin" or path.parent.name == "documents"}
+
+@pytest.mark.parametrize("until", [
+    "pages/00000_0.npy", "pages/00001_1.json", "pages/00002_2.jsonl.gz", "unsorted/00000.gz",
+    "documents/train_00000.jsonl.gz", "/index.json", "data_train_000002.bin"])
+def test_a_run_killed_anywhere_ends_with_the_same_output(undisturbed, tmp_path, until):
+    arguments, whole = undisturbed
+    command = [sys.executable, "-c", KILLED, until, *arguments, tmp_path / "data"]
+    child = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    if until == "pages/00000_0.npy":
+        assert child.returncode == 1 and "a worker was killed" in child.stderr.splitlines()[-1]
+    else:
+        assert child.returncode == -signal.SIGKILL
+    assert ended(tmp_path / "data"), "a worker writes on"
+    assert outputs(tmp_path / "data") != outputs(whole)
+    run(*arguments, tmp_path / "data")
+    assert outputs(tmp_path / "data") == outputs(whole) and len(outputs(whole)) >= 5
 
 def test_one_worker_and_three_write_the_same_bytes(tmp_path):
     paths = [write_warc(tmp_path / f"{i}.warc.gz", distinct_prose(20, i) + TEXTS[90:92])
@@ -347,12 +385,12 @@ prepare_fineweb.main()"""
 def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(tmp_path, until):
     pf.tokenize.__globals__["Tokenizer"].train(TEXTS[:20], 400, "gpt4").save(tmp_path / "tok")
     write_warc(tmp_path / "0.warc.gz", TEXTS[:50])
-    arguments = [*map(str, ("--source", "warc", tmp_path / "0.warc.gz", "--tokenizer",
-                            tmp_path / "tok", "--out"))]
+    arguments = [*map(str, ("--source", "warc", tmp_path / "0.warc.gz", "--extractor", "plain",
+                            "--tokenizer", tmp_path / "tok", "--out"))]
     command = [sys.executable, "-c", FULL_DISK, until, *arguments, str(tmp_path / "full")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("no space is left for") and "; " in last
+    assert done.returncode == 1 and last.startswith("no space is left on the disk; ")
     assert not list((tmp_path / "full").rglob("*.part"))
     for name in ("full", "whole"):
         run(*arguments, tmp_path / name)
@@ -385,15 +423,31 @@ def test_fineweb_s_documents_come_as_they_are_and_its_files_go(server, tmp_path)
     server.files.clear()
     assert "is finished and kept" in run(*command).stdout
 
-def test_common_crawl_s_files_are_filtered_like_local_ones(server, tmp_path):  # noqa: F811
-    texts, crawl_id = distinct_prose(30), "CC-MAIN-2024-10"
-    path = write_warc(tmp_path / "0.warc.gz", texts)
-    server.files[f"/crawl-data/{crawl_id}/warc.paths.gz"] = gzip.compress(b"x/0.warc.gz\nx/1.gz")
-    server.files["/x/0.warc.gz"] = path.read_bytes()
-    run("--source", "commoncrawl", crawl_id, "--out", tmp_path / "a", "--mirror", server.url)
-    run("--source", "warc", path, "--out", tmp_path / "b")
-    assert documents(tmp_path / "a") == documents(tmp_path / "b") != []
-    assert not (tmp_path / "a" / "downloads" / "0.warc.gz").exists()
+def test_common_crawl_s_files_are_filtered_like_local_ones_and_go(server, tmp_path,  # noqa: F811
+                                                                  monkeypatch):
+    crawl_id, downloads, fetch = "CC-MAIN-2024-10", tmp_path / "a" / "downloads", pf.fetch
+    paths = [write_warc(tmp_path / f"{i}.warc.gz", distinct_prose(20, i)) for i in range(3)]
+    server.files[f"/crawl-data/{crawl_id}/warc.paths.gz"] = gzip.compress(
+        b"x/0.warc.gz\nx/1.warc.gz\nx/2.warc.gz\nx/3.warc.gz\n")
+    server.files |= {f"/x/{path.name}": path.read_bytes() for path in paths}
+    server.moods = {"/x/0.warc.gz": ["cut", 429, "cut", "stall"], "/x/1.warc.gz": [500, "changed"]}
+    server.files["/x/1.warc.gz"] = server.files["/x/1.warc.gz"][::-1]  # "changed" turns it round
+    monkeypatch.setattr(pf, "fetch", lambda *task: [] if list(downloads.glob("*.gz"))
+                        else fetch(*task))  # one file at a time is on the disk of one worker
+    command = ("--workers", 1, "--val_fraction", 0)
+    run_main(pf, "--source", "commoncrawl", crawl_id, "--num_shards", 3, "--mirror", server.url,
+             "--out", tmp_path / "a", *command)
+    run("--source", "warc", *paths, "--out", tmp_path / "b", *command)
+    assert documents(tmp_path / "a") == documents(tmp_path / "b") and len(documents(tmp_path / "b"))
+    assert [path.name for path in downloads.iterdir()] == ["files.json"]
+
+def test_a_download_that_ends_in_nothing_is_one_line_of_a_worker(server, tmp_path,  # noqa: F811
+                                                                 monkeypatch):
+    server.files["/crawl-data/CC-MAIN-2024-10/warc.paths.gz"] = gzip.compress(b"x/0.warc.gz\n")
+    with pytest.raises(SystemExit, match="0.warc.gz answers with status 404; it must be"):
+        run_main(pf, "--source", "commoncrawl", "CC-MAIN-2024-10", "--mirror", server.url,
+                 "--out", tmp_path / "a")
+    assert not (tmp_path / "a" / "pages").exists()
 
 # ---- mistakes ------------------------------------------------------------------------------------
 
@@ -450,8 +504,8 @@ def test_an_index_of_another_format_names_what_to_remove(tmp_path):
 
 def test_a_file_that_could_not_be_finished_never_gets_its_name(tmp_path):
     with pytest.raises(OSError):
-        with pf.jsonl_writer(tmp_path / "a.jsonl.gz") as write:
-            write({"text": "x"})
+        with pf.gzip_file(tmp_path / "a.jsonl.gz") as file:
+            file.write(b"x")
             raise OSError(28, "No space left on device")
     assert not (tmp_path / "a.jsonl.gz").exists()
 
@@ -467,6 +521,10 @@ def cases(test):
     ("gopher_repetition", "(2, 0.20)", "(2, 0.90)",
      test_gopher_repetition_has_a_reason_for_each_rule),
     ("gopher_repetition", "number / len(items) > 0.30 or characters", "number < 0 or characters",
+     test_gopher_repetition_has_a_reason_for_each_rule),
+    ("gopher_repetition", "[i:i + 4]] > 1", "[i:i + 4]] > 2",
+     test_gopher_repetition_has_a_reason_for_each_rule),
+    ("gopher_repetition", "i < end or", "",
      test_gopher_repetition_has_a_reason_for_each_rule),
     ("gopher_quality", "< 50", "< 5", test_gopher_quality_has_a_reason_for_each_rule),
     ("gopher_quality", "<= 10", "<= 99", test_gopher_quality_has_a_reason_for_each_rule),
