@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All benches of a CPU, or those that are named, into bench/RESULTS.md: a quarter of an hour on two cores.
+# All benches of a CPU, or one with its flags, into bench/RESULTS.md: a quarter of an hour on two cores.
 # Peers of PyPI go into an environment of their own, which sees this project's torch; karpathy's
 # repositories take part where .peers/{nanoGPT,nanochat,llm.c} hold checkouts of them.
 set -euo pipefail
@@ -13,7 +13,10 @@ if [ ! -e .peers/ready ] || [ bench/peers.txt -nt .peers/ready ]; then
     $python -m pip install --quiet --disable-pip-version-check -r bench/peers.txt
     touch .peers/ready
 fi
-[ $# -gt 0 ] || set -- train bpe prepare sample rl eval growth
-for name in "$@"; do
-    $python bench/measure.py "$name" $python "bench/$name.py"
-done
+measure() { $python bench/measure.py "$*" $python "bench/$1.py" "${@:2}"; }
+if [ $# -gt 0 ]; then
+    measure "$@"            # bash bench/cpu.sh train --quality 3 --data data/wiki
+else
+    for name in train bpe prepare sample rl eval growth; do measure $name; done
+    measure prepare --growth 20
+fi

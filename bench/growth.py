@@ -89,7 +89,9 @@ def main():
                    for row in rows])
             panels[f"tok/s against {name}"] = name, [(row["value"], row["tok_s"]) for row in rows]
             panels[f"GB against {name}"] = name, [(row["value"], row["memory_gb"]) for row in rows]
-    plot(args.plot or ROOT / "bench" / f"growth-{args.device}.svg", panels)
+    drawn = args.plot or ROOT / "bench" / f"growth-{args.device}.svg"
+    plot(drawn, panels)
+    print(f"\n![what training costs as it grows]({drawn.name})")
     finish("growth", device=args.device, growth=report)
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def main():
     if process.returncode:
         raise SystemExit(process.returncode)
     *text, last = "".join(lines).strip().split("\n")
-    kept = ROOT / "data" / "bench" / f"{name}.json"
+    kept = ROOT / "data" / "bench" / f"{re.sub(r'[^a-z0-9]+', '-', name)}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(last + "\n")
     shown = " ".join([Path(command[0]).name, *command[1:]])
