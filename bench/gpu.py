@@ -44,7 +44,7 @@ PARTS = {       # name: (seconds at most, command after `python`), the most tell
     "sample": (100, "bench/sample.py"),
     "gpt2-xl": (180, "bench/train.py --shapes gpt2-xl"),
     "rl": (60, "bench/rl.py"),
-    "growth": (240, "bench/growth.py"),
+    "growth": (240, "bench/growth.py --plot data/bench/gpu/growth-cuda.svg"),
     "project": (20, "bench/project.py --measured data/bench/gpu")}
 TINY = {        # in a dry run: what takes the place of sizes, and of what only a GPU can do
     "trainers": "--shapes gpt2 --binary {out}/train_gpt2cu",
@@ -92,8 +92,7 @@ def run(part, limit, args):
         report["failed"] = (f"over {limit:.0f} s" if process.returncode == -signal.SIGKILL else
                             f"status {process.returncode}") + f": {says}"
     elif lines[-1].startswith("{"):
-        report["tables"] = "\n".join(line for line in lines[:-1] if line.startswith("|")
-                                     or not line)
+        report["tables"] = "\n".join(line for line in lines[:-1] if line[:1] in "|!")
         report |= json.loads(lines[-1])
     else:
         report["tables"] = f"`{lines[-1][:150]}`"
@@ -152,6 +151,8 @@ def main():
     tables = all_tables(args.out)
     print(tables)
     if args.report:
+        for picture in Path(args.out).glob("*.svg"):
+            shutil.copy(picture, RESULTS.parent)
         RESULTS.write_text(put_section(RESULTS.read_text(encoding="utf-8"), "One GPU", tables),
                            encoding="utf-8")
 
