@@ -9,7 +9,7 @@ Pretraining of GPT-2 in CUDA C: the same shards, checkpoints, flags and log line
     in:  <data>/…_train_….bin, …_val_….bin, index.json, token_bytes.npy
     out: <run>/model.safetensors, config.json, log.jsonl, state/ for --resume
 
-Map: §1 types and failures · §2 reductions, 128-bit loads, tensor cores · §3 embedding ·
+Map: §1 types, failures, timing · §2 reductions, 128-bit loads, tensor cores · §3 embedding ·
 §4 sums over rows · §5 residual + LayerNorm · §6 matmuls · §7 attention · §8 GELU · §9 classifier ·
 §10 AdamW · §11 ranks · §12 tensor table · §13 model · §14 files · §15 data · §16 flags ·
 §17 the log and saved states · §18 main
@@ -54,7 +54,7 @@ Differs from the papers: FlashAttention-2 adds dQ with atomics; here a second ke
 #include <nccl.h>
 #endif
 
-// ---- §1 Types and failures ----------------------------------------------------------------------
+// ---- §1 Types, failures, timing -----------------------------------------------------------------
 
 #ifdef FP32
 typedef float floatX;
@@ -89,7 +89,6 @@ static void check_cublas(cublasStatus_t status, int line) {
 
 #define CHECK_CUDA(call) check_cuda(call, __LINE__)
 #define CHECK_CUBLAS(call) check_cublas(call, __LINE__)
-#define CHECK_LAUNCH() check_cuda(cudaGetLastError(), __LINE__)
 
 static void* allocate(size_t bytes) {
     void* pointer = NULL;
@@ -106,6 +105,81 @@ static void* allocate(size_t bytes) {
 
 template <class Number> __host__ __device__ constexpr Number ceil_div(Number a, Number b) {
     return (a + b - 1) / b;
+}
+
+// --profile: a launch stands between begin_kernel, which says what it moves and computes, and
+// CHECK_LAUNCH. In profiled steps each of the two records an event; add_times sums them by name.
+struct KernelTime { char name[64]; int calls; double ms, bytes, flops; };
+struct Launch { int kernel; cudaEvent_t begin, end; };
+static struct {
+    bool on;
+    KernelTime kernels[96];
+    Launch* launches;                   // of one step, the last of them perhaps in the making
+    int n_kernels, n_launches, capacity, n_steps;
+    double ms;                          // of the steps
+    cudaStream_t stream;                // of the last launch
+} profile;
+
+static void begin_kernel(const char* name, double bytes, double flops, cudaStream_t stream) {
+    if (!profile.on) { return; }
+    int kernel = 0;
+    while (kernel < profile.n_kernels && strcmp(profile.kernels[kernel].name, name) != 0) {
+        kernel++;
+    }
+    if (kernel == profile.n_kernels) {
+        snprintf(profile.kernels[profile.n_kernels++].name, 64, "%s", name);
+    }
+    KernelTime* time = &profile.kernels[kernel];
+    time->calls++, time->bytes += bytes, time->flops += flops;
+    if (profile.n_launches == profile.capacity) {
+        profile.launches = (Launch*)realloc(profile.launches, ++profile.capacity * sizeof(Launch));
+        CHECK_CUDA(cudaEventCreate(&profile.launches[profile.n_launches].begin));
+        CHECK_CUDA(cudaEventCreate(&profile.launches[profile.n_launches].end));
+    }
+    profile.launches[profile.n_launches].kernel = kernel, profile.stream = stream;
+    CHECK_CUDA(cudaEventRecord(profile.launches[profile.n_launches].begin, stream));
+}
+
+static void check_launch(int line) {
+    check_cuda(cudaGetLastError(), line);
+    if (!profile.on) { return; }
+    CHECK_CUDA(cudaEventRecord(profile.launches[profile.n_launches++].end, profile.stream));
+}
+
+#define CHECK_LAUNCH() check_launch(__LINE__)
+
+// After a profiled step, when the GPU is done with it
+static void add_times(double step_ms) {
+    for (int i = 0; i < profile.n_launches; i++) {
+        float ms = 0.0f;
+        CHECK_CUDA(cudaEventElapsedTime(&ms, profile.launches[i].begin, profile.launches[i].end));
+        profile.kernels[profile.launches[i].kernel].ms += ms;
+    }
+    profile.n_launches = 0, profile.n_steps++, profile.ms += step_ms;
+}
+
+// Longest first. The bound: what memory or tensor cores would take at their peak; 0 is unknown.
+static void print_profile(double bytes_per_s, double flops_per_s) {
+    int n = profile.n_kernels, steps = profile.n_steps;
+    double left = profile.ms;
+    qsort(profile.kernels, n, sizeof(KernelTime), [](const void* a, const void* b) {
+        double difference = ((const KernelTime*)b)->ms - ((const KernelTime*)a)->ms;
+        return difference > 0 ? 1 : difference < 0 ? -1 : 0;
+    });
+    printf("%-44s  calls  ms a step  share   MB a step    GB/s  TFLOP/s  of bound\n", "kernel");
+    for (int i = 0; i < n; i++) {
+        KernelTime k = profile.kernels[i];
+        double bound = bytes_per_s > 0 ? k.bytes / bytes_per_s : 0, ms = fmax(k.ms, 1e-9);
+        bound = flops_per_s > 0 ? fmax(bound, k.flops / flops_per_s) : bound;
+        left -= k.ms;
+        printf("%-44s %6d %10.3f %5.1f%% %11.3f %7.1f %8.2f %8.1f%%\n", k.name, k.calls / steps,
+               k.ms / steps, 100 * k.ms / profile.ms, k.bytes / 1e6 / steps, k.bytes / 1e6 / ms,
+               k.flops / 1e9 / ms, 1e5 * bound / ms);
+    }
+    printf("%-44s %6s %10.3f %5.1f%%\n", "the rest: gaps, copies, other ranks", "", left / steps,
+           100 * left / profile.ms);
+    printf("a step %.3f ms; at best %.0f GB/s, %.0f TFLOP/s\n", profile.ms / steps,
+           bytes_per_s / 1e9, flops_per_s / 1e12);
 }
 
 // ---- §2 Reductions, 128-bit loads, tensor cores -------------------------------------------------
@@ -265,6 +339,7 @@ __global__ void wpe_backward_kernel(float* dwpe, const floatX* dout, int B, int 
 static void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe,
                               int B, int T, int C, cudaStream_t stream) {
     int blocks = ceil_div((int64_t)B * T * C / W, (int64_t)256);
+    begin_kernel("embedding_forward", 3.0 * B * T * C * sizeof(floatX), 0, stream);
     embedding_forward_kernel<<<blocks, 256, 0, stream>>>(out, tokens, wte, wpe, B * T, T, C);
     CHECK_LAUNCH();
 }
@@ -272,8 +347,11 @@ static void embedding_forward(floatX* out, const int* tokens, const floatX* wte,
 static void embedding_backward(float* dwte, float* dwpe, const floatX* dout, TokenIndex index,
                                int n_groups, int B, int T, int C, cudaStream_t stream) {
     dim3 grid(n_groups, ceil_div(C, W * WARP)), block(WARP, 8);
+    double read = (double)B * T * C * sizeof(floatX);
+    begin_kernel("wte_backward", read + 8.0 * n_groups * C, 0, stream);
     wte_backward_kernel<<<grid, block, 0, stream>>>(dwte, dout, index, C);
     CHECK_LAUNCH();
+    begin_kernel("wpe_backward", read + 8.0 * T * C, 0, stream);
     wpe_backward_kernel<<<ceil_div(T * C / W, 256), 256, 0, stream>>>(dwpe, dout, B, T, C);
     CHECK_LAUNCH();
 }
@@ -327,6 +405,7 @@ __global__ void add_partials_kernel(float* gradient, const float* partials, int 
 static void add_partials(float* gradient, const float* partials, int n_partials, int width,
                          int columns, cudaStream_t stream) {
     dim3 block(WARP, 16);
+    begin_kernel("add_partials", 4.0 * (n_partials + 2) * columns, 0, stream);
     add_partials_kernel<<<ceil_div(columns, WARP), block, 0, stream>>>(gradient, partials,
                                                                        n_partials, width, columns);
     CHECK_LAUNCH();
@@ -335,6 +414,8 @@ static void add_partials(float* gradient, const float* partials, int n_partials,
 static void bias_backward(float* dbias, float* partials, const floatX* dout, int BT, int OC,
                           cudaStream_t stream) {
     dim3 grid(ceil_div(OC, W * WARP), ROW_SPLITS), block(WARP, 8);
+    double bytes = (double)BT * OC * sizeof(floatX) + 4.0 * ROW_SPLITS * OC;
+    begin_kernel("row_sum", bytes, 0, stream);
     row_sum_kernel<<<grid, block, 0, stream>>>(partials, dout, BT, OC);
     CHECK_LAUNCH();
     add_partials(dbias, partials, ROW_SPLITS, OC, OC, stream);
@@ -441,6 +522,8 @@ static void layernorm_forward(floatX* out, floatX* x, float* mean, float* rstd, 
                               const floatX* b, const floatX* weight, const floatX* bias, int BT,
                               int C, cudaStream_t stream) {
     size_t shared_bytes = sizeof(float) * NORM_WARPS * C;
+    double moved = b != NULL ? 4.0 : 2.0;
+    begin_kernel("layernorm_forward", moved * BT * C * sizeof(floatX), 0, stream);
     layernorm_forward_kernel<<<ceil_div(BT, NORM_WARPS), NORM_WARPS * WARP, shared_bytes, stream>>>(
         out, x, mean, rstd, a, b, weight, bias, BT, C);
     CHECK_LAUNCH();
@@ -453,6 +536,8 @@ static void layernorm_backward(floatX* dx, float* dweight, float* dbias, float* 
                                const float* mean, const float* rstd, int BT, int C,
                                cudaStream_t stream) {
     int blocks = min(NORM_PARTIALS, ceil_div(BT, NORM_ROWS));
+    double bytes = 4.0 * BT * C * sizeof(floatX) + 8.0 * blocks * C;
+    begin_kernel("layernorm_backward", bytes, 0, stream);
     layernorm_backward_kernel<<<blocks, ceil_div(C, W * WARP) * WARP, 0, stream>>>(
         dx, partials, dout, x, weight, mean, rstd, BT, C);
     CHECK_LAUNCH();
@@ -485,6 +570,7 @@ struct Matmul {
 // What cuBLASLt chose for a shape; choosing takes longer than a small matmul.
 struct MatmulPlan {
     Matmul matmul;
+    char name[64];
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulHeuristicResult_t chosen;
@@ -529,6 +615,9 @@ static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias, floatX* aux) {
     if (cublas.n_plans == 64) { die("more than 64 shapes of matmuls; a model has 15; report it"); }
     MatmulPlan* plan = &cublas.plans[cublas.n_plans++];
     plan->matmul = mm;
+    const char* epilogues[] = {"", " + bias", " + bias, gelu", " * gelu'"};
+    snprintf(plan->name, sizeof plan->name, "matmul %d x %d x %d%s%s", mm.m, mm.n, mm.k,
+             mm.accumulate ? " += fp32" : "", epilogues[mm.epilogue]);
     cudaDataType_t type = mm.accumulate ? CUDA_R_32F : CUBLAS_X;
     CHECK_CUBLAS(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSA, mm.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
@@ -561,9 +650,13 @@ static void matmul(void* d, const floatX* a, const floatX* b, Matmul mm, const f
     MatmulPlan* plan = plan_matmul(mm, bias, aux);
     set_epilogue(plan->operation, mm, bias, aux);
     float alpha = 1.0f, beta = mm.accumulate ? 1.0f : 0.0f;
+    double m = mm.m, n = mm.n, k = mm.k, written = mm.accumulate ? 8 : sizeof(floatX);
+    double bytes = (m * k + k * n + (aux != NULL) * m * n) * sizeof(floatX) + m * n * written;
+    begin_kernel(plan->name, bytes, 2 * m * n * k, stream);
     CHECK_CUBLAS(cublasLtMatmul(cublas.handle, plan->operation, &alpha, a, plan->a, b, plan->b,
                                 &beta, d, plan->d, d, plan->d, &plan->chosen.algo,
                                 cublas.workspace, WORKSPACE_BYTES, stream));
+    CHECK_LAUNCH();
 }
 
 // y = x w + bias; with aux: aux = x w + bias, y = gelu(aux)
@@ -596,7 +689,11 @@ static void linear_backward_weight(float* dw, float* dbias, float* partials, con
 // qkv (B, T, 3, NH, HS), y (B, T, NH, HS). Of S, only lse (B, NH, T) is kept, the logarithm of the
 // softmax's denominator; both have base 2, which the GPU's exponential has: P = 2^(S/ln 2 - lse).
 
-struct AttentionSizes { int B, T, NH, HS; };
+struct AttentionSizes {
+    int B, T, NH, HS;
+    double bytes() const { return (double)B * T * NH * HS * sizeof(floatX); }     // of y
+    double flops() const { return (double)B * T * T * NH * HS; }                  // causal: half
+};
 
 // Where a head's q begins in qkv (k and v follow C and 2C later), or its y.
 __device__ int64_t head_start(int b, int h, int T, int NH, int HS, int width) {
@@ -916,6 +1013,7 @@ template <int HS> static void flash_forward(floatX* y, float* lse, const floatX*
     dim3 grid(ceil_div(sizes.T, TILE), sizes.NH, sizes.B);
     size_t bytes = sizeof(floatX) * 5 * TILE * HS;
     allow_shared_bytes(attention_forward_kernel<HS>, bytes);
+    begin_kernel("attention_forward", 4 * sizes.bytes(), 2 * sizes.flops(), stream);
     attention_forward_kernel<HS><<<grid, ATTENTION_THREADS, bytes, stream>>>(y, lse, qkv, sizes);
     CHECK_LAUNCH();
 }
@@ -927,11 +1025,13 @@ template <int HS> static void flash_backward(floatX* dqkv, const floatX* qkv, co
     size_t queries = QUERY_TILE<HS>;
     size_t bytes = sizeof(floatX) * HS * (2 * TILE + 4 * queries) + sizeof(float) * 4 * queries;
     allow_shared_bytes(attention_backward_keys_kernel<HS>, bytes);
+    begin_kernel("attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops(), stream);
     attention_backward_keys_kernel<HS><<<grid, ATTENTION_THREADS, bytes, stream>>>(
         dqkv, qkv, dy, lse, delta, sizes);
     CHECK_LAUNCH();
     bytes = sizeof(floatX) * 6 * TILE * HS;
     allow_shared_bytes(attention_backward_queries_kernel<HS>, bytes);
+    begin_kernel("attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops(), stream);
     attention_backward_queries_kernel<HS><<<grid, ATTENTION_THREADS, bytes, stream>>>(
         dqkv, qkv, dy, lse, delta, sizes);
     CHECK_LAUNCH();
@@ -1040,6 +1140,7 @@ static void attention_forward(floatX* y, float* lse, const floatX* qkv, Attentio
     if (sizes.HS == 128) { return flash_forward<128>(y, lse, qkv, sizes, stream); }
 #endif
     int blocks = ceil_div((int64_t)sizes.B * sizes.NH * sizes.T, (int64_t)4);
+    begin_kernel("plain_attention_forward", 4 * sizes.bytes(), 2 * sizes.flops(), stream);
     plain_attention_forward_kernel<<<blocks, 128, 0, stream>>>(y, lse, qkv, sizes);
     CHECK_LAUNCH();
 }
@@ -1048,15 +1149,18 @@ static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, con
                                const float* lse, const floatX* qkv, AttentionSizes sizes,
                                cudaStream_t stream) {
     int blocks = ceil_div((int64_t)sizes.B * sizes.NH * sizes.T, (int64_t)4);
+    begin_kernel("attention_delta", 2 * sizes.bytes(), 0, stream);
     attention_delta_kernel<<<blocks, 128, 0, stream>>>(delta, y, dy, sizes);
     CHECK_LAUNCH();
 #ifndef FP32
     if (sizes.HS == 64) { return flash_backward<64>(dqkv, qkv, dy, lse, delta, sizes, stream); }
     if (sizes.HS == 128) { return flash_backward<128>(dqkv, qkv, dy, lse, delta, sizes, stream); }
 #endif
+    begin_kernel("plain_attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops(), stream);
     plain_attention_backward_kernel<false><<<blocks, 128, 0, stream>>>(dqkv, qkv, dy, lse, delta,
                                                                        sizes);
     CHECK_LAUNCH();
+    begin_kernel("plain_attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops(), stream);
     plain_attention_backward_kernel<true><<<blocks, 128, 0, stream>>>(dqkv, qkv, dy, lse, delta,
                                                                       sizes);
     CHECK_LAUNCH();
@@ -1097,11 +1201,13 @@ __global__ void gelu_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
 }
 
 static void gelu_forward(floatX* y, const floatX* x, int64_t n, cudaStream_t stream) {
+    begin_kernel("gelu_forward", 2.0 * n * sizeof(floatX), 0, stream);
     gelu_forward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(y, x, n);
     CHECK_LAUNCH();
 }
 
 static void gelu_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
+    begin_kernel("gelu_backward", 3.0 * n * sizeof(floatX), 0, stream);
     gelu_backward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(dy, x, n);
     CHECK_LAUNCH();
 }
@@ -1112,7 +1218,7 @@ static void gelu_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t s
 //
 // A target of -1 has no loss and no gradient; nor have the padding rows V … Vp - 1 of wte.
 
-// One block: a token's logits, overwritten by their gradient. Grid tokens x 512. Reads Vp twice
+// One block: a token's logits, overwritten by their gradient. Grid tokens x 512 at most. Reads Vp twice
 // (the second time from the L2 cache), writes it once; bound by memory.
 __global__ void classifier_kernel(floatX* logits, float* losses, const int* targets, float share,
                                   int V, int Vp, bool write_gradient) {
@@ -1180,7 +1286,7 @@ struct AdamStep {
 };
 
 // One thread: one parameter of this rank's shard of a bucket; `index` is its place in the whole
-// model. Moves 34 bytes a parameter (7 fp32, 1 bf16 and reuse); bound by memory.
+// model. Moves 30 bytes a parameter (7 fp32, 1 bf16); bound by memory.
 __global__ void adamw_kernel(floatX* parameters, float* masters, float* m, float* v,
                              const float* gradients, int64_t n, int64_t index, int64_t decay_end,
                              AdamStep adam) {
@@ -1603,13 +1709,15 @@ static void layer_backward(Model* model, int l) {
 // (BT); with train, dbranch = d ln_f, and dwte grows by the head's part.
 static void head(Model* model, bool train) {
     int C = model->config.n_embd, V = model->config.vocab_size, Vp = padded_vocab(model->config);
-    int BT = model->B * model->T;
+    int BT = model->B * model->T, threads = min(512, ceil_div(Vp, W * WARP) * WARP);
     floatX *wte = global_parameter(model, WTE), *logits = model->logits;
     for (int first = 0; first < BT; first += HEAD_ROWS) {
         int rows = min(HEAD_ROWS, BT - first);
         floatX *x = model->ln_f + (int64_t)first * C, *dx = model->dbranch + (int64_t)first * C;
         matmul(logits, wte, x, {true, false, Vp, rows, C, false, PLAIN}, NULL, NULL, model->stream);
-        classifier_kernel<<<rows, 512, 0, model->stream>>>(
+        double bytes = (train ? 2.0 : 1.0) * rows * Vp * sizeof(floatX);
+        begin_kernel("classifier", bytes, 0, model->stream);
+        classifier_kernel<<<rows, threads, 0, model->stream>>>(
             logits, model->losses + first, model->targets + first, 1.0f / BT, V, Vp, train);
         CHECK_LAUNCH();
         if (train) {
@@ -1666,6 +1774,7 @@ static double gradient_norm(Model* model, Ranks* ranks, int grad_accum_steps) {
     for (int i = 0; i < n; i++) {
         Bucket bucket = model->table.buckets[i];
         int64_t mine = bucket.size / ranks->world_size;
+        begin_kernel("square_sum", 4.0 * mine, 0, model->stream);
         square_sum_kernel<<<NORM_BLOCKS, 256, 0, model->stream>>>(
             model->square_sums + i * NORM_BLOCKS,
             model->gradients + bucket.offset + ranks->rank * mine, mine);
@@ -1682,8 +1791,10 @@ static double gradient_norm(Model* model, Ranks* ranks, int grad_accum_steps) {
 }
 
 static void zero_gradients(Model* model) {
+    begin_kernel("zero_gradients", 4.0 * model->table.size, 0, model->stream);
     CHECK_CUDA(cudaMemsetAsync(model->gradients, 0, model->table.size * sizeof(float),
                                model->stream));
+    CHECK_LAUNCH();
 }
 
 // Updates this rank's part of each bucket and sends it to the others; the gradients become zero.
@@ -1694,6 +1805,7 @@ static void optimizer_step(Model* model, Ranks* ranks, float lr, float grad_scal
         Bucket bucket = model->table.buckets[i];
         int64_t mine = bucket.size / ranks->world_size, first = bucket.offset + ranks->rank * mine;
         int64_t at = bucket.offset / ranks->world_size;
+        begin_kernel("adamw", (28.0 + sizeof(floatX)) * mine, 0, model->stream);
         adamw_kernel<<<ceil_div(mine, (int64_t)256), 256, 0, model->stream>>>(
             model->parameters + first, model->masters + at, model->m + at, model->v + at,
             model->gradients + first, mine, first, bucket.decay_end, adam);
@@ -1709,6 +1821,7 @@ static void restore_parameters(Model* model, Ranks* ranks, int steps) {
     for (int i = 0; i < model->table.n_buckets; i++) {
         Bucket bucket = model->table.buckets[i];
         int64_t mine = bucket.size / ranks->world_size, first = bucket.offset + ranks->rank * mine;
+        begin_kernel("round_parameters", (4.0 + sizeof(floatX)) * mine, 0, model->stream);
         round_parameters_kernel<<<ceil_div(mine, (int64_t)256), 256, 0, model->stream>>>(
             model->parameters + first, model->masters + bucket.offset / ranks->world_size, mine,
             first, steps);
@@ -2257,7 +2370,7 @@ static int* read_token_bytes(const char* data, int V) {
 struct Arguments {
     const char *model = "gpt2", *config = "", *data = NULL, *out = NULL, *init_from = NULL;
     int64_t resume = 0, max_steps = 0, total_batch_size = 0, batch_size = 0, eval_every = 250;
-    int64_t save_every = 1000, seed = 1337, recompute = 0;
+    int64_t save_every = 1000, seed = 1337, recompute = 0, profile = 0;
     double lr = 6e-4, gpu_hour_usd = 0;
 };
 
@@ -2286,6 +2399,7 @@ static const Flag FLAGS[] = {
     {"seed", "of the weights and the rows' order", NULL, &arguments.seed, NULL},
     {"recompute", "in the backward pass: 1 GELU, 2 also the norms", NULL, &arguments.recompute,
      NULL},
+    {"profile", "time each kernel of steps 10-12", NULL, &arguments.profile, NULL},
 };
 
 static const Flag* find_flag(const char* word) {
@@ -2304,8 +2418,8 @@ static void parse_arguments(int argc, char** argv) {
             exit(0);
         }
         if (flag == NULL) { die("%s is no flag; they are those of --help; look there", argv[i]); }
-        if (flag->integer == &arguments.resume) {
-            arguments.resume = 1;
+        if (flag->integer == &arguments.resume || flag->integer == &arguments.profile) {
+            *flag->integer = 1;
             continue;
         }
         if (i + 1 == argc) { die("%s has no value; it needs one; see --help", argv[i]); }
@@ -2717,6 +2831,14 @@ static int64_t horizon(Config config, int world_size) {
     return a->total_batch_size / micro_tokens;
 }
 
+// Bytes/s of its memory, by its clock and width; two transfers a clock
+static double peak_bandwidth(int device) {
+    int khz = 0, bits = 0;
+    CHECK_CUDA(cudaDeviceGetAttribute(&khz, cudaDevAttrMemoryClockRate, device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device));
+    return 2.0 * 1000 * khz * bits / 8;
+}
+
 static volatile sig_atomic_t stop_asked;
 static void on_signal(int) { stop_asked = 1; }
 
@@ -2754,6 +2876,7 @@ static double accumulate(Model* model, Loader* loader, Ranks* ranks, int64_t pos
     for (int64_t micro_step = 0; micro_step < grad_accum_steps; micro_step++) {
         load_batch(loader, model, position + (micro_step * ranks->world_size + ranks->rank) * B);
         forward(model, true);
+        begin_kernel("loss_sum", 4.0 * BT, 0, model->stream);
         loss_sum_kernel<<<1, 256, 0, model->stream>>>(model->loss_sum, model->losses, BT);
         CHECK_LAUNCH();
         backward(model, loader->n_groups, micro_step == grad_accum_steps - 1, ranks);
@@ -2833,6 +2956,8 @@ int main(int argc, char** argv) {
         }
         if (last || stop) { break; }
 
+        int64_t done = state.step - first_step;
+        profile.on = a.profile && ranks.rank == 0 && done >= 9 && done < 12;
         double tick = seconds_now();
         double loss = accumulate(&model, &loader, &ranks, state.position, grad_accum_steps, &stop);
         double norm = gradient_norm(&model, &ranks, grad_accum_steps);
@@ -2858,6 +2983,11 @@ int main(int argc, char** argv) {
         push(&state.losses, loss), push(&state.norms, norm);
 
         double seconds = seconds_now() - tick, tok_s = a.total_batch_size / seconds;
+        if (profile.on) {
+            add_times(1000 * seconds);
+            if (done == 11) { print_profile(peak_bandwidth(device_number), peak); }
+            profile.on = false;
+        }
         mean_seconds = mean_seconds > 0 ? 0.95 * mean_seconds + 0.05 * seconds : seconds;
         state.usd = earlier_usd +
                     (seconds_now() - started) / 3600 * a.gpu_hour_usd * ranks.world_size;

@@ -57,8 +57,8 @@ def build(folder, *options, precision="BF16", source=SOURCE):
     (folder / "train_gpt2.cpp").write_text(rewrite(source), encoding="utf-8")
     subprocess.run(["g++", "-std=c++17", "-march=native", "-w", f"-I{EMULATOR}",
                     f"-I{EMULATOR}/shim", "-include", EMULATOR / "cuemu.h", "-DMULTI_GPU",
-                    f"-D{precision}", *(options or ["-O2"]), folder / "train_gpt2.cpp",
-                    "-o", folder / "train_gpt2cu"], check=True)
+                    *["-DFP32"] * (precision == "FP32"), *(options or ["-O2"]),
+                    folder / "train_gpt2.cpp", "-o", folder / "train_gpt2cu"], check=True)
     return folder / "train_gpt2cu"
 
 
@@ -269,6 +269,31 @@ def test_a_resumed_run_ends_with_the_same_bits(bf16, init, cuda_data, tmp_path):
     program.wait()
     train(bf16, cuda_data, tmp_path / "killed", *flags, "--resume")
     assert same_bits(tmp_path / "killed", tmp_path / "whole")
+
+
+# ---- the log
+
+TINY = ["--config", "n_layer=1", "n_head=1", "n_embd=64", "block_size=32", "--total_batch_size", 64,
+        "--batch_size", 2]
+
+
+@pytest.mark.parametrize("precision, other", [("bf16", "plain_|gelu_backward"),
+                                              ("fp32", "attention_(forward|backward)")])
+def test_a_profile_has_every_kernel_and_the_bytes_it_moves(precision, other, cuda_data, tmp_path,
+                                                           request):
+    binary = request.getfixturevalue(precision)
+    done = subprocess.run([binary, "--data", cuda_data, "--out", tmp_path, "--max_steps", "12",
+                           "--profile", "--recompute", "1", *map(str, TINY)], capture_output=True,
+                          text=True)
+    table = {line.split()[0]: line.split() for line in done.stdout.splitlines() if "%" in line}
+    launched = set(re.findall(r"(\w+)_kernel(?:<\w+>)?<<<", SOURCE)) - {"round_parameters"}
+    expected = {name for name in launched if not re.match(other, name)}
+    assert {name for name in expected if any(row.startswith(name) for row in table)} == expected
+    width, BTC = {"bf16": 2, "fp32": 4}[precision], 64 * 64
+    # three norms: 4 BTC each, but 2 where nothing is added
+    assert float(table["layernorm_forward"][4]) == pytest.approx(10 * BTC * width / 1e6, abs=6e-4)
+    parameters = sum(p.size for p in load_file(tmp_path / "model.safetensors").values())
+    assert 0 < float(table["adamw"][4]) * 1e6 / (28 + width) - parameters < 64 * 64
 
 
 # ---- checkpoints, and a user's mistakes

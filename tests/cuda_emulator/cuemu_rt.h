@@ -19,7 +19,7 @@ enum cudaFuncAttribute {
     cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
     cudaFuncAttributePreferredSharedMemoryCarveout = 9
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMemoryClockRate = 36, cudaDevAttrGlobalMemoryBusWidth = 37 };
 enum {
     cudaStreamNonBlocking = 1,
     cudaEventDisableTiming = 2,
@@ -192,8 +192,9 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
     p->regsPerBlock = 65536;
     return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr, int) {
-    *v = cuemu::envi("CUEMU_SMS", 4);
+// 8 GB/s, about a core's share of a laptop's memory
+inline cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr attribute, int) {
+    *v = attribute == cudaDevAttrMemoryClockRate ? 1000000 : 32;
     return cudaSuccess;
 }
 template <class F>
