@@ -1218,8 +1218,8 @@ static void gelu_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t s
 //
 // A target of -1 has no loss and no gradient; nor have the padding rows V … Vp - 1 of wte.
 
-// One block: a token's logits, overwritten by their gradient. Grid tokens x 512 at most. Reads Vp twice
-// (the second time from the L2 cache), writes it once; bound by memory.
+// One block: a token's logits, overwritten by their gradient. Grid tokens x 512 at most. Reads Vp
+// twice (the second time from the L2 cache), writes it once; bound by memory.
 __global__ void classifier_kernel(floatX* logits, float* losses, const int* targets, float share,
                                   int V, int Vp, bool write_gradient) {
     floatX* row = logits + (int64_t)blockIdx.x * Vp;
@@ -2013,6 +2013,42 @@ static void load_weights(Model* model, Ranks* ranks, const char* path) {
     close_safetensors(file);
 }
 
+// Text as a JSON string; U+FFFD stands for a byte that is no UTF-8
+static void write_json_string(FILE* file, const char* text, size_t n) {
+    const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};      // of a character of so many bytes
+    fputc('"', file);
+    for (size_t i = 0, length; i < n; i += length) {
+        uint32_t code = (uint8_t)text[i];
+        length = code < 0x80 ? 1 : code < 0xC0 ? 0 : code < 0xE0 ? 2 : code < 0xF0 ? 3 : 4;
+        code &= length < 2 ? 0x7F : 0x7F >> length;
+        bool valid = length > 0 && i + length <= n;
+        for (size_t k = 1; valid && k < length; k++) {
+            valid = (text[i + k] & 0xC0) == 0x80;
+            code = code << 6 | (text[i + k] & 0x3F);
+        }
+        if (!valid || code < least[length] || code > 0x10FFFF || code >> 11 == 0x1B) {
+            fputs("\\ufffd", file);
+            length = 1;
+        } else if (code < 0x20) {
+            fprintf(file, "\\u%04x", code);
+        } else {
+            if (code == '"' || code == '\\') { fputc('\\', file); }
+            fwrite(text + i, 1, length, file);
+        }
+    }
+    fputc('"', file);
+}
+
+// What `write` writes into a FILE, as a string to be freed
+template <class Write> static char* written(Write write) {
+    char* text = NULL;
+    size_t size = 0;
+    FILE* file = open_memstream(&text, &size);
+    write(file);
+    fclose(file);
+    return text;
+}
+
 static Config read_config(const char* folder) {
     char* text = read_file(joined(folder, "config.json"));
     if (text == NULL) {
@@ -2227,13 +2263,15 @@ struct Loader {
     uint32_t* order;
     int* staging[2];                // pinned; one is filled while the other is on its way
     cudaEvent_t sent[2];
-    int turn, n_groups;             // n_groups: distinct inputs of the last batch
+    int turn, n_groups;             // n_groups: distinct inputs of the batch read last
     int* counts;                    // (V) of each token in a batch
+    int64_t staged;                 // the position whose rows staging[turn] holds; -1: none
 };
 
 static Loader make_loader(Shards shards, int B, int T, int V, int seed) {
     Loader loader = {};
     loader.shards = shards, loader.T = T, loader.V = V, loader.seed = seed, loader.epoch = -1;
+    loader.staged = -1;
     loader.n_rows = (shards.n_tokens - 1) / T;
     if (loader.n_rows < 1) {
         die("the shards hold %lld tokens; a row needs %d; prepare more text, or lower --config "
@@ -2265,12 +2303,10 @@ static int index_tokens(const int* inputs, int BT, int* counts, int V, int* posi
     return n_groups;
 }
 
-// Sends what staging[turn] holds; rows of T inputs and T targets are there already.
+// Sends what staging[turn] holds: inputs and targets, and for training their index.
 static void send_batch(Loader* loader, Model* model) {
     int BT = model->B * model->T, *inputs = loader->staging[loader->turn];
     int *targets = inputs + BT, *index = targets + BT;
-    loader->n_groups = index_tokens(inputs, BT, loader->counts, loader->V, index, index + BT,
-                                    index + 2 * BT + 1);
     const struct { int *to, *from; size_t n; } copies[] = {
         {model->inputs, inputs, (size_t)BT}, {model->targets, targets, (size_t)BT},
         {model->index, index, 3 * (size_t)BT + 1}};
@@ -2279,18 +2315,20 @@ static void send_batch(Loader* loader, Model* model) {
                                    cudaMemcpyHostToDevice, model->stream));
     }
     CHECK_CUDA(cudaEventRecord(loader->sent[loader->turn], model->stream));
-    loader->turn ^= 1;
+    loader->turn ^= 1, loader->staged = -1;
 }
 
 // A free staging buffer
 static int* begin_batch(Loader* loader) {
     CHECK_CUDA(cudaEventSynchronize(loader->sent[loader->turn]));
+    loader->staged = -1;
     return loader->staging[loader->turn];
 }
 
-// Rows position … position + B - 1 → the model's inputs, targets and index
-static void load_batch(Loader* loader, Model* model, int64_t position) {
-    int B = model->B, T = model->T, *inputs = begin_batch(loader);
+// Rows position … position + B - 1 → staging[turn]
+static void read_batch(Loader* loader, int B, int64_t position) {
+    if (loader->staged == position) { return; }
+    int T = loader->T, BT = B * T, *inputs = begin_batch(loader), *index = inputs + 2 * BT;
     int* row = (int*)malloc((T + 1) * sizeof(int));
     for (int b = 0; b < B; b++) {
         int64_t epoch = (position + b) / loader->n_rows, i = (position + b) % loader->n_rows;
@@ -2303,7 +2341,9 @@ static void load_batch(Loader* loader, Model* model, int64_t position) {
         memcpy(inputs + (B + b) * T, row + 1, T * sizeof(int));
     }
     free(row);
-    send_batch(loader, model);
+    loader->n_groups = index_tokens(inputs, BT, loader->counts, loader->V, index, index + BT,
+                                    index + 2 * BT + 1);
+    loader->staged = position;
 }
 
 const int64_t VAL_TOKENS = 1 << 20;         // of an evaluation; only the last one is of all
@@ -2370,7 +2410,7 @@ static int* read_token_bytes(const char* data, int V) {
 struct Arguments {
     const char *model = "gpt2", *config = "", *data = NULL, *out = NULL, *init_from = NULL;
     int64_t resume = 0, max_steps = 0, total_batch_size = 0, batch_size = 0, eval_every = 250;
-    int64_t save_every = 1000, seed = 1337, recompute = 0, profile = 0;
+    int64_t save_every = 1000, seed = 1337, recompute = 0, profile = 0, deterministic = 1;
     double lr = 6e-4, gpu_hour_usd = 0;
 };
 
@@ -2399,6 +2439,8 @@ static const Flag FLAGS[] = {
     {"seed", "of the weights and the rows' order", NULL, &arguments.seed, NULL},
     {"recompute", "in the backward pass: 1 GELU, 2 also the norms", NULL, &arguments.recompute,
      NULL},
+    {"deterministic", "1: the same run gives the same bits; it always does here", NULL,
+     &arguments.deterministic, NULL},
     {"profile", "time each kernel of steps 10-12", NULL, &arguments.profile, NULL},
 };
 
@@ -2416,6 +2458,11 @@ static void parse_arguments(int argc, char** argv) {
         if (strcmp(argv[i], "--help") == 0) {
             for (const Flag& each : FLAGS) { printf("--%-18s%s\n", each.name, each.help); }
             exit(0);
+        }
+        for (const char* name : {"--device", "--compile", "--fp8"}) {
+            if (strcmp(argv[i], name) != 0) { continue; }
+            die("%s is a flag of train_gpt2.py; this trainer is compiled, for GPUs, without 8 "
+                "bits; leave it out", name);
         }
         if (flag == NULL) { die("%s is no flag; they are those of --help; look there", argv[i]); }
         if (flag->integer == &arguments.resume || flag->integer == &arguments.profile) {
@@ -2477,6 +2524,19 @@ static Config choose_config(int V) {
     config.n_head = matched_integer(arguments.config, "n_head", config.n_head);
     config.n_embd = matched_integer(arguments.config, "n_embd", config.n_embd);
     return config;
+}
+
+// --init_from: a folder; gpt2 … gpt2-xl are where train_gpt2.py puts them
+static const char* init_folder() {
+    const char* name = arguments.init_from;
+    if (strncmp(name, "gpt2", 4) != 0 || access(name, F_OK) == 0) { return name; }
+    const char* folder = joined("data/openai", name);
+    if (access(joined(folder, "model.safetensors"), F_OK) != 0) {
+        die("%s is not there; OpenAI's weights are fetched once, by Python; run python "
+            "train_gpt2.py --init_from %s --data %s --out %s --max_steps 0", folder, name,
+            arguments.data, arguments.out);
+    }
+    return strdup(folder);
 }
 
 static void check_config(Config config, int V) {
@@ -2601,23 +2661,13 @@ struct State {
 };
 
 // The flags that decide what is computed; a resumed run must have the same.
-static void write_settings(FILE* file, Config config, int64_t n_tokens, int world_size) {
+static void write_settings(FILE* file, Config config, int64_t n_tokens) {
     fprintf(file, "\"settings\": {\"format_version\": 1, \"block_size\": %d, \"vocab_size\": %d, "
             "\"n_layer\": %d, \"n_head\": %d, \"n_embd\": %d, \"total_batch_size\": %lld, "
             "\"max_steps\": %lld, \"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, "
-            "\"world_size\": %d, \"bf16\": %d}", config.block_size, config.vocab_size,
-            config.n_layer, config.n_head, config.n_embd, (long long)arguments.total_batch_size,
-            (long long)arguments.max_steps, (long long)arguments.seed, arguments.lr,
-            (long long)n_tokens, world_size, BF16);
-}
-
-static char* settings_text(Config config, int64_t n_tokens, int world_size) {
-    char* text = NULL;
-    size_t size = 0;
-    FILE* file = open_memstream(&text, &size);
-    write_settings(file, config, n_tokens, world_size);
-    fclose(file);
-    return text;
+            "\"bf16\": %d}", config.block_size, config.vocab_size, config.n_layer, config.n_head,
+            config.n_embd, (long long)arguments.total_batch_size, (long long)arguments.max_steps,
+            (long long)arguments.seed, arguments.lr, (long long)n_tokens, BF16);
 }
 
 static void write_window(FILE* file, const char* name, const Window* window) {
@@ -2701,9 +2751,10 @@ static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n
         path = joined(folder, "state.json");
         file = create_part(path);
         fprintf(file, "{\"step\": %lld, \"position\": %lld, \"optimizer_steps\": %lld, "
-                "\"usd\": %.17g,\n", (long long)state->step, (long long)state->position,
-                (long long)state->optimizer_steps, state->usd);
-        write_settings(file, model->config, n_tokens, ranks->world_size);
+                "\"usd\": %.17g, \"world_size\": %d,\n", (long long)state->step,
+                (long long)state->position, (long long)state->optimizer_steps, state->usd,
+                ranks->world_size);
+        write_settings(file, model->config, n_tokens);
         write_window(file, "losses", &state->losses);
         write_window(file, "norms", &state->norms);
         fprintf(file, "}\n");
@@ -2733,7 +2784,41 @@ static int64_t newest_state() {
     return step;
 }
 
-// Restores what save_state wrote; false where there is nothing to resume.
+// Masters and moments from the shards of `old_ranks` ranks: of each bucket, what lies in this
+// rank's part. Buckets of another number of ranks differ in their padding only.
+static void load_shards(Model* model, Ranks* ranks, const char* folder, int old_ranks) {
+    Table old = make_table(model->config, old_ranks), table = model->table;
+    int world_size = ranks->world_size, rank = ranks->rank;
+    int64_t n = table.size / world_size, old_n = old.size / old_ranks;
+    float *mine = (float*)malloc(n * sizeof(float)), *shard = (float*)malloc(old_n * sizeof(float));
+    float* to[] = {model->masters, model->m, model->v};
+    for (int i = 0; i < 3; i++) {
+        memset(mine, 0, n * sizeof(float));
+        for (int r = 0; r < old_ranks; r++) {
+            if (old_ranks == world_size && r != rank) { continue; }
+            char name[64];
+            snprintf(name, sizeof name, "rank_%05d.safetensors", r);
+            SafeTensors file = open_safetensors(joined(folder, name));
+            read_tensor(file, STATE_TENSORS[i], old_n, shard);
+            for (int b = 0; b < table.n_buckets; b++) {
+                int64_t part = table.buckets[b].size / world_size, first = rank * part;
+                int64_t old_part = old.buckets[b].size / old_ranks, old_first = r * old_part;
+                int64_t begin = max(first, old_first);
+                int64_t end = min(first + part, old_first + old_part);
+                if (begin >= end) { continue; }
+                memcpy(mine + table.buckets[b].offset / world_size + begin - first,
+                       shard + old.buckets[b].offset / old_ranks + begin - old_first,
+                       (end - begin) * sizeof(float));
+            }
+            close_safetensors(file);
+        }
+        CHECK_CUDA(cudaMemcpy(to[i], mine, n * sizeof(float), cudaMemcpyHostToDevice));
+    }
+    free(mine), free(shard);
+    CHECK_CUDA(cudaDeviceSynchronize());        // pageable memory may be on its way still
+}
+
+// Restores what save_state wrote, for any number of ranks; false where there is nothing to resume.
 static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_tokens) {
     int64_t step = newest_state();
     if (step >= 0 && !arguments.resume) {
@@ -2741,31 +2826,22 @@ static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_token
             "or choose another --out", arguments.out);
     }
     if (step < 0) { return false; }
-    char folder[4096], name[64];
+    char folder[4096];
     state_folder(folder, step);
     char* text = read_file(joined(folder, "state.json"));
-    char* settings = settings_text(model->config, n_tokens, ranks->world_size);
+    char* settings = written([&](FILE* file) {
+        write_settings(file, model->config, n_tokens);
+    });
     if (strstr(text, settings) == NULL) {
-        die("%s was begun with another %.300s; a resumed run keeps its settings and its ranks; "
-            "give the same flags, or another --out", arguments.out, json_find(text, "settings"));
+        die("%s was begun with another %.300s; a resumed run keeps its settings; give the same "
+            "flags, or another --out", arguments.out, json_find(text, "settings"));
     }
     state->step = step, state->position = (int64_t)json_number(text, "position", 0);
     state->optimizer_steps = (int64_t)json_number(text, "optimizer_steps", 0);
     state->usd = json_number(text, "usd", 0);
     state->losses = read_window(text, "losses"), state->norms = read_window(text, "norms");
+    load_shards(model, ranks, folder, (int)json_number(text, "world_size", 1));
     free(text), free(settings);
-    snprintf(name, sizeof name, "rank_%05d.safetensors", ranks->rank);
-    SafeTensors file = open_safetensors(joined(folder, name));
-    int64_t mine = model->table.size / ranks->world_size;
-    float* values = (float*)malloc(mine * sizeof(float));
-    float* to[] = {model->masters, model->m, model->v};
-    for (int i = 0; i < 3; i++) {
-        read_tensor(file, STATE_TENSORS[i], mine, values);
-        CHECK_CUDA(cudaMemcpy(to[i], values, mine * sizeof(float), cudaMemcpyHostToDevice));
-    }
-    free(values);
-    close_safetensors(file);
-    CHECK_CUDA(cudaDeviceSynchronize());        // pageable memory may be on its way still
     restore_parameters(model, ranks, (int)state->optimizer_steps);
     return true;
 }
@@ -2842,44 +2918,72 @@ static double peak_bandwidth(int device) {
 static volatile sig_atomic_t stop_asked;
 static void on_signal(int) { stop_asked = 1; }
 
+static void write_flags(FILE* file) {
+    for (const Flag& flag : FLAGS) {
+        fprintf(file, "%s\"%s\": ", &flag == FLAGS ? "{" : ", ", flag.name);
+        if (flag.integer != NULL) { fprintf(file, "%lld", (long long)*flag.integer); }
+        if (flag.real != NULL) { fprintf(file, "%.15g", *flag.real); }
+        if (flag.text == NULL) { continue; }
+        const char* text = *flag.text;
+        text != NULL ? write_json_string(file, text, strlen(text)) : (void)fputs("null", file);
+    }
+    fputc('}', file);
+}
+
 // What it takes to repeat a run: command, versions, device, flags, parameters
 static void say_header(Log* log, Model* model, const char* gpu, int argc, char** argv,
                        int64_t grad_accum_steps, int64_t n_tokens) {
-    char command[2048] = "", line[4096];
-    for (int i = 0; i < argc; i++) {
-        size_t n = strlen(command);
-        snprintf(command + n, sizeof command - n, "%s%s", i ? " " : "", argv[i]);
-    }
     const Arguments& a = arguments;
+    char* command = written([&](FILE* file) {
+        for (int i = 0; i < argc; i++) { fprintf(file, "%s%s", i > 0 ? " " : "", argv[i]); }
+    });
+    char *flags = written(write_flags), cuda[64];
+    snprintf(cuda, sizeof cuda, "%d.%d, cuBLASLt %zu, %s", CUDART_VERSION / 1000,
+             CUDART_VERSION / 10 % 100, cublasLtGetVersion(), BF16 ? "bf16" : "fp32");
+    long long params = model->table.file_size;
+    char* row = written([&](FILE* file) {
+        fprintf(file, "\"header\": {\"command\": ");
+        write_json_string(file, command, strlen(command));
+        fprintf(file, ", \"commit\": \"unknown\", \"cuda\": \"%s\", \"flags\": %s, \"params\": "
+                "%lld, \"device\": \"%s\"}", cuda, flags, params, gpu);
+    });
     int64_t T = model->T, ranks = a.total_batch_size / (a.batch_size * T * grad_accum_steps);
-    double fixed, row;
-    memory_bytes(model->config, T, a.recompute, ranks, &fixed, &row);
-    snprintf(line, sizeof line, "command  %s\nversions CUDA %d.%d, cuBLASLt %zu, %s\ndevice   %s\n"
-             "params   %lld\n%lld tokens a step = %lld rows x %lld tokens x %lld ranks x %lld "
-             "accumulated; %lld steps = %.2f epochs of %lld tokens\n%.0f parameters in matmuls, "
-             "%.3g FLOP a token; memory about %.1f GB a rank, %.2f GB of it a row: if it does not "
-             "fit, halve --batch_size", command, CUDART_VERSION / 1000, CUDART_VERSION / 10 % 100,
-             cublasLtGetVersion(), BF16 ? "bf16" : "fp32", gpu, (long long)model->table.file_size,
-             (long long)a.total_batch_size, (long long)a.batch_size, (long long)T,
-             (long long)ranks, (long long)grad_accum_steps, (long long)a.max_steps,
-             (double)a.max_steps * a.total_batch_size / n_tokens, (long long)n_tokens,
-             matmul_parameters(model->config), flops_per_token(model->config),
-             (fixed + a.batch_size * row) / 1e9, row / 1e9);
-    say(log, line, NULL);
+    double fixed, row_bytes;
+    memory_bytes(model->config, T, a.recompute, ranks, &fixed, &row_bytes);
+    char* lines = written([&](FILE* file) {
+        fprintf(file, "command  %s\ncommit   unknown\ncuda     %s\nflags    %s\nparams   %lld\n"
+                "device   %s\n", command, cuda, flags, params, gpu);
+        fprintf(file, "%lld tokens a step = %lld rows x %lld tokens x %lld ranks x %lld "
+                "accumulated; %lld steps = %.2f epochs of %lld tokens\n",
+                (long long)a.total_batch_size, (long long)a.batch_size, (long long)T,
+                (long long)ranks, (long long)grad_accum_steps, (long long)a.max_steps,
+                (double)a.max_steps * a.total_batch_size / n_tokens, (long long)n_tokens);
+        fprintf(file, "%.0f parameters in matmuls, %.3g FLOP a token; memory about %.1f GB a rank, "
+                "%.2f GB of it a row: if it does not fit, halve --batch_size",
+                matmul_parameters(model->config), flops_per_token(model->config),
+                (fixed + a.batch_size * row_bytes) / 1e9, row_bytes / 1e9);
+    });
+    say(log, lines, row);
+    free(command), free(flags), free(row), free(lines);
 }
 
-// One step's gradients → the mean loss over all ranks, and whether a rank was asked to stop
+// One step's gradients → the mean loss over all ranks, and whether a rank was asked to stop. Each
+// batch is read while the GPU is busy with the one before, even if that is of the step before.
 static double accumulate(Model* model, Loader* loader, Ranks* ranks, int64_t position,
                          int64_t grad_accum_steps, bool* stop) {
     int B = model->B, BT = B * model->T;
     CHECK_CUDA(cudaMemsetAsync(model->loss_sum, 0, sizeof(double), model->stream));
+    position += ranks->rank * B;
     for (int64_t micro_step = 0; micro_step < grad_accum_steps; micro_step++) {
-        load_batch(loader, model, position + (micro_step * ranks->world_size + ranks->rank) * B);
+        read_batch(loader, B, position);
+        send_batch(loader, model);
         forward(model, true);
         begin_kernel("loss_sum", 4.0 * BT, 0, model->stream);
         loss_sum_kernel<<<1, 256, 0, model->stream>>>(model->loss_sum, model->losses, BT);
         CHECK_LAUNCH();
         backward(model, loader->n_groups, micro_step == grad_accum_steps - 1, ranks);
+        position += ranks->world_size * B;
+        read_batch(loader, B, position);
     }
     double sums[2] = {0, (double)stop_asked};
     CHECK_CUDA(cudaMemcpyAsync(&sums[0], model->loss_sum, sizeof(double), cudaMemcpyDeviceToHost,
@@ -2908,7 +3012,8 @@ int main(int argc, char** argv) {
             "train_gpt2cu PRECISION=FP32", device.name);
     }
 
-    Config config = a.init_from != NULL ? read_config(a.init_from) : choose_config(V);
+    const char* init_from = a.init_from != NULL ? init_folder() : NULL;
+    Config config = init_from != NULL ? read_config(init_from) : choose_config(V);
     check_config(config, V);
     int64_t grad_accum_steps = horizon(config, ranks.world_size);
     int B = a.batch_size, T = config.block_size;
@@ -2917,8 +3022,8 @@ int main(int argc, char** argv) {
     make_folders(a.out);
     State state = {};
     bool resumed = load_state(&model, &ranks, &state, train_shards.n_tokens);
-    if (!resumed && a.init_from != NULL) {
-        load_weights(&model, &ranks, joined(a.init_from, "model.safetensors"));
+    if (!resumed && init_from != NULL) {
+        load_weights(&model, &ranks, joined(init_from, "model.safetensors"));
     } else if (!resumed) {
         initialise(&model, &ranks, a.seed);
     }
@@ -2944,7 +3049,7 @@ int main(int argc, char** argv) {
             add(&row, "val_loss", val.val_loss, "val_loss %.6f");
             if (val_bpb > 0) { add(&row, "val_bpb", val_bpb, "val_bpb %.4f"); }
             say(&log, row.line, row.row);
-            if (state.step == 0 && a.init_from == NULL && 
+            if (state.step == 0 && a.init_from == NULL &&
                 fabs(val.val_loss / ::log(V) - 1) > 0.05) {
                 die("val_loss %.4f before step 1; an untrained model's is ln(%d) = %.4f; a kernel "
                     "is wrong on this GPU: run make test_train_gpt2cu", val.val_loss, V, ::log(V));
