@@ -211,16 +211,15 @@ __device__ float warp_max(float value) {
     return value;
 }
 
-// Sums over a block of up to 1024 threads; every thread gets the result.
+// Sums over a block of up to 1024 threads; every thread gets the result. A kernel calls it once:
+// of_warp would be written again while a slow warp still reads it.
 __device__ float block_sum(float value) {
     __shared__ float of_warp[WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
     value = warp_sum(value);
     if (lane == 0) { of_warp[warp] = value; }
     __syncthreads();
-    value = warp_sum(lane < n_warps ? of_warp[lane] : 0.0f);
-    __syncthreads();
-    return value;
+    return warp_sum(lane < n_warps ? of_warp[lane] : 0.0f);
 }
 
 __device__ float block_max(float value) {
@@ -229,9 +228,7 @@ __device__ float block_max(float value) {
     value = warp_max(value);
     if (lane == 0) { of_warp[warp] = value; }
     __syncthreads();
-    value = warp_max(lane < n_warps ? of_warp[lane] : -INFINITY);
-    __syncthreads();
-    return value;
+    return warp_max(lane < n_warps ? of_warp[lane] : -INFINITY);
 }
 
 // The only inline PTX. On the CPU the emulator of tests/cuda_emulator has the same names.

@@ -228,12 +228,41 @@ def same_bits(run, other):
     return (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
-@emulated
-def test_three_orders_of_threads_give_the_same_bits(bf16, init, cuda_data, tmp_path):
+# What needs a barrier in attention: three tiles of keys. In norms: more than a warp of channels, and
+# more pairs of rows than there are blocks.
+BUSY = [["--config", "n_layer=1", "n_head=1", "n_embd=64", "block_size=136", "--total_batch_size",
+         136, "--batch_size", 1],
+        ["--config", "n_layer=1", "n_head=2", "n_embd=272", "block_size=8", "--total_batch_size",
+         520, "--batch_size", 65]]
+BARRIERS = [line for line, text in enumerate(SOURCE.splitlines(), 1) if "__syncthreads();" in text]
+
+
+def bits_by_order(binary, data, out, flags, **environment):
+    """Threads forward, backward (copies land at once), shuffled (copies land at the wait)."""
     for order in "012":
-        train(bf16, cuda_data, tmp_path / order, "--init_from", init, *SHORT, *FLAGS,
-              CUEMU_ORDER=order)
-    assert same_bits(tmp_path / "0", tmp_path / "1") and same_bits(tmp_path / "0", tmp_path / "2")
+        command = [binary, "--data", data, "--out", out / order, *flags, "--max_steps", 1]
+        done = subprocess.run([*map(str, command)], capture_output=True,
+                              env=dict(os.environ, CUEMU_ORDER=order, **environment))
+        weights = out / order / "model.safetensors"
+        yield weights.read_bytes() if done.returncode == 0 else done.stderr
+
+
+@emulated
+@pytest.mark.parametrize("flags", BUSY)
+def test_three_orders_of_threads_give_the_same_bits(flags, bf16, cuda_data, tmp_path):
+    assert len(set(bits_by_order(bf16, cuda_data, tmp_path, flags))) == 1
+
+
+@slow
+@emulated
+def test_without_any_one_barrier_they_do_not(bf16, cuda_data, tmp_path):
+    right = [next(bits_by_order(bf16, cuda_data, tmp_path / "all", flags)) for flags in BUSY]
+    assert len(BARRIERS) == 14
+    for line in BARRIERS:
+        found = (bits == expected for flags, expected in zip(BUSY, right)
+                 for bits in bits_by_order(bf16, cuda_data, tmp_path / f"{line} {flags[4]}", flags,
+                                           CUEMU_WITHOUT_BARRIER=str(line)))
+        assert not all(found), line
 
 
 TINY = ["--config", "n_layer=1", "n_head=1", "n_embd=64", "block_size=32", "--total_batch_size", 64,

@@ -77,6 +77,11 @@ inline void ldmatrix_x2_trans(uint32_t r[2], const void* row, CUEMU_L) {
 // here too
 inline void cp_async16(void* s, const void* g, int valid = 16) {
     if (((uintptr_t)s | (uintptr_t)g) & 15) cuemu::die("cp.async: address is not 16-byte aligned");
+    if (cuemu::eng->order == 1) {
+        memset(s, 0, 16);
+        memcpy(s, g, valid);
+        return;
+    }
     cuemu::cur->cp.push_back({s, g, valid, 16, cuemu::cur->cpgroup});
 }
 inline void cp_async_commit() { cuemu::cur->cpgroup++; }
