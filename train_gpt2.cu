@@ -12,7 +12,7 @@ Pretraining of GPT-2 in CUDA C: the same shards, checkpoints, flags and log line
 Map: §1 types, failures, timing · §2 reductions, 128-bit loads, tensor cores · §3 embedding ·
 §4 sums over rows · §5 residual + LayerNorm · §6 matmuls · §7 attention · §8 GELU · §9 classifier ·
 §10 AdamW · §11 ranks · §12 tensor table · §13 model · §14 files · §15 data · §16 flags ·
-§17 the log and saved states · §18 main
+§17 the log and saved states · §18 questions and samples · §19 main
 
 Numerics: weights and activations are bf16 (floatX), every sum and statistic fp32. Each rank keeps
 fp32 masters and Adam's moments of its 1/world_size of the parameters (ZeRO-1, arXiv 1910.02054).
@@ -1830,14 +1830,15 @@ static void restore_parameters(Model* model, Ranks* ranks, int steps) {
 
 // ---- §14 Files: JSON, safetensors, checkpoints --------------------------------------------------
 
-// A whole file, with a 0 behind it; NULL where there is none.
-static char* read_file(const char* path) {
+// A whole file, with zeros behind it; NULL where there is none.
+static char* read_file(const char* path, size_t* bytes = NULL) {
     FILE* file = fopen(path, "rb");
     if (file == NULL) { return NULL; }
     fseek(file, 0, SEEK_END);
     long size = ftell(file);
     rewind(file);
-    char* text = (char*)calloc(1, size + 1);
+    char* text = (char*)calloc(1, size + 64);
+    if (bytes != NULL) { *bytes = size; }
     if (fread(text, 1, size, file) != (size_t)size) { die("%s: cannot be read; check the disk; "
                                                           "copy it again", path); }
     fclose(file);
@@ -1980,16 +1981,18 @@ template <class Fill> static void set_parameters(Model* model, Ranks* ranks, Fil
     restore_parameters(model, ranks, 0);
 }
 
-// A normal random number that depends on the seed and its place alone (Box-Muller on splitmix64).
+// A random number in [0, 1) that depends on the seed and its place alone (splitmix64).
+static double uniform(uint64_t seed, uint64_t place) {
+    uint64_t z = seed * 0xD1342543DE82EF95u + (place + 1) * 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return ((z ^ z >> 31) >> 11) * 0x1p-53;
+}
+
+// Box-Muller
 static float normal(uint64_t seed, uint64_t place) {
-    double uniform[2];
-    for (int i = 0; i < 2; i++) {
-        uint64_t z = seed * 0xD1342543DE82EF95u + (2 * place + i + 1) * 0x9E3779B97F4A7C15u;
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-        z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-        uniform[i] = ((z ^ z >> 31) >> 11) * 0x1p-53;
-    }
-    return (float)(sqrt(-2.0 * log(1.0 - uniform[0])) * cos(2.0 * M_PI * uniform[1]));
+    double radius = sqrt(-2.0 * log(1.0 - uniform(seed, 2 * place)));
+    return (float)(radius * cos(2.0 * M_PI * uniform(seed, 2 * place + 1)));
 }
 
 // GPT-2's: N(0, .02), residual projections / sqrt(2L), norms 1, biases 0.
@@ -2037,10 +2040,10 @@ static void write_json_string(FILE* file, const char* text, size_t n) {
 }
 
 // What `write` writes into a FILE, as a string to be freed
-template <class Write> static char* written(Write write) {
+template <class Write> static char* written(Write write, size_t* bytes = NULL) {
     char* text = NULL;
     size_t size = 0;
-    FILE* file = open_memstream(&text, &size);
+    FILE* file = open_memstream(&text, bytes != NULL ? bytes : &size);
     write(file);
     fclose(file);
     return text;
@@ -2406,6 +2409,7 @@ static int* read_token_bytes(const char* data, int V) {
 
 struct Arguments {
     const char *model = "gpt2", *config = "", *data = NULL, *out = NULL, *init_from = NULL;
+    const char* core_dir = NULL;
     int64_t resume = 0, max_steps = 0, total_batch_size = 0, batch_size = 0, eval_every = 250;
     int64_t save_every = 1000, seed = 1337, recompute = 0, profile = 0, deterministic = 1;
     double lr = 6e-4, gpu_hour_usd = 0;
@@ -2431,6 +2435,7 @@ static const Flag FLAGS[] = {
     {"batch_size", "rows at a time on one rank", NULL, &arguments.batch_size, NULL},
     {"lr", "AdamW's peak learning rate", NULL, NULL, &arguments.lr},
     {"eval_every", "steps between evaluations", NULL, &arguments.eval_every, NULL},
+    {"core_dir", "eval_bundle folder: HellaSwag at evaluations", &arguments.core_dir, NULL, NULL},
     {"save_every", "steps between saved states", NULL, &arguments.save_every, NULL},
     {"gpu_hour_usd", "price of one GPU hour: shows the cost", NULL, NULL, &arguments.gpu_hour_usd},
     {"seed", "of the weights and the rows' order", NULL, &arguments.seed, NULL},
@@ -2843,7 +2848,222 @@ static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_token
     return true;
 }
 
-// ---- §18 Main -----------------------------------------------------------------------------------
+// ---- §18 Questions and samples ------------------------------------------------------------------
+
+// Fewer, shorter rows in the memory of the model's own
+static Model shortened(const Model* model, int B, int T) {
+    Model part = *model;
+    part.B = B, part.T = T;
+    return part;
+}
+
+// HellaSwag as tokens, as eval.py hellaswag writes it: int32 magic, version, n_vocab, the int32s in
+// the file, questions; of each the right answer and the number of answers; of each answer the number
+// of its tokens, <|endoftext|> and the question included, where the answer begins, the tokens.
+struct HellaSwag { int* data; int n_questions, longest; };
+
+static HellaSwag open_hellaswag(const char* core_dir, int V) {
+    const char* path = joined(core_dir, "hellaswag.bin");
+    size_t bytes = 0;
+    int* data = (int*)read_file(path, &bytes);
+    if (data == NULL || data[0] != 20251121 || data[1] != 1 || data[2] != V ||
+        bytes != 4 * (size_t)data[3]) {
+        die("%s is %s; HellaSwag is read as tokens of the model's vocabulary of %d; run python "
+            "eval.py hellaswag --core_dir %s --tokenizer %s/tokenizer", path,
+            data == NULL ? "not there" : "cut short or of another tokenizer", V, core_dir,
+            arguments.data);
+    }
+    HellaSwag questions = {data + 5, data[4], 0};
+    int* at = questions.data;
+    for (int q = 0; q < questions.n_questions; q++) {
+        int n_answers = at[1];
+        at += 2;
+        for (int i = 0; i < n_answers; i++, at += 2 + at[0]) {
+            questions.longest = max(questions.longest, at[0]);
+        }
+    }
+    return questions;
+}
+
+// An answer's tokens → inputs (T); targets (T), -1 where nothing is scored. Too long: cut in front.
+static void fill_row(const int* answer, int T, int* inputs, int* targets) {
+    int n = answer[0], cut = max(0, n - 1 - T), start = max(1, answer[1] - cut);
+    const int* ids = answer + 2 + cut;
+    for (int t = 0; t < T; t++) {
+        bool exists = t + 1 < n - cut;
+        inputs[t] = exists ? ids[t] : 0;
+        targets[t] = exists && t + 1 >= start ? ids[t + 1] : -1;
+    }
+}
+
+// The share of questions whose right answer has the highest mean log-prob a token. Each rank takes
+// every world_size-th question; `rows` (B) are the answers that are on their way.
+static double hellaswag(Model* model, Loader* loader, HellaSwag questions, Ranks* ranks) {
+    int T = min(model->T, ceil_div(questions.longest - 1, 64) * 64), n_rows = 0, B = model->B;
+    Model part = shortened(model, B, T);
+    float* losses = (float*)malloc((size_t)B * T * sizeof(float));
+    struct Asked { int question; bool right; }* rows = (Asked*)malloc(B * sizeof(Asked));
+    double* best = (double*)malloc(questions.n_questions * sizeof(double));
+    double sums[2] = {};                    // right, asked
+    bool* is_right = (bool*)calloc(questions.n_questions, sizeof(bool));
+    int *inputs = begin_batch(loader), *targets = inputs + B * T;
+    auto answer_rows = [&]() {
+        for (int i = n_rows * T; i < B * T; i++) { inputs[i] = 0, targets[i] = -1; }
+        send_batch(loader, &part);
+        forward(&part, false);
+        CHECK_CUDA(cudaMemcpyAsync(losses, model->losses, (size_t)B * T * sizeof(float),
+                                   cudaMemcpyDeviceToHost, model->stream));
+        CHECK_CUDA(cudaStreamSynchronize(model->stream));
+        for (int row = 0; row < n_rows; row++) {
+            double sum = 0, n = 0;
+            for (int i = row * T; i < (row + 1) * T; i++) {
+                sum += losses[i], n += targets[i] >= 0;
+            }
+            int q = rows[row].question;
+            if (sum / n < best[q]) { best[q] = sum / n, is_right[q] = rows[row].right; }
+        }
+        inputs = begin_batch(loader), targets = inputs + B * T, n_rows = 0;
+    };
+    const int* at = questions.data;
+    for (int q = 0; q < questions.n_questions; q++) {
+        int right = at[0], n_answers = at[1];
+        best[q] = INFINITY;
+        at += 2;
+        for (int i = 0; i < n_answers; i++, at += 2 + at[0]) {
+            if (q % ranks->world_size != ranks->rank) { continue; }
+            fill_row(at, T, inputs + n_rows * T, targets + n_rows * T);
+            rows[n_rows++] = {q, i == right};
+            if (n_rows == B) { answer_rows(); }
+        }
+    }
+    if (n_rows > 0) { answer_rows(); }
+    for (int q = ranks->rank; q < questions.n_questions; q += ranks->world_size) {
+        sums[0] += is_right[q], sums[1]++;
+    }
+    free(losses), free(rows), free(best), free(is_right);
+    ranks_sum(ranks, sums, 2);
+    return sums[0] / sums[1];
+}
+
+// The bytes of each token, from tokenizer.tiktoken: lines of base64 and rank
+struct Vocabulary { char** bytes; int *sizes, n, eot; };
+
+static Vocabulary read_vocabulary(const char* data, int V) {
+    char* text = read_file(joined(data, "tokenizer/tokenizer.tiktoken"));
+    char* header = read_file(joined(data, "tokenizer/tokenizer.json"));
+    Vocabulary vocabulary = {(char**)calloc(V, sizeof(char*)), (int*)calloc(V, sizeof(int)), 0, 0};
+    if (text == NULL || header == NULL) { return vocabulary; }
+    vocabulary.n = V, vocabulary.eot = (int)json_number(header, "<|endoftext|>", V - 1);
+    const char* digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    for (char* line = strtok(text, "\n"); line != NULL; line = strtok(NULL, "\n")) {
+        char *space = strchr(line, ' '), *bytes = (char*)malloc(strlen(line));
+        int rank = space != NULL ? atoi(space) : -1, size = 0, n_bits = 0;
+        uint32_t bits = 0;
+        for (const char* c = line; c < space && *c != '='; c++, n_bits += 6) {
+            if (n_bits >= 8) { bytes[size++] = (char)(bits >> (n_bits -= 8)); }
+            bits = bits << 6 | (uint32_t)(strchr(digits, *c) - digits);
+        }
+        if (n_bits >= 8) { bytes[size++] = (char)(bits >> (n_bits - 8)); }
+        if (rank < 0 || rank >= V) { continue; }
+        vocabulary.bytes[rank] = bytes, vocabulary.sizes[rank] = size;
+    }
+    free(text), free(header);
+    return vocabulary;
+}
+
+static int find_token(const Vocabulary* vocabulary, const char* bytes, int size) {
+    for (int i = 0; i < vocabulary->n; i++) {
+        if (vocabulary->sizes[i] == size && memcmp(vocabulary->bytes[i], bytes, size) == 0) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+// A word, in which no pattern cuts, by BPE: the pair that makes the lowest token merges first.
+static int encode_word(const Vocabulary* vocabulary, const char* word, int size, int* ids) {
+    int ends[64], n = size;                 // where each part ends
+    for (int i = 0; i < n; i++) { ends[i] = i + 1; }
+    while (true) {
+        int lowest = INT32_MAX, at = -1;
+        for (int i = 0; i + 1 < n; i++) {
+            int begin = i > 0 ? ends[i - 1] : 0;
+            int token = find_token(vocabulary, word + begin, ends[i + 1] - begin);
+            if (token >= 0 && token < lowest) { lowest = token, at = i; }
+        }
+        if (at < 0) { break; }
+        memmove(ends + at, ends + at + 1, (--n - at) * sizeof(int));
+    }
+    for (int i = 0; i < n; i++) {
+        int begin = i > 0 ? ends[i - 1] : 0;
+        ids[i] = find_token(vocabulary, word + begin, ends[i] - begin);
+    }
+    return n;
+}
+
+const int SAMPLE_TOKENS = 48;
+const double TEMPERATURE = 0.8;
+
+// Draws the next token from logits (V)
+static int draw(const floatX* logits, int V, uint64_t seed, uint64_t place) {
+    double highest = -INFINITY, sum = 0;
+    for (int i = 0; i < V; i++) { highest = fmax(highest, (float)logits[i]); }
+    for (int i = 0; i < V; i++) { sum += exp(((float)logits[i] - highest) / TEMPERATURE); }
+    double left = uniform(seed, place) * sum;
+    for (int i = 0; i < V; i++) {
+        left -= exp(((float)logits[i] - highest) / TEMPERATURE);
+        if (left < 0) { return i; }
+    }
+    return V - 1;
+}
+
+// Two continuations, a line each; the model reads everything again for each token. On one rank.
+static void say_samples(Log* log, Model* model, Loader* loader, const Vocabulary* vocabulary,
+                        int64_t step) {
+    int V = model->config.vocab_size, Vp = padded_vocab(model->config), T = min(model->T, 64);
+    Model part = shortened(model, 1, T);
+    floatX* logits = (floatX*)malloc(Vp * sizeof(floatX));
+    const char* prompts[][2] = {{"The", ""}, {"Return", " the"}};       // word by word
+    for (int which = 0; which < 2; which++) {
+        int ids[64] = {vocabulary->eot}, n = 1;
+        for (const char* word : prompts[which]) {
+            n += encode_word(vocabulary, word, strlen(word), ids + n);
+        }
+        int first = n, end = min(n + SAMPLE_TOKENS, T);
+        while (n < end && (n == first || ids[n - 1] != vocabulary->eot)) {
+            int *inputs = begin_batch(loader), *targets = inputs + T;
+            for (int t = 0; t < T; t++) { inputs[t] = t < n ? ids[t] : 0, targets[t] = -1; }
+            send_batch(loader, &part);
+            forward(&part, false);
+            CHECK_CUDA(cudaMemcpyAsync(logits, model->logits + (int64_t)(n - 1) * Vp,
+                                       Vp * sizeof(floatX), cudaMemcpyDeviceToHost, model->stream));
+            CHECK_CUDA(cudaStreamSynchronize(model->stream));
+            ids[n] = draw(logits, V, which, n);
+            n++;
+        }
+        size_t bytes = 0;
+        char prompt[64], *text = written([&](FILE* file) {
+            for (int i = first; i < n; i++) {
+                int size = vocabulary->sizes[ids[i]];       // 0 of special tokens
+                if (size > 0) { fwrite(vocabulary->bytes[ids[i]], 1, size, file); }
+            }
+        }, &bytes);
+        snprintf(prompt, sizeof prompt, "%s%s", prompts[which][0], prompts[which][1]);
+        char* line = written([&](FILE* file) {
+            fprintf(file, "  sample: %s", prompt);
+            write_json_string(file, text, bytes);
+        });
+        char* row = written([&](FILE* file) {
+            fprintf(file, "\"step\": %lld, \"sample\": \"%s", (long long)step, prompt);
+            fputs(strchr(line, '"') + 1, file);
+        });
+        say(log, line, row);
+        free(text), free(line), free(row);
+    }
+    free(logits);
+}
+
+// ---- §19 Main -----------------------------------------------------------------------------------
 
 // llm.c's for GPT-2: linear warm-up, then cosine to 0
 static double schedule(int64_t step, int64_t max_steps) {
@@ -2999,6 +3219,8 @@ int main(int argc, char** argv) {
     int V = index != NULL ? (int)json_number(index, "n_vocab", 50257) : 50257;
     Shards train_shards = open_shards(a.data, "train"), val_shards = open_shards(a.data, "val");
     int* token_bytes = read_token_bytes(a.data, V);
+    HellaSwag questions = a.core_dir != NULL ? open_hellaswag(a.core_dir, V) : HellaSwag{};
+    Vocabulary vocabulary = read_vocabulary(a.data, V);
     Ranks ranks = start_ranks();
     cudaDeviceProp device;
     int device_number;
@@ -3045,11 +3267,18 @@ int main(int argc, char** argv) {
             Row row = begin_row(&log, state.step);
             add(&row, "val_loss", val.val_loss, "val_loss %.6f");
             if (val_bpb > 0) { add(&row, "val_bpb", val_bpb, "val_bpb %.4f"); }
+            if (questions.n_questions > 0) {
+                double accuracy = hellaswag(&model, &loader, questions, &ranks);
+                add(&row, "hellaswag", accuracy, "hellaswag %.4f");
+            }
             say(&log, row.line, row.row);
             if (state.step == 0 && a.init_from == NULL &&
                 fabs(val.val_loss / ::log(V) - 1) > 0.05) {
                 die("val_loss %.4f before step 1; an untrained model's is ln(%d) = %.4f; a kernel "
                     "is wrong on this GPU: run make test_train_gpt2cu", val.val_loss, V, ::log(V));
+            }
+            if (ranks.rank == 0 && vocabulary.n > 0) {
+                say_samples(&log, &model, &loader, &vocabulary, state.step);
             }
         }
         if (last || stop || (state.step % a.save_every == 0 && fresh)) {

@@ -21,10 +21,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+import eval as eval_module
 import train_gpt2
-from conftest import ROOT, noisy, run_main
+from bpe import Tokenizer
+from conftest import DOCUMENTS, ROOT, noisy, run_main
 from cuda_emulator.rewrite import rewrite
 from model import GPTConfig, file_tensors, load_checkpoint, save_checkpoint
+from sample import Engine
 
 SOURCE = (ROOT / "train_gpt2.cu").read_text(encoding="utf-8")
 EMULATOR = ROOT / "tests" / "cuda_emulator"
@@ -74,8 +77,10 @@ def fp32(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cuda_data(data, tokenizer, tmp_path_factory):
-    """The shards of `data`, with the vocabulary's size and bytes, which the CUDA trainer reads."""
-    folder = shutil.copytree(data, tmp_path_factory.mktemp("cuda") / "data")
+    """The shards of `data`, with the vocabulary's size and bytes, which the CUDA trainer reads. No
+    tokenizer: samples would take the emulator longer than the training."""
+    folder = shutil.copytree(data, tmp_path_factory.mktemp("cuda") / "data",
+                             ignore=shutil.ignore_patterns("tokenizer"))
     (folder / "index.json").write_text(json.dumps(dict(tokenizer=dict(n_vocab=tokenizer.n_vocab))))
     np.save(folder / "token_bytes.npy", tokenizer.token_bytes().astype(np.int32))
     return folder
@@ -184,9 +189,9 @@ def test_a_build_with_sanitizers_finds_nothing(init, cuda_data, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def python_run(init, cuda_data, tmp_path_factory):
+def python_run(init, data, tmp_path_factory):
     run = tmp_path_factory.mktemp("python")
-    run_main(train_gpt2, "--data", cuda_data, "--out", run, "--init_from", init, "--device", "cpu",
+    run_main(train_gpt2, "--data", data, "--out", run, "--init_from", init, "--device", "cpu",
              "--max_steps", 10, "--eval_every", 10, *FLAGS)
     return run
 
@@ -209,14 +214,27 @@ def test_ten_steps_are_those_of_train_gpt2_py(precision, bound, init, cuda_data,
         assert moved < 40 * bound or "c_attn.bias" in name, name     # keys' biases have gradient 0
 
 
-def test_the_order_of_rows_is_numpys(bf16, tmp_path):
-    source = SOURCE.replace("int main(", "int trainer_main(") + (
-        "int main() { uint32_t order[1000]; permute(1337, 3, order, 1000);"
-        'for (uint32_t row : order) { printf("%u ", row); } }')
+WORDS = [word for text in DOCUMENTS[:40] for word in re.findall(" ?[A-Za-z]+", text)][:200]
+
+
+def test_the_order_of_rows_is_numpys_and_words_are_the_tokenizers(data, tokenizer, tmp_path):
+    source = SOURCE.replace("int main(", "int trainer_main(") + """
+        int main(int n_words, char** words) {
+            uint32_t order[1000];
+            int ids[64];
+            Vocabulary vocabulary = read_vocabulary(words[1], 400);
+            permute(1337, 3, order, 1000);
+            for (uint32_t row : order) { printf("%u ", row); }
+            for (int i = 2; i < n_words; i++) {
+                int n = encode_word(&vocabulary, words[i], strlen(words[i]), ids);
+                for (int k = 0; k < n; k++) { printf("%d ", ids[k]); }
+            }
+        }"""
     program = build(tmp_path, "-O0", source=source)
-    printed = subprocess.run([program], capture_output=True, text=True).stdout
-    expected = np.random.default_rng([1337, 3]).permutation(1000)
-    assert list(map(int, printed.split())) == expected.tolist()
+    printed = subprocess.run([program, data, *WORDS], capture_output=True, text=True).stdout
+    expected = np.random.default_rng([1337, 3]).permutation(1000).tolist()
+    expected += [i for word in WORDS for i in tokenizer.encode_ordinary(word)]
+    assert list(map(int, printed.split())) == expected
 
 
 # ---- ranks, thread orders, resuming
@@ -248,7 +266,7 @@ def bits_by_order(binary, data, out, flags, **environment):
 
 
 @emulated
-@pytest.mark.parametrize("flags", BUSY)
+@pytest.mark.parametrize("flags", [BUSY[0], pytest.param(BUSY[1], marks=slow)])
 def test_three_orders_of_threads_give_the_same_bits(flags, bf16, cuda_data, tmp_path):
     assert len(set(bits_by_order(bf16, cuda_data, tmp_path, flags))) == 1
 
@@ -351,6 +369,55 @@ def test_a_profile_has_every_kernel_and_the_bytes_it_moves(precision, other, cud
     assert float(table["layernorm_forward"][4]) == pytest.approx(10 * BTC * width / 1e6, abs=6e-4)
     parameters = sum(p.size for p in load_file(tmp_path / "model.safetensors").values())
     assert 0 < float(table["adamw"][4]) * 1e6 / (28 + width) - parameters < 64 * 64
+
+
+@pytest.fixture(scope="session")
+def core_dir(data, tmp_path_factory):
+    """Of each question the first five words of a text, and four ends of texts to choose from."""
+    folder = tmp_path_factory.mktemp("core")
+    words = [text.split()[:14] for text in DOCUMENTS[-12:]]
+    rows = [dict(query=" ".join(words[i][:5]), gold=i % 4, choices=[
+        " ".join(words[i - i % 4 + k][5:7 + i % 3 + k]) for k in range(4)]) for i in range(12)]
+    path = folder / "eval_data" / eval_module.HELLASWAG.file
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_main(eval_module, "hellaswag", "--core_dir", folder, "--tokenizer", data / "tokenizer",
+             "--max_examples", 11)
+    return folder
+
+
+@pytest.mark.parametrize("block_size", [24, 80])        # longer than some questions, or than all
+def test_hellaswag_is_as_accurate_as_by_eval_py(block_size, fp32, data, cuda_data, core_dir,
+                                                tokenizer, tmp_path):
+    config = GPTConfig(block_size=block_size, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=1,
+                       n_embd=64)
+    save_checkpoint(tmp_path / "init", noisy(config, std=0.3), tokenizer)
+    rows = train(fp32, cuda_data, tmp_path, "--init_from", tmp_path / "init", "--core_dir",
+                 core_dir, "--max_steps", 1, "--lr", 0.1, "--batch_size", 6, "--total_batch_size",
+                 6 * block_size)
+    path = core_dir / "eval_data" / eval_module.HELLASWAG.file
+    for run, found in zip((tmp_path / "init", tmp_path), column(rows, "hellaswag"), strict=True):
+        engine = Engine(load_checkpoint(run)[0], tokenizer)
+        result = eval_module.run_task(engine, eval_module.HELLASWAG, path, 11)
+        assert (result["cut"] > 0) == (block_size == 24) and found == result["accuracy"]
+
+
+def test_samples_are_read_and_written_as_the_tokenizer_does(fp32, data, cuda_data, tokenizer,
+                                                            tmp_path):
+    """A model that finds one token likely, whatever came before, samples it 48 times."""
+    folder = shutil.copytree(cuda_data, tmp_path / "data")
+    shutil.copytree(data / "tokenizer", folder / "tokenizer")
+    model = noisy(GPTConfig(block_size=56, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=1,
+                            n_embd=32), std=0)
+    token = max(range(300), key=lambda i: len(tokenizer.token_of[i]))
+    with torch.no_grad():
+        model.ln_f.bias.copy_(model.wte.weight[token] * 1e3)
+    save_checkpoint(tmp_path / "init", model, tokenizer)
+    train(fp32, folder, tmp_path / "run", "--init_from", tmp_path / "init", "--max_steps", 1,
+          "--total_batch_size", 56, "--batch_size", 1, "--lr", 1e-9)
+    samples = [row["sample"] for row in rows_of(tmp_path / "run") if "sample" in row]
+    text = tokenizer.decode([token]) * 48
+    assert samples == 2 * ["The" + text, "Return the" + text]
 
 
 def test_the_header_says_what_it_takes_to_repeat_a_run(bf16, cuda_data, tmp_path):
