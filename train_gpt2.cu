@@ -6,7 +6,8 @@ Pretraining of GPT-2 in CUDA C: the same shards, checkpoints, flags and log line
     torchrun --standalone --nproc_per_node=8 --no-python \
         ./train_gpt2cu --model gpt2-xl --data data/fineweb --out runs/xl                   # 8 GPUs
 
-    in:  <data>/…_train_….bin, …_val_….bin, index.json, token_bytes.npy
+    in:  <data>/…_train_….bin, …_val_….bin, index.json, token_bytes.npy, tokenizer for samples;
+         <core_dir>/hellaswag.bin, which python eval.py hellaswag writes
     out: <run>/model.safetensors, config.json, log.jsonl, state/ for --resume
 
 Map: §1 types, failures, timing · §2 reductions, 128-bit loads, tensor cores · §3 embedding ·
@@ -29,6 +30,7 @@ Papers: GPT-2 (Radford et al. 2019), FlashAttention-2 (arXiv 2307.08691), online
 (1805.02867), AdamW (1711.05101), stochastic rounding (2010.06192).
 Differs from the papers: FlashAttention-2 adds dQ with atomics; here a second kernel computes it,
 7 matmuls instead of 5, so that sums have one order.
+Differs from train_gpt2.py: of CORE only HellaSwag is asked; gzip and xz are not compared with.
 */
 #include <arpa/inet.h>
 #include <cublasLt.h>

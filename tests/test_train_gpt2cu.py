@@ -403,22 +403,23 @@ def test_hellaswag_is_as_accurate_as_by_eval_py(block_size, fp32, data, cuda_dat
         assert (result["cut"] > 0) == (block_size == 24) and found == result["accuracy"]
 
 
-def test_samples_are_read_and_written_as_the_tokenizer_does(fp32, data, cuda_data, tokenizer,
-                                                            tmp_path):
-    """A model that finds one token likely, whatever came before, samples it 48 times."""
+def test_samples_are_what_the_model_finds_likely(fp32, data, cuda_data, tokenizer, tmp_path):
+    """A model whose positions alone decide what comes next: the tokens of a text, in order."""
     folder = shutil.copytree(cuda_data, tmp_path / "data")
     shutil.copytree(data / "tokenizer", folder / "tokenizer")
+    text = tokenizer.encode_ordinary(DOCUMENTS[-1])[:56]
     model = noisy(GPTConfig(block_size=56, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=1,
                             n_embd=32), std=0)
-    token = max(range(300), key=lambda i: len(tokenizer.token_of[i]))
     with torch.no_grad():
-        model.ln_f.bias.copy_(model.wte.weight[token] * 1e3)
+        model.wpe.weight.copy_(1e3 * model.wte.weight[text])
+        model.ln_f.weight.fill_(500)
     save_checkpoint(tmp_path / "init", model, tokenizer)
     train(fp32, folder, tmp_path / "run", "--init_from", tmp_path / "init", "--max_steps", 1,
           "--total_batch_size", 56, "--batch_size", 1, "--lr", 1e-9)
     samples = [row["sample"] for row in rows_of(tmp_path / "run") if "sample" in row]
-    text = tokenizer.decode([token]) * 48
-    assert samples == 2 * ["The" + text, "Return the" + text]
+    firsts = [len(tokenizer.encode_ordinary(prompt)) for prompt in ("The", "Return the")]
+    assert samples == 2 * [prompt + tokenizer.decode(text[n:n + 48])
+                           for prompt, n in zip(("The", "Return the"), firsts)]
 
 
 def test_the_header_says_what_it_takes_to_repeat_a_run(bf16, cuda_data, tmp_path):
