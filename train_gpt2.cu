@@ -2323,7 +2323,6 @@ static void send_batch(Loader* loader, Model* model) {
 // A free staging buffer
 static int* begin_batch(Loader* loader) {
     CHECK_CUDA(cudaEventSynchronize(loader->sent[loader->turn]));
-    loader->staged = -1;
     return loader->staging[loader->turn];
 }
 
@@ -2696,14 +2695,19 @@ static void save_checkpoint(Model* model, Ranks* ranks, int64_t step, double val
     save_weights(model, ranks, joined(arguments.out, "model.safetensors"));
     if (ranks->rank != 0) { return; }
     Config c = model->config;
+    char* tokenizer = read_file(joined(arguments.data, "tokenizer/tokenizer.json"));
+    double eot = tokenizer != NULL ? json_number(tokenizer, "<|endoftext|>", 50256) : 50256;
+    free(tokenizer);
     const char* path = joined(arguments.out, "config.json");
     FILE* file = create_part(path);
     fprintf(file, "{\n \"vocab_size\": %d,\n \"n_layer\": %d,\n \"n_head\": %d,\n \"n_embd\": %d,\n"
             " \"model_type\": \"gpt2\",\n \"architectures\": [\"GPT2LMHeadModel\"],\n"
             " \"n_positions\": %d,\n \"activation_function\": \"gelu_new\",\n"
-            " \"layer_norm_epsilon\": 1e-05,\n \"tie_word_embeddings\": true,\n \"deepdive\": {\n"
+            " \"layer_norm_epsilon\": 1e-05,\n \"embd_pdrop\": 0.0,\n \"attn_pdrop\": 0.0,\n"
+            " \"resid_pdrop\": 0.0,\n \"tie_word_embeddings\": true,\n \"eos_token_id\": %.0f,\n"
+            " \"deepdive\": {\n"
             "  \"format_version\": 1,\n  \"stage\": \"pretrain\",\n  \"step\": %lld,\n",
-            c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.block_size, (long long)step);
+            c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.block_size, eot, (long long)step);
     if (val_bpb > 0) { fprintf(file, "  \"val_bpb\": %.17g,\n", val_bpb); }
     fprintf(file, "  \"model\": {\"block_size\": %d, \"vocab_size\": %d, \"n_layer\": %d, "
             "\"n_head\": %d, \"n_embd\": %d}\n }\n}\n", c.block_size, c.vocab_size, c.n_layer,

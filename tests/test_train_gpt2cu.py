@@ -193,7 +193,7 @@ def test_a_build_with_sanitizers_finds_nothing(init, cuda_data, tmp_path):
 def python_run(init, data, tmp_path_factory):
     run = tmp_path_factory.mktemp("python")
     run_main(train_gpt2, "--data", data, "--out", run, "--init_from", init, "--device", "cpu",
-             "--max_steps", 10, "--eval_every", 10, *FLAGS)
+             "--max_steps", 10, "--eval_every", 5, *FLAGS)
     return run
 
 
@@ -201,7 +201,7 @@ def python_run(init, data, tmp_path_factory):
 def test_ten_steps_are_those_of_train_gpt2_py(precision, bound, init, cuda_data, python_run,
                                               tmp_path, request):
     rows = train(request.getfixturevalue(precision), cuda_data, tmp_path, "--init_from", init,
-                 "--max_steps", 10, "--eval_every", 10, *FLAGS)
+                 "--max_steps", 10, "--eval_every", 5, *FLAGS)
     python_rows = rows_of(python_run)
     for key in ("loss", "norm", "lr", "val_loss"):
         assert difference(column(rows, key), column(python_rows, key)) < bound, key
@@ -420,6 +420,8 @@ def test_samples_are_what_the_model_finds_likely(fp32, data, cuda_data, tokenize
     firsts = [len(tokenizer.encode_ordinary(prompt)) for prompt in ("The", "Return the")]
     assert samples == 2 * [prompt + tokenizer.decode(text[n:n + 48])
                            for prompt, n in zip(("The", "Return the"), firsts)]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.eot and config["resid_pdrop"] == 0
 
 
 def test_the_header_says_what_it_takes_to_repeat_a_run(bf16, cuda_data, tmp_path):
