@@ -6,6 +6,7 @@ Evaluation: what a model can do, in numbers, and the report of a whole run.
     python eval.py --model runs/d24-sft --tasks gsm8k,chat --max_examples 500
     python eval.py report runs/demo runs/demo-sft runs/demo-rl --data data/demo
     python eval.py summary runs/demo runs/demo-sft runs/demo-rl --data data/demo
+    python eval.py hellaswag --tokenizer data/fineweb/tokenizer          # for train_gpt2.cu
 
     in:  <run>/model.safetensors, config.json, the tokenizer; log.jsonl for report and summary
     out: <run>/eval.json {task: figures}; report.html, one file that loads nothing
@@ -39,6 +40,7 @@ import os
 import random
 import re
 import sys
+from array import array
 from dataclasses import dataclass
 from datetime import timedelta
 from html import escape
@@ -210,6 +212,31 @@ def run_task(engine, task, path, max_examples=None, ranks=Ranks()):
     except KeyError as error:
         raise SystemExit(f"{path}: a row has no {error}; every row of {task.kind} has one; get "
                          "the file again") from None
+
+def write_hellaswag():
+    """HellaSwag as tokens → <core_dir>/hellaswag.bin, which train_gpt2.cu reads: int32 magic,
+    version, n_vocab, the int32s in the file, questions; of each: gold, answers; of each answer:
+    its ids, where what is scored begins, the ids."""
+    parser = argparse.ArgumentParser(prog="eval.py")
+    add = parser.add_argument
+    add("command", choices=("hellaswag",), help="its questions as tokens, for train_gpt2.cu")
+    add("--core_dir", default="data/eval_bundle", help="folder of eval_data/")
+    add("--tokenizer", default="gpt2", help="folder of a tokenizer, or gpt2")
+    add("--max_examples", type=int, default=500, help="questions, as many as train_gpt2.py asks")
+    args = parser.parse_args()
+    if not (path := existing(Path(args.core_dir, "eval_data", HELLASWAG.file))):
+        raise SystemExit(f"{args.core_dir} holds no HellaSwag; it is what is written; {GET_CORE}")
+    tokenizer, rows = load_tokenizer(args.tokenizer), read_rows(path)[:args.max_examples]
+    words = array("i", [20251121, 1, tokenizer.n_vocab, 0, len(rows)])
+    for spans, gold in core_questions(tokenizer, HELLASWAG, rows, len(rows)):
+        words.extend([gold, len(spans)])
+        for ids, start in spans:
+            words.extend([len(ids), start, *ids])
+    words[3] = len(words)
+    part, out = (Path(args.core_dir, "hellaswag.bin" + end) for end in (".part", ""))
+    part.write_bytes(words.tobytes())
+    part.replace(out)
+    print(f"{out}: {len(rows)} questions, {tokenizer.n_vocab} tokens")
 
 def core_tasks(folder):
     """What core_tasks.csv lists; or core.yaml, with the baselines of eval_meta_data.csv."""
@@ -657,7 +684,8 @@ def read_runs():
     report(runs, funnel, args.out or runs[-1].path / "report.html")
 
 def main():
-    read_runs() if sys.argv[1:2] in (["report"], ["summary"]) else evaluate()
+    commands = dict(report=read_runs, summary=read_runs, hellaswag=write_hellaswag)
+    commands.get("".join(sys.argv[1:2]), evaluate)()
 
 if __name__ == "__main__":
     main()

@@ -6,13 +6,14 @@ Pretraining of GPT-2 in CUDA C: the same shards, checkpoints, flags and log line
     torchrun --standalone --nproc_per_node=8 --no-python \
         ./train_gpt2cu --model gpt2-xl --data data/fineweb --out runs/xl                   # 8 GPUs
 
-    in:  <data>/…_train_….bin, …_val_….bin, index.json, token_bytes.npy
+    in:  <data>/…_train_….bin, …_val_….bin, index.json, token_bytes.npy, tokenizer for samples;
+         <core_dir>/hellaswag.bin, which python eval.py hellaswag writes
     out: <run>/model.safetensors, config.json, log.jsonl, state/ for --resume
 
-Map: §1 types and failures · §2 reductions, 128-bit loads, tensor cores · §3 embedding ·
+Map: §1 types, failures, timing · §2 reductions, 128-bit loads, tensor cores · §3 embedding ·
 §4 sums over rows · §5 residual + LayerNorm · §6 matmuls · §7 attention · §8 GELU · §9 classifier ·
 §10 AdamW · §11 ranks · §12 tensor table · §13 model · §14 files · §15 data · §16 flags ·
-§17 the log and saved states · §18 main
+§17 the log and saved states · §18 questions and samples · §19 main
 
 Numerics: weights and activations are bf16 (floatX), every sum and statistic fp32. Each rank keeps
 fp32 masters and Adam's moments of its 1/world_size of the parameters (ZeRO-1, arXiv 1910.02054).
@@ -29,6 +30,7 @@ Papers: GPT-2 (Radford et al. 2019), FlashAttention-2 (arXiv 2307.08691), online
 (1805.02867), AdamW (1711.05101), stochastic rounding (2010.06192).
 Differs from the papers: FlashAttention-2 adds dQ with atomics; here a second kernel computes it,
 7 matmuls instead of 5, so that sums have one order.
+Differs from train_gpt2.py: of CORE only HellaSwag is asked; gzip and xz are not compared with.
 */
 #include <arpa/inet.h>
 #include <cublasLt.h>
@@ -54,7 +56,7 @@ Differs from the papers: FlashAttention-2 adds dQ with atomics; here a second ke
 #include <nccl.h>
 #endif
 
-// ---- §1 Types and failures ----------------------------------------------------------------------
+// ---- §1 Types, failures, timing -----------------------------------------------------------------
 
 #ifdef FP32
 typedef float floatX;
@@ -89,7 +91,6 @@ static void check_cublas(cublasStatus_t status, int line) {
 
 #define CHECK_CUDA(call) check_cuda(call, __LINE__)
 #define CHECK_CUBLAS(call) check_cublas(call, __LINE__)
-#define CHECK_LAUNCH() check_cuda(cudaGetLastError(), __LINE__)
 
 static void* allocate(size_t bytes) {
     void* pointer = NULL;
@@ -106,6 +107,81 @@ static void* allocate(size_t bytes) {
 
 template <class Number> __host__ __device__ constexpr Number ceil_div(Number a, Number b) {
     return (a + b - 1) / b;
+}
+
+// --profile: a launch stands between begin_kernel, which says what it moves and computes, and
+// CHECK_LAUNCH. In profiled steps each of the two records an event; add_times sums them by name.
+struct KernelTime { char name[64]; int calls; double ms, bytes, flops; };
+struct Launch { int kernel; cudaEvent_t begin, end; };
+static struct {
+    bool on;
+    KernelTime kernels[96];
+    Launch* launches;                   // of one step, the last of them perhaps in the making
+    int n_kernels, n_launches, capacity, n_steps;
+    double ms;                          // of the steps
+    cudaStream_t stream;                // of the last launch
+} profile;
+
+static void begin_kernel(const char* name, double bytes, double flops, cudaStream_t stream) {
+    if (!profile.on) { return; }
+    int kernel = 0;
+    while (kernel < profile.n_kernels && strcmp(profile.kernels[kernel].name, name) != 0) {
+        kernel++;
+    }
+    if (kernel == profile.n_kernels) {
+        snprintf(profile.kernels[profile.n_kernels++].name, 64, "%s", name);
+    }
+    KernelTime* time = &profile.kernels[kernel];
+    time->calls++, time->bytes += bytes, time->flops += flops;
+    if (profile.n_launches == profile.capacity) {
+        profile.launches = (Launch*)realloc(profile.launches, ++profile.capacity * sizeof(Launch));
+        CHECK_CUDA(cudaEventCreate(&profile.launches[profile.n_launches].begin));
+        CHECK_CUDA(cudaEventCreate(&profile.launches[profile.n_launches].end));
+    }
+    profile.launches[profile.n_launches].kernel = kernel, profile.stream = stream;
+    CHECK_CUDA(cudaEventRecord(profile.launches[profile.n_launches].begin, stream));
+}
+
+static void check_launch(int line) {
+    check_cuda(cudaGetLastError(), line);
+    if (!profile.on) { return; }
+    CHECK_CUDA(cudaEventRecord(profile.launches[profile.n_launches++].end, profile.stream));
+}
+
+#define CHECK_LAUNCH() check_launch(__LINE__)
+
+// After a profiled step, when the GPU is done with it
+static void add_times(double step_ms) {
+    for (int i = 0; i < profile.n_launches; i++) {
+        float ms = 0.0f;
+        CHECK_CUDA(cudaEventElapsedTime(&ms, profile.launches[i].begin, profile.launches[i].end));
+        profile.kernels[profile.launches[i].kernel].ms += ms;
+    }
+    profile.n_launches = 0, profile.n_steps++, profile.ms += step_ms;
+}
+
+// Longest first. The bound: what memory or tensor cores would take at their peak; 0 is unknown.
+static void print_profile(double bytes_per_s, double flops_per_s) {
+    int n = profile.n_kernels, steps = profile.n_steps;
+    double left = profile.ms;
+    qsort(profile.kernels, n, sizeof(KernelTime), [](const void* a, const void* b) {
+        double difference = ((const KernelTime*)b)->ms - ((const KernelTime*)a)->ms;
+        return difference > 0 ? 1 : difference < 0 ? -1 : 0;
+    });
+    printf("%-44s  calls  ms a step  share   MB a step    GB/s  TFLOP/s  of bound\n", "kernel");
+    for (int i = 0; i < n; i++) {
+        KernelTime k = profile.kernels[i];
+        double bound = bytes_per_s > 0 ? k.bytes / bytes_per_s : 0, ms = fmax(k.ms, 1e-9);
+        bound = flops_per_s > 0 ? fmax(bound, k.flops / flops_per_s) : bound;
+        left -= k.ms;
+        printf("%-44s %6d %10.3f %5.1f%% %11.3f %7.1f %8.2f %8.1f%%\n", k.name, k.calls / steps,
+               k.ms / steps, 100 * k.ms / profile.ms, k.bytes / 1e6 / steps, k.bytes / 1e6 / ms,
+               k.flops / 1e9 / ms, 1e5 * bound / ms);
+    }
+    printf("%-44s %6s %10.3f %5.1f%%\n", "the rest: gaps, copies, other ranks", "", left / steps,
+           100 * left / profile.ms);
+    printf("a step %.3f ms; at best %.0f GB/s, %.0f TFLOP/s\n", profile.ms / steps,
+           bytes_per_s / 1e9, flops_per_s / 1e12);
 }
 
 // ---- §2 Reductions, 128-bit loads, tensor cores -------------------------------------------------
@@ -137,16 +213,15 @@ __device__ float warp_max(float value) {
     return value;
 }
 
-// Sums over a block of up to 1024 threads; every thread gets the result.
+// Sums over a block of up to 1024 threads; every thread gets the result. A kernel calls it once:
+// of_warp would be written again while a slow warp still reads it.
 __device__ float block_sum(float value) {
     __shared__ float of_warp[WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
     value = warp_sum(value);
     if (lane == 0) { of_warp[warp] = value; }
     __syncthreads();
-    value = warp_sum(lane < n_warps ? of_warp[lane] : 0.0f);
-    __syncthreads();
-    return value;
+    return warp_sum(lane < n_warps ? of_warp[lane] : 0.0f);
 }
 
 __device__ float block_max(float value) {
@@ -155,9 +230,7 @@ __device__ float block_max(float value) {
     value = warp_max(value);
     if (lane == 0) { of_warp[warp] = value; }
     __syncthreads();
-    value = warp_max(lane < n_warps ? of_warp[lane] : -INFINITY);
-    __syncthreads();
-    return value;
+    return warp_max(lane < n_warps ? of_warp[lane] : -INFINITY);
 }
 
 // The only inline PTX. On the CPU the emulator of tests/cuda_emulator has the same names.
@@ -265,6 +338,7 @@ __global__ void wpe_backward_kernel(float* dwpe, const floatX* dout, int B, int 
 static void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe,
                               int B, int T, int C, cudaStream_t stream) {
     int blocks = ceil_div((int64_t)B * T * C / W, (int64_t)256);
+    begin_kernel("embedding_forward", 3.0 * B * T * C * sizeof(floatX), 0, stream);
     embedding_forward_kernel<<<blocks, 256, 0, stream>>>(out, tokens, wte, wpe, B * T, T, C);
     CHECK_LAUNCH();
 }
@@ -272,8 +346,11 @@ static void embedding_forward(floatX* out, const int* tokens, const floatX* wte,
 static void embedding_backward(float* dwte, float* dwpe, const floatX* dout, TokenIndex index,
                                int n_groups, int B, int T, int C, cudaStream_t stream) {
     dim3 grid(n_groups, ceil_div(C, W * WARP)), block(WARP, 8);
+    double read = (double)B * T * C * sizeof(floatX);
+    begin_kernel("wte_backward", read + 8.0 * n_groups * C, 0, stream);
     wte_backward_kernel<<<grid, block, 0, stream>>>(dwte, dout, index, C);
     CHECK_LAUNCH();
+    begin_kernel("wpe_backward", read + 8.0 * T * C, 0, stream);
     wpe_backward_kernel<<<ceil_div(T * C / W, 256), 256, 0, stream>>>(dwpe, dout, B, T, C);
     CHECK_LAUNCH();
 }
@@ -327,6 +404,7 @@ __global__ void add_partials_kernel(float* gradient, const float* partials, int 
 static void add_partials(float* gradient, const float* partials, int n_partials, int width,
                          int columns, cudaStream_t stream) {
     dim3 block(WARP, 16);
+    begin_kernel("add_partials", 4.0 * (n_partials + 2) * columns, 0, stream);
     add_partials_kernel<<<ceil_div(columns, WARP), block, 0, stream>>>(gradient, partials,
                                                                        n_partials, width, columns);
     CHECK_LAUNCH();
@@ -335,6 +413,8 @@ static void add_partials(float* gradient, const float* partials, int n_partials,
 static void bias_backward(float* dbias, float* partials, const floatX* dout, int BT, int OC,
                           cudaStream_t stream) {
     dim3 grid(ceil_div(OC, W * WARP), ROW_SPLITS), block(WARP, 8);
+    double bytes = (double)BT * OC * sizeof(floatX) + 4.0 * ROW_SPLITS * OC;
+    begin_kernel("row_sum", bytes, 0, stream);
     row_sum_kernel<<<grid, block, 0, stream>>>(partials, dout, BT, OC);
     CHECK_LAUNCH();
     add_partials(dbias, partials, ROW_SPLITS, OC, OC, stream);
@@ -441,6 +521,8 @@ static void layernorm_forward(floatX* out, floatX* x, float* mean, float* rstd, 
                               const floatX* b, const floatX* weight, const floatX* bias, int BT,
                               int C, cudaStream_t stream) {
     size_t shared_bytes = sizeof(float) * NORM_WARPS * C;
+    double moved = b != NULL ? 4.0 : 2.0;
+    begin_kernel("layernorm_forward", moved * BT * C * sizeof(floatX), 0, stream);
     layernorm_forward_kernel<<<ceil_div(BT, NORM_WARPS), NORM_WARPS * WARP, shared_bytes, stream>>>(
         out, x, mean, rstd, a, b, weight, bias, BT, C);
     CHECK_LAUNCH();
@@ -453,6 +535,8 @@ static void layernorm_backward(floatX* dx, float* dweight, float* dbias, float* 
                                const float* mean, const float* rstd, int BT, int C,
                                cudaStream_t stream) {
     int blocks = min(NORM_PARTIALS, ceil_div(BT, NORM_ROWS));
+    double bytes = 4.0 * BT * C * sizeof(floatX) + 8.0 * blocks * C;
+    begin_kernel("layernorm_backward", bytes, 0, stream);
     layernorm_backward_kernel<<<blocks, ceil_div(C, W * WARP) * WARP, 0, stream>>>(
         dx, partials, dout, x, weight, mean, rstd, BT, C);
     CHECK_LAUNCH();
@@ -485,6 +569,7 @@ struct Matmul {
 // What cuBLASLt chose for a shape; choosing takes longer than a small matmul.
 struct MatmulPlan {
     Matmul matmul;
+    char name[64];
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulHeuristicResult_t chosen;
@@ -529,6 +614,9 @@ static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias, floatX* aux) {
     if (cublas.n_plans == 64) { die("more than 64 shapes of matmuls; a model has 15; report it"); }
     MatmulPlan* plan = &cublas.plans[cublas.n_plans++];
     plan->matmul = mm;
+    const char* epilogues[] = {"", " + bias", " + bias, gelu", " * gelu'"};
+    snprintf(plan->name, sizeof plan->name, "matmul %d x %d x %d%s%s", mm.m, mm.n, mm.k,
+             mm.accumulate ? " += fp32" : "", epilogues[mm.epilogue]);
     cudaDataType_t type = mm.accumulate ? CUDA_R_32F : CUBLAS_X;
     CHECK_CUBLAS(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSA, mm.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
@@ -561,9 +649,13 @@ static void matmul(void* d, const floatX* a, const floatX* b, Matmul mm, const f
     MatmulPlan* plan = plan_matmul(mm, bias, aux);
     set_epilogue(plan->operation, mm, bias, aux);
     float alpha = 1.0f, beta = mm.accumulate ? 1.0f : 0.0f;
+    double m = mm.m, n = mm.n, k = mm.k, written = mm.accumulate ? 8 : sizeof(floatX);
+    double bytes = (m * k + k * n + (aux != NULL) * m * n) * sizeof(floatX) + m * n * written;
+    begin_kernel(plan->name, bytes, 2 * m * n * k, stream);
     CHECK_CUBLAS(cublasLtMatmul(cublas.handle, plan->operation, &alpha, a, plan->a, b, plan->b,
                                 &beta, d, plan->d, d, plan->d, &plan->chosen.algo,
                                 cublas.workspace, WORKSPACE_BYTES, stream));
+    CHECK_LAUNCH();
 }
 
 // y = x w + bias; with aux: aux = x w + bias, y = gelu(aux)
@@ -596,7 +688,11 @@ static void linear_backward_weight(float* dw, float* dbias, float* partials, con
 // qkv (B, T, 3, NH, HS), y (B, T, NH, HS). Of S, only lse (B, NH, T) is kept, the logarithm of the
 // softmax's denominator; both have base 2, which the GPU's exponential has: P = 2^(S/ln 2 - lse).
 
-struct AttentionSizes { int B, T, NH, HS; };
+struct AttentionSizes {
+    int B, T, NH, HS;
+    double bytes() const { return (double)B * T * NH * HS * sizeof(floatX); }     // of y
+    double flops() const { return (double)B * T * T * NH * HS; }                  // causal: half
+};
 
 // Where a head's q begins in qkv (k and v follow C and 2C later), or its y.
 __device__ int64_t head_start(int b, int h, int T, int NH, int HS, int width) {
@@ -916,6 +1012,7 @@ template <int HS> static void flash_forward(floatX* y, float* lse, const floatX*
     dim3 grid(ceil_div(sizes.T, TILE), sizes.NH, sizes.B);
     size_t bytes = sizeof(floatX) * 5 * TILE * HS;
     allow_shared_bytes(attention_forward_kernel<HS>, bytes);
+    begin_kernel("attention_forward", 4 * sizes.bytes(), 2 * sizes.flops(), stream);
     attention_forward_kernel<HS><<<grid, ATTENTION_THREADS, bytes, stream>>>(y, lse, qkv, sizes);
     CHECK_LAUNCH();
 }
@@ -927,11 +1024,13 @@ template <int HS> static void flash_backward(floatX* dqkv, const floatX* qkv, co
     size_t queries = QUERY_TILE<HS>;
     size_t bytes = sizeof(floatX) * HS * (2 * TILE + 4 * queries) + sizeof(float) * 4 * queries;
     allow_shared_bytes(attention_backward_keys_kernel<HS>, bytes);
+    begin_kernel("attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops(), stream);
     attention_backward_keys_kernel<HS><<<grid, ATTENTION_THREADS, bytes, stream>>>(
         dqkv, qkv, dy, lse, delta, sizes);
     CHECK_LAUNCH();
     bytes = sizeof(floatX) * 6 * TILE * HS;
     allow_shared_bytes(attention_backward_queries_kernel<HS>, bytes);
+    begin_kernel("attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops(), stream);
     attention_backward_queries_kernel<HS><<<grid, ATTENTION_THREADS, bytes, stream>>>(
         dqkv, qkv, dy, lse, delta, sizes);
     CHECK_LAUNCH();
@@ -1040,6 +1139,7 @@ static void attention_forward(floatX* y, float* lse, const floatX* qkv, Attentio
     if (sizes.HS == 128) { return flash_forward<128>(y, lse, qkv, sizes, stream); }
 #endif
     int blocks = ceil_div((int64_t)sizes.B * sizes.NH * sizes.T, (int64_t)4);
+    begin_kernel("plain_attention_forward", 4 * sizes.bytes(), 2 * sizes.flops(), stream);
     plain_attention_forward_kernel<<<blocks, 128, 0, stream>>>(y, lse, qkv, sizes);
     CHECK_LAUNCH();
 }
@@ -1048,15 +1148,18 @@ static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, con
                                const float* lse, const floatX* qkv, AttentionSizes sizes,
                                cudaStream_t stream) {
     int blocks = ceil_div((int64_t)sizes.B * sizes.NH * sizes.T, (int64_t)4);
+    begin_kernel("attention_delta", 2 * sizes.bytes(), 0, stream);
     attention_delta_kernel<<<blocks, 128, 0, stream>>>(delta, y, dy, sizes);
     CHECK_LAUNCH();
 #ifndef FP32
     if (sizes.HS == 64) { return flash_backward<64>(dqkv, qkv, dy, lse, delta, sizes, stream); }
     if (sizes.HS == 128) { return flash_backward<128>(dqkv, qkv, dy, lse, delta, sizes, stream); }
 #endif
+    begin_kernel("plain_attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops(), stream);
     plain_attention_backward_kernel<false><<<blocks, 128, 0, stream>>>(dqkv, qkv, dy, lse, delta,
                                                                        sizes);
     CHECK_LAUNCH();
+    begin_kernel("plain_attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops(), stream);
     plain_attention_backward_kernel<true><<<blocks, 128, 0, stream>>>(dqkv, qkv, dy, lse, delta,
                                                                       sizes);
     CHECK_LAUNCH();
@@ -1097,11 +1200,13 @@ __global__ void gelu_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
 }
 
 static void gelu_forward(floatX* y, const floatX* x, int64_t n, cudaStream_t stream) {
+    begin_kernel("gelu_forward", 2.0 * n * sizeof(floatX), 0, stream);
     gelu_forward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(y, x, n);
     CHECK_LAUNCH();
 }
 
 static void gelu_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
+    begin_kernel("gelu_backward", 3.0 * n * sizeof(floatX), 0, stream);
     gelu_backward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(dy, x, n);
     CHECK_LAUNCH();
 }
@@ -1112,8 +1217,8 @@ static void gelu_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t s
 //
 // A target of -1 has no loss and no gradient; nor have the padding rows V … Vp - 1 of wte.
 
-// One block: a token's logits, overwritten by their gradient. Grid tokens x 512. Reads Vp twice
-// (the second time from the L2 cache), writes it once; bound by memory.
+// One block: a token's logits, overwritten by their gradient. Grid tokens x 512 at most. Reads Vp
+// twice (the second time from the L2 cache), writes it once; bound by memory.
 __global__ void classifier_kernel(floatX* logits, float* losses, const int* targets, float share,
                                   int V, int Vp, bool write_gradient) {
     floatX* row = logits + (int64_t)blockIdx.x * Vp;
@@ -1180,7 +1285,7 @@ struct AdamStep {
 };
 
 // One thread: one parameter of this rank's shard of a bucket; `index` is its place in the whole
-// model. Moves 34 bytes a parameter (7 fp32, 1 bf16 and reuse); bound by memory.
+// model. Moves 30 bytes a parameter (7 fp32, 1 bf16); bound by memory.
 __global__ void adamw_kernel(floatX* parameters, float* masters, float* m, float* v,
                              const float* gradients, int64_t n, int64_t index, int64_t decay_end,
                              AdamStep adam) {
@@ -1603,13 +1708,15 @@ static void layer_backward(Model* model, int l) {
 // (BT); with train, dbranch = d ln_f, and dwte grows by the head's part.
 static void head(Model* model, bool train) {
     int C = model->config.n_embd, V = model->config.vocab_size, Vp = padded_vocab(model->config);
-    int BT = model->B * model->T;
+    int BT = model->B * model->T, threads = min(512, ceil_div(Vp, W * WARP) * WARP);
     floatX *wte = global_parameter(model, WTE), *logits = model->logits;
     for (int first = 0; first < BT; first += HEAD_ROWS) {
         int rows = min(HEAD_ROWS, BT - first);
         floatX *x = model->ln_f + (int64_t)first * C, *dx = model->dbranch + (int64_t)first * C;
         matmul(logits, wte, x, {true, false, Vp, rows, C, false, PLAIN}, NULL, NULL, model->stream);
-        classifier_kernel<<<rows, 512, 0, model->stream>>>(
+        double bytes = (train ? 2.0 : 1.0) * rows * Vp * sizeof(floatX);
+        begin_kernel("classifier", bytes, 0, model->stream);
+        classifier_kernel<<<rows, threads, 0, model->stream>>>(
             logits, model->losses + first, model->targets + first, 1.0f / BT, V, Vp, train);
         CHECK_LAUNCH();
         if (train) {
@@ -1666,6 +1773,7 @@ static double gradient_norm(Model* model, Ranks* ranks, int grad_accum_steps) {
     for (int i = 0; i < n; i++) {
         Bucket bucket = model->table.buckets[i];
         int64_t mine = bucket.size / ranks->world_size;
+        begin_kernel("square_sum", 4.0 * mine, 0, model->stream);
         square_sum_kernel<<<NORM_BLOCKS, 256, 0, model->stream>>>(
             model->square_sums + i * NORM_BLOCKS,
             model->gradients + bucket.offset + ranks->rank * mine, mine);
@@ -1682,8 +1790,10 @@ static double gradient_norm(Model* model, Ranks* ranks, int grad_accum_steps) {
 }
 
 static void zero_gradients(Model* model) {
+    begin_kernel("zero_gradients", 4.0 * model->table.size, 0, model->stream);
     CHECK_CUDA(cudaMemsetAsync(model->gradients, 0, model->table.size * sizeof(float),
                                model->stream));
+    CHECK_LAUNCH();
 }
 
 // Updates this rank's part of each bucket and sends it to the others; the gradients become zero.
@@ -1694,6 +1804,7 @@ static void optimizer_step(Model* model, Ranks* ranks, float lr, float grad_scal
         Bucket bucket = model->table.buckets[i];
         int64_t mine = bucket.size / ranks->world_size, first = bucket.offset + ranks->rank * mine;
         int64_t at = bucket.offset / ranks->world_size;
+        begin_kernel("adamw", (28.0 + sizeof(floatX)) * mine, 0, model->stream);
         adamw_kernel<<<ceil_div(mine, (int64_t)256), 256, 0, model->stream>>>(
             model->parameters + first, model->masters + at, model->m + at, model->v + at,
             model->gradients + first, mine, first, bucket.decay_end, adam);
@@ -1709,6 +1820,7 @@ static void restore_parameters(Model* model, Ranks* ranks, int steps) {
     for (int i = 0; i < model->table.n_buckets; i++) {
         Bucket bucket = model->table.buckets[i];
         int64_t mine = bucket.size / ranks->world_size, first = bucket.offset + ranks->rank * mine;
+        begin_kernel("round_parameters", (4.0 + sizeof(floatX)) * mine, 0, model->stream);
         round_parameters_kernel<<<ceil_div(mine, (int64_t)256), 256, 0, model->stream>>>(
             model->parameters + first, model->masters + bucket.offset / ranks->world_size, mine,
             first, steps);
@@ -1720,14 +1832,15 @@ static void restore_parameters(Model* model, Ranks* ranks, int steps) {
 
 // ---- §14 Files: JSON, safetensors, checkpoints --------------------------------------------------
 
-// A whole file, with a 0 behind it; NULL where there is none.
-static char* read_file(const char* path) {
+// A whole file, with zeros behind it; NULL where there is none.
+static char* read_file(const char* path, size_t* bytes = NULL) {
     FILE* file = fopen(path, "rb");
     if (file == NULL) { return NULL; }
     fseek(file, 0, SEEK_END);
     long size = ftell(file);
     rewind(file);
-    char* text = (char*)calloc(1, size + 1);
+    char* text = (char*)calloc(1, size + 64);
+    if (bytes != NULL) { *bytes = size; }
     if (fread(text, 1, size, file) != (size_t)size) { die("%s: cannot be read; check the disk; "
                                                           "copy it again", path); }
     fclose(file);
@@ -1870,16 +1983,18 @@ template <class Fill> static void set_parameters(Model* model, Ranks* ranks, Fil
     restore_parameters(model, ranks, 0);
 }
 
-// A normal random number that depends on the seed and its place alone (Box-Muller on splitmix64).
+// A random number in [0, 1) that depends on the seed and its place alone (splitmix64).
+static double uniform(uint64_t seed, uint64_t place) {
+    uint64_t z = seed * 0xD1342543DE82EF95u + (place + 1) * 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return ((z ^ z >> 31) >> 11) * 0x1p-53;
+}
+
+// Box-Muller
 static float normal(uint64_t seed, uint64_t place) {
-    double uniform[2];
-    for (int i = 0; i < 2; i++) {
-        uint64_t z = seed * 0xD1342543DE82EF95u + (2 * place + i + 1) * 0x9E3779B97F4A7C15u;
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-        z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-        uniform[i] = ((z ^ z >> 31) >> 11) * 0x1p-53;
-    }
-    return (float)(sqrt(-2.0 * log(1.0 - uniform[0])) * cos(2.0 * M_PI * uniform[1]));
+    double radius = sqrt(-2.0 * log(1.0 - uniform(seed, 2 * place)));
+    return (float)(radius * cos(2.0 * M_PI * uniform(seed, 2 * place + 1)));
 }
 
 // GPT-2's: N(0, .02), residual projections / sqrt(2L), norms 1, biases 0.
@@ -1898,6 +2013,42 @@ static void load_weights(Model* model, Ranks* ranks, const char* path) {
         read_tensor(file, tensor.name, tensor.file_size(), values);
     });
     close_safetensors(file);
+}
+
+// Text as a JSON string; U+FFFD stands for a byte that is no UTF-8
+static void write_json_string(FILE* file, const char* text, size_t n) {
+    const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};      // of a character of so many bytes
+    fputc('"', file);
+    for (size_t i = 0, length; i < n; i += length) {
+        uint32_t code = (uint8_t)text[i];
+        length = code < 0x80 ? 1 : code < 0xC0 ? 0 : code < 0xE0 ? 2 : code < 0xF0 ? 3 : 4;
+        code &= length < 2 ? 0x7F : 0x7F >> length;
+        bool valid = length > 0 && i + length <= n;
+        for (size_t k = 1; valid && k < length; k++) {
+            valid = (text[i + k] & 0xC0) == 0x80;
+            code = code << 6 | (text[i + k] & 0x3F);
+        }
+        if (!valid || code < least[length] || code > 0x10FFFF || code >> 11 == 0x1B) {
+            fputs("\\ufffd", file);
+            length = 1;
+        } else if (code < 0x20) {
+            fprintf(file, "\\u%04x", code);
+        } else {
+            if (code == '"' || code == '\\') { fputc('\\', file); }
+            fwrite(text + i, 1, length, file);
+        }
+    }
+    fputc('"', file);
+}
+
+// What `write` writes into a FILE, as a string to be freed
+template <class Write> static char* written(Write write, size_t* bytes = NULL) {
+    char* text = NULL;
+    size_t size = 0;
+    FILE* file = open_memstream(&text, bytes != NULL ? bytes : &size);
+    write(file);
+    fclose(file);
+    return text;
 }
 
 static Config read_config(const char* folder) {
@@ -2114,13 +2265,15 @@ struct Loader {
     uint32_t* order;
     int* staging[2];                // pinned; one is filled while the other is on its way
     cudaEvent_t sent[2];
-    int turn, n_groups;             // n_groups: distinct inputs of the last batch
+    int turn, n_groups;             // n_groups: distinct inputs of the batch read last
     int* counts;                    // (V) of each token in a batch
+    int64_t staged;                 // the position whose rows staging[turn] holds; -1: none
 };
 
 static Loader make_loader(Shards shards, int B, int T, int V, int seed) {
     Loader loader = {};
     loader.shards = shards, loader.T = T, loader.V = V, loader.seed = seed, loader.epoch = -1;
+    loader.staged = -1;
     loader.n_rows = (shards.n_tokens - 1) / T;
     if (loader.n_rows < 1) {
         die("the shards hold %lld tokens; a row needs %d; prepare more text, or lower --config "
@@ -2152,12 +2305,10 @@ static int index_tokens(const int* inputs, int BT, int* counts, int V, int* posi
     return n_groups;
 }
 
-// Sends what staging[turn] holds; rows of T inputs and T targets are there already.
+// Sends what staging[turn] holds: inputs and targets, and for training their index.
 static void send_batch(Loader* loader, Model* model) {
     int BT = model->B * model->T, *inputs = loader->staging[loader->turn];
     int *targets = inputs + BT, *index = targets + BT;
-    loader->n_groups = index_tokens(inputs, BT, loader->counts, loader->V, index, index + BT,
-                                    index + 2 * BT + 1);
     const struct { int *to, *from; size_t n; } copies[] = {
         {model->inputs, inputs, (size_t)BT}, {model->targets, targets, (size_t)BT},
         {model->index, index, 3 * (size_t)BT + 1}};
@@ -2166,7 +2317,7 @@ static void send_batch(Loader* loader, Model* model) {
                                    cudaMemcpyHostToDevice, model->stream));
     }
     CHECK_CUDA(cudaEventRecord(loader->sent[loader->turn], model->stream));
-    loader->turn ^= 1;
+    loader->turn ^= 1, loader->staged = -1;
 }
 
 // A free staging buffer
@@ -2175,9 +2326,10 @@ static int* begin_batch(Loader* loader) {
     return loader->staging[loader->turn];
 }
 
-// Rows position … position + B - 1 → the model's inputs, targets and index
-static void load_batch(Loader* loader, Model* model, int64_t position) {
-    int B = model->B, T = model->T, *inputs = begin_batch(loader);
+// Rows position … position + B - 1 → staging[turn]
+static void read_batch(Loader* loader, int B, int64_t position) {
+    if (loader->staged == position) { return; }
+    int T = loader->T, BT = B * T, *inputs = begin_batch(loader), *index = inputs + 2 * BT;
     int* row = (int*)malloc((T + 1) * sizeof(int));
     for (int b = 0; b < B; b++) {
         int64_t epoch = (position + b) / loader->n_rows, i = (position + b) % loader->n_rows;
@@ -2190,7 +2342,9 @@ static void load_batch(Loader* loader, Model* model, int64_t position) {
         memcpy(inputs + (B + b) * T, row + 1, T * sizeof(int));
     }
     free(row);
-    send_batch(loader, model);
+    loader->n_groups = index_tokens(inputs, BT, loader->counts, loader->V, index, index + BT,
+                                    index + 2 * BT + 1);
+    loader->staged = position;
 }
 
 const int64_t VAL_TOKENS = 1 << 20;         // of an evaluation; only the last one is of all
@@ -2256,8 +2410,9 @@ static int* read_token_bytes(const char* data, int V) {
 
 struct Arguments {
     const char *model = "gpt2", *config = "", *data = NULL, *out = NULL, *init_from = NULL;
+    const char* core_dir = NULL;
     int64_t resume = 0, max_steps = 0, total_batch_size = 0, batch_size = 0, eval_every = 250;
-    int64_t save_every = 1000, seed = 1337, recompute = 0;
+    int64_t save_every = 1000, seed = 1337, recompute = 0, profile = 0, deterministic = 1;
     double lr = 6e-4, gpu_hour_usd = 0;
 };
 
@@ -2281,11 +2436,15 @@ static const Flag FLAGS[] = {
     {"batch_size", "rows at a time on one rank", NULL, &arguments.batch_size, NULL},
     {"lr", "AdamW's peak learning rate", NULL, NULL, &arguments.lr},
     {"eval_every", "steps between evaluations", NULL, &arguments.eval_every, NULL},
+    {"core_dir", "eval_bundle folder: HellaSwag at evaluations", &arguments.core_dir, NULL, NULL},
     {"save_every", "steps between saved states", NULL, &arguments.save_every, NULL},
     {"gpu_hour_usd", "price of one GPU hour: shows the cost", NULL, NULL, &arguments.gpu_hour_usd},
     {"seed", "of the weights and the rows' order", NULL, &arguments.seed, NULL},
     {"recompute", "in the backward pass: 1 GELU, 2 also the norms", NULL, &arguments.recompute,
      NULL},
+    {"deterministic", "1: the same run gives the same bits; it always does here", NULL,
+     &arguments.deterministic, NULL},
+    {"profile", "time each kernel of steps 10-12", NULL, &arguments.profile, NULL},
 };
 
 static const Flag* find_flag(const char* word) {
@@ -2303,9 +2462,14 @@ static void parse_arguments(int argc, char** argv) {
             for (const Flag& each : FLAGS) { printf("--%-18s%s\n", each.name, each.help); }
             exit(0);
         }
+        for (const char* name : {"--device", "--compile", "--fp8"}) {
+            if (strcmp(argv[i], name) != 0) { continue; }
+            die("%s is a flag of train_gpt2.py; this trainer is compiled, for GPUs, without 8 "
+                "bits; leave it out", name);
+        }
         if (flag == NULL) { die("%s is no flag; they are those of --help; look there", argv[i]); }
-        if (flag->integer == &arguments.resume) {
-            arguments.resume = 1;
+        if (flag->integer == &arguments.resume || flag->integer == &arguments.profile) {
+            *flag->integer = 1;
             continue;
         }
         if (i + 1 == argc) { die("%s has no value; it needs one; see --help", argv[i]); }
@@ -2363,6 +2527,19 @@ static Config choose_config(int V) {
     config.n_head = matched_integer(arguments.config, "n_head", config.n_head);
     config.n_embd = matched_integer(arguments.config, "n_embd", config.n_embd);
     return config;
+}
+
+// --init_from: a folder; gpt2 … gpt2-xl are where train_gpt2.py puts them
+static const char* init_folder() {
+    const char* name = arguments.init_from;
+    if (strncmp(name, "gpt2", 4) != 0 || access(name, F_OK) == 0) { return name; }
+    const char* folder = joined("data/openai", name);
+    if (access(joined(folder, "model.safetensors"), F_OK) != 0) {
+        die("%s is not there; OpenAI's weights are fetched once, by Python; run python "
+            "train_gpt2.py --init_from %s --data %s --out %s --max_steps 0", folder, name,
+            arguments.data, arguments.out);
+    }
+    return strdup(folder);
 }
 
 static void check_config(Config config, int V) {
@@ -2487,23 +2664,13 @@ struct State {
 };
 
 // The flags that decide what is computed; a resumed run must have the same.
-static void write_settings(FILE* file, Config config, int64_t n_tokens, int world_size) {
+static void write_settings(FILE* file, Config config, int64_t n_tokens) {
     fprintf(file, "\"settings\": {\"format_version\": 1, \"block_size\": %d, \"vocab_size\": %d, "
             "\"n_layer\": %d, \"n_head\": %d, \"n_embd\": %d, \"total_batch_size\": %lld, "
             "\"max_steps\": %lld, \"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, "
-            "\"world_size\": %d, \"bf16\": %d}", config.block_size, config.vocab_size,
-            config.n_layer, config.n_head, config.n_embd, (long long)arguments.total_batch_size,
-            (long long)arguments.max_steps, (long long)arguments.seed, arguments.lr,
-            (long long)n_tokens, world_size, BF16);
-}
-
-static char* settings_text(Config config, int64_t n_tokens, int world_size) {
-    char* text = NULL;
-    size_t size = 0;
-    FILE* file = open_memstream(&text, &size);
-    write_settings(file, config, n_tokens, world_size);
-    fclose(file);
-    return text;
+            "\"bf16\": %d}", config.block_size, config.vocab_size, config.n_layer, config.n_head,
+            config.n_embd, (long long)arguments.total_batch_size, (long long)arguments.max_steps,
+            (long long)arguments.seed, arguments.lr, (long long)n_tokens, BF16);
 }
 
 static void write_window(FILE* file, const char* name, const Window* window) {
@@ -2528,14 +2695,19 @@ static void save_checkpoint(Model* model, Ranks* ranks, int64_t step, double val
     save_weights(model, ranks, joined(arguments.out, "model.safetensors"));
     if (ranks->rank != 0) { return; }
     Config c = model->config;
+    char* tokenizer = read_file(joined(arguments.data, "tokenizer/tokenizer.json"));
+    double eot = tokenizer != NULL ? json_number(tokenizer, "<|endoftext|>", 50256) : 50256;
+    free(tokenizer);
     const char* path = joined(arguments.out, "config.json");
     FILE* file = create_part(path);
     fprintf(file, "{\n \"vocab_size\": %d,\n \"n_layer\": %d,\n \"n_head\": %d,\n \"n_embd\": %d,\n"
             " \"model_type\": \"gpt2\",\n \"architectures\": [\"GPT2LMHeadModel\"],\n"
             " \"n_positions\": %d,\n \"activation_function\": \"gelu_new\",\n"
-            " \"layer_norm_epsilon\": 1e-05,\n \"tie_word_embeddings\": true,\n \"deepdive\": {\n"
+            " \"layer_norm_epsilon\": 1e-05,\n \"embd_pdrop\": 0.0,\n \"attn_pdrop\": 0.0,\n"
+            " \"resid_pdrop\": 0.0,\n \"tie_word_embeddings\": true,\n \"eos_token_id\": %.0f,\n"
+            " \"deepdive\": {\n"
             "  \"format_version\": 1,\n  \"stage\": \"pretrain\",\n  \"step\": %lld,\n",
-            c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.block_size, (long long)step);
+            c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.block_size, eot, (long long)step);
     if (val_bpb > 0) { fprintf(file, "  \"val_bpb\": %.17g,\n", val_bpb); }
     fprintf(file, "  \"model\": {\"block_size\": %d, \"vocab_size\": %d, \"n_layer\": %d, "
             "\"n_head\": %d, \"n_embd\": %d}\n }\n}\n", c.block_size, c.vocab_size, c.n_layer,
@@ -2587,9 +2759,10 @@ static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n
         path = joined(folder, "state.json");
         file = create_part(path);
         fprintf(file, "{\"step\": %lld, \"position\": %lld, \"optimizer_steps\": %lld, "
-                "\"usd\": %.17g,\n", (long long)state->step, (long long)state->position,
-                (long long)state->optimizer_steps, state->usd);
-        write_settings(file, model->config, n_tokens, ranks->world_size);
+                "\"usd\": %.17g, \"world_size\": %d,\n", (long long)state->step,
+                (long long)state->position, (long long)state->optimizer_steps, state->usd,
+                ranks->world_size);
+        write_settings(file, model->config, n_tokens);
         write_window(file, "losses", &state->losses);
         write_window(file, "norms", &state->norms);
         fprintf(file, "}\n");
@@ -2619,7 +2792,41 @@ static int64_t newest_state() {
     return step;
 }
 
-// Restores what save_state wrote; false where there is nothing to resume.
+// Masters and moments from the shards of `old_ranks` ranks: of each bucket, what lies in this
+// rank's part. Buckets of another number of ranks differ in their padding only.
+static void load_shards(Model* model, Ranks* ranks, const char* folder, int old_ranks) {
+    Table old = make_table(model->config, old_ranks), table = model->table;
+    int world_size = ranks->world_size, rank = ranks->rank;
+    int64_t n = table.size / world_size, old_n = old.size / old_ranks;
+    float *mine = (float*)malloc(n * sizeof(float)), *shard = (float*)malloc(old_n * sizeof(float));
+    float* to[] = {model->masters, model->m, model->v};
+    for (int i = 0; i < 3; i++) {
+        memset(mine, 0, n * sizeof(float));
+        for (int r = 0; r < old_ranks; r++) {
+            if (old_ranks == world_size && r != rank) { continue; }
+            char name[64];
+            snprintf(name, sizeof name, "rank_%05d.safetensors", r);
+            SafeTensors file = open_safetensors(joined(folder, name));
+            read_tensor(file, STATE_TENSORS[i], old_n, shard);
+            for (int b = 0; b < table.n_buckets; b++) {
+                int64_t part = table.buckets[b].size / world_size, first = rank * part;
+                int64_t old_part = old.buckets[b].size / old_ranks, old_first = r * old_part;
+                int64_t begin = max(first, old_first);
+                int64_t end = min(first + part, old_first + old_part);
+                if (begin >= end) { continue; }
+                memcpy(mine + table.buckets[b].offset / world_size + begin - first,
+                       shard + old.buckets[b].offset / old_ranks + begin - old_first,
+                       (end - begin) * sizeof(float));
+            }
+            close_safetensors(file);
+        }
+        CHECK_CUDA(cudaMemcpy(to[i], mine, n * sizeof(float), cudaMemcpyHostToDevice));
+    }
+    free(mine), free(shard);
+    CHECK_CUDA(cudaDeviceSynchronize());        // pageable memory may be on its way still
+}
+
+// Restores what save_state wrote, for any number of ranks; false where there is nothing to resume.
 static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_tokens) {
     int64_t step = newest_state();
     if (step >= 0 && !arguments.resume) {
@@ -2627,36 +2834,242 @@ static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_token
             "or choose another --out", arguments.out);
     }
     if (step < 0) { return false; }
-    char folder[4096], name[64];
+    char folder[4096];
     state_folder(folder, step);
     char* text = read_file(joined(folder, "state.json"));
-    char* settings = settings_text(model->config, n_tokens, ranks->world_size);
+    char* settings = written([&](FILE* file) {
+        write_settings(file, model->config, n_tokens);
+    });
     if (strstr(text, settings) == NULL) {
-        die("%s was begun with another %.300s; a resumed run keeps its settings and its ranks; "
-            "give the same flags, or another --out", arguments.out, json_find(text, "settings"));
+        die("%s was begun with another %.300s; a resumed run keeps its settings; give the same "
+            "flags, or another --out", arguments.out, json_find(text, "settings"));
     }
     state->step = step, state->position = (int64_t)json_number(text, "position", 0);
     state->optimizer_steps = (int64_t)json_number(text, "optimizer_steps", 0);
     state->usd = json_number(text, "usd", 0);
     state->losses = read_window(text, "losses"), state->norms = read_window(text, "norms");
+    load_shards(model, ranks, folder, (int)json_number(text, "world_size", 1));
     free(text), free(settings);
-    snprintf(name, sizeof name, "rank_%05d.safetensors", ranks->rank);
-    SafeTensors file = open_safetensors(joined(folder, name));
-    int64_t mine = model->table.size / ranks->world_size;
-    float* values = (float*)malloc(mine * sizeof(float));
-    float* to[] = {model->masters, model->m, model->v};
-    for (int i = 0; i < 3; i++) {
-        read_tensor(file, STATE_TENSORS[i], mine, values);
-        CHECK_CUDA(cudaMemcpy(to[i], values, mine * sizeof(float), cudaMemcpyHostToDevice));
-    }
-    free(values);
-    close_safetensors(file);
-    CHECK_CUDA(cudaDeviceSynchronize());        // pageable memory may be on its way still
     restore_parameters(model, ranks, (int)state->optimizer_steps);
     return true;
 }
 
-// ---- §18 Main -----------------------------------------------------------------------------------
+// ---- §18 Questions and samples ------------------------------------------------------------------
+
+// Fewer, shorter rows in the memory of the model's own
+static Model shortened(const Model* model, int B, int T) {
+    Model part = *model;
+    part.B = B, part.T = T;
+    return part;
+}
+
+// HellaSwag as tokens, as eval.py hellaswag writes it: int32 magic, version, n_vocab, the int32s in
+// the file, questions; of each the right answer and the number of answers; of each answer the number
+// of its tokens, <|endoftext|> and the question included, where the answer begins, the tokens.
+struct HellaSwag { int* data; int n_questions, longest; };
+
+static HellaSwag open_hellaswag(const char* core_dir, int V) {
+    const char* path = joined(core_dir, "hellaswag.bin");
+    size_t bytes = 0;
+    int* data = (int*)read_file(path, &bytes);
+    if (data == NULL || data[0] != 20251121 || data[1] != 1 || data[2] != V ||
+        bytes != 4 * (size_t)data[3]) {
+        die("%s is %s; HellaSwag is read as tokens of the model's vocabulary of %d; run python "
+            "eval.py hellaswag --core_dir %s --tokenizer %s/tokenizer", path,
+            data == NULL ? "not there" : "cut short or of another tokenizer", V, core_dir,
+            arguments.data);
+    }
+    HellaSwag questions = {data + 5, data[4], 0};
+    int* at = questions.data;
+    for (int q = 0; q < questions.n_questions; q++) {
+        int n_answers = at[1];
+        at += 2;
+        for (int i = 0; i < n_answers; i++, at += 2 + at[0]) {
+            questions.longest = max(questions.longest, at[0]);
+        }
+    }
+    return questions;
+}
+
+// An answer's tokens → inputs (T); targets (T), -1 where nothing is scored. Too long: cut in front.
+static void fill_row(const int* answer, int T, int* inputs, int* targets) {
+    int n = answer[0], cut = max(0, n - 1 - T), start = max(1, answer[1] - cut);
+    const int* ids = answer + 2 + cut;
+    for (int t = 0; t < T; t++) {
+        bool exists = t + 1 < n - cut;
+        inputs[t] = exists ? ids[t] : 0;
+        targets[t] = exists && t + 1 >= start ? ids[t + 1] : -1;
+    }
+}
+
+// The share of questions whose right answer has the highest mean log-prob a token. Each rank takes
+// every world_size-th question; `rows` (B) are the answers that are on their way.
+static double hellaswag(Model* model, Loader* loader, HellaSwag questions, Ranks* ranks) {
+    int T = min(model->T, ceil_div(questions.longest - 1, 64) * 64), n_rows = 0, B = model->B;
+    Model part = shortened(model, B, T);
+    float* losses = (float*)malloc((size_t)B * T * sizeof(float));
+    struct Asked { int question; bool right; }* rows = (Asked*)malloc(B * sizeof(Asked));
+    double* best = (double*)malloc(questions.n_questions * sizeof(double));
+    double sums[2] = {};                    // right, asked
+    bool* is_right = (bool*)calloc(questions.n_questions, sizeof(bool));
+    int *inputs = begin_batch(loader), *targets = inputs + B * T;
+    auto answer_rows = [&]() {
+        for (int i = n_rows * T; i < B * T; i++) { inputs[i] = 0, targets[i] = -1; }
+        send_batch(loader, &part);
+        forward(&part, false);
+        CHECK_CUDA(cudaMemcpyAsync(losses, model->losses, (size_t)B * T * sizeof(float),
+                                   cudaMemcpyDeviceToHost, model->stream));
+        CHECK_CUDA(cudaStreamSynchronize(model->stream));
+        for (int row = 0; row < n_rows; row++) {
+            double sum = 0, n = 0;
+            for (int i = row * T; i < (row + 1) * T; i++) {
+                sum += losses[i], n += targets[i] >= 0;
+            }
+            int q = rows[row].question;
+            if (sum / n < best[q]) { best[q] = sum / n, is_right[q] = rows[row].right; }
+        }
+        inputs = begin_batch(loader), targets = inputs + B * T, n_rows = 0;
+    };
+    const int* at = questions.data;
+    for (int q = 0; q < questions.n_questions; q++) {
+        int right = at[0], n_answers = at[1];
+        best[q] = INFINITY;
+        at += 2;
+        for (int i = 0; i < n_answers; i++, at += 2 + at[0]) {
+            if (q % ranks->world_size != ranks->rank) { continue; }
+            fill_row(at, T, inputs + n_rows * T, targets + n_rows * T);
+            rows[n_rows++] = {q, i == right};
+            if (n_rows == B) { answer_rows(); }
+        }
+    }
+    if (n_rows > 0) { answer_rows(); }
+    for (int q = ranks->rank; q < questions.n_questions; q += ranks->world_size) {
+        sums[0] += is_right[q], sums[1]++;
+    }
+    free(losses), free(rows), free(best), free(is_right);
+    ranks_sum(ranks, sums, 2);
+    return sums[0] / sums[1];
+}
+
+// The bytes of each token, from tokenizer.tiktoken: lines of base64 and rank
+struct Vocabulary { char** bytes; int *sizes, n, eot; };
+
+static Vocabulary read_vocabulary(const char* data, int V) {
+    char* text = read_file(joined(data, "tokenizer/tokenizer.tiktoken"));
+    char* header = read_file(joined(data, "tokenizer/tokenizer.json"));
+    Vocabulary vocabulary = {(char**)calloc(V, sizeof(char*)), (int*)calloc(V, sizeof(int)), 0, 0};
+    if (text == NULL || header == NULL) { return vocabulary; }
+    vocabulary.n = V, vocabulary.eot = (int)json_number(header, "<|endoftext|>", V - 1);
+    const char* digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    for (char* line = strtok(text, "\n"); line != NULL; line = strtok(NULL, "\n")) {
+        char *space = strchr(line, ' '), *bytes = (char*)malloc(strlen(line));
+        int rank = space != NULL ? atoi(space) : -1, size = 0, n_bits = 0;
+        uint32_t bits = 0;
+        for (const char* c = line; c < space && *c != '='; c++, n_bits += 6) {
+            if (n_bits >= 8) { bytes[size++] = (char)(bits >> (n_bits -= 8)); }
+            bits = bits << 6 | (uint32_t)(strchr(digits, *c) - digits);
+        }
+        if (n_bits >= 8) { bytes[size++] = (char)(bits >> (n_bits - 8)); }
+        if (rank < 0 || rank >= V) { continue; }
+        vocabulary.bytes[rank] = bytes, vocabulary.sizes[rank] = size;
+    }
+    free(text), free(header);
+    return vocabulary;
+}
+
+static int find_token(const Vocabulary* vocabulary, const char* bytes, int size) {
+    for (int i = 0; i < vocabulary->n; i++) {
+        if (vocabulary->sizes[i] == size && memcmp(vocabulary->bytes[i], bytes, size) == 0) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+// A word, in which no pattern cuts, by BPE: the pair that makes the lowest token merges first.
+static int encode_word(const Vocabulary* vocabulary, const char* word, int size, int* ids) {
+    int ends[64], n = size;                 // where each part ends
+    for (int i = 0; i < n; i++) { ends[i] = i + 1; }
+    while (true) {
+        int lowest = INT32_MAX, at = -1;
+        for (int i = 0; i + 1 < n; i++) {
+            int begin = i > 0 ? ends[i - 1] : 0;
+            int token = find_token(vocabulary, word + begin, ends[i + 1] - begin);
+            if (token >= 0 && token < lowest) { lowest = token, at = i; }
+        }
+        if (at < 0) { break; }
+        memmove(ends + at, ends + at + 1, (--n - at) * sizeof(int));
+    }
+    for (int i = 0; i < n; i++) {
+        int begin = i > 0 ? ends[i - 1] : 0;
+        ids[i] = find_token(vocabulary, word + begin, ends[i] - begin);
+    }
+    return n;
+}
+
+const int SAMPLE_TOKENS = 48;
+const double TEMPERATURE = 0.8;
+
+// Draws the next token from logits (V)
+static int draw(const floatX* logits, int V, uint64_t seed, uint64_t place) {
+    double highest = -INFINITY, sum = 0;
+    for (int i = 0; i < V; i++) { highest = fmax(highest, (float)logits[i]); }
+    for (int i = 0; i < V; i++) { sum += exp(((float)logits[i] - highest) / TEMPERATURE); }
+    double left = uniform(seed, place) * sum;
+    for (int i = 0; i < V; i++) {
+        left -= exp(((float)logits[i] - highest) / TEMPERATURE);
+        if (left < 0) { return i; }
+    }
+    return V - 1;
+}
+
+// Two continuations, a line each; the model reads everything again for each token. On one rank.
+static void say_samples(Log* log, Model* model, Loader* loader, const Vocabulary* vocabulary,
+                        int64_t step) {
+    int V = model->config.vocab_size, Vp = padded_vocab(model->config), T = min(model->T, 64);
+    Model part = shortened(model, 1, T);
+    floatX* logits = (floatX*)malloc(Vp * sizeof(floatX));
+    const char* prompts[][2] = {{"The", ""}, {"Return", " the"}};       // word by word
+    for (int which = 0; which < 2; which++) {
+        int ids[64] = {vocabulary->eot}, n = 1;
+        for (const char* word : prompts[which]) {
+            n += encode_word(vocabulary, word, strlen(word), ids + n);
+        }
+        int first = n, end = min(n + SAMPLE_TOKENS, T);
+        while (n < end && (n == first || ids[n - 1] != vocabulary->eot)) {
+            int *inputs = begin_batch(loader), *targets = inputs + T;
+            for (int t = 0; t < T; t++) { inputs[t] = t < n ? ids[t] : 0, targets[t] = -1; }
+            send_batch(loader, &part);
+            forward(&part, false);
+            CHECK_CUDA(cudaMemcpyAsync(logits, model->logits + (int64_t)(n - 1) * Vp,
+                                       Vp * sizeof(floatX), cudaMemcpyDeviceToHost, model->stream));
+            CHECK_CUDA(cudaStreamSynchronize(model->stream));
+            ids[n] = draw(logits, V, which, n);
+            n++;
+        }
+        size_t bytes = 0;
+        char prompt[64], *text = written([&](FILE* file) {
+            for (int i = first; i < n; i++) {
+                int size = vocabulary->sizes[ids[i]];       // 0 of special tokens
+                if (size > 0) { fwrite(vocabulary->bytes[ids[i]], 1, size, file); }
+            }
+        }, &bytes);
+        snprintf(prompt, sizeof prompt, "%s%s", prompts[which][0], prompts[which][1]);
+        char* line = written([&](FILE* file) {
+            fprintf(file, "  sample: %s", prompt);
+            write_json_string(file, text, bytes);
+        });
+        char* row = written([&](FILE* file) {
+            fprintf(file, "\"step\": %lld, \"sample\": \"%s", (long long)step, prompt);
+            fputs(strchr(line, '"') + 1, file);
+        });
+        say(log, line, row);
+        free(text), free(line), free(row);
+    }
+    free(logits);
+}
+
+// ---- §19 Main -----------------------------------------------------------------------------------
 
 // llm.c's for GPT-2: linear warm-up, then cosine to 0
 static double schedule(int64_t step, int64_t max_steps) {
@@ -2717,46 +3130,83 @@ static int64_t horizon(Config config, int world_size) {
     return a->total_batch_size / micro_tokens;
 }
 
+// Bytes/s of its memory, by its clock and width; two transfers a clock
+static double peak_bandwidth(int device) {
+    int khz = 0, bits = 0;
+    CHECK_CUDA(cudaDeviceGetAttribute(&khz, cudaDevAttrMemoryClockRate, device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device));
+    return 2.0 * 1000 * khz * bits / 8;
+}
+
 static volatile sig_atomic_t stop_asked;
 static void on_signal(int) { stop_asked = 1; }
+
+static void write_flags(FILE* file) {
+    for (const Flag& flag : FLAGS) {
+        fprintf(file, "%s\"%s\": ", &flag == FLAGS ? "{" : ", ", flag.name);
+        if (flag.integer != NULL) { fprintf(file, "%lld", (long long)*flag.integer); }
+        if (flag.real != NULL) { fprintf(file, "%.15g", *flag.real); }
+        if (flag.text == NULL) { continue; }
+        const char* text = *flag.text;
+        text != NULL ? write_json_string(file, text, strlen(text)) : (void)fputs("null", file);
+    }
+    fputc('}', file);
+}
 
 // What it takes to repeat a run: command, versions, device, flags, parameters
 static void say_header(Log* log, Model* model, const char* gpu, int argc, char** argv,
                        int64_t grad_accum_steps, int64_t n_tokens) {
-    char command[2048] = "", line[4096];
-    for (int i = 0; i < argc; i++) {
-        size_t n = strlen(command);
-        snprintf(command + n, sizeof command - n, "%s%s", i ? " " : "", argv[i]);
-    }
     const Arguments& a = arguments;
+    char* command = written([&](FILE* file) {
+        for (int i = 0; i < argc; i++) { fprintf(file, "%s%s", i > 0 ? " " : "", argv[i]); }
+    });
+    char *flags = written(write_flags), cuda[64];
+    snprintf(cuda, sizeof cuda, "%d.%d, cuBLASLt %zu, %s", CUDART_VERSION / 1000,
+             CUDART_VERSION / 10 % 100, cublasLtGetVersion(), BF16 ? "bf16" : "fp32");
+    long long params = model->table.file_size;
+    char* row = written([&](FILE* file) {
+        fprintf(file, "\"header\": {\"command\": ");
+        write_json_string(file, command, strlen(command));
+        fprintf(file, ", \"commit\": \"unknown\", \"cuda\": \"%s\", \"flags\": %s, \"params\": "
+                "%lld, \"device\": \"%s\"}", cuda, flags, params, gpu);
+    });
     int64_t T = model->T, ranks = a.total_batch_size / (a.batch_size * T * grad_accum_steps);
-    double fixed, row;
-    memory_bytes(model->config, T, a.recompute, ranks, &fixed, &row);
-    snprintf(line, sizeof line, "command  %s\nversions CUDA %d.%d, cuBLASLt %zu, %s\ndevice   %s\n"
-             "params   %lld\n%lld tokens a step = %lld rows x %lld tokens x %lld ranks x %lld "
-             "accumulated; %lld steps = %.2f epochs of %lld tokens\n%.0f parameters in matmuls, "
-             "%.3g FLOP a token; memory about %.1f GB a rank, %.2f GB of it a row: if it does not "
-             "fit, halve --batch_size", command, CUDART_VERSION / 1000, CUDART_VERSION / 10 % 100,
-             cublasLtGetVersion(), BF16 ? "bf16" : "fp32", gpu, (long long)model->table.file_size,
-             (long long)a.total_batch_size, (long long)a.batch_size, (long long)T,
-             (long long)ranks, (long long)grad_accum_steps, (long long)a.max_steps,
-             (double)a.max_steps * a.total_batch_size / n_tokens, (long long)n_tokens,
-             matmul_parameters(model->config), flops_per_token(model->config),
-             (fixed + a.batch_size * row) / 1e9, row / 1e9);
-    say(log, line, NULL);
+    double fixed, row_bytes;
+    memory_bytes(model->config, T, a.recompute, ranks, &fixed, &row_bytes);
+    char* lines = written([&](FILE* file) {
+        fprintf(file, "command  %s\ncommit   unknown\ncuda     %s\nflags    %s\nparams   %lld\n"
+                "device   %s\n", command, cuda, flags, params, gpu);
+        fprintf(file, "%lld tokens a step = %lld rows x %lld tokens x %lld ranks x %lld "
+                "accumulated; %lld steps = %.2f epochs of %lld tokens\n",
+                (long long)a.total_batch_size, (long long)a.batch_size, (long long)T,
+                (long long)ranks, (long long)grad_accum_steps, (long long)a.max_steps,
+                (double)a.max_steps * a.total_batch_size / n_tokens, (long long)n_tokens);
+        fprintf(file, "%.0f parameters in matmuls, %.3g FLOP a token; memory about %.1f GB a rank, "
+                "%.2f GB of it a row: if it does not fit, halve --batch_size",
+                matmul_parameters(model->config), flops_per_token(model->config),
+                (fixed + a.batch_size * row_bytes) / 1e9, row_bytes / 1e9);
+    });
+    say(log, lines, row);
+    free(command), free(flags), free(row), free(lines);
 }
 
-// One step's gradients → the mean loss over all ranks, and whether a rank was asked to stop
+// One step's gradients → the mean loss over all ranks, and whether a rank was asked to stop. Each
+// batch is read while the GPU is busy with the one before, even if that is of the step before.
 static double accumulate(Model* model, Loader* loader, Ranks* ranks, int64_t position,
                          int64_t grad_accum_steps, bool* stop) {
     int B = model->B, BT = B * model->T;
     CHECK_CUDA(cudaMemsetAsync(model->loss_sum, 0, sizeof(double), model->stream));
+    position += ranks->rank * B;
     for (int64_t micro_step = 0; micro_step < grad_accum_steps; micro_step++) {
-        load_batch(loader, model, position + (micro_step * ranks->world_size + ranks->rank) * B);
+        read_batch(loader, B, position);
+        send_batch(loader, model);
         forward(model, true);
+        begin_kernel("loss_sum", 4.0 * BT, 0, model->stream);
         loss_sum_kernel<<<1, 256, 0, model->stream>>>(model->loss_sum, model->losses, BT);
         CHECK_LAUNCH();
         backward(model, loader->n_groups, micro_step == grad_accum_steps - 1, ranks);
+        position += ranks->world_size * B;
+        read_batch(loader, B, position);
     }
     double sums[2] = {0, (double)stop_asked};
     CHECK_CUDA(cudaMemcpyAsync(&sums[0], model->loss_sum, sizeof(double), cudaMemcpyDeviceToHost,
@@ -2775,6 +3225,8 @@ int main(int argc, char** argv) {
     int V = index != NULL ? (int)json_number(index, "n_vocab", 50257) : 50257;
     Shards train_shards = open_shards(a.data, "train"), val_shards = open_shards(a.data, "val");
     int* token_bytes = read_token_bytes(a.data, V);
+    HellaSwag questions = a.core_dir != NULL ? open_hellaswag(a.core_dir, V) : HellaSwag{};
+    Vocabulary vocabulary = read_vocabulary(a.data, V);
     Ranks ranks = start_ranks();
     cudaDeviceProp device;
     int device_number;
@@ -2785,7 +3237,8 @@ int main(int argc, char** argv) {
             "train_gpt2cu PRECISION=FP32", device.name);
     }
 
-    Config config = a.init_from != NULL ? read_config(a.init_from) : choose_config(V);
+    const char* init_from = a.init_from != NULL ? init_folder() : NULL;
+    Config config = init_from != NULL ? read_config(init_from) : choose_config(V);
     check_config(config, V);
     int64_t grad_accum_steps = horizon(config, ranks.world_size);
     int B = a.batch_size, T = config.block_size;
@@ -2794,8 +3247,8 @@ int main(int argc, char** argv) {
     make_folders(a.out);
     State state = {};
     bool resumed = load_state(&model, &ranks, &state, train_shards.n_tokens);
-    if (!resumed && a.init_from != NULL) {
-        load_weights(&model, &ranks, joined(a.init_from, "model.safetensors"));
+    if (!resumed && init_from != NULL) {
+        load_weights(&model, &ranks, joined(init_from, "model.safetensors"));
     } else if (!resumed) {
         initialise(&model, &ranks, a.seed);
     }
@@ -2820,11 +3273,18 @@ int main(int argc, char** argv) {
             Row row = begin_row(&log, state.step);
             add(&row, "val_loss", val.val_loss, "val_loss %.6f");
             if (val_bpb > 0) { add(&row, "val_bpb", val_bpb, "val_bpb %.4f"); }
+            if (questions.n_questions > 0) {
+                double accuracy = hellaswag(&model, &loader, questions, &ranks);
+                add(&row, "hellaswag", accuracy, "hellaswag %.4f");
+            }
             say(&log, row.line, row.row);
-            if (state.step == 0 && a.init_from == NULL && 
+            if (state.step == 0 && a.init_from == NULL &&
                 fabs(val.val_loss / ::log(V) - 1) > 0.05) {
                 die("val_loss %.4f before step 1; an untrained model's is ln(%d) = %.4f; a kernel "
                     "is wrong on this GPU: run make test_train_gpt2cu", val.val_loss, V, ::log(V));
+            }
+            if (ranks.rank == 0 && vocabulary.n > 0) {
+                say_samples(&log, &model, &loader, &vocabulary, state.step);
             }
         }
         if (last || stop || (state.step % a.save_every == 0 && fresh)) {
@@ -2833,6 +3293,8 @@ int main(int argc, char** argv) {
         }
         if (last || stop) { break; }
 
+        int64_t done = state.step - first_step;
+        profile.on = a.profile && ranks.rank == 0 && done >= 9 && done < 12;
         double tick = seconds_now();
         double loss = accumulate(&model, &loader, &ranks, state.position, grad_accum_steps, &stop);
         double norm = gradient_norm(&model, &ranks, grad_accum_steps);
@@ -2858,6 +3320,11 @@ int main(int argc, char** argv) {
         push(&state.losses, loss), push(&state.norms, norm);
 
         double seconds = seconds_now() - tick, tok_s = a.total_batch_size / seconds;
+        if (profile.on) {
+            add_times(1000 * seconds);
+            if (done == 11) { print_profile(peak_bandwidth(device_number), peak); }
+            profile.on = false;
+        }
         mean_seconds = mean_seconds > 0 ? 0.95 * mean_seconds + 0.05 * seconds : seconds;
         state.usd = earlier_usd +
                     (seconds_now() - started) / 3600 * a.gpu_hour_usd * ranks.world_size;

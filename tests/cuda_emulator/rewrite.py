@@ -40,11 +40,11 @@ def rewrite(source):
         end = closing(code, begin)
         configuration = source[launch.start() + 3:launch.end() - 3]
         kernel, arguments = source[start:launch.start()], source[begin:end]
-        edits.append((start, end, f"cuemu::launch(cuemu::Cfg({configuration}), "
+        edits.append((start, end, f"cuemu::launch(cuemu::Launch({configuration}), "
                                   f"[&]{{ {kernel}{arguments}; }})"))
     for shared in re.finditer(SHARED, code):
         edits.append((*shared.span(), f"{shared[1]}* {shared[2]} = "
-                                      f"({shared[1]}*)cuemu::dynsmem();"))
+                                      f"({shared[1]}*)cuemu::shared_memory();"))
     for start, end, text in sorted(edits, reverse=True):
         source = source[:start] + text + source[end:]
     return source

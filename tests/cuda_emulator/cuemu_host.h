@@ -1,0 +1,332 @@
+/*
+The host's side: of the CUDA runtime, cuBLASLt and NCCL what train_gpt2.cu calls. Streams run at
+once. New memory holds NaNs. Ranks are processes that share a file in memory.
+*/
+#pragma once
+#include <atomic>
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+// ---- CUDA runtime -------------------------------------------------------------------------------
+
+#define CUDART_VERSION 13000
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation,
+                   cudaErrorInvalidConfiguration = 9 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMemoryClockRate = 36, cudaDevAttrGlobalMemoryBusWidth = 37 };
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
+struct cudaDeviceProp { char name[256]; int major; };
+typedef struct CuemuStream {}* cudaStream_t;
+typedef struct CuemuEvent { std::chrono::steady_clock::time_point time; }* cudaEvent_t;
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorMemoryAllocation       ? "out of memory"
+           : error == cudaErrorInvalidConfiguration ? "invalid configuration argument"
+                                                    : "invalid argument";
+}
+inline cudaError_t cudaGetLastError() {
+    cudaError_t error = (cudaError_t)cuemu::last_error;
+    cuemu::last_error = cudaSuccess;
+    return error;
+}
+
+const size_t CUEMU_MEMORY_BYTES = (size_t)8 << 30;
+template <class T> cudaError_t cudaMalloc(T** pointer, size_t bytes) {
+    if (bytes > CUEMU_MEMORY_BYTES) { return cudaErrorMemoryAllocation; }
+    *pointer = (T*)aligned_alloc(256, (bytes / 256 + 1) * 256);
+    memset((void*)*pointer, 0xFF, bytes);
+    return cudaSuccess;
+}
+template <class T> cudaError_t cudaMallocHost(T** pointer, size_t bytes) {
+    return cudaMalloc(pointer, bytes);
+}
+inline cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total) {
+    *free_bytes = *total = CUEMU_MEMORY_BYTES;
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+    memmove(to, from, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                                   cudaStream_t) {
+    return cudaMemcpy(to, from, bytes, kind);
+}
+inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+    memset(to, value, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+    return cudaMemset(to, value, bytes);
+}
+
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+    *stream = new CuemuStream;
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventCreate(cudaEvent_t* event) {
+    *event = new CuemuEvent;
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+    return cudaEventCreate(event);
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+    event->time = std::chrono::steady_clock::now();
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) {
+    *ms = std::chrono::duration<float, std::milli>(end->time - begin->time).count();
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDeviceCount(int* n) {
+    *n = 1;
+    return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* device, int) {
+    *device = {"CPU, emulating a GPU", 9};
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrMemoryClockRate ? 1000000 : 32;        // 8 GB/s
+    return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int shared_bytes) {
+    if (shared_bytes > 227 << 10) { return cudaErrorInvalidValue; }         // sm_90's
+    cuemu::most_shared_bytes = std::max(cuemu::most_shared_bytes, (size_t)shared_bytes);
+    return cudaSuccess;
+}
+
+// ---- cuBLASLt -----------------------------------------------------------------------------------
+
+enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7 };
+enum cudaDataType_t { CUDA_R_32F = 0, CUDA_R_16BF = 14 };
+enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
+enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68 };
+enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_BIAS = 4,
+                          CUBLASLT_EPILOGUE_GELU_AUX_BIAS = 164, CUBLASLT_EPILOGUE_DGELU = 192 };
+enum cublasLtMatmulDescAttributes_t {
+    CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB, CUBLASLT_MATMUL_DESC_EPILOGUE,
+    CUBLASLT_MATMUL_DESC_BIAS_POINTER, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER,
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, CUEMU_ATTRIBUTES };
+enum cublasLtMatmulPreferenceAttributes_t { CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES };
+typedef void *cublasLtHandle_t, *cublasLtMatmulPreference_t;
+typedef struct CuemuMatmul { int64_t attributes[CUEMU_ATTRIBUTES]; }* cublasLtMatmulDesc_t;
+typedef struct CuemuLayout { cudaDataType_t type; int64_t rows, columns, stride; }*
+    cublasLtMatrixLayout_t;
+struct cublasLtMatmulAlgo_t {};
+struct cublasLtMatmulHeuristicResult_t { cublasLtMatmulAlgo_t algo; };
+
+inline size_t cublasLtGetVersion() { return 0; }
+inline cublasStatus_t cublasLtCreate(cublasLtHandle_t*) { return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* matmul, cublasComputeType_t,
+                                               cudaDataType_t) {
+    *matmul = new CuemuMatmul{};
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t matmul,
+                                                     cublasLtMatmulDescAttributes_t attribute,
+                                                     const void* value, size_t bytes) {
+    memcpy(&matmul->attributes[attribute], value, bytes);
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout,
+                                                 cudaDataType_t type, uint64_t rows,
+                                                 uint64_t columns, int64_t stride) {
+    *layout = new CuemuLayout{type, (int64_t)rows, (int64_t)columns, stride};
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t*) {
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t,
+                                                           cublasLtMatmulPreferenceAttributes_t,
+                                                           const void*, size_t) {
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t) {
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
+    cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+    cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int,
+    cublasLtMatmulHeuristicResult_t*, int* found) {
+    *found = 1;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+namespace cuemu {
+inline float get(const void* matrix, int64_t i, cudaDataType_t type) {
+    return type == CUDA_R_32F ? ((const float*)matrix)[i] : (float)((__nv_bfloat16*)matrix)[i];
+}
+inline void put(void* matrix, int64_t i, cudaDataType_t type, float value) {
+    if (type == CUDA_R_32F) { ((float*)matrix)[i] = value; }
+    else { ((__nv_bfloat16*)matrix)[i] = value; }
+}
+// An operand as (outer, k) or, transposed, (k, outer), both row by row
+inline std::vector<float> unpack(const void* matrix, CuemuLayout layout, bool transpose) {
+    std::vector<float> values(layout.rows * layout.columns);
+    for (int64_t column = 0, i = 0; column < layout.columns; column++) {
+        for (int64_t row = 0; row < layout.rows; row++, i++) {
+            int64_t at = transpose ? row * layout.columns + column : i;
+            values[at] = get(matrix, column * layout.stride + row, layout.type);
+        }
+    }
+    return values;
+}
+const float GELU = 0.7978845608f;
+inline float gelu(float x) {
+    return 0.5f * x * (1 + tanhf(GELU * (x + 0.044715f * x * x * x)));
+}
+inline float gelu_slope(float x) {
+    float t = tanhf(GELU * (x + 0.044715f * x * x * x));
+    return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * GELU * (1 + 3 * 0.044715f * x * x);
+}
+}  // namespace cuemu
+
+// D = alpha op(A) op(B) + beta D, matrices column by column; sums in fp32, k ascending
+inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t matmul,
+                                     const void* alpha, const void* a,
+                                     cublasLtMatrixLayout_t a_layout, const void* b,
+                                     cublasLtMatrixLayout_t b_layout, const void* beta, const void*,
+                                     cublasLtMatrixLayout_t, void* d,
+                                     cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t*,
+                                     void*, size_t, cudaStream_t) {
+    int64_t* attributes = matmul->attributes;
+    bool transpose_a = attributes[CUBLASLT_MATMUL_DESC_TRANSA] == CUBLAS_OP_T;
+    bool transpose_b = attributes[CUBLASLT_MATMUL_DESC_TRANSB] == CUBLAS_OP_T;
+    int64_t M = d_layout->rows, N = d_layout->columns, K = transpose_a ? a_layout->rows
+                                                                       : a_layout->columns;
+    if ((transpose_a ? a_layout->columns : a_layout->rows) != M ||
+        (transpose_b ? b_layout->rows : b_layout->columns) != N ||
+        (transpose_b ? b_layout->columns : b_layout->rows) != K) {
+        return CUBLAS_STATUS_INVALID_VALUE;
+    }
+    std::vector<float> left = cuemu::unpack(a, *a_layout, transpose_a);         // (K, M)
+    std::vector<float> right = cuemu::unpack(b, *b_layout, transpose_b), sum(M);    // (N, K)
+    const void* bias = (const void*)attributes[CUBLASLT_MATMUL_DESC_BIAS_POINTER];
+    void* aux = (void*)attributes[CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER];
+    int64_t aux_stride = attributes[CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD];
+    int64_t epilogue = attributes[CUBLASLT_MATMUL_DESC_EPILOGUE];
+    cudaDataType_t type = d_layout->type;
+    for (int64_t n = 0; n < N; n++) {
+        std::fill(sum.begin(), sum.end(), 0.0f);
+        for (int64_t k = 0; k < K; k++) {
+            float factor = right[n * K + k], *column = &left[k * M];
+            for (int64_t m = 0; m < M; m++) { sum[m] += factor * column[m]; }
+        }
+        for (int64_t m = 0; m < M; m++) {
+            int64_t at = n * d_layout->stride + m, aux_at = n * aux_stride + m;
+            float value = *(float*)alpha * sum[m];
+            if (*(float*)beta != 0) { value += *(float*)beta * cuemu::get(d, at, type); }
+            if (epilogue == CUBLASLT_EPILOGUE_BIAS || epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS) {
+                value += cuemu::get(bias, m, type);
+            }
+            if (epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS) {
+                cuemu::put(aux, aux_at, type, value);
+                value = cuemu::gelu(value);
+            } else if (epilogue == CUBLASLT_EPILOGUE_DGELU) {
+                value *= cuemu::gelu_slope(cuemu::get(aux, aux_at, type));
+            }
+            cuemu::put(d, at, type, value);
+        }
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+// ---- NCCL ---------------------------------------------------------------------------------------
+
+enum ncclResult_t { ncclSuccess, ncclSystemError = 2 };
+enum ncclDataType_t { ncclInt8 = 0, ncclFloat32 = 7, ncclFloat64 = 8 };
+enum ncclRedOp_t { ncclSum };
+struct ncclUniqueId { char internal[128]; };
+struct CuemuMeeting { std::atomic<int> n_arrived, round; alignas(64) char data[1]; };
+typedef struct CuemuComm { int rank, world_size; CuemuMeeting* meeting; }* ncclComm_t;
+const size_t CUEMU_SLOT = 1 << 20;              // bytes of a rank at a time
+
+inline const char* ncclGetErrorString(ncclResult_t) { return "no shared memory"; }
+inline ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
+    snprintf(id->internal, sizeof id->internal, "/cuemu-%d", (int)getpid());
+    return ncclSuccess;
+}
+
+inline void cuemu_meet(ncclComm_t comm) {
+    CuemuMeeting* meeting = comm->meeting;
+    int round = meeting->round;
+    if (++meeting->n_arrived == comm->world_size) {
+        meeting->n_arrived = 0;
+        meeting->round++;
+    }
+    while (meeting->round == round) { sched_yield(); }
+}
+
+inline ncclResult_t ncclCommInitRank(ncclComm_t* comm, int world_size, ncclUniqueId id, int rank) {
+    size_t bytes = sizeof(CuemuMeeting) + CUEMU_SLOT * world_size;
+    int file = shm_open(id.internal, O_CREAT | O_RDWR, 0600);
+    if (file < 0 || ftruncate(file, bytes) != 0) { return ncclSystemError; }
+    void* memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    close(file);
+    if (memory == MAP_FAILED) { return ncclSystemError; }
+    *comm = new CuemuComm{rank, world_size, (CuemuMeeting*)memory};
+    cuemu_meet(*comm);
+    if (rank == 0) { shm_unlink(id.internal); }         // it goes with the last process
+    return ncclSuccess;
+}
+
+// A piece of every rank's bytes at a time: take(piece of rank r, r, first byte, bytes)
+template <class Take>
+void cuemu_exchange(const void* from, size_t bytes, ncclComm_t comm, Take take) {
+    char* data = comm->meeting->data;
+    for (size_t first = 0; first < bytes; first += CUEMU_SLOT) {
+        size_t n = std::min(CUEMU_SLOT, bytes - first);
+        memcpy(data + comm->rank * CUEMU_SLOT, (const char*)from + first, n);
+        cuemu_meet(comm);
+        for (int r = 0; r < comm->world_size; r++) { take(data + r * CUEMU_SLOT, r, first, n); }
+        cuemu_meet(comm);
+    }
+}
+
+inline ncclResult_t ncclAllGather(const void* from, void* to, size_t n, ncclDataType_t,
+                                  ncclComm_t comm, cudaStream_t) {
+    cuemu_exchange(from, n, comm, [&](const char* piece, int r, size_t first, size_t bytes) {
+        memcpy((char*)to + r * n + first, piece, bytes);
+    });
+    return ncclSuccess;
+}
+
+// Sums over ranks in their order, in fp64, of all n numbers
+template <class T> std::vector<double> cuemu_sum(const void* from, size_t n, ncclComm_t comm) {
+    std::vector<double> sum(n);
+    auto add = [&](const char* piece, int, size_t first, size_t bytes) {
+        double* at = &sum[first / sizeof(T)];
+        for (size_t i = 0; i < bytes / sizeof(T); i++) { at[i] += ((const T*)piece)[i]; }
+    };
+    cuemu_exchange(from, n * sizeof(T), comm, add);
+    return sum;
+}
+inline ncclResult_t ncclAllReduce(const void* from, void* to, size_t n, ncclDataType_t, ncclRedOp_t,
+                                  ncclComm_t comm, cudaStream_t) {
+    std::vector<double> sum = cuemu_sum<double>(from, n, comm);
+    std::copy(sum.begin(), sum.end(), (double*)to);
+    return ncclSuccess;
+}
+inline ncclResult_t ncclReduceScatter(const void* from, void* to, size_t n, ncclDataType_t,
+                                      ncclRedOp_t, ncclComm_t comm, cudaStream_t) {
+    std::vector<double> sum = cuemu_sum<float>(from, n * comm->world_size, comm);
+    std::copy_n(sum.begin() + comm->rank * n, n, (float*)to);
+    return ncclSuccess;
+}
