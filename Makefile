@@ -78,7 +78,7 @@ train_gpt2cu: train_gpt2.cu
 	    $(if $(filter FP32,$(PRECISION)),-DFP32,--use_fast_math) $(if $(NCCL),-DMULTI_GPU) $< -o $@ $(call link,$(CUBLAS)) $(call link,$(NCCL))
 
 test_train_gpt2cu: setup
-	SLOW=1 $(PY) -m pytest -q tests/test_train_gpt2cu.py
+	SLOW=1 $(PY) -m pytest -q tests/test_train_gpt2cu*.py
 
 check:
 	@printf '%s\n' "nvcc $(or $(NVCC),not found)" "cublasLt $(or $(CUBLAS),not found)" "NCCL $(or $(NCCL),not found)" "sm_$(GPU_ARCHS)"

@@ -1,22 +1,24 @@
 /*
-Pretraining of GPT-2 in CUDA C: the same shards, checkpoints, flags and log lines as train_gpt2.py.
+Pretraining in CUDA C, of GPT-2 and of dN, the modern recipe: the same shards, checkpoints, flags
+and log lines as train_gpt2.py.
 
     make train_gpt2cu
     ./train_gpt2cu --model gpt2 --data data/fineweb --out runs/gpt2                        # 1 GPU
     torchrun --standalone --nproc_per_node=8 --no-python \
-        ./train_gpt2cu --model gpt2-xl --data data/fineweb --out runs/xl                   # 8 GPUs
+        ./train_gpt2cu --model d24 --data data/fineweb --out runs/d24                      # 8 GPUs
 
     in:  <data>/…_train_….bin, …_val_….bin, index.json, token_bytes.npy, tokenizer for samples;
          <core_dir>/hellaswag.bin, which python eval.py hellaswag writes
     out: <run>/model.safetensors, config.json, log.jsonl, state/ for --resume
 
 Map: §1 types, failures, timing · §2 reductions, 128-bit loads, tensor cores · §3 embedding ·
-§4 sums over rows · §5 residual + LayerNorm · §6 matmuls · §7 attention · §8 GELU · §9 classifier ·
-§10 AdamW · §11 ranks · §12 tensor table · §13 model · §14 files · §15 data · §16 flags ·
-§17 the log and saved states · §18 questions and samples · §19 main
+§4 sums over rows · §5 residual + norms · §6 matmuls · §7 attention, rotary positions · §8 GELU,
+ReLU² · §9 classifier · §10 AdamW, Muon · §11 ranks · §12 tensor table · §13 model · §14 files ·
+§15 data · §16 flags · §17 the log and saved states · §18 questions and samples · §19 main
 
 Numerics: weights and activations are bf16 (floatX), every sum and statistic fp32. Each rank keeps
-fp32 masters and Adam's moments of its 1/world_size of the parameters (ZeRO-1, arXiv 1910.02054).
+fp32 masters and moments of its 1/world_size of the parameters (ZeRO-1, arXiv 1910.02054); of Muon's
+matrices it owns whole layers, as optim.py's ranks own whole matrices.
 Gradients of parameters are fp32 and accumulate; gradients of activations are bf16 and overwrite,
 except along the residual stream, where they add up. With -DFP32 all is fp32, for cards before
 sm_80 and for tests. There are no floating-point atomics: the same run gives the same bits.
@@ -27,7 +29,8 @@ Sizes: B rows, T positions, C channels, V vocabulary, Vp V rounded up to 64, L l
 HS = C / NH, BT = B * T.
 
 Papers: GPT-2 (Radford et al. 2019), FlashAttention-2 (arXiv 2307.08691), online softmax
-(1805.02867), AdamW (1711.05101), stochastic rounding (2010.06192).
+(1805.02867), AdamW (1711.05101), stochastic rounding (2010.06192); of dN those of model.py and
+optim.py.
 Differs from the papers: FlashAttention-2 adds dQ with atomics; here a second kernel computes it,
 7 matmuls instead of 5, so that sums have one order.
 Differs from train_gpt2.py: of CORE only HellaSwag is asked; gzip and xz are not compared with.
@@ -213,15 +216,17 @@ __device__ float warp_max(float value) {
     return value;
 }
 
-// Sums over a block of up to 1024 threads; every thread gets the result. A kernel calls it once:
-// of_warp would be written again while a slow warp still reads it.
+// Sums over a block of up to 1024 threads; every thread gets the result. The second barrier is for
+// kernels that call it twice: of_warp is not written again while a slow warp still reads it.
 __device__ float block_sum(float value) {
     __shared__ float of_warp[WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
     value = warp_sum(value);
     if (lane == 0) { of_warp[warp] = value; }
     __syncthreads();
-    return warp_sum(lane < n_warps ? of_warp[lane] : 0.0f);
+    value = warp_sum(lane < n_warps ? of_warp[lane] : 0.0f);
+    __syncthreads();
+    return value;
 }
 
 __device__ float block_max(float value) {
@@ -343,14 +348,20 @@ static void embedding_forward(floatX* out, const int* tokens, const floatX* wte,
     CHECK_LAUNCH();
 }
 
-static void embedding_backward(float* dwte, float* dwpe, const floatX* dout, TokenIndex index,
-                               int n_groups, int B, int T, int C, cudaStream_t stream) {
+static void wte_backward(float* dwte, const floatX* dout, TokenIndex index, int n_groups, int BT,
+                         int C, cudaStream_t stream) {
     dim3 grid(n_groups, ceil_div(C, W * WARP)), block(WARP, 8);
-    double read = (double)B * T * C * sizeof(floatX);
-    begin_kernel("wte_backward", read + 8.0 * n_groups * C, 0, stream);
+    double bytes = (double)BT * C * sizeof(floatX) + 8.0 * n_groups * C;
+    begin_kernel("wte_backward", bytes, 0, stream);
     wte_backward_kernel<<<grid, block, 0, stream>>>(dwte, dout, index, C);
     CHECK_LAUNCH();
-    begin_kernel("wpe_backward", read + 8.0 * T * C, 0, stream);
+}
+
+static void embedding_backward(float* dwte, float* dwpe, const floatX* dout, TokenIndex index,
+                               int n_groups, int B, int T, int C, cudaStream_t stream) {
+    wte_backward(dwte, dout, index, n_groups, B * T, C, stream);
+    double bytes = (double)B * T * C * sizeof(floatX) + 8.0 * T * C;
+    begin_kernel("wpe_backward", bytes, 0, stream);
     wpe_backward_kernel<<<ceil_div(T * C / W, 256), 256, 0, stream>>>(dwpe, dout, B, T, C);
     CHECK_LAUNCH();
 }
@@ -428,6 +439,7 @@ static void bias_backward(float* dbias, float* partials, const floatX* dout, int
 //   dweight += Σ_rows dout n    dbias += Σ_rows dout
 
 const int NORM_WARPS = 4;
+const float RMS_EPSILON = 1.1920929e-7f;         // what PyTorch has: fp32's
 
 // One warp: one row of C channels, held in shared memory between the passes. Grid BT/4 x 128.
 // Moves 4 BTC (2 without b); bound by memory. Without b, x is a and is not written.
@@ -544,6 +556,132 @@ static void layernorm_backward(floatX* dx, float* dweight, float* dbias, float* 
     add_partials(dbias, partials + C, blocks, 2 * C, C, stream);
 }
 
+//   dN's norm: s = λ x + μ e, x = a + b    rstd = 1 / sqrt(Σ s² / C + 1.19e-7)    out = n = s rstd
+//   ds = dx + (dout - n Σ (dout n) / C) rstd
+//   dλ += Σ ds x    dμ += Σ ds e    dx = λ ds    de += μ ds
+//
+// λ and μ, one each a layer, mix the first embedding e into the residual stream; without e, s = x.
+
+struct Mix { const floatX* e; const float *lambda, *mu; float sign; };      // lambda NULL: 1
+
+__device__ Pack mixed(Pack x, Mix mix, int64_t at) {
+    if (mix.e == NULL) { return x; }
+    float lambda = mix.lambda != NULL ? *mix.lambda : 1.0f, mu = mix.sign * *mix.mu;
+    Pack e = load(mix.e + at), s;
+    for (int i = 0; i < W; i++) { s.set(i, lambda * x[i] + mu * e[i]); }
+    return s;
+}
+
+// One warp: one row, held in shared memory between the passes. Grid BT/4 x 128. Moves up to 6 BTC;
+// bound by memory. a is row tokens[bt] of a table where there are tokens; x and s are written
+// where they are wanted. mix.e may be x.
+__global__ void rmsnorm_forward_kernel(floatX* out, floatX* x, floatX* s, float* rstd,
+                                       const floatX* a, const int* tokens, const floatX* b, Mix mix,
+                                       int BT, int C) {
+    extern __shared__ float rows[];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int64_t bt = (int64_t)blockIdx.x * NORM_WARPS + warp;
+    if (bt >= BT) { return; }
+    const floatX* from = a + (tokens != NULL ? tokens[bt] : bt) * C;
+    float *row = rows + warp * C, square_sum = 0.0f;
+    for (int c = lane * W; c < C; c += WARP * W) {
+        Pack value = load(from + c);
+        if (b != NULL) {
+            Pack other = load(b + bt * C + c);
+            for (int i = 0; i < W; i++) { value.set(i, value[i] + other[i]); }
+        }
+        if (x != NULL) { store(x + bt * C + c, value); }
+        value = mixed(value, mix, bt * C + c);
+        if (s != NULL) { store(s + bt * C + c, value); }
+        for (int i = 0; i < W; i++) { row[c + i] = value[i], square_sum += value[i] * value[i]; }
+    }
+    float scale = rsqrtf(warp_sum(square_sum) / C + RMS_EPSILON);
+    for (int c = lane * W; c < C; c += WARP * W) {
+        Pack value;
+        for (int i = 0; i < W; i++) { value.set(i, row[c + i] * scale); }
+        store(out + bt * C + c, value);
+    }
+    if (lane == 0) { rstd[bt] = scale; }
+}
+
+const int RMS_PARTIALS = 1024;
+
+// One warp: every n-th row, read twice, the second time from the L1 cache. Grid up to RMS_PARTIALS
+// x 128. Moves 4 BTC, or 7 with a mix; bound by memory. partials (gridDim, 2): dλ, dμ.
+__global__ void rmsnorm_backward_kernel(floatX* dx, floatX* de, float* partials, const floatX* dout,
+                                        const floatX* x, const int* tokens, const float* rstd,
+                                        Mix mix, int BT, int C) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    float lambda = mix.lambda != NULL ? *mix.lambda : 1.0f, dlambda = 0.0f, dmu = 0.0f;
+    float mu = mix.e != NULL ? mix.sign * *mix.mu : 0.0f;
+    for (int64_t bt = blockIdx.x * NORM_WARPS + warp; bt < BT; bt += gridDim.x * NORM_WARPS) {
+        const floatX* from = x + (tokens != NULL ? tokens[bt] : bt) * C;
+        float scale = rstd[bt], sum = 0.0f;
+        for (int c = lane * W; c < C; c += WARP * W) {
+            Pack s = mixed(load(from + c), mix, bt * C + c), gradient = load(dout + bt * C + c);
+            for (int i = 0; i < W; i++) { sum += gradient[i] * s[i]; }
+        }
+        float mean = warp_sum(sum) * scale / C;
+        for (int c = lane * W; c < C; c += WARP * W) {
+            Pack value = load(from + c), s = mixed(value, mix, bt * C + c);
+            Pack gradient = load(dout + bt * C + c), ds = load(dx + bt * C + c), e, sent;
+            if (mix.e != NULL) { e = load(mix.e + bt * C + c), sent = load(de + bt * C + c); }
+            for (int i = 0; i < W; i++) {
+                float here = ds[i] + (gradient[i] - s[i] * scale * mean) * scale;
+                ds.set(i, lambda * here);
+                if (mix.e == NULL) { continue; }
+                dlambda += here * value[i], dmu += mix.sign * here * e[i];
+                sent.set(i, sent[i] + mu * here);
+            }
+            store(dx + bt * C + c, ds);
+            if (mix.e != NULL) { store(de + bt * C + c, sent); }
+        }
+    }
+    if (mix.e == NULL) { return; }
+    dlambda = block_sum(dlambda), dmu = block_sum(dmu);
+    if (threadIdx.x > 0) { return; }
+    partials[2 * blockIdx.x] = dlambda, partials[2 * blockIdx.x + 1] = dmu;
+}
+
+static void rmsnorm_forward(floatX* out, floatX* x, floatX* s, float* rstd, const floatX* a,
+                            const int* tokens, const floatX* b, Mix mix, int BT, int C,
+                            cudaStream_t stream) {
+    size_t shared_bytes = sizeof(float) * NORM_WARPS * C;
+    double moved = 2 + (b != NULL) + (mix.e != NULL) + (x != NULL) + (s != NULL);
+    begin_kernel("rmsnorm_forward", moved * BT * C * sizeof(floatX), 0, stream);
+    rmsnorm_forward_kernel<<<ceil_div(BT, NORM_WARPS), NORM_WARPS * WARP, shared_bytes, stream>>>(
+        out, x, s, rstd, a, tokens, b, mix, BT, C);
+    CHECK_LAUNCH();
+}
+
+static void rmsnorm_backward(floatX* dx, floatX* de, float* dlambda, float* dmu, float* partials,
+                             const floatX* dout, const floatX* x, const int* tokens,
+                             const float* rstd, Mix mix, int BT, int C, cudaStream_t stream) {
+    int blocks = min(RMS_PARTIALS, ceil_div(BT, NORM_WARPS));
+    double moved = mix.e != NULL ? 7.0 : 4.0;
+    begin_kernel("rmsnorm_backward", moved * BT * C * sizeof(floatX), 0, stream);
+    rmsnorm_backward_kernel<<<blocks, NORM_WARPS * WARP, 0, stream>>>(
+        dx, de, partials, dout, x, tokens, rstd, mix, BT, C);
+    CHECK_LAUNCH();
+    if (dlambda != NULL) { add_partials(dlambda, partials, blocks, 2, 1, stream); }
+    if (dmu != NULL) { add_partials(dmu, partials + 1, blocks, 2, 1, stream); }
+}
+
+// One thread: one Pack of sum += other. Grid n/W/256 x 256. Moves 3n; bound by memory.
+__global__ void add_kernel(floatX* sum, const floatX* other, int64_t n) {
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (at >= n) { return; }
+    Pack a = load(sum + at), b = load(other + at);
+    for (int i = 0; i < W; i++) { a.set(i, a[i] + b[i]); }
+    store(sum + at, a);
+}
+
+static void add_to(floatX* sum, const floatX* other, int64_t n, cudaStream_t stream) {
+    begin_kernel("add", 3.0 * n * sizeof(floatX), 0, stream);
+    add_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(sum, other, n);
+    CHECK_LAUNCH();
+}
+
 // ---- §6 Matmuls: cuBLASLt -----------------------------------------------------------------------
 //
 //   y = x w + bias            x (rows, C), w (C, OC), y (rows, OC)
@@ -560,9 +698,11 @@ struct Matmul {
     int m, n, k;
     bool accumulate;            // then D is fp32 and is added to
     Epilogue epilogue;
+    int batch = 1;              // matrices behind one another
     bool operator==(const Matmul& o) const {
         return transpose_a == o.transpose_a && transpose_b == o.transpose_b && m == o.m &&
-               n == o.n && k == o.k && accumulate == o.accumulate && epilogue == o.epilogue;
+               n == o.n && k == o.k && accumulate == o.accumulate && epilogue == o.epilogue &&
+               batch == o.batch;
     }
 };
 
@@ -607,16 +747,28 @@ static void set_epilogue(cublasLtMatmulDesc_t operation, Matmul mm, const floatX
     }
 }
 
+static cublasLtMatrixLayout_t layout(cudaDataType_t type, int rows, int columns, int batch) {
+    cublasLtMatrixLayout_t made;
+    int64_t stride = (int64_t)rows * columns;
+    CHECK_CUBLAS(cublasLtMatrixLayoutCreate(&made, type, rows, columns, rows));
+    CHECK_CUBLAS(cublasLtMatrixLayoutSetAttribute(made, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
+                                                  sizeof batch));
+    CHECK_CUBLAS(cublasLtMatrixLayoutSetAttribute(
+        made, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride, sizeof stride));
+    return made;
+}
+
 static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias, floatX* aux) {
     for (int i = 0; i < cublas.n_plans; i++) {
         if (cublas.plans[i].matmul == mm) { return &cublas.plans[i]; }
     }
-    if (cublas.n_plans == 64) { die("more than 64 shapes of matmuls; a model has 15; report it"); }
+    if (cublas.n_plans == 64) { die("more than 64 shapes of matmuls; a model has 30; report it"); }
     MatmulPlan* plan = &cublas.plans[cublas.n_plans++];
     plan->matmul = mm;
     const char* epilogues[] = {"", " + bias", " + bias, gelu", " * gelu'"};
     snprintf(plan->name, sizeof plan->name, "matmul %d x %d x %d%s%s", mm.m, mm.n, mm.k,
              mm.accumulate ? " += fp32" : "", epilogues[mm.epilogue]);
+    if (mm.batch > 1) { snprintf(plan->name + strlen(plan->name), 16, " x %d", mm.batch); }
     cudaDataType_t type = mm.accumulate ? CUDA_R_32F : CUBLAS_X;
     CHECK_CUBLAS(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSA, mm.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
@@ -624,9 +776,9 @@ static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias, floatX* aux) {
     set_epilogue(plan->operation, mm, bias, aux);
     int a_rows = mm.transpose_a ? mm.k : mm.m, a_columns = mm.transpose_a ? mm.m : mm.k;
     int b_rows = mm.transpose_b ? mm.n : mm.k, b_columns = mm.transpose_b ? mm.k : mm.n;
-    CHECK_CUBLAS(cublasLtMatrixLayoutCreate(&plan->a, CUBLAS_X, a_rows, a_columns, a_rows));
-    CHECK_CUBLAS(cublasLtMatrixLayoutCreate(&plan->b, CUBLAS_X, b_rows, b_columns, b_rows));
-    CHECK_CUBLAS(cublasLtMatrixLayoutCreate(&plan->d, type, mm.m, mm.n, mm.m));
+    plan->a = layout(CUBLAS_X, a_rows, a_columns, mm.batch);
+    plan->b = layout(CUBLAS_X, b_rows, b_columns, mm.batch);
+    plan->d = layout(type, mm.m, mm.n, mm.batch);
     cublasLtMatmulPreference_t preference;
     CHECK_CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
     CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(
@@ -644,24 +796,31 @@ static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias, floatX* aux) {
     return plan;
 }
 
-static void matmul(void* d, const floatX* a, const floatX* b, Matmul mm, const floatX* bias,
-                   floatX* aux, cudaStream_t stream) {
-    MatmulPlan* plan = plan_matmul(mm, bias, aux);
-    set_epilogue(plan->operation, mm, bias, aux);
-    float alpha = 1.0f, beta = mm.accumulate ? 1.0f : 0.0f;
+// D = alpha op(A) op(B) + beta C
+static void run_matmul(MatmulPlan* plan, void* d, float alpha, const floatX* a, const floatX* b,
+                       float beta, const void* c, cudaStream_t stream) {
+    Matmul mm = plan->matmul;
     double m = mm.m, n = mm.n, k = mm.k, written = mm.accumulate ? 8 : sizeof(floatX);
-    double bytes = (m * k + k * n + (aux != NULL) * m * n) * sizeof(floatX) + m * n * written;
-    begin_kernel(plan->name, bytes, 2 * m * n * k, stream);
+    bool has_aux = mm.epilogue == ADD_BIAS_GELU || mm.epilogue == TIMES_DGELU;
+    double bytes = (m * k + k * n + has_aux * m * n) * sizeof(floatX) + m * n * written;
+    begin_kernel(plan->name, mm.batch * bytes, mm.batch * 2 * m * n * k, stream);
     CHECK_CUBLAS(cublasLtMatmul(cublas.handle, plan->operation, &alpha, a, plan->a, b, plan->b,
-                                &beta, d, plan->d, d, plan->d, &plan->chosen.algo,
+                                &beta, c, plan->d, d, plan->d, &plan->chosen.algo,
                                 cublas.workspace, WORKSPACE_BYTES, stream));
     CHECK_LAUNCH();
 }
 
-// y = x w + bias; with aux: aux = x w + bias, y = gelu(aux)
+static void matmul(void* d, const floatX* a, const floatX* b, Matmul mm, const floatX* bias,
+                   floatX* aux, cudaStream_t stream) {
+    MatmulPlan* plan = plan_matmul(mm, bias, aux);
+    set_epilogue(plan->operation, mm, bias, aux);
+    run_matmul(plan, d, 1.0f, a, b, mm.accumulate ? 1.0f : 0.0f, d, stream);
+}
+
+// y = x w + bias, if any; with aux: aux = x w + bias, y = gelu(aux)
 static void linear_forward(floatX* y, const floatX* x, const floatX* w, const floatX* bias,
                            floatX* aux, int rows, int C, int OC, cudaStream_t stream) {
-    Epilogue epilogue = aux != NULL ? ADD_BIAS_GELU : ADD_BIAS;
+    Epilogue epilogue = aux != NULL ? ADD_BIAS_GELU : bias != NULL ? ADD_BIAS : PLAIN;
     matmul(y, w, x, {false, false, OC, rows, C, false, epilogue}, bias, aux, stream);
 }
 
@@ -676,22 +835,26 @@ static void linear_backward_input(floatX* dx, const floatX* dy, const floatX* w,
 static void linear_backward_weight(float* dw, float* dbias, float* partials, const floatX* x,
                                    const floatX* dy, int rows, int C, int OC, cudaStream_t stream) {
     matmul(dw, dy, x, {false, true, OC, C, rows, true, PLAIN}, NULL, NULL, stream);
-    bias_backward(dbias, partials, dy, rows, OC, stream);
+    if (dbias != NULL) { bias_backward(dbias, partials, dy, rows, OC, stream); }
 }
 
 // ---- §7 Attention -------------------------------------------------------------------------------
 //
-//   S[t, s] = q[t]·k[s] / sqrt(HS) for s ≤ t    P = softmax(S)    y[t] = Σ_s P[t, s] v[s]
-//   delta[t] = dy[t]·y[t]    dP[t, s] = dy[t]·v[s]    dS = P (dP - delta[t])
+//   S[t, s] = q[t]·k[s] sharpness / sqrt(HS) for t - window ≤ s ≤ t    P = softmax(S)
+//   y[t] = Σ_s P[t, s] v[s]    delta[t] = dy[t]·y[t]    dP[t, s] = dy[t]·v[s]
+//   dS = P (dP - delta[t]) sharpness
 //   dv[s] = Σ_t P[t, s] dy[t]    dq[t] = Σ_s dS[t, s] k[s] / sqrt(HS)    dk likewise with q
 //
 // qkv (B, T, 3, NH, HS), y (B, T, NH, HS). Of S, only lse (B, NH, T) is kept, the logarithm of the
 // softmax's denominator; both have base 2, which the GPU's exponential has: P = 2^(S/ln 2 - lse).
 
 struct AttentionSizes {
-    int B, T, NH, HS;
+    int B, T, NH, HS, window;
+    float sharpness;
     double bytes() const { return (double)B * T * NH * HS * sizeof(floatX); }     // of y
-    double flops() const { return (double)B * T * T * NH * HS; }                  // causal: half
+    double flops() const {                          // 2 a channel of each query and key it sees
+        return (double)B * window * (2 * T - window) * NH * HS;
+    }
 };
 
 // Where a head's q begins in qkv (k and v follow C and 2C later), or its y.
@@ -806,6 +969,15 @@ __device__ float quad_sum(float value) {
     return value + __shfl_xor_sync(~0u, value, 2);
 }
 
+const float LOWEST = -1e30f;        // below each score, and finite: a row may see none of a tile
+
+__device__ bool sees(int query, int key, int window) {
+    return (unsigned)(query - key) <= (unsigned)window;     // of a later key this is a large number
+}
+
+// The first tile of keys that the queries from `query` on see; tiles before it are skipped.
+__device__ int first_key_tile(int query, int window) { return max(0, query - window) / TILE; }
+
 // One block: 64 queries of a head, 16 a warp; it walks over the keys before them, 64 at a time,
 // while the next 64 are on their way. Grid (T/64, NH, B) x 128. 2 BT²C FLOP; bound by tensor cores.
 template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
@@ -817,15 +989,16 @@ attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSize
     int h = blockIdx.y, b = blockIdx.z, last = gridDim.x - 1 - blockIdx.x;     // long ones first
     int64_t C = (int64_t)NH * HS;
     const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
-    float sum[HS / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, total[2] = {};
-    float to_base_2 = rsqrtf((float)HS) * 1.44269504f;             // 1 / (sqrt(HS) ln 2)
+    float sum[HS / 8][4] = {}, highest[2] = {LOWEST, LOWEST}, total[2] = {};
+    float to_base_2 = rsqrtf((float)HS) * 1.44269504f * sizes.sharpness;    // with 1 / ln 2
     int query = last * TILE + warp * 16 + lane / 4;                // this lane's first of two
+    int first = first_key_tile(last * TILE, sizes.window);
 
     load_tile<HS, TILE>(q, from, 3 * C, last * TILE, T);
-    load_tile<HS, TILE>(k, from + C, 3 * C, 0, T);
-    load_tile<HS, TILE>(v, from + 2 * C, 3 * C, 0, T);
+    load_tile<HS, TILE>(k + first % 2 * TILE * HS, from + C, 3 * C, first * TILE, T);
+    load_tile<HS, TILE>(v + first % 2 * TILE * HS, from + 2 * C, 3 * C, first * TILE, T);
     cp_async_commit();
-    for (int j = 0; j <= last; j++) {
+    for (int j = first; j <= last; j++) {
         floatX *k_tile = k + j % 2 * TILE * HS, *v_tile = v + j % 2 * TILE * HS;
         if (j < last) {
             int next = (j + 1) % 2 * TILE * HS;
@@ -845,7 +1018,8 @@ attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSize
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int key = j * TILE + n * 8 + lane % 4 * 2 + i % 2;
-                p[n][i] = key <= query + i / 2 * 8 ? p[n][i] * to_base_2 : -INFINITY;
+                bool seen = sees(query + i / 2 * 8, key, sizes.window);
+                p[n][i] = seen ? p[n][i] * to_base_2 : -INFINITY;
                 new_highest[i / 2] = fmaxf(new_highest[i / 2], p[n][i]);
             }
         }
@@ -899,7 +1073,8 @@ attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy
     const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
     const floatX* dy_from = dy + head_start(b, h, T, NH, HS, 1);
     float dk[HS / 8][4] = {}, dv[HS / 8][4] = {};
-    float scale = rsqrtf((float)HS), to_base_2 = scale * 1.44269504f;
+    float scale = rsqrtf((float)HS) * sizes.sharpness, to_base_2 = scale * 1.44269504f;
+    int end = min(T, key_0 + TILE + sizes.window);      // from there on queries see none of them
 
     auto load_queries = [&](int first, int which) {
         load_tile<HS, QUERIES>(q + which * QUERIES * HS, from, 3 * C, first, T);
@@ -914,8 +1089,8 @@ attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy
     load_tile<HS, TILE>(k, from + C, 3 * C, key_0, T);
     load_tile<HS, TILE>(v, from + 2 * C, 3 * C, key_0, T);
     load_queries(key_0, 0);
-    for (int first = key_0, which = 0; first < T; first += QUERIES, which ^= 1) {
-        if (first + QUERIES < T) {
+    for (int first = key_0, which = 0; first < end; first += QUERIES, which ^= 1) {
+        if (first + QUERIES < end) {
             load_queries(first + QUERIES, which ^ 1);
             cp_async_wait<1>();
         } else {
@@ -933,7 +1108,7 @@ attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy
                 int column = n * 8 + lane % 4 * 2 + i % 2, at = which * QUERIES + column;
                 int key = key_0 + warp * 16 + lane / 4 + i / 2 * 8;
                 float power = p[n][i] * to_base_2 - lse_tiles[at];
-                p[n][i] = key <= first + column ? exp2f(power) : 0.0f;
+                p[n][i] = sees(first + column, key, sizes.window) ? exp2f(power) : 0.0f;
                 ds[n][i] = p[n][i] * (ds[n][i] - delta_tiles[at]);
             }
         }
@@ -958,8 +1133,9 @@ attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX*
     int64_t C = (int64_t)NH * HS, row = ((int64_t)b * NH + h) * T;
     const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
     float dq[HS / 8][4] = {}, lse_of[2], delta_of[2];
-    float scale = rsqrtf((float)HS), to_base_2 = scale * 1.44269504f;
+    float scale = rsqrtf((float)HS) * sizes.sharpness, to_base_2 = scale * 1.44269504f;
     int query = last * TILE + warp * 16 + lane / 4;
+    int first = first_key_tile(last * TILE, sizes.window);
     for (int r = 0; r < 2; r++) {
         int t = query + 8 * r;
         lse_of[r] = t < T ? lse[row + t] : INFINITY;
@@ -967,10 +1143,10 @@ attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX*
     }
     load_tile<HS, TILE>(q, from, 3 * C, last * TILE, T);
     load_tile<HS, TILE>(dy_tile, dy + head_start(b, h, T, NH, HS, 1), C, last * TILE, T);
-    load_tile<HS, TILE>(k, from + C, 3 * C, 0, T);
-    load_tile<HS, TILE>(v, from + 2 * C, 3 * C, 0, T);
+    load_tile<HS, TILE>(k + first % 2 * TILE * HS, from + C, 3 * C, first * TILE, T);
+    load_tile<HS, TILE>(v + first % 2 * TILE * HS, from + 2 * C, 3 * C, first * TILE, T);
     cp_async_commit();
-    for (int j = 0; j <= last; j++) {
+    for (int j = first; j <= last; j++) {
         floatX *k_tile = k + j % 2 * TILE * HS, *v_tile = v + j % 2 * TILE * HS;
         if (j < last) {
             int next = (j + 1) % 2 * TILE * HS;
@@ -991,8 +1167,8 @@ attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX*
             for (int i = 0; i < 4; i++) {
                 int key = j * TILE + n * 8 + lane % 4 * 2 + i % 2;
                 float power = p[n][i] * to_base_2 - lse_of[i / 2];
-                float probability = key <= query + i / 2 * 8 ? exp2f(power) : 0.0f;
-                ds[n][i] = probability * (ds[n][i] - delta_of[i / 2]);
+                bool seen = sees(query + i / 2 * 8, key, sizes.window);
+                ds[n][i] = seen ? exp2f(power) * (ds[n][i] - delta_of[i / 2]) : 0.0f;
             }
         }
         multiply_add<HS, TILE>(dq, ds, k_tile);
@@ -1084,9 +1260,10 @@ __global__ void plain_attention_forward_kernel(floatX* y, float* lse, const floa
     int T = sizes.T, NH = sizes.NH, HS = sizes.HS, C = NH * HS;
     const floatX* from = qkv + head_start(at.b, at.h, T, NH, HS, 3);
     float q[LANE_CHANNELS], k[LANE_CHANNELS], v[LANE_CHANNELS], sum[LANE_CHANNELS] = {};
-    float highest = -INFINITY, total = 0.0f, to_base_2 = rsqrtf((float)HS) * 1.44269504f;
+    float highest = -INFINITY, total = 0.0f;
+    float to_base_2 = rsqrtf((float)HS) * 1.44269504f * sizes.sharpness;
     load_channels(q, from + (int64_t)at.t * 3 * C, HS);
-    for (int s = 0; s <= at.t; s++) {
+    for (int s = max(0, at.t - sizes.window); s <= at.t; s++) {
         load_channels(k, from + (int64_t)s * 3 * C + C, HS);
         load_channels(v, from + (int64_t)s * 3 * C + 2 * C, HS);
         float score = dot(q, k) * to_base_2, new_highest = fmaxf(highest, score);
@@ -1114,8 +1291,9 @@ __global__ void plain_attention_backward_kernel(floatX* dqkv, const floatX* qkv,
     const floatX *from = qkv + start, *dy_from = dy + head_start(at.b, at.h, T, NH, HS, 1);
     float q[LANE_CHANNELS], k[LANE_CHANNELS], v[LANE_CHANNELS], dy_row[LANE_CHANNELS];
     float dq_or_dk[LANE_CHANNELS] = {}, dv[LANE_CHANNELS] = {};
-    float scale = rsqrtf((float)HS), to_base_2 = scale * 1.44269504f;
-    int begin = KEYS ? at.t : 0, end = KEYS ? T : at.t + 1;
+    float scale = rsqrtf((float)HS) * sizes.sharpness, to_base_2 = scale * 1.44269504f;
+    int begin = KEYS ? at.t : max(0, at.t - sizes.window);
+    int end = KEYS ? min(T, at.t + sizes.window + 1) : at.t + 1;
     for (int other = begin; other < end; other++) {
         int query = KEYS ? other : at.t, key = KEYS ? at.t : other;
         load_channels(q, from + (int64_t)query * 3 * C, HS);
@@ -1165,7 +1343,191 @@ static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, con
     CHECK_LAUNCH();
 }
 
-// ---- §8 GELU ------------------------------------------------------------------------------------
+// dN turns q and k by an angle that grows with their position and gives them unit length (times
+// sqrt(HS)); in every second layer a gate for each head adds a vector of the token, E, to v.
+//
+//   r1 = q1 cos + q2 sin    r2 = q2 cos - q1 sin    q = r rstd
+//   rstd = 1 / sqrt(Σ r² / HS + 1.19e-7)
+//   v' = v + g E[token]    g = 3 σ(Σ_j<12 n[j] Wg[h, j])
+//   dr = (dq - q Σ (dq q) / HS) rstd    dq1 = dr1 cos - dr2 sin    dq2 = dr2 cos + dr1 sin
+//   dE[token] += g dv    dz = Σ (dv E) g (1 - g / 3)    dWg[h, j] += dz n[j]    dn[j] += Σ_h dz Wg
+//
+// q1, q2: channels i and i + HS/2 of a head, turned by t 100000^(-2i/HS). k likewise.
+
+const int GATE_INPUTS = 12, GATE_PARTIALS = 256;
+
+struct Rotary { float *cosines, *sines, *rstd; };       // (T, HS/2) twice, (BT, 2, NH)
+
+struct ValueEmbed {
+    const floatX *table, *gate_weight, *n;      // (Vp, C), (NH, 12), (BT, C); table NULL: none
+    const int* tokens;
+    float* gate;                                // (BT, NH)
+};
+
+// Which vector of which head a thread has a part of: Packs at `low` and half a head behind it
+struct HeadVector {
+    int64_t bt;
+    int part, h, c, lanes;                      // part: 0 q, 1 k, 2 v; lanes: threads of a vector
+    bool exists;
+    __device__ HeadVector(AttentionSizes sizes, int parts) {
+        lanes = sizes.HS / 2 / W;
+        int64_t thread = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, vector = thread / lanes;
+        exists = vector < (int64_t)sizes.B * sizes.T * parts * sizes.NH;
+        vector = exists ? vector : 0;           // it takes part in sums
+        bt = vector / (parts * sizes.NH), part = vector / sizes.NH % parts, h = vector % sizes.NH;
+        c = thread % lanes * W;
+    }
+    __device__ int64_t in_qkv(AttentionSizes sizes) const {
+        return ((bt * 3 + part) * sizes.NH + h) * sizes.HS + c;
+    }
+    __device__ float sum(float value) const {
+        for (int offset = lanes / 2; offset > 0; offset /= 2) {
+            value += __shfl_xor_sync(~0u, value, offset);
+        }
+        return value;
+    }
+};
+
+// HS/2/W threads: q, k or v of a token and head, in place. Grid BT*NH*3*lanes/256 x 256. Moves
+// 4 BTC, or 7 with E; bound by memory.
+__global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed embed,
+                                      AttentionSizes sizes) {
+    HeadVector at(sizes, embed.table != NULL ? 3 : 2);
+    int NH = sizes.NH, HS = sizes.HS, half = HS / 2, C = NH * HS;
+    floatX* to = qkv + at.in_qkv(sizes);
+    Pack low = load(to), high = load(to + half);
+    float r1[W], r2[W], square_sum = 0.0f;
+    if (at.part < 2) {
+        const float* cosine = rotary.cosines + at.bt % sizes.T * half + at.c;
+        const float* sine = rotary.sines + at.bt % sizes.T * half + at.c;
+        for (int i = 0; i < W; i++) {
+            r1[i] = low[i] * cosine[i] + high[i] * sine[i];
+            r2[i] = high[i] * cosine[i] - low[i] * sine[i];
+            square_sum += r1[i] * r1[i] + r2[i] * r2[i];
+        }
+    } else {
+        float z = 0.0f;
+        for (int j = 0; j < GATE_INPUTS; j++) {
+            z += (float)embed.n[at.bt * C + j] * (float)embed.gate_weight[at.h * GATE_INPUTS + j];
+        }
+        float gate = 3.0f / (1.0f + expf(-z));
+        const floatX* e = embed.table + (int64_t)embed.tokens[at.bt] * C + at.h * HS + at.c;
+        Pack e_low = load(e), e_high = load(e + half);
+        for (int i = 0; i < W; i++) {
+            r1[i] = low[i] + gate * e_low[i], r2[i] = high[i] + gate * e_high[i];
+        }
+        if (at.c == 0) { embed.gate[at.bt * NH + at.h] = gate; }
+    }
+    float rstd = rsqrtf(at.sum(square_sum) / HS + RMS_EPSILON);
+    if (!at.exists) { return; }
+    if (at.part == 2) {
+        rstd = 1.0f;
+    } else if (at.c == 0) {
+        rotary.rstd[(at.bt * 2 + at.part) * NH + at.h] = rstd;
+    }
+    for (int i = 0; i < W; i++) { low.set(i, r1[i] * rstd), high.set(i, r2[i] * rstd); }
+    store(to, low), store(to + half, high);
+}
+
+// As above: dqkv in place, and of v dembed (BT, C), what goes to E, and dz (BT, NH). Moves 6 BTC,
+// or 9 with E.
+__global__ void rotary_backward_kernel(floatX* dqkv, floatX* dembed, float* dz, const floatX* qkv,
+                                       Rotary rotary, ValueEmbed embed, AttentionSizes sizes) {
+    HeadVector at(sizes, embed.table != NULL ? 3 : 2);
+    int NH = sizes.NH, HS = sizes.HS, half = HS / 2, C = NH * HS;
+    floatX* to = dqkv + at.in_qkv(sizes);
+    const floatX* other = qkv + at.in_qkv(sizes);       // what the gradient is multiplied with
+    if (at.part == 2) { other = embed.table + (int64_t)embed.tokens[at.bt] * C + at.h * HS + at.c; }
+    Pack low = load(to), high = load(to + half), o_low = load(other), o_high = load(other + half);
+    float product = 0.0f;
+    for (int i = 0; i < W; i++) { product += low[i] * o_low[i] + high[i] * o_high[i]; }
+    product = at.sum(product);
+    if (!at.exists) { return; }
+    if (at.part == 2) {
+        float gate = embed.gate[at.bt * NH + at.h];
+        for (int i = 0; i < W; i++) { low.set(i, gate * low[i]), high.set(i, gate * high[i]); }
+        to = dembed + at.bt * C + at.h * HS + at.c;
+        if (at.c == 0) { dz[at.bt * NH + at.h] = product * gate * (1.0f - gate / 3.0f); }
+    } else {
+        const float* cosine = rotary.cosines + at.bt % sizes.T * half + at.c;
+        const float* sine = rotary.sines + at.bt % sizes.T * half + at.c;
+        float rstd = rotary.rstd[(at.bt * 2 + at.part) * NH + at.h], mean = product / HS;
+        for (int i = 0; i < W; i++) {
+            float dr1 = (low[i] - o_low[i] * mean) * rstd;
+            float dr2 = (high[i] - o_high[i] * mean) * rstd;
+            low.set(i, dr1 * cosine[i] - dr2 * sine[i]);
+            high.set(i, dr2 * cosine[i] + dr1 * sine[i]);
+        }
+    }
+    store(to, low), store(to + half, high);
+}
+
+// One thread: a weight of the gate over every n-th token. Grid (GATE_PARTIALS, NH*12/128) x 128.
+__global__ void gate_backward_weight_kernel(float* partials, const float* dz, const floatX* n,
+                                            int BT, int NH, int C) {
+    int i = blockIdx.y * blockDim.x + threadIdx.x, h = i / GATE_INPUTS, j = i % GATE_INPUTS;
+    if (h >= NH) { return; }
+    float sum = 0.0f;
+    for (int64_t bt = blockIdx.x; bt < BT; bt += gridDim.x) {
+        sum += dz[bt * NH + h] * (float)n[bt * C + j];
+    }
+    partials[blockIdx.x * NH * GATE_INPUTS + i] = sum;
+}
+
+// One thread: one of a token's 12 inputs of the gates. Grid BT*12/256 x 256.
+__global__ void gate_backward_input_kernel(floatX* dn, const float* dz, const floatX* gate_weight,
+                                           int BT, int NH, int C) {
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, bt = i / GATE_INPUTS;
+    int j = i % GATE_INPUTS;
+    if (bt >= BT) { return; }
+    float sum = (float)dn[bt * C + j];
+    for (int h = 0; h < NH; h++) {
+        sum += dz[bt * NH + h] * (float)gate_weight[h * GATE_INPUTS + j];
+    }
+    dn[bt * C + j] = (floatX)sum;
+}
+
+static int rotary_blocks(ValueEmbed embed, AttentionSizes sizes) {
+    int64_t vectors = (int64_t)sizes.B * sizes.T * sizes.NH * (embed.table != NULL ? 3 : 2);
+    return ceil_div(vectors * (sizes.HS / 2 / W), (int64_t)256);
+}
+
+static void rotary_forward(floatX* qkv, Rotary rotary, ValueEmbed embed, AttentionSizes sizes,
+                           cudaStream_t stream) {
+    double moved = embed.table != NULL ? 7.0 : 4.0;
+    begin_kernel("rotary_forward", moved * sizes.bytes(), 0, stream);
+    rotary_forward_kernel<<<rotary_blocks(embed, sizes), 256, 0, stream>>>(qkv, rotary, embed,
+                                                                           sizes);
+    CHECK_LAUNCH();
+}
+
+static void rotary_backward(floatX* dqkv, floatX* dembed, float* dz, const floatX* qkv,
+                            Rotary rotary, ValueEmbed embed, AttentionSizes sizes,
+                            cudaStream_t stream) {
+    double moved = embed.table != NULL ? 9.0 : 6.0;
+    begin_kernel("rotary_backward", moved * sizes.bytes(), 0, stream);
+    rotary_backward_kernel<<<rotary_blocks(embed, sizes), 256, 0, stream>>>(
+        dqkv, dembed, dz, qkv, rotary, embed, sizes);
+    CHECK_LAUNCH();
+}
+
+// dn += …, dgate_weight += …
+static void gate_backward(floatX* dn, float* dgate_weight, float* partials, const float* dz,
+                          ValueEmbed embed, AttentionSizes sizes, cudaStream_t stream) {
+    int BT = sizes.B * sizes.T, NH = sizes.NH, C = NH * sizes.HS, n_weights = NH * GATE_INPUTS;
+    dim3 grid(GATE_PARTIALS, ceil_div(n_weights, 128));
+    double tokens = (4.0 * NH + sizeof(floatX) * GATE_INPUTS) * BT;
+    begin_kernel("gate_backward_weight", tokens + 4.0 * GATE_PARTIALS * n_weights, 0, stream);
+    gate_backward_weight_kernel<<<grid, 128, 0, stream>>>(partials, dz, embed.n, BT, NH, C);
+    CHECK_LAUNCH();
+    add_partials(dgate_weight, partials, GATE_PARTIALS, n_weights, n_weights, stream);
+    begin_kernel("gate_backward_input", tokens + sizeof(floatX) * GATE_INPUTS * BT, 0, stream);
+    gate_backward_input_kernel<<<ceil_div(BT * GATE_INPUTS, 256), 256, 0, stream>>>(
+        dn, dz, embed.gate_weight, BT, NH, C);
+    CHECK_LAUNCH();
+}
+
+// ---- §8 GELU, ReLU² -----------------------------------------------------------------------------
 //
 //   u = sqrt(2/π) (x + 0.044715 x³)    y = x (1 + tanh u) / 2
 //   dx = dy ((1 + tanh u) / 2 + x (1 - tanh² u) u' / 2)
@@ -1211,26 +1573,64 @@ static void gelu_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t s
     CHECK_LAUNCH();
 }
 
+//   dN: y = relu(x)²    dx = 2 dy relu(x)
+
+// One thread: one Pack. Grid n/W/256 x 256. Moves 2n; bound by memory.
+__global__ void relu2_forward_kernel(floatX* y, const floatX* x, int64_t n) {
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (at >= n) { return; }
+    Pack value = load(x + at);
+    for (int i = 0; i < W; i++) { value.set(i, fmaxf(value[i], 0.0f) * fmaxf(value[i], 0.0f)); }
+    store(y + at, value);
+}
+
+// As above, in place on dy. Moves 3n.
+__global__ void relu2_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (at >= n) { return; }
+    Pack gradient = load(dy + at), value = load(x + at);
+    for (int i = 0; i < W; i++) { gradient.set(i, 2.0f * gradient[i] * fmaxf(value[i], 0.0f)); }
+    store(dy + at, gradient);
+}
+
+static void relu2_forward(floatX* y, const floatX* x, int64_t n, cudaStream_t stream) {
+    begin_kernel("relu2_forward", 2.0 * n * sizeof(floatX), 0, stream);
+    relu2_forward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(y, x, n);
+    CHECK_LAUNCH();
+}
+
+static void relu2_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
+    begin_kernel("relu2_backward", 3.0 * n * sizeof(floatX), 0, stream);
+    relu2_backward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(dy, x, n);
+    CHECK_LAUNCH();
+}
+
 // ---- §9 Classifier ------------------------------------------------------------------------------
 //
-//   loss = ln Σ exp(z) - z[target]    dz = (softmax(z) - onehot(target)) share
+//   loss = ln Σ exp(y) - y[target]    dz = (softmax(y) - onehot(target)) share dy/dz
+//   y = z, or with a softcap s: y = s tanh(z / s)    dy/dz = 1 - (y / s)²
 //
 // A target of -1 has no loss and no gradient; nor have the padding rows V … Vp - 1 of wte.
+
+__host__ __device__ float capped(float z, float softcap) {
+    return softcap > 0.0f ? softcap * tanhf(z / softcap) : z;
+}
 
 // One block: a token's logits, overwritten by their gradient. Grid tokens x 512 at most. Reads Vp
 // twice (the second time from the L2 cache), writes it once; bound by memory.
 __global__ void classifier_kernel(floatX* logits, float* losses, const int* targets, float share,
-                                  int V, int Vp, bool write_gradient) {
+                                  float softcap, int V, int Vp, bool write_gradient) {
     floatX* row = logits + (int64_t)blockIdx.x * Vp;
     int target = targets[blockIdx.x];
-    float of_target = target >= 0 ? (float)row[target] : 0.0f;
+    float of_target = target >= 0 ? capped((float)row[target], softcap) : 0.0f;
     float highest = -INFINITY, sum = 0.0f;
     for (int c = threadIdx.x * W; c < V; c += blockDim.x * W) {
         Pack z = load(row + c);
-        float before = highest;
-        for (int i = 0; i < W && c + i < V; i++) { highest = fmaxf(highest, z[i]); }
+        float before = highest, y[W];
+        for (int i = 0; i < W; i++) { y[i] = capped(z[i], softcap); }
+        for (int i = 0; i < W && c + i < V; i++) { highest = fmaxf(highest, y[i]); }
         sum *= expf(before - highest);
-        for (int i = 0; i < W && c + i < V; i++) { sum += expf(z[i] - highest); }
+        for (int i = 0; i < W && c + i < V; i++) { sum += expf(y[i] - highest); }
     }
     float top = block_max(highest);
     sum = block_sum(highest == -INFINITY ? 0.0f : sum * expf(highest - top));
@@ -1241,7 +1641,9 @@ __global__ void classifier_kernel(floatX* logits, float* losses, const int* targ
     for (int c = threadIdx.x * W; c < Vp; c += blockDim.x * W) {
         Pack z = load(row + c);
         for (int i = 0; i < W; i++) {
-            float dz = (expf(z[i] - top) / sum - (c + i == target)) * share;
+            float y = capped(z[i], softcap);
+            float dz = (expf(y - top) / sum - (c + i == target)) * share;
+            if (softcap > 0.0f) { dz *= 1.0f - (y / softcap) * (y / softcap); }
             z.set(i, target >= 0 && c + i < V ? dz : 0.0f);
         }
         store(row + c, z);
@@ -1260,12 +1662,22 @@ __global__ void loss_sum_kernel(double* sum, const float* losses, int n) {
     }
 }
 
-// ---- §10 AdamW and the gradient's norm ----------------------------------------------------------
+// ---- §10 AdamW, Muon, and the gradient's norm ---------------------------------------------------
 //
 //   m += (1 - β₁)(g - m)    v += (1 - β₂)(g² - v)
 //   p ← p (1 - lr decay) - lr m / (1 - β₁ᵗ) / (sqrt(v / (1 - β₂ᵗ)) + ε)
 
-const float BETA_1 = 0.9f, BETA_2 = 0.95f, EPSILON = 1e-8f, WEIGHT_DECAY = 0.1f;
+// What a bucket of parameters is trained with; lr is in units of the run's
+struct AdamGroup { float lr, beta_1, beta_2, epsilon, weight_decay; };
+const AdamGroup GPT2_ADAM = {1.0f, 0.9f, 0.95f, 1e-8f, 0.1f};
+
+// nanochat's, tuned at d12, where Muon's lr is .02
+const AdamGroup LM_HEAD_ADAM = {0.008f / 0.02f, 0.8f, 0.96f, 1e-10f, 0.01f};
+const AdamGroup WTE_ADAM = {0.3f / 0.02f, 0.8f, 0.995f, 1e-10f, 0.001f};
+const AdamGroup VALUE_EMBED_ADAM = {0.15f / 0.02f, 0.8f, 0.995f, 1e-10f, 0.01f};
+const AdamGroup RESID_ADAM = {0.005f / 0.02f, 0.8f, 0.95f, 1e-10f, 0.05f};
+const AdamGroup X0_ADAM = {0.5f / 0.02f, 0.96f, 0.95f, 1e-10f, 0.0f};
+const AdamGroup BACKOUT_ADAM = {0.2f / 0.02f, 0.8f, 0.95f, 1e-10f, 0.0f};
 
 // fp32 → floatX. bf16 drops 16 bits of mantissa: rounding up with the probability that they stand
 // for is right on average. The "random" bits depend on the step and the parameter alone, so that a
@@ -1280,7 +1692,8 @@ __device__ floatX round_parameter(float value, int64_t index, unsigned step) {
 }
 
 struct AdamStep {
-    float lr, grad_scale, correction_1, correction_2;   // corrections: 1 - βᵗ
+    AdamGroup group;
+    float lr, decay, grad_scale, correction_1, correction_2;    // corrections: 1 - βᵗ
     unsigned step;
 };
 
@@ -1292,11 +1705,12 @@ __global__ void adamw_kernel(floatX* parameters, float* masters, float* m, float
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) { return; }
     float g = gradients[i] * adam.grad_scale;
-    m[i] += (1.0f - BETA_1) * (g - m[i]);
-    v[i] += (1.0f - BETA_2) * (g * g - v[i]);
+    m[i] += (1.0f - adam.group.beta_1) * (g - m[i]);
+    v[i] += (1.0f - adam.group.beta_2) * (g * g - v[i]);
     float m_hat = m[i] / adam.correction_1, v_hat = v[i] / adam.correction_2;
-    float decay = index + i < decay_end ? WEIGHT_DECAY : 0.0f;
-    masters[i] = masters[i] * (1.0f - adam.lr * decay) - adam.lr * m_hat / (sqrtf(v_hat) + EPSILON);
+    float decay = index + i < decay_end ? adam.decay : 0.0f;
+    masters[i] = masters[i] * (1.0f - adam.lr * decay) -
+                 adam.lr * m_hat / (sqrtf(v_hat) + adam.group.epsilon);
     parameters[i] = round_parameter(masters[i], index + i, adam.step);
 }
 
@@ -1318,6 +1732,170 @@ __global__ void square_sum_kernel(float* sums, const float* gradients, int64_t n
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) { sums[blockIdx.x] = sum; }
+}
+
+// Muon: a matrix moves along the orthogonal factor of its momentum. With Polar Express's a, b, c:
+//
+//   m += (1 - μ)(g - m)    X = g + μ (m - g), divided by 1.01 ‖X‖
+//   five times X ← a X + (b A + c A²) X with A = X Xᵀ; or of a tall X, from the right with Xᵀ X
+//   NorMuon: v += .1 (Σ X² / n - v) for each line of n values across the longer side
+//   U = X / sqrt(v), scaled to X's norm    w ← w - lr (U + decay w where U w ≥ 0)
+
+const float POLAR_EXPRESS[5][3] = {         // quintics that push every singular value towards 1
+    {8.156554524902461f, -22.48329292557795f, 15.878769915207462f},
+    {4.042929935166739f, -2.808917465908714f, 0.5000178451051316f},
+    {3.8916678022926607f, -2.772484153217685f, 0.5060648178503393f},
+    {3.285753657755655f, -2.3681294933425376f, 0.46449024233003106f},
+    {2.3465413258596377f, -1.7097828382687081f, 0.42323551169305323f}};
+
+// n matrices side by side: c_attn is q, k and v. In X they lie behind one another, each padded with
+// zeros to multiples of 8. lines: of which NorMuon keeps the variance, rows or columns.
+struct Matrices {
+    int n, rows, columns;
+    bool by_row;
+    __host__ __device__ int padded_rows() const { return ceil_div(rows, 8) * 8; }
+    __host__ __device__ int padded_columns() const { return ceil_div(columns, 8) * 8; }
+    __host__ __device__ int in_x(int which, int row, int column) const {
+        return (which * padded_rows() + row) * padded_columns() + column;
+    }
+    __host__ __device__ int padded_size() const { return in_x(1, 0, 0); }
+    __host__ __device__ int lines() const { return by_row ? rows : columns; }
+    __host__ __device__ int line_size() const { return by_row ? columns : rows; }
+};
+
+struct MuonStep { float lr, decay, momentum, grad_scale; unsigned step; };
+
+// One thread: one element of X, or of its padding. Moves 14 bytes an element; bound by memory.
+__global__ void momentum_kernel(floatX* X, float* momentum, const float* gradients, Matrices matrix,
+                                MuonStep muon) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, size = matrix.padded_size();
+    if (i >= matrix.n * size) { return; }
+    int which = i / size, row = i % size / matrix.padded_columns(), c = i % matrix.padded_columns();
+    float nesterov = 0.0f;
+    if (row < matrix.rows && c < matrix.columns) {
+        int at = (row * matrix.n + which) * matrix.columns + c;
+        float g = gradients[at] * muon.grad_scale, m = momentum[at];
+        m += (1.0f - muon.momentum) * (g - m);
+        momentum[at] = m;
+        nesterov = g + muon.momentum * (m - g);
+    }
+    X[i] = (floatX)nesterov;
+}
+
+// One block of 32 x 8: the sums of squares of 32 lines → sums (n, lines). Grid (lines/32, n). Reads
+// X once.
+__global__ void line_square_sum_kernel(float* sums, const floatX* X, Matrices matrix) {
+    __shared__ float of_part[8][WARP];
+    int line = blockIdx.x * WARP + threadIdx.x, which = blockIdx.y;
+    float sum = 0.0f;
+    if (line < matrix.lines()) {
+        for (int i = threadIdx.y; i < matrix.line_size(); i += 8) {
+            float x = (float)X[matrix.by_row ? matrix.in_x(which, line, i)
+                                             : matrix.in_x(which, i, line)];
+            sum += x * x;
+        }
+    }
+    of_part[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || line >= matrix.lines()) { return; }
+    for (int y = 1; y < 8; y++) { sum += of_part[y][threadIdx.x]; }
+    sums[which * matrix.lines() + line] = sum;
+}
+
+// One block: a share of a matrix, X /= 1.01 ‖X‖, the norm from the lines' sums. Grid (up to 128, n)
+// x 256.
+__global__ void normalise_kernel(floatX* X, const float* sums, Matrices matrix) {
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < matrix.lines(); i += blockDim.x) {
+        sum += sums[blockIdx.y * matrix.lines() + i];
+    }
+    float scale = 1.0f / (1.01f * sqrtf(block_sum(sum)) + 1e-6f);
+    floatX* x = X + blockIdx.y * matrix.padded_size();
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < matrix.padded_size();
+         i += gridDim.x * blockDim.x) {
+        x[i] = (floatX)((float)x[i] * scale);
+    }
+}
+
+// One block: a matrix. sums become the lines' factors; variance (n, lines) moves towards the sums.
+__global__ void normuon_kernel(float* sums, float* variance, Matrices matrix) {
+    sums += blockIdx.x * matrix.lines(), variance += blockIdx.x * matrix.lines();
+    float before = 0.0f, after = 0.0f;
+    for (int i = threadIdx.x; i < matrix.lines(); i += blockDim.x) {
+        variance[i] += 0.1f * (sums[i] / matrix.line_size() - variance[i]);
+        before += sums[i], after += sums[i] / fmaxf(variance[i], 1e-10f);
+    }
+    before = block_sum(before), after = block_sum(after);
+    float ratio = sqrtf(before) / fmaxf(sqrtf(after), 1e-12f);
+    for (int i = threadIdx.x; i < matrix.lines(); i += blockDim.x) {
+        sums[i] = ratio * rsqrtf(fmaxf(variance[i], 1e-10f));
+    }
+}
+
+// One thread: a weight; `index` is where the first is in the whole model. Moves 12 bytes; bound by
+// memory.
+__global__ void muon_kernel(floatX* parameters, float* masters, const floatX* X,
+                            const float* factors, Matrices matrix, int64_t index, MuonStep muon) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= matrix.n * matrix.rows * matrix.columns) { return; }
+    int c = i % matrix.columns, which = i / matrix.columns % matrix.n;
+    int row = i / matrix.columns / matrix.n, line = matrix.by_row ? row : c;
+    float u = (float)X[matrix.in_x(which, row, c)] * factors[which * matrix.lines() + line];
+    float w = masters[i];
+    w -= muon.lr * (u + (u * w >= 0.0f ? muon.decay * w : 0.0f));
+    masters[i] = w;
+    parameters[i] = round_parameter(w, index + i, muon.step);
+}
+
+struct MuonWorkspace { floatX *x, *next, *a, *b; float* sums; };
+
+// X (n, rows, columns) → its orthogonal factor, about; returned is where it lies, x or next.
+static floatX* polar(MuonWorkspace space, Matrices matrix, cudaStream_t stream) {
+    int R = matrix.padded_rows(), Q = matrix.padded_columns(), small = min(R, Q), n = matrix.n;
+    bool tall = R > Q;                      // to cuBLAS X is (Q, R), and A = XXᵀ is Xᵀ X
+    floatX *x = space.x, *next = space.next;
+    for (auto [a, b, c] : POLAR_EXPRESS) {
+        run_matmul(plan_matmul({!tall, tall, small, small, tall ? R : Q, false, PLAIN, n}, NULL,
+                               NULL), space.a, 1.0f, x, x, 0.0f, space.a, stream);
+        run_matmul(plan_matmul({false, false, small, small, small, false, PLAIN, n}, NULL, NULL),
+                   space.b, c, space.a, space.a, b, space.a, stream);
+        run_matmul(plan_matmul({false, false, Q, R, small, false, PLAIN, n}, NULL, NULL), next,
+                   1.0f, tall ? space.b : x, tall ? x : space.b, a, x, stream);
+        floatX* kept = x;
+        x = next, next = kept;
+    }
+    return x;
+}
+
+static void line_square_sum(float* sums, const floatX* X, Matrices matrix, cudaStream_t stream) {
+    dim3 grid(ceil_div(matrix.lines(), WARP), matrix.n), block(WARP, 8);
+    begin_kernel("line_square_sum", sizeof(floatX) * matrix.n * matrix.padded_size(), 0, stream);
+    line_square_sum_kernel<<<grid, block, 0, stream>>>(sums, X, matrix);
+    CHECK_LAUNCH();
+}
+
+static void muon_update(floatX* parameters, float* masters, float* momentum, float* variance,
+                        const float* gradients, MuonWorkspace space, Matrices matrix, int64_t index,
+                        MuonStep muon, cudaStream_t stream) {
+    int size = matrix.n * matrix.rows * matrix.columns;
+    begin_kernel("momentum", (12.0 + sizeof(floatX)) * size, 0, stream);
+    momentum_kernel<<<ceil_div(matrix.n * matrix.padded_size(), 256), 256, 0, stream>>>(
+        space.x, momentum, gradients, matrix, muon);
+    CHECK_LAUNCH();
+    line_square_sum(space.sums, space.x, matrix, stream);
+    begin_kernel("normalise", 2.0 * sizeof(floatX) * size, 0, stream);
+    int blocks = min(128, ceil_div(matrix.padded_size(), 4096));
+    normalise_kernel<<<dim3(blocks, matrix.n), 256, 0, stream>>>(space.x, space.sums, matrix);
+    CHECK_LAUNCH();
+    floatX* U = polar(space, matrix, stream);
+    line_square_sum(space.sums, U, matrix, stream);
+    begin_kernel("normuon", 16.0 * matrix.n * matrix.lines(), 0, stream);
+    normuon_kernel<<<matrix.n, 1024, 0, stream>>>(space.sums, variance, matrix);
+    CHECK_LAUNCH();
+    begin_kernel("muon", (8.0 + 2 * sizeof(floatX)) * size, 0, stream);
+    muon_kernel<<<ceil_div(size, 256), 256, 0, stream>>>(
+        parameters, masters, U, space.sums, matrix, index, muon);
+    CHECK_LAUNCH();
 }
 
 // ---- §11 Ranks: torchrun's environment, NCCL; a single process is rank 0 of 1 -------------------
@@ -1438,25 +2016,42 @@ static void ranks_sum(Ranks* ranks, double* values, int n) {
 #endif
 }
 
-// Each rank's n of world_size * n gradients become the sums over all ranks, when `after` is done.
-static void reduce_scatter(Ranks* ranks, float* gradients, int64_t n, cudaStream_t after) {
+// Who owns a bucket: a rank; or all the same; or each rank its part, the rank-th
+const int EVERY_RANK = -1, SHARED = -2;
+
+// The owner's of n gradients become the sums over all ranks, when `after` is done.
+static void reduce(Ranks* ranks, float* gradients, int64_t n, int owner, cudaStream_t after) {
 #ifdef MULTI_GPU
     if (ranks->world_size == 1) { return; }
+    int64_t part = n / ranks->world_size;
     CHECK_CUDA(cudaEventRecord(ranks->ready, after));
     CHECK_CUDA(cudaStreamWaitEvent(ranks->stream, ranks->ready, 0));
-    CHECK_NCCL(ncclReduceScatter(gradients, gradients + ranks->rank * n, n, ncclFloat32, ncclSum,
-                                 ranks->comm, ranks->stream));
+    if (owner == SHARED) {
+        CHECK_NCCL(ncclReduceScatter(gradients, gradients + ranks->rank * part, part, ncclFloat32,
+                                     ncclSum, ranks->comm, ranks->stream));
+    } else if (owner == EVERY_RANK) {
+        CHECK_NCCL(ncclAllReduce(gradients, gradients, n, ncclFloat32, ncclSum, ranks->comm,
+                                 ranks->stream));
+    } else {
+        CHECK_NCCL(ncclReduce(gradients, gradients, n, ncclFloat32, ncclSum, owner, ranks->comm,
+                              ranks->stream));
+    }
 #endif
 }
 
-// Every rank's n bytes, in place, to all ranks, when `after` is done.
-static void all_gather(Ranks* ranks, void* all, int64_t n_bytes, cudaStream_t after) {
+// What its owner has of n bytes, in place, to all ranks, when `after` is done.
+static void gather(Ranks* ranks, void* all, int64_t n_bytes, int owner, cudaStream_t after) {
 #ifdef MULTI_GPU
-    if (ranks->world_size == 1) { return; }
+    if (ranks->world_size == 1 || owner == EVERY_RANK) { return; }
+    int64_t part = n_bytes / ranks->world_size;
     CHECK_CUDA(cudaEventRecord(ranks->ready, after));
     CHECK_CUDA(cudaStreamWaitEvent(ranks->stream, ranks->ready, 0));
-    CHECK_NCCL(ncclAllGather((char*)all + ranks->rank * n_bytes, all, n_bytes, ncclInt8,
-                             ranks->comm, ranks->stream));
+    if (owner == SHARED) {
+        CHECK_NCCL(ncclAllGather((char*)all + ranks->rank * part, all, part, ncclInt8, ranks->comm,
+                                 ranks->stream));
+    } else {
+        CHECK_NCCL(ncclBroadcast(all, all, n_bytes, ncclInt8, owner, ranks->comm, ranks->stream));
+    }
 #endif
 }
 
@@ -1468,90 +2063,182 @@ static void wait_for_ranks(Ranks* ranks, cudaStream_t stream) {
 
 // ---- §12 Tensor table ---------------------------------------------------------------------------
 //
-// All parameters lie in one array, in buckets: one for the embeddings and the last norm, then one a
-// layer. In a bucket matrices, which decay, come before vectors, which do not. Each rank owns the
-// rank-th part of every bucket, so that a bucket is reduced as soon as its backward pass is done.
+// All parameters lie in one array, in buckets. Of most, each rank owns the rank-th part. Muon needs
+// whole matrices: it has a bucket a layer, which one rank owns, in turns. The few scalars all ranks
+// keep in fp32. A bucket is reduced as soon as its backward pass is done, and trained in one way.
+//   GPT-2: the embeddings and the last norm, then one bucket a layer, in which matrices, which
+//   decay, come before vectors, which do not
+//   dN: one bucket each for wte, lm_head and three vectors of scalars; then a layer's matrices, and
+//   in every second layer its value embedding
 
-struct Config { int block_size, vocab_size, n_layer, n_head, n_embd; };
+struct Config {
+    int block_size, vocab_size, n_layer, n_head, n_embd;
+    bool modern;                // dN's recipe, all of it; else GPT-2
+    double softcap;
+    char windows[64];           // by layer, repeated: L sees all before it, S a quarter of T
+    bool has_value_embed(int layer) const { return modern && layer % 2 == (n_layer - 1) % 2; }
+    int window(int layer) const {
+        bool short_one = modern && windows[layer % strlen(windows)] == 'S' && layer < n_layer - 1;
+        return short_one ? block_size / 4 : block_size;
+    }
+};
 
 static int padded_vocab(Config config) { return ceil_div(config.vocab_size, 64) * 64; }
 
-enum { WTE, WPE, LN_F_W, LN_F_B, GLOBAL_TENSORS };
+enum { WTE, WPE, LN_F_W, LN_F_B, GLOBAL_TENSORS };                      // GPT-2's
+enum { LM_HEAD = 1, RESID_SCALARS, X0_SCALARS, BACKOUT_SCALAR };        // dN's, behind WTE
 enum { ATTN_W, ATTN_PROJ_W, FC_W, FC_PROJ_W, LN_1_W, LN_1_B, ATTN_B, ATTN_PROJ_B, LN_2_W, LN_2_B,
        FC_B, FC_PROJ_B, LAYER_TENSORS };
+enum { VALUE_GATE = 4, VALUE_EMBED };                                   // dN's, behind FC_PROJ_W
+
+struct Init { float std, mean, step; bool is_uniform; };   // mean + step i + std random numbers
 
 struct Tensor {
     char name[96];              // HF's
     int rows, columns;          // columns 0: a vector
     int file_rows;              // without the padding of the vocabulary
-    float std, mean;            // of the initial values
+    Init init;
     int64_t offset;
     int64_t file_size() const { return (int64_t)file_rows * (columns > 0 ? columns : 1); }
 };
 
-struct Bucket { int64_t offset, size, decay_end; };
+struct Bucket {
+    int64_t offset, size, decay_end;
+    int owner, first_tensor, end_tensor;
+    AdamGroup adam;             // of those that are not Muon's
+    bool is_muon() const { return owner >= 0; }
+};
 
 struct Table {
     int n_tensors, n_buckets;
     Tensor* tensors;
     Bucket* buckets;
-    int64_t size, file_size;            // with and without padding
+    int *layer_tensors, *layer_buckets;     // where each layer's begin
+    int64_t size, file_size;                // with and without padding
 };
 
 const int ALIGNMENT = 128;              // elements: where tensors begin
 
-static void add_tensor(Table* table, const char* name, int rows, int columns, float std,
-                       float mean) {
-    Tensor* tensor = &table->tensors[table->n_tensors++];
-    Bucket* bucket = &table->buckets[table->n_buckets - 1];
-    *tensor = {"", rows, columns, rows, std, mean, table->size};
-    snprintf(tensor->name, sizeof tensor->name, "transformer.%s", name);
-    table->size = ceil_div(table->size + tensor->file_size(), (int64_t)ALIGNMENT) * ALIGNMENT;
-    if (columns > 0) { bucket->decay_end = table->size; }
+struct TensorRow { const char* name; int rows, columns; Init init; };
+
+// One bucket of n tensors. Names are of layer l, unless l is -1; tables of tokens have padding.
+static void add_bucket(Table* table, Config config, int world_size, int owner, AdamGroup adam,
+                       int l, const TensorRow* rows, int n) {
+    Bucket* bucket = &table->buckets[table->n_buckets++];
+    int64_t begin = table->size, part = ALIGNMENT * (owner == SHARED ? world_size : 1);
+    *bucket = {begin, 0, begin, owner, table->n_tensors, table->n_tensors + n, adam};
+    for (int i = 0; i < n; i++) {
+        TensorRow row = rows[i];
+        Tensor* tensor = &table->tensors[table->n_tensors++];
+        bool head = strncmp(row.name, "lm_head", 7) == 0, of_tokens = head ||
+            strncmp(row.name, "wte", 3) == 0 || strncmp(row.name, "value_embeds", 12) == 0;
+        int file_rows = of_tokens ? config.vocab_size : row.rows;
+        *tensor = {"", row.rows, row.columns, file_rows, row.init, table->size};
+        char of_layer[16] = "";
+        if (l >= 0) { snprintf(of_layer, sizeof of_layer, "h.%d.", l); }
+        snprintf(tensor->name, sizeof tensor->name, "%s%s%s", head ? "" : "transformer.", of_layer,
+                 row.name);
+        int64_t size = (int64_t)row.rows * (row.columns > 0 ? row.columns : 1);
+        table->size = ceil_div(table->size + size, (int64_t)ALIGNMENT) * ALIGNMENT;
+        table->file_size += tensor->file_size();
+        if (row.columns > 0) { bucket->decay_end = table->size; }
+    }
+    bucket->size = ceil_div(table->size - begin, part) * part;
+    table->size = begin + bucket->size;
 }
 
-static void begin_bucket(Table* table) {
-    table->buckets[table->n_buckets++] = {table->size, 0, table->size};
+static void begin_layer(Table* table, int l) {
+    table->layer_tensors[l] = table->n_tensors, table->layer_buckets[l] = table->n_buckets;
 }
 
-static void end_bucket(Table* table, int world_size) {
-    Bucket* bucket = &table->buckets[table->n_buckets - 1];
-    int64_t part = (int64_t)ALIGNMENT * world_size;
-    bucket->size = ceil_div(table->size - bucket->offset, part) * part;
-    table->size = bucket->offset + bucket->size;
+static void add_gpt2_tensors(Table* table, Config config, int world_size) {
+    int C = config.n_embd, L = config.n_layer;
+    Init normal = {0.02f}, proj = {0.02f / sqrtf(2.0f * L)}, one = {0, 1}, zero = {};
+    const TensorRow globals[GLOBAL_TENSORS] = {
+        {"wte.weight", padded_vocab(config), C, normal},
+        {"wpe.weight", config.block_size, C, normal}, {"ln_f.weight", C, 0, one},
+        {"ln_f.bias", C, 0, zero}};
+    const TensorRow layer[LAYER_TENSORS] = {
+        {"attn.c_attn.weight", C, 3 * C, normal}, {"attn.c_proj.weight", C, C, proj},
+        {"mlp.c_fc.weight", C, 4 * C, normal}, {"mlp.c_proj.weight", 4 * C, C, proj},
+        {"ln_1.weight", C, 0, one}, {"ln_1.bias", C, 0, zero}, {"attn.c_attn.bias", 3 * C, 0, zero},
+        {"attn.c_proj.bias", C, 0, zero}, {"ln_2.weight", C, 0, one}, {"ln_2.bias", C, 0, zero},
+        {"mlp.c_fc.bias", 4 * C, 0, zero}, {"mlp.c_proj.bias", C, 0, zero}};
+    add_bucket(table, config, world_size, SHARED, GPT2_ADAM, -1, globals, GLOBAL_TENSORS);
+    for (int l = 0; l < L; l++) {
+        begin_layer(table, l);
+        add_bucket(table, config, world_size, SHARED, GPT2_ADAM, l, layer, LAYER_TENSORS);
+    }
+}
+
+// Each block begins as the identity; the other matrices have a standard deviation of 1/sqrt(C).
+static void add_modern_tensors(Table* table, Config config, int world_size) {
+    int C = config.n_embd, L = config.n_layer, Vp = padded_vocab(config), last = max(1, L - 1);
+    float std = 1 / sqrtf(C);
+    Init uniform = {std, 0, 0, true}, fc = {0.4f * std, 0, 0, true}, zero = {};
+    Init gate = {0.02f / sqrtf(12), 0.01f, 0, true};                    // U(0, .02)
+    auto alone = [&](TensorRow row, int owner, AdamGroup adam) {
+        adam.lr *= row.columns > 0 ? sqrtf(768.0f / C) : 1.0f;
+        add_bucket(table, config, world_size, owner, adam, -1, &row, 1);
+        table->buckets[table->n_buckets - 1].decay_end = table->size;
+    };
+    alone({"wte.weight", Vp, C, {0.8f}}, SHARED, WTE_ADAM);
+    alone({"lm_head.weight", Vp, C, {0.001f}}, SHARED, LM_HEAD_ADAM);
+    alone({"resid_scalars", L, 0, {0, 1.15f, -0.10f / last}}, EVERY_RANK, RESID_ADAM);
+    alone({"x0_scalars", L, 0, {0, 0.20f, -0.15f / last}}, EVERY_RANK, X0_ADAM);
+    alone({"backout_scalar", 1, 0, {0, 0.2f}}, EVERY_RANK, BACKOUT_ADAM);
+    const TensorRow layer[] = {
+        {"attn.c_attn.weight", C, 3 * C, uniform}, {"attn.c_proj.weight", C, C, zero},
+        {"mlp.c_fc.weight", C, 4 * C, fc}, {"mlp.c_proj.weight", 4 * C, C, zero},
+        {"attn.value_gate.weight", config.n_head, GATE_INPUTS, gate}};
+    for (int l = 0; l < L; l++) {
+        bool has_value_embed = config.has_value_embed(l);
+        char name[64];
+        snprintf(name, sizeof name, "value_embeds.%d.weight", l);
+        begin_layer(table, l);
+        add_bucket(table, config, world_size, l % world_size, {}, l, layer, 4 + has_value_embed);
+        if (has_value_embed) { alone({name, Vp, C, uniform}, SHARED, VALUE_EMBED_ADAM); }
+    }
 }
 
 static Table make_table(Config config, int world_size) {
-    int C = config.n_embd, L = config.n_layer, Vp = padded_vocab(config);
-    float std = 0.02f, proj_std = 0.02f / sqrtf(2.0f * L);
+    int L = config.n_layer;
     Table table = {};
-    table.tensors = (Tensor*)calloc(GLOBAL_TENSORS + L * LAYER_TENSORS, sizeof(Tensor));
-    table.buckets = (Bucket*)calloc(1 + L, sizeof(Bucket));
-    begin_bucket(&table);
-    add_tensor(&table, "wte.weight", Vp, C, std, 0);
-    table.tensors[WTE].file_rows = config.vocab_size;
-    add_tensor(&table, "wpe.weight", config.block_size, C, std, 0);
-    add_tensor(&table, "ln_f.weight", C, 0, 0, 1);
-    add_tensor(&table, "ln_f.bias", C, 0, 0, 0);
-    end_bucket(&table, world_size);
-    const struct { const char* name; int rows, columns; float std, mean; } layer[LAYER_TENSORS] = {
-        {"attn.c_attn.weight", C, 3 * C, std, 0}, {"attn.c_proj.weight", C, C, proj_std, 0},
-        {"mlp.c_fc.weight", C, 4 * C, std, 0}, {"mlp.c_proj.weight", 4 * C, C, proj_std, 0},
-        {"ln_1.weight", C, 0, 0, 1}, {"ln_1.bias", C, 0, 0, 0},
-        {"attn.c_attn.bias", 3 * C, 0, 0, 0}, {"attn.c_proj.bias", C, 0, 0, 0},
-        {"ln_2.weight", C, 0, 0, 1}, {"ln_2.bias", C, 0, 0, 0},
-        {"mlp.c_fc.bias", 4 * C, 0, 0, 0}, {"mlp.c_proj.bias", C, 0, 0, 0}};
-    for (int l = 0; l < L; l++) {
-        begin_bucket(&table);
-        for (int i = 0; i < LAYER_TENSORS; i++) {
-            char name[64];
-            snprintf(name, sizeof name, "h.%d.%s", l, layer[i].name);
-            add_tensor(&table, name, layer[i].rows, layer[i].columns, layer[i].std, layer[i].mean);
-        }
-        end_bucket(&table, world_size);
-    }
-    for (int i = 0; i < table.n_tensors; i++) { table.file_size += table.tensors[i].file_size(); }
+    table.tensors = (Tensor*)calloc(5 + L * LAYER_TENSORS, sizeof(Tensor));
+    table.buckets = (Bucket*)calloc(5 + 2 * L, sizeof(Bucket));
+    table.layer_tensors = (int*)calloc(L + 1, sizeof(int));
+    table.layer_buckets = (int*)calloc(L + 1, sizeof(int));
+    (config.modern ? add_modern_tensors : add_gpt2_tensors)(&table, config, world_size);
+    begin_layer(&table, L);             // where the last one ends
     return table;
+}
+
+static Matrices matrices_of(Tensor tensor, int which) {
+    int n = which == ATTN_W ? 3 : 1, rows = tensor.rows, columns = tensor.columns / n;
+    return {n, rows, columns, which == VALUE_GATE ? rows >= columns : rows > columns};
+}
+
+// What a rank owns of a bucket: `size` elements from `first` on. Its masters and momentum lie at
+// `state`, the second moments at `v`; Muon's are of lines alone.
+struct Part { int64_t first, size, state, v; };
+
+// Of each bucket; and one behind the last, where all state ends.
+static Part* make_parts(Table table, int rank, int world_size) {
+    Part* parts = (Part*)calloc(table.n_buckets + 1, sizeof(Part));
+    for (int i = 0; i < table.n_buckets; i++) {
+        Bucket bucket = table.buckets[i];
+        bool is_mine = bucket.owner == rank || bucket.owner == EVERY_RANK;
+        int64_t size = bucket.owner == SHARED ? bucket.size / world_size : is_mine * bucket.size;
+        int64_t v = bucket.is_muon() ? 0 : size;
+        for (int t = bucket.first_tensor; t < bucket.end_tensor && bucket.owner == rank; t++) {
+            Matrices matrix = matrices_of(table.tensors[t], t - bucket.first_tensor);
+            v += matrix.n * matrix.lines();
+        }
+        parts[i].first = bucket.offset + (bucket.owner == SHARED ? rank * size : 0);
+        parts[i].size = size;
+        parts[i + 1].state = parts[i].state + size, parts[i + 1].v = parts[i].v + v;
+    }
+    return parts;
 }
 
 // ---- §13 Model ----------------------------------------------------------------------------------
@@ -1559,6 +2246,9 @@ static Table make_table(Config config, int world_size) {
 struct LayerActivations {
     floatX *x, *ln_1, *qkv, *y, *x_mid, *ln_2, *fc, *gelu;     // (BT, …); x: the residual stream
     float *lse, *ln_1_mean, *ln_1_rstd, *ln_2_mean, *ln_2_rstd;
+    Mix mix;                                                    // dN's: λ x + μ x0
+    Rotary rotary;
+    ValueEmbed embed;
 };
 
 struct Model {
@@ -1567,10 +2257,15 @@ struct Model {
     Table table;
     floatX* parameters;                     // all of them, on each rank
     float *gradients, *masters, *m, *v;     // the last three: this rank's part of each bucket
+    Part* parts;
+    MuonWorkspace muon;
     LayerActivations* layers;
     floatX *x_last, *ln_f, *logits;         // logits: of HEAD_ROWS tokens at a time
     float *ln_f_mean, *ln_f_rstd, *losses;
-    floatX *branch, *dx, *dbranch, *dwide;  // dwide (BT, 4C); also dqkv
+    floatX *branch, *dx, *dbranch, *dwide;  // dwide (BT, 4C); also dqkv, and behind it dembed
+    floatX *s, *dx0, *dmiddle;              // dN's: the stream in a layer; x0 is layers[0].x
+    float *x0_rstd, *dgate;
+    Mix backout;                            // what is subtracted before the head
     float *partials, *delta, *square_sums;
     double* loss_sum;
     int *inputs, *targets, *index;          // index: a TokenIndex, in three parts
@@ -1586,7 +2281,7 @@ static float* global_gradient(Model* model, int which) {
     return model->gradients + model->table.tensors[which].offset;
 }
 static int64_t layer_offset(Model* model, int layer, int which) {
-    return model->table.tensors[GLOBAL_TENSORS + layer * LAYER_TENSORS + which].offset;
+    return model->table.tensors[model->table.layer_tensors[layer] + which].offset;
 }
 
 // Bytes of a row's activations, and of what does not depend on the rows.
@@ -1601,6 +2296,13 @@ static void memory_bytes(Config config, int T, int recompute, int world_size, do
 
 static floatX* allocate_x(int64_t n) { return (floatX*)allocate(n * sizeof(floatX)); }
 static float* allocate_float(int64_t n) { return (float*)allocate(n * sizeof(float)); }
+
+static AttentionSizes attention_sizes(const Model* model, int l) {
+    Config config = model->config;
+    float sharpness = config.modern ? 1.2f * 1.2f : 1.0f;           // dN: of q, and of k
+    return {model->B, model->T, config.n_head, config.n_embd / config.n_head,
+            min(config.window(l), model->T), sharpness};
+}
 
 static void allocate_activations(Model* model) {
     Config config = model->config;
@@ -1625,23 +2327,67 @@ static void allocate_activations(Model* model) {
     model->losses = allocate_float(BT), model->delta = allocate_float(BT * config.n_head);
     model->branch = allocate_x(BT * C), model->dx = allocate_x(BT * C);
     model->dbranch = allocate_x(BT * C), model->dwide = allocate_x(BT * 4 * C);
-    model->partials = allocate_float(2 * NORM_PARTIALS * C);
+    model->partials = allocate_float(2 * max(NORM_PARTIALS * C, (int64_t)RMS_PARTIALS));
     model->square_sums = allocate_float((int64_t)model->table.n_buckets * NORM_BLOCKS);
     model->loss_sum = (double*)allocate(sizeof(double));
     model->inputs = (int*)allocate(BT * sizeof(int)), model->targets = (int*)allocate(BT * 4);
     model->index = (int*)allocate((3 * BT + 1) * sizeof(int));
 }
 
+// RoPE's table, cosines and sines (T, HS/2)
+static Rotary make_rotary(int T, int half) {
+    size_t bytes = sizeof(float) * T * half;
+    Rotary rotary = {allocate_float(T * half), allocate_float(T * half)};
+    float *cosines = (float*)malloc(bytes), *sines = (float*)malloc(bytes);
+    for (int i = 0; i < T * half; i++) {
+        float angle = i / half * powf(100000.0f, -(float)(i % half) / half);
+        cosines[i] = cosf(angle), sines[i] = sinf(angle);
+    }
+    CHECK_CUDA(cudaMemcpy(rotary.cosines, cosines, bytes, cudaMemcpyHostToDevice));
+    CHECK_CUDA(cudaMemcpy(rotary.sines, sines, bytes, cudaMemcpyHostToDevice));
+    free(cosines), free(sines);
+    return rotary;
+}
+
+// What dN has besides: how each layer's stream is mixed, attention's additions, room for Muon.
+static void allocate_modern(Model* model) {
+    Config config = model->config;
+    int64_t BT = (int64_t)model->B * model->T, C = config.n_embd, NH = config.n_head;
+    int L = config.n_layer, HS = C / NH;
+    Rotary rotary = make_rotary(model->T, HS / 2);
+    floatX* x0 = model->layers[0].x;
+    auto scalars = [&](int which) { return model->masters + model->parts[which].state; };
+    for (int l = 0; l < L; l++) {
+        LayerActivations* a = &model->layers[l];
+        a->mix = {x0, scalars(RESID_SCALARS) + l, scalars(X0_SCALARS) + l, 1.0f};
+        a->rotary = {rotary.cosines, rotary.sines, allocate_float(BT * 2 * NH)};
+        if (!config.has_value_embed(l)) { continue; }
+        a->embed = {model->parameters + layer_offset(model, l, VALUE_EMBED),
+                    model->parameters + layer_offset(model, l, VALUE_GATE), a->ln_1, model->inputs,
+                    allocate_float(BT * NH)};
+    }
+    floatX* behind_middle = L / 2 + 1 < L ? model->layers[L / 2 + 1].x : model->x_last;
+    model->backout = {behind_middle, NULL, scalars(BACKOUT_SCALAR), -1.0f};
+    model->s = allocate_x(BT * C), model->dx0 = allocate_x(BT * C);
+    model->dmiddle = allocate_x(BT * C), model->x0_rstd = allocate_float(BT);
+    model->dgate = allocate_float(BT * NH);
+    model->muon = {allocate_x(4 * C * C), allocate_x(4 * C * C), allocate_x(3 * C * C),
+                   allocate_x(3 * C * C), allocate_float(4 * C)};
+}
+
 static Model make_model(Config config, int B, int recompute, Ranks* ranks) {
     Model model = {};
     model.config = config, model.B = B, model.T = config.block_size, model.recompute = recompute;
     model.table = make_table(config, ranks->world_size);
-    int64_t size = model.table.size, mine = size / ranks->world_size;
+    model.parts = make_parts(model.table, ranks->rank, ranks->world_size);
+    Part all = model.parts[model.table.n_buckets];
+    int64_t size = model.table.size;
     CHECK_CUDA(cudaStreamCreateWithFlags(&model.stream, cudaStreamNonBlocking));
     model.parameters = allocate_x(size), model.gradients = allocate_float(size);
-    model.masters = allocate_float(mine), model.m = allocate_float(mine);
-    model.v = allocate_float(mine);
+    model.masters = allocate_float(all.state), model.m = allocate_float(all.state);
+    model.v = allocate_float(all.v);
     allocate_activations(&model);
+    if (config.modern) { allocate_modern(&model); }
     start_cublas();
     CHECK_CUDA(cudaDeviceSynchronize());        // the zeros are there before other streams begin
     return model;
@@ -1650,8 +2396,8 @@ static Model make_model(Config config, int B, int recompute, Ranks* ranks) {
 // ln_1 … x + attention → x_mid → ln_2 … x_mid + MLP; the last sum is left to the next norm.
 static void layer_forward(Model* model, int l, const floatX* branch) {
     LayerActivations* a = &model->layers[l];
-    int B = model->B, T = model->T, C = model->config.n_embd, BT = B * T;
-    AttentionSizes sizes = {B, T, model->config.n_head, C / model->config.n_head};
+    AttentionSizes sizes = attention_sizes(model, l);
+    int C = model->config.n_embd, BT = model->B * model->T;
     cudaStream_t stream = model->stream;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
     const floatX* before = branch != NULL ? model->layers[l - 1].x_mid : a->x;
@@ -1674,8 +2420,8 @@ static void layer_forward(Model* model, int l, const floatX* branch) {
 // The same backwards: dx is the residual stream's gradient after the layer, then before it.
 static void layer_backward(Model* model, int l) {
     LayerActivations* a = &model->layers[l];
-    int B = model->B, T = model->T, C = model->config.n_embd, BT = B * T;
-    AttentionSizes sizes = {B, T, model->config.n_head, C / model->config.n_head};
+    AttentionSizes sizes = attention_sizes(model, l);
+    int C = model->config.n_embd, BT = model->B * model->T;
     cudaStream_t stream = model->stream;
     floatX *dx = model->dx, *dbranch = model->dbranch, *dwide = model->dwide;
     float* partials = model->partials;
@@ -1704,65 +2450,170 @@ static void layer_backward(Model* model, int l) {
                        a->ln_1_rstd, BT, C, stream);
 }
 
+// dN's layer: x → s = λ x + μ x0 → ln_1 … s + attention → x_mid → ln_2 … x_mid + MLP
+static void modern_layer_forward(Model* model, int l) {
+    LayerActivations* a = &model->layers[l];
+    AttentionSizes sizes = attention_sizes(model, l);
+    int C = model->config.n_embd, BT = model->B * model->T;
+    cudaStream_t stream = model->stream;
+    floatX *s = model->s, *branch = model->branch;
+    auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
+    if (l == 0) {
+        rmsnorm_forward(a->ln_1, NULL, s, a->ln_1_rstd, a->x, NULL, NULL, a->mix, BT, C, stream);
+    } else {
+        rmsnorm_forward(a->ln_1, a->x, s, a->ln_1_rstd, model->layers[l - 1].x_mid, NULL, branch,
+                        a->mix, BT, C, stream);
+    }
+    linear_forward(a->qkv, a->ln_1, p(ATTN_W), NULL, NULL, BT, C, 3 * C, stream);
+    rotary_forward(a->qkv, a->rotary, a->embed, sizes, stream);
+    attention_forward(a->y, a->lse, a->qkv, sizes, stream);
+    linear_forward(branch, a->y, p(ATTN_PROJ_W), NULL, NULL, BT, C, C, stream);
+    rmsnorm_forward(a->ln_2, a->x_mid, NULL, a->ln_2_rstd, s, NULL, branch, {}, BT, C, stream);
+    linear_forward(a->fc, a->ln_2, p(FC_W), NULL, NULL, BT, C, 4 * C, stream);
+    relu2_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream);
+    linear_forward(branch, a->gelu, p(FC_PROJ_W), NULL, NULL, BT, 4 * C, C, stream);
+}
+
+// The same backwards: dx is the gradient of the stream behind the layer, then of x; dx0 grows.
+static void modern_layer_backward(Model* model, int l, TokenIndex index, int n_groups) {
+    LayerActivations* a = &model->layers[l];
+    AttentionSizes sizes = attention_sizes(model, l);
+    int C = model->config.n_embd, BT = model->B * model->T;
+    cudaStream_t stream = model->stream;
+    floatX *dx = model->dx, *dbranch = model->dbranch, *dwide = model->dwide;
+    floatX* dembed = dwide + (int64_t)BT * 3 * C;
+    float* partials = model->partials;
+    auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
+    auto d = [&](int which) { return model->gradients + layer_offset(model, l, which); };
+    auto weight = [&](int which, floatX* x, floatX* dy, int in, int out) {
+        linear_backward_weight(d(which), NULL, NULL, x, dy, BT, in, out, stream);
+    };
+    if (model->recompute >= 1) { relu2_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream); }
+    if (model->recompute >= 2) {
+        rmsnorm_forward(a->ln_1, NULL, NULL, a->ln_1_rstd, a->x, NULL, NULL, a->mix, BT, C,
+                        stream);
+        rmsnorm_forward(a->ln_2, NULL, NULL, a->ln_2_rstd, a->x_mid, NULL, NULL, {}, BT, C, stream);
+    }
+    weight(FC_PROJ_W, a->gelu, dx, 4 * C, C);
+    linear_backward_input(dwide, dx, p(FC_PROJ_W), NULL, BT, 4 * C, C, stream);
+    relu2_backward(dwide, a->fc, (int64_t)BT * 4 * C, stream);
+    weight(FC_W, a->ln_2, dwide, C, 4 * C);
+    linear_backward_input(dbranch, dwide, p(FC_W), NULL, BT, C, 4 * C, stream);
+    rmsnorm_backward(dx, NULL, NULL, NULL, NULL, dbranch, a->x_mid, NULL, a->ln_2_rstd, {}, BT, C,
+                     stream);
+    weight(ATTN_PROJ_W, a->y, dx, C, C);
+    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), NULL, BT, C, C, stream);
+    attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, sizes, stream);
+    rotary_backward(dwide, dembed, model->dgate, a->qkv, a->rotary, a->embed, sizes,
+                    stream);
+    weight(ATTN_W, a->ln_1, dwide, C, 3 * C);
+    linear_backward_input(dbranch, dwide, p(ATTN_W), NULL, BT, C, 3 * C, stream);
+    if (a->embed.table != NULL) {
+        wte_backward(d(VALUE_EMBED), dembed, index, n_groups, BT, C, stream);
+        gate_backward(dbranch, d(VALUE_GATE), partials, model->dgate, a->embed, sizes,
+                      stream);
+    }
+    rmsnorm_backward(dx, model->dx0, global_gradient(model, RESID_SCALARS) + l,
+                     global_gradient(model, X0_SCALARS) + l, partials, dbranch, a->x, NULL,
+                     a->ln_1_rstd, a->mix, BT, C, stream);
+}
+
 // Head and loss, HEAD_ROWS tokens at a time: their logits turn into the gradient at once. Losses
-// (BT); with train, dbranch = d ln_f, and dwte grows by the head's part.
+// (BT); with train, dbranch = d ln_f, and the head's gradient grows: GPT-2's is dwte.
 static void head(Model* model, bool train) {
     int C = model->config.n_embd, V = model->config.vocab_size, Vp = padded_vocab(model->config);
     int BT = model->B * model->T, threads = min(512, ceil_div(Vp, W * WARP) * WARP);
-    floatX *wte = global_parameter(model, WTE), *logits = model->logits;
+    int tensor = model->config.modern ? (int)LM_HEAD : (int)WTE;
+    floatX *weight = global_parameter(model, tensor), *logits = model->logits;
     for (int first = 0; first < BT; first += HEAD_ROWS) {
         int rows = min(HEAD_ROWS, BT - first);
         floatX *x = model->ln_f + (int64_t)first * C, *dx = model->dbranch + (int64_t)first * C;
-        matmul(logits, wte, x, {true, false, Vp, rows, C, false, PLAIN}, NULL, NULL, model->stream);
+        matmul(logits, weight, x, {true, false, Vp, rows, C, false, PLAIN}, NULL, NULL,
+               model->stream);
         double bytes = (train ? 2.0 : 1.0) * rows * Vp * sizeof(floatX);
         begin_kernel("classifier", bytes, 0, model->stream);
         classifier_kernel<<<rows, threads, 0, model->stream>>>(
-            logits, model->losses + first, model->targets + first, 1.0f / BT, V, Vp, train);
+            logits, model->losses + first, model->targets + first, 1.0f / BT,
+            model->config.softcap, V, Vp, train);
         CHECK_LAUNCH();
         if (train) {
-            matmul(dx, wte, logits, {false, false, C, rows, Vp, false, PLAIN}, NULL, NULL,
+            matmul(dx, weight, logits, {false, false, C, rows, Vp, false, PLAIN}, NULL, NULL,
                    model->stream);
-            matmul(global_gradient(model, WTE), x, logits, {false, true, C, Vp, rows, true, PLAIN},
-                   NULL, NULL, model->stream);
+            matmul(global_gradient(model, tensor), x, logits,
+                   {false, true, C, Vp, rows, true, PLAIN}, NULL, NULL, model->stream);
         }
     }
 }
 
 // inputs, targets → losses
 static void forward(Model* model, bool train) {
-    int B = model->B, T = model->T, C = model->config.n_embd, L = model->config.n_layer;
-    embedding_forward(model->layers[0].x, model->inputs, global_parameter(model, WTE),
-                      global_parameter(model, WPE), B, T, C, model->stream);
-    for (int l = 0; l < L; l++) { layer_forward(model, l, l > 0 ? model->branch : NULL); }
-    layernorm_forward(model->ln_f, model->x_last, model->ln_f_mean, model->ln_f_rstd,
-                      model->layers[L - 1].x_mid, model->branch, global_parameter(model, LN_F_W),
-                      global_parameter(model, LN_F_B), B * T, C, model->stream);
+    int B = model->B, T = model->T, C = model->config.n_embd, L = model->config.n_layer, BT = B * T;
+    LayerActivations *first = &model->layers[0], *last = &model->layers[L - 1];
+    floatX *wte = global_parameter(model, WTE), *branch = model->branch;
+    if (model->config.modern) {
+        rmsnorm_forward(first->x, NULL, NULL, model->x0_rstd, wte, model->inputs, NULL, {}, BT, C,
+                        model->stream);
+        for (int l = 0; l < L; l++) { modern_layer_forward(model, l); }
+        rmsnorm_forward(model->ln_f, model->x_last, NULL, model->ln_f_rstd, last->x_mid, NULL,
+                        branch, model->backout, BT, C, model->stream);
+    } else {
+        embedding_forward(first->x, model->inputs, wte, global_parameter(model, WPE), B, T, C,
+                          model->stream);
+        for (int l = 0; l < L; l++) { layer_forward(model, l, l > 0 ? branch : NULL); }
+        layernorm_forward(model->ln_f, model->x_last, model->ln_f_mean, model->ln_f_rstd,
+                          last->x_mid, branch, global_parameter(model, LN_F_W),
+                          global_parameter(model, LN_F_B), BT, C, model->stream);
+    }
     head(model, train);
+}
+
+// Buckets first … end - 1 go to the ranks that own them.
+static void send_gradients(Model* model, Ranks* ranks, int first, int end) {
+    for (int i = first; i < end; i++) {
+        Bucket bucket = model->table.buckets[i];
+        reduce(ranks, model->gradients + bucket.offset, bucket.size, bucket.owner, model->stream);
+    }
 }
 
 // After forward(…, true): adds to all gradients. In the last micro-step each bucket goes to the
 // other ranks as soon as it is whole.
 static void backward(Model* model, int n_groups, bool last_micro_step, Ranks* ranks) {
-    int B = model->B, T = model->T, C = model->config.n_embd, BT = B * T;
-    auto send = [&](int i) {
-        Bucket bucket = model->table.buckets[i];
-        if (!last_micro_step) { return; }
-        reduce_scatter(ranks, model->gradients + bucket.offset, bucket.size / ranks->world_size,
-                       model->stream);
-    };
-    CHECK_CUDA(cudaMemsetAsync(model->dx, 0, (int64_t)BT * C * sizeof(floatX), model->stream));
-    layernorm_backward(model->dx, global_gradient(model, LN_F_W), global_gradient(model, LN_F_B),
-                       model->partials, model->dbranch, model->x_last,
-                       global_parameter(model, LN_F_W), model->ln_f_mean, model->ln_f_rstd, BT, C,
-                       model->stream);
-    for (int l = model->config.n_layer - 1; l >= 0; l--) {
-        layer_backward(model, l);
-        send(1 + l);
-    }
+    int B = model->B, T = model->T, C = model->config.n_embd, L = model->config.n_layer, BT = B * T;
+    floatX *dx = model->dx, *dx0 = model->dx0, *dmiddle = model->dmiddle;
+    cudaStream_t stream = model->stream;
+    const int* of_layer = model->table.layer_buckets;
+    bool modern = model->config.modern;
     TokenIndex index = {model->index, model->index + BT, model->index + 2 * BT + 1};
-    embedding_backward(global_gradient(model, WTE), global_gradient(model, WPE), model->dx, index,
-                       n_groups, B, T, C, model->stream);
-    send(0);
+    for (floatX* zeros : {dx, dx0, dmiddle}) {
+        if (zeros == NULL) { continue; }
+        CHECK_CUDA(cudaMemsetAsync(zeros, 0, (int64_t)BT * C * sizeof(floatX), stream));
+    }
+    if (modern) {
+        rmsnorm_backward(dx, dmiddle, NULL, global_gradient(model, BACKOUT_SCALAR), model->partials,
+                         model->dbranch, model->x_last, NULL, model->ln_f_rstd, model->backout, BT,
+                         C, stream);
+    } else {
+        layernorm_backward(dx, global_gradient(model, LN_F_W), global_gradient(model, LN_F_B),
+                           model->partials, model->dbranch, model->x_last,
+                           global_parameter(model, LN_F_W), model->ln_f_mean, model->ln_f_rstd, BT,
+                           C, stream);
+    }
+    for (int l = L - 1; l >= 0; l--) {
+        if (modern && l == L / 2) { add_to(dx, dmiddle, (int64_t)BT * C, stream); }
+        modern ? modern_layer_backward(model, l, index, n_groups) : layer_backward(model, l);
+        if (last_micro_step) { send_gradients(model, ranks, of_layer[l], of_layer[l + 1]); }
+    }
+    if (modern) {           // x0 is where the stream begins, and is mixed into each layer
+        add_to(dx0, dx, (int64_t)BT * C, stream);
+        CHECK_CUDA(cudaMemsetAsync(dx, 0, (int64_t)BT * C * sizeof(floatX), stream));
+        rmsnorm_backward(dx, NULL, NULL, NULL, NULL, dx0, global_parameter(model, WTE),
+                         model->inputs, model->x0_rstd, {}, BT, C, stream);
+        wte_backward(global_gradient(model, WTE), dx, index, n_groups, BT, C, stream);
+    } else {
+        embedding_backward(global_gradient(model, WTE), global_gradient(model, WPE), dx, index,
+                           n_groups, B, T, C, stream);
+    }
+    if (last_micro_step) { send_gradients(model, ranks, 0, of_layer[0]); }
 }
 
 // The norm of the gradients' average over micro-steps and ranks.
@@ -1771,12 +2622,12 @@ static double gradient_norm(Model* model, Ranks* ranks, int grad_accum_steps) {
     float* sums = (float*)malloc(sizeof(float) * n * NORM_BLOCKS);
     wait_for_ranks(ranks, model->stream);
     for (int i = 0; i < n; i++) {
-        Bucket bucket = model->table.buckets[i];
-        int64_t mine = bucket.size / ranks->world_size;
-        begin_kernel("square_sum", 4.0 * mine, 0, model->stream);
+        Part part = model->parts[i];
+        bool counted = model->table.buckets[i].owner != EVERY_RANK || ranks->rank == 0;
+        begin_kernel("square_sum", 4.0 * part.size, 0, model->stream);
         square_sum_kernel<<<NORM_BLOCKS, 256, 0, model->stream>>>(
-            model->square_sums + i * NORM_BLOCKS,
-            model->gradients + bucket.offset + ranks->rank * mine, mine);
+            model->square_sums + i * NORM_BLOCKS, model->gradients + part.first,
+            counted ? part.size : 0);
         CHECK_LAUNCH();
     }
     CHECK_CUDA(cudaMemcpyAsync(sums, model->square_sums, sizeof(float) * n * NORM_BLOCKS,
@@ -1796,20 +2647,53 @@ static void zero_gradients(Model* model) {
     CHECK_LAUNCH();
 }
 
+// What a step does; decay_scale is of the weight decay that a group has, muon_decay is Muon's.
+struct Update { double lr, grad_scale, momentum, decay_scale, muon_decay; int steps; };
+
+static void adamw_update(Model* model, Bucket bucket, Part part, Update update) {
+    AdamGroup group = bucket.adam;
+    AdamStep adam = {group, (float)update.lr * group.lr,
+                     (float)update.decay_scale * group.weight_decay, (float)update.grad_scale,
+                     (float)(1 - pow(group.beta_1, update.steps)),
+                     (float)(1 - pow(group.beta_2, update.steps)), (unsigned)update.steps};
+    begin_kernel("adamw", (28.0 + sizeof(floatX)) * part.size, 0, model->stream);
+    adamw_kernel<<<ceil_div(part.size, (int64_t)256), 256, 0, model->stream>>>(
+        model->parameters + part.first, model->masters + part.state, model->m + part.state,
+        model->v + part.v, model->gradients + part.first, part.size, part.first, bucket.decay_end,
+        adam);
+    CHECK_LAUNCH();
+}
+
+static void muon_bucket_update(Model* model, Bucket bucket, Part part, Update update) {
+    for (int t = bucket.first_tensor; t < bucket.end_tensor; t++) {
+        Tensor tensor = model->table.tensors[t];
+        int which = t - bucket.first_tensor;
+        Matrices matrix = matrices_of(tensor, which);
+        int64_t in_bucket = tensor.offset - bucket.offset, state = part.state + in_bucket;
+        float out_by_in = (float)matrix.columns / matrix.rows;
+        out_by_in = which == VALUE_GATE ? 1 / out_by_in : out_by_in;
+        MuonStep muon = {(float)update.lr * sqrtf(fmaxf(1, out_by_in)),
+                         (float)(update.muon_decay * update.decay_scale), (float)update.momentum,
+                         (float)update.grad_scale, (unsigned)update.steps};
+        muon_update(model->parameters + tensor.offset, model->masters + state, model->m + state,
+                    model->v + part.v, model->gradients + tensor.offset, model->muon, matrix,
+                    tensor.offset, muon, model->stream);
+        part.v += matrix.n * matrix.lines();
+    }
+}
+
 // Updates this rank's part of each bucket and sends it to the others; the gradients become zero.
-static void optimizer_step(Model* model, Ranks* ranks, float lr, float grad_scale, int steps) {
-    AdamStep adam = {lr, grad_scale, (float)(1 - pow(BETA_1, steps)),
-                     (float)(1 - pow(BETA_2, steps)), (unsigned)steps};
+static void optimizer_step(Model* model, Ranks* ranks, Update update) {
     for (int i = 0; i < model->table.n_buckets; i++) {
         Bucket bucket = model->table.buckets[i];
-        int64_t mine = bucket.size / ranks->world_size, first = bucket.offset + ranks->rank * mine;
-        int64_t at = bucket.offset / ranks->world_size;
-        begin_kernel("adamw", (28.0 + sizeof(floatX)) * mine, 0, model->stream);
-        adamw_kernel<<<ceil_div(mine, (int64_t)256), 256, 0, model->stream>>>(
-            model->parameters + first, model->masters + at, model->m + at, model->v + at,
-            model->gradients + first, mine, first, bucket.decay_end, adam);
-        CHECK_LAUNCH();
-        all_gather(ranks, model->parameters + bucket.offset, mine * sizeof(floatX), model->stream);
+        Part part = model->parts[i];
+        if (!bucket.is_muon()) {
+            adamw_update(model, bucket, part, update);
+        } else if (part.size > 0) {
+            muon_bucket_update(model, bucket, part, update);
+        }
+        gather(ranks, model->parameters + bucket.offset, bucket.size * sizeof(floatX), bucket.owner,
+               model->stream);
     }
     wait_for_ranks(ranks, model->stream);
     zero_gradients(model);
@@ -1819,13 +2703,16 @@ static void optimizer_step(Model* model, Ranks* ranks, float lr, float grad_scal
 static void restore_parameters(Model* model, Ranks* ranks, int steps) {
     for (int i = 0; i < model->table.n_buckets; i++) {
         Bucket bucket = model->table.buckets[i];
-        int64_t mine = bucket.size / ranks->world_size, first = bucket.offset + ranks->rank * mine;
-        begin_kernel("round_parameters", (4.0 + sizeof(floatX)) * mine, 0, model->stream);
-        round_parameters_kernel<<<ceil_div(mine, (int64_t)256), 256, 0, model->stream>>>(
-            model->parameters + first, model->masters + bucket.offset / ranks->world_size, mine,
-            first, steps);
-        CHECK_LAUNCH();
-        all_gather(ranks, model->parameters + bucket.offset, mine * sizeof(floatX), model->stream);
+        Part part = model->parts[i];
+        if (part.size > 0) {
+            begin_kernel("round_parameters", (4.0 + sizeof(floatX)) * part.size, 0, model->stream);
+            round_parameters_kernel<<<ceil_div(part.size, (int64_t)256), 256, 0, model->stream>>>(
+                model->parameters + part.first, model->masters + part.state, part.size, part.first,
+                steps);
+            CHECK_LAUNCH();
+        }
+        gather(ranks, model->parameters + bucket.offset, bucket.size * sizeof(floatX), bucket.owner,
+               model->stream);
     }
     wait_for_ranks(ranks, model->stream);
 }
@@ -1956,27 +2843,18 @@ static void read_tensor(SafeTensors file, const char* name, int64_t n, float* va
     }
 }
 
-// Where a bucket's tensors are: [first, end) in the table
-static void bucket_tensors(int bucket, int* first, int* end) {
-    *first = bucket == 0 ? 0 : GLOBAL_TENSORS + (bucket - 1) * LAYER_TENSORS;
-    *end = bucket == 0 ? GLOBAL_TENSORS : *first + LAYER_TENSORS;
-}
-
 // Fills masters and parameters bucket by bucket: fill(tensor, values) gives a tensor's fp32 values.
 template <class Fill> static void set_parameters(Model* model, Ranks* ranks, Fill fill) {
     for (int i = 0; i < model->table.n_buckets; i++) {
         Bucket bucket = model->table.buckets[i];
         float* values = (float*)calloc(bucket.size, sizeof(float));
-        int first, end;
-        bucket_tensors(i, &first, &end);
-        for (int t = first; t < end; t++) {
+        for (int t = bucket.first_tensor; t < bucket.end_tensor; t++) {
             Tensor tensor = model->table.tensors[t];
             fill(tensor, values + tensor.offset - bucket.offset);
         }
-        int64_t mine = bucket.size / ranks->world_size;
-        CHECK_CUDA(cudaMemcpy(model->masters + bucket.offset / ranks->world_size,
-                              values + ranks->rank * mine, mine * sizeof(float),
-                              cudaMemcpyHostToDevice));
+        Part part = model->parts[i];
+        CHECK_CUDA(cudaMemcpy(model->masters + part.state, values + part.first - bucket.offset,
+                              part.size * sizeof(float), cudaMemcpyHostToDevice));
         free(values);
     }
     CHECK_CUDA(cudaDeviceSynchronize());
@@ -1997,12 +2875,16 @@ static float normal(uint64_t seed, uint64_t place) {
     return (float)(radius * cos(2.0 * M_PI * uniform(seed, 2 * place + 1)));
 }
 
-// GPT-2's: N(0, .02), residual projections / sqrt(2L), norms 1, biases 0.
+// As the tensor table says: GPT-2's N(0, .02), residual projections / sqrt(2L), norms 1, biases 0.
 static void initialise(Model* model, Ranks* ranks, int seed) {
     uint64_t place = 0;                 // counts without padding: the same for any number of ranks
     set_parameters(model, ranks, [&](Tensor tensor, float* values) {
         for (int64_t i = 0; i < tensor.file_size(); i++, place++) {
-            values[i] = tensor.std > 0 ? tensor.std * normal(seed, place) : tensor.mean;
+            Init init = tensor.init;
+            values[i] = init.mean + init.step * i;
+            if (init.std == 0) { continue; }
+            float flat = (float)((2.0 * uniform(seed, 2 * place) - 1.0) * sqrt(3.0));
+            values[i] += init.std * (init.is_uniform ? flat : normal(seed, place));
         }
     });
 }
@@ -2051,22 +2933,42 @@ template <class Write> static char* written(Write write, size_t* bytes = NULL) {
     return text;
 }
 
+// The fields of GPTConfig that make up dN's recipe: it has all of them, GPT-2 none.
+const char* const MODERN_FIELDS[] = {"rope", "rms_norm", "qk_norm", "relu2", "value_embeds",
+                                     "residual_scalars", "backout"};
+
+static int count_modern_fields(const char* text) {
+    int n = 0;
+    for (const char* field : MODERN_FIELDS) {
+        const char* value = json_find(text, field);
+        n += value != NULL && strncmp(value, "true", 4) == 0;
+    }
+    for (const char* field : {"bias", "tied_head"}) {
+        const char* value = json_find(text, field);
+        n += value != NULL && strncmp(value, "false", 5) == 0;
+    }
+    return n;
+}
+
 static Config read_config(const char* folder) {
     char* text = read_file(joined(folder, "config.json"));
     if (text == NULL) {
         die("%s/config.json is not there; a model is a folder with config.json and "
             "model.safetensors; train one, or name another with --init_from", folder);
     }
-    const char *type = json_find(text, "model_type"), *rope = json_find(text, "rope");
-    if (type == NULL || strncmp(type, "\"gpt2\"", 6) != 0 ||
-        (rope != NULL && strncmp(rope, "true", 4) == 0)) {
-        die("%s is not a GPT-2; the CUDA trainer has its layers only; use python train_gpt2.py",
-            folder);
+    const char *type = json_find(text, "model_type"), *windows = json_find(text, "windows");
+    int n_modern = count_modern_fields(text), all = 2 + sizeof MODERN_FIELDS / sizeof(char*);
+    if (type == NULL || (n_modern != 0 && n_modern != all) ||
+        strncmp(type, n_modern > 0 ? "\"deepdive\"" : "\"gpt2\"", 6) != 0) {
+        die("%s has %d of dN's %d parts; the CUDA trainer has GPT-2, without them, and dN, with "
+            "all; use python train_gpt2.py", folder, n_modern, all);
     }
     Config config = {(int)json_number(text, "n_positions", 1024),
                      (int)json_number(text, "vocab_size", 50257),
                      (int)json_number(text, "n_layer", 0), (int)json_number(text, "n_head", 0),
-                     (int)json_number(text, "n_embd", 0)};
+                     (int)json_number(text, "n_embd", 0), n_modern > 0,
+                     json_number(text, "softcap", 0)};
+    if (windows != NULL) { sscanf(windows, "\"%63[SL]", config.windows); }
     free(text);
     return config;
 }
@@ -2112,19 +3014,17 @@ static void save_weights(Model* model, Ranks* ranks, const char* path) {
     }
     for (int i = 0; i < model->table.n_buckets; i++) {
         Bucket bucket = model->table.buckets[i];
-        int64_t mine = bucket.size / ranks->world_size;
-        float *all = model->gradients + bucket.offset, *values = (float*)malloc(bucket.size * 4);
-        CHECK_CUDA(cudaMemcpyAsync(all + ranks->rank * mine,
-                                   model->masters + bucket.offset / ranks->world_size, mine * 4,
-                                   cudaMemcpyDeviceToDevice, model->stream));
-        all_gather(ranks, all, mine * 4, model->stream);
+        Part part = model->parts[i];
+        float* values = (float*)malloc(bucket.size * 4);
+        CHECK_CUDA(cudaMemcpyAsync(model->gradients + part.first, model->masters + part.state,
+                                   part.size * 4, cudaMemcpyDeviceToDevice, model->stream));
+        gather(ranks, model->gradients + bucket.offset, bucket.size * 4, bucket.owner,
+               model->stream);
         wait_for_ranks(ranks, model->stream);
-        CHECK_CUDA(cudaMemcpyAsync(values, all, bucket.size * 4, cudaMemcpyDeviceToHost,
-                                   model->stream));
+        CHECK_CUDA(cudaMemcpyAsync(values, model->gradients + bucket.offset, bucket.size * 4,
+                                   cudaMemcpyDeviceToHost, model->stream));
         CHECK_CUDA(cudaStreamSynchronize(model->stream));
-        int first, end;
-        bucket_tensors(i, &first, &end);
-        for (int t = first; t < end && file != NULL; t++) {
+        for (int t = bucket.first_tensor; t < bucket.end_tensor && file != NULL; t++) {
             Tensor tensor = model->table.tensors[t];
             write_all(file, values + tensor.offset - bucket.offset, 4 * tensor.file_size(), path);
         }
@@ -2413,7 +3313,7 @@ struct Arguments {
     const char* core_dir = NULL;
     int64_t resume = 0, max_steps = 0, total_batch_size = 0, batch_size = 0, eval_every = 250;
     int64_t save_every = 1000, seed = 1337, recompute = 0, profile = 0, deterministic = 1;
-    double lr = 6e-4, gpu_hour_usd = 0;
+    double lr = 0, gpu_hour_usd = 0;
 };
 
 struct Flag {
@@ -2425,16 +3325,17 @@ struct Flag {
 
 static Arguments arguments;
 static const Flag FLAGS[] = {
-    {"model", "gpt2, gpt2-medium, gpt2-large or gpt2-xl", &arguments.model, NULL, NULL},
+    {"model", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or dN: N layers", &arguments.model, NULL,
+     NULL},
     {"config", "block_size=256 n_layer=2 n_head=2 n_embd=128", &arguments.config, NULL, NULL},
     {"data", "folder with *_train_*.bin and *_val_*.bin", &arguments.data, NULL, NULL},
     {"out", "run folder", &arguments.out, NULL, NULL},
     {"resume", "continue from <out>/state, if any", NULL, &arguments.resume, NULL},
     {"init_from", "weights and shape: a run's folder", &arguments.init_from, NULL, NULL},
-    {"max_steps", "steps (default: 80 tokens a parameter)", NULL, &arguments.max_steps, NULL},
+    {"max_steps", "steps (default: 80 tokens a parameter, dN 8)", NULL, &arguments.max_steps, NULL},
     {"total_batch_size", "tokens a step, over all ranks", NULL, &arguments.total_batch_size, NULL},
     {"batch_size", "rows at a time on one rank", NULL, &arguments.batch_size, NULL},
-    {"lr", "AdamW's peak learning rate", NULL, NULL, &arguments.lr},
+    {"lr", "AdamW's, or for dN Muon's, peak learning rate", NULL, NULL, &arguments.lr},
     {"eval_every", "steps between evaluations", NULL, &arguments.eval_every, NULL},
     {"core_dir", "eval_bundle folder: HellaSwag at evaluations", &arguments.core_dir, NULL, NULL},
     {"save_every", "steps between saved states", NULL, &arguments.save_every, NULL},
@@ -2511,7 +3412,12 @@ static Config choose_config(int V) {
     const struct { const char* name; int n_layer, n_head, n_embd; } sizes[] = {
         {"gpt2", 12, 12, 768}, {"gpt2-medium", 24, 16, 1024}, {"gpt2-large", 36, 20, 1280},
         {"gpt2-xl", 48, 25, 1600}};
-    Config config = {1024, V, 0, 0, 0};
+    Config config = {1024, V};
+    int depth = arguments.model[0] == 'd' ? atoi(arguments.model + 1) : 0;
+    if (depth > 0) {                    // 64 channels a layer, rounded up to heads of 128
+        int NH = ceil_div(64 * depth, 128);
+        config = {2048, V, depth, NH, 128 * NH, true, 15.0, "SSSL"};
+    }
     for (auto size : sizes) {
         if (strcmp(arguments.model, size.name) == 0) {
             config.n_layer = size.n_layer, config.n_head = size.n_head;
@@ -2519,13 +3425,15 @@ static Config choose_config(int V) {
         }
     }
     if (config.n_layer == 0) {
-        die("model '%s' is not a preset here; they are gpt2, gpt2-medium, gpt2-large, gpt2-xl; dN "
-            "needs python train_gpt2.py", arguments.model);
+        die("model '%s' is not a preset; they are gpt2, gpt2-medium, gpt2-large, gpt2-xl and d1, "
+            "d2 …; try --model d12", arguments.model);
     }
     config.block_size = matched_integer(arguments.config, "block_size", config.block_size);
     config.n_layer = matched_integer(arguments.config, "n_layer", config.n_layer);
     config.n_head = matched_integer(arguments.config, "n_head", config.n_head);
     config.n_embd = matched_integer(arguments.config, "n_embd", config.n_embd);
+    const char* windows = strstr(arguments.config, "windows=");
+    if (config.modern && windows != NULL) { sscanf(windows, "windows=%63[SL]", config.windows); }
     return config;
 }
 
@@ -2551,6 +3459,10 @@ static void check_config(Config config, int V) {
     if (NH < 1 || C % NH != 0 || HS > WARP * LANE_CHANNELS || C % 8 != 0 || C > 3072) {
         die("n_embd %d with n_head %d; heads are equally wide, 256 at most, and n_embd is a "
             "multiple of 8 up to 3072; try --config n_embd=768 n_head=12", C, NH);
+    }
+    if (config.modern && ((HS & (HS - 1)) != 0 || HS < 2 * W)) {
+        die("n_embd %d with n_head %d: heads of %d; dN's are a power of two wide, from %d to 256; "
+            "try --config n_embd=768 n_head=6", C, NH, HS, 2 * W);
     }
     if (config.n_layer < 1 || config.block_size < 1) {
         die("n_layer %d, block_size %d; both are 1 or more; try --config n_layer=12 "
@@ -2666,11 +3578,13 @@ struct State {
 // The flags that decide what is computed; a resumed run must have the same.
 static void write_settings(FILE* file, Config config, int64_t n_tokens) {
     fprintf(file, "\"settings\": {\"format_version\": 1, \"block_size\": %d, \"vocab_size\": %d, "
-            "\"n_layer\": %d, \"n_head\": %d, \"n_embd\": %d, \"total_batch_size\": %lld, "
+            "\"n_layer\": %d, \"n_head\": %d, \"n_embd\": %d, \"windows\": \"%s\", "
+            "\"total_batch_size\": %lld, "
             "\"max_steps\": %lld, \"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, "
             "\"bf16\": %d}", config.block_size, config.vocab_size, config.n_layer, config.n_head,
-            config.n_embd, (long long)arguments.total_batch_size, (long long)arguments.max_steps,
-            (long long)arguments.seed, arguments.lr, (long long)n_tokens, BF16);
+            config.n_embd, config.windows, (long long)arguments.total_batch_size,
+            (long long)arguments.max_steps, (long long)arguments.seed, arguments.lr,
+            (long long)n_tokens, BF16);
 }
 
 static void write_window(FILE* file, const char* name, const Window* window) {
@@ -2701,17 +3615,26 @@ static void save_checkpoint(Model* model, Ranks* ranks, int64_t step, double val
     const char* path = joined(arguments.out, "config.json");
     FILE* file = create_part(path);
     fprintf(file, "{\n \"vocab_size\": %d,\n \"n_layer\": %d,\n \"n_head\": %d,\n \"n_embd\": %d,\n"
-            " \"model_type\": \"gpt2\",\n \"architectures\": [\"GPT2LMHeadModel\"],\n"
+            " \"model_type\": \"%s\",\n \"architectures\": [\"GPT2LMHeadModel\"],\n"
             " \"n_positions\": %d,\n \"activation_function\": \"gelu_new\",\n"
             " \"layer_norm_epsilon\": 1e-05,\n \"embd_pdrop\": 0.0,\n \"attn_pdrop\": 0.0,\n"
-            " \"resid_pdrop\": 0.0,\n \"tie_word_embeddings\": true,\n \"eos_token_id\": %.0f,\n"
+            " \"resid_pdrop\": 0.0,\n \"tie_word_embeddings\": %s,\n \"eos_token_id\": %.0f,\n"
             " \"deepdive\": {\n"
             "  \"format_version\": 1,\n  \"stage\": \"pretrain\",\n  \"step\": %lld,\n",
-            c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.block_size, eot, (long long)step);
+            c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.modern ? "deepdive" : "gpt2",
+            c.block_size, c.modern ? "false" : "true", eot, (long long)step);
     if (val_bpb > 0) { fprintf(file, "  \"val_bpb\": %.17g,\n", val_bpb); }
     fprintf(file, "  \"model\": {\"block_size\": %d, \"vocab_size\": %d, \"n_layer\": %d, "
-            "\"n_head\": %d, \"n_embd\": %d}\n }\n}\n", c.block_size, c.vocab_size, c.n_layer,
-            c.n_head, c.n_embd);
+            "\"n_head\": %d, \"n_embd\": %d", c.block_size, c.vocab_size, c.n_layer, c.n_head,
+            c.n_embd);
+    for (const char* field : MODERN_FIELDS) {
+        if (c.modern) { fprintf(file, ", \"%s\": true", field); }
+    }
+    if (c.modern) {
+        fprintf(file, ", \"bias\": false, \"tied_head\": false, \"softcap\": %.17g, "
+                "\"windows\": \"%s\"", c.softcap, c.windows);
+    }
+    fprintf(file, "}\n }\n}\n");
     finish(file, path);
     for (const char* name : {"tokenizer/tokenizer.json", "tokenizer/tokenizer.tiktoken"}) {
         char* text = read_file(joined(arguments.data, name));
@@ -2730,6 +3653,10 @@ static void state_folder(char* path, int64_t step) {
 
 const char* const STATE_TENSORS[] = {"masters", "m", "v"};
 
+static int64_t state_size(Table table, const Part* parts, int tensor) {
+    return tensor < 2 ? parts[table.n_buckets].state : parts[table.n_buckets].v;
+}
+
 // <run>/state/step_N: each rank its shard, then state.json on rank 0, without which the folder does
 // not count. Killed at any moment, the newest complete state is whole. Older ones go.
 static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n_tokens) {
@@ -2739,19 +3666,19 @@ static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n
     snprintf(name, sizeof name, "rank_%05d.safetensors", ranks->rank);
     const char* path = joined(folder, name);
     FILE* file = create_part(path);
-    int64_t mine = model->table.size / ranks->world_size;
     write_header(file, 3, [&](int i, char* tensor, int64_t* rows, int64_t*) {
         strcpy(tensor, STATE_TENSORS[i]);
-        *rows = mine;
+        *rows = state_size(model->table, model->parts, i);
     }, path);
-    float* values = (float*)malloc(mine * sizeof(float));
-    for (float* from : {model->masters, model->m, model->v}) {
-        CHECK_CUDA(cudaMemcpyAsync(values, from, mine * sizeof(float), cudaMemcpyDeviceToHost,
-                                   model->stream));
+    const float* from[] = {model->masters, model->m, model->v};
+    for (int i = 0; i < 3; i++) {
+        int64_t bytes = state_size(model->table, model->parts, i) * sizeof(float);
+        float* values = (float*)malloc(bytes);
+        CHECK_CUDA(cudaMemcpyAsync(values, from[i], bytes, cudaMemcpyDeviceToHost, model->stream));
         CHECK_CUDA(cudaStreamSynchronize(model->stream));
-        write_all(file, values, mine * sizeof(float), path);
+        write_all(file, values, bytes, path);
+        free(values);
     }
-    free(values);
     finish(file, path);
     double one = 1;
     ranks_sum(ranks, &one, 1);              // every rank's file is there
@@ -2792,37 +3719,47 @@ static int64_t newest_state() {
     return step;
 }
 
+// Which elements of a bucket a rank has of a state tensor, and where: m and v of Muon differ
+struct Range { int64_t first, end, at; };
+
+static Range state_range(Table table, const Part* parts, int b, int tensor) {
+    int64_t first = parts[b].first - table.buckets[b].offset;
+    if (tensor < 2) { return {first, first + parts[b].size, parts[b].state}; }
+    first = table.buckets[b].is_muon() ? 0 : first;
+    return {first, first + parts[b + 1].v - parts[b].v, parts[b].v};
+}
+
 // Masters and moments from the shards of `old_ranks` ranks: of each bucket, what lies in this
-// rank's part. Buckets of another number of ranks differ in their padding only.
+// rank's part. Buckets of another number of ranks differ in their padding and owners only.
 static void load_shards(Model* model, Ranks* ranks, const char* folder, int old_ranks) {
     Table old = make_table(model->config, old_ranks), table = model->table;
-    int world_size = ranks->world_size, rank = ranks->rank;
-    int64_t n = table.size / world_size, old_n = old.size / old_ranks;
-    float *mine = (float*)malloc(n * sizeof(float)), *shard = (float*)malloc(old_n * sizeof(float));
     float* to[] = {model->masters, model->m, model->v};
     for (int i = 0; i < 3; i++) {
-        memset(mine, 0, n * sizeof(float));
+        int64_t n = state_size(table, model->parts, i);
+        float* mine = (float*)calloc(n, sizeof(float));
         for (int r = 0; r < old_ranks; r++) {
-            if (old_ranks == world_size && r != rank) { continue; }
+            if (old_ranks == ranks->world_size && r != ranks->rank) { continue; }
+            Part* parts = make_parts(old, r, old_ranks);
+            int64_t old_n = state_size(old, parts, i);
+            float* shard = (float*)malloc(old_n * sizeof(float));
             char name[64];
             snprintf(name, sizeof name, "rank_%05d.safetensors", r);
             SafeTensors file = open_safetensors(joined(folder, name));
             read_tensor(file, STATE_TENSORS[i], old_n, shard);
             for (int b = 0; b < table.n_buckets; b++) {
-                int64_t part = table.buckets[b].size / world_size, first = rank * part;
-                int64_t old_part = old.buckets[b].size / old_ranks, old_first = r * old_part;
-                int64_t begin = max(first, old_first);
-                int64_t end = min(first + part, old_first + old_part);
+                Range here = state_range(table, model->parts, b, i);
+                Range there = state_range(old, parts, b, i);
+                int64_t begin = max(here.first, there.first), end = min(here.end, there.end);
                 if (begin >= end) { continue; }
-                memcpy(mine + table.buckets[b].offset / world_size + begin - first,
-                       shard + old.buckets[b].offset / old_ranks + begin - old_first,
+                memcpy(mine + here.at + begin - here.first, shard + there.at + begin - there.first,
                        (end - begin) * sizeof(float));
             }
             close_safetensors(file);
+            free(shard), free(parts);
         }
         CHECK_CUDA(cudaMemcpy(to[i], mine, n * sizeof(float), cudaMemcpyHostToDevice));
+        free(mine);
     }
-    free(mine), free(shard);
     CHECK_CUDA(cudaDeviceSynchronize());        // pageable memory may be on its way still
 }
 
@@ -3044,6 +3981,9 @@ static void say_samples(Log* log, Model* model, Loader* loader, const Vocabulary
             CHECK_CUDA(cudaMemcpyAsync(logits, model->logits + (int64_t)(n - 1) * Vp,
                                        Vp * sizeof(floatX), cudaMemcpyDeviceToHost, model->stream));
             CHECK_CUDA(cudaStreamSynchronize(model->stream));
+            for (int i = 0; i < V; i++) {
+                logits[i] = (floatX)capped((float)logits[i], model->config.softcap);
+            }
             ids[n] = draw(logits, V, which, n);
             n++;
         }
@@ -3081,14 +4021,36 @@ static double schedule(int64_t step, int64_t max_steps) {
 
 // Weights that multiply every token: the blocks' matrices and the head
 static double matmul_parameters(Config config) {
+    int n_gates = config.modern ? ceil_div(config.n_layer, 2) : 0;
     return 12.0 * config.n_layer * config.n_embd * config.n_embd +
-           (double)config.vocab_size * config.n_embd;
+           (double)config.vocab_size * config.n_embd + n_gates * config.n_head * GATE_INPUTS;
 }
 
 // Both passes, as in PaLM (arXiv 2204.02311, B): 6 a weight, 12·C a key in reach
 static double flops_per_token(Config config) {
-    return 6 * matmul_parameters(config) +
-           12.0 * config.n_embd * config.block_size * config.n_layer;
+    double keys = 0;
+    for (int l = 0; l < config.n_layer; l++) { keys += config.window(l); }
+    return 6 * matmul_parameters(config) + 12.0 * config.n_embd * keys;
+}
+
+const double D12_MATMUL_PARAMETERS = 110.1e6;   // where decay and batch size were tuned
+
+// What step + 1 does. dN: 40 steps of warm-up, the last 65 % linearly down to 5 %; momentum rises
+// over 400 steps and sinks with lr; decay follows a cosine. No clipping: it would never act.
+static Update plan_update(Config config, int64_t step, double norm) {
+    const Arguments& a = arguments;
+    if (!config.modern) {                       // GPT-2 clips at norm 1
+        double clip = fmin(1.0, 1.0 / (norm + 1e-6));
+        return {a.lr * schedule(step, a.max_steps), clip, 0, 1, 0};
+    }
+    int64_t n = a.max_steps, warmup = min(n / 10, (int64_t)40), ramp = min(n / 4, (int64_t)400);
+    double left = fmin(1.0, (n - step) / (0.65 * n));
+    double lr_scale = fmin(1.0, (step + 1.0) / max(warmup, (int64_t)1)) * (0.05 + 0.95 * left);
+    double momentum = 0.85 + 0.12 * fmin(1.0, (double)step / max(ramp, (int64_t)1));
+    momentum = left == 1 ? momentum : 0.90 + (momentum - 0.90) * left;
+    double batch_scale = sqrt(a.total_batch_size / (double)(1 << 19));
+    return {a.lr * lr_scale, 1, momentum, 0.5 * (1 + cos(M_PI * step / n)),
+            0.28 * batch_scale * D12_MATMUL_PARAMETERS / matmul_parameters(config)};
 }
 
 // Dense bf16 FLOP/s by the data sheets; 0: unknown, no MFU is shown
@@ -3106,7 +4068,15 @@ static double peak_flops(const char* gpu) {
 static int64_t horizon(Config config, int world_size) {
     int64_t T = config.block_size, rows;
     Arguments* a = &arguments;
-    if (a->total_batch_size == 0) { a->total_batch_size = 1 << 19; }
+    double size = matmul_parameters(config);
+    if (a->total_batch_size == 0) {     // dN's ∝ tokens^.383, 2¹⁹ at d12
+        double scale = config.modern ? pow(size / D12_MATMUL_PARAMETERS, 0.383) : 1.0;
+        a->total_batch_size = 1 << lround(19 + log2(scale));
+    }
+    if (a->lr == 0) {                   // dN's by the root of the batch, but not far below 2¹⁸
+        double scale = fmax(sqrt(a->total_batch_size / (double)(1 << 19)), sqrt(0.5));
+        a->lr = config.modern ? 0.02 * scale : 6e-4;
+    }
     if (a->batch_size == 0) {           // the most rows that fit and divide the batch
         size_t free_bytes = 0, all = 0;
         CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
@@ -3124,7 +4094,7 @@ static int64_t horizon(Config config, int world_size) {
             (long long)micro_tokens, (long long)(times > 1 ? times : 1) * micro_tokens);
     }
     if (a->max_steps == 0) {
-        a->max_steps = llround(80 * matmul_parameters(config) / a->total_batch_size);
+        a->max_steps = llround((config.modern ? 8 : 80) * size / a->total_batch_size);
         a->max_steps = a->max_steps > 1 ? a->max_steps : 1;
     }
     return a->total_batch_size / micro_tokens;
@@ -3302,7 +4272,8 @@ int main(int argc, char** argv) {
             die("step %lld: loss %f, norm %f; training needs finite numbers; what was saved is "
                 "kept; try a lower --lr in another --out", (long long)state.step, loss, norm);
         }
-        double lr = a.lr * schedule(state.step, a.max_steps);
+        Update update = plan_update(config, state.step, norm);
+        update.grad_scale = update.grad_scale / grad_accum_steps / ranks.world_size;
         state.step++, state.position += a.total_batch_size / T;
         if (is_spike(&state.losses, loss) || is_spike(&state.norms, norm)) {
             char line[256], row[64];
@@ -3311,10 +4282,9 @@ int main(int argc, char** argv) {
             snprintf(row, sizeof row, "\"step\": %lld, \"skipped\": true", (long long)state.step);
             say(&log, line, row);
             zero_gradients(&model);
-        } else {                            // GPT-2 clips at norm 1
-            double clip = fmin(1.0, 1.0 / (norm + 1e-6));
-            optimizer_step(&model, &ranks, lr, clip / grad_accum_steps / ranks.world_size,
-                           ++state.optimizer_steps);
+        } else {
+            update.steps = ++state.optimizer_steps;
+            optimizer_step(&model, &ranks, update);
         }
         CHECK_CUDA(cudaStreamSynchronize(model.stream));
         push(&state.losses, loss), push(&state.norms, norm);
@@ -3331,7 +4301,7 @@ int main(int argc, char** argv) {
         double mfu = flops_per_token(config) * tok_s / fmax(peak, 1) / ranks.world_size;
         Row row = begin_row(&log, state.step);
         add(&row, "loss", loss, "loss %.6f");
-        add(&row, "lr", lr, "lr %.2e");
+        add(&row, "lr", update.lr, "lr %.2e");
         add(&row, "norm", norm, "norm %.4f");
         add(&row, "ms", 1000 * seconds, "%.1f ms");
         add(&row, "tok_s", tok_s, "%.0f tok/s");

@@ -248,11 +248,13 @@ def same_bits(run, other):
 
 
 # What needs a barrier in attention: three tiles of keys. In norms: more than a warp of channels, and
-# more pairs of rows than there are blocks.
+# more pairs of rows than there are blocks. The last is dN.
 BUSY = [["--config", "n_layer=1", "n_head=1", "n_embd=64", "block_size=136", "--total_batch_size",
          136, "--batch_size", 1],
         ["--config", "n_layer=1", "n_head=2", "n_embd=272", "block_size=8", "--total_batch_size",
-         520, "--batch_size", 65]]
+         520, "--batch_size", 65],
+        ["--config", "n_layer=1", "n_head=1", "n_embd=128", "block_size=8", "--total_batch_size",
+         16, "--batch_size", 2, "--model", "d1"]]
 BARRIERS = [line for line, text in enumerate(SOURCE.splitlines(), 1) if "__syncthreads();" in text]
 
 
@@ -267,7 +269,7 @@ def bits_by_order(binary, data, out, flags, **environment):
 
 
 @emulated
-@pytest.mark.parametrize("flags", [BUSY[0], pytest.param(BUSY[1], marks=slow)])
+@pytest.mark.parametrize("flags", [BUSY[0], *(pytest.param(busy, marks=slow) for busy in BUSY[1:])])
 def test_three_orders_of_threads_give_the_same_bits(flags, bf16, cuda_data, tmp_path):
     assert len(set(bits_by_order(bf16, cuda_data, tmp_path, flags))) == 1
 
@@ -276,7 +278,7 @@ def test_three_orders_of_threads_give_the_same_bits(flags, bf16, cuda_data, tmp_
 @emulated
 def test_without_any_one_barrier_they_do_not(bf16, cuda_data, tmp_path):
     right = [next(bits_by_order(bf16, cuda_data, tmp_path / "all", flags)) for flags in BUSY]
-    assert len(BARRIERS) == 14
+    assert len(BARRIERS) == 16
     for line in BARRIERS:
         found = (bits == expected for flags, expected in zip(BUSY, right)
                  for bits in bits_by_order(bf16, cuda_data, tmp_path / f"{line} {flags[4]}", flags,
@@ -353,8 +355,12 @@ def test_a_resumed_run_ends_with_the_same_bits(bf16, init, cuda_data, tmp_path):
 
 # ---- the log
 
-@pytest.mark.parametrize("precision, other", [("bf16", "plain_|gelu_backward"),
-                                              ("fp32", "attention_(forward|backward)")])
+DN_KERNELS = "rmsnorm|add$|rotary|gate|relu2|momentum|line_|norm|muon"
+
+
+@pytest.mark.parametrize("precision, other", [
+    ("bf16", f"plain_|gelu_backward|{DN_KERNELS}"),
+    ("fp32", f"attention_(forward|backward)|{DN_KERNELS}")])
 def test_a_profile_has_every_kernel_and_the_bytes_it_moves(precision, other, cuda_data, tmp_path,
                                                            request):
     binary = request.getfixturevalue(precision)
@@ -448,7 +454,7 @@ def test_a_new_models_loss_is_that_of_a_guess_and_python_reads_it(bf16, cuda_dat
 @pytest.mark.parametrize("flags, found", [
     (["--total_batch_size", 100], "try --total_batch_size 160"),
     (["--model", "d12", "--init_from", ""], "config.json"),
-    (["--model", "d12"], "train_gpt2.py"),
+    (["--model", "gpt3"], "d12"),
     (["--init_from", "gpt2-xl"], "python train_gpt2.py --init_from gpt2-xl"),
     (["--compile", 1], "--compile is a flag of train_gpt2.py"),
     (["--layers", 3], "--layers is no flag")])
@@ -470,12 +476,14 @@ def test_a_truncated_checkpoint_is_refused(bf16, init, cuda_data, tmp_path):
 # ---- mutants: each must be seen by a check above
 
 MUTANTS = [
-    ("fp32", "    bias_backward(dbias, partials, dy, rows, OC, stream);\n", ""),
+    ("fp32", "{ bias_backward(dbias, partials, dy, rows, OC, stream); }", "{}"),
     ("fp32", "s <= at.t; s++", "s < at.t; s++"),
-    ("bf16", "key <= query + i / 2 * 8 ? p[n][i] * to_base_2", "key <= query ? p[n][i] * to_base_2"),
-    ("bf16", "float to_base_2 = rsqrtf((float)HS) * 1.44269504f;             // 1",
-     "float to_base_2 = 1.44269504f; // 1"),
-    ("bf16", "key <= first + column ? exp2f(power)", "key < first + column ? exp2f(power)"),
+    ("bf16", "bool seen = sees(query + i / 2 * 8, key, sizes.window);\n                p",
+     "bool seen = sees(query, key, sizes.window); p"),
+    ("bf16", "float to_base_2 = rsqrtf((float)HS) * 1.44269504f * sizes.sharpness;    // with",
+     "float to_base_2 = 1.44269504f; // with"),
+    ("bf16", "sees(first + column, key, sizes.window)",
+     "sees(first + column - 1, key, sizes.window)"),
     ("bf16", "    __syncthreads();\n    if (threadIdx.y > 0 || c >= C) { return; }",
      "    if (threadIdx.y > 0 || c >= C) { return; }"),
 ]

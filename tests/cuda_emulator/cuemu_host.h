@@ -123,11 +123,15 @@ enum cublasLtMatmulDescAttributes_t {
     CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB, CUBLASLT_MATMUL_DESC_EPILOGUE,
     CUBLASLT_MATMUL_DESC_BIAS_POINTER, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER,
     CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, CUEMU_ATTRIBUTES };
+enum cublasLtMatrixLayoutAttribute_t { CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT,
+                                       CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET };
 enum cublasLtMatmulPreferenceAttributes_t { CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES };
 typedef void *cublasLtHandle_t, *cublasLtMatmulPreference_t;
 typedef struct CuemuMatmul { int64_t attributes[CUEMU_ATTRIBUTES]; }* cublasLtMatmulDesc_t;
-typedef struct CuemuLayout { cudaDataType_t type; int64_t rows, columns, stride; }*
-    cublasLtMatrixLayout_t;
+typedef struct CuemuLayout {
+    cudaDataType_t type;
+    int64_t rows, columns, stride, batch[2];        // how many, elements from one to the next
+}* cublasLtMatrixLayout_t;
 struct cublasLtMatmulAlgo_t {};
 struct cublasLtMatmulHeuristicResult_t { cublasLtMatmulAlgo_t algo; };
 
@@ -147,7 +151,13 @@ inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t matmul
 inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout,
                                                  cudaDataType_t type, uint64_t rows,
                                                  uint64_t columns, int64_t stride) {
-    *layout = new CuemuLayout{type, (int64_t)rows, (int64_t)columns, stride};
+    *layout = new CuemuLayout{type, (int64_t)rows, (int64_t)columns, stride, {1, 0}};
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout,
+                                                       cublasLtMatrixLayoutAttribute_t attribute,
+                                                       const void* value, size_t bytes) {
+    memcpy(&layout->batch[attribute], value, bytes);
     return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t*) {
@@ -178,12 +188,14 @@ inline void put(void* matrix, int64_t i, cudaDataType_t type, float value) {
     else { ((__nv_bfloat16*)matrix)[i] = value; }
 }
 // An operand as (outer, k) or, transposed, (k, outer), both row by row
-inline std::vector<float> unpack(const void* matrix, CuemuLayout layout, bool transpose) {
+inline std::vector<float> unpack(const void* matrix, CuemuLayout layout, bool transpose,
+                                 int64_t which) {
     std::vector<float> values(layout.rows * layout.columns);
+    int64_t first = which * layout.batch[1];
     for (int64_t column = 0, i = 0; column < layout.columns; column++) {
         for (int64_t row = 0; row < layout.rows; row++, i++) {
             int64_t at = transpose ? row * layout.columns + column : i;
-            values[at] = get(matrix, column * layout.stride + row, layout.type);
+            values[at] = get(matrix, first + column * layout.stride + row, layout.type);
         }
     }
     return values;
@@ -198,12 +210,12 @@ inline float gelu_slope(float x) {
 }
 }  // namespace cuemu
 
-// D = alpha op(A) op(B) + beta D, matrices column by column; sums in fp32, k ascending
+// D = alpha op(A) op(B) + beta C, matrices column by column; sums in fp32, k ascending
 inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t matmul,
                                      const void* alpha, const void* a,
                                      cublasLtMatrixLayout_t a_layout, const void* b,
-                                     cublasLtMatrixLayout_t b_layout, const void* beta, const void*,
-                                     cublasLtMatrixLayout_t, void* d,
+                                     cublasLtMatrixLayout_t b_layout, const void* beta,
+                                     const void* c, cublasLtMatrixLayout_t, void* d,
                                      cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t*,
                                      void*, size_t, cudaStream_t) {
     int64_t* attributes = matmul->attributes;
@@ -216,23 +228,28 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t matm
         (transpose_b ? b_layout->columns : b_layout->rows) != K) {
         return CUBLAS_STATUS_INVALID_VALUE;
     }
-    std::vector<float> left = cuemu::unpack(a, *a_layout, transpose_a);         // (K, M)
-    std::vector<float> right = cuemu::unpack(b, *b_layout, transpose_b), sum(M);    // (N, K)
     const void* bias = (const void*)attributes[CUBLASLT_MATMUL_DESC_BIAS_POINTER];
     void* aux = (void*)attributes[CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER];
     int64_t aux_stride = attributes[CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD];
     int64_t epilogue = attributes[CUBLASLT_MATMUL_DESC_EPILOGUE];
     cudaDataType_t type = d_layout->type;
-    for (int64_t n = 0; n < N; n++) {
+    std::vector<float> left, right, sum(M);                             // (K, M), (N, K)
+    for (int64_t i = 0; i < N * d_layout->batch[0]; i++) {
+        int64_t which = i / N, n = i % N;
+        if (n == 0) {
+            left = cuemu::unpack(a, *a_layout, transpose_a, which);
+            right = cuemu::unpack(b, *b_layout, transpose_b, which);
+        }
         std::fill(sum.begin(), sum.end(), 0.0f);
         for (int64_t k = 0; k < K; k++) {
             float factor = right[n * K + k], *column = &left[k * M];
             for (int64_t m = 0; m < M; m++) { sum[m] += factor * column[m]; }
         }
         for (int64_t m = 0; m < M; m++) {
-            int64_t at = n * d_layout->stride + m, aux_at = n * aux_stride + m;
+            int64_t at = which * d_layout->batch[1] + n * d_layout->stride + m;
+            int64_t aux_at = n * aux_stride + m;
             float value = *(float*)alpha * sum[m];
-            if (*(float*)beta != 0) { value += *(float*)beta * cuemu::get(d, at, type); }
+            if (*(float*)beta != 0) { value += *(float*)beta * cuemu::get(c, at, type); }
             if (epilogue == CUBLASLT_EPILOGUE_BIAS || epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS) {
                 value += cuemu::get(bias, m, type);
             }
@@ -318,10 +335,25 @@ template <class T> std::vector<double> cuemu_sum(const void* from, size_t n, ncc
     cuemu_exchange(from, n * sizeof(T), comm, add);
     return sum;
 }
-inline ncclResult_t ncclAllReduce(const void* from, void* to, size_t n, ncclDataType_t, ncclRedOp_t,
+inline ncclResult_t ncclAllReduce(const void* from, void* to, size_t n, ncclDataType_t type,
+                                  ncclRedOp_t, ncclComm_t comm, cudaStream_t) {
+    std::vector<double> sum = type == ncclFloat64 ? cuemu_sum<double>(from, n, comm)
+                                                  : cuemu_sum<float>(from, n, comm);
+    if (type == ncclFloat64) { std::copy(sum.begin(), sum.end(), (double*)to); }
+    else { std::copy(sum.begin(), sum.end(), (float*)to); }
+    return ncclSuccess;
+}
+inline ncclResult_t ncclReduce(const void* from, void* to, size_t n, ncclDataType_t, ncclRedOp_t,
+                               int owner, ncclComm_t comm, cudaStream_t) {
+    std::vector<double> sum = cuemu_sum<float>(from, n, comm);
+    if (comm->rank == owner) { std::copy(sum.begin(), sum.end(), (float*)to); }
+    return ncclSuccess;
+}
+inline ncclResult_t ncclBroadcast(const void* from, void* to, size_t n, ncclDataType_t, int owner,
                                   ncclComm_t comm, cudaStream_t) {
-    std::vector<double> sum = cuemu_sum<double>(from, n, comm);
-    std::copy(sum.begin(), sum.end(), (double*)to);
+    cuemu_exchange(from, n, comm, [&](const char* piece, int r, size_t first, size_t bytes) {
+        if (r == owner) { memcpy((char*)to + first, piece, bytes); }
+    });
     return ncclSuccess;
 }
 inline ncclResult_t ncclReduceScatter(const void* from, void* to, size_t n, ncclDataType_t,
