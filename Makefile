@@ -57,7 +57,7 @@ demo: setup
 
 test: setup
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-extra.txt
-	$(PY) -m pytest -q --timeout 120 tests
+	$(PY) -m pytest -q --timeout 120 -n auto --dist loadfile tests
 
 bench: setup
 	bash bench/cpu.sh

@@ -3801,8 +3801,8 @@ static Model shortened(const Model* model, int B, int T) {
 }
 
 // HellaSwag as tokens, as eval.py hellaswag writes it: int32 magic, version, n_vocab, the int32s in
-// the file, questions; of each the right answer and the number of answers; of each answer the number
-// of its tokens, <|endoftext|> and the question included, where the answer begins, the tokens.
+// the file, questions; of each the right answer and the number of answers; of each answer the
+// number of its tokens, <|endoftext|> and the question included, where it begins, and the tokens.
 struct HellaSwag { int* data; int n_questions, longest; };
 
 static HellaSwag open_hellaswag(const char* core_dir, int V) {
@@ -4034,6 +4034,7 @@ static double flops_per_token(Config config) {
 }
 
 const double D12_MATMUL_PARAMETERS = 110.1e6;   // where decay and batch size were tuned
+const double GPT2_MATMUL_PARAMETERS = 12.0 * 12 * 768 * 768 + 50257.0 * 768;    // of the 124M
 
 // What step + 1 does. dN: 40 steps of warm-up, the last 65 % linearly down to 5 %; momentum rises
 // over 400 steps and sinks with lr; decay follows a cosine. No clipping: it would never act.
@@ -4068,14 +4069,15 @@ static double peak_flops(const char* gpu) {
 static int64_t horizon(Config config, int world_size) {
     int64_t T = config.block_size, rows;
     Arguments* a = &arguments;
-    double size = matmul_parameters(config);
-    if (a->total_batch_size == 0) {     // dN's ∝ tokens^.383, 2¹⁹ at d12
-        double scale = config.modern ? pow(size / D12_MATMUL_PARAMETERS, 0.383) : 1.0;
-        a->total_batch_size = 1 << lround(19 + log2(scale));
-    }
+    // dN: 8 tokens a parameter, batch ∝ tokens^.383, 2¹⁹ at d12. GPT-2: through llm.c's runs, 10B
+    // tokens for 124M, 33.6B by 2²⁰ for 1558M.
+    double size = matmul_parameters(config), times = size / GPT2_MATMUL_PARAMETERS;
+    double tokens = config.modern ? 8 * size : 1e10 * pow(times, 0.48);
+    double scale = config.modern ? pow(size / D12_MATMUL_PARAMETERS, 0.383) : pow(times, 0.27);
+    if (a->total_batch_size == 0) { a->total_batch_size = 1 << lround(19 + log2(scale)); }
     if (a->lr == 0) {                   // dN's by the root of the batch, but not far below 2¹⁸
-        double scale = fmax(sqrt(a->total_batch_size / (double)(1 << 19)), sqrt(0.5));
-        a->lr = config.modern ? 0.02 * scale : 6e-4;
+        double batch_scale = sqrt(a->total_batch_size / (double)(1 << 19));
+        a->lr = config.modern ? 0.02 * fmax(batch_scale, sqrt(0.5)) : 6e-4;
     }
     if (a->batch_size == 0) {           // the most rows that fit and divide the batch
         size_t free_bytes = 0, all = 0;
@@ -4094,7 +4096,7 @@ static int64_t horizon(Config config, int world_size) {
             (long long)micro_tokens, (long long)(times > 1 ? times : 1) * micro_tokens);
     }
     if (a->max_steps == 0) {
-        a->max_steps = llround((config.modern ? 8 : 80) * size / a->total_batch_size);
+        a->max_steps = llround(tokens / a->total_batch_size);
         a->max_steps = a->max_steps > 1 ? a->max_steps : 1;
     }
     return a->total_batch_size / micro_tokens;

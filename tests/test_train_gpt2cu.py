@@ -168,7 +168,7 @@ def test_every_gradient_is_pytorchs_in_fp32(fp32, init, cuda_data, tmp_path):
 
 @pytest.mark.parametrize("recompute", [0, 2])
 def test_every_gradient_is_pytorchs_in_bf16(bf16, init, cuda_data, tmp_path, recompute):
-    assert worst_gradient(bf16, init, cuda_data, tmp_path, "--recompute", recompute) < 0.02   # 0.008
+    assert worst_gradient(bf16, init, cuda_data, tmp_path, "--recompute", recompute) < 0.02  # 0.008
 
 
 def test_heads_of_128_and_small_ones_have_pytorchs_gradients(bf16, cuda_data, tokenizer, tmp_path):
@@ -247,8 +247,8 @@ def same_bits(run, other):
     return (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
-# What needs a barrier in attention: three tiles of keys. In norms: more than a warp of channels, and
-# more pairs of rows than there are blocks. The last is dN.
+# What needs a barrier in attention: three tiles of keys; in norms: more than a warp of channels,
+# and more pairs of rows than there are blocks. The last is dN.
 BUSY = [["--config", "n_layer=1", "n_head=1", "n_embd=64", "block_size=136", "--total_batch_size",
          136, "--batch_size", 1],
         ["--config", "n_layer=1", "n_head=2", "n_embd=272", "block_size=8", "--total_batch_size",

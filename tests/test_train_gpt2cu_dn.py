@@ -19,7 +19,8 @@ import torch
 from safetensors.numpy import load_file
 
 import train_gpt2
-from conftest import noisy, run_main, write_shard
+from bpe import Tokenizer
+from conftest import DOCUMENTS, noisy, run_main, write_shard
 from cuda_emulator.rewrite import rewrite
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from optim import make_optimizer
@@ -34,31 +35,37 @@ BETA_1 = dict(wte=0.8, lm_head=0.8, value_embeds=0.8, resid_scalars=0.8, x0_scal
 
 
 @pytest.fixture(scope="session")
-def dn_data(data, tokenizer, tmp_path_factory):
+def dn_tokenizer():
+    return Tokenizer.train(DOCUMENTS, V)
+
+
+@pytest.fixture(scope="session")
+def dn_data(data, dn_tokenizer, tmp_path_factory):
     """Shards of a vocabulary of 401, of which 70 tokens to evaluate on."""
     folder = shutil.copytree(data, tmp_path_factory.mktemp("dn") / "data")
     (folder / "index.json").write_text(json.dumps(dict(tokenizer=dict(n_vocab=V))))
-    np.save(folder / "token_bytes.npy", np.append(tokenizer.token_bytes(), 1).astype(np.int32))
+    np.save(folder / "token_bytes.npy", dn_tokenizer.token_bytes().astype(np.int32))
+    dn_tokenizer.save(folder / "tokenizer")
     path = folder / "demo_val_000.bin"
     write_shard(path, np.fromfile(path, np.uint16)[512:582])
     return folder
 
 
-def checkpoint(folder, tokenizer, **sizes):
+def checkpoint(folder, dn_tokenizer, **sizes):
     """Of three layers, two see 20 tokens back and two have value embeddings."""
     usual = dict(block_size=80, vocab_size=V, n_layer=3, n_head=2, n_embd=128, windows="SSL")
-    save_checkpoint(folder, noisy(GPTConfig.preset("d4", **usual | sizes), std=0.05), tokenizer)
+    save_checkpoint(folder, noisy(GPTConfig.preset("d4", **usual | sizes), std=0.05), dn_tokenizer)
     return folder
 
 
 @pytest.fixture(scope="session")
-def dn_init(tokenizer, tmp_path_factory):
-    return checkpoint(tmp_path_factory.mktemp("dn_init"), tokenizer)
+def dn_init(dn_tokenizer, tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("dn_init"), dn_tokenizer)
 
 
 @pytest.fixture(scope="session")
-def dn_small(tokenizer, tmp_path_factory):
-    return checkpoint(tmp_path_factory.mktemp("dn_small"), tokenizer, n_head=1, n_embd=64)
+def dn_small(dn_tokenizer, tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("dn_small"), dn_tokenizer, n_head=1, n_embd=64)
 
 
 # ---- gradients
@@ -99,10 +106,10 @@ def test_every_gradient_is_pytorchs_in_fp32(fp32, dn_init, dn_data, tmp_path):
 @pytest.mark.parametrize("sizes", [
     {}, dict(block_size=200, n_layer=2, n_head=1, windows="S"),
     dict(block_size=72, n_layer=1, n_head=3, n_embd=96)])
-def test_every_gradient_is_pytorchs_in_bf16(bf16, tokenizer, dn_data, tmp_path, sizes):
+def test_every_gradient_is_pytorchs_in_bf16(bf16, dn_tokenizer, dn_data, tmp_path, sizes):
     """Also of heads of 128, where of four tiles of keys the last queries skip two, and of small
     ones. PyTorch's own bf16: 1.6 % at most, and 3.3 % for the scalars, which are sums over all."""
-    init = checkpoint(tmp_path / "init", tokenizer, **sizes)
+    init = checkpoint(tmp_path / "init", dn_tokenizer, **sizes)
     errors = gradient_errors(bf16, init, dn_data, tmp_path / "run", "--recompute", 2)
     for name, error in errors.items():
         assert error < (0.15 if "scalar" in name else 0.03), name       # measured 0.06 and 0.014
