@@ -419,7 +419,7 @@ def main():
     if sys.argv[1:2] == ["--worker"]:
         return worker(*sys.argv[2:4], int(sys.argv[4]))
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--pages", type=int, default=150, help="pages for every step")
+    parser.add_argument("--pages", type=int, default=60, help="pages for every step")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each contender")
     parser.add_argument("--texts", type=int, default=600, help="planted near duplicates")
     parser.add_argument("--keys", type=int, default=1 << 20, help="documents to find pairs among")
