@@ -27,7 +27,7 @@ import torch
 from bpe import Tokenizer
 from contenders import PEERS, Shape
 from eval import candidates, core_questions, core_tasks, existing, measure, read_rows, score
-from measure import finish, in_turns, missing, ratio, spread, table
+from measure import chosen_shapes, finish, in_turns, missing, ratio, shape_flags, spread, table
 from model import GPT, Ranks, sdpa
 
 SHAPES = {      # where: {name: modern, L, C, NH, V, T, tokens of a training step}
@@ -146,22 +146,14 @@ def words_of(rows):
 
 def main():
     parser = argparse.ArgumentParser(description="questions a second, beside nanochat")
-    parser.add_argument("--shapes", nargs="+", help="which of the shapes; default: all")
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds of each")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all runs")
+    shape_flags(parser, repeats=3, timed="rounds")
     args = parser.parse_args()
-    where = "quick" if args.quick else args.device
-    shapes = args.shapes or list(SHAPES[where])
-    unknown = [name for name in shapes if name not in SHAPES[where]]
-    if unknown:
-        raise SystemExit(f"--shapes {unknown[0]}: no such shape; on this device they are "
-                         f"{', '.join(SHAPES[where])}; try --shapes {next(iter(SHAPES[where]))}")
+    where, shapes = chosen_shapes(args, SHAPES)
     tasks, report = read_tasks(QUESTIONS[where]), {}
     tokenizer = Tokenizer.train([text for _, rows in read_tasks(1000) for text in words_of(rows)],
                                 8192)
-    for name in shapes:
-        ours = Ours(SHAPES[where][name], tokenizer, args.device)
+    for name, shape in shapes.items():
+        ours = Ours(shape, tokenizer, args.device)
         absent = None if (PEERS / "nanochat").is_dir() else missing("nanochat")
         found = dict(ours=ours) | ({} if absent else dict(nanochat=Nanochat(ours, args.device)))
         report[name] = []
@@ -176,7 +168,6 @@ def main():
                 questions_s=1000 * len(rows) / statistics.median(mine), spread=spread(mine),
                 all_ms=mine, ours_faster_by=None if label == "ours" else ratio(mine, ms["ours"]))
                 for label, mine in ms.items()]
-        shape = SHAPES[where][name]
         table([f"{name}: {shape.L} layers, {shape.C} channels, {QUESTIONS[where]} questions a task",
                "", "accuracy", "other spans", "questions/s", "spread", "ours is faster by"],
               [[row["task"], row["contender"], f"{row['accuracy']:.4f}",

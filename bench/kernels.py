@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from contenders import Ours, best_windows
-from measure import finish, in_turns, table
+from measure import chosen_shapes, finish, in_turns, shape_flags, table
 from model import flash_attention_3, fp8_matmul, sdpa, to_fp8, varlen_attention
 from train import SHAPES, micro_batch, train_step
 
@@ -91,10 +91,8 @@ def attention(args):
 def profile(args):
     """{shape: {"ms", "busy_ms", "kernels": [(name, calls, ms)]}} of a step of train_gpt2.py."""
     cuda, found = "cuda" in args.device, {}
-    shapes = SHAPES["quick" if args.quick else args.device]
     activity = torch.profiler.ProfilerActivity
-    for name in args.shapes or list(shapes):
-        shape = shapes[name]
+    for name, shape in chosen_shapes(args, SHAPES)[1].items():
         arm = Ours(shape, max_steps=100, device=args.device, fp8=args.fp8,
                    windows=best_windows(shape, args.device) if cuda else "L")
         batch = torch.randint(0, shape.V, (2, shape.step_tokens // shape.T, shape.T),
@@ -123,11 +121,8 @@ def profile(args):
 def main():
     parser = argparse.ArgumentParser(description="ceilings, attention kernels, a step's profile")
     parser.add_argument("part", choices=("ceilings", "attention", "profile"))
-    parser.add_argument("--shapes", nargs="+", help="of profile: which shapes of train.py")
+    shape_flags(parser, repeats=20, timed="calls")
     parser.add_argument("--fp8", type=int, default=0, help="of profile: 1: multiply in 8 bits")
-    parser.add_argument("--repeats", type=int, default=20, help="timed calls of each")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all runs")
     args = parser.parse_args()
     found = {"ceilings": ceilings, "attention": attention, "profile": profile}[args.part](args)
     finish(args.part, device=args.device, **{args.part: found})

@@ -80,6 +80,25 @@ def peak_mb():
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
 
+# ---- Flags ---------------------------------------------------------------------------------------
+
+def shape_flags(parser, repeats, timed):
+    """Of the benches that measure models of several shapes."""
+    parser.add_argument("--shapes", nargs="+", help="which of the shapes; default: all")
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"timed {timed} of each")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all runs")
+
+def chosen_shapes(args, shapes):
+    """shapes: {"cpu", "cuda" or "quick": {name: shape}} → which of these keys, {name: shape}."""
+    where = "quick" if args.quick else args.device
+    known = shapes[where]
+    unknown = [name for name in args.shapes or () if name not in known]
+    if unknown:
+        raise SystemExit(f"--shapes {unknown[0]}: no such shape; on this device they are "
+                         f"{', '.join(known)}; try --shapes {next(iter(known))}")
+    return where, {name: known[name] for name in args.shapes or known}
+
 # ---- Tables --------------------------------------------------------------------------------------
 
 def show(value):

@@ -36,7 +36,7 @@ import torch
 
 from bpe import PATTERNS, SPECIAL_TOKENS, Tokenizer
 from contenders import Shape
-from measure import Clock, finish, ratio, spread, table
+from measure import Clock, chosen_shapes, finish, ratio, shape_flags, spread, table
 from model import GPT, Ranks, file_tensor, save_checkpoint
 from optim import Optimizer
 from rl_grpo import advantages, learn, rollout_tensors
@@ -283,23 +283,15 @@ def rows_of(times, n_replies, warmup):
 
 def main():
     parser = argparse.ArgumentParser(description="a GRPO step, beside TRL's")
-    parser.add_argument("--shapes", nargs="+", help="which of the shapes; default: all")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all runs")
+    shape_flags(parser, repeats=5, timed="steps")
     args = parser.parse_args()
-    where = "quick" if args.quick else args.device
-    shapes = args.shapes or list(SHAPES[where])
-    unknown = [name for name in shapes if name not in SHAPES[where]]
-    if unknown:
-        raise SystemExit(f"--shapes {unknown[0]}: no such shape; on this device they are "
-                         f"{', '.join(SHAPES[where])}; try --shapes {next(iter(SHAPES[where]))}")
+    where, shapes = chosen_shapes(args, SHAPES)
     n_prompts, group_size, new_tokens = SIZES[where]
     absent = [name for name in ("trl", "transformers", "datasets")
               if importlib.util.find_spec(name) is None]
     report, warmup = {}, 1
-    for name in shapes:
-        shape, times = SHAPES[where][name], Times(args.device)
+    for name, shape in shapes.items():
+        times = Times(args.device)
         ours = Ours(shape, SIZES[where], args.device)
         check_gradient(ours)
         why = ("not measured: it knows no dN" if shape.modern else

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from contenders import PEERS, Shape, nanochat_model
-from measure import finish, in_turns, missing, ratio, spread, table
+from measure import chosen_shapes, finish, in_turns, missing, ratio, shape_flags, spread, table
 from model import GPT, save_checkpoint
 from sample import Engine
 
@@ -244,20 +244,11 @@ def show(name, shape, rows, rate, absent):
 
 def main():
     parser = argparse.ArgumentParser(description="prefill and decoding speed, beside peers")
-    parser.add_argument("--shapes", nargs="+", help="which of the shapes; default: all")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all runs")
+    shape_flags(parser, repeats=5, timed="calls")
     args = parser.parse_args()
-    where = "quick" if args.quick else args.device
-    shapes = args.shapes or list(SHAPES[where])
-    unknown = [name for name in shapes if name not in SHAPES[where]]
-    if unknown:
-        raise SystemExit(f"--shapes {unknown[0]}: no such shape; on this device they are "
-                         f"{', '.join(SHAPES[where])}; try --shapes {next(iter(SHAPES[where]))}")
+    where, shapes = chosen_shapes(args, SHAPES)
     report = {}
-    for name in shapes:
-        shape = SHAPES[where][name]
+    for name, shape in shapes.items():
         found = contenders(shape, args.device)
         absent = {label: why for label, why in found.items() if isinstance(why, str)}
         found = {label: c for label, c in found.items() if label not in absent}

@@ -32,7 +32,8 @@ import torch
 
 from bpe import Tokenizer
 from contenders import PEERS, Shape, arms
-from measure import Clock, finish, missing, ratio, spread, table
+from measure import (Clock, chosen_shapes, finish, missing, ratio, shape_flags, spread,
+                     table)
 from model import Ranks
 from train_gpt2 import Loader, Shards, evaluate, peak_flops
 
@@ -237,28 +238,22 @@ def show_quality(rows, args):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="training speed and quality, beside peers")
-    parser.add_argument("--shapes", nargs="+", help="which of the shapes; default: all")
+    shape_flags(parser, repeats=12, timed="steps")
     parser.add_argument("--arms", nargs="+", help="which contenders; default: all")
-    parser.add_argument("--repeats", type=int, default=12, help="timed steps of each")
     parser.add_argument("--quality", type=int, default=0, help="seeds to train; 0: speed only")
     parser.add_argument("--data", help="folder of shards, for --quality")
     parser.add_argument("--max_steps", type=int, default=150, help="steps of --quality")
     parser.add_argument("--eval_every", type=int, default=100, help="steps between evaluations")
     parser.add_argument("--val_tokens", type=int, default=2 ** 18, help="tokens of an evaluation")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all runs")
     args = parser.parse_args()
-    known = SHAPES["quick" if args.quick else args.device]
-    args.shapes = args.shapes or (list(known) if not args.quality else
-                                  [name for name in known if name != "gpt2-50k"])
-    unknown = [name for name in args.shapes if name not in known]
-    if unknown:
-        raise SystemExit(f"--shapes {unknown[0]}: no such shape; on this device they are "
-                         f"{', '.join(known)}; try --shapes {next(iter(known))}")
+    if args.quality and not args.shapes:        # 50,257 tokens are not the data's
+        args.shapes = [name for name in SHAPES["quick" if args.quick else args.device]
+                       if name != "gpt2-50k"]
+    shapes = chosen_shapes(args, SHAPES)[1]
     if args.quality and not args.data:
         raise SystemExit("--quality has no --data; it trains on token shards and their tokenizer; "
                          "make some with python bench/pack.py, or try --data data/wiki")
-    return args, {name: known[name] for name in args.shapes}
+    return args, shapes
 
 def main():
     args, shapes = parse_args()
