@@ -978,6 +978,15 @@ __device__ bool sees(int query, int key, int window) {
 // The first tile of keys that the queries from `query` on see; tiles before it are skipped.
 __device__ int first_key_tile(int query, int window) { return max(0, query - window) / TILE; }
 
+// Sends tile j of the keys and values of a head on its way, to where j - 2 was.
+template <int HS>
+__device__ void load_keys(floatX* k, floatX* v, const floatX* from, int64_t C, int j, int T) {
+    int half = j % 2 * TILE * HS;
+    load_tile<HS, TILE>(k + half, from + C, 3 * C, j * TILE, T);
+    load_tile<HS, TILE>(v + half, from + 2 * C, 3 * C, j * TILE, T);
+    cp_async_commit();
+}
+
 // One block: 64 queries of a head, 16 a warp; it walks over the keys before them, 64 at a time,
 // while the next 64 are on their way. Grid (T/64, NH, B) x 128. 2 BT²C FLOP; bound by tensor cores.
 template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
@@ -995,16 +1004,11 @@ attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSize
     int first = first_key_tile(last * TILE, sizes.window);
 
     load_tile<HS, TILE>(q, from, 3 * C, last * TILE, T);
-    load_tile<HS, TILE>(k + first % 2 * TILE * HS, from + C, 3 * C, first * TILE, T);
-    load_tile<HS, TILE>(v + first % 2 * TILE * HS, from + 2 * C, 3 * C, first * TILE, T);
-    cp_async_commit();
+    load_keys<HS>(k, v, from, C, first, T);
     for (int j = first; j <= last; j++) {
         floatX *k_tile = k + j % 2 * TILE * HS, *v_tile = v + j % 2 * TILE * HS;
         if (j < last) {
-            int next = (j + 1) % 2 * TILE * HS;
-            load_tile<HS, TILE>(k + next, from + C, 3 * C, (j + 1) * TILE, T);
-            load_tile<HS, TILE>(v + next, from + 2 * C, 3 * C, (j + 1) * TILE, T);
-            cp_async_commit();
+            load_keys<HS>(k, v, from, C, j + 1, T);
             cp_async_wait<1>();
         } else {
             cp_async_wait<0>();
@@ -1143,16 +1147,11 @@ attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX*
     }
     load_tile<HS, TILE>(q, from, 3 * C, last * TILE, T);
     load_tile<HS, TILE>(dy_tile, dy + head_start(b, h, T, NH, HS, 1), C, last * TILE, T);
-    load_tile<HS, TILE>(k + first % 2 * TILE * HS, from + C, 3 * C, first * TILE, T);
-    load_tile<HS, TILE>(v + first % 2 * TILE * HS, from + 2 * C, 3 * C, first * TILE, T);
-    cp_async_commit();
+    load_keys<HS>(k, v, from, C, first, T);
     for (int j = first; j <= last; j++) {
         floatX *k_tile = k + j % 2 * TILE * HS, *v_tile = v + j % 2 * TILE * HS;
         if (j < last) {
-            int next = (j + 1) % 2 * TILE * HS;
-            load_tile<HS, TILE>(k + next, from + C, 3 * C, (j + 1) * TILE, T);
-            load_tile<HS, TILE>(v + next, from + 2 * C, 3 * C, (j + 1) * TILE, T);
-            cp_async_commit();
+            load_keys<HS>(k, v, from, C, j + 1, T);
             cp_async_wait<1>();
         } else {
             cp_async_wait<0>();
