@@ -109,17 +109,6 @@ def all_tables(out):
             for report in reports]
     return "\n".join([*text, "| part | seconds | outcome |", "|---|---|---|", *rows])
 
-def build_emulation(binary):
-    """The CUDA trainer for a CPU, which a dry run times; without g++ that part says so."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from cuda_emulator.rewrite import rewrite
-    source = binary.with_suffix(".cpp")
-    source.write_text(rewrite((ROOT / "train_gpt2.cu").read_text(encoding="utf-8")))
-    emulator = ROOT / "tests" / "cuda_emulator"
-    subprocess.run(["g++", "-O1", "-std=c++17", "-march=native", "-w", f"-I{emulator}",
-                    f"-I{emulator / 'shim'}", "-include", emulator / "cuemu.h", "-DMULTI_GPU",
-                    source, "-o", binary], check=True)
-
 def main():
     parser = argparse.ArgumentParser(description="all benches of a GPU, in parts")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="only these, and again")
@@ -133,7 +122,10 @@ def main():
     args.out = "data/bench/dry" if args.dry_run and args.out == "data/bench/gpu" else args.out
     Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.dry_run and shutil.which("g++"):
-        build_emulation(Path(args.out) / "train_gpt2cu")
+        sys.path.insert(0, str(ROOT / "tests"))
+        from cuda_emulator.rewrite import build
+        build((ROOT / "train_gpt2.cu").read_text(encoding="utf-8"),
+              Path(args.out) / "train_gpt2cu", "-O1")
     deadline = time.time() + args.seconds
     for part in [] if args.report else args.parts or PARTS:
         path = Path(args.out) / f"{part}.json"

@@ -26,12 +26,11 @@ import eval as eval_module
 import train_gpt2
 from bpe import Tokenizer
 from conftest import DOCUMENTS, ROOT, noisy, run_main
-from cuda_emulator.rewrite import rewrite
+from cuda_emulator.rewrite import build as build_emulation
 from model import GPTConfig, file_tensors, load_checkpoint, save_checkpoint
 from sample import Engine
 
 SOURCE = (ROOT / "train_gpt2.cu").read_text(encoding="utf-8")
-EMULATOR = ROOT / "tests" / "cuda_emulator"
 FLAGS = ["--total_batch_size", 160, "--batch_size", 2, "--lr", 1e-3, "--seed", 5]
 
 DEVICE = os.environ.get("DEVICE") == "1"
@@ -59,10 +58,8 @@ def build(folder, *options, precision="BF16", source=SOURCE):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return folder / "train_gpt2cu"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train_gpt2.cpp").write_text(rewrite(source), encoding="utf-8")
-    subprocess.run(["g++", "-std=c++17", "-march=native", "-w", f"-I{EMULATOR}/shim",
-                    "-DMULTI_GPU", *["-DFP32"] * (precision == "FP32"), *(options or ["-O2"]),
-                    folder / "train_gpt2.cpp", "-o", folder / "train_gpt2cu"], check=True)
+    build_emulation(source, folder / "train_gpt2cu", *["-DFP32"] * (precision == "FP32"),
+                  *(options or ["-O2"]))
     return folder / "train_gpt2cu"
 
 

@@ -21,7 +21,6 @@ from safetensors.numpy import load_file
 import train_gpt2
 from bpe import Tokenizer
 from conftest import DOCUMENTS, noisy, run_main, write_shard
-from cuda_emulator.rewrite import rewrite
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from optim import make_optimizer
 from test_train_gpt2cu import (DN_KERNELS, SOURCE, TINY, bf16, build, column, difference, emulated,
@@ -165,7 +164,7 @@ def test_ten_steps_are_those_of_train_gpt2_py(precision, bound, moved, dn_small,
 
 @emulated
 def test_schedules_are_those_of_train_gpt2_py(tmp_path):
-    source = rewrite(SOURCE).replace("int main(", "int trainer_main(") + """
+    source = SOURCE.replace("int main(", "int trainer_main(") + """
         int main() {
             arguments.model = "d12", arguments.config = "", arguments.batch_size = 1;
             Config config = choose_config(32768);

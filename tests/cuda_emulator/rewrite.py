@@ -8,7 +8,9 @@ Two pieces of CUDA's syntax are no C++:
     extern __shared__ float x[];                   becomes a pointer to the block's shared memory
 """
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 NOT_CODE = r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\''
 SHARED = r"extern\s+__shared__\s+([\w\s]+?)\s*\b(\w+)\s*\[\s*\]\s*;"
@@ -48,6 +50,13 @@ def rewrite(source):
     for start, end, text in sorted(edits, reverse=True):
         source = source[:start] + text + source[end:]
     return source
+
+def build(source, binary, *options):
+    """The text of a .cu file → a program for this CPU; its C++ stays beside it."""
+    path = Path(binary).with_suffix(".cpp")
+    path.write_text(rewrite(source), encoding="utf-8")
+    subprocess.run(["g++", "-std=c++17", "-march=native", "-w", f"-I{Path(__file__).parent}/shim",
+                    "-DMULTI_GPU", *options, path, "-o", binary], check=True)
 
 if __name__ == "__main__":
     path = sys.argv[1]
