@@ -164,10 +164,12 @@ def machine():
     return f"{len(os.sched_getaffinity(0))} cores of {cpu[1] if cpu else 'a CPU'}"
 
 def commit():
-    """The commit that is measured; a `-dirty` behind it says that files were changed since."""
-    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], text=True,
-                           capture_output=True)
-    return found.stdout.strip() or "unknown"
+    """The commit that is measured; a `-dirty` behind it says that files were changed since, other
+    than the results."""
+    git = lambda *words: subprocess.run(["git", "-C", ROOT, *words], text=True,
+                                        capture_output=True).stdout.strip()
+    changed = git("status", "--porcelain", "-uno", "--", ":!bench/RESULTS.md", ":!bench/*.svg")
+    return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 def put_section(text, name, body):
     """RESULTS.md with the section `## name` replaced, or added at the end."""
