@@ -451,9 +451,11 @@ class GPT(nn.Module):
         blocks = sum(p.numel() for p in self.h.parameters() if p.ndim == 2)
         return blocks + self.config.vocab_size * self.config.n_embd
 
-    def flops_per_token(self):
-        """Both passes, as in PaLM (arXiv 2204.02311, B): 6 a weight, 12·C a key in reach."""
-        keys = sum(self.config.window(layer) for layer in range(self.config.n_layer))
+    def flops_per_token(self, T=None):
+        """Both passes, as in PaLM (arXiv 2204.02311, B): 6 a weight, 12·C a key in reach, in rows
+        of T tokens (default: block_size)."""
+        windows = map(self.config.window, range(self.config.n_layer))
+        keys = sum(min(window, T or self.config.block_size) for window in windows)
         return 6 * self.matmul_params() + 12 * self.config.n_embd * keys
 
     def use(self, device, fp8=False):

@@ -2283,14 +2283,15 @@ static int64_t layer_offset(Model* model, int layer, int which) {
     return model->table.tensors[model->table.layer_tensors[layer] + which].offset;
 }
 
-// Bytes of a row's activations, and of what does not depend on the rows.
+// Bytes of a row's activations, and of what does not depend on the rows: an upper bound.
 static void memory_bytes(Config config, int T, int recompute, int world_size, double* fixed,
                          double* row) {
-    double C = config.n_embd, N = make_table(config, world_size).size;
-    double width = (recompute == 0 ? 32 : recompute == 1 ? 24 : 20) * config.n_layer + 16;
-    *row = width * C * T * sizeof(floatX);
+    double C = config.n_embd, N = make_table(config, world_size).size, L = config.n_layer;
+    double of_layer = recompute == 0 ? 16 : recompute == 1 ? 12 : 10;   // see allocate_activations
+    *row = T * (sizeof(floatX) * C * (of_layer * L + 18) + 4 * (4 * config.n_head + 4) * (L + 1));
     *fixed = N * (sizeof(floatX) + 4 + 12.0 / world_size) + WORKSPACE_BYTES +
              (double)HEAD_ROWS * padded_vocab(config) * sizeof(floatX);
+    if (config.modern) { *fixed += 14 * C * C * sizeof(floatX); }       // Muon's workspace
 }
 
 static floatX* allocate_x(int64_t n) { return (floatX*)allocate(n * sizeof(floatX)); }
@@ -2374,9 +2375,9 @@ static void allocate_modern(Model* model) {
                    allocate_x(3 * C * C), allocate_float(4 * C)};
 }
 
-static Model make_model(Config config, int B, int recompute, Ranks* ranks) {
+static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks) {
     Model model = {};
-    model.config = config, model.B = B, model.T = config.block_size, model.recompute = recompute;
+    model.config = config, model.B = B, model.T = T, model.recompute = recompute;
     model.table = make_table(config, ranks->world_size);
     model.parts = make_parts(model.table, ranks->rank, ranks->world_size);
     Part all = model.parts[model.table.n_buckets];
@@ -3175,8 +3176,8 @@ static Loader make_loader(Shards shards, int B, int T, int V, int seed) {
     loader.staged = -1;
     loader.n_rows = (shards.n_tokens - 1) / T;
     if (loader.n_rows < 1) {
-        die("the shards hold %lld tokens; a row needs %d; prepare more text, or lower --config "
-            "block_size", (long long)shards.n_tokens, T + 1);
+        die("the shards hold %lld tokens; a row needs %d; prepare more text, or lower --seq_len",
+            (long long)shards.n_tokens, T + 1);
     }
     loader.order = (uint32_t*)malloc(loader.n_rows * sizeof(uint32_t));
     loader.counts = (int*)calloc(V, sizeof(int));
@@ -3310,8 +3311,9 @@ static int* read_token_bytes(const char* data, int V) {
 struct Arguments {
     const char *model = "gpt2", *config = "", *data = NULL, *out = NULL, *init_from = NULL;
     const char* core_dir = NULL;
-    int64_t resume = 0, max_steps = 0, total_batch_size = 0, batch_size = 0, eval_every = 250;
-    int64_t save_every = 1000, seed = 1337, recompute = 0, profile = 0, deterministic = 1;
+    int64_t resume = 0, max_steps = 0, total_batch_size = 0, batch_size = 0, seq_len = 0;
+    int64_t eval_every = 250, save_every = 1000, seed = 1337, recompute = 0, profile = 0;
+    int64_t deterministic = 1;
     double lr = 0, gpu_hour_usd = 0;
 };
 
@@ -3331,9 +3333,11 @@ static const Flag FLAGS[] = {
     {"out", "run folder", &arguments.out, NULL, NULL},
     {"resume", "continue from <out>/state, if any", NULL, &arguments.resume, NULL},
     {"init_from", "weights and shape: a run's folder", &arguments.init_from, NULL, NULL},
-    {"max_steps", "steps (default: 80 tokens a parameter, dN 8)", NULL, &arguments.max_steps, NULL},
+    {"max_steps", "steps (default: by the model's size)", NULL, &arguments.max_steps, NULL},
     {"total_batch_size", "tokens a step, over all ranks", NULL, &arguments.total_batch_size, NULL},
     {"batch_size", "rows at a time on one rank", NULL, &arguments.batch_size, NULL},
+    {"seq_len", "tokens of a row (default, and at most: the model's block_size)", NULL,
+     &arguments.seq_len, NULL},
     {"lr", "AdamW's, or for dN Muon's, peak learning rate", NULL, NULL, &arguments.lr},
     {"eval_every", "steps between evaluations", NULL, &arguments.eval_every, NULL},
     {"core_dir", "eval_bundle folder: HellaSwag at evaluations", &arguments.core_dir, NULL, NULL},
@@ -3407,6 +3411,21 @@ static int matched_integer(const char* text, const char* key, int fallback) {
     return found != NULL ? atoi(found + strlen(pattern)) : fallback;
 }
 
+static void check_fields(const char* config, bool modern) {
+    char words[1024];
+    snprintf(words, sizeof words, "%s", config);
+    for (char* word = strtok(words, " "); word != NULL; word = strtok(NULL, " ")) {
+        bool known = modern && strncmp(word, "windows=", 8) == 0;
+        for (const char* key : {"block_size=", "n_layer=", "n_head=", "n_embd="}) {
+            known = known || strncmp(word, key, strlen(key)) == 0;
+        }
+        if (!known) {
+            die("--config %s: no such field here; they are block_size, n_layer, n_head, n_embd, "
+                "and windows of dN; the others are train_gpt2.py's", word);
+        }
+    }
+}
+
 static Config choose_config(int V) {
     const struct { const char* name; int n_layer, n_head, n_embd; } sizes[] = {
         {"gpt2", 12, 12, 768}, {"gpt2-medium", 24, 16, 1024}, {"gpt2-large", 36, 20, 1280},
@@ -3427,6 +3446,7 @@ static Config choose_config(int V) {
         die("model '%s' is not a preset; they are gpt2, gpt2-medium, gpt2-large, gpt2-xl and d1, "
             "d2 …; try --model d12", arguments.model);
     }
+    check_fields(arguments.config, config.modern);
     config.block_size = matched_integer(arguments.config, "block_size", config.block_size);
     config.n_layer = matched_integer(arguments.config, "n_layer", config.n_layer);
     config.n_head = matched_integer(arguments.config, "n_head", config.n_head);
@@ -3439,6 +3459,10 @@ static Config choose_config(int V) {
 // --init_from: a folder; gpt2 … gpt2-xl are where train_gpt2.py puts them
 static const char* init_folder() {
     const char* name = arguments.init_from;
+    if (arguments.config[0] != '\0') {
+        die("--config %swith --init_from %s; a checkpoint has its own shape; leave --config out "
+            "(for shorter rows there is --seq_len)", arguments.config, name);
+    }
     if (strncmp(name, "gpt2", 4) != 0 || access(name, F_OK) == 0) { return name; }
     const char* folder = joined("data/openai", name);
     if (access(joined(folder, "model.safetensors"), F_OK) != 0) {
@@ -3449,7 +3473,7 @@ static const char* init_folder() {
     return strdup(folder);
 }
 
-static void check_config(Config config, int V) {
+static void check_config(Config config, int V, int64_t T) {
     int C = config.n_embd, NH = config.n_head, HS = NH > 0 ? C / NH : 0;
     if (config.vocab_size != V) {
         die("the model has %d tokens, the shards' tokenizer %d; both must have the same; take the "
@@ -3466,6 +3490,10 @@ static void check_config(Config config, int V) {
     if (config.n_layer < 1 || config.block_size < 1) {
         die("n_layer %d, block_size %d; both are 1 or more; try --config n_layer=12 "
             "block_size=1024", config.n_layer, config.block_size);
+    }
+    if (T < 1 || T > config.block_size) {
+        die("--seq_len %lld; the model has %d positions, and a row 1 to as many; try --seq_len %d",
+            (long long)T, config.block_size, config.block_size);
     }
 }
 
@@ -3578,10 +3606,11 @@ struct State {
 static void write_settings(FILE* file, Config config, int64_t n_tokens) {
     fprintf(file, "\"settings\": {\"format_version\": 1, \"block_size\": %d, \"vocab_size\": %d, "
             "\"n_layer\": %d, \"n_head\": %d, \"n_embd\": %d, \"windows\": \"%s\", "
-            "\"total_batch_size\": %lld, "
+            "\"total_batch_size\": %lld, \"seq_len\": %lld, "
             "\"max_steps\": %lld, \"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, "
             "\"bf16\": %d}", config.block_size, config.vocab_size, config.n_layer, config.n_head,
             config.n_embd, config.windows, (long long)arguments.total_batch_size,
+            (long long)arguments.seq_len,
             (long long)arguments.max_steps, (long long)arguments.seed, arguments.lr,
             (long long)n_tokens, BF16);
 }
@@ -4026,9 +4055,9 @@ static double matmul_parameters(Config config) {
 }
 
 // Both passes, as in PaLM (arXiv 2204.02311, B): 6 a weight, 12·C a key in reach
-static double flops_per_token(Config config) {
+static double flops_per_token(Config config, int T) {
     double keys = 0;
-    for (int l = 0; l < config.n_layer; l++) { keys += config.window(l); }
+    for (int l = 0; l < config.n_layer; l++) { keys += min(config.window(l), T); }
     return 6 * matmul_parameters(config) + 12.0 * config.n_embd * keys;
 }
 
@@ -4066,8 +4095,8 @@ static double peak_flops(const char* gpu) {
 
 // Fills in max_steps, total_batch_size, batch_size where no flag did; → grad_accum_steps
 static int64_t horizon(Config config, int world_size) {
-    int64_t T = config.block_size, rows;
     Arguments* a = &arguments;
+    int64_t T = a->seq_len, rows;
     // dN: 8 tokens a parameter, batch ∝ tokens^.383, 2¹⁹ at d12. GPT-2: through llm.c's runs, 10B
     // tokens for 124M, 33.6B by 2²⁰ for 1558M.
     double size = matmul_parameters(config), times = size / GPT2_MATMUL_PARAMETERS;
@@ -4090,7 +4119,7 @@ static int64_t horizon(Config config, int world_size) {
     int64_t micro_tokens = a->batch_size * T * world_size;
     if (micro_tokens < 1 || a->total_batch_size % micro_tokens != 0) {
         int64_t times = micro_tokens > 0 ? llround((double)a->total_batch_size / micro_tokens) : 1;
-        die("total_batch_size %lld is not a multiple of batch_size*block_size*world_size = %lld; "
+        die("total_batch_size %lld is not a multiple of batch_size*seq_len*world_size = %lld; "
             "it is split evenly; try --total_batch_size %lld", (long long)a->total_batch_size,
             (long long)micro_tokens, (long long)(times > 1 ? times : 1) * micro_tokens);
     }
@@ -4154,7 +4183,7 @@ static void say_header(Log* log, Model* model, const char* gpu, int argc, char**
                 (double)a.max_steps * a.total_batch_size / n_tokens, (long long)n_tokens);
         fprintf(file, "%.0f parameters in matmuls, %.3g FLOP a token; memory about %.1f GB a rank, "
                 "%.2f GB of it a row: if it does not fit, halve --batch_size",
-                matmul_parameters(model->config), flops_per_token(model->config),
+                matmul_parameters(model->config), flops_per_token(model->config, T),
                 (fixed + a.batch_size * row_bytes) / 1e9, row_bytes / 1e9);
     });
     say(log, lines, row);
@@ -4210,10 +4239,11 @@ int main(int argc, char** argv) {
 
     const char* init_from = a.init_from != NULL ? init_folder() : NULL;
     Config config = init_from != NULL ? read_config(init_from) : choose_config(V);
-    check_config(config, V);
+    arguments.seq_len = a.seq_len != 0 ? a.seq_len : config.block_size;
+    check_config(config, V, a.seq_len);
     int64_t grad_accum_steps = horizon(config, ranks.world_size);
-    int B = a.batch_size, T = config.block_size;
-    Model model = make_model(config, B, a.recompute, &ranks);
+    int B = a.batch_size, T = a.seq_len;
+    Model model = make_model(config, B, T, a.recompute, &ranks);
     Loader loader = make_loader(train_shards, B, T, V, a.seed);
     make_folders(a.out);
     State state = {};
@@ -4299,7 +4329,7 @@ int main(int argc, char** argv) {
         mean_seconds = mean_seconds > 0 ? 0.95 * mean_seconds + 0.05 * seconds : seconds;
         state.usd = earlier_usd +
                     (seconds_now() - started) / 3600 * a.gpu_hour_usd * ranks.world_size;
-        double mfu = flops_per_token(config) * tok_s / fmax(peak, 1) / ranks.world_size;
+        double mfu = flops_per_token(config, T) * tok_s / fmax(peak, 1) / ranks.world_size;
         Row row = begin_row(&log, state.step);
         add(&row, "loss", loss, "loss %.6f");
         add(&row, "lr", update.lr, "lr %.2e");

@@ -13,8 +13,8 @@ Pretraining: token shards → a base model that continues documents.
     out: <run>/model.safetensors, config.json, tokenizer, log.jsonl, state/ for --resume
 
 Three numbers decide a step: total_batch_size tokens (a property of the model), batch_size rows of
-block_size tokens on each rank at a time (what fits in memory), and the number of ranks. The rest is
-arithmetic: grad_accum_steps = total_batch_size / (batch_size * block_size * world_size).
+seq_len tokens on each rank at a time (what fits in memory), and the number of ranks. The rest is
+arithmetic: grad_accum_steps = total_batch_size / (batch_size * seq_len * world_size).
 
 Rows are cut from the shards back to back, so a row may hold the end of one document and the start
 of the next, and they attend to each other: masking that was measured to gain 0.1 % for a third of
@@ -90,14 +90,14 @@ class Shards:
         return np.concatenate(pieces)
 
 class Loader:
-    """Rows of block_size + 1 tokens in a seeded order, each once an epoch; position = rows read."""
+    """Rows of T + 1 tokens in a seeded order, each once an epoch; position = rows read."""
 
-    def __init__(self, shards, block_size, seed):
-        self.shards, self.T, self.seed = shards, block_size, seed
-        self.n_rows = (shards.n_tokens - 1) // block_size
+    def __init__(self, shards, T, seed):
+        self.shards, self.T, self.seed = shards, T, seed
+        self.n_rows = (shards.n_tokens - 1) // T
         if self.n_rows < 1:
             raise SystemExit(f"the shards hold {shards.n_tokens} tokens; a row needs "
-                             f"{block_size + 1}; prepare more text, or lower --block_size")
+                             f"{T + 1}; prepare more text, or lower --seq_len")
         self.epoch, self.order = None, None
 
     def row(self, position):
@@ -173,6 +173,7 @@ GPT2_MATMUL_PARAMS = 12 * 12 * 768 ** 2 + 50257 * 768     # of the 124M
 def horizon(model, args, world_size, most_rows):
     """Fills in max_steps, total_batch_size, batch_size where no flag did; → grad_accum_steps."""
     config, size = model.config, model.matmul_params()
+    T = args.seq_len or config.block_size
     if config.rms_norm:     # 8 tokens a parameter reach GPT-2 at d24; batch ∝ tokens^.383
         tokens, scale = 8 * size, (size / D12_MATMUL_PARAMS) ** 0.383
     else:                   # through llm.c's runs: 10B tokens for 124M, 33.6B by 2²⁰ for 1558M
@@ -181,34 +182,34 @@ def horizon(model, args, world_size, most_rows):
     if not args.total_batch_size:
         args.total_batch_size = 2 ** round(math.log2(2 ** 19 * scale))
     if not args.batch_size:             # the most rows that fit and divide the batch
-        rows = args.total_batch_size // (config.block_size * world_size)
+        rows = args.total_batch_size // (T * world_size)
         args.batch_size = max((n for n in range(1, most_rows + 1) if rows % n == 0), default=1)
-    micro_tokens = args.batch_size * config.block_size * world_size
+    micro_tokens = args.batch_size * T * world_size
     if args.total_batch_size % micro_tokens:
         nearest = max(1, round(args.total_batch_size / micro_tokens)) * micro_tokens
         raise SystemExit(f"total_batch_size {args.total_batch_size} is not a multiple of "
-                         f"batch_size*block_size*world_size = {micro_tokens}; it is split evenly; "
+                         f"batch_size*seq_len*world_size = {micro_tokens}; it is split evenly; "
                          f"try --total_batch_size {nearest}")
     if args.max_steps is None:
         args.max_steps = max(1, round(tokens / args.total_batch_size))
     return args.total_batch_size // micro_tokens
 
-def memory_bytes(model, world_size):
+def memory_bytes(model, T, world_size):
     """An estimate of (fixed, a row's) memory on a rank: in fp32 weights, gradients and this rank's
     share of Adam's two moments (Muon has one); weights once more in the dtype of the matmuls;
     activations at 34 C bytes a token and layer in 16 bits (arXiv 2205.05198, eq. 2, less T x T)."""
     config, width = model.config, model.compute_dtype.itemsize
     params = sum(p.numel() for p in model.parameters())
     muon = sum(p.numel() for p in model.h.parameters()) if config.rms_norm else 0
-    row = 34 * config.n_embd * config.block_size * config.n_layer * width // 2
+    row = 34 * config.n_embd * T * config.n_layer * width // 2
     return 4 * (2 * params + (2 * params - muon) // world_size) + params * width, row
 
-def most_rows(model, world_size, device):
+def most_rows(model, T, world_size, device):
     """Rows that a micro-batch should have at most: on a GPU what fits into its memory, but no more
     than 32; on a CPU 2048 tokens, whose activations stay in the cache."""
-    fixed, row = memory_bytes(model, world_size)
+    fixed, row = memory_bytes(model, T, world_size)
     if "cuda" not in device:
-        return max(1, 2048 // model.config.block_size)
+        return max(1, 2048 // T)
     free = 0.85 * torch.cuda.mem_get_info()[0] - 2 ** 30        # the loss's chunk, and cuBLAS
     return max(1, min(32, int((free - fixed) // row)))
 
@@ -289,6 +290,8 @@ def parse_args():
     parser.add_argument("--max_steps", type=int, help="steps (default: by the model's size)")
     parser.add_argument("--total_batch_size", type=int, help="tokens a step, over all ranks")
     parser.add_argument("--batch_size", type=int, help="rows at a time on one rank")
+    parser.add_argument("--seq_len", type=int, help="tokens of a row (default, and at most: the "
+                        "model's block_size)")
     parser.add_argument("--lr", type=float, help="AdamW's, or for dN Muon's, peak learning rate")
     parser.add_argument("--eval_every", type=int, default=250, help="steps between evaluations")
     parser.add_argument("--core_dir", help="eval_bundle folder: evaluate HellaSwag and CORE, too")
@@ -303,6 +306,10 @@ def parse_args():
     return parser.parse_args()
 
 def build_model(args, tokenizer, kernel):
+    if args.init_from and args.config:
+        raise SystemExit(f"--config {args.config[0]} with --init_from {args.init_from}; a "
+                         "checkpoint has its own shape; leave --config out (for shorter rows there "
+                         "is --seq_len)")
     if args.init_from:
         folder = Path(args.init_from)
         if args.init_from in GPT2_SIZES and not folder.exists():
@@ -370,16 +377,20 @@ def main():
     torch.manual_seed(args.seed)
     kernel, why = find_kernel(ranks.device)
     model = build_model(args, tokenizer, kernel).use(ranks.device, fp8=args.fp8)
-    config, T, V = model.config, model.config.block_size, model.config.vocab_size
+    config, V = model.config, model.config.vocab_size
+    T = args.seq_len or config.block_size
+    if not 1 <= T <= config.block_size:
+        raise SystemExit(f"--seq_len {T}; the model has {config.block_size} positions, and a row 1 "
+                         f"to as many; try --seq_len {config.block_size}")
     grad_accum_steps = horizon(model, args, ranks.world_size,
-                               most_rows(model, ranks.world_size, ranks.device))
+                               most_rows(model, T, ranks.world_size, ranks.device))
     optimizer = make_optimizer(model, ranks, args.lr, args.total_batch_size)
     B = args.batch_size
     loader = Loader(train_shards, T, args.seed)
     token_bytes = torch.from_numpy(tokenizer.token_bytes().astype(np.int64)).to(ranks.device)
     engine = Engine(model, tokenizer)
     settings = dict(model=vars(config), total_batch_size=args.total_batch_size,
-                    max_steps=args.max_steps, seed=args.seed, lr=args.lr, fp8=args.fp8,
+                    seq_len=T, max_steps=args.max_steps, seed=args.seed, lr=args.lr, fp8=args.fp8,
                     tokenizer=tokenizer.sha256, n_tokens=train_shards.n_tokens)
 
     state = load_state(run, args.resume, ranks, optimizer, model, settings)
@@ -394,8 +405,9 @@ def main():
             f"{ranks.world_size} ranks x {grad_accum_steps} accumulated; {args.max_steps} steps = "
             f"{args.max_steps * args.total_batch_size / train_shards.n_tokens:.2f} epochs of "
             f"{train_shards.n_tokens:,} tokens")
-    fixed, row = memory_bytes(model, ranks.world_size)
-    log.say(f"{model.matmul_params():,} parameters in matmuls, {model.flops_per_token():.3g} FLOP "
+    fixed, row = memory_bytes(model, T, ranks.world_size)
+    flops_per_token = model.flops_per_token(T)
+    log.say(f"{model.matmul_params():,} parameters in matmuls, {flops_per_token:.3g} FLOP "
             f"a token; memory about {(fixed + B * row) / 1e9:.1f} GB a rank, {row / 1e9:.2f} GB of "
             "it a row: if it does not fit, halve --batch_size")
     log.say(f"attention {config.windows}: {why}")
@@ -484,7 +496,7 @@ def main():
             usd = earlier_usd + (time.time() - started) / 3600 * gpu_usd
             log(step, loss=loss, lr=lr_scale * optimizer.groups[0]["lr"], norm=norm,
                 ms=1000 * seconds, tok_s=tok_s, usd=usd or None,
-                mfu=peak and model.flops_per_token() * tok_s / peak / ranks.world_size,
+                mfu=peak and flops_per_token * tok_s / peak / ranks.world_size,
                 eta=sum(recent) / len(recent) * (args.max_steps - step))
             if profiler:
                 profiler.step()

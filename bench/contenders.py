@@ -72,7 +72,7 @@ class Ours:
     @property
     def rows(self):
         """A micro-batch is as long as train_gpt2.py makes it."""
-        return most_rows(self.model, 1, str(self.device))
+        return most_rows(self.model, self.shape.T, 1, str(self.device))
 
     def gradients(self, x, y, share=1.0):
         (self.model.loss(self.hidden(x), y) * share).backward()

@@ -39,7 +39,7 @@ def plan(name, **overrides):
     """What train_gpt2.py would do with --model NAME: steps, tokens a step, and the model's size."""
     with torch.device("meta"):
         model = GPT(GPTConfig.preset(name, **overrides))
-    args = SimpleNamespace(max_steps=None, total_batch_size=None, batch_size=1)
+    args = SimpleNamespace(max_steps=None, total_batch_size=None, batch_size=1, seq_len=None)
     horizon(model, args, world_size=8, most_rows=1)
     return SimpleNamespace(steps=args.max_steps, batch=args.total_batch_size,
                            params=model.num_params(), flops=model.flops_per_token(),

@@ -41,6 +41,11 @@ def flags(data, out, preset="muon", **changes):
             *(text for key, value in given.items() for text in (f"--{key}", value))]
 
 
+def shapeless(flags):
+    """For --init_from, which brings its own --config."""
+    return flags[:2] + flags[flags.index("--data"):]
+
+
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """{preset: run}, 12 steps without interruption in this process."""
@@ -121,7 +126,7 @@ def test_missing_empty_and_too_short_shards_are_one_line(tmp_path):
     with pytest.raises(SystemExit, match="empty"):
         Shards(tmp_path, "train")
     write_shard(tmp_path / "x_train_0.bin", range(8))
-    with pytest.raises(SystemExit, match="lower --block_size"):
+    with pytest.raises(SystemExit, match="lower --seq_len"):
         Loader(Shards(tmp_path, "train"), 8, seed=0)
 
 
@@ -211,7 +216,7 @@ def test_short_schedules_stay_within_bounds(modern, max_steps):
 
 
 def batch_flags(**given):
-    flags = dict(total_batch_size=None, batch_size=None, max_steps=None)
+    flags = dict(total_batch_size=None, batch_size=None, seq_len=None, max_steps=None)
     return SimpleNamespace(**{**flags, **given})
 
 
@@ -371,7 +376,7 @@ def test_saved_run_is_not_overwritten(data, whole):
 
 
 @pytest.mark.parametrize("change", [
-    dict(seed=1), dict(max_steps=30), dict(total_batch_size=128), dict(lr=0.1),
+    dict(seed=1), dict(max_steps=30), dict(total_batch_size=128), dict(lr=0.1), dict(seq_len=16),
     dict(block_size=16)], ids=str)
 def test_resume_with_other_settings_is_refused(data, whole, change):
     with pytest.raises(SystemExit, match="another .*;.*;"):
@@ -389,15 +394,34 @@ def test_numbers_that_are_not_finite_stop_the_run_before_saving(data, tmp_path, 
 
 
 def test_training_goes_on_from_another_runs_weights(data, whole, tmp_path):
-    run_main(train_gpt2, *flags(data, tmp_path, max_steps=1), "--init_from", whole["muon"])
+    run_main(train_gpt2, *shapeless(flags(data, tmp_path, max_steps=1)), "--init_from",
+             whole["muon"])
     expected = twin_val_loss(data, whole["muon"])
     assert logged(tmp_path, "val_loss")[0] == pytest.approx(expected, rel=1e-5)
 
 
-def twin_val_loss(data, run):
+def test_rows_may_be_shorter_than_the_models_positions(data, whole, tmp_path):
+    run_main(train_gpt2, *shapeless(flags(data, tmp_path, max_steps=1, seq_len=16)), "--init_from",
+             whole["muon"])
+    expected = twin_val_loss(data, whole["muon"], T=16)
+    assert logged(tmp_path, "val_loss")[0] == pytest.approx(expected, rel=1e-5)
+    assert load_checkpoint(tmp_path)[0].config.block_size == 32
+    said = (tmp_path / "log.jsonl").read_text()
+    assert "256 tokens a step = 2 rows x 16 tokens x 1 ranks x 8 accumulated" in said
+
+
+def test_a_shape_that_is_not_the_checkpoints_is_one_line(data, whole, tmp_path):
+    start = flags(data, tmp_path, seq_len=33), "--init_from", whole["muon"]
+    with pytest.raises(SystemExit, match="--config n_embd=32 with --init_from .*; .*; leave"):
+        run_main(train_gpt2, *start[0], *start[1:])
+    with pytest.raises(SystemExit, match="--seq_len 33; .* 32 positions.*; try --seq_len 32"):
+        run_main(train_gpt2, *shapeless(start[0]), *start[1:])
+
+
+def twin_val_loss(data, run, T=32):
     model, _ = load_checkpoint(run)
     rows = Shards(data, "val").read(0, 700)
-    rows = [torch.from_numpy(rows[None, s:s + 33]) for s in range(0, 699, 32)]
+    rows = [torch.from_numpy(rows[None, s:s + T + 1]) for s in range(0, 699, T)]
     return torch.cat([model(row[:, :-1], row[:, 1:], reduction="none") for row in rows],
                      1).mean().item()
 
@@ -449,7 +473,7 @@ def test_running_out_of_memory_names_the_flag_to_halve(data, tmp_path, monkeypat
 def test_memory_of_d24_on_8_ranks_is_what_its_parameters_need():
     with torch.device("meta"):
         model = GPT(GPTConfig.preset("d24"))
-    fixed, row = memory_bytes(model, 8)
+    fixed, row = memory_bytes(model, 2048, 8)
     params = 1384e6         # RECIPE.md §2; Muon keeps one number for 680e6 of them, Adam two
     assert fixed == pytest.approx(4 * (2 * params + (2 * params - 680e6) / 8) + 4 * params, rel=0.01)
     assert row == 34 * 1536 * 2048 * 24 * 2

@@ -118,12 +118,12 @@ def difference(a, b):
 
 # ---- against PyTorch
 
-def python_gradients(init, data, rows=2, seed=5):
+def python_gradients(init, data, T=None, rows=2, seed=5):
     """Of the first batch, by float64 PyTorch: {name: gradient}, as they stand in a file."""
     model = load_checkpoint(init)[0].double()
     model.compute_dtype = torch.float64
     shards = train_gpt2.Shards(data, "train")
-    x, y = train_gpt2.Loader(shards, model.config.block_size, seed).batch(0, rows, "cpu")
+    x, y = train_gpt2.Loader(shards, T or model.config.block_size, seed).batch(0, rows, "cpu")
     logits = model.logits(model.hidden(x)).flatten(0, 1)
     torch.nn.functional.cross_entropy(logits.double(), y.flatten()).backward()
     for p in model.parameters():
@@ -151,16 +151,21 @@ def cuda_gradients(run, gradients):
     return found
 
 
-def worst_gradient(binary, init, data, out, *flags, **environment):
+def worst_gradient(binary, init, data, out, *flags, T=None, **environment):
+    flags = [*flags, *(["--seq_len", T, "--total_batch_size", 2 * T] if T else [])]
     train(binary, data, out, "--init_from", init, "--max_steps", 1, "--eval_every", 9, *FLAGS,
           *flags, **environment)
-    expected = python_gradients(init, data)
+    expected = python_gradients(init, data, T)
     found = cuda_gradients(out, expected)
     return max(difference(found[name], expected[name]) for name in found)
 
 
 def test_every_gradient_is_pytorchs_in_fp32(fp32, init, cuda_data, tmp_path):
     assert worst_gradient(fp32, init, cuda_data, tmp_path) < 2e-6         # measured 6e-7
+
+
+def test_rows_may_be_shorter_than_the_models_positions(fp32, init, cuda_data, tmp_path):
+    assert worst_gradient(fp32, init, cuda_data, tmp_path, T=40) < 2e-6
 
 
 @pytest.mark.parametrize("recompute", [0, 2])
@@ -453,6 +458,9 @@ def test_a_new_models_loss_is_that_of_a_guess_and_python_reads_it(bf16, cuda_dat
     (["--model", "d12", "--init_from", ""], "config.json"),
     (["--model", "gpt3"], "d12"),
     (["--init_from", "gpt2-xl"], "python train_gpt2.py --init_from gpt2-xl"),
+    (["--seq_len", 81], "try --seq_len 80"),
+    (["--config", "n_layer=2"], "leave --config out"),
+    (["--model", "gpt2", "--config", "n_layer=1", "softcap=0"], "--config softcap=0"),
     (["--compile", 1], "--compile is a flag of train_gpt2.py"),
     (["--layers", 3], "--layers is no flag")])
 def test_a_mistake_ends_in_one_line_that_names_the_remedy(bf16, init, cuda_data, tmp_path, flags,
@@ -468,6 +476,27 @@ def test_a_truncated_checkpoint_is_refused(bf16, init, cuda_data, tmp_path):
         file.truncate(30_000)
     error = train(bf16, cuda_data, tmp_path / "run", "--init_from", broken, *SHORT, *FLAGS, code=1)
     assert "cut short" in error
+
+
+@emulated
+@pytest.mark.parametrize("model, recompute", [("gpt2", 0), ("gpt2", 2), ("d4", 0), ("d4", 1)])
+def test_the_memory_said_is_what_is_allocated(model, recompute, tmp_path):
+    source = SOURCE.replace("allocate(size_t bytes) {", "allocate(size_t bytes) { total += bytes;")
+    source = source.replace("static void* allocate", "static double total; static void* allocate")
+    source = source.replace("int main(", "int trainer_main(") + f"""
+        int main() {{
+            double fixed, row;
+            Ranks ranks = {{}};
+            ranks.world_size = 1;
+            arguments.model = "{model}", arguments.config = "n_layer=3 n_head=2 n_embd=128";
+            Config config = choose_config(500);
+            memory_bytes(config, 256, {recompute}, 1, &fixed, &row);
+            make_model(config, 40, 256, {recompute}, &ranks);
+            printf("%.17g", total / (fixed + 40 * row));
+        }}"""
+    program = build(tmp_path, "-O0", source=source)
+    share = float(subprocess.run([program], capture_output=True, text=True).stdout)
+    assert 0.8 < share <= 1
 
 
 # ---- mutants: each must be seen by a check above

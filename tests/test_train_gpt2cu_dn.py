@@ -86,12 +86,12 @@ def cuda_gradients(run):
     return found
 
 
-def gradient_errors(binary, init, data, out, *flags):
+def gradient_errors(binary, init, data, out, *flags, T=None):
     """{name: relative error} of the first step's gradients; a backout's that is 0 is left out."""
-    T = load_checkpoint(init)[0].config.block_size
+    T = T or load_checkpoint(init)[0].config.block_size
     train(binary, data, out, "--init_from", init, "--max_steps", 1, *FLAGS, "--total_batch_size",
-          2 * T, *flags)
-    expected, found = python_gradients(init, data), cuda_gradients(out)
+          2 * T, "--seq_len", T, *flags)
+    expected, found = python_gradients(init, data, T), cuda_gradients(out)
     assert set(found) == set(expected)
     return {name: difference(found[name], expected[name]) for name in found
             if np.linalg.norm(expected[name]) > 1e-7}
@@ -100,6 +100,11 @@ def gradient_errors(binary, init, data, out, *flags):
 def test_every_gradient_is_pytorchs_in_fp32(fp32, dn_init, dn_data, tmp_path):
     errors = gradient_errors(fp32, dn_init, dn_data, tmp_path)
     assert len(errors) == 21 and max(errors.values()) < 6e-6             # measured 2e-6
+
+
+def test_rows_may_be_shorter_than_the_models_positions(fp32, dn_init, dn_data, tmp_path):
+    errors = gradient_errors(fp32, dn_init, dn_data, tmp_path, T=40)
+    assert len(errors) == 21 and max(errors.values()) < 6e-6
 
 
 @pytest.mark.parametrize("sizes", [
@@ -168,20 +173,21 @@ def test_schedules_are_those_of_train_gpt2_py(tmp_path):
         int main() {
             arguments.model = "d12", arguments.config = "", arguments.batch_size = 1;
             Config config = choose_config(32768);
+            arguments.seq_len = config.block_size;
             horizon(config, 1);
             for (int step = 0; step < arguments.max_steps; step += 40) {
                 Update u = plan_update(config, step, 1);
                 printf("%.17g %.17g %.17g ", u.lr, u.momentum, u.muon_decay * u.decay_scale);
             }
             printf("%lld %lld %.17g", (long long)arguments.max_steps,
-                   (long long)arguments.total_batch_size, flops_per_token(config));
+                   (long long)arguments.total_batch_size, flops_per_token(config, 2048));
         }"""
     program = build(tmp_path, "-O0", source=source)
     printed = subprocess.run([program], capture_output=True, text=True).stdout
     *updates, max_steps, batch, flops = map(float, printed.split())
     with torch.device("meta"):
         model = GPT(GPTConfig.preset("d12", vocab_size=32768))
-    args = type("Arguments", (), dict(total_batch_size=0, batch_size=1, max_steps=None))
+    args = type("Arguments", (), dict(total_batch_size=0, batch_size=1, seq_len=None, max_steps=None))
     train_gpt2.horizon(model, args, 1, 1)
     assert (max_steps, batch) == (args.max_steps, args.total_batch_size)
     assert flops == model.flops_per_token()
