@@ -386,7 +386,7 @@ def evaluate():
     # conversation tokens that GPT-2 lacks take 1.6e-4 of its probability at most: mean rows, Jensen
     model, meta = load_checkpoint(run, init_ranks(args.device).device, tokenizer.n_vocab)
     print(f"{run}: stage {meta['stage']}, step {meta['step']}, {model.num_params():,} parameters")
-    engine = Engine(model, tokenizer)
+    engine = Engine(model.freeze(), tokenizer)
     checkpoint = dict(stage=meta["stage"], step=meta["step"], seed=SEED,
                       weights=digest(run / "model.safetensors"))
     for name, path, arguments in jobs:

@@ -298,8 +298,22 @@ def loss_and_gradient(z, target, share, s):
     return loss, dy.to(z.dtype).scatter_(1, target, dy_target.to(z.dtype))
 
 @functools.cache
-def compiled(function):
-    return torch.compile(function, dynamic=False)
+def find_compiler(device):
+    """→ (compile, why): torch.compile where it works, which takes a GPU, Triton and a C compiler;
+    else what leaves a function as it is. The second is a line for the log."""
+    if "cuda" not in device:
+        return (lambda function: function), "eager: on a CPU compiling takes longer than it saves"
+    compile = functools.partial(torch.compile, dynamic=False)
+    try:
+        compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as problem:        # an old GPU, no Triton, no compiler: all go on without
+        words = str(problem).strip().splitlines() or [repr(problem)]
+        return (lambda function: function), f"eager: torch.compile fails here: {words[0][:90]}"
+    return compile, "torch.compile; TORCH_COMPILE_DISABLE=1 leaves all eager"
+
+@functools.cache
+def compiled(function, device):
+    return find_compiler(device)[0](function)
 
 class CrossEntropy(torch.autograd.Function):
     """Head, soft-cap and mean cross-entropy in one, a chunk of tokens at a time.
@@ -318,7 +332,7 @@ class CrossEntropy(torch.autograd.Function):
         share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)
         total = torch.zeros((), device=x.device)
         size = chunk_rows(x, V)
-        of_chunk = compiled(loss_and_gradient) if x.is_cuda else loss_and_gradient
+        of_chunk = compiled(loss_and_gradient, x.device.type)
         tensors = x, dx, targets.clamp(min=0)[:, None], share[:, None]
         buffer = x.new_empty(min(size, len(x)), V)
         for x_part, dx_part, target, share_part in zip(*(t.split(size) for t in tensors)):
@@ -472,6 +486,15 @@ class GPT(nn.Module):
         if fp8:     # torch.compile leaves it as it is: what it makes of the parts is slower
             torch._dynamo.allow_in_graph(Fp8Matmul)
         return self.to(device)
+
+    def freeze(self):
+        """For inference alone: keeps the matrices in the dtype they are multiplied in. On a GPU
+        that halves what writing a token reads, and so takes."""
+        for p in self.parameters():
+            p.requires_grad_(False)
+            if p.ndim == 2:
+                p.data = p.data.to(self.compute_dtype)
+        return self
 
 # ---- Ranks: a single process is rank 0 of 1, and no code below asks which case it is -------------
 

@@ -161,7 +161,7 @@ class Optimizer:
         rows = [w[..., :1] if w.shape[-2] >= w.shape[-1] else w[..., :1, :] for w in W]
         kept = [W, [self.slot(name, "momentum", w) for name, w in zip(names, W)],
                 [self.slot(name, "variance", row) for name, row in zip(names, rows)]]
-        update = compiled(muon) if W[0].is_cuda else muon
+        update = compiled(muon, W[0].device.type)
         numbers = map(torch.tensor, (lr, decay, momentum))      # as floats each would be compiled
         stacks = [torch.cat(tensors) for tensors in (W, grads, *kept[1:])]
         for tensors, result in zip(kept, update(*stacks, *numbers)):

@@ -407,7 +407,7 @@ def main():
     model, meta = load_checkpoint(run, device, tokenizer.n_vocab)
     print(f"{meta['run']}: stage {meta['stage']}, step {meta['step']}, "
           f"{model.num_params():,} parameters", flush=True)
-    engine = Engine(model, tokenizer)
+    engine = Engine(model.freeze(), tokenizer)
     sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p")}
     if args.chat:
         if meta["stage"] == "pretrain" and not args.allow_base:

@@ -3366,10 +3366,10 @@ static void parse_arguments(int argc, char** argv) {
             for (const Flag& each : FLAGS) { printf("--%-18s%s\n", each.name, each.help); }
             exit(0);
         }
-        for (const char* name : {"--device", "--compile", "--fp8"}) {
+        for (const char* name : {"--device", "--fp8"}) {
             if (strcmp(argv[i], name) != 0) { continue; }
-            die("%s is a flag of train_gpt2.py; this trainer is compiled, for GPUs, without 8 "
-                "bits; leave it out", name);
+            die("%s is a flag of train_gpt2.py; this trainer is for GPUs, without 8 bits; leave it "
+                "out", name);
         }
         if (flag == NULL) { die("%s is no flag; they are those of --help; look there", argv[i]); }
         if (flag->integer == &arguments.resume || flag->integer == &arguments.profile) {

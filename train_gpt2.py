@@ -44,8 +44,8 @@ from tqdm import tqdm
 
 from bpe import Tokenizer
 from eval import scores
-from model import (GPT, GPT2_SIZES, GPTConfig, RunLog, find_kernel, init_ranks, load_checkpoint,
-                   save_checkpoint, sdpa)
+from model import (GPT, GPT2_SIZES, GPTConfig, RunLog, find_compiler, find_kernel, init_ranks,
+                   load_checkpoint, save_checkpoint, sdpa)
 from optim import D12_MATMUL_PARAMS, load_state, make_optimizer, save_state
 from sample import Engine
 
@@ -299,7 +299,6 @@ def parse_args():
     parser.add_argument("--gpu_hour_usd", type=float, help="price of one GPU hour: shows the cost")
     parser.add_argument("--seed", type=int, default=1337, help="of the weights and the rows' order")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--compile", type=int, help="1: torch.compile (default on a GPU), 0: eager")
     parser.add_argument("--fp8", type=int, default=0, help="1: multiply in 8 bits (H100 or later)")
     parser.add_argument("--deterministic", type=int, default=0, help="1: the same bits on a GPU")
     parser.add_argument("--profile", action="store_true", help="trace steps 10-12 into <out>")
@@ -411,9 +410,9 @@ def main():
             f"a token; memory about {(fixed + B * row) / 1e9:.1f} GB a rank, {row / 1e9:.2f} GB of "
             "it a row: if it does not fit, halve --batch_size")
     log.say(f"attention {config.windows}: {why}")
-    # only training is compiled: evaluation and samples use the raw model
-    use_compile = args.compile if args.compile is not None else "cuda" in ranks.device
-    hidden = torch.compile(model.hidden, dynamic=False) if use_compile else model.hidden
+    compile, why = find_compiler(ranks.device)
+    log.say(why)
+    hidden = compile(model.hidden)      # of training only: evaluation and samples use the raw model
     peak = peak_flops(ranks.device)
     gpu_usd, earlier_usd = (args.gpu_hour_usd or 0) * ranks.world_size, usd
     started, recent, phase, val_bpb = time.time(), [], "the first collective", None

@@ -69,8 +69,10 @@ class Ours:
         self.engine = Engine(self.model, ENDLESS, python=None)
 
     def exactly(self, fp32):
-        """Computes in fp32 from now on, or else in what it would take."""
+        """Computes in fp32, or else, from now on, in what it would take."""
         self.model.compute_dtype = torch.float32 if fp32 else self.dtype
+        if not fp32:
+            self.model.freeze()
 
     def generate(self, prompt, rows, new_tokens, greedy=False):
         return [c.ids for c in self.engine.generate([prompt], new_tokens, rows,

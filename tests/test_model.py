@@ -17,8 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as model_module
 from conftest import GPT2, MODERN, mutate, noisy
-from model import (GPT, GPT2_SIZES, CrossEntropy, Fp8Matmul, GPTConfig, Linear, RunLog, find_kernel,
-                   load_checkpoint, read_log, save_checkpoint, sdpa)
+from model import (GPT, GPT2_SIZES, CrossEntropy, Fp8Matmul, GPTConfig, Linear, RunLog,
+                   find_compiler, find_kernel, load_checkpoint, read_log, save_checkpoint, sdpa)
 from optim import Optimizer, make_optimizer
 from sample import KVCache
 
@@ -316,6 +316,22 @@ def test_a_kernel_is_taken_only_if_it_gives_what_sdpa_gives():
 def test_kernels_that_need_a_gpu_are_refused_on_a_cpu_with_a_reason():
     kernel, why = find_kernel("cpu")
     assert kernel is sdpa and why.count(";") == 2 and "flash_attention_3: " in why
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it works")
+def test_where_compiling_fails_functions_stay_as_they_are_and_it_is_said_why():
+    for device, reason in (("cpu", "eager: on a CPU"), ("cuda", "eager: torch.compile fails here: ")):
+        compile, why = find_compiler(device)
+        assert compile(sdpa) is sdpa and why.startswith(reason) and "\n" not in why
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN])
+def test_frozen_in_16_bits_it_computes_the_same(config):
+    model = noisy(config)
+    model.compute_dtype = torch.bfloat16
+    before = model(TEXT)
+    assert torch.equal(model.freeze()(TEXT), before)
+    assert model.wte.weight.dtype == torch.bfloat16 and not before.isnan().any()
 
 
 def test_dropout_and_a_cache_do_without_the_kernel():

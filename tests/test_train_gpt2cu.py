@@ -461,7 +461,7 @@ def test_a_new_models_loss_is_that_of_a_guess_and_python_reads_it(bf16, cuda_dat
     (["--seq_len", 81], "try --seq_len 80"),
     (["--config", "n_layer=2"], "leave --config out"),
     (["--model", "gpt2", "--config", "n_layer=1", "softcap=0"], "--config softcap=0"),
-    (["--compile", 1], "--compile is a flag of train_gpt2.py"),
+    (["--fp8", 1], "--fp8 is a flag of train_gpt2.py"),
     (["--layers", 3], "--layers is no flag")])
 def test_a_mistake_ends_in_one_line_that_names_the_remedy(bf16, init, cuda_data, tmp_path, flags,
                                                           found):
