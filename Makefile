@@ -41,7 +41,7 @@ demo: setup
 	$(PY) bpe.py show "Return a copy of the string with leading whitespace removed." --tokenizer $(DATA)/tokenizer
 	$(PY) prepare_fineweb.py tokenize --out $(DATA) --tokenizer $(DATA)/tokenizer
 	$(PY) train_gpt2.py --model d4 --config n_embd=128 n_head=4 block_size=256 --data $(DATA) \
-	    --out $(RUN)-base --total_batch_size 4096 --lr 0.015 --save_every 100 --seed $(SEED) --resume $(TRAIN)
+	    --out $(RUN)-base --total_batch_size 4096 --save_every 100 --seed $(SEED) --resume $(TRAIN)
 	$(PY) sample.py --model $(RUN)-base --prompt "Return the number of" --num_samples 3 --max_new_tokens 40
 	$(PY) sample.py --model $(RUN)-base --prompt "True, False, True, False, True," --temperature 0 --max_new_tokens 8
 	$(PY) sample.py --model $(RUN)-base --prompt "Return the" --top 8 --max_new_tokens 2

@@ -41,7 +41,7 @@ import torch
 
 from bpe import Tokenizer
 from model import RunLog, init_ranks, load_checkpoint, save_checkpoint
-from optim import load_state, make_optimizer, save_state
+from optim import default_lr, load_state, make_optimizer, save_state
 from sample import Engine, find_run, is_correct, load_tokenizer, read_problems
 
 NAME = "deepdive"
@@ -347,7 +347,8 @@ def main():
         raise SystemExit(f"total_batch_size {args.total_batch_size} is not a multiple of "
                          f"batch_size*block_size*world_size = {micro_rows * T}; it is split "
                          f"evenly; try --total_batch_size {nearest}")
-    optimizer = make_optimizer(model, ranks, args.lr, total_rows * T)
+    lr = args.lr or default_lr(model.config, 2 ** 16)       # not a toy's: it is no noise any more
+    optimizer = make_optimizer(model, ranks, lr, total_rows * T)
     settings = dict(data=args.data, epochs=args.epochs, total_rows=total_rows, lr=args.lr,
                     seed=args.seed, base=meta["run"])
     state = load_state(run, args.resume, ranks, optimizer, model, settings)

@@ -174,30 +174,36 @@ ADAM_RECIPE = {     # nanochat's, tuned at d12: lr, betas, weight decay
     "x0_scalars": (0.5, (0.96, 0.95), 0.0), "backout_scalar": (0.2, (0.8, 0.95), 0.0)}
 D12_MATMUL_PARAMS = 110.1e6     # of d12 with 32,768 tokens, where decay and batch size were tuned
 
-def make_optimizer(model, ranks=Ranks(), lr=None, batch_tokens=2 ** 19):
-    """GPT-2's AdamW, lr 6e-4; or the modern mixture: Muon for the blocks' matrices, lr
-    .02 √(batch_tokens / 2¹⁹), and Adam for the rest. Another lr changes all in proportion.
+def default_lr(config, batch_tokens):
+    """Of pretraining: 6e-4 for GPT-2's AdamW; for dN's Muon .02 √(batch_tokens / 2¹⁹).
 
-    The root was fitted to 2¹⁸ tokens and more. Below it rates do not fall further: a d4 of 128
-    channels that saw 150 batches of 4096 tokens came to 2.51 bits a byte by the root's rate,
-    .0018, and to 2.31 at .015."""
-    params, config = dict(model.named_parameters()), model.config
+    The root was fitted to 2¹⁸ tokens and more; below it rates do not fall further, and toys get
+    twice as much: a d4 of 128 channels that saw 150 batches of 4096 tokens came to 2.51 bits a byte
+    by the root's rate, .0018, to 2.29 at .02, 2.26 at .028, 2.24 at .042 and 2.26 at .057; with 300
+    batches to 2.12 at .014, 2.09 at .02, 2.12 at .028 and 2.13 at .04 (a seed each)."""
     if not config.rms_norm:
-        adam = dict(kind="adamw", lr=lr or 6e-4, betas=(0.9, 0.95), eps=1e-8)
+        return 6e-4
+    return 0.028 if batch_tokens < 2 ** 16 else 0.02 * math.sqrt(max(0.5, batch_tokens / 2 ** 19))
+
+def make_optimizer(model, ranks=Ranks(), lr=None, batch_tokens=2 ** 19):
+    """GPT-2's AdamW, or the modern mixture: Muon for the blocks' matrices, with this lr, and Adam
+    for the rest, with rates in proportion to it."""
+    params, config = dict(model.named_parameters()), model.config
+    lr = lr or default_lr(config, batch_tokens)
+    if not config.rms_norm:
+        adam = dict(kind="adamw", lr=lr, betas=(0.9, 0.95), eps=1e-8)
         flat = {name: p for name, p in params.items() if p.ndim < 2}       # biases and norms
         rest = {name: p for name, p in params.items() if p.ndim >= 2}
         return Optimizer([dict(adam, params=rest, weight_decay=0.1),
                           dict(adam, params=flat, weight_decay=0.0)], ranks)
-    batch_scale = math.sqrt(batch_tokens / 2 ** 19)
-    scale = lr / 0.02 if lr else max(batch_scale, 0.5 ** 0.5)
     width_scale = math.sqrt(768 / config.n_embd)
-    decay = 0.28 * batch_scale * D12_MATMUL_PARAMS / model.matmul_params()
-    groups = [dict(kind="muon", lr=0.02 * scale, weight_decay=decay,
+    decay = 0.28 * math.sqrt(batch_tokens / 2 ** 19) * D12_MATMUL_PARAMS / model.matmul_params()
+    groups = [dict(kind="muon", lr=lr, weight_decay=decay,
                    params={name: p for name, p in params.items() if name.startswith("h.")})]
-    for start, (lr, betas, decay) in ADAM_RECIPE.items():
+    for start, (rate, betas, decay) in ADAM_RECIPE.items():
         group = {name: p for name, p in params.items() if name.startswith(start)}
-        lr *= scale * (width_scale if start in VOCABULARY else 1.0)
-        groups.append(dict(kind="adamw", params=group, lr=lr, betas=betas, eps=1e-10,
+        rate *= lr / 0.02 * (width_scale if start in VOCABULARY else 1.0)
+        groups.append(dict(kind="adamw", params=group, lr=rate, betas=betas, eps=1e-10,
                            weight_decay=decay))
     assert sum(len(group["params"]) for group in groups) == len(params), "a parameter nobody trains"
     return Optimizer(groups, ranks)

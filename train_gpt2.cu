@@ -4072,10 +4072,10 @@ static Update plan_update(Config config, int64_t step, double norm) {
         double clip = fmin(1.0, 1.0 / (norm + 1e-6));
         return {a.lr * schedule(step, a.max_steps), clip, 0, 1, 0};
     }
-    int64_t n = a.max_steps, warmup = min(n / 10, (int64_t)40), ramp = min(n / 4, (int64_t)400);
+    int64_t n = a.max_steps, warmup = min(n / 10, (int64_t)40);
     double left = fmin(1.0, (n - step) / (0.65 * n));
     double lr_scale = fmin(1.0, (step + 1.0) / max(warmup, (int64_t)1)) * (0.05 + 0.95 * left);
-    double momentum = 0.85 + 0.12 * fmin(1.0, (double)step / max(ramp, (int64_t)1));
+    double momentum = 0.85 + 0.12 * fmin(1.0, step / 400.0);
     momentum = left == 1 ? momentum : 0.90 + (momentum - 0.90) * left;
     double batch_scale = sqrt(a.total_batch_size / (double)(1 << 19));
     return {a.lr * lr_scale, 1, momentum, 0.5 * (1 + cos(M_PI * step / n)),
@@ -4103,9 +4103,10 @@ static int64_t horizon(Config config, int world_size) {
     double tokens = config.modern ? 8 * size : 1e10 * pow(times, 0.48);
     double scale = config.modern ? pow(size / D12_MATMUL_PARAMETERS, 0.383) : pow(times, 0.27);
     if (a->total_batch_size == 0) { a->total_batch_size = 1 << lround(19 + log2(scale)); }
-    if (a->lr == 0) {                   // dN's by the root of the batch, but not far below 2¹⁸
+    if (a->lr == 0) {                   // dN's as in optim.py: by the root of the batch, but of toys
         double batch_scale = sqrt(a->total_batch_size / (double)(1 << 19));
-        a->lr = config.modern ? 0.02 * fmax(batch_scale, sqrt(0.5)) : 6e-4;
+        double of_dn = a->total_batch_size < 1 << 16 ? 0.028 : 0.02 * fmax(batch_scale, sqrt(0.5));
+        a->lr = config.modern ? of_dn : 6e-4;
     }
     if (a->batch_size == 0) {           // the most rows that fit and divide the batch
         size_t free_bytes = 0, all = 0;

@@ -160,11 +160,11 @@ def schedule(step, max_steps, modern):
             return (step + 1) / warmup, 0.95, 1.0
         angle = math.pi * (step - warmup) / max(1, max_steps - warmup)
         return 0.5 * (1 + math.cos(angle)), 0.95, 1.0
-    warmup, ramp = min(40, max_steps // 10), min(400, max_steps // 4)
+    warmup = min(40, max_steps // 10)
     warmdown = 0.65 * max_steps     # the last 65 % go down linearly to 5 %
     left = min(1.0, (max_steps - step) / warmdown)
     lr_scale = min(1.0, (step + 1) / max(1, warmup)) * (0.05 + 0.95 * left)
-    momentum = 0.85 + 0.12 * min(1.0, step / max(1, ramp))
+    momentum = 0.85 + 0.12 * min(1.0, step / 400)
     momentum = momentum if left == 1 else 0.90 + (momentum - 0.90) * left
     return lr_scale, momentum, 0.5 * (1 + math.cos(math.pi * step / max_steps))
 
