@@ -183,15 +183,18 @@ def varlen_attention(q, k, v, window, scale):
     y = varlen_attn(*flat, starts, starts, T, T, scale=scale, window_size=(window, 0))
     return y.view(q.shape)
 
-def sdpa(q, k, v, window, scale, pos=None, dropout=0.0):
-    """Runs everywhere. A mask is built only where the window is shorter than the text, and for pos:
-    queries at positions (B, T) of a cache, with k and v (B, S, NH, HS)."""
+def visible(t, s, window):
+    """Which keys at positions s a query at t sees."""
+    return (s <= t) & (t - s <= window)
+
+def sdpa(q, k, v, window, scale, mask=None, dropout=0.0):
+    """Runs everywhere. A mask is built only where the window is shorter than the text; or a cache
+    gives one, (B, 1, T, S), with k and v (B, S, NH, HS)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))                        # (B, NH, T or S, HS)
-    causal, mask = pos is None and window >= q.shape[2] - 1, None
-    if not causal:
-        s = torch.arange(k.shape[2], device=k.device)
-        t = s[:q.shape[2], None] if pos is None else pos[:, None, :, None]
-        mask = (s <= t) & (t - s <= window)                             # (T, S) or (B, 1, T, S)
+    causal = mask is None and window >= q.shape[2] - 1
+    if mask is None and not causal:
+        s = torch.arange(q.shape[2], device=q.device)
+        mask = visible(s[:, None], s, window)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale,
                                        dropout_p=dropout)
     return y.transpose(1, 2)
@@ -245,8 +248,8 @@ class Attention(nn.Module):
             q, k, scale = rms_norm(q), rms_norm(k), 1.2 ** 2 * scale
         dropout = self.training * self.config.dropout
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-            y = sdpa(q, k, v, self.window, scale, pos if cache.used else None)
+            k, v, mask = cache.append(self.layer, k, v, pos, self.window)
+            y = sdpa(q, k, v, self.window, scale, mask)
         elif dropout:
             y = sdpa(q, k, v, self.window, scale, dropout=dropout)
         else:
@@ -433,7 +436,7 @@ class GPT(nn.Module):
             if layer == config.n_layer // 2:
                 middle = x
         if cache is not None:
-            cache.pos, cache.used = cache.pos + T, cache.used + T
+            cache.advance(T)
         if config.backout:
             x = x - self.backout_scalar.to(x.dtype) * middle
         return self.ln_f(x)

@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from model import load_checkpoint
+from model import load_checkpoint, visible
 
 # ---- From logits to one token --------------------------------------------------------------------
 
@@ -139,24 +139,36 @@ class KVCache:
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
         self.pos = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.used = 0       # the longest row, as an integer: no waiting for the GPU to know it
+        self.masks = {}     # of this step, by window
 
     def rows(self, index):
         """A cache of these rows: [0] * n shares one prefill among n samples; also drops rows."""
         new = copy(self)
+        new.masks = {}
         new.k, new.v, new.pos = self.k[:, index], self.v[:, index], self.pos[index]
         return new
 
-    def append(self, layer, k, v):
-        """Writes k, v (B, T, NH, HS) behind each row; returns all up to the longest row's end."""
+    def append(self, layer, k, v, pos, window):
+        """Writes k, v (B, T, NH, HS) behind each row, where pos (B, T) says. → all keys and values
+        up to the longest row's end, and which of them each token sees, (B, 1, T, S); None: those
+        before it in its window."""
         T = k.shape[1]
         if not self.used:       # a prefill: what is there is what comes
             self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k.transpose(1, 2), v.transpose(1, 2)
-            return k, v
+            return k, v, None
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        at = (self.pos[:, None] + torch.arange(T, device=k.device))[:, None, :, None]
+        at = pos[:, None, :, None]
         self.k[layer].scatter_(2, at.expand_as(k), k)
         self.v[layer].scatter_(2, at.expand_as(v), v)
-        return (kept[layer, :, :, :self.used + T].transpose(1, 2) for kept in (self.k, self.v))
+        if window not in self.masks:    # layers share it
+            s = torch.arange(self.used + T, device=k.device)
+            self.masks[window] = visible(at, s, window)
+        k, v = (kept[layer, :, :, :self.used + T].transpose(1, 2) for kept in (self.k, self.v))
+        return k, v, self.masks[window]
+
+    def advance(self, T):
+        """Every layer has appended its T tokens."""
+        self.pos, self.used, self.masks = self.pos + T, self.used + T, {}
 
 @dataclass
 class Completion:

@@ -537,12 +537,13 @@ def text_only(value):
 
 
 @pytest.mark.parametrize("owner, name, old, new, check, argument", [
-    (model_module, "sdpa", "t - s <= window", "t - s < window", check_window, 4),
-    (model_module, "sdpa", "s <= t", "s <= t + 1", check_window, 4),
+    (model_module, "visible", "t - s <= window", "t - s < window", check_window, 4),
+    (model_module, "visible", "s <= t", "s <= t + 1", check_window, 4),
     (model_module, "sdpa", "window >= q.shape[2] - 1", "window >= 0", check_window, 4),
     (model_module, "sdpa", "is_causal=causal", "is_causal=False", check_causality, GPT2),
-    (KVCache, "append", "self.pos[:, None]", "self.used + 0 * self.pos[:, None]", check_cache,
+    (KVCache, "append", "pos[:, None, :, None]", "self.used + 0 * pos[:, None, :, None]", check_cache,
      GPT2),
+    (KVCache, "append", "visible(at, s, window)", "visible(at, s, 8)", check_cache, MODERN),
     (GPT, "hidden", "pos + cache.pos[:, None]", "pos + cache.used", check_cache, MODERN),
     (model_module, "loss_and_gradient", "dy.addcmul_(dy, t.square_(), value=-1)", "pass",
      check_cross_entropy, 3.0),

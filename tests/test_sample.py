@@ -38,7 +38,7 @@ class Scripted(torch.nn.Module):
 
     def hidden(self, idx, cache):
         pos = cache.pos[:, None] + torch.arange(idx.shape[1])
-        cache.pos, cache.used = cache.pos + idx.shape[1], cache.used + idx.shape[1]
+        cache.advance(idx.shape[1])
         return (pos - self.start).clamp(0, len(self.ids) - 1)
 
     def logits(self, at):
