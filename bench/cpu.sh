@@ -17,6 +17,6 @@ measure() { $python bench/measure.py "$*" $python "bench/$1.py" "${@:2}"; }
 if [ $# -gt 0 ]; then
     measure "$@"            # bash bench/cpu.sh train --quality 3 --data data/wiki
 else
-    for name in train bpe prepare sample rl eval growth; do measure $name; done
+    for name in train bpe prepare sample rl eval growth project; do measure $name; done
     measure prepare --growth 20
 fi
