@@ -403,8 +403,9 @@ class GPT(nn.Module):
             p.normal_(0.0, 0.02 / math.sqrt(2 * L) if name.endswith("c_proj.weight") else 0.02)
         elif name.endswith("c_proj.weight"):
             p.zero_()
-        elif name in ("wte.weight", "lm_head.weight"):
-            p.normal_(0.0, 0.8 if name == "wte.weight" else 0.001)
+        elif name in ("wte.weight", "lm_head.weight"):      # tied, it must begin as a head does
+            is_head = name == "lm_head.weight" or self.config.tied_head
+            p.normal_(0.0, 0.001 if is_head else 0.8)
         elif "value_gate" in name:
             p.uniform_(0.0, 0.02)
         else:

@@ -202,6 +202,8 @@ def make_optimizer(model, ranks=Ranks(), lr=None, batch_tokens=2 ** 19):
                    params={name: p for name, p in params.items() if name.startswith("h.")})]
     for start, (rate, betas, decay) in ADAM_RECIPE.items():
         group = {name: p for name, p in params.items() if name.startswith(start)}
+        if start == "wte" and config.tied_head:
+            rate, betas, decay = ADAM_RECIPE["lm_head"]
         rate *= lr / 0.02 * (width_scale if start in VOCABULARY else 1.0)
         groups.append(dict(kind="adamw", params=group, lr=rate, betas=betas, eps=1e-10,
                            weight_decay=decay))

@@ -295,6 +295,22 @@ def test_cache_rows_can_be_copied_reordered_and_dropped(config):
     assert cache.used == 12 and (cache.pos == 12).all()     # the original has not moved on
 
 
+@pytest.mark.parametrize("change", [
+    dict(tied_head=True), dict(rope=False), dict(qk_norm=False), dict(relu2=False),
+    dict(value_embeds=False), dict(residual_scalars=False), dict(backout=False), dict(softcap=0.0),
+    dict(windows="L")], ids=str)
+def test_any_part_of_the_recipe_can_be_left_out(change):
+    torch.manual_seed(0)
+    model, losses, counting = GPT(replace(MODERN, **change)), [], torch.arange(T)[None] % 5
+    optimizer = make_optimizer(model, lr=0.005, batch_tokens=2 ** 8)
+    for _ in range(20):
+        loss = model(counting[:, :-1], counting[:, 1:])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(65), rel=0.05) and losses[-1] < 0.5 * losses[0]
+
+
 # ---- attention kernels, 8-bit matmuls
 
 def test_a_kernel_is_taken_only_if_it_gives_what_sdpa_gives():
