@@ -199,6 +199,9 @@ def sdpa(q, k, v, window, scale, mask=None, dropout=0.0):
                                        dropout_p=dropout)
     return y.transpose(1, 2)
 
+def first_line(problem):
+    return (str(problem).strip() or repr(problem)).splitlines()[0][:90]
+
 @functools.cache
 def find_kernel(device, kernels=(flash_attention_3, varlen_attention)):
     """The first of the kernels that gives what sdpa gives, forward and backward, on this device;
@@ -216,7 +219,7 @@ def find_kernel(device, kernels=(flash_attention_3, varlen_attention)):
         try:
             error = ((outcome(kernel) - wanted).norm() / wanted.norm()).item()
         except Exception as problem:    # whatever is wrong with a kernel, training goes on without
-            tried.append(f"{kernel.__name__}: {str(problem).strip().splitlines()[0][:90]}")
+            tried.append(f"{kernel.__name__}: {first_line(problem)}")
             continue
         tried.append(f"{kernel.__name__}: differs from sdpa by {error:.1%}")
         if error < 0.02:                # bf16 rounds to 0.4 %
@@ -310,8 +313,8 @@ def find_compiler(device):
     try:
         compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as problem:        # an old GPU, no Triton, no compiler: all go on without
-        words = str(problem).strip().splitlines() or [repr(problem)]
-        return (lambda function: function), f"eager: torch.compile fails here: {words[0][:90]}"
+        why = f"eager: torch.compile fails here: {first_line(problem)}"
+        return (lambda function: function), why
     return compile, "torch.compile; TORCH_COMPILE_DISABLE=1 leaves all eager"
 
 @functools.cache

@@ -325,6 +325,10 @@ def test_a_kernel_is_taken_only_if_it_gives_what_sdpa_gives():
 
     kernel, why = find_kernel("cpu", (missing, window_off_by_one, right))
     assert kernel is right and why.startswith("missing: no such module; window_off_by_one: differs")
+    def wordless(*args, **kwargs):
+        raise AssertionError
+
+    assert find_kernel("cpu", (wordless,)) == (sdpa, "wordless: AssertionError(); sdpa it is")
     kernel, why = find_kernel("cpu", (missing, window_off_by_one))
     assert kernel is sdpa and why.endswith("sdpa it is")
 
