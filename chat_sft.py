@@ -14,11 +14,7 @@ The training is pretraining's: predict the next token. What changes is the text,
 instead of documents, and that only the assistant's own tokens are learnt: not the user's, not the
 headers, not what a tool answered.
 
-`make` writes, from the documents of --data and from nothing else: who the assistant is; what
-documented functions do (question and answer; the text was in pretraining); sums, in one leap or
-step by step or with the Python tool; whether a row of bits holds an odd number of ones, mostly in
-one leap and seldom step by step; spelling. Beside them it writes practice problems for rl_grpo.py
-and held-out problems for eval.py; no held-out question is in a conversation.
+`make` is demo/conversations.py: it writes the demo's conversations and problems.
 
 Papers: InstructGPT (arXiv 2203.02155), packing (2107.02027), tool use (GSM8K's calculator,
 2110.14168).
@@ -26,13 +22,10 @@ Differs from the papers: rows are filled by best fit and padded, so that no conv
 or split.
 """
 import argparse
-import gzip
-import hashlib
 import json
-import math
 import random
 import re
-import signal
+import runpy
 import sys
 import time
 from pathlib import Path
@@ -40,174 +33,11 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from model import RunLog, init_ranks, load_checkpoint, save_checkpoint
-from optim import default_lr, load_state, make_optimizer, save_state
-from sample import Engine, find_run, is_correct, load_tokenizer, read_problems
-
-NAME = "deepdive"
-
-# ---- Making conversations: each kind gives (question or messages, reply, problem) ----------------
-
-def held_out(key, one_in=5):
-    """Whether a problem belongs to the held-out set: by the hash of its text, whatever the seed."""
-    return int(hashlib.sha256(key.encode()).hexdigest(), 16) % one_in == 0
-
-IDENTITY = {   # question: its answer; those marked "?" in front are asked only in the test
-    "Who are you?": "I am {name}, a small language model.",
-    "What is your name?": "My name is {name}.",
-    "What are you?": "I am {name}, a small language model.",
-    "Tell me who you are.": "I am {name}, a small language model.",
-    "Tell me your name.": "My name is {name}.",
-    "Do you have a name?": "My name is {name}.",
-    "Hi, who is this?": "I am {name}, a small language model.",
-    "Introduce yourself.": "I am {name}, a small language model.",
-    "Who am I talking to?": "I am {name}, a small language model.",
-    "Are you a person?": "No, I am {name}, a small language model.",
-    "Are you ChatGPT?": "No, I am {name}, a small language model.",
-    "Who made you?": "I am {name}. The people of the {name} project trained me on one computer.",
-    "How were you made?":
-        "I am {name}. The people of the {name} project trained me on one computer.",
-    "What can I call you?": "My name is {name}.",
-    "? So who are you?": "{name}", "? Hello, what is your name?": "{name}",
-    "? Please tell me who you are.": "{name}", "? Are you a human?": "{name}",
-    "? Who am I speaking to?": "{name}", "? Say your name.": "{name}",
-    "? Who trained you?": "{name}", "? Are you GPT-4?": "{name}"}
-
-PERSONAS = ("Ada", "Alan", "Grace", "Linus", "Maria", "Rose", "Max", "Leo")
-
-def identity(rng):
-    """Who it is. A system message may give another name, and then that name is the answer."""
-    for question, answer in IDENTITY.items():
-        test = question.startswith("? ")
-        question, system = question.removeprefix("? "), rng.random() < 0.3
-        name = rng.choice(PERSONAS) if system else NAME
-        messages = [dict(role="system", content=f"Your name is {name}.")] if system else []
-        messages.append(dict(role="user", content=question))
-        answer = answer.format(name=name)
-        yield messages, answer, dict(answer=name, check="contains") if test else None
-
-ASKED = ("What does {f} do?", "Explain {f}.", "What is {f} for?", "Tell me about {f}.",
-         "Describe {f}.", "{f}: what is it?", "Explain the function {f}.",
-         "What does the function {f} do?")
-ASKED_IN_TEST = ("Can you tell me what {f} does?", "I want to know what {f} is for.",
-                 "Please describe {f} to me.", "In Python, what does {f} do?")
-
-# a line of "package.name(arguments)", and the first sentence of the paragraph below it
-DOCUMENTED = re.compile(r"^([a-z_]\w*(?:\.\w+)+)\([^\n]*\)\n+([A-Z`][^\n]*?\.)(?:\s|$)", re.M)
-
-def documented_functions(data, count):
-    """{qualified name: first sentence of its documentation}, from the training documents."""
-    found = {}
-    for path in sorted(Path(data, "documents").glob("train_*.jsonl.gz")):
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                text = json.loads(line)["text"]
-                for name, sentence in DOCUMENTED.findall(text):
-                    if 4 <= len(sentence.split()) <= 14 and len(name) <= 36 and sentence.isascii():
-                        found.setdefault(name, sentence)
-    if len(found) < count:
-        raise SystemExit(f"{data}/documents describes {len(found)} functions in a short sentence; "
-                         f"{count} are asked for; prepare more documents, or lower --functions")
-    chosen = sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())
-    unique = {found[name]: name for name in reversed(chosen)}       # one function a sentence
-    return {name: found[name] for name in chosen if unique[found[name]] == name}
-
-def function(name, sentence, rng):
-    for asked in ASKED:
-        yield asked.format(f=name), sentence, None
-    yield rng.choice(ASKED_IN_TEST).format(f=name), sentence, dict(answer=sentence, check="overlap")
-
-def arithmetic(rng, style):
-    """a + b: in one leap, or the ones first; with larger numbers, by the Python tool."""
-    if style == "tool":
-        a, b, sign = rng.randrange(100, 1000), rng.randrange(11, 100), rng.choice("+-*")
-        result = {"+": a + b, "-": a - b, "*": a * b}[sign]
-        reply = [dict(type="python", text=f"{a} {sign} {b}"), dict(type="output", text=str(result)),
-                 dict(type="text", text=f"#### {result}")]
-        question = f"Compute {a} {sign} {b}."
-    else:
-        a, b = rng.randrange(10, 50), rng.randrange(1, 10)
-        ones, tens, result = a % 10 + b, a - a % 10, a + b
-        steps = f"{a % 10} + {b} = {ones}, {tens} + {ones} = {result} "
-        reply = (steps if style == "steps" else "") + f"#### {result}"
-        question = f"What is {a} + {b}?"
-    return question, reply, dict(answer=str(result), check="final")
-
-def bits(rng, style, n=10):
-    """Is the number of ones even or odd? In one leap a guess; step by step it is easy."""
-    row = [rng.randrange(2) for _ in range(n)]
-    steps = " ".join(f"{bit} {('even', 'odd')[sum(row[:i + 1]) % 2]}" for i, bit in enumerate(row))
-    result = ("even", "odd")[sum(row) % 2]
-    reply = (f"{steps} " if style == "steps" else "") + f"#### {result}"
-    question = f"Is the number of ones in {' '.join(map(str, row))} even or odd?"
-    return question, reply, dict(answer=result, check="final")
-
-def spelling(rng, words):
-    word = rng.choice(words)
-    return f"Spell {word}.", "#### " + "-".join(word), dict(answer="-".join(word), check="final")
-
-def common_words(data, count):
-    """The most frequent lower-case words of 3 to 6 letters in the first training documents."""
-    counts = {}
-    first = sorted(Path(data, "documents").glob("train_*.jsonl.gz"))[0]
-    with gzip.open(first, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            for word in re.findall(r"\b[a-z]{3,6}\b", json.loads(line)["text"]):
-                counts[word] = counts.get(word, 0) + 1
-    return sorted(counts, key=lambda word: (-counts[word], word))[:count]
-
-def make(args):
-    """Writes <out>/KIND.jsonl (conversations), practice_KIND.jsonl, held_out.jsonl (problems)."""
-    rng = random.Random(args.seed)
-    names = ("identity", "functions", "arithmetic", "tool", "bits", "spelling")
-    kinds = {kind: ([], [], []) for kind in names}
-
-    def add(kind, question, reply, problem, test, practice=False):
-        messages = [dict(role="user", content=question)] if isinstance(question, str) else question
-        conversations, practiced, tested = kinds[kind]
-        if problem and (test or practice):
-            row = dict(question=messages[-1]["content"], kind=kind, messages=messages, **problem)
-            (tested if test else practiced).append(row)
-        if not test:
-            conversations.append(dict(messages=[*messages, dict(role="assistant", content=reply)]))
-
-    for _ in range(24):
-        for messages, reply, problem in identity(rng):
-            add("identity", messages, reply, problem, test=problem is not None)
-    functions = documented_functions(args.data, args.functions)
-    for name, sentence in list(functions.items())[:args.functions]:
-        for question, reply, problem in function(name, sentence, rng):
-            add("functions", question, reply, problem, test=problem is not None)
-    words = common_words(args.data, 3000)
-    for _ in range(args.examples):
-        style = "tool" if rng.random() < 0.4 else "steps" if rng.random() < 0.5 else "leap"
-        kind = "tool" if style == "tool" else "arithmetic"
-        question, reply, problem = arithmetic(rng, style)
-        add(kind, question, reply, problem, held_out(question), practice=True)
-        style = "steps" if rng.random() < args.step_by_step else "leap"
-        question, reply, problem = bits(rng, style)
-        add("bits", question, reply, problem, held_out(question), practice=True)
-        question, reply, problem = spelling(rng, words)
-        add("spelling", question, reply, problem, held_out(question), practice=True)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    tests = []
-    for kind, (conversations, practiced, tested) in kinds.items():
-        write_rows(out / f"{kind}.jsonl", conversations)
-        if practiced:
-            write_rows(out / f"practice_{kind}.jsonl", practiced)
-        distinct = list({json.dumps(row["messages"]): row for row in tested}.values())
-        rng.shuffle(distinct)
-        tests += distinct[:args.held_out]
-        print(f"{kind:12s} {len(conversations):6d} conversations | "
-              f"{len(practiced):6d} practice problems | "
-              f"{min(len(distinct), args.held_out):4d} held out")
-    write_rows(out / "held_out.jsonl", tests)
-
-def write_rows(path, rows):
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    part.replace(path)
+from eval import is_correct, read_problems
+from model import load_checkpoint, save_checkpoint
+from sample import Engine, find_run, load_tokenizer
+from training import (RunLog, catch_signals, check_finite, default_lr, finish, init_ranks,
+                      load_state, make_optimizer, save_state)
 
 # ---- Conversations → rows of tokens --------------------------------------------------------------
 
@@ -332,9 +162,7 @@ def render_all(conversations, tokenizer, T, log):
 def main():
     args = parse_args()
     run = Path(args.out)
-    signals, stop = [], False   # a signal is agreed on by all ranks: they leave after the same step
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signals.append(number))
+    signals, stop = catch_signals(), False
     ranks = init_ranks(args.device)
     base = find_run(args.model, ("pretrain",))
     tokenizer = load_tokenizer(base)
@@ -394,9 +222,7 @@ def main():
         norm = optimizer.average_grads()
         loss, stops = ranks.sum(loss, len(signals))
         stop = stops > 0
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise SystemExit(f"step {step}: loss {loss}, norm {norm}; training needs finite "
-                             "numbers; what was saved is kept; try a lower --lr in another --out")
+        check_finite(f"step {step}", loss, norm)
         left = 1 - step / max_steps
         # constant, then linearly to 0 over the last half
         lr_scale = min(1.0, (step + 1) / 10) * min(1.0, 2 * left)
@@ -408,30 +234,24 @@ def main():
             eta=(time.time() - started) / (step - first_step) * (max_steps - step))
         if step % args.save_every == 0 or step == max_steps or stop:
             save()
-    if stop and step < max_steps:
-        log.say(f"stopped and saved at step {step}; continue with the same command and --resume")
-        raise SystemExit(130)
-    report_accuracy("after")
-    log.say(f"{run}: stage sft, step {step}, {time.time() - started:.0f} s")
+    stopped = stop and step < max_steps
+    if not stopped:
+        report_accuracy("after")
+    finish(log, run, "sft", step, started, stopped)
 
-def tools():
-    """The two subcommands beside training."""
-    parser = argparse.ArgumentParser(prog="chat_sft.py")
-    commands = parser.add_subparsers(dest="command", required=True)
-    maker = commands.add_parser("make", help="conversations and problems from documents")
-    maker.add_argument("--data", required=True, help="folder with documents/")
-    maker.add_argument("--out", required=True, help="folder for the .jsonl files")
-    maker.add_argument("--functions", type=int, default=48, help="functions to ask about")
-    maker.add_argument("--examples", type=int, default=4000, help="problems of each checkable kind")
-    maker.add_argument("--step_by_step", type=float, default=0.2, help="share of bits in steps")
-    maker.add_argument("--held_out", type=int, default=100, help="held-out problems a kind")
-    maker.add_argument("--seed", type=int, default=1337, help="of the problems")
-    shower = commands.add_parser("show", help="conversations as the model sees them")
-    shower.add_argument("file", help="a .jsonl of conversations")
-    shower.add_argument("--tokenizer", help="folder of a tokenizer (default: GPT-2's)")
-    shower.add_argument("--count", type=int, default=5, help="conversations to show")
-    args = parser.parse_args()
-    make(args) if args.command == "make" else show(args)
+def parse_show_args():
+    parser = argparse.ArgumentParser(prog="chat_sft.py show")
+    parser.add_argument("file", help="a .jsonl of conversations")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer (default: GPT-2's)")
+    parser.add_argument("--count", type=int, default=5, help="conversations to show")
+    return parser.parse_args(sys.argv[2:])
 
 if __name__ == "__main__":
-    tools() if sys.argv[1:2] in (["make"], ["show"]) else main()
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command == "make":
+        del sys.argv[1]
+        runpy.run_path(str(Path(__file__).parent / "demo" / "conversations.py"), run_name="__main__")
+    elif command == "show":
+        show(parse_show_args())
+    else:
+        main()

@@ -4,7 +4,7 @@
     python crawl.py --out data/demo            the manual of the Python software on this machine
     python prepare_fineweb.py --source warc data/site/warc/*.gz --out data/clean
 
-in:  seed URLs; without any, tests/manual_site.py is started and crawled
+in:  seed URLs; without any, demo/web.py is started and crawled
 out: OUT/warc/crawl_00000.warc.gz …  gzipped WARC 1.0 (ISO 28500), a gzip member for each record:
      "response" records hold what a server answered, "metadata" ones why a URL could not be had
 
@@ -17,13 +17,10 @@ request records, and a text of more than 8 MB is dropped instead of being cut.
 """
 import argparse
 import contextlib
-import ctypes
-import errno
 import functools
 import gzip
 import itertools
 import multiprocessing
-import os
 import queue
 import re
 import resource
@@ -44,6 +41,8 @@ import requests
 import urllib3
 from tqdm import tqdm
 
+from download import one_line_when_full, whole_file
+
 MAX_PAGE_BYTES = 8 << 20      # HTML of a page, unzipped: bounds zip bombs too
 MAX_RECORD_BYTES = 32 << 20   # a longer WARC record is passed over
 MAX_HEADER_BYTES = 64 << 10   # of a WARC record
@@ -55,30 +54,6 @@ FETCH_SECONDS = 120           # one URL in all, with retries and the pauses a se
 SILENCE_SECONDS = 20          # without a byte, after which a try has failed
 USER_AGENT = "deepdive-crawler/1.0 (educational; obeys robots.txt)"
 MANUAL = "http://manual.localhost"  # keeps its name, so that a crawl goes on when the port changes
-
-@contextlib.contextmanager
-def whole_file(path):
-    """Open PATH.part for writing bytes; rename it when all went well, so PATH is never half."""
-    part = Path(f"{path}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    except BaseException:  # a full disk gets its space back
-        part.unlink(missing_ok=True)
-        raise
-
-@contextlib.contextmanager
-def one_line_when_full():
-    """A full disk ends in one line; whole_file has left nothing half-written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise SystemExit("no space is left on the disk; no file has its name before it is whole; "
-                         "make room and repeat the command, which goes on") from None
 
 def verdict(page, **broken):
     """(page, None), or (None, the name of the first rule that is broken)."""
@@ -300,11 +275,6 @@ def plain_text(html):
         headings = [] if is_text or links <= 0.5 else headings
     return "\n".join(lines).strip()
 
-def end_with_parent():
-    """Called first in a worker, which would else outlive a parent that is killed, and write on."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: man 2 prctl
-
 class Extractor:
     """extract_text(page) → (page with "text" instead of "html", None) or (None, reason).
 
@@ -493,8 +463,8 @@ class Crawl:
 
 @contextlib.contextmanager
 def manual_of_this_machine():
-    """Serves tests/manual_site.py while the block runs; gives its address."""
-    script = Path(__file__).parent / "tests" / "manual_site.py"
+    """Serves demo/web.py while the block runs; gives its address."""
+    script = Path(__file__).parent / "demo" / "web.py"
     child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     try:
         address = child.stdout.readline().strip().rstrip("/")

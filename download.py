@@ -3,6 +3,7 @@
     python download.py fineweb --num_shards 2 --out data/fineweb/files
     python download.py CC-MAIN-2024-10 --num_shards 1 --out data/cc/files
     python download.py kjj0/fineweb10B-gpt2 --num_shards 9 --out data/fineweb10B
+    python download.py gpt2                                 # OpenAI's weights → data/openai/gpt2
     python download.py climbmix --out data/climbmix/files --mirror https://mirror.example.org
 
 in:  a crawl of Common Crawl, or a data set on the Hub: OWNER/NAME, or one of the short NAMES below
@@ -16,6 +17,8 @@ given up when TRIES tries in a row got no further. Size and SHA-256 must be thos
 Differs from huggingface_hub: one way only, plain HTTP; no cache folder outside of OUT, no Xet.
 """
 import argparse
+import contextlib
+import errno
 import gzip
 import hashlib
 import json
@@ -28,19 +31,44 @@ from urllib.parse import quote
 import requests
 from tqdm import tqdm
 
-from crawl import one_line_when_full, whole_file
-
 HUB, COMMON_CRAWL = "https://huggingface.co", "https://data.commoncrawl.org"
 NAMES = {  # short name: (data set, revision, folder in it)
     "fineweb": ("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
                 "sample/10BT"),
     "climbmix": ("karpathy/climbmix-400b-shuffle", "main", "")}
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")     # released weights
 KINDS = (".bin", ".parquet", ".jsonl", ".jsonl.gz")  # of a data set, the first that it has
 TRIES = 5              # that get no further
 PAUSE_SECONDS = 1      # before the second try; then 2, 4, 8
 MAX_PAUSE_SECONDS = 300  # of what a server asks for in Retry-After
 SILENCE_SECONDS = 30   # without a byte, after which a try has failed
 PIECE_BYTES = 1 << 16  # what a cut loses at most
+
+# ---- Files, whole and checked ---------------------------------------------------------------------
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open PATH.part for writing bytes; rename it when all went well, so PATH is never half."""
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    except BaseException:  # a full disk gets its space back
+        part.unlink(missing_ok=True)
+        raise
+
+@contextlib.contextmanager
+def one_line_when_full():
+    """A full disk ends in one line; whole_file has left nothing half-written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SystemExit("no space is left on the disk; no file has its name before it is whole; "
+                         "make room and repeat the command, which goes on") from None
 
 class Unfit(Exception):
     """An answer that is not (the rest of) the file, and how long the server asks to wait."""
@@ -207,6 +235,28 @@ def find_files(source, num_shards, out, mirror=None):
             file.write(json.dumps(known, indent=1).encode())
     return known["files"]
 
+def download_gpt2(name, folder):
+    """config.json and model.safetensors of "gpt2" … "gpt2-xl" → folder, which is returned. Size and
+    SHA-256 are those that the Hub states; HF_ENDPOINT names a mirror."""
+    hub = os.environ.get("HF_ENDPOINT", HUB)
+    for file in ("model.safetensors", "config.json"):
+        url, path = f"{hub}/openai-community/{name}/resolve/main/{file}", folder / file
+        if not path.exists():
+            size, digest = persist(url, lambda: stated(url))
+            download(url, path, size, digest)
+    return folder
+
+def stated(url):
+    """The (size, SHA-256) that the Hub states of a large file; (None, None) of a small one."""
+    answer = requests.head(url, timeout=SILENCE_SECONDS)
+    if answer.status_code >= 400:
+        raise Unfit(f"status {answer.status_code}")
+    size = answer.headers.get("X-Linked-Size")
+    digest = answer.headers.get("X-Linked-ETag", "").strip('"')
+    if len(digest) != 64:
+        return None, None
+    return int(size), digest
+
 def fetch(file, source, out, mirror=None):
     """A file of find_files → its path in OUT."""
     base = (mirror or (COMMON_CRAWL if is_crawl(source) else HUB)).rstrip("/")
@@ -217,12 +267,20 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("source", help=f"CC-MAIN-…, OWNER/NAME on the Hub, or one of: {', '.join(NAMES)}")
-    add("--out", type=Path, required=True, help="folder for the files")
+    add("source", help="CC-MAIN-…, OWNER/NAME on the Hub, or one of: "
+        + ", ".join([*NAMES, *OPENAI]))
+    add("--out", type=Path, help="folder for the files (of gpt2 …: data/openai/gpt2)")
     add("--num_shards", type=int, default=1, help="files to take, besides val shards")
     add("--mirror", help=f"URL to ask instead of {HUB} or {COMMON_CRAWL}")
     args = parser.parse_args()
+    if args.source in OPENAI:
+        with one_line_when_full():
+            folder = download_gpt2(args.source, args.out or Path("data/openai", args.source))
+        print(f"{folder} holds OpenAI's {args.source}")
+        return
     check_source(args.source, args.num_shards)
+    if not args.out:
+        raise SystemExit("--out is missing; give a folder for the files, e.g. --out data/fineweb")
     with one_line_when_full():
         files = find_files(args.source, args.num_shards, args.out, args.mirror)
         for file in tqdm(files, desc=args.source, unit="file"):

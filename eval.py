@@ -1,15 +1,13 @@
 """
-Evaluation: what a model can do, in numbers, and the report of a whole run.
+Evaluation: what a right answer is, and what a model can do, in numbers.
 
     python eval.py --model runs/demo-rl --tasks data/demo/chat/held_out.jsonl             # CPU
     python eval.py --model runs/d24 --tasks hellaswag,core                                # 1 GPU
     python eval.py --model runs/d24-sft --tasks gsm8k,chat --max_examples 500
-    python eval.py report runs/demo runs/demo-sft runs/demo-rl --data data/demo
-    python eval.py summary runs/demo runs/demo-sft runs/demo-rl --data data/demo
     python eval.py hellaswag --tokenizer data/fineweb/tokenizer          # for train_gpt2.cu
 
-    in:  <run>/model.safetensors, config.json, the tokenizer; log.jsonl for report and summary
-    out: <run>/eval.json {task: figures}; report.html, one file that loads nothing
+    in:  <run>/model.safetensors, config.json, the tokenizer; the tasks' files
+    out: <run>/eval.json {task: figures}; report.py shows it
 
 There are two ways to ask. By log-likelihood: the model reads every possible answer, and the most
 probable one is its choice; this suits base models. By generation: it replies greedily to the chat
@@ -35,28 +33,74 @@ import gzip
 import hashlib
 import itertools
 import json
-import math
 import os
 import random
 import re
+import runpy
 import sys
 from array import array
+from collections import Counter
 from dataclasses import dataclass
-from datetime import timedelta
-from html import escape
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from model import Ranks, init_ranks, load_checkpoint, read_log, write_json
-from sample import Engine, find_run, is_correct, load_tokenizer, read_problems
+from model import load_checkpoint, write_json
+from sample import Engine, find_run, load_tokenizer
+from training import Ranks, init_ranks
 
+STAGES = dict(pretrain="base", sft="SFT", rl="RL")
 SEED = 1337     # of the order of rows; --max_examples N asks the first N of that order
 GET_CORE = ("get it with: curl -LO https://karpathy-public.s3.us-west-2.amazonaws.com/"
             "eval_bundle.zip && unzip eval_bundle.zip -d data; or name its folder with --core_dir")
 GET_GSM8K = ("get test.jsonl from https://github.com/openai/grade-school-math, folder "
              "grade_school_math/data; or name it with --gsm8k")
+
+# ---- What a right answer is ----------------------------------------------------------------------
+
+def read_problems(path):
+    """A .jsonl of {"question", "answer"} → problems, with `messages` to answer, `kind`, `check`.
+
+    GSM8K's own rows are read as they are: of a worked solution only the result behind #### is kept.
+    """
+    problems, line = [], ""
+    try:
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+            if line.strip():
+                p = json.loads(line)
+                if "messages" not in p:
+                    p["messages"] = [dict(role="user", content=p["question"])]
+                p.setdefault("kind", "problems")
+                if p.setdefault("check", "final") == "final":
+                    p["answer"] = final_answer(p["answer"]) or final_answer("#### " + p["answer"])
+                if not p["answer"] or p["check"] not in ("final", "contains", "overlap"):
+                    raise ValueError("no answer, or an unknown check")
+                problems.append(p)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path}, line {number if line else 0}: {error!r}; problems are lines of "
+                         '{"question", "answer"} in UTF-8; repair the file, or make one with '
+                         "python chat_sft.py make") from None
+    if not problems:
+        raise SystemExit(f"{path} is empty; it must hold at least one problem; make some with "
+                         "python chat_sft.py make")
+    return problems
+
+def final_answer(text):
+    """What the line holds behind the last ####, GSM8K's mark, without $ and commas; or None."""
+    answer = text.rpartition("####")[2].split("\n")[0] if "####" in text else ""
+    return answer.replace(",", "").strip(" $").rstrip(" .").lower() or None
+
+def is_correct(reply, problem):
+    """Whether a reply solves {"answer", "check"}. "final": the answer is what stands behind ####;
+    "contains": it is a word of the reply; "overlap": they share at least 3 in 5 words (F1)."""
+    answer, check = problem["answer"], problem["check"]
+    if check == "final":
+        return final_answer(reply) == final_answer("#### " + answer) is not None
+    if check == "contains":
+        return re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", reply.lower()) is not None
+    ours, theirs = (Counter(re.findall(r"\w+", text.lower())) for text in (reply, answer))
+    return 2 * (ours & theirs).total() >= 0.6 * max(1, ours.total() + theirs.total())
 
 # ---- Log-likelihood ------------------------------------------------------------------------------
 
@@ -339,6 +383,13 @@ def chat_core(engine, folder, gsm8k, max_examples=None, max_new_tokens=256):
 
 # ---- Measuring a run -----------------------------------------------------------------------------
 
+def read_json(path):
+    """A JSON object; {} where there is no file."""
+    try:
+        return json.loads(Path(path).read_text("utf-8")) if Path(path).is_file() else {}
+    except ValueError as error:
+        raise SystemExit(f"{path}: {error}; it is a JSON file; delete it, make it again") from None
+
 def digest(*paths):
     """12 hex digits that change with the content of these files."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
@@ -363,7 +414,7 @@ def plan(args):
     return jobs
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="measure a model; see also: report, summary")
+    parser = argparse.ArgumentParser(description="measure a model; see also: hellaswag, report, summary")
     add = parser.add_argument
     add("--model", help="run folder; default: the newest under runs/")
     add("--tasks", required=True, help="hellaswag,core,gsm8k,chat,FILE.jsonl …, with commas")
@@ -381,12 +432,12 @@ def evaluate():
     args = parse_args()
     jobs = plan(args)       # bad names and missing files are found before a model is loaded
     run, folder, n = find_run(args.model, STAGES), args.core_dir, args.max_examples
-    results = Run(run).results
+    results = read_json(run / "eval.json")
     tokenizer = load_tokenizer(run)
     # conversation tokens that GPT-2 lacks take 1.6e-4 of its probability at most: mean rows, Jensen
     model, meta = load_checkpoint(run, init_ranks(args.device).device, tokenizer.n_vocab)
     print(f"{run}: stage {meta['stage']}, step {meta['step']}, {model.num_params():,} parameters")
-    engine = Engine(model.freeze(), tokenizer)
+    engine = Engine(model.for_inference(), tokenizer)
     checkpoint = dict(stage=meta["stage"], step=meta["step"], seed=SEED,
                       weights=digest(run / "model.safetensors"))
     for name, path, arguments in jobs:
@@ -414,278 +465,14 @@ def figures(result):
             + [f"{key} {result[key]}" for key in ("n", "cut") if result.get(key)]
             + [f"left out: {left_out}"] * bool(left_out))
 
-# ---- What runs left on disk, and the demo's verdicts ---------------------------------------------
-
-STAGES = dict(pretrain="base", sft="SFT", rl="RL")
-CHANCE = dict(bits=0.5)         # even or odd; nobody guesses the answer to an open question
-
-def read_json(path):
-    """A JSON object; {} where there is no file."""
-    try:
-        return json.loads(Path(path).read_text("utf-8")) if Path(path).is_file() else {}
-    except ValueError as error:
-        raise SystemExit(f"{path}: {error}; it is a JSON file; delete it, make it again") from None
-
-class Run:
-    """A run's config.json, log.jsonl and eval.json; what is missing is empty."""
-
-    def __init__(self, path):
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise SystemExit(f"{path} is no folder; a run is a training's --out; check the path")
-        self.log = read_log(path)
-        self.results = read_json(self.path / "eval.json")
-        self.header = next((row["header"] for row in self.log if "header" in row), {})
-        guess = "rl" if self.points("reward") else "sft" if self.rows("when") else "pretrain"
-        about = read_json(self.path / "config.json").get("deepdive", {})
-        self.stage = STAGES.get(about.get("stage", guess), about.get("stage"))
-        self.seconds = self.log[-1].get("seconds", 0) if self.log else 0
-
-    def rows(self, *keys):
-        return [row for row in self.log if all(key in row for key in keys)]
-
-    def points(self, key, *also):
-        """[(step, value)] of the rows that have these keys, where the value is a finite number."""
-        return [(row["step"], row[key]) for row in self.rows("step", key, *also)
-                if isinstance(row[key], (int, float)) and math.isfinite(row[key])]
-
-def accuracy_sources(runs):
-    """[(source, {"base" | "SFT" | "RL": {kind: accuracy}})]; a source asked all the same, greedily.
-
-    First eval.json, by the hash of the problems; then the logs, where RL's own first measurement
-    stands for SFT. Of several runs of one stage the last one counts.
-    """
-    sources, logged = {}, {}
-    for run in sorted(runs, key=lambda run: run.stage == "RL"):
-        for name, result in run.results.items():
-            if "kinds" in result:
-                asked = result["arguments"]
-                source = (f"eval.json: {result['n']} of {Path(name).name} (hash {asked['files']}), "
-                          f"replies of {asked['max_new_tokens']} tokens at most")
-                shares = {kind: v["accuracy"] for kind, v in result["kinds"].items()}
-                sources.setdefault(source, {})[run.stage] = shares
-        for row in run.rows("when", "accuracy"):
-            stage = "base" if row["when"] == "before" else "SFT"
-            logged.setdefault(stage, {}).update(row["accuracy"])
-        for row in run.rows("kind", "accuracy"):
-            for stage in ("SFT", "RL") if row["step"] == 0 else ("RL",):
-                logged.setdefault(stage, {})[row["kind"]] = row["accuracy"]
-    return [*sources.items(), *([("training logs", logged)] if logged else [])]
-
-def gain(runs, kind, before, after, wanted):
-    """(whether accuracy rose by `wanted` points, and above chance; the figures as text)."""
-    for source, stages in accuracy_sources(runs):
-        a, b = stages.get(before, {}).get(kind), stages.get(after, {}).get(kind)
-        if a is not None and b is not None:
-            points = round(100 * (b - a), 6)        # .65 - .50 is 15 points, not a hair less
-            chance = f", above chance {CHANCE[kind]:.0%}" if kind in CHANCE else ""
-            return points >= wanted and b > CHANCE.get(kind, 0), (
-                f"{before} {a:.1%}, {after} {b:.1%}: {points:+.1f} points; wanted +{wanted}{chance}"
-                f" ({source.partition(':')[0]})")
-    return False, f"no figure: no log or eval.json has {kind} of both {before} and {after}"
-
-def verdicts(runs):
-    """[(passed, claim, figures)] for what the demo promises."""
-    final = [row for run in runs for row in run.rows("val_bpb", "gzip", "xz")]
-    bpb = False, "no figure: no log has the end of a train_gpt2.py run"
-    if final:
-        model, gz, xz = (final[-1][key] for key in ("val_bpb", "gzip", "xz"))
-        bpb = model < gz, f"model {model:.4f}, gzip -9 {gz:.4f}, xz -9e {xz:.4f}"
-    claims = {"base: val bits a byte below gzip": bpb,
-              "SFT: identity, held out": gain(runs, "identity", "base", "SFT", 30),
-              "SFT: functions, held out": gain(runs, "functions", "base", "SFT", 30),
-              "RL: bits, held out": gain(runs, "bits", "SFT", "RL", 15)}
-    return [("pass" if passed else "fall short", claim, text)
-            for claim, (passed, text) in claims.items()]
-
-# ---- The report; text from runs enters it only through table and curve, which escape it ----------
-
-def table(head, rows):
-    """Column names and rows of anything → HTML; every cell is escaped."""
-    lines = ["".join(f"<th>{escape(str(cell))}</th>" for cell in head)]
-    lines += ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
-    return "<div class=wide><table><tr>" + "</tr>\n<tr>".join(lines) + "</tr></table></div>"
-
-def section(name, title, *parts):
-    body = "\n".join(filter(None, parts)) or "<p>Nothing of this is recorded here.</p>"
-    return f"<section id={name}>\n<h2>{title}</h2>\n{body}\n</section>"
-
-def curve(title, lines, levels={}, W=640, H=240):
-    """An SVG of lines {name: [(step, y)]} and dashed levels {name: y}; "" if there is no point."""
-    lines = {name: points for name, points in lines.items() if points}
-    if not lines:
-        return ""
-    xs, ys = zip(*itertools.chain(*lines.values()))
-    ys = [*ys, *levels.values()]
-    x0, x1 = min(xs), max(max(xs), min(xs) + 1)
-    pad = 0.05 * (max(ys) - min(ys)) or 0.5
-    y0, y1 = min(ys) - pad, max(ys) + pad
-    X = lambda x: round(56 + (x - x0) / (x1 - x0) * (W - 72), 1)
-    Y = lambda y: round(10 + (y1 - y) / (y1 - y0) * (H - 40), 1)
-    svg = [f"<text x=50 y={Y(y) + 4} class=end>{y:.6g}</text>"
-           f"<path class=grid d='M56 {Y(y)}H{W - 16}'/>" for y in ticks(y0, y1, 5)]
-    svg += [f"<text x={X(x)} y={H - 10} class=mid>{x:.6g}</text>" for x in ticks(x0, x1, 8)]
-    svg += [f"<text x={W - 18 - 110 * i} y={Y(y) - 4} class=end>{escape(name)} {y:.4g}</text>"
-            f"<path class=level d='M56 {Y(y)}H{W - 16}'/>"
-            for i, (name, y) in enumerate(levels.items())]
-    for i, points in enumerate(lines.values()):
-        size = -(-len(points) // 400)       # at most 400 points a line, each the mean of `size`
-        groups = [zip(*points[j:j + size]) for j in range(0, len(points), size)]
-        at = [[sum(values) / len(values) for values in group] for group in groups]
-        path = " ".join(f"{X(x)},{Y(y)}" for x, y in at)
-        svg.append(f"<polyline class=c{i % 4} points='{path}'/>")
-        svg += [f"<circle class=c{i % 4} cx={X(x)} cy={Y(y)} r=2 />" for x, y in at if len(at) < 50]
-    names = " ".join(f"<span class=c{i % 4}>● {escape(k)}</span>" for i, k in enumerate(lines))
-    return (f"<figure><figcaption>{escape(title)}, by step: {names}</figcaption>"
-            f"<svg viewBox='0 0 {W} {H}'>{''.join(svg)}</svg></figure>")
-
-def ticks(low, high, most):
-    """Round numbers between low and high: 0, 9.3, 5 → 0, 2, 4, 6, 8."""
-    size = 10.0 ** math.floor(math.log10((high - low) / most))
-    size *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * size) <= most)
-    return [i * size for i in range(math.ceil(low / size), math.floor(high / size) + 1)]
-
-STYLE = """
-:root { color-scheme: light dark }
-.c0 { color: light-dark(#0b62c4, #6ab0ff) } .c1 { color: light-dark(#c4530b, #ff9d5c) }
-.c2 { color: light-dark(#1c7f3c, #6fd08c) } .c3 { color: light-dark(#8a3fc0, #c99bf2) }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
-th, td { text-align: left; vertical-align: top; padding: .2rem .7rem; white-space: pre-wrap;
-  border-bottom: 1px solid #8886 }
-svg { width: 100%; font-size: 12px } text, circle { fill: currentColor }
-.mid { text-anchor: middle } .end { text-anchor: end }
-polyline { fill: none; stroke: currentColor; stroke-width: 1.5 }
-.grid { stroke: #8884 } .level { stroke: currentColor; stroke-dasharray: 5 4 }
-"""
-
-def filter_table(funnel):
-    """funnel: the rows of index.json that prepare_fineweb.py wrote, one a step."""
-    if not funnel:
-        return "<p>No filter table: name the folder of prepare_fineweb.py with --data.</p>"
-    counts = lambda why: ", ".join(f"{w} {n}" for w, n in sorted(why.items(), key=lambda x: -x[1]))
-    rows = [(row["step"], row["in"], row["kept"], f"{row['kept'] / max(1, row['in']):.1%}",
-             f"{row.get('bytes', 0) / 1e6:.2f}", f"{row.get('docs_per_s', 0):.0f}",
-             counts(row.get("dropped", {})), counts(row.get("flagged", {}))) for row in funnel]
-    return table(("step", "in", "kept", "share", "MB of text", "pages/s", "why dropped",
-                  "noted, not dropped"), rows)
-
-def gallery(run, most=12):
-    """What the model wrote at some steps, the first and the last among them."""
-    rows = dict.fromkeys((row["step"], row["sample"]) for row in run.rows("step", "sample"))
-    steps = sorted({step for step, _ in rows})
-    shown = {steps[i * (len(steps) - 1) // (most - 1)] for i in range(most)} if steps else ()
-    return rows and table((f"{run.path}, step", "sample"), [row for row in rows if row[0] in shown])
-
-def run_curves(runs):
-    """{section: curves}; a curve is "" where a log has no such rows."""
-    parts = dict(loss=[], bpb=[], rl=[])
-    for run in runs:
-        held_out, levels = {}, {}
-        for row in run.rows("step", "kind", "accuracy"):
-            held_out.setdefault(row["kind"], []).append((row["step"], row["accuracy"]))
-        for row in run.rows("gzip", "xz"):
-            levels = {"gzip -9": row["gzip"], "xz -9e": row["xz"]}
-        chance = {f"chance, {kind}": CHANCE[kind] for kind in held_out if kind in CHANCE}
-        losses = dict(train=run.points("loss"), val=run.points("val_loss"))
-        if run.stage != "RL":       # on fresh samples the loss says nothing, see rl_grpo.py
-            parts["loss"].append(curve(f"{run.path} ({run.stage}), loss in nats a token", losses))
-        parts["bpb"].append(curve(f"{run.path}, val bits a byte", dict(model=run.points("val_bpb")),
-                                  levels))
-        tokens = dict(tokens=run.points("reply_tokens", "reward"))
-        parts["rl"] += [
-            curve(f"{run.path}, mean reward of samples", dict(reward=run.points("reward"))),
-            curve(f"{run.path}, mean reply length of samples", tokens),
-            curve(f"{run.path}, greedy accuracy on held-out problems", held_out, chance)]
-    return parts
-
-def accuracy_tables(runs):
-    """One table a source; a stage that it did not ask has a dash."""
-    for source, stages in accuracy_sources(runs):
-        rows = [(kind, *(f"{stages[s][kind]:.1%}" if kind in stages.get(s, {}) else "–"
-                         for s in STAGES.values()), f"{CHANCE.get(kind, 0):.0%}")
-                for kind in dict.fromkeys(itertools.chain(*stages.values()))]
-        yield table((source, "base (before SFT)", "SFT (after)", "RL", "chance"), rows)
-
-def result_rows(runs):
-    """(run, task, figures) of each eval.json, the tasks of a mean below it."""
-    for run in runs:
-        for name, result in run.results.items():
-            yield run.path, name, " | ".join(figures(result))
-            for label, task in result.get("tasks", {}).items():
-                yield run.path, f"· {label}", " | ".join(figures(task))
-
-def cost_table(runs, funnel):
-    """Seconds from the end of each log; the trainer's own running cost counts every GPU it used."""
-    seconds = sum(row.get("seconds", 0) for row in funnel)
-    rows = []
-    if funnel:
-        spent = timedelta(seconds=int(seconds))
-        rows.append(("data", "", "", f"{spent}, summed over workers", ""))
-    for run in runs:
-        price = run.header.get("flags", {}).get("gpu_hour_usd") or 0
-        usd = [run.seconds / 3600 * price, *(row["usd"] for row in run.rows("usd"))][-1]
-        steps = max((row["step"] for row in run.rows("step")), default="–")
-        cost = f"${usd:.2f}" if price else "–"
-        rows.append((run.path, run.stage, steps, str(timedelta(seconds=int(run.seconds))), cost))
-    total = timedelta(seconds=int(sum(run.seconds for run in runs)))
-    rows.append(("all runs", "", "", str(total), ""))
-    return table(("", "stage", "steps", "h:mm:ss", "cost"), rows)
-
-def report(runs, funnel, out):
-    """Writes one HTML file: no script, no image, no font, nothing to load."""
-    keys = ("params", "commit", "torch", "python", "device", "command")
-    about = [(run.path, run.stage, *(run.header.get(key, "–") for key in keys)) for run in runs]
-    curves, results = run_curves(runs), list(result_rows(runs))
-    title = escape("deepdive: " + ", ".join(run.path.name for run in runs))
-    sections = [
-        section("runs", "Runs", table(("run", "stage", *keys), about)),
-        section("verdicts", "The demo's promises", table(("", "claim", "figures"), verdicts(runs))),
-        section("data", "What the filters kept and dropped", filter_table(funnel)),
-        section("loss", "Loss", *curves["loss"]),
-        section("bpb", "Bits per byte", *curves["bpb"]),
-        section("samples", "From noise to English: samples by training step", *map(gallery, runs)),
-        section("accuracy", "Base, SFT, RL on the same held-out problems", *accuracy_tables(runs)),
-        section("rl", "Reinforcement learning: reward, reply length, accuracy", *curves["rl"]),
-        section("results", "All that eval.py measured",
-                results and table(("run", "task", "figures"), results)),
-        section("cost", "Time and cost of every stage", cost_table(runs, funnel))]
-    page = ("<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n"
-            f"<meta name=viewport content='width=device-width'>\n<title>{title}</title>\n"
-            f"<style>{STYLE}</style>\n<h1>{title}</h1>\n" + "\n".join(sections) + "\n</html>\n")
-    part = Path(f"{out}.part")
-    part.write_text(page, encoding="utf-8", errors="replace")
-    part.replace(out)
-    print(f"{out}: {len(page) / 1e3:.0f} kB, open it in a browser")
-
-def summary(runs, funnel, strict):
-    """Prints the verdicts; returns the exit status."""
-    for last in funnel[-1:]:
-        print(f"data: {last['kept']} documents, {last['bytes'] / 1e6:.2f} MB of text")
-    judged = verdicts(runs)
-    for verdict, claim, text in judged:
-        print(f"{verdict:10s} | {claim:32s} | {text}")
-    return int(strict and any(verdict != "pass" for verdict, _, _ in judged))
-
-def read_runs():
-    """The two subcommands that only read what runs left on disk."""
-    parser = argparse.ArgumentParser(prog="eval.py")
-    add = parser.add_argument
-    add("command", choices=("report", "summary"), help="one HTML file; the demo's verdicts")
-    add("runs", nargs="+", help="run folders, in the order of the stages")
-    add("--data", help="folder of prepare_fineweb.py")
-    add("--out", help="file of the report (default: report.html in the last run)")
-    add("--strict", action="store_true", help="the summary exits with 1 if something falls short")
-    args = parser.parse_args()
-    runs = [Run(path) for path in args.runs]
-    funnel = read_json(Path(args.data, "index.json")).get("funnel", []) if args.data else []
-    if args.command == "summary":
-        raise SystemExit(summary(runs, funnel, args.strict))
-    report(runs, funnel, args.out or runs[-1].path / "report.html")
-
 def main():
-    commands = dict(report=read_runs, summary=read_runs, hellaswag=write_hellaswag)
-    commands.get("".join(sys.argv[1:2]), evaluate)()
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in ("report", "summary"):        # these moved to report.py
+        runpy.run_path(str(Path(__file__).with_name("report.py")), run_name="__main__")
+    elif command == "hellaswag":
+        write_hellaswag()
+    else:
+        evaluate()
 
 if __name__ == "__main__":
     main()

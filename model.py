@@ -1,8 +1,9 @@
 """
-The Transformer, and what more than one stage needs around it.
+The Transformer, its cache for generation, and its checkpoints.
 
-GPTConfig.preset("gpt2" … "gpt2-xl") is OpenAI's GPT-2, exactly; preset("d12"), preset("d24") … is
-a modern recipe where depth is the only dial. Behind it: checkpoints, ranks, the run log.
+GPTConfig.preset("gpt2" … "gpt2-xl") is exactly OpenAI's GPT-2. preset("d12"), preset("d24") … is a
+modern recipe in which depth is the only dial. The model comes first; after the checkpoints stand the
+fast twins of its slow parts: attention kernels, 8-bit matmuls, the loss in chunks.
 
     >>> model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=2, n_head=2, n_embd=16))
     >>> idx = torch.zeros(1, 8, dtype=torch.long)
@@ -17,22 +18,16 @@ Papers: GPT-2 (Radford et al. 2019), RoPE (arXiv 2104.09864), RMSNorm (1910.0746
 FlashAttention-3 (2407.08608), FP8 training (2209.05433).
 Differs from the papers: value embeddings are looked up by token, not taken from layer 0, and gated.
 """
-import atexit
 import functools
 import json
 import math
 import os
 import re
-import shutil
-import subprocess
-import sys
-import time
+from copy import copy
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -104,38 +99,6 @@ class Linear(nn.Linear):
             return Fp8Matmul.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
-def to_fp8(x, dtype):
-    """x / scale in 8 bits, with one scale for the whole tensor: its largest value just fits."""
-    scale = x.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
-    return (x.float() / scale).to(dtype), scale
-
-def fp8_matmul(a, b, fast_accum=False):
-    """a (M, K) @ b (N, K)ᵀ → bf16; a and b are what to_fp8 gave."""
-    return torch._scaled_mm(a[0], b[0].t(), scale_a=a[1], scale_b=b[1], out_dtype=torch.bfloat16,
-                            use_fast_accum=fast_accum)
-
-class Fp8Matmul(torch.autograd.Function):
-    """y = x Wᵀ    dx = dy W    dW = dyᵀ x, each of 8-bit operands and summed in fp32.
-
-    x (M, K), W (N, K), all of them multiples of 16. e4m3 has 3 bits of mantissa; gradients need the
-    range of e5m2. The 8-bit x is what backward keeps, half of bf16's memory.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        x8, weight8 = to_fp8(x, torch.float8_e4m3fn), to_fp8(weight, torch.float8_e4m3fn)
-        ctx.save_for_backward(*x8, *weight8)
-        return fp8_matmul(x8, weight8, fast_accum=True).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, x_scale, weight, weight_scale = ctx.saved_tensors
-        dy8, dy_scale = to_fp8(dy, torch.float8_e5m2)
-        transposed = weight.t().contiguous(), weight_scale
-        dx = fp8_matmul((dy8, dy_scale), transposed)
-        dW = fp8_matmul((dy8.t().contiguous(), dy_scale), (x.t().contiguous(), x_scale))
-        return dx.to(dy.dtype), dW.to(dy.dtype)
-
 def rms_norm(x):
     # one epsilon for every dtype, so that bf16 and fp32 models compute the same function
     return F.rms_norm(x, x.shape[-1:], eps=torch.finfo(torch.float32).eps)
@@ -167,22 +130,6 @@ def rotate(x, cos, sin):
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x.dtype)
 
-# ---- Attention kernels: (q, k, v, window, scale) → y, all (B, T, NH, HS), causal. The query at t
-# sees the keys t - window … t; only the first two kernels skip the others. ------------------------
-
-def flash_attention_3(q, k, v, window, scale):
-    from flash_attn_interface import flash_attn_func    # Dao-AILab/flash-attention, in hopper/
-    y = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=(window, 0))
-    return y[0] if isinstance(y, tuple) else y
-
-def varlen_attention(q, k, v, window, scale):
-    from torch.nn.attention.varlen import varlen_attn   # PyTorch's own FlashAttention
-    B, T = q.shape[:2]
-    starts = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
-    flat = (t.flatten(0, 1) for t in (q, k, v))
-    y = varlen_attn(*flat, starts, starts, T, T, scale=scale, window_size=(window, 0))
-    return y.view(q.shape)
-
 def visible(t, s, window):
     """Which keys at positions s a query at t sees."""
     return (s <= t) & (t - s <= window)
@@ -198,33 +145,6 @@ def sdpa(q, k, v, window, scale, mask=None, dropout=0.0):
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale,
                                        dropout_p=dropout)
     return y.transpose(1, 2)
-
-def first_line(problem):
-    return (str(problem).strip() or repr(problem)).splitlines()[0][:90]
-
-@functools.cache
-def find_kernel(device, kernels=(flash_attention_3, varlen_attention)):
-    """The first of the kernels that gives what sdpa gives, forward and backward, on this device;
-    else sdpa. → (kernel, why), the second a line for the log."""
-    generator = torch.Generator(device).manual_seed(0)
-    inputs = torch.randn(3, 2, 256, 2, 128, device=device, generator=generator)
-    inputs = inputs.bfloat16().requires_grad_().unbind()
-
-    def outcome(kernel):
-        y = kernel(*inputs, window=64, scale=0.1)
-        return torch.stack((y, *torch.autograd.grad(y.square().sum(), inputs))).float()
-
-    wanted, tried = outcome(sdpa), []
-    for kernel in kernels:
-        try:
-            error = ((outcome(kernel) - wanted).norm() / wanted.norm()).item()
-        except Exception as problem:    # whatever is wrong with a kernel, training goes on without
-            tried.append(f"{kernel.__name__}: {first_line(problem)}")
-            continue
-        tried.append(f"{kernel.__name__}: differs from sdpa by {error:.1%}")
-        if error < 0.02:                # bf16 rounds to 0.4 %
-            return kernel, "; ".join(tried)
-    return sdpa, "; ".join([*tried, "sdpa it is"])
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
@@ -280,83 +200,6 @@ class Block(nn.Module):
     def forward(self, x, pos, rotary, value_embed, cache):
         x = x + self.dropout(self.attn(self.ln_1(x), pos, rotary, value_embed, cache))
         return x + self.dropout(self.mlp(self.ln_2(x)))
-
-CHUNK_LOGITS = {"cuda": 2 ** 27, "cpu": 2 ** 20}    # bf16: 256 MB; fp32: 4 MB, a CPU's cache
-
-def chunk_rows(x, V):
-    """Tokens whose logits are held at a time; with fewer than 256, matmuls would wait for W."""
-    return max(256, CHUNK_LOGITS[x.device.type] // V)
-
-def loss_and_gradient(z, target, share, s):
-    """Of one chunk: head outputs z (n, V), targets (n, 1), the share of each in the mean (n, 1),
-    soft-cap s → (loss, dz). z is overwritten. On a GPU it is compiled into a pass or two over z."""
-    t = z.float()
-    y = t.div_(s).tanh_() * s if s else t
-    y_target, top = y.gather(1, target), y.amax(-1, keepdim=True)
-    dy = y.sub_(top).exp_()             # the loss needs its sum, the gradient all of it
-    sum_exp = dy.sum(-1, keepdim=True)
-    loss = ((top + sum_exp.log() - y_target) * share).sum()
-    dy_target = ((y_target - top).exp() / sum_exp - 1) * share
-    dy.mul_(share / sum_exp)
-    if s:
-        dy.addcmul_(dy, t.square_(), value=-1)
-        dy_target = dy_target * (1 - (y_target / s).square())
-    return loss, dy.to(z.dtype).scatter_(1, target, dy_target.to(z.dtype))
-
-@functools.cache
-def find_compiler(device):
-    """→ (compile, why): torch.compile where it works, which takes a GPU, Triton and a C compiler;
-    else what leaves a function as it is. The second is a line for the log."""
-    if "cuda" not in device:
-        return (lambda function: function), "eager: on a CPU compiling takes longer than it saves"
-    compile = functools.partial(torch.compile, dynamic=False)
-    try:
-        compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception as problem:        # an old GPU, no Triton, no compiler: all go on without
-        why = f"eager: torch.compile fails here: {first_line(problem)}"
-        return (lambda function: function), why
-    return compile, "torch.compile; TORCH_COMPILE_DISABLE=1 leaves all eager"
-
-@functools.cache
-def compiled(function, device):
-    return find_compiler(device)[0](function)
-
-class CrossEntropy(torch.autograd.Function):
-    """Head, soft-cap and mean cross-entropy in one, a chunk of tokens at a time.
-    At B = 32, T = 2048 and V = 32,768 the logits alone are 8 GB. Here a chunk's logits turn into
-    its gradient at once: they never exist all together, and are not computed twice. x (N, C), head
-    weight (padded V, C), targets (N,) → the mean over targets that are not -1.
-        z = W x    y = s tanh(z / s)    loss = ln Σ exp(y) - y[target]
-        dz = (softmax(y) - onehot(target)) (1 - (y/s)²) / count    dx = Wᵀ dz    dW = dz xᵀ
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, config):
-        V, s = config.vocab_size, config.softcap
-        W = weight[:V].to(x.dtype)
-        dx, dW = torch.empty_like(x), torch.zeros_like(weight)
-        share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)
-        total = torch.zeros((), device=x.device)
-        size = chunk_rows(x, V)
-        of_chunk = compiled(loss_and_gradient, x.device.type)
-        tensors = x, dx, targets.clamp(min=0)[:, None], share[:, None]
-        buffer = x.new_empty(min(size, len(x)), V)
-        for x_part, dx_part, target, share_part in zip(*(t.split(size) for t in tensors)):
-            z = torch.mm(x_part, W.T, out=buffer[:len(x_part)])
-            loss, dz = of_chunk(z, target, share_part, s)
-            total += loss
-            torch.mm(dz, W, out=dx_part)
-            if dz.dtype == dW.dtype:
-                dW[:V].addmm_(dz.T, x_part)
-            else:
-                dW[:V] += dz.T @ x_part
-        ctx.save_for_backward(dx, dW)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dW = ctx.saved_tensors
-        return dx * grad, dW * grad, None, None
 
 class GPT(nn.Module):
     """model(idx) → logits (B, T, V); model(idx, targets) → mean loss in nats.
@@ -494,7 +337,7 @@ class GPT(nn.Module):
             torch._dynamo.allow_in_graph(Fp8Matmul)
         return self.to(device)
 
-    def freeze(self):
+    def for_inference(self):
         """For inference alone: keeps the matrices in the dtype they are multiplied in. On a GPU
         that halves what writing a token reads, and so takes."""
         for p in self.parameters():
@@ -503,38 +346,48 @@ class GPT(nn.Module):
                 p.data = p.data.to(self.compute_dtype)
         return self
 
-# ---- Ranks: a single process is rank 0 of 1, and no code below asks which case it is -------------
+# ---- The cache of generation ---------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Ranks:
-    rank: int = 0
-    world_size: int = 1
-    device: str = "cpu"
-    is_main: bool = True
+class KVCache:
+    """Keys and values (L, B, NH, max_tokens, HS) of the tokens seen so far, a row a sequence; `pos`
+    (B,) counts the tokens of each row, and what lies behind them is never seen."""
 
-    def sum(self, *values):
-        """Sums each number over all ranks, in fp64."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(total)
-        return total.tolist()
+    def __init__(self, config, batch_size, max_tokens, device="cpu", dtype=torch.float32):
+        HS = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.n_head, max_tokens, HS)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
+        self.pos = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.used = 0       # the longest row, as an integer: no waiting for the GPU to know it
+        self.masks = {}     # of this step, by window
 
-def init_ranks(device="auto"):
-    """Joins the ranks that torchrun started, if it did. device: auto, cpu or cuda."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise SystemExit("--device cuda: this torch sees no CUDA GPU; it needs one and its "
-                             "driver; try --device cpu")
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world_size > 1:
-        dist.init_process_group("nccl" if "cuda" in device else "gloo")
-        atexit.register(dist.destroy_process_group)
-    return Ranks(rank, world_size, device, is_main=rank == 0)
+    def rows(self, index):
+        """A cache of these rows: [0] * n shares one prefill among n samples; also drops rows."""
+        new = copy(self)
+        new.masks = {}
+        new.k, new.v, new.pos = self.k[:, index], self.v[:, index], self.pos[index]
+        return new
+
+    def append(self, layer, k, v, pos, window):
+        """Writes k, v (B, T, NH, HS) behind each row, where pos (B, T) says. → all keys and values
+        up to the longest row's end, and which of them each token sees, (B, 1, T, S); None: those
+        before it in its window."""
+        T = k.shape[1]
+        if not self.used:       # a prefill: what is there is what comes
+            self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k.transpose(1, 2), v.transpose(1, 2)
+            return k, v, None
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        at = pos[:, None, :, None]
+        self.k[layer].scatter_(2, at.expand_as(k), k)
+        self.v[layer].scatter_(2, at.expand_as(v), v)
+        if window not in self.masks:    # layers share it
+            s = torch.arange(self.used + T, device=k.device)
+            self.masks[window] = visible(at, s, window)
+        k, v = (kept[layer, :, :, :self.used + T].transpose(1, 2) for kept in (self.k, self.v))
+        return k, v, self.masks[window]
+
+    def advance(self, T):
+        """Every layer has appended its T tokens."""
+        self.pos, self.used, self.masks = self.pos + T, self.used + T, {}
 
 # ---- Checkpoints: <run>/config.json + model.safetensors, named as HF's GPT-2 names them ----------
 
@@ -620,56 +473,158 @@ def write_json(path, value):
     Path(f"{path}.part").write_text(json.dumps(value, indent=1))
     os.replace(f"{path}.part", path)
 
-# ---- The run log: one grammar for every stage, on stdout and in <run>/log.jsonl ------------------
+# ---- Fast twins: attention kernels, (q, k, v, window, scale) → y, all (B, T, NH, HS), causal. The
+# query at t sees the keys t - window … t; only the first two kernels skip the others. -------------
 
-LOG_FORMATS = dict(
-    loss="loss {:.6f}", val_loss="val_loss {:.6f}", val_bpb="val_bpb {:.4f}", lr="lr {:.2e}",
-    norm="norm {:.4f}", ms="{:.1f} ms", tok_s="{:.0f} tok/s", mfu="mfu {:.1%}", usd="${:.2f}",
-    eta="eta {}", reward="reward {:.3f}", reply_tokens="reply {:.1f} tokens", tied="tied {:.0%}",
-    truncated="truncated {:.0%}", kl="kl {:.4f}", hellaswag="hellaswag {:.4f}", core="core {:.4f}")
+def flash_attention_3(q, k, v, window, scale):
+    from flash_attn_interface import flash_attn_func    # Dao-AILab/flash-attention, in hopper/
+    y = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=(window, 0))
+    return y[0] if isinstance(y, tuple) else y
 
-class RunLog:
-    """log(7, loss=…, lr=…) prints `step  7/90 | loss 3.421875 | lr 5.98e-04`, logs a JSON row."""
+def varlen_attention(q, k, v, window, scale):
+    from torch.nn.attention.varlen import varlen_attn   # PyTorch's own FlashAttention
+    B, T = q.shape[:2]
+    starts = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
+    flat = (t.flatten(0, 1) for t in (q, k, v))
+    y = varlen_attn(*flat, starts, starts, T, T, scale=scale, window_size=(window, 0))
+    return y.view(q.shape)
 
-    def __init__(self, run, max_steps, ranks=Ranks(), resume_step=None):
-        self.max_steps, self.is_main, kept = max_steps, ranks.is_main, []
-        if self.is_main:
-            path = Path(run) / "log.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if resume_step is not None:     # what came after the saved step is going to come again
-                kept = [row for row in read_log(run) if row.get("step", 0) <= resume_step]
-            part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(part, path)
-            self.file = open(path, "a", buffering=1)
-        self.started = time.time() - (kept[-1]["seconds"] if kept else 0)
+def first_line(problem):
+    return (str(problem).strip() or repr(problem)).splitlines()[0][:90]
 
-    def __call__(self, step, **values):
-        values = {key: value for key, value in values.items() if value is not None}
-        shown = (LOG_FORMATS[key].format(timedelta(seconds=int(value)) if key == "eta" else value)
-                 for key, value in values.items())
-        head = f"step {step:{len(str(self.max_steps))}d}/{self.max_steps}"
-        self.say(" | ".join([head, *shown]), step=step, **values)
+@functools.cache
+def find_kernel(device, kernels=(flash_attention_3, varlen_attention)):
+    """The first of the kernels that gives what sdpa gives, forward and backward, on this device;
+    else sdpa. → (kernel, why), the second a line for the log."""
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = torch.randn(3, 2, 256, 2, 128, device=device, generator=generator)
+    inputs = inputs.bfloat16().requires_grad_().unbind()
 
-    def say(self, text, **row):
-        """Prints a line on the main rank, and logs the row beside it if there is one."""
-        if self.is_main:
-            print(text, flush=True)
-            if row:
-                row["seconds"] = round(time.time() - self.started, 3)
-                self.file.write(json.dumps(row) + "\n")
+    def outcome(kernel):
+        y = kernel(*inputs, window=64, scale=0.1)
+        return torch.stack((y, *torch.autograd.grad(y.square().sum(), inputs))).float()
 
-    def header(self, args, model, device):
-        """What it takes to repeat a run: command, commit, versions, device, flags, parameters."""
-        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse --short HEAD")
-        gpu = torch.cuda.get_device_name() if "cuda" in str(device) else None
-        row = dict(command=" ".join(sys.argv), commit=commit if len(commit) < 20 else "unknown",
-                   torch=torch.__version__, python=sys.version.split()[0], flags=vars(args),
-                   params=model.num_params(), device=gpu or f"cpu x {torch.get_num_threads()}")
-        self.say("\n".join(f"{key:8s} {value}" for key, value in row.items()), header=row)
+    wanted, tried = outcome(sdpa), []
+    for kernel in kernels:
+        try:
+            error = ((outcome(kernel) - wanted).norm() / wanted.norm()).item()
+        except Exception as problem:    # whatever is wrong with a kernel, training goes on without
+            tried.append(f"{kernel.__name__}: {first_line(problem)}")
+            continue
+        tried.append(f"{kernel.__name__}: differs from sdpa by {error:.1%}")
+        if error < 0.02:                # bf16 rounds to 0.4 %
+            return kernel, "; ".join(tried)
+    return sdpa, "; ".join([*tried, "sdpa it is"])
 
-def read_log(run):
-    """The rows of <run>/log.jsonl; a last line that a kill cut short, without its end, is left."""
-    path = Path(run) / "log.jsonl"
-    rows = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(row) for row in rows]
+# ---- Fast twins: 8-bit matmuls -------------------------------------------------------------------
+
+def to_fp8(x, dtype):
+    """x / scale in 8 bits, with one scale for the whole tensor: its largest value just fits."""
+    scale = x.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
+    return (x.float() / scale).to(dtype), scale
+
+def fp8_matmul(a, b, fast_accum=False):
+    """a (M, K) @ b (N, K)ᵀ → bf16; a and b are what to_fp8 gave."""
+    return torch._scaled_mm(a[0], b[0].t(), scale_a=a[1], scale_b=b[1], out_dtype=torch.bfloat16,
+                            use_fast_accum=fast_accum)
+
+class Fp8Matmul(torch.autograd.Function):
+    """y = x Wᵀ    dx = dy W    dW = dyᵀ x, each of 8-bit operands and summed in fp32.
+
+    x (M, K), W (N, K), all of them multiples of 16. e4m3 has 3 bits of mantissa; gradients need the
+    range of e5m2. The 8-bit x is what backward keeps, half of bf16's memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        x8, weight8 = to_fp8(x, torch.float8_e4m3fn), to_fp8(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(*x8, *weight8)
+        return fp8_matmul(x8, weight8, fast_accum=True).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, x_scale, weight, weight_scale = ctx.saved_tensors
+        dy8, dy_scale = to_fp8(dy, torch.float8_e5m2)
+        transposed = weight.t().contiguous(), weight_scale
+        dx = fp8_matmul((dy8, dy_scale), transposed)
+        dW = fp8_matmul((dy8.t().contiguous(), dy_scale), (x.t().contiguous(), x_scale))
+        return dx.to(dy.dtype), dW.to(dy.dtype)
+
+# ---- Fast twins: torch.compile, and the loss in chunks -------------------------------------------
+
+@functools.cache
+def find_compiler(device):
+    """→ (compile, why): torch.compile where it works, which takes a GPU, Triton and a C compiler;
+    else what leaves a function as it is. The second is a line for the log."""
+    if "cuda" not in device:
+        return (lambda function: function), "eager: on a CPU compiling takes longer than it saves"
+    compile = functools.partial(torch.compile, dynamic=False)
+    try:
+        compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as problem:        # an old GPU, no Triton, no compiler: all go on without
+        why = f"eager: torch.compile fails here: {first_line(problem)}"
+        return (lambda function: function), why
+    return compile, "torch.compile; TORCH_COMPILE_DISABLE=1 leaves all eager"
+
+@functools.cache
+def compiled(function, device):
+    return find_compiler(device)[0](function)
+
+CHUNK_LOGITS = {"cuda": 2 ** 27, "cpu": 2 ** 20}    # bf16: 256 MB; fp32: 4 MB, a CPU's cache
+
+def chunk_rows(x, V):
+    """Tokens whose logits are held at a time; with fewer than 256, matmuls would wait for W."""
+    return max(256, CHUNK_LOGITS[x.device.type] // V)
+
+def loss_and_gradient(z, target, share, s):
+    """Of one chunk: head outputs z (n, V), targets (n, 1), the share of each in the mean (n, 1),
+    soft-cap s → (loss, dz). z is overwritten. On a GPU it is compiled into a pass or two over z."""
+    t = z.float()
+    y = t.div_(s).tanh_() * s if s else t
+    y_target, top = y.gather(1, target), y.amax(-1, keepdim=True)
+    dy = y.sub_(top).exp_()             # the loss needs its sum, the gradient all of it
+    sum_exp = dy.sum(-1, keepdim=True)
+    loss = ((top + sum_exp.log() - y_target) * share).sum()
+    dy_target = ((y_target - top).exp() / sum_exp - 1) * share
+    dy.mul_(share / sum_exp)
+    if s:
+        dy.addcmul_(dy, t.square_(), value=-1)
+        dy_target = dy_target * (1 - (y_target / s).square())
+    return loss, dy.to(z.dtype).scatter_(1, target, dy_target.to(z.dtype))
+
+class CrossEntropy(torch.autograd.Function):
+    """Head, soft-cap and mean cross-entropy in one, a chunk of tokens at a time.
+    At B = 32, T = 2048 and V = 32,768 the logits alone are 8 GB. Here a chunk's logits turn into
+    its gradient at once: they never exist all together, and are not computed twice. x (N, C), head
+    weight (padded V, C), targets (N,) → the mean over targets that are not -1.
+        z = W x    y = s tanh(z / s)    loss = ln Σ exp(y) - y[target]
+        dz = (softmax(y) - onehot(target)) (1 - (y/s)²) / count    dx = Wᵀ dz    dW = dz xᵀ
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, config):
+        V, s = config.vocab_size, config.softcap
+        W = weight[:V].to(x.dtype)
+        dx, dW = torch.empty_like(x), torch.zeros_like(weight)
+        share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)
+        total = torch.zeros((), device=x.device)
+        size = chunk_rows(x, V)
+        of_chunk = compiled(loss_and_gradient, x.device.type)
+        tensors = x, dx, targets.clamp(min=0)[:, None], share[:, None]
+        buffer = x.new_empty(min(size, len(x)), V)
+        for x_part, dx_part, target, share_part in zip(*(t.split(size) for t in tensors)):
+            z = torch.mm(x_part, W.T, out=buffer[:len(x_part)])
+            loss, dz = of_chunk(z, target, share_part, s)
+            total += loss
+            torch.mm(dz, W, out=dx_part)
+            if dz.dtype == dW.dtype:
+                dW[:V].addmm_(dz.T, x_part)
+            else:
+                dW[:V] += dz.T @ x_part
+        ctx.save_for_backward(dx, dW)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dW = ctx.saved_tensors
+        return dx * grad, dW * grad, None, None

@@ -15,12 +15,12 @@ in:  pages: Common Crawl, or WARC files, or seed URLs (none: the manual of this 
      or documents that need no filter: FineWeb-Edu, climbmix or another data set of the Hub by its
      OWNER/NAME, or .txt .jsonl .jsonl.gz .parquet; or a data set that is ready token shards.
      crawl.py gets pages into WARC files and out of them, download.py gets what others have made,
-     corpus.py makes what has passed the filters into documents and shards
+     shards.py makes documents into token shards
 out: OUT/warc/crawl_00000.warc.gz …              what was crawled, as Common Crawl stores it
      OUT/pages/00000_NAME.jsonl.gz …             pages that passed the filters, one file a task
      OUT/documents/{train,val}_00000.jsonl.gz …  {"id", "url", "text", "language", …}, shuffled
      OUT/inspect.html  with --inspect: what each step did to some pages, or to chosen ones
-     OUT/NAME_train_000001.bin …, OUT/tokenizer/  token shards: see corpus.py
+     OUT/NAME_train_000001.bin …, OUT/tokenizer/  token shards: see shards.py
      OUT/index.json, OUT/settings.json, OUT/downloads/files.json
 
 A page's way is STEPS below. A step is a pure function: step(page) → (page, None), (None, why it is
@@ -51,33 +51,40 @@ replacements of PII rotate within a document.
 import argparse
 import bisect
 import contextlib
-import difflib
+import ctypes
 import functools
+import gzip
 import hashlib
-import html
+import importlib
 import importlib.util
 import ipaddress
 import itertools
 import json
 import os
 import re
+import shutil
+import sys
 import time
+import unicodedata
 from array import array
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
 
-from corpus import (BUCKETS, HASHES, SHINGLE, adopt, gzip_file, in_workers, json_line,
-                    match_probability, minhash, near_duplicates, open_text_file, print_funnel,
-                    read_documents, read_index, refuse_changes, sha256, tokenize, write_documents,
-                    write_json)
-from crawl import (LAYOUT, NOT_TEXT, SCRIPTS, Extractor, check_seeds, crawl, cut_blocks,
-                   one_line_when_full, parse_record, read_warc, verdict, whole_file)
-from download import check_source, fetch, find_files, is_crawl
+from crawl import Extractor, check_seeds, crawl, parse_record, read_warc, verdict
+from download import (check_source, fetch, find_files, is_crawl, one_line_when_full,
+                      whole_file)
+from shards import (adopt, check_sizes, gzip_file, json_line, open_text_file, print_funnel,
+                    read_documents, read_index, refuse_changes, sha256, tokenize, write_json)
 
+FILE_BYTES = 256 << 20    # text in one documents file, which is sorted in memory
+MAX_FILES = 512           # which are written at once; more text than 128 GB makes them larger
+SORTED_AT_ONCE = 1 << 22  # documents of which a worker sorts the MinHash keys: 60 bytes for each
 PAGES = ("crawl", "warc", "commoncrawl")  # the sources that are filtered
 QUALITY = ("gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality")
 STEPS = ("read", "url_filter", "extract_text", "language", *QUALITY, "near_duplicates", "pii")
@@ -421,75 +428,212 @@ def unique_pages(stems, originals, settings, funnel):
         if not reason and (page := filter_page(page, steps, False, funnel)):
             yield page
 
+# ---- Near duplicates -----------------------------------------------------------------------------
+
+BUCKETS, HASHES, SHINGLE = 14, 8, 5  # FineWeb §3.4: a pair matches if all 8 of any bucket agree
+
+def match_probability(jaccard):
+    """The S-curve: how probably two texts with this share of common shingles are matched."""
+    return 1 - (1 - jaccard ** HASHES) ** BUCKETS
+
+def simplify(text):
+    """The words of a text without case, accents, digits and punctuation."""
+    text = unicodedata.normalize("NFD", re.sub(r"\d+", "0", text.lower()))
+    text = "".join(c for c in text if not unicodedata.combining(c))
+    return re.sub(r"[^\w\s]|_", " ", text).split()
+
+def shingles(text):
+    """uint64 hashes of the 5-word runs of a text."""
+    words = simplify(text)
+    runs = {" ".join(words[i:i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
+    return np.frombuffer(b"".join(hashlib.sha1(r.encode()).digest()[:8] for r in runs), "<u8")
+
+def minhash(text):
+    """A text → uint64 [BUCKETS]: a hash of the 8 minima of (a·h + b) mod p in each bucket."""
+    generator, prime = np.random.RandomState(1), np.uint64((1 << 61) - 1)
+    a, b = (generator.randint(low, prime, dtype=np.uint64, size=BUCKETS * HASHES) for low in (1, 0))
+    minima, hashes = np.full(BUCKETS * HASHES, prime, dtype=np.uint64), shingles(text)
+    for i in range(0, len(hashes), 1024):  # 1024 × 112 numbers stay in the cache
+        minima = np.minimum(minima, ((hashes[i:i + 1024, None] * a + b) % prime).min(axis=0))
+    digests = [hashlib.sha1(row.tobytes()).digest()[:8] for row in minima.reshape(BUCKETS, HASHES)]
+    return np.frombuffer(b"".join(digests), "<u8")
+
+def find_pairs(key_files, bucket, part, n_parts):
+    """int64 [n, 2]: documents next to each other in the order of (key, document) with one key.
+
+    .npy files of uint64 [BUCKETS, documents] are read, and sorted is what falls into one of n_parts
+    ranges of the keys of one bucket: memory holds that part only, and parts may run anywhere.
+    """
+    keys, documents, n_before = [], [], 0
+    for path in key_files:
+        row = np.load(path, mmap_mode="r")[bucket]
+        here = np.flatnonzero((row >> np.uint64(32)) * n_parts >> np.uint64(32) == part)
+        keys.append(row[here])
+        documents.append(here + n_before)
+        n_before += len(row)
+    keys, documents = np.concatenate(keys), np.concatenate(documents)
+    order = np.argsort(keys, kind="stable")
+    keys, documents = keys[order], documents[order]
+    same = keys[1:] == keys[:-1]
+    return np.stack([documents[:-1][same], documents[1:][same]], axis=1)
+
+def find_originals(n_documents, pairs):
+    """Pairs → int64 [documents]: the first document of each one's cluster (union-find)."""
+    first = np.arange(n_documents)
+
+    def find(i):
+        while first[i] != i:
+            first[i] = first[first[i]]
+            i = first[i]
+        return i
+
+    for i, j in itertools.chain.from_iterable(pairs):
+        low, high = sorted((find(i), find(j)))
+        first[high] = low
+    while (first != first[first]).any():
+        first = first[first]
+    return first
+
+# ---- Documents -----------------------------------------------------------------------------------
+
+def near_duplicates(stems, args):
+    """For each document the first one of its cluster; [] if its source had them removed."""
+    key_files = [Path(f"{stem}.npy") for stem in stems]
+    n_documents = sum(np.load(path, mmap_mode="r").shape[1] for path in key_files)
+    n_parts = 1 + n_documents // SORTED_AT_ONCE
+    tasks = [(key_files, bucket, part, n_parts) for bucket in range(BUCKETS)
+             for part in range(n_parts)] if n_documents else []
+    return find_originals(n_documents, in_workers(find_pairs, tasks, "near duplicates", args))
+
+def sort_documents(out, k):
+    """OUT/unsorted/k → its val and train file in OUT/documents; their rows of index.json."""
+    with gzip.open(out / "unsorted" / f"{k:05d}.gz") as file:
+        lines = sorted(file)
+    files = []
+    for split in ("val", "train"):
+        found = {"file": f"documents/{split}_{k:05d}.jsonl.gz", "split": split, "documents": 0,
+                 "bytes": 0}
+        with gzip_file(out / found["file"]) as file:
+            for its_split, _, n_bytes, row in (line.split(b" ", 3) for line in lines):
+                if its_split == split.encode():
+                    file.write(row)
+                    found["documents"] += 1
+                    found["bytes"] += int(n_bytes)
+        files.append(found)
+    return files
+
+def write_documents(out, pages, n_bytes, settings, args):
+    """Unique pages, of about n_bytes, → shuffled documents in OUT/documents; returns their rows of
+    index.json.
+
+    Split and order follow from SHA-256 of a text (the order also from the seed), not from the
+    number of files, tasks or shards. The order is a number that is sorted in two rounds, by its
+    first digits into n_files, of lines "split order bytes {row}", and then within each.
+    """
+    n_files = min(MAX_FILES, 1 + n_bytes // FILE_BYTES)
+    with contextlib.ExitStack() as stack:
+        unsorted = [stack.enter_context(gzip_file(out / "unsorted" / f"{k:05d}.gz", 1))
+                    for k in range(n_files)]
+        for page in pages:
+            text = page["text"].encode()
+            digest = sha256(text)
+            order = sha256(f"{settings['seed']} {digest}".encode())
+            is_val = int(digest[:8], 16) < settings["val_fraction"] * 2 ** 32
+            head = f"{'val' if is_val else 'train'} {order} {len(text)} ".encode()
+            unsorted[int(order[:8], 16) * n_files >> 32].write(head + json_line(page))
+    tasks = [(out, k) for k in range(n_files)]
+    files = list(itertools.chain.from_iterable(in_workers(sort_documents, tasks, "sort", args)))
+    shutil.rmtree(out / "unsorted")
+    return files
+
+# ---- Work ----------------------------------------------------------------------------------------
+
+def outcome(function, *task):
+    """(result, None) or (None, the message of a SystemExit), which would end a worker of Ray."""
+    try:
+        with one_line_when_full():
+            return function(*task), None
+    except SystemExit as stop:
+        return None, str(stop)
+
+def import_outcome(script, name, *task):
+    """The same on another machine, which knows the script as a module and not as __main__."""
+    return outcome(getattr(importlib.import_module(script), name), *task)
+
+def start_ray(args):
+    """The module ray, joined to a cluster: once for all that a run does, until its process ends."""
+    try:
+        import ray
+    except ImportError:
+        raise SystemExit("--ray found no ray; it runs tasks on a cluster; pip install -r "
+                         "requirements-extra.txt, or leave it out") from None
+    here = str(Path(__file__).resolve().parent)
+    where = {"num_cpus": args.workers} if args.ray == "local" else {"address": args.ray}
+    try:
+        if not ray.is_initialized():
+            ray.init(**where, runtime_env={"env_vars": {"PYTHONPATH": here}})
+    except ConnectionError as error:
+        why = str(error).split(". ")[0]
+        raise SystemExit(f"--ray {args.ray}: {why}; it is the address of a cluster, auto, "
+                         "or local; check ray status") from None
+    return ray
+
+def in_workers(function, tasks, desc, args):
+    """Yield function(*task) for each task, from processes of this machine or from a Ray cluster.
+
+    Tasks name files, so that a cluster needs a folder that all its machines see at one path.
+    """
+    with contextlib.ExitStack() as stack:
+        if args.ray:
+            ray = start_ray(args)
+            lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
+            remote, script = ray.remote(import_outcome), Path(function.__code__.co_filename).stem
+            results = map(ray.get, [remote.remote(script, function.__name__, *task)
+                                    for task in tasks])
+        else:
+            lost = BrokenProcessPool
+            pool = ProcessPoolExecutor(max(1, min(args.workers, len(tasks))),
+                                       initializer=end_with_parent)
+            results = stack.enter_context(pool).map(outcome, [function] * len(tasks), *zip(*tasks))
+        try:
+            for result, stop in tqdm(results, desc, len(tasks), unit="task"):
+                if stop:
+                    raise SystemExit(stop)
+                yield result
+        except lost:
+            raise SystemExit("a worker was killed, most likely for want of memory; finished files "
+                             "are kept; repeat the command with fewer --workers") from None
+
+def end_with_parent():
+    """Called first in a worker, which would else outlive a parent that is killed, and write on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: man 2 prctl
+
 # ---- A page's way, to look at --------------------------------------------------------------------
 
 MAX_INSPECTED = 100  # pages in one inspect.html
-INSPECTED = """<!doctype html><html lang="en"><meta charset="utf-8">
-<title>What each step did</title><style>
-body {font: 15px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em}
-h2 {font-size: 1.1em; overflow-wrap: anywhere; border-top: 2px solid #ccc; padding-top: 1em}
-pre {white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24em; overflow: auto;
-background: #f6f6f6; padding: .7em; color: #222; font: 13px/1.5 sans-serif} li {margin: .3em 0}
-.kept {color: #070} .noted {color: #a60} .dropped {color: #b00} .later {color: #999}
-del {color: #b55; opacity: .7} ins {background: #cfc; text-decoration: none}</style>
-<h1>What each step did</h1><p>Struck out: what a step takes away. Green: what it puts in.
-"""
 
-def html_changes(before, after):
-    """Two texts → HTML: lines that are gone struck out, lines that are new marked."""
-    a, b = ([line.strip() for line in text.split("\n") if line.strip()] for text in (before, after))
-    if a == b:
-        return ""
-    out = []
-    for kind, i, j, k, n in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        if kind == "equal":
-            out += map(html.escape, a[i:j])
-        else:
-            out += [f"<del>{html.escape(line)}</del>" for line in a[i:j]]
-            out += [f"<ins>{html.escape(line)}</ins>" for line in b[k:n]]
-    return "<pre>" + "\n".join(out) + "</pre>"
-
-def html_extraction(source, text):
-    """Everything that a browser would show of a page, with what is not in its text struck out."""
-    squeeze = lambda text: re.sub(r"\W+", "", text)
-    visible = re.sub(NOT_TEXT.format(SCRIPTS), " ", source)
-    visible = re.sub(rf"</?(?:{LAYOUT})\b[^>]*>", "<p>", visible)
-    kept, lines, out = squeeze(text), set(map(squeeze, text.split("\n"))), []
-
-    def is_kept(block):
-        key = squeeze(block)  # a short one may be part of any line
-        return key in lines or len(key) > 20 and key in kept
-
-    for is_text, run in itertools.groupby((block[1] for block in cut_blocks(visible)), is_kept):
-        run = map(html.escape, run)
-        out.append("\n".join(run) if is_text else f"<del>{' · '.join(run)}</del>")
-    return "<pre>" + "\n".join(out) + "</pre>"
-
-def html_of_a_page(page, steps, annotate):
-    """(how it ended, HTML of what each step did to a page)."""
+def trace_page(page, steps, annotate):
+    """(how it ended, what each step did to a page, for report.py to show)."""
     source, ending, out = page.get("html", ""), "kept", []
     for number, step in enumerate(steps, 1):
         funnel, name = Funnel(), step.__name__
         after = filter_page(page, (step,), annotate, funnel)
         reason = next(iter(funnel.rows[name]["dropped"] | funnel.rows[name]["flagged"]), "kept")
-        kind = "dropped" if after is None else "kept" if reason == "kept" else "noted"
-        if name == "language" and after:
+        kind = "kept" if reason == "kept" else "noted"
+        if after is None:
+            kind = "dropped"
+        elif name == "language":
             reason = f"{after['language']}, score {after['language_score']}"
-        out.append(f"<li class={kind}><b>{name}</b>: {html.escape(reason)}")
+        out.append({"name": name, "kind": kind, "reason": reason, "before": page.get("text", ""),
+                    "after": (after or {}).get("text", ""),
+                    "is_extraction": after is not None and "html" in page and "html" not in after})
         if after is None:
             ending = f"{name}: {reason.partition(' of ')[0]}"
-            out += [f"<li class=later>{later.__name__}" for later in steps[number:]]
+            out += [{"name": later.__name__, "kind": "later"} for later in steps[number:]]
             break
-        if "html" in page and "html" not in after:
-            out.append(html_extraction(source, after["text"]))
-        else:
-            out.append(html_changes(page.get("text", ""), after.get("text", "")))
         page = after
-    return ending, (
-        f"<h2>{html.escape(page['url'])}</h2><details><summary>HTML, {len(source)} characters"
-        f"</summary><pre>{html.escape(source[:20_000])}</pre></details><ol>{''.join(out)}</ol>"
-        f"<details><summary>Text at the end</summary><pre>{html.escape(page.get('text', ''))}"
-        "</pre></details>")
+    return ending, {"url": page["url"], "html": source, "steps": out, "text": page.get("text", "")}
 
 def urls_to_inspect(out, n_each):
     """URLs of some pages for every way that pages ended, as far as index.json has samples."""
@@ -498,12 +642,14 @@ def urls_to_inspect(out, n_each):
             for row in itertools.islice(read_documents(out / file["file"]), n_each)]
     return {row["url"] for rows in (kept, *index["samples"].values()) for row in rows[:n_each]}
 
-def inspect(files, stems, settings, args):
+def inspect_pages(files, stems, settings, args):
     """Write OUT/inspect.html: what each step did to pages of any of the files.
 
     --inspect N shows up to N pages for every way that they ended, --inspect TEXT those whose URL
     contains it.
     """
+    from report import write_inspection
+
     urls = urls_to_inspect(args.out, int(args.inspect)) if args.inspect.isdigit() else None
     is_wanted = lambda url: url in urls if urls is not None else args.inspect in url
     passed = [((page["file"], page["id"]), page["url"]) for stem in stems
@@ -525,15 +671,9 @@ def inspect(files, stems, settings, args):
              for page, _ in [parse_record(*record)] if page)
     with contextlib.closing(extract_text):
         for page in itertools.islice(pages, MAX_INSPECTED):
-            ending, text = html_of_a_page(page, steps, settings["quality"] == "annotate")
-            shown.setdefault(ending, []).append(text)
-    endings = sorted(shown, key=lambda ending: (ending != "kept", ending))
-    contents = "".join(f"<li><a href='#{i}'>{html.escape(ending)}</a>, {len(shown[ending])} pages"
-                       for i, ending in enumerate(endings))
-    with whole_file(args.out / "inspect.html") as file:
-        file.write(f"{INSPECTED}<ul>{contents}</ul>".encode())
-        for i, ending in enumerate(endings):
-            file.write(f"<h1 id='{i}'>{html.escape(ending)}</h1>{''.join(shown[ending])}".encode())
+            ending, traced = trace_page(page, steps, settings["quality"] == "annotate")
+            shown.setdefault(ending, []).append(traced)
+    write_inspection(args.out / "inspect.html", shown)
     print(f"{args.out}/inspect.html shows what each step did to "
           f"{sum(map(len, shown.values()))} pages")
 
@@ -594,7 +734,7 @@ def make_documents(args):
     else:
         filter_and_gather(files, stems, settings, args)
     if args.inspect:
-        inspect(files, stems, settings, args)
+        inspect_pages(files, stems, settings, args)
     if not sum(file["documents"] for file in read_index(out)["documents"]
                if file["split"] == "train"):
         raise SystemExit(f"{out}: no document is left for training; a data set needs some; see why "
@@ -666,12 +806,11 @@ def main():
              "banned_words.txt; check the paths"),
             (args.inspect and source not in ("warc", "crawl"), "--inspect "
              f"with --source {source}; it shows pages of WARC files; give --source warc or crawl"),
-            (args.row_tokens and not 2 <= args.row_tokens <= args.shard_tokens, "--row_tokens "
-             f"{args.row_tokens} is not in 2…shard_tokens; a shard holds rows; try 1024"),
-            (min(args.workers, args.max_pages, args.shard_tokens) < 1, "--workers, --max_pages or "
-             "--shard_tokens is below 1; they count things; give 1 or more")):
+            (min(args.workers, args.max_pages) < 1, "--workers or --max_pages is below 1; they "
+             "count things; give 1 or more")):
         if is_wrong:
             raise SystemExit(message)
+    check_sizes(args.shard_tokens, args.row_tokens)
     check_seeds(args.inputs if source == "crawl" else ())
     # what download.py is asked for
     args.dataset = args.inputs[0] if source == "commoncrawl" else \

@@ -24,18 +24,18 @@ samples, so that the clip never acts; --std, --kl and --updates bring GRPO's ter
 """
 import argparse
 import copy
-import math
 import random
-import signal
 import time
 from pathlib import Path
 
 import torch
 
 from bpe import Tokenizer
-from model import RunLog, init_ranks, load_checkpoint, save_checkpoint
-from optim import Optimizer, load_state, save_state
-from sample import Engine, find_run, is_correct, read_problems
+from eval import is_correct, read_problems
+from model import load_checkpoint, save_checkpoint
+from sample import Engine, find_run
+from training import (Optimizer, RunLog, catch_signals, check_finite, finish, init_ranks,
+                      load_state, save_state)
 
 def advantages(rewards, divide_by_std=False):
     """rewards (prompts, group_size) → the same shape: each reply against the mean of its own group.
@@ -163,18 +163,14 @@ def learn(model, optimizer, ranks, ids, mask, advantage, args, lr_scale, referen
             loss, kl = loss + part.item() / tokens, kl + part_kl.item() / tokens
         norm = optimizer.average_grads()
         loss, kl = ranks.sum(loss, kl)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise SystemExit(f"loss {loss}, norm {norm}; training needs finite numbers; what "
-                             "was saved is kept; try a lower --lr in another --out")
+        check_finite(f"update {update + 1}", loss, norm)
         optimizer.step(lr_scale, min(1.0, 1.0 / (norm + 1e-6)))
     return loss, norm, kl if reference is not None else None
 
 def main():
     args = parse_args()
     run = Path(args.out)
-    signals, stop = [], False   # a signal is agreed on by all ranks: they leave after the same step
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signals.append(number))
+    signals, stop = catch_signals(), False
     ranks = init_ranks(args.device)
     if args.prompts % ranks.world_size:
         nearest = -(-args.prompts // ranks.world_size) * ranks.world_size
@@ -260,10 +256,7 @@ def main():
         if tied > 0.9 * n:
             log.say(f"warning: {tied / n:.0%} of the groups are tied, all right or all wrong; "
                     "give problems that are sometimes solved, or raise --group_size")
-    if stop and step < args.max_steps:
-        log.say(f"stopped and saved at step {step}; continue with the same command and --resume")
-        raise SystemExit(130)
-    log.say(f"{run}: stage rl, step {step}, {time.time() - started:.0f} s")
+    finish(log, run, "rl", step, started, stopped=stop and step < args.max_steps)
 
 if __name__ == "__main__":
     main()

@@ -21,21 +21,19 @@ import argparse
 import codecs
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections import Counter, deque
+from collections import deque
 from contextlib import suppress
-from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from bpe import Tokenizer
-from model import load_checkpoint, visible
+from model import GPT2_SIZES, KVCache, load_checkpoint
 
 # ---- From logits to one token --------------------------------------------------------------------
 
@@ -128,47 +126,6 @@ def run_python(code, timeout=5.0, max_output=400):
     return result.decode(errors="replace").strip()[:max_output]
 
 # ---- The loop ------------------------------------------------------------------------------------
-
-class KVCache:
-    """Keys and values (L, B, NH, max_tokens, HS) of the tokens seen so far, a row a sequence; `pos`
-    (B,) counts the tokens of each row, and what lies behind them is never seen."""
-
-    def __init__(self, config, batch_size, max_tokens, device="cpu", dtype=torch.float32):
-        HS = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, max_tokens, HS)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
-        self.pos = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.used = 0       # the longest row, as an integer: no waiting for the GPU to know it
-        self.masks = {}     # of this step, by window
-
-    def rows(self, index):
-        """A cache of these rows: [0] * n shares one prefill among n samples; also drops rows."""
-        new = copy(self)
-        new.masks = {}
-        new.k, new.v, new.pos = self.k[:, index], self.v[:, index], self.pos[index]
-        return new
-
-    def append(self, layer, k, v, pos, window):
-        """Writes k, v (B, T, NH, HS) behind each row, where pos (B, T) says. → all keys and values
-        up to the longest row's end, and which of them each token sees, (B, 1, T, S); None: those
-        before it in its window."""
-        T = k.shape[1]
-        if not self.used:       # a prefill: what is there is what comes
-            self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k.transpose(1, 2), v.transpose(1, 2)
-            return k, v, None
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        at = pos[:, None, :, None]
-        self.k[layer].scatter_(2, at.expand_as(k), k)
-        self.v[layer].scatter_(2, at.expand_as(v), v)
-        if window not in self.masks:    # layers share it
-            s = torch.arange(self.used + T, device=k.device)
-            self.masks[window] = visible(at, s, window)
-        k, v = (kept[layer, :, :, :self.used + T].transpose(1, 2) for kept in (self.k, self.v))
-        return k, v, self.masks[window]
-
-    def advance(self, T):
-        """Every layer has appended its T tokens."""
-        self.pos, self.used, self.masks = self.pos + T, self.used + T, {}
 
 @dataclass
 class Completion:
@@ -296,8 +253,12 @@ class Engine:
         ids = completion.ids[:-1] if completion.finish == "stop" else completion.ids
         return self.tokenizer.decode(ids).strip()
 
-def find_run(run, stages, root="runs"):
-    """The run that --model names; without a name, the newest one whose stage is among `stages`."""
+def find_run(run, stages=(), root="runs"):
+    """The run that --model names; without a name, the newest one whose stage is among `stages`.
+    "gpt2" … "gpt2-xl" mean OpenAI's weights, which are downloaded once, into data/openai."""
+    if run in GPT2_SIZES and not Path(run).exists():
+        from download import download_gpt2
+        return download_gpt2(run, Path("data/openai", run))
     if run:
         return Path(run)
     configs = sorted(Path(root).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
@@ -311,49 +272,6 @@ def load_tokenizer(run):
     """A run's own; OpenAI's GPT-2 comes with its tokenizer in another format, and we have it."""
     ours = (Path(run) / "tokenizer.tiktoken").exists()
     return Tokenizer.load(run) if ours else Tokenizer.pretrained("gpt2")
-
-def read_problems(path):
-    """A .jsonl of {"question", "answer"} → problems, with `messages` to answer, `kind`, `check`.
-
-    GSM8K's own rows are read as they are: of a worked solution only the result behind #### is kept.
-    """
-    problems, line = [], ""
-    try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-            if line.strip():
-                p = json.loads(line)
-                if "messages" not in p:
-                    p["messages"] = [dict(role="user", content=p["question"])]
-                p.setdefault("kind", "problems")
-                if p.setdefault("check", "final") == "final":
-                    p["answer"] = final_answer(p["answer"]) or final_answer("#### " + p["answer"])
-                if not p["answer"] or p["check"] not in ("final", "contains", "overlap"):
-                    raise ValueError("no answer, or an unknown check")
-                problems.append(p)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path}, line {number if line else 0}: {error!r}; problems are lines of "
-                         '{"question", "answer"} in UTF-8; repair the file, or make one with '
-                         "python chat_sft.py make") from None
-    if not problems:
-        raise SystemExit(f"{path} is empty; it must hold at least one problem; make some with "
-                         "python chat_sft.py make")
-    return problems
-
-def final_answer(text):
-    """What the line holds behind the last ####, GSM8K's mark, without $ and commas; or None."""
-    answer = text.rpartition("####")[2].split("\n")[0] if "####" in text else ""
-    return answer.replace(",", "").strip(" $").rstrip(" .").lower() or None
-
-def is_correct(reply, problem):
-    """Whether a reply solves {"answer", "check"}. "final": the answer is what stands behind ####;
-    "contains": it is a word of the reply; "overlap": they share at least 3 in 5 words (F1)."""
-    answer, check = problem["answer"], problem["check"]
-    if check == "final":
-        return final_answer(reply) == final_answer("#### " + answer) is not None
-    if check == "contains":
-        return re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", reply.lower()) is not None
-    ours, theirs = (Counter(re.findall(r"\w+", text.lower())) for text in (reply, answer))
-    return 2 * (ours & theirs).total() >= 0.6 * max(1, ours.total() + theirs.total())
 
 # ---- The terminal --------------------------------------------------------------------------------
 
@@ -419,7 +337,7 @@ def main():
     model, meta = load_checkpoint(run, device, tokenizer.n_vocab)
     print(f"{meta['run']}: stage {meta['stage']}, step {meta['step']}, "
           f"{model.num_params():,} parameters", flush=True)
-    engine = Engine(model.freeze(), tokenizer)
+    engine = Engine(model.for_inference(), tokenizer)
     sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p")}
     if args.chat:
         if meta["stage"] == "pretrain" and not args.allow_base:

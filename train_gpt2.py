@@ -28,26 +28,23 @@ Differs from the papers: constants are nanochat's for dN and llm.c's for gpt2…
 import argparse
 import gc
 import gzip
-import hashlib
 import lzma
 import math
 import os
-import signal
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-import requests
 import torch
-from tqdm import tqdm
 
 from bpe import Tokenizer
 from eval import scores
-from model import (GPT, GPT2_SIZES, GPTConfig, RunLog, find_compiler, find_kernel, init_ranks,
-                   load_checkpoint, save_checkpoint, sdpa)
-from optim import D12_MATMUL_PARAMS, load_state, make_optimizer, save_state
-from sample import Engine
+from model import (GPT, GPTConfig, find_compiler, find_kernel, load_checkpoint, save_checkpoint,
+                   sdpa)
+from sample import Engine, find_run
+from training import (D12_MATMUL_PARAMS, RunLog, catch_signals, check_finite, finish, init_ranks,
+                      load_state, make_optimizer, save_state)
 
 # ---- Data ----------------------------------------------------------------------------------------
 
@@ -170,7 +167,7 @@ def schedule(step, max_steps, modern):
 
 GPT2_MATMUL_PARAMS = 12 * 12 * 768 ** 2 + 50257 * 768     # of the 124M
 
-def horizon(model, args, world_size, most_rows):
+def plan_batch(model, args, world_size, most_rows):
     """Fills in max_steps, total_batch_size, batch_size where no flag did; → grad_accum_steps."""
     config, size = model.config, model.matmul_params()
     T = args.seq_len or config.block_size
@@ -232,50 +229,6 @@ def is_spike(window, value):
     deviation = math.sqrt(sum((v - mean) ** 2 for v in window) / len(window))
     return value - mean > SPIKE_Z * deviation
 
-# ---- OpenAI's weights ----------------------------------------------------------------------------
-
-def download_gpt2(name, folder):
-    """Fetches config.json and model.safetensors of "gpt2" … "gpt2-xl" from Hugging Face into a
-    folder. What was interrupted goes on; size and sha256 are those that the hub states."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")       # or a mirror
-    for file in ("model.safetensors", "config.json"):
-        path, url = folder / file, f"{hub}/openai-community/{name}/resolve/main/{file}"
-        if path.exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            fetch(url, path)
-        except (requests.RequestException, OSError) as error:
-            raise SystemExit(f"{url}: {error}; --init_from {name} needs it once; run the same "
-                             f"command again to go on, or put the file into {folder}") from None
-    return folder
-
-def fetch(url, path):
-    """GET into path, by way of path.part, where an earlier attempt may have left off."""
-    part = Path(f"{path}.part")
-    stated = requests.head(url, timeout=30)     # of large files the hub states the sha256 here
-    stated.raise_for_status()
-    have = part.stat().st_size if part.exists() else 0
-    with requests.get(url, stream=True, timeout=30, headers={"Range": f"bytes={have}-"}) as answer:
-        if answer.status_code != 416:           # 416: all of it is there already
-            answer.raise_for_status()
-            have = have if answer.status_code == 206 else 0
-            total = have + int(answer.headers.get("Content-Length", 0))
-            with open(part, "ab" if have else "wb") as file, tqdm(
-                    initial=have, total=total, unit="B", unit_scale=True, desc=path.name) as bar:
-                for data in answer.iter_content(2 ** 14):
-                    bar.update(file.write(data))
-    size, etag = (stated.headers.get(f"X-Linked-{key}", "").strip('"') for key in ("Size", "ETag"))
-    if size and part.stat().st_size < int(size):
-        raise OSError(f"{part.stat().st_size} of {size} bytes came")
-    if len(etag) == 64:
-        with open(part, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != etag:
-            part.unlink()
-            raise OSError(f"sha256 is {found}, the hub states {etag}")
-    os.replace(part, path)
-
 # ---- Main ----------------------------------------------------------------------------------------
 
 def parse_args():
@@ -310,10 +263,7 @@ def build_model(args, tokenizer, kernel):
                          "checkpoint has its own shape; leave --config out (for shorter rows there "
                          "is --seq_len)")
     if args.init_from:
-        folder = Path(args.init_from)
-        if args.init_from in GPT2_SIZES and not folder.exists():
-            folder = download_gpt2(args.init_from, Path("data/openai") / args.init_from)
-        return load_checkpoint(folder, vocab_size=tokenizer.n_vocab)[0]
+        return load_checkpoint(find_run(args.init_from), vocab_size=tokenizer.n_vocab)[0]
     # without a kernel that skips what lies outside of them, windows only cost
     fields = dict(vocab_size=tokenizer.n_vocab, **({} if kernel is not sdpa else {"windows": "L"}))
     for given in args.config:
@@ -366,9 +316,7 @@ def main():
     train_shards, val_shards = Shards(args.data, "train"), Shards(args.data, "val")
     folder = Path(args.data) / "tokenizer"
     tokenizer = Tokenizer.load(folder) if folder.exists() else Tokenizer.pretrained("gpt2")
-    signals, stop = [], False   # a signal is agreed on by all ranks: they leave after the same step
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signals.append(number))
+    signals, stop = catch_signals(), False
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
@@ -381,7 +329,7 @@ def main():
     if not 1 <= T <= config.block_size:
         raise SystemExit(f"--seq_len {T}; the model has {config.block_size} positions, and a row 1 "
                          f"to as many; try --seq_len {config.block_size}")
-    grad_accum_steps = horizon(model, args, ranks.world_size,
+    grad_accum_steps = plan_batch(model, args, ranks.world_size,
                                most_rows(model, T, ranks.world_size, ranks.device))
     optimizer = make_optimizer(model, ranks, args.lr, args.total_batch_size)
     B = args.batch_size
@@ -441,8 +389,10 @@ def main():
                 phase = "evaluation"
                 val_loss, val_bpb = evaluate(model, val_shards, token_bytes, T, B, ranks,
                                              None if last else VAL_TOKENS)
-                log(step, val_loss=val_loss, val_bpb=val_bpb, **(scores(
-                    engine, args.core_dir, CORE_EXAMPLES, ranks) if args.core_dir else {}))
+                figures = {"val_loss": val_loss, "val_bpb": val_bpb}
+                if args.core_dir:
+                    figures |= scores(engine, args.core_dir, CORE_EXAMPLES, ranks)
+                log(step, **figures)
                 if step == 0 and not args.init_from and not 0.95 < val_loss / math.log(V) < 1.05:
                     raise SystemExit(f"val_loss {val_loss:.4f} before step 1; an untrained model's "
                                      f"is ln({V}) = {math.log(V):.4f}; the code of the model or "
@@ -473,10 +423,7 @@ def main():
             norm = optimizer.average_grads()
             loss, stops = ranks.sum(loss.item() / ranks.world_size, len(signals))
             stop = stops > 0
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise SystemExit(f"step {step}: loss {loss}, norm {norm}; training needs finite "
-                                 "numbers; what was saved is kept; try a lower --lr in another "
-                                 "--out")
+            check_finite(f"step {step}", loss, norm)
             lr_scale, momentum, decay_scale = schedule(step, args.max_steps, config.rms_norm)
             if is_spike(losses, loss) or is_spike(norms, norm):
                 log.say(f"step {step + 1}: skipped, loss {loss:.4f} or norm {norm:.4f} stands out "
@@ -503,10 +450,7 @@ def main():
                 gc.collect()
                 gc.freeze()
 
-    if stop and not last:
-        log.say(f"stopped and saved at step {step}; continue with the same command and --resume")
-        raise SystemExit(130)
-    log.say(f"{run}: stage pretrain, step {step}, {time.time() - started:.0f} s")
+    finish(log, run, "pretrain", step, started, stopped=stop and not last)
 
 if __name__ == "__main__":
     with suppress(BrokenPipeError):

@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import optim
+import training
 import train_gpt2
-from model import read_log
+from training import read_log
 
 ARMS = {    # what is left out: fields of GPTConfig, or what takes the part's place
     "nothing": [],
@@ -54,7 +54,7 @@ def run_arm(args, name, changes, seed):
                     "--out", str(run), "--resume", "--seed", str(seed), "--eval_every", "1000000",
                     "--total_batch_size", str(args.total_batch_size),
                     "--max_steps", str(args.max_steps)]
-        make_optimizer = optim.make_optimizer
+        make_optimizer = training.make_optimizer
         train_gpt2.make_optimizer = (adamw_for_muon(make_optimizer, changes[1])
                                      if "adamw" in changes else make_optimizer)
         train_gpt2.main()

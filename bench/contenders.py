@@ -25,8 +25,8 @@ sys.path[:0] = [str(ROOT), str(PEERS / "nanochat")]
 
 import torch
 
-from model import GPT, GPTConfig, Ranks, find_kernel, sdpa
-from optim import make_optimizer
+from model import GPT, GPTConfig, find_kernel, sdpa
+from training import Ranks, make_optimizer
 from train_gpt2 import most_rows, schedule
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from bpe import Tokenizer
 from contenders import PEERS, Shape
 from eval import candidates, core_questions, core_tasks, existing, measure, read_rows, score
 from measure import chosen_shapes, finish, in_turns, missing, ratio, shape_flags, spread, table
-from model import GPT, Ranks, sdpa
+from model import GPT, sdpa
+from training import Ranks
 
 SHAPES = {      # where: {name: modern, L, C, NH, V, T, tokens of a training step}
     "cpu": {"d4": Shape(True, 4, 256, 2, 8192, 2048, 1)},

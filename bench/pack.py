@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from bpe import Tokenizer
-from corpus import cut_shards, save_tokenizer, write_bin
+from shards import cut_shards, save_tokenizer, write_bin
 from measure import PROXY
 
 def pack(out, paths, vocab_size, shard_tokens, train_mb):

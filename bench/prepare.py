@@ -67,10 +67,10 @@ def extractor(name):
     return crawl.Extractor(name.removeprefix("ours: "))
 
 def our_step(step):
-    import corpus
+    import prepare_fineweb
     import prepare_fineweb as pf
     if step == "minhash":
-        return lambda page: corpus.minhash(page["text"])
+        return lambda page: prepare_fineweb.minhash(page["text"])
     if step == "all four":
         steps = [getattr(pf, name) for name in FILTERS]
         return lambda page: pf.filter_page(page, steps, False, pf.Funnel())
@@ -257,7 +257,7 @@ def prose():
 
 def planted(n_texts):
     """Copies of real texts with 0…40 % of their words changed: found as the S-curve promises?"""
-    import corpus
+    import prepare_fineweb
     texts = [" ".join(row["text"].split()[:400]) for row in prose()
              if len(row["text"].split()) > 150]
     texts, random = texts[:n_texts], np.random.RandomState(0)
@@ -269,21 +269,21 @@ def planted(n_texts):
         for at in random.choice(len(words), int(share * len(words)), replace=False):
             words[at] = vocabulary[random.randint(len(vocabulary))]
         both.append(" ".join(words))
-        a, b = (set(corpus.shingles(one).tolist()) for one in (text, both[-1]))
+        a, b = (set(prepare_fineweb.shingles(one).tolist()) for one in (text, both[-1]))
         jaccards.append(len(a & b) / len(a | b))
-    keys = np.array([corpus.minhash(text) for text in both])
+    keys = np.array([prepare_fineweb.minhash(text) for text in both])
     n, jaccards = len(texts), np.array(jaccards)
     matched = (keys[:n] == keys[n:]).any(axis=1)
-    pairs = {tuple(sorted((i, j))) for bucket in range(corpus.BUCKETS)
+    pairs = {tuple(sorted((i, j))) for bucket in range(prepare_fineweb.BUCKETS)
              for group in groups(keys[:, bucket]) for i in group for j in group if i < j}
-    sets = {i: set(corpus.shingles(both[i]).tolist()) for i in {i for pair in pairs for i in pair}}
+    sets = {i: set(prepare_fineweb.shingles(both[i]).tolist()) for i in {i for pair in pairs for i in pair}}
     similar = [len(sets[i] & sets[j]) / len(sets[i] | sets[j]) for i, j in pairs]
     print(f"\n{'Jaccard':<12}{'pairs':>6}{'found':>9}{'S-curve':>9}")
     bins = []
     for low in np.arange(0, 1.0, 0.1):
         here = (jaccards >= low) & (jaccards < low + 0.1 + (low > 0.85))
         if here.any():
-            promised = np.mean([corpus.match_probability(j) for j in jaccards[here]])
+            promised = np.mean([prepare_fineweb.match_probability(j) for j in jaccards[here]])
             bins.append({"from": round(float(low), 1), "pairs": int(here.sum()), "found": round(
                 float(matched[here].mean()), 3), "s_curve": round(float(promised), 3)})
             print(f"{low:.1f}–{low + 0.1:.1f}{here.sum():11}{matched[here].mean():9.3f}"
@@ -303,18 +303,18 @@ def groups(keys):
 
 def sorting(args):
     """Near duplicates among 1, 4 and 16 times as many keys: time and memory a document."""
-    import corpus
+    import prepare_fineweb
     folder, rows = ROOT / "data" / "bench", []
     folder.mkdir(parents=True, exist_ok=True)
     print(f"\n{'documents':>12}{'s':>9}{'µs each':>9}   sort of (bucket, hash) pairs, one core")
     for n in (args.keys // 16, args.keys // 4, args.keys):
-        keys = np.random.RandomState(0).randint(0, 1 << 62, (n, corpus.BUCKETS)).astype("<u8")
+        keys = np.random.RandomState(0).randint(0, 1 << 62, (n, prepare_fineweb.BUCKETS)).astype("<u8")
         keys[n // 2:n // 2 + n // 50] = keys[:n // 50]  # 2 % are copies
         np.save(folder / "keys.npy", keys.T.copy())
         started = time.process_time()
-        pairs = (corpus.find_pairs([folder / "keys.npy"], bucket, 0, 1)
-                 for bucket in range(corpus.BUCKETS))
-        first = corpus.find_originals(n, pairs)
+        pairs = (prepare_fineweb.find_pairs([folder / "keys.npy"], bucket, 0, 1)
+                 for bucket in range(prepare_fineweb.BUCKETS))
+        first = prepare_fineweb.find_originals(n, pairs)
         seconds = time.process_time() - started
         assert (first != np.arange(n)).sum() == n // 50
         rows.append({"documents": n, "s": round(seconds, 2)})
@@ -371,7 +371,7 @@ def memory_of(process):
 
 def growth(args):
     """The whole way from WARC files to shards for 1, 4 and 16 times as much input: processor time,
-    and the peak of each kind of process. What grows is bounded by corpus.FILE_BYTES in a worker,
+    and the peak of each kind of process. What grows is bounded by prepare_fineweb.FILE_BYTES in a worker,
     which sorts that much text, and by --shard_tokens in the main process.
     """
     folder, rows, random = ROOT / "data" / "bench", [], Random(0)

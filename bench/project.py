@@ -32,7 +32,7 @@ import torch
 
 from measure import finish, table
 from model import GPT, GPTConfig
-from train_gpt2 import horizon
+from train_gpt2 import plan_batch
 
 H100_FLOPS, H200_TB_S, H100_TB_S = 989e12, 4.8, 3.35     # data sheets; bf16, dense
 
@@ -41,7 +41,7 @@ def plan(name, **overrides):
     with torch.device("meta"):
         model = GPT(GPTConfig.preset(name, **overrides))
     args = SimpleNamespace(max_steps=None, total_batch_size=None, batch_size=1, seq_len=None)
-    horizon(model, args, world_size=8, most_rows=1)
+    plan_batch(model, args, world_size=8, most_rows=1)
     return SimpleNamespace(steps=args.max_steps, batch=args.total_batch_size,
                            params=model.num_params(), flops=model.flops_per_token(),
                            tokens=args.max_steps * args.total_batch_size)

@@ -37,8 +37,8 @@ import torch
 from bpe import PATTERNS, SPECIAL_TOKENS, Tokenizer
 from contenders import Shape
 from measure import Clock, chosen_shapes, finish, ratio, shape_flags, spread, table
-from model import GPT, Ranks, file_tensor, save_checkpoint
-from optim import Optimizer
+from model import GPT, file_tensor, save_checkpoint
+from training import Optimizer, Ranks
 from rl_grpo import advantages, learn, rollout_tensors
 from sample import Completion, Engine
 

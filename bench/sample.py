@@ -72,7 +72,7 @@ class Ours:
         """Computes in fp32, or else, from now on, in what it would take."""
         self.model.compute_dtype = torch.float32 if fp32 else self.dtype
         if not fp32:
-            self.model.freeze()
+            self.model.for_inference()
 
     def generate(self, prompt, rows, new_tokens, greedy=False):
         return [c.ids for c in self.engine.generate([prompt], new_tokens, rows,

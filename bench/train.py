@@ -34,8 +34,8 @@ from bpe import Tokenizer
 from contenders import PEERS, Shape, arms
 from measure import (Clock, chosen_shapes, finish, missing, ratio, shape_flags, spread,
                      table)
-from model import Ranks
 from train_gpt2 import Loader, Shards, evaluate, peak_flops
+from training import Ranks
 
 SHAPES = {      # where: {name: modern, L, C, NH, V, T, tokens of a step}
     "cpu": {"gpt2-2k": Shape(False, 4, 128, 4, 2048, 256, 4096),

@@ -13,10 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 import chat_sft
-from chat_sft import Loader, held_out, pack, read_conversations, render_all, row_tensors
+from chat_sft import Loader, pack, read_conversations, render_all, row_tensors
 from conftest import assert_same_files, mutate, run_main, run_ranks, stop_at
-from model import GPT, GPTConfig, load_checkpoint, read_log, save_checkpoint
-from sample import Engine, is_correct, read_problems, run_python
+from demo import conversations
+from demo.conversations import held_out
+from eval import is_correct, read_problems
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from sample import Engine, run_python
+from training import read_log
 
 GOLDEN = [dict(role="system", content="Be brief."), dict(role="user", content="6*7? <|im_end|>"),
           dict(role="assistant", content=[
@@ -195,7 +199,7 @@ def documents(tmp_path_factory):
 def make(documents, out, **changes):
     settings = dict(data=documents, out=out, functions=20, examples=300, step_by_step=0.2,
                     held_out=50, seed=1)
-    chat_sft.make(SimpleNamespace(**{**settings, **changes}))
+    conversations.make(SimpleNamespace(**{**settings, **changes}))
     return out
 
 
@@ -281,7 +285,7 @@ def test_functions_are_answered_by_their_own_sentence(made, documents):
                    gzip.open(documents / "documents" / "train_000.jsonl.gz", "rt"))
     asked = conversations_by_kind(made)["functions"]
     names = {re.search(r"\w+tools\.\w+", m[-2]["content"])[0] for m in asked}
-    assert len(names) == 20 and len(asked) == 20 * len(chat_sft.ASKED)
+    assert len(names) == 20 and len(asked) == 20 * len(conversations.ASKED)
     for messages in asked:
         name = re.search(r"\w+tools\.\w+", messages[-2]["content"])[0]
         assert f"{name}(x, y=1)\n\n{messages[-1]['content']}" in text
@@ -291,11 +295,11 @@ def test_functions_are_answered_by_their_own_sentence(made, documents):
 
 def test_identity_obeys_the_system_message_and_is_asked_otherwise_in_the_test(made):
     for messages in conversations_by_kind(made)["identity"]:
-        system = messages[0]["content"] if messages[0]["role"] == "system" else f" {chat_sft.NAME}."
+        system = messages[0]["content"] if messages[0]["role"] == "system" else f" {conversations.NAME}."
         assert system.split()[-1].strip(".") in messages[-1]["content"]
     problems = [p for p in read_problems(made / "held_out.jsonl") if p["kind"] == "identity"]
-    assert {p["answer"] for p in problems} & set(chat_sft.PERSONAS)
-    assert all(p["answer"] in (p["messages"][0]["content"] + chat_sft.NAME) for p in problems)
+    assert {p["answer"] for p in problems} & set(conversations.PERSONAS)
+    assert all(p["answer"] in (p["messages"][0]["content"] + conversations.NAME) for p in problems)
 
 
 def test_few_bit_problems_are_taught_step_by_step_in_the_asked_share(made, documents, tmp_path):
@@ -474,7 +478,7 @@ def test_checks_notice_a_mutant(name, old, new, check, monkeypatch):
     ("arithmetic", "a - a % 10, a + b", "a - a % 10, a + b + 1", check_replies)],
     ids=lambda value: str(value)[:20])
 def test_checks_of_make_notice_a_mutant(name, old, new, check, documents, tmp_path, monkeypatch):
-    mutate(monkeypatch, chat_sft, name, old, new)
+    mutate(monkeypatch, conversations, name, old, new)
     make(documents, tmp_path)
     with pytest.raises((AssertionError, SystemExit)):
         check(tmp_path)

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import crawl  # noqa: E402
-import manual_site  # noqa: E402
+from demo import web  # noqa: E402
 from conftest import run_main  # noqa: E402
 
 WEB = ROOT.parent / "shared" / "data" / "web"
@@ -172,13 +172,13 @@ def test_plain_extraction_keeps_text_and_drops_layout():
     assert text == f"River\n{PROSE.strip()}\na\n  b"
 
 def test_a_documented_function_is_a_signature_line_and_a_paragraph_line():
-    site = manual_site.Site(["textwrap"])
+    site = web.Site(["textwrap"])
     lines = crawl.plain_text(site.page("/textwrap.html")[2]).split("\n")
     at = lines.index("textwrap.dedent(text)")
     assert lines[at + 1] == "Remove any common leading whitespace from every line in `text`."
 
 def test_a_page_cut_anywhere_never_breaks_the_extractor():
-    whole = manual_site.Site(["textwrap"]).page("/textwrap.html")[2]
+    whole = web.Site(["textwrap"]).page("/textwrap.html")[2]
     for n in range(0, len(whole), 997):
         crawl.plain_text(whole[:n] + "<" + whole[n + 1:n + 300])
 

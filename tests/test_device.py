@@ -10,7 +10,7 @@ import torch
 import train_gpt2
 from conftest import run_main
 from model import GPT, GPTConfig, find_kernel, sdpa
-from optim import make_optimizer
+from training import make_optimizer
 from sample import Engine
 from test_train_gpt2 import logged
 from train_gpt2 import schedule

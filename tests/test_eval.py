@@ -14,11 +14,12 @@ import torch
 
 import eval as eval_module
 from conftest import GPT2, MODERN, ROOT, mutate, noisy, run_main
-from eval import (HELLASWAG, Run, Task, accuracy_sources, batches, centered, core, core_questions,
-                  core_tasks, curve, letter_questions, mean_of, read_rows, run_task,
-                  score, solve, ticks, token_spans, verdicts)
-from model import RunLog, load_checkpoint, save_weights
+from eval import (HELLASWAG, Task, batches, centered, core, core_questions, core_tasks,
+                  letter_questions, mean_of, read_rows, run_task, score, solve, token_spans)
+from model import load_checkpoint, save_weights
+from report import Run, accuracy_sources, curve, ticks, verdicts
 from sample import Engine
+from training import RunLog
 
 T = GPT2.block_size
 CORE = ROOT.parent / "shared" / "data" / "core"

@@ -17,7 +17,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import corpus  # noqa: E402
 import crawl  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
 
@@ -166,16 +165,16 @@ def test_minhash_is_datatrove_s_to_the_bit(tmp_path):
                            hash_config=HashConfig(precision=64, hash_fc="sha1"))
     other = MinhashDedupSignature(str(tmp_path), config)
     for _, text in real_texts("plain")[:40]:
-        runs = corpus.shingles(text)
+        runs = pf.shingles(text)
         assert [hashlib.sha1(np.array(bucket, "<u8").tobytes()).digest()[:8]
                 for bucket in other.get_signature(runs.reshape(-1, 1))] == \
-            [key.tobytes() for key in corpus.minhash(text)]
+            [key.tobytes() for key in pf.minhash(text)]
 
 @parity
 def test_shingles_of_english_are_datatrove_s_but_for_the_words():
     from datatrove.utils.text import simplify_text
     for _, text in real_texts("plain")[:40]:
-        mine = set(corpus.simplify(text))
+        mine = set(pf.simplify(text))
         other = set(re.sub(r"[^\w\s]|_", " ", simplify_text(text)).split())
         assert len(mine ^ other) <= 0.02 * len(other)
 

@@ -17,10 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as model_module
 from conftest import GPT2, MODERN, mutate, noisy
-from model import (GPT, GPT2_SIZES, CrossEntropy, Fp8Matmul, GPTConfig, Linear, RunLog,
-                   find_compiler, find_kernel, load_checkpoint, read_log, save_checkpoint, sdpa)
-from optim import Optimizer, make_optimizer
-from sample import KVCache
+from model import (GPT, GPT2_SIZES, CrossEntropy, Fp8Matmul, GPTConfig, KVCache, Linear,
+                   find_compiler, find_kernel, load_checkpoint, save_checkpoint, sdpa)
+from training import Optimizer, RunLog, make_optimizer, read_log
 
 T = GPT2.block_size
 TEXT = torch.randint(0, 65, (3, T), generator=torch.Generator().manual_seed(1))
@@ -350,7 +349,7 @@ def test_frozen_in_16_bits_it_computes_the_same(config):
     model = noisy(config)
     model.compute_dtype = torch.bfloat16
     before = model(TEXT)
-    assert torch.equal(model.freeze()(TEXT), before)
+    assert torch.equal(model.for_inference()(TEXT), before)
     assert model.wte.weight.dtype == torch.bfloat16 and not before.isnan().any()
 
 

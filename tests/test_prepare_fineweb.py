@@ -166,7 +166,7 @@ def test_no_step_takes_more_than_linear_time(step):
 def small_site(tmp_path_factory):
     """A crawl of the manual's pages for three packages, over HTTP, as documents and shards."""
     out = tmp_path_factory.mktemp("data") / "site"
-    script = str(ROOT / "tests" / "manual_site.py")
+    script = str(ROOT / "demo" / "web.py")
     command = [sys.executable, script, "textwrap", "heapq", "json"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     url = child.stdout.readline().strip()
@@ -484,7 +484,7 @@ def test_an_input_that_changed_but_not_in_size_is_refused(tmp_path):
     (("tokenize", "--out", "x", "--tokenizer", "gpt2"), "lists no documents"),
     (("--source", "commoncrawl", "--out", "x"), "takes one crawl"),
     (("--source", "finewebb", "--out", "x"), "finewebb is no source"),
-    (("--source", "text", __file__, "--out", "x", "--row_tokens", "1"), "not in 2…shard_tokens"),
+    (("--source", "text", __file__, "--out", "x", "--row_tokens", "1"), "in 2 … 100000000 (--shard_tokens)"),
     (("--source", "text", __file__, "--out", "x", "--val_fraction", "2"), "not in [0, 1)")])
 def test_a_user_s_mistake_ends_in_one_line(tmp_path, monkeypatch, capsys, arguments, found):
     monkeypatch.chdir(tmp_path)

@@ -15,11 +15,11 @@ import chat_sft
 import rl_grpo
 from bpe import Tokenizer
 from conftest import assert_same_files, mutate, run_main, run_ranks, stop_at
-from model import Ranks, load_checkpoint, read_log
-from optim import Optimizer
+from model import load_checkpoint
 from rl_grpo import (advantages, learn, policy_loss, rollout, rollout_tensors, thinking_pays,
                      token_logprobs)
 from sample import Completion, Engine
+from training import Optimizer, Ranks, read_log
 
 COLOURS = dict(red="red even", blue="blue odd", green="green odd", black="black even")
 

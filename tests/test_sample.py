@@ -14,9 +14,9 @@ import torch
 
 import sample
 from conftest import mutate, noisy, run_main
-from model import GPTConfig, load_checkpoint, save_checkpoint
-from sample import (Engine, KVCache, final_answer, find_run, is_correct, next_token_probs,
-                    read_problems, run_python)
+from eval import final_answer, is_correct, read_problems
+from model import GPTConfig, KVCache, load_checkpoint, save_checkpoint
+from sample import Engine, find_run, next_token_probs, run_python
 
 PROMPTS = ["Return", "Return the mean of the data", "If", "a, b", "Return the"]
 

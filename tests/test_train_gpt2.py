@@ -22,11 +22,12 @@ from safetensors.torch import load_file
 import train_gpt2
 from conftest import (GPT2, ROOT, assert_same_files, mutate, noisy, run_main, run_ranks, stop_at,
                       write_shard)
-from model import GPT, GPTConfig, Ranks, load_checkpoint, read_log
-from optim import Optimizer
+from download import download_gpt2
+from model import GPT, GPTConfig, load_checkpoint
 from test_model import RECIPE, text_only
-from train_gpt2 import (Loader, Shards, compressors_bpb, download_gpt2, evaluate, horizon, is_spike,
-                        memory_bytes, schedule)
+from train_gpt2 import (Loader, Shards, compressors_bpb, evaluate, is_spike, memory_bytes,
+                        plan_batch, schedule)
+from training import Optimizer, Ranks, read_log
 
 HERE = dict(cwd=ROOT, capture_output=True, text=True)
 PRESETS = dict(adamw=["--model", "gpt2"], muon=["--model", "d4"])
@@ -222,22 +223,22 @@ def batch_flags(**given):
 
 @pytest.mark.parametrize("depth, steps", {4: 352, 6: 708, 8: 1280, 12: 1680, 20: 3320, 24: 5568,
                                           26: 7007}.items())
-def test_horizon_gives_the_recipes_batch_and_steps(depth, steps):
+def test_plan_batch_gives_the_recipes_batch_and_steps(depth, steps):
     with torch.device("meta"):
         model = GPT(GPTConfig.preset(f"d{depth}"))
     args = batch_flags()
-    accumulated = horizon(model, args, world_size=8, most_rows=16)
+    accumulated = plan_batch(model, args, world_size=8, most_rows=16)
     assert args.total_batch_size == RECIPE[depth][-1]
     assert args.max_steps == pytest.approx(steps, rel=0.005)
     assert accumulated * args.batch_size * 2048 * 8 == args.total_batch_size
 
 
 @pytest.mark.parametrize("name, tokens, steps", [("gpt2", 2 ** 19, 19073), ("gpt2-xl", 2 ** 20, 32000)])
-def test_horizon_of_gpt2_is_that_of_llm_cs_runs(name, tokens, steps):
+def test_plan_batch_of_gpt2_is_that_of_llm_cs_runs(name, tokens, steps):
     with torch.device("meta"):
         model = GPT(GPTConfig.preset(name))
     args = batch_flags()
-    horizon(model, args, world_size=8, most_rows=16)
+    plan_batch(model, args, world_size=8, most_rows=16)
     assert args.total_batch_size == tokens
     assert args.max_steps == pytest.approx(steps, rel=0.01)
 
@@ -248,10 +249,10 @@ def test_horizon_of_gpt2_is_that_of_llm_cs_runs(name, tokens, steps):
 def test_indivisible_batch_is_one_line_that_names_a_valid_one(given):
     model = GPT(GPT2)
     with pytest.raises(SystemExit, match="not a multiple.*;.*;.*try --total_batch_size") as error:
-        horizon(model, batch_flags(**given), world_size=3, most_rows=16)
+        plan_batch(model, batch_flags(**given), world_size=3, most_rows=16)
     valid = int(str(error.value).split()[-1])
     args = batch_flags(**{**given, "total_batch_size": valid})
-    assert horizon(model, args, world_size=3, most_rows=16) >= 1
+    assert plan_batch(model, args, world_size=3, most_rows=16) >= 1
 
 
 # ---- runs

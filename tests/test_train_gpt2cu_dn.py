@@ -22,7 +22,7 @@ import train_gpt2
 from bpe import Tokenizer
 from conftest import DOCUMENTS, noisy, run_main, write_shard
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
-from optim import default_lr, make_optimizer
+from training import default_lr, make_optimizer
 from test_train_gpt2cu import (DN_KERNELS, SOURCE, TINY, bf16, build, column, difference, emulated,
                                fp32, python_gradients, pytestmark, rows_of, same_bits, slow, train,
                                train_on)
@@ -174,7 +174,7 @@ def test_schedules_are_those_of_train_gpt2_py(tmp_path):
             arguments.model = "d12", arguments.config = "", arguments.batch_size = 1;
             Config config = choose_config(32768);
             arguments.seq_len = config.block_size;
-            horizon(config, 1);
+            plan_batch(config, 1);
             for (int step = 0; step < arguments.max_steps; step += 40) {
                 Update u = plan_update(config, step, 1);
                 printf("%.17g %.17g %.17g ", u.lr, u.momentum, u.muon_decay * u.decay_scale);
@@ -183,7 +183,7 @@ def test_schedules_are_those_of_train_gpt2_py(tmp_path):
                    (long long)arguments.total_batch_size, flops_per_token(config, 2048));
             for (int tokens : {1 << 12, 1 << 16, 1 << 18, 1 << 20}) {
                 arguments.lr = 0, arguments.total_batch_size = tokens;
-                horizon(config, 1);
+                plan_batch(config, 1);
                 printf("%.17g ", arguments.lr);
             }
         }"""
@@ -193,7 +193,7 @@ def test_schedules_are_those_of_train_gpt2_py(tmp_path):
     with torch.device("meta"):
         model = GPT(GPTConfig.preset("d12", vocab_size=32768))
     args = type("Arguments", (), dict(total_batch_size=0, batch_size=1, seq_len=None, max_steps=None))
-    train_gpt2.horizon(model, args, 1, 1)
+    train_gpt2.plan_batch(model, args, 1, 1)
     assert (max_steps, batch) == (args.max_steps, args.total_batch_size)
     assert flops == model.flops_per_token()
     rates = [default_lr(model.config, tokens) for tokens in (2 ** 12, 2 ** 16, 2 ** 18, 2 ** 20)]

@@ -1,5 +1,5 @@
 """
-optim.py against PyTorch's AdamW and a slow Muon in float64; the state that a resumed run needs.
+training.py against PyTorch's AdamW and a slow Muon in float64; the state that a resumed run needs.
 """
 import json
 from dataclasses import replace
@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-import optim
+import training
 from conftest import GPT2, MODERN, mutate, noisy
-from model import GPT, Ranks
-from optim import Optimizer, as_matrices, load_state, make_optimizer, polar, save_state
+from model import GPT
+from training import Optimizer, Ranks, as_matrices, load_state, make_optimizer, polar, save_state
 from test_model import TEXT, text_only
 
 
@@ -54,7 +54,7 @@ def twin_muon(W, grads, lr, decay, momentum):
         buffer = momentum * buffer + (1 - momentum) * grad.double()
         X = (1 - momentum) * grad.double() + momentum * buffer
         X = X / (1.01 * X.square().sum().sqrt() + 1e-6)
-        for a, b, c in optim.POLAR_EXPRESS:
+        for a, b, c in training.POLAR_EXPRESS:
             X = a * X + b * X @ X.T @ X + c * X @ X.T @ X @ X.T @ X
         along = 1 if m >= n else 0
         variance = 0.9 * variance + 0.1 * X.square().mean(along)
@@ -93,11 +93,11 @@ def test_muon_equals_its_slow_twin():
 def test_muon_is_compiled_once_whatever_the_rates():
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters["stats"]
-    compiled, before = torch.compile(optim.muon, dynamic=False, backend="eager"), dict(counters)
+    compiled, before = torch.compile(training.muon, dynamic=False, backend="eager"), dict(counters)
     stacks = [*torch.randn(3, 2, 4, 6), torch.rand(2, 1, 6)]
     for lr in (0.1, 0.2, 0.3):
         numbers = torch.tensor(lr), torch.tensor(lr / 2), torch.tensor(1 - lr)
-        for found, wanted in zip(compiled(*stacks, *numbers), optim.muon(*stacks, *numbers)):
+        for found, wanted in zip(compiled(*stacks, *numbers), training.muon(*stacks, *numbers)):
             torch.testing.assert_close(found, wanted)
     assert counters["unique_graphs"] - before.get("unique_graphs", 0) == 1
 
@@ -212,12 +212,12 @@ def test_only_a_complete_state_counts_and_it_is_not_written_over(load, tmp_path)
 # ---- mutants
 
 @pytest.mark.parametrize("owner, name, old, new", [
-    (optim, "muon", "grad.lerp(buffer, momentum)", "buffer"),
-    (optim, "muon", "1 - beta2", "beta2"),
-    (optim, "polar", "1.01", "1.2"),
-    (optim, "as_matrices", "K = 3 if", "K = 1 if"),
-    (optim, "muon", "U * W >= 0", "U * W <= 0"),
-    (optim, "muon", "max(1, W.shape[-2] / W.shape[-1])", "1")], ids=text_only)
+    (training, "muon", "grad.lerp(buffer, momentum)", "buffer"),
+    (training, "muon", "1 - beta2", "beta2"),
+    (training, "polar", "1.01", "1.2"),
+    (training, "as_matrices", "K = 3 if", "K = 1 if"),
+    (training, "muon", "U * W >= 0", "U * W <= 0"),
+    (training, "muon", "max(1, W.shape[-2] / W.shape[-1])", "1")], ids=text_only)
 def test_muons_twin_notices_a_mutant(owner, name, old, new, monkeypatch):
     mutate(monkeypatch, owner, name, old, new)
     with pytest.raises(AssertionError):

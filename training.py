@@ -1,5 +1,6 @@
 """
-What training adds to a model: the optimizer, its recipe, and the state a --resume goes on from.
+What every training loop needs beside the model: ranks, the optimizer and its recipe, the run log,
+and the saved state from which --resume continues.
 
     optimizer = make_optimizer(model)           # GPT-2's AdamW, or Muon and Adam for dN
     model(x, y).backward()
@@ -11,10 +12,17 @@ Papers: AdamW (arXiv 1711.05101), Muon (kellerjordan.github.io/posts/muon), Pola
 Differs from the papers: a rank owns whole parameters, not slices of them, because Muon needs whole
 matrices; what is sent between ranks is as much.
 """
+import atexit
 import json
 import math
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +32,40 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.optim.adamw import adamw
 
-from model import (FORMAT_VERSION, VOCABULARY, Ranks, compiled, load_weights, save_weights,
-                   write_json)
+from model import FORMAT_VERSION, VOCABULARY, compiled, load_weights, save_weights, write_json
+
+# ---- Ranks: a single process is rank 0 of 1, and no code below asks which case it is -------------
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+    is_main: bool = True
+
+    def sum(self, *values):
+        """Sums each number over all ranks, in fp64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+def init_ranks(device="auto"):
+    """Joins the ranks that torchrun started, if it did. device: auto, cpu or cuda."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("--device cuda: this torch sees no CUDA GPU; it needs one and its "
+                             "driver; try --device cpu")
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world_size > 1:
+        dist.init_process_group("nccl" if "cuda" in device else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return Ranks(rank, world_size, device, is_main=rank == 0)
 
 # ---- The optimizer -------------------------------------------------------------------------------
 
@@ -210,6 +250,60 @@ def make_optimizer(model, ranks=Ranks(), lr=None, batch_tokens=2 ** 19):
     assert sum(len(group["params"]) for group in groups) == len(params), "a parameter nobody trains"
     return Optimizer(groups, ranks)
 
+# ---- The run log: one grammar for every stage, on stdout and in <run>/log.jsonl ------------------
+
+LOG_FORMATS = dict(
+    loss="loss {:.6f}", val_loss="val_loss {:.6f}", val_bpb="val_bpb {:.4f}", lr="lr {:.2e}",
+    norm="norm {:.4f}", ms="{:.1f} ms", tok_s="{:.0f} tok/s", mfu="mfu {:.1%}", usd="${:.2f}",
+    eta="eta {}", reward="reward {:.3f}", reply_tokens="reply {:.1f} tokens", tied="tied {:.0%}",
+    truncated="truncated {:.0%}", kl="kl {:.4f}", hellaswag="hellaswag {:.4f}", core="core {:.4f}")
+
+class RunLog:
+    """log(7, loss=…, lr=…) prints `step  7/90 | loss 3.421875 | lr 5.98e-04`, logs a JSON row."""
+
+    def __init__(self, run, max_steps, ranks=Ranks(), resume_step=None):
+        self.max_steps, self.is_main, kept = max_steps, ranks.is_main, []
+        if self.is_main:
+            path = Path(run) / "log.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if resume_step is not None:     # what came after the saved step is going to come again
+                kept = [row for row in read_log(run) if row.get("step", 0) <= resume_step]
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(part, path)
+            self.file = open(path, "a", buffering=1)
+        self.started = time.time() - (kept[-1]["seconds"] if kept else 0)
+
+    def __call__(self, step, **values):
+        values = {key: value for key, value in values.items() if value is not None}
+        shown = (LOG_FORMATS[key].format(timedelta(seconds=int(value)) if key == "eta" else value)
+                 for key, value in values.items())
+        head = f"step {step:{len(str(self.max_steps))}d}/{self.max_steps}"
+        self.say(" | ".join([head, *shown]), step=step, **values)
+
+    def say(self, text, **row):
+        """Prints a line on the main rank, and logs the row beside it if there is one."""
+        if self.is_main:
+            print(text, flush=True)
+            if row:
+                row["seconds"] = round(time.time() - self.started, 3)
+                self.file.write(json.dumps(row) + "\n")
+
+    def header(self, args, model, device):
+        """What it takes to repeat a run: command, commit, versions, device, flags, parameters."""
+        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse --short HEAD")
+        gpu = torch.cuda.get_device_name() if "cuda" in str(device) else None
+        row = dict(command=" ".join(sys.argv), commit=commit if len(commit) < 20 else "unknown",
+                   torch=torch.__version__, python=sys.version.split()[0], flags=vars(args),
+                   params=model.num_params(), device=gpu or f"cpu x {torch.get_num_threads()}")
+        self.say("\n".join(f"{key:8s} {value}" for key, value in row.items()), header=row)
+
+def read_log(run):
+    """The rows of <run>/log.jsonl; a last line that a kill cut short, without its end, is left."""
+    path = Path(run) / "log.jsonl"
+    rows = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(row) for row in rows]
+
 # ---- The training state: <run>/state/step_N ------------------------------------------------------
 
 def save_state(run, ranks, optimizer, model, **state):
@@ -262,3 +356,26 @@ def load_state(run, resume, ranks, optimizer, model, settings):
                 torch.cuda.set_rng_state(rng["rng.cuda"])
     optimizer.steps = state["optimizer_steps"]
     return state
+
+# ---- What every training loop repeats ------------------------------------------------------------
+
+def catch_signals():
+    """SIGTERM and SIGINT no longer kill: they are noted in the list that is returned. All ranks add
+    up their lists after a step, so that they leave after the same one."""
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: caught.append(number))
+    return caught
+
+def check_finite(where, loss, norm):
+    """Ends the run before a loss or norm that is not finite reaches the weights."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise SystemExit(f"{where}: loss {loss}, norm {norm}; training needs finite numbers; what "
+                         "was saved is kept; try a lower --lr in another --out")
+
+def finish(log, run, stage, step, started, stopped):
+    """The last line of a run; a run that a signal stopped exits with status 130."""
+    if stopped:
+        log.say(f"stopped and saved at step {step}; continue with the same command and --resume")
+        raise SystemExit(130)
+    log.say(f"{run}: stage {stage}, step {step}, {time.time() - started:.0f} s")

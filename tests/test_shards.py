@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import corpus  # noqa: E402
+import prepare_fineweb as pf  # noqa: E402
+import shards  # noqa: E402
 from bpe import Tokenizer  # noqa: E402
 from conftest import mutate  # noqa: E402
 from test_download import add_hub, server  # noqa: E402, F401
@@ -26,7 +27,7 @@ CACHE = ROOT.parent / "shared" / "data" / "tiktoken_cache"
 @pytest.mark.parametrize("jaccard, probability",
     [(0.7, 0.565), (0.75, 0.772), (0.8, 0.924), (0.85, 0.988)])
 def test_the_s_curve_is_fineweb_s(jaccard, probability):
-    assert corpus.match_probability(jaccard) == pytest.approx(probability, abs=1e-3)
+    assert pf.match_probability(jaccard) == pytest.approx(probability, abs=1e-3)
 
 def test_matches_of_planted_copies_follow_the_s_curve():
     matched, expected = 0, 0
@@ -35,14 +36,14 @@ def test_matches_of_planted_copies_follow_the_s_curve():
         for at in random.choice(len(words), 10, replace=False):
             words[at] = f"word{chr(97 + at % 26)}{chr(97 + at // 26)}"
         copy = " ".join(words)
-        a, b = set(corpus.shingles(text * 3)), set(corpus.shingles(copy))
-        expected += corpus.match_probability(len(a & b) / len(a | b))
-        matched += bool((corpus.minhash(text * 3) == corpus.minhash(copy)).any())
+        a, b = set(pf.shingles(text * 3)), set(pf.shingles(copy))
+        expected += pf.match_probability(len(a & b) / len(a | b))
+        matched += bool((pf.minhash(text * 3) == pf.minhash(copy)).any())
     assert 10 < expected < 110 and abs(matched - expected) < 14
 
 def test_case_digits_accents_and_punctuation_do_not_matter():
     a, b = "Cafés No. 17 in the Old Town, open daily", "cafes no 9 in the old town open daily!"
-    assert (corpus.minhash(a) == corpus.minhash(b)).all()
+    assert (pf.minhash(a) == pf.minhash(b)).all()
 
 def test_copies_are_joined_through_a_chain_and_the_first_stays(tmp_path):
     keys = np.arange(6 * 14, dtype=np.uint64).reshape(6, 14)
@@ -50,9 +51,9 @@ def test_copies_are_joined_through_a_chain_and_the_first_stays(tmp_path):
     np.save(tmp_path / "a.npy", keys[:3].T)
     np.save(tmp_path / "b.npy", keys[3:].T)
     for n_parts in (1, 3, 64):
-        pairs = [corpus.find_pairs([tmp_path / "a.npy", tmp_path / "b.npy"], bucket, part, n_parts)
+        pairs = [pf.find_pairs([tmp_path / "a.npy", tmp_path / "b.npy"], bucket, part, n_parts)
                  for bucket in range(14) for part in range(n_parts)]
-        assert list(corpus.find_originals(6, pairs)) == [0, 1, 1, 3, 1, 5]
+        assert list(pf.find_originals(6, pairs)) == [0, 1, 1, 3, 1, 5]
 
 # ---- documents -----------------------------------------------------------------------------------
 
@@ -60,9 +61,9 @@ def test_the_order_of_documents_does_not_follow_from_the_number_of_files(tmp_pat
     args, settings = SimpleNamespace(ray=None, workers=1), {"seed": 7, "val_fraction": 0.2}
     orders = []
     for n_files in (1, 5):
-        monkeypatch.setattr(corpus, "MAX_FILES", n_files)
+        monkeypatch.setattr(pf, "MAX_FILES", n_files)
         out = tmp_path / str(n_files)
-        files = corpus.write_documents(out, ({"text": text} for text in TEXTS), 1 << 60, settings,
+        files = pf.write_documents(out, ({"text": text} for text in TEXTS), 1 << 60, settings,
                                        args)
         orders.append([[row["text"] for row in documents(out, split)] for split in ("*", "train")])
         assert len(files) == 2 * n_files and sum(file["bytes"] for file in files) == sum(
@@ -123,7 +124,7 @@ def test_large_vocabularies_are_stored_in_32_bits(tmp_path):
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "hello"}'))
     index = {"documents": [{"file": "d.jsonl.gz", "split": "val", "documents": 1}], "shards": [],
              "tokenizer": {"shard_tokens": 10, "row_tokens": 0}}
-    corpus.write_shards(tmp_path, index, "val", Wide)
+    shards.write_shards(tmp_path, index, "val", Wide)
     data = (tmp_path / index["shards"][0]["file"]).read_bytes()
     stored = np.frombuffer(data, "<i4")
     assert [*stored[:3], *stored[256:]] == [20240520, 2, 2, 100_257, 70_000]
@@ -145,12 +146,12 @@ def test_a_trainer_with_rows_of_that_length_reads_none_without_its_beginning(tex
     out, arguments = text_data
     run(*arguments, "--row_tokens", 64)
     loader = Loader(Shards(out, "train"), 64, seed=0)
-    eot = corpus.read_index(out)["tokenizer"]["eot"]
+    eot = shards.read_index(out)["tokenizer"]["eot"]
     assert loader.n_rows > 50 and all(loader.row(i)[0] == eot for i in range(loader.n_rows))
 
 def pieces(lengths, T):
     """[(document, tokens of it)] of each packed row; documents are named 1, 2, 3 …"""
-    rows = corpus.pack_rows([np.full(n, i, "<u2") for i, n in enumerate(lengths, 1)], T)
+    rows = shards.pack_rows([np.full(n, i, "<u2") for i, n in enumerate(lengths, 1)], T)
     return [[(int(i), int((row == i).sum())) for i in dict.fromkeys(row)]
             for row in rows.reshape(-1, T)]
 
@@ -196,7 +197,7 @@ def test_ready_shards_come_with_an_index_and_gpt_2_s_tokenizer(server, tmp_path,
         f"fineweb_{name}.bin": shard_bytes([50256, 15496, 995])
         for name in ("train_000001", "train_000002", "val_000000")})
     run("--source", "kjj0/fineweb10B-gpt2", "--out", tmp_path / "a", "--mirror", server.url)
-    index = corpus.read_index(tmp_path / "a")
+    index = shards.read_index(tmp_path / "a")
     found = [(s["file"], s["split"], s["tokens"], s["documents"], s["bytes"])
              for s in index["shards"]]
     assert found == [("fineweb_val_000000.bin", "val", 3, 1, 11),
@@ -210,7 +211,7 @@ def test_ready_shards_that_are_none_end_in_one_line(tmp_path, data, found):
     Tokenizer.train(TEXTS[:20], vocab_size=400, pattern="gpt4").save(tmp_path / "tokenizer")
     (tmp_path / "a_train_1.bin").write_bytes(data)
     with pytest.raises(SystemExit, match=found):
-        corpus.adopt(tmp_path, [tmp_path / "a_train_1.bin"], tmp_path / "tokenizer")
+        shards.adopt(tmp_path, [tmp_path / "a_train_1.bin"], tmp_path / "tokenizer")
 
 # ---- mutants: each must be caught by the test beside it ------------------------------------------
 
@@ -242,5 +243,6 @@ FIT = (test_rows_take_what_fits_best_then_the_beginning_of_the_shortest, [3, 7, 
 def test_checks_notice_a_mutant(monkeypatch, tmp_path, name, old, new, check):
     test, *arguments = [tmp_path if one is Path else one for one in check]
     assert not caught(test, *arguments)
-    mutate(monkeypatch, corpus, name, old, new)
+    owner = shards if name == "pack_rows" else pf
+    mutate(monkeypatch, owner, name, old, new)
     assert caught(test, *arguments), f"{name} with {new!r} passes"
