@@ -98,8 +98,8 @@ def render_all(conversations, tokenizer, T, log):
 def pack(conversations, T, seed, epoch):
     """(ids, loss_mask) pairs → rows: lists of indices of whole conversations, T + 1 tokens at most.
 
-    Best fit: of the next WAITING conversations the longest one that fits into the row goes in, until
-    none fits. The order of conversations and rows follows from the seed and the epoch.
+    Best fit: of the next WAITING conversations the longest one that fits into the row goes in,
+    until none fits. The order of conversations and rows follows from the seed and the epoch.
     """
     lengths = [len(ids) for ids, _ in conversations]
     order = list(range(len(conversations)))

@@ -8,9 +8,9 @@ The demo's conversations and problems, written from the demo's own documents.
          rl_grpo.py; held_out.jsonl  problems for eval.py
 
 The kinds are: who the assistant is; what documented functions do, which was in the text of
-pretraining; sums, answered in one leap, step by step, or with the Python tool; whether a row of bits
-holds an odd number of ones, answered mostly in one leap and seldom step by step; spelling. No
-held-out question is in a conversation.
+pretraining; sums, answered in one leap, step by step, or with the Python tool; whether a row of
+bits holds an odd number of ones, answered mostly in one leap and seldom step by step; spelling.
+No held-out question is in a conversation.
 """
 import argparse
 import gzip
@@ -137,8 +137,8 @@ def arithmetic(rng, in_steps):
     return f"What is {a} + {b}?", reply, dict(answer=str(result), check="final")
 
 def bits(rng, in_steps, n=10):
-    """Is the number of ones even or odd? In one leap the answer is a guess. In steps, which keep the
-    parity of the row so far, it is easy."""
+    """Is the number of ones even or odd? In one leap the answer is a guess. In steps, which keep
+    the parity of the row so far, it is easy."""
     row = [rng.randrange(2) for _ in range(n)]
     parities = []
     for i in range(n):
