@@ -1,28 +1,35 @@
 r"""
-Byte-level BPE as GPT-2 and GPT-4 have it: trained, recovered, used and looked at.
+Byte-level BPE, the kind of tokenizer that GPT-2 and GPT-4 have: train one, use it, look at it.
 
-A split pattern cuts text into chunks, roughly a word with the space before it. A chunk is its
-UTF-8 bytes, ids 0 to 255. Training merges the most frequent pair of neighbouring ids into a new
-id, over and over; the merges, in order, are the tokenizer. Encoding replays them in each chunk.
+A split pattern cuts the text into chunks; a chunk is about a word with the space before it. Every
+chunk begins as its UTF-8 bytes, which are the ids 0 to 255. Training merges the most frequent pair
+of neighbouring ids into a new id, again and again. The list of these merges is the tokenizer. To
+encode a text means to apply the same merges to its chunks, in the order in which they were learnt.
 
   python bpe.py train --input data/web --vocab_size 32768 --pattern gpt4 --out data/tokenizer
   python bpe.py show "Hello world" --tokenizer data/tokenizer gpt2 cl100k_base [--html out.html]
-  python bpe.py merges "low lower lowest"             mint tokens from a sentence, step by step
-  python bpe.py compare --tokenizer data/tokenizer    bytes per token, beside OpenAI's three
-  python bpe.py export --tokenizer data/tokenizer --out tokenizer.json    also: encode, decode
-in   .txt .jsonl .jsonl.gz .parquet (rows with a "text") or folders of them; of a folder, files
-     named val_* are left out: validation text must not shape the tokenizer
+  python bpe.py merges "low lower lowest"             learn merges from a sentence, step by step
+  python bpe.py compare --tokenizer data/tokenizer    bytes per token, beside OpenAI's tokenizers
+  python bpe.py export --tokenizer data/tokenizer --out tokenizer.json    for Hugging Face
+  python bpe.py encode TEXT, python bpe.py decode ID ID ...               text to ids, and back
+in   files .txt .jsonl .jsonl.gz .parquet (rows with a "text"), or folders of such files. Files
+     of a folder named val_* are skipped, because validation text must not shape the tokenizer.
 out  DIR/tokenizer.tiktoken (base64 token, space, rank), DIR/tokenizer.json (pattern, specials)
 
-A toy example. "aa" is the most frequent pair, then "aaa" and "aaab" are made from it:
-  >>> tok = Tokenizer.train(["aaabdaaabac"], vocab_size=256 + 3 + len(SPECIAL_TOKENS))
-  >>> [tok.decode([i]) for i in tok.encode("aaabdaaabac")]
-  ['aaab', 'd', 'aaab', 'a', 'c']
+A toy example. In three words "lo" and "ow" both occur three times, and the tie goes to the smaller
+pair of bytes: "lo", the bytes (108, 111), becomes id 256. Then "low", " low" and " lowe" follow.
+  >>> bpe_train({b"low": 1, b" lower": 1, b" lowest": 1}, num_merges=4)
+  [(108, 111), (256, 119), (32, 257), (258, 101)]
+  >>> tok = Tokenizer.train(["low lower lowest"], vocab_size=256 + 4 + len(SPECIAL_TOKENS))
+  >>> [tok.decode([i]) for i in tok.encode("slow lowlands")]
+  ['s', 'low', ' low', 'l', 'a', 'n', 'd', 's']
 
-Papers: Sennrich et al. 2016 (BPE on words), Radford et al. 2019 (on bytes, after a split pattern).
-Differs from the papers: ties, which they leave open, go to the smallest pair of ids. The merges are
-those of the textbook algorithm, found faster. tiktoken's Rust core, made from our ranks, does the
-encoding; `bpe_encode` says what it computes.
+`bpe_train` and `bpe_encode` come first. They are slow, short and the specification: `Merger` finds
+the same merges fast, and tiktoken's Rust core, given our ranks, finds the same tokens.
+
+Papers: Sennrich et al. 2016 (BPE on characters of words, arXiv 1508.07909); Radford et al. 2019
+(GPT-2: BPE on bytes, after a split pattern). Differs from the papers: they leave ties open; here
+the smallest pair of ids wins.
 """
 import argparse
 import base64
@@ -45,6 +52,62 @@ import numpy as np
 import regex
 import tiktoken
 
+# ---- the idea: slow, short, and the specification of all that follows ---------------------------
+def bpe_train(chunk_counts, num_merges):
+    """Learn merges: {chunk as bytes: how often it occurs} -> list of pairs (a, b) of ids.
+
+    The i-th pair is merged into the new id 256 + i. There are at most num_merges pairs, fewer
+    only if every chunk has become a single id before."""
+    words = [(list(chunk), times) for chunk, times in chunk_counts.items()]     # list of bytes
+    merges = []
+    while len(merges) < num_merges:
+        pair_counts = Counter()
+        for ids, times in words:
+            for pair in zip(ids, ids[1:]):
+                pair_counts[pair] += times
+        if not pair_counts:
+            break
+        highest = max(pair_counts.values())
+        best = min(pair for pair, count in pair_counts.items() if count == highest)
+        new_id = 256 + len(merges)
+        words = [(merge_pair(ids, best, new_id), times) for ids, times in words]
+        merges.append(best)
+    return merges
+
+def merge_pair(ids, pair, new_id):
+    """Replace each occurrence of a pair by new_id, from left to right.
+
+    >>> merge_pair([1, 2, 3, 1, 2], pair=(1, 2), new_id=256)
+    [256, 3, 256]"""
+    merged = []
+    for i in ids:
+        if merged and (merged[-1], i) == pair:
+            merged[-1] = new_id
+        else:
+            merged.append(i)
+    return merged
+
+def bpe_encode(chunk, ranks, limit=1 << 30):
+    """Encode one chunk: bytes -> list of its tokens as bytes.
+
+    While two neighbours together are a token, join those whose token has the lowest rank, which
+    is the one that was learnt first; of equals, the leftmost. Ranks from `limit` on are ignored,
+    which gives the state of the chunk as it was before the merge number `limit` was learnt.
+
+    >>> bpe_encode(b"lower", {b"lo": 256, b"low": 257, b"er": 258})
+    [b'low', b'er']"""
+    parts = [bytes([byte]) for byte in chunk]
+    while len(parts) > 1:
+        joined = [first + second for first, second in zip(parts, parts[1:])]
+        joined_ranks = [ranks.get(token, limit) for token in joined]
+        lowest = min(joined_ranks)
+        if lowest >= limit:
+            break
+        i = joined_ranks.index(lowest)
+        parts[i:i + 2] = [joined[i]]
+    return parts
+
+# ---- split patterns and special tokens -----------------------------------------------------------
 # As published, but for the second + of ++ and ?+, which says that giving characters back cannot
 # help, and for brackets around \p{L} and \p{N}, which let ASCII below take their place.
 O200K_WORD = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
@@ -73,208 +136,7 @@ MOVES |= {(part, "<|im_end|>"): None for part in PARTS}
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")      # of the files that train takes
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-# ---- splitting: text -> how often each chunk occurs ---------------------------------------------
-# Text repeats itself, and str.split is far faster than the pattern. In all three patterns a space
-# after a character that is not whitespace begins a chunk: text is cut there first, and each
-# different piece goes through the pattern once. Other spaces hide as NUL while str.split works.
-# For ASCII there is a short form of the patterns, with which Python's own re is faster than regex.
-ASCII = {"L": "A-Za-z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9"}
-LATER_SPACE = re.compile(r" (?<=\s )")
-# Whitespace after a letter or digit begins a chunk, too: there a long file is cut.
-WORD_END = re.compile(r"[^\W_](?=\s)")
-
-def repair(text):
-    """Lone surrogates (half an emoji in broken JSON), which UTF-8 cannot hold, become U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-def count_batch(texts, pattern):
-    """list of str -> {chunk as bytes: occurrences}, what findall(pattern) on each would count."""
-    find = regex.compile(PATTERNS[pattern]).findall                 # knows all of Unicode
-    short = re.sub(r"\\p\{(\w+)\}", lambda m: ASCII.get(m[1], ""), PATTERNS[pattern])
-    find_ascii = re.compile(short, re.ASCII).findall                # knows ASCII, is faster
-    chunks, inner, equally_often = Counter(), Counter(), defaultdict(list)
-    for text in map(repair, texts):
-        # A piece may end in whitespace only if it is the last: first and last stay with their text
-        pieces = [text] if "\0" in text else LATER_SPACE.sub("\0", text).encode().split(b" ")
-        inner.update(pieces[1:-1])
-        if len(pieces) > 2:
-            text = (pieces[0] + b" " + pieces[-1]).decode().replace("\0", " ")
-        chunks.update(find(text))
-    for piece, n in inner.items():          # pieces that share a count share a search
-        equally_often[n, piece.isascii()].append(piece)
-    for (n, is_ascii), pieces in equally_often.items():
-        text = (b" " + b" ".join(pieces)).decode().replace("\0", " ")
-        found = find_ascii(text) if is_ascii else find(text)
-        for chunk, m in Counter(found).items():
-            chunks[chunk] += n * m
-    return {chunk.encode(): n for chunk, n in chunks.items()}
-
-def batches(texts, size):
-    """Group texts into lists of at least `size` characters."""
-    batch, held = [], 0
-    for text in texts:
-        batch.append(text)
-        held += len(text)
-        if held >= size:
-            yield batch
-            batch, held = [], 0
-    yield batch
-
-def count_chunks(texts, pattern, log, batch_chars=4_000_000):
-    """iterable of str -> Counter {chunk as bytes: occurrences}, on all cores. Two batches a core
-    are held at a time; log is called with a line on how far it is."""
-    source, counts, waiting, done = batches(texts, batch_chars), Counter(), [], 0
-    head = list(itertools.islice(source, 2))
-    if len(head) < 2:                       # too little to be worth starting processes
-        counts, head = Counter(count_batch(head[0], pattern)), []
-    with ProcessPoolExecutor(CORES) as pool:
-        for batch in itertools.chain(head, source, [None] * 2 * CORES):
-            if batch:                       # None: all is read, only collect
-                waiting.append(pool.submit(count_batch, batch, pattern))
-            if waiting and (batch is None or len(waiting) == 2 * CORES):
-                counts.update(waiting.pop(0).result())
-                done += batch_chars
-                log(f"split {done / 1e6:6.0f} M characters | {len(counts)} different chunks")
-    if not counts:
-        raise SystemExit("the input is empty; training needs text; check --input")
-    return counts
-
-# ---- merging: counted chunks -> merges ----------------------------------------------------------
-BITS = 21                                   # an id has 21 bits: the pair (a, b) is a << 21 | b
-ID, PAIR = (1 << BITS) - 1, (1 << 2 * BITS) - 1
-WALL, GONE, NOBODY = -1, -2, -1             # in ids: between chunks, merged away; in owner: none
-
-class Merger:
-    """Finds the merges. All different chunks stand side by side in one array, with walls between.
-
-    The specification: count all pairs; merge the most frequent, ties to the smallest (a, b);
-    repeat. Three facts make it fast and leave it exact (a slow twin in the tests checks that):
-    1. Once the places of a pair are known its count only falls, as its ids are merged away. So
-       a count in the heap is an upper bound, and only pairs that come to its top are recounted.
-    2. Rare pairs cannot win yet. Pairs below `floor` are not tracked; when all above are used up
-       everything is counted anew, with a lower floor. A handful of times, and memory is bounded.
-    3. Many pairs can be merged in one numpy sweep: as far down the list as no two of them share a
-       place. No pair that these merges create can come in between: if x a b becomes x new, then
-       (x, new) is at most as frequent as (x, a) was, which stands in the list, shares a place
-       with (a, b) and so ends the sweep first. A run a a a shares places with itself.
-    Sizes: P places in the array; K pairs in hand, with N places among them."""
-
-    def __init__(self, chunks):
-        words = [chunk for chunk in chunks if len(chunk) > 1]
-        lengths = np.array([len(word) + 1 for word in words], np.int64)
-        text = b"\0" + b"\0".join(words) + b"\0"
-        self.ids = np.frombuffer(text, np.uint8)[:1 + lengths.sum()].astype(np.int32)       # P
-        self.ids[np.cumsum(lengths)] = self.ids[0] = WALL
-        counts = np.array([0] + [chunks[word] for word in words])
-        counts = counts.astype(np.min_scalar_type(counts.max()))    # P may be a hundred million
-        self.weight = np.repeat(counts, np.append(1, lengths))      # P: how often the chunk occurs
-        self.heap, self.merges, self.width = [], [], 8              # width: pairs to try at once
-
-    def run(self, num_merges, log=lambda line: None):
-        """-> at most num_merges pairs (a, b) of ids, the i-th of which makes id 256 + i."""
-        while len(self.merges) < num_merges and (self.heap or self.recount()):
-            done = self.step(num_merges - len(self.merges))
-            self.width = min(2 * done + 8, 512)         # as the last sweep went, so will the next
-            log(f"merge {len(self.merges):6d}/{num_merges}")
-        return self.merges
-
-    def recount(self):
-        """Count all pairs, track those at least 1/32 as frequent as the best; False if none."""
-        keep = self.ids != GONE
-        self.ids, self.weight = self.ids[keep], self.weight[keep]   # P shrinks
-        self.where, self.floor = {}, None                           # {pair: places}; least count
-        at = np.flatnonzero((self.ids[:-1] >= 0) & (self.ids[1:] >= 0)).astype(np.int32)
-        if not len(at):
-            return False
-        self.track(self.ids[at], self.ids[at + 1], at)
-        self.next = np.arange(1, len(self.ids) + 1, dtype=np.int32)     # P: a linked list,
-        self.prev = self.next - 2                                       # P: in both directions
-        self.owner = np.full(len(self.ids), NOBODY, np.int16)           # P: used within a sweep
-        return True
-
-    def track(self, first, second, at):
-        """Group places by the pair (first, second) of ids there; pairs that are frequent enough
-        go on the heap, smallest entry first: the highest count, and then the smallest ids."""
-        narrow = np.min_scalar_type(max(first.max(), second.max()))     # to 16 bits: radix sort
-        first, second = first.astype(narrow), second.astype(narrow)
-        order = np.lexsort((second, first))
-        first, second, at = first[order], second[order], at[order]
-        change = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
-        starts = np.append(0, 1 + np.flatnonzero(change))       # K: the places of a pair in a row
-        counts = np.add.reduceat(self.weight[at], starts, dtype=np.int64)
-        self.floor = self.floor or max(1, int(counts.max()) // 32)
-        often = counts >= self.floor
-        for a, b, count, start, end in zip(*(x[often].tolist() for x in (
-                first[starts], second[starts], counts, starts, np.append(starts[1:], len(at))))):
-            self.where[a << BITS | b] = at[start:end]
-            heapq.heappush(self.heap, (-count << 2 * BITS) + (a << BITS | b))
-
-    def step(self, wanted):
-        """Recount the pairs on top of the heap and merge those that surely come next; how many."""
-        keys = [heapq.heappop(self.heap) & PAIR for _ in range(min(self.width, len(self.heap)))]
-        known = [self.where.pop(key) for key in keys]
-        at = np.concatenate(known).astype(np.intp)              # N: the type numpy indexes with
-        which = np.repeat(np.arange(len(keys)), list(map(len, known)))
-        a, b = np.array(keys) >> BITS, np.array(keys) & ID      # K
-        there = (self.ids[at] == a[which]) & (self.ids[self.next[at]] == b[which])
-        at, which = at[there], which[there]                     # N: the place, and whose it is
-        counts = np.bincount(which, self.weight[at], len(keys)).astype(np.int64).tolist()
-        edges = np.searchsorted(which, np.arange(len(keys) + 1)).tolist()
-        found = sorted(((-count << 2 * BITS) + key, at[start:end]) for key, count, start, end
-                       in zip(keys, counts, edges, edges[1:]) if count >= self.floor)
-        best_of_rest = self.heap[0] if self.heap else 0         # at best, that is: fact 1
-        done = min(wanted, sum(entry <= best_of_rest for entry, _ in found))
-        if done:
-            done = self.merge(found[:done])
-        for entry, places in found[done:]:
-            self.where[entry & PAIR] = places
-            heapq.heappush(self.heap, entry)
-        return done
-
-    def merge(self, found):
-        """Merge the first of these (heap entry, places), as many as fact 3 allows; how many."""
-        ids, nxt, prv, n = self.ids, self.next, self.prev, len(found)
-        which = np.repeat(np.arange(n), [len(places) for _, places in found])
-        at = np.concatenate([places for _, places in found])
-        # Two pairs share a place if the right half of one is the left half of the other
-        self.owner[at] = which
-        other = self.owner[nxt[at]]
-        self.owner[at] = NOBODY
-        shared = other != NOBODY
-        if shared.any():
-            n = np.maximum(which + (other == which), other)[shared].min()
-        # In a run like aaaa only the 1st, 3rd, ... place of (a, a) is merged
-        touching = np.append(False, (nxt[at[:-1]] == at[1:]) & (which[:-1] == which[1:]))
-        i = np.arange(len(at))
-        keep = (i - np.maximum.accumulate(np.where(touching, 0, i))) % 2 == 0
-        at, which = at[keep], which[keep]                       # N shrinks
-        end, first_new = np.searchsorted(which, n), 256 + len(self.merges)
-        self.merges += [(entry >> BITS & ID, entry & ID) for entry, _ in found[:n]]
-        at, new = at[:end], first_new + which[:end]             # N shrinks to the n first pairs
-        second = nxt[at]                                        # a at `at`, b at `second`
-        right = nxt[second]
-        ids[at], ids[second] = new, GONE
-        nxt[at], prv[right] = right, at
-        left = prv[at]                                          # after all links are right again
-        # Only (left, new) and (new, right) are new pairs; two new ids are counted from the left
-        a, b = (ids[left] >= 0) & (ids[left] < first_new), ids[right] >= 0
-        if a.any() or b.any():
-            self.track(np.concatenate([ids[left[a]], new[b]]),
-                       np.concatenate([new[a], ids[right[b]]]), np.concatenate([left[a], at[b]]))
-        return n
-
 # ---- the tokenizer ------------------------------------------------------------------------------
-def bpe_encode(chunk, ranks, limit=1 << 30):
-    """bytes of one chunk -> list of its tokens as bytes. The specification of encoding: while two
-    neighbours form a token of rank below `limit`, join those of lowest rank, the leftmost first."""
-    parts = [chunk[i:i + 1] for i in range(len(chunk))]     # single bytes
-    while len(parts) > 1:
-        rank, i = min((ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1))
-        if rank >= limit:
-            break
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
 class Tokenizer:
     """Ranks {token bytes: id}, a split pattern (regex) and special tokens {name: id}. Text never
     turns into a special token by itself: encode_ordinary, encode_batch and render take their names
@@ -495,6 +357,196 @@ def checked(message):
             raise ValueError(f"content {part!r} of {role} is neither a str nor a list of parts "
                              f"with a text and a type out of {', '.join(allowed)}")
     return role, [(part["type"], part["text"]) for part in parts]
+
+# ---- splitting: text -> how often each chunk occurs ---------------------------------------------
+# Text repeats itself, and str.split is far faster than the pattern. In all three patterns a space
+# after a character that is not whitespace begins a chunk: text is cut there first, and each
+# different piece goes through the pattern once. Other spaces hide as NUL while str.split works.
+# For ASCII there is a short form of the patterns, with which Python's own re is faster than regex.
+ASCII = {"L": "A-Za-z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9"}
+LATER_SPACE = re.compile(r" (?<=\s )")
+# Whitespace after a letter or digit begins a chunk, too: there a long file is cut.
+WORD_END = re.compile(r"[^\W_](?=\s)")
+
+def repair(text):
+    """Lone surrogates (half an emoji in broken JSON), which UTF-8 cannot hold, become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+def count_batch(texts, pattern):
+    """list of str -> {chunk as bytes: occurrences}, what findall(pattern) on each would count."""
+    find = regex.compile(PATTERNS[pattern]).findall                 # knows all of Unicode
+    short = re.sub(r"\\p\{(\w+)\}", lambda m: ASCII.get(m[1], ""), PATTERNS[pattern])
+    find_ascii = re.compile(short, re.ASCII).findall                # knows ASCII, is faster
+    chunks, inner, equally_often = Counter(), Counter(), defaultdict(list)
+    for text in map(repair, texts):
+        # A piece may end in whitespace only if it is the last: first and last stay with their text
+        pieces = [text] if "\0" in text else LATER_SPACE.sub("\0", text).encode().split(b" ")
+        inner.update(pieces[1:-1])
+        if len(pieces) > 2:
+            text = (pieces[0] + b" " + pieces[-1]).decode().replace("\0", " ")
+        chunks.update(find(text))
+    for piece, n in inner.items():          # pieces that share a count share a search
+        equally_often[n, piece.isascii()].append(piece)
+    for (n, is_ascii), pieces in equally_often.items():
+        text = (b" " + b" ".join(pieces)).decode().replace("\0", " ")
+        found = find_ascii(text) if is_ascii else find(text)
+        for chunk, m in Counter(found).items():
+            chunks[chunk] += n * m
+    return {chunk.encode(): n for chunk, n in chunks.items()}
+
+def batches(texts, size):
+    """Group texts into lists of at least `size` characters."""
+    batch, held = [], 0
+    for text in texts:
+        batch.append(text)
+        held += len(text)
+        if held >= size:
+            yield batch
+            batch, held = [], 0
+    yield batch
+
+def count_chunks(texts, pattern, log, batch_chars=4_000_000):
+    """iterable of str -> Counter {chunk as bytes: occurrences}, on all cores. Two batches a core
+    are held at a time; log is called with a line on how far it is."""
+    source, counts, waiting, done = batches(texts, batch_chars), Counter(), [], 0
+    head = list(itertools.islice(source, 2))
+    if len(head) < 2:                       # too little to be worth starting processes
+        counts, head = Counter(count_batch(head[0], pattern)), []
+    with ProcessPoolExecutor(CORES) as pool:
+        for batch in itertools.chain(head, source, [None] * 2 * CORES):
+            if batch:                       # None: all is read, only collect
+                waiting.append(pool.submit(count_batch, batch, pattern))
+            if waiting and (batch is None or len(waiting) == 2 * CORES):
+                counts.update(waiting.pop(0).result())
+                done += batch_chars
+                log(f"split {done / 1e6:6.0f} M characters | {len(counts)} different chunks")
+    if not counts:
+        raise SystemExit("the input is empty; training needs text; check --input")
+    return counts
+
+# ---- merging: counted chunks -> merges ----------------------------------------------------------
+BITS = 21                                   # an id has 21 bits: the pair (a, b) is a << 21 | b
+ID, PAIR = (1 << BITS) - 1, (1 << 2 * BITS) - 1
+WALL, GONE, NOBODY = -1, -2, -1             # in ids: between chunks, merged away; in owner: none
+
+class Merger:
+    """Finds the merges. All different chunks stand side by side in one array, with walls between.
+
+    The specification: count all pairs; merge the most frequent, ties to the smallest (a, b);
+    repeat. Three facts make it fast and leave it exact (a slow twin in the tests checks that):
+    1. Once the places of a pair are known its count only falls, as its ids are merged away. So
+       a count in the heap is an upper bound, and only pairs that come to its top are recounted.
+    2. Rare pairs cannot win yet. Pairs below `floor` are not tracked; when all above are used up
+       everything is counted anew, with a lower floor. A handful of times, and memory is bounded.
+    3. Many pairs can be merged in one numpy sweep: as far down the list as no two of them share a
+       place. No pair that these merges create can come in between: if x a b becomes x new, then
+       (x, new) is at most as frequent as (x, a) was, which stands in the list, shares a place
+       with (a, b) and so ends the sweep first. A run a a a shares places with itself.
+    Sizes: P places in the array; K pairs in hand, with N places among them."""
+
+    def __init__(self, chunks):
+        words = [chunk for chunk in chunks if len(chunk) > 1]
+        lengths = np.array([len(word) + 1 for word in words], np.int64)
+        text = b"\0" + b"\0".join(words) + b"\0"
+        self.ids = np.frombuffer(text, np.uint8)[:1 + lengths.sum()].astype(np.int32)       # P
+        self.ids[np.cumsum(lengths)] = self.ids[0] = WALL
+        counts = np.array([0] + [chunks[word] for word in words])
+        counts = counts.astype(np.min_scalar_type(counts.max()))    # P may be a hundred million
+        self.weight = np.repeat(counts, np.append(1, lengths))      # P: how often the chunk occurs
+        self.heap, self.merges, self.width = [], [], 8              # width: pairs to try at once
+
+    def run(self, num_merges, log=lambda line: None):
+        """-> at most num_merges pairs (a, b) of ids, the i-th of which makes id 256 + i."""
+        while len(self.merges) < num_merges and (self.heap or self.recount()):
+            done = self.step(num_merges - len(self.merges))
+            self.width = min(2 * done + 8, 512)         # as the last sweep went, so will the next
+            log(f"merge {len(self.merges):6d}/{num_merges}")
+        return self.merges
+
+    def recount(self):
+        """Count all pairs, track those at least 1/32 as frequent as the best; False if none."""
+        keep = self.ids != GONE
+        self.ids, self.weight = self.ids[keep], self.weight[keep]   # P shrinks
+        self.where, self.floor = {}, None                           # {pair: places}; least count
+        at = np.flatnonzero((self.ids[:-1] >= 0) & (self.ids[1:] >= 0)).astype(np.int32)
+        if not len(at):
+            return False
+        self.track(self.ids[at], self.ids[at + 1], at)
+        self.next = np.arange(1, len(self.ids) + 1, dtype=np.int32)     # P: a linked list,
+        self.prev = self.next - 2                                       # P: in both directions
+        self.owner = np.full(len(self.ids), NOBODY, np.int16)           # P: used within a sweep
+        return True
+
+    def track(self, first, second, at):
+        """Group places by the pair (first, second) of ids there; pairs that are frequent enough
+        go on the heap, smallest entry first: the highest count, and then the smallest ids."""
+        narrow = np.min_scalar_type(max(first.max(), second.max()))     # to 16 bits: radix sort
+        first, second = first.astype(narrow), second.astype(narrow)
+        order = np.lexsort((second, first))
+        first, second, at = first[order], second[order], at[order]
+        change = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
+        starts = np.append(0, 1 + np.flatnonzero(change))       # K: the places of a pair in a row
+        counts = np.add.reduceat(self.weight[at], starts, dtype=np.int64)
+        self.floor = self.floor or max(1, int(counts.max()) // 32)
+        often = counts >= self.floor
+        for a, b, count, start, end in zip(*(x[often].tolist() for x in (
+                first[starts], second[starts], counts, starts, np.append(starts[1:], len(at))))):
+            self.where[a << BITS | b] = at[start:end]
+            heapq.heappush(self.heap, (-count << 2 * BITS) + (a << BITS | b))
+
+    def step(self, wanted):
+        """Recount the pairs on top of the heap and merge those that surely come next; how many."""
+        keys = [heapq.heappop(self.heap) & PAIR for _ in range(min(self.width, len(self.heap)))]
+        known = [self.where.pop(key) for key in keys]
+        at = np.concatenate(known).astype(np.intp)              # N: the type numpy indexes with
+        which = np.repeat(np.arange(len(keys)), list(map(len, known)))
+        a, b = np.array(keys) >> BITS, np.array(keys) & ID      # K
+        there = (self.ids[at] == a[which]) & (self.ids[self.next[at]] == b[which])
+        at, which = at[there], which[there]                     # N: the place, and whose it is
+        counts = np.bincount(which, self.weight[at], len(keys)).astype(np.int64).tolist()
+        edges = np.searchsorted(which, np.arange(len(keys) + 1)).tolist()
+        found = sorted(((-count << 2 * BITS) + key, at[start:end]) for key, count, start, end
+                       in zip(keys, counts, edges, edges[1:]) if count >= self.floor)
+        best_of_rest = self.heap[0] if self.heap else 0         # at best, that is: fact 1
+        done = min(wanted, sum(entry <= best_of_rest for entry, _ in found))
+        if done:
+            done = self.merge(found[:done])
+        for entry, places in found[done:]:
+            self.where[entry & PAIR] = places
+            heapq.heappush(self.heap, entry)
+        return done
+
+    def merge(self, found):
+        """Merge the first of these (heap entry, places), as many as fact 3 allows; how many."""
+        ids, nxt, prv, n = self.ids, self.next, self.prev, len(found)
+        which = np.repeat(np.arange(n), [len(places) for _, places in found])
+        at = np.concatenate([places for _, places in found])
+        # Two pairs share a place if the right half of one is the left half of the other
+        self.owner[at] = which
+        other = self.owner[nxt[at]]
+        self.owner[at] = NOBODY
+        shared = other != NOBODY
+        if shared.any():
+            n = np.maximum(which + (other == which), other)[shared].min()
+        # In a run like aaaa only the 1st, 3rd, ... place of (a, a) is merged
+        touching = np.append(False, (nxt[at[:-1]] == at[1:]) & (which[:-1] == which[1:]))
+        i = np.arange(len(at))
+        keep = (i - np.maximum.accumulate(np.where(touching, 0, i))) % 2 == 0
+        at, which = at[keep], which[keep]                       # N shrinks
+        end, first_new = np.searchsorted(which, n), 256 + len(self.merges)
+        self.merges += [(entry >> BITS & ID, entry & ID) for entry, _ in found[:n]]
+        at, new = at[:end], first_new + which[:end]             # N shrinks to the n first pairs
+        second = nxt[at]                                        # a at `at`, b at `second`
+        right = nxt[second]
+        ids[at], ids[second] = new, GONE
+        nxt[at], prv[right] = right, at
+        left = prv[at]                                          # after all links are right again
+        # Only (left, new) and (new, right) are new pairs; two new ids are counted from the left
+        a, b = (ids[left] >= 0) & (ids[left] < first_new), ids[right] >= 0
+        if a.any() or b.any():
+            self.track(np.concatenate([ids[left[a]], new[b]]),
+                       np.concatenate([new[a], ids[right[b]]]), np.concatenate([left[a], at[b]]))
+        return n
 
 # ---- files --------------------------------------------------------------------------------------
 def write_whole(path, text):
