@@ -55,7 +55,7 @@ def bpe_train(chunk_counts, num_merges):
     """Learn merges: {chunk as bytes: how often it occurs} -> list of pairs (a, b) of ids.
     The i-th pair is merged into the new id 256 + i. The list has num_merges pairs, or fewer if
     nothing is left to merge because every chunk is a single id."""
-    words = [(list(chunk), times) for chunk, times in chunk_counts.items()]
+    words = [(list(chunk), times) for chunk, times in chunk_counts.items()]     # bytes are ids
     merges = []
     while len(merges) < num_merges:
         pair_counts = Counter()
@@ -65,7 +65,7 @@ def bpe_train(chunk_counts, num_merges):
         if not pair_counts:
             break
         highest = max(pair_counts.values())
-        best = min(pair for pair, count in pair_counts.items() if count == highest)
+        best = min(pair for pair, count in pair_counts.items() if count == highest)     # the tie
         new_id = 256 + len(merges)
         words = [(merge_pair(ids, best, new_id), times) for ids, times in words]
         merges.append(best)
@@ -101,9 +101,9 @@ def bpe_encode(chunk, ranks, limit=1 << 30):
     return parts
 
 # ---- split patterns and special tokens ----------------------------------------------------------
-# These match what the published patterns match. They are written differently in two ways. A second
-# + as in ++, ?+ and *+ keeps the regex engine from giving characters back where that cannot help.
-# Brackets around \p{L} and \p{N} allow ASCII_CLASS below to put A-Za-z and 0-9 in their place.
+# These match what the published patterns match, and differ from them in two ways. A second + as in
+# ++, ?+ and *+ keeps the regex engine from giving characters back where that cannot help. Brackets
+# around \p{L} and \p{N} make room for A-Za-z and 0-9, which ASCII_CLASS below puts there.
 O200K_WORD = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
               r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|")
 PATTERNS = {
@@ -126,9 +126,7 @@ MOVES = {(None, "<|endoftext|>"): None, (None, "<|im_start|>"): "role",
 MOVES |= {("text", f"<|{part}|>"): part for part in PARTS[1:]}
 MOVES |= {(part, f"<|/{part}|>"): "text" for part in PARTS[1:]}
 MOVES |= {(part, "<|im_end|>"): None for part in PARTS}
-
-# OpenAI's tokenizers and their patterns. The published vocabulary of GPT-4 leaves out some ids, and
-# its chat models are known to use three of them for these special tokens.
+# OpenAI's tokenizers with their patterns; the ids of GPT-4's chat tokens, left out of its ranks
 PRETRAINED = {"gpt2": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}
 GPT4_GAP = {"<|im_start|>": 100264, "<|im_end|>": 100265, "<|im_sep|>": 100266}
 
@@ -196,7 +194,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name):
-        """Load a folder that save wrote, or a pretrained tokenizer by name; SystemExit if neither."""
+        """Load a folder that save wrote, or a pretrained tokenizer by name, or end in SystemExit."""
         folder = Path(name)
         if str(name) in PRETRAINED and not folder.is_dir():
             return cls.pretrained(str(name))
@@ -275,12 +273,11 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         """ids -> bytes, which may end within a character. ValueError if an id has no token."""
-        tokens = []
+        ids = list(ids)
         for i in ids:
             if not 0 <= i < self.n_vocab or self.token_of[i] is None:
                 raise ValueError(f"{i} is not an id of {self.name} (0 to {self.n_vocab - 1})")
-            tokens.append(self.token_of[i])
-        return b"".join(tokens)
+        return b"".join([self.token_of[i] for i in ids])
 
     def decode(self, ids):
         """ids -> str. Bytes that are not UTF-8 become U+FFFD. ValueError if an id has no token."""
@@ -306,11 +303,9 @@ class Tokenizer:
         def append(tokens, learnt):
             ids.extend(tokens)
             loss_mask.extend([int(learnt)] * len(tokens))
-
         def append_header(role):
             name = self.encode_ordinary(role)
             append([special["<|im_start|>"], *name, special["<|im_sep|>"]], learnt=False)
-
         for message in messages:
             role, parts = checked(message)
             append_header(role)
@@ -358,18 +353,17 @@ class Tokenizer:
     def export_hf(self, path):
         """Write a tokenizer.json for tokenizers.Tokenizer.from_file, which gives the same ids."""
         # A byte is written as its own character if that is visible, else as one from U+0100 on
-        own = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
-        others = [byte for byte in range(256) if byte not in own]
-        letters = {byte: chr(byte) for byte in own}
-        letters |= {byte: chr(256 + n) for n, byte in enumerate(others)}
+        letters = {byte: chr(byte) for byte in range(256)}
+        hidden = [byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "]
+        letters |= {byte: chr(256 + n) for n, byte in enumerate(hidden)}
         word_of = {i: "".join(letters[byte] for byte in token) for token, i in self.ranks.items()}
+        vocab = {word: i for i, word in word_of.items()} | self.special
+        merges = [[word_of[a], word_of[b]] for a, b, _ in self.merges]
+        added = [dict(id=i, content=name, special=True, single_word=False, lstrip=False,
+                      rstrip=False, normalized=False) for name, i in self.special.items()]
         split = dict(type="Split", pattern={"Regex": self.pattern}, behavior="Isolated",
                      invert=False)
         level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-        added = [dict(id=i, content=name, special=True, single_word=False, lstrip=False,
-                      rstrip=False, normalized=False) for name, i in self.special.items()]
-        vocab = {word: i for i, word in word_of.items()} | self.special
-        merges = [[word_of[a], word_of[b]] for a, b, _ in self.merges]
         write_whole(path, json.dumps({
             "added_tokens": added, "decoder": level,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
@@ -377,15 +371,15 @@ class Tokenizer:
 
 def checked(message):
     """A message -> its role and a list of (type, text). ValueError if one of them is unknown."""
-    role, content = message.get("role"), message.get("content")
+    role = message.get("role")
     if role not in ROLES:
         raise ValueError(f"the role of a message must be one of {', '.join(ROLES)}, got {role}")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list):
-        raise ValueError(f"the content of a message by {role} is neither text nor a list of parts")
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     allowed = PARTS if role == "assistant" else PARTS[:1]
     for part in parts:
-        if not isinstance(part, dict) or part.get("type") not in allowed or "text" not in part:
+        known = isinstance(part, dict) and part.get("type") in allowed
+        if not known or not isinstance(part.get("text"), str):
             raise ValueError(f"a part of a message by {role} must have a text and a type out of "
                              f"{', '.join(allowed)}, got {json.dumps(part, default=str)}")
     return role, [(part["type"], part["text"]) for part in parts]
@@ -432,43 +426,38 @@ def count_batch(texts, pattern):
         groups[times, piece.isascii()].append(piece)
     for (times, is_ascii), group in groups.items():
         find_all = find_ascii if is_ascii else find
-        for chunk, n in Counter(find_all(join_at_spaces([b"", *group]))).items():
+        text = (b" " + b" ".join(group)).decode().replace("\0", " ")
+        for chunk, n in Counter(find_all(text)).items():
             chunks[chunk] += n * times
     return {chunk.encode(): n for chunk, n in chunks.items()}
 
 def cut_at_spaces(text):
     """str -> (both ends of the text as one str, list of the pieces between them as bytes).
     A piece comes after a space and ends in a character that is not whitespace, so its chunks do
-    not depend on its neighbours. The ends stay together: the first piece comes after no space, and
-    the last may end in whitespace. NUL hides the spaces at which text is not cut."""
+    not depend on its neighbours. That is not true of the two ends, where the text begins and may
+    end in whitespace. NUL hides the spaces at which text is not cut."""
     pieces = LATER_SPACE.sub("\0", text).encode().split(b" ")
     if "\0" in text or len(pieces) < 3:
         return text, []
-    return join_at_spaces([pieces[0], pieces[-1]]), pieces[1:-1]
-
-def join_at_spaces(pieces):
-    return b" ".join(pieces).decode().replace("\0", " ")
+    return (pieces[0] + b" " + pieces[-1]).decode().replace("\0", " "), pieces[1:-1]
 
 def count_chunks(texts, pattern, log, batch_chars=4_000_000):
     """Iterable of str -> Counter {chunk as bytes: occurrences}, counted in batches on all cores, of
     which at most two per core are in memory. SystemExit if there is no text."""
     counts = Counter()
     running = deque()
-    batch = []
-    chars = 0                               # in this batch
+    batch, chars = [], 0
 
     def collect():
         counts.update(running.popleft().result())
         log(f"split into {len(counts)} different chunks so far")
-
     with ProcessPoolExecutor(CORES) as pool:
         for text in texts:
             batch.append(text)
             chars += len(text)
             if chars >= batch_chars:
                 running.append(pool.submit(count_batch, batch, pattern))
-                batch = []
-                chars = 0
+                batch, chars = [], 0
             if len(running) == 2 * CORES:
                 collect()
         counts.update(count_batch(batch, pattern))  # if this is all, no process has been started
@@ -491,8 +480,7 @@ class Merger:
     1. Once the places of a pair are known, its count can only fall, as other merges take its ids
        away. So counts on the heap are upper bounds, and only its top has to be counted again.
     2. Rare pairs cannot be next. Pairs with less than `floor` occurrences are not tracked; when no
-       tracked pair is left, all are counted again with a lower floor. This happens only a few
-       times and bounds the memory.
+       tracked pair is left, all are counted again with a lower floor. This bounds the memory.
     3. One numpy sweep can merge many pairs: from the best down to the first that shares a place
        with a better one. No pair that these merges create can come in between. If x a b becomes
        x new, then (x, new) is at most as frequent as (x, a) was, so it comes after (x, a). But
@@ -522,9 +510,8 @@ class Merger:
 
     def recount(self):
         """Count all pairs and track those at least 1/32 as frequent as the best; False if none."""
-        keep = self.ids != GONE
-        self.ids = self.ids[keep]                                       # P shrinks
-        self.weight = self.weight[keep]
+        self.weight = self.weight[self.ids != GONE]
+        self.ids = self.ids[self.ids != GONE]                           # P shrinks
         self.where = {}                                                 # {pair: its places}
         self.floor = None                                               # least count to track
         at = np.flatnonzero((self.ids[:-1] >= 0) & (self.ids[1:] >= 0)).astype(np.int32)
@@ -540,15 +527,13 @@ class Merger:
         """Group the places `at` by the pair (first, second) of ids there, three arrays [N]. Put
         the pairs that are frequent enough on the heap."""
         narrow = np.min_scalar_type(max(first.max(), second.max()))     # to 16 bits: radix sort
-        first, second = first.astype(narrow), second.astype(narrow)
-        order = np.lexsort((second, first))
+        order = np.lexsort((second.astype(narrow), first.astype(narrow)))
         first, second, at = first[order], second[order], at[order]
         change = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
         starts = np.append(0, 1 + np.flatnonzero(change))               # K: first place of a pair
         ends = np.append(starts[1:], len(at))
         counts = np.add.reduceat(self.weight[at], starts, dtype=np.int64)
-        if self.floor is None:
-            self.floor = max(1, int(counts.max()) // 32)
+        self.floor = self.floor or max(1, int(counts.max()) // 32)
         often = counts >= self.floor
         starts = starts[often]                                          # K shrinks
         pairs = (first[starts].astype(np.int64) << ID_BITS | second[starts]).tolist()
@@ -558,15 +543,14 @@ class Merger:
             heapq.heappush(self.heap, (-count, pair))
 
     def step(self, wanted):
-        """Count the pairs on top of the heap again, merge those that surely come next, at most
-        `wanted`, and return how many."""
+        """Recount the pairs on top of the heap, merge those that surely come next; how many."""
         width = min(self.width, len(self.heap))
         pairs = [heapq.heappop(self.heap)[1] for _ in range(width)]
         known = [self.where.pop(pair) for pair in pairs]
         at = np.concatenate(known).astype(np.intp)              # N: the type numpy indexes with
         which = np.repeat(np.arange(width), [len(places) for places in known])      # N: its pair
-        first, second = np.array(pairs) >> ID_BITS, np.array(pairs) & ID_MASK       # K
-        there = (self.ids[at] == first[which]) & (self.ids[self.next[at]] == second[which])
+        here = self.ids[at].astype(np.int64) << ID_BITS | self.ids[self.next[at]]
+        there = here == np.array(pairs)[which]                  # N: false where ids are merged away
         at, which = at[there], which[there]                     # N shrinks
         counts = np.bincount(which, self.weight[at], width).astype(np.int64).tolist()
         edges = np.searchsorted(which, np.arange(width + 1)).tolist()
@@ -587,7 +571,16 @@ class Merger:
         places = [found[entry] for entry in entries]
         at = np.concatenate(places)                             # N
         which = np.repeat(np.arange(len(places)), [len(at) for at in places])       # N
-        done = self.num_apart(at, which, len(places))
+        # Two pairs share a place if the right half of one is the left half of the other
+        self.owner[at] = which
+        other = self.owner[self.next[at]]                       # N: the pair with b as its left
+        self.owner[at] = NOBODY
+        shared = other != NOBODY
+        done = len(places)
+        if shared.any():
+            first_shared = np.maximum(which, other)
+            first_shared[which == other] += 1                   # a run is the last to be merged
+            done = int(first_shared[shared].min())
         end = np.searchsorted(which, done)
         at, which = at[:end], which[:end]                       # N shrinks to the pairs to merge
         # In a run like a a a a only the 1st, 3rd, ... place of (a, a) is merged
@@ -614,36 +607,20 @@ class Merger:
                        np.concatenate([left[has_left], at[has_right]]))
         return done
 
-    def num_apart(self, at, which, num_pairs):
-        """How many pairs come before the first that shares a place with a better one: the right
-        half of one is the left half of the other. A run may be the last of a sweep."""
-        self.owner[at] = which
-        other = self.owner[self.next[at]]                       # N: the pair to which b belongs
-        self.owner[at] = NOBODY
-        shared = other != NOBODY
-        if not shared.any():
-            return num_pairs
-        end = np.maximum(which, other)
-        end[which == other] += 1
-        return int(end[shared].min())
-
-# ---- files to train on --------------------------------------------------------------------------
+# ---- the command line ---------------------------------------------------------------------------
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-# A .txt is cut at whitespace after a letter or digit, where all patterns begin a chunk
-WORD_END = re.compile(r"[^\W_](?=\s)")
+WORD_END = re.compile(r"[^\W_](?=\s)")  # after a letter or digit, whitespace begins a chunk
 
 def input_files(paths):
-    """Files and folders -> list of files. Of a folder: those with a known suffix but val_*."""
-    files = []
+    """Files and folders -> files. Of a folder these are all with a known suffix but val_*."""
     for path in map(Path, paths):
         inside = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
         found = [file for file in inside if file.is_file() and file.name.endswith(SUFFIXES)
                  and (file == path or not file.name.startswith("val_"))]
         if not found:
-            raise SystemExit(f"{path} has no text to train on; --input takes files "
+            raise SystemExit(f"{path} holds no training text; --input takes files "
                              f"{', '.join(SUFFIXES)} and folders of them")
-        files += found
-    return files
+        yield from found
 
 def read_texts(path):
     """Yield the documents of a file as str, a .txt in pieces. SystemExit if it cannot be read."""
@@ -658,31 +635,29 @@ def read_texts(path):
             yield from text_pieces(f) if path.suffix == ".txt" else json_texts(f)
     except ImportError:
         raise SystemExit(f"{path} cannot be read without pyarrow; pip install pyarrow")
-    except UnicodeDecodeError:
-        raise SystemExit(f"{path} is not UTF-8; convert it")
     except (EOFError, KeyError, OSError, ValueError, zlib.error) as error:
-        raise SystemExit(f"{path} cannot be read ({reason(error)}); replace it by a whole file")
+        raise SystemExit(f"{path} cannot be read ({reason(error)}); it must be whole and in UTF-8")
 
 def text_pieces(f):
     """Yield pieces of about a million characters, each cut where a chunk begins."""
     rest = ""
     while block := f.read(1 << 20):
         rest += block
-        ends = [match.end() for match in WORD_END.finditer(rest, len(rest) - 9999)]
-        cut = max(ends, default=0)
+        cut = max((word.end() for word in WORD_END.finditer(rest, len(rest) - 9999)), default=0)
         yield rest[:cut]
         rest = rest[cut:]
     yield rest
 
 def json_texts(lines):
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise ValueError(f"line {number} is not a JSON object with a \"text\"")
-            yield row["text"]
+        try:
+            row = json.loads(line) if line.strip() else {"text": ""}
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise ValueError(f"line {number} is not a JSON object with a \"text\"")
+        yield row["text"]
 
-# ---- looking at tokens, and the command line ----------------------------------------------------
 # One thought in several scripts shows for which of them a vocabulary was made
 SAMPLES = {
     "English": "The baker opened her shop before sunrise, and by eight all the bread was sold.",
@@ -711,8 +686,9 @@ def show(text, tokenizers, allowed_special=frozenset(), page_path=None):
         print(*ids)
         page.append(f"<h3>{html.escape(title)}</h3>")
         for n, i in enumerate(ids):
-            token, colour = tok.token_of[i], f"hsl({n * 67 % 360} 80% 85%)"
-            page.append(f'<span title="id {i}, bytes {token.hex(" ")}" style="background:{colour}">'
+            token = tok.token_of[i]
+            style = f"background:hsl({n * 67 % 360} 80% 85%)"
+            page.append(f'<span title="id {i}, bytes {token.hex(" ")}" style="{style}">'
                         f"{html.escape(words[n])}</span>" + "<br>" * token.count(b"\n"))
     if page_path:
         write_whole(page_path, "".join(page))
@@ -743,7 +719,7 @@ def compare(samples, tokenizers):
 
 def train_command(args):
     """Train and save, unless that was done with the same text (by its sha256) and settings."""
-    files = input_files(args.input)
+    files = list(input_files(args.input))
     out = Path(args.out)
     digest = hashlib.sha256()
     for path in files:
@@ -761,7 +737,6 @@ def train_command(args):
         if time.time() > last + 1:
             last = time.time()
             print(f"{line} | {last - start:.0f} s", flush=True)
-
     texts = itertools.chain.from_iterable(map(read_texts, files))
     tok = Tokenizer.train(texts, args.vocab_size, args.pattern, name=out.name, log=log)
     tok.training = training
@@ -811,9 +786,10 @@ def main(argv=None):
         print(*tok.encode(text, allowed_special=special, disallowed_special=()))
     elif args.command == "decode":
         try:
-            print(tok.decode([int(word) for word in text.split()]))
-        except ValueError as error:
-            raise SystemExit(f"decode takes ids of {tok.name}: {error}")
+            print(tok.decode(map(int, text.split())))
+        except ValueError:
+            raise SystemExit(f"decode takes ids of {tok.name}, which are 0 to {tok.n_vocab - 1}, "
+                             f"got {text[:60]}")
     elif args.command == "merges":
         show_merges(text, tok, args.steps)
     elif args.command == "compare":

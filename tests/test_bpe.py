@@ -120,9 +120,9 @@ def test_merges_are_those_of_the_slow_twin_on_real_text(pattern):
     ("track", "(-count, pair)", "(-count, -pair)"),     # ties go to the largest pair
     ("track", "counts >= self.floor", "counts > self.floor"),       # a pair at the floor is lost
     ("step", "entry <= self.heap[0]", "True"),              # a better pair on the heap is passed
-    ("step", "there = (", "there = (at >= 0) | ("),         # places that are gone are counted
-    ("num_apart", "if not shared.any()", "if True"),               # two merges of a sweep share a place
-    ("num_apart", "+= 1", "+= 9"),  # a run does not end the sweep
+    ("step", "at[there], which[there]", "at, which"),         # places that are gone are counted
+    ("merge", "if shared.any()", "if False"),               # two merges of a sweep share a place
+    ("merge", "[which == other] += 1", "[which == other] += 9"),  # a run does not end the sweep
     ("merge", "% 2 == 0", "% 2 >= 0"),                      # aaa is merged twice
     ("merge", "& (self.ids[left] < first_new)", ""),             # two new neighbours count twice
 ])
@@ -390,7 +390,7 @@ def test_parse_refuses_text_outside_of_turns(text):
     ({"role": "bot", "content": "x"}, "system, user, assistant, tool, got bot"),
     ({"role": "assistant", "content": [{"type": "image", "text": "x"}]}, "a type out of text, think, python, .*image"),
     ({"role": "user", "content": [{"type": "think", "text": "x"}]}, "a type out of text, got"),
-    ({"role": "user", "content": None}, "neither text nor a list"),
+    ({"role": "user", "content": None}, "a text and a type out of text, got .*null"),
     ({"content": "x"}, "system, user, assistant, tool, got None")])
 def test_an_unknown_role_or_part_is_refused_by_naming_what_is_allowed(message, allowed):
     with pytest.raises(ValueError, match=allowed):
