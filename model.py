@@ -326,7 +326,7 @@ class GPT(nn.Module):
         """Moves the model; it computes in bf16 on a GPU that has it. The weights stay fp32.
         fp8: the blocks' matrices of at least 128 x 128 multiply in 8 bits while training."""
         bf16 = "cuda" in str(device) and torch.cuda.is_bf16_supported()
-        self.compute_dtype = torch.bfloat16 if bf16 else torch.float32
+        self.compute_dtype = torch.bfloat16 if bf16 else torch.get_default_dtype()
         self.kernel, self.kernel_why = find_kernel(device) if bf16 else (sdpa, "sdpa: no bf16 here")
         for module in self.h.modules():
             if isinstance(module, Attention):

@@ -78,14 +78,14 @@ POLAR_EXPRESS = (  # five quintics that push every singular value towards 1 (arX
 
 def polar(G):
     """The factor U Vᵀ of G = U S Vᵀ, about; G (…, m, n). On a GPU bf16 is precise enough."""
-    X = G.bfloat16() if G.is_cuda else G.float()
+    X = G.bfloat16() if G.is_cuda else G
     X = X / (1.01 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
-    return (X.mT if tall else X).float()
+    return (X.mT if tall else X).to(G.dtype)
 
 def as_matrices(W):
     """c_attn.weight (3C, C) is three matrices, q, k and v; any other is one: a view (K, m, n)."""
