@@ -106,9 +106,11 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         weight = cast(self.weight, x.dtype)
-        if self.fp8 and self.training:
-            return Fp8Matmul.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
-        return F.linear(x, weight, cast(self.bias, x.dtype))
+        bias = cast(self.bias, x.dtype)
+        if not (self.fp8 and self.training):
+            return F.linear(x, weight, bias)
+        y = Fp8Matmul.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
 
 def rms_norm(x):
     # one epsilon for every dtype, so that bf16 and fp32 models compute the same function
@@ -128,7 +130,8 @@ class Norm(nn.Module):
     def forward(self, x):
         if self.weight is None:
             return rms_norm(x)
-        weight, bias = cast(self.weight, x.dtype), cast(self.bias, x.dtype)
+        weight = cast(self.weight, x.dtype)
+        bias = cast(self.bias, x.dtype)
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps=1e-5)
 
 def rotary_table(config, base=100_000):

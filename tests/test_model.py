@@ -396,6 +396,12 @@ def test_fp8_matmul_and_its_gradients_are_near_fp32s():
     check_fp8((64, 48, 32))
 
 
+def test_fp8_adds_the_bias_as_fp32_does():
+    layer, x = Linear(64, 32), torch.zeros(16, 64)      # of zeros only the bias is left
+    layer.fp8 = True
+    assert layer.training and torch.equal(layer(x), layer.bias.expand(16, 32))
+
+
 def fp8_matmul_in_fp32(a, b, fast_accum=False):
     """fp8_matmul from its formula; PyTorch's takes a second for each matmul on a CPU."""
     (a, a_scale), (b, b_scale) = a, b
