@@ -20,7 +20,7 @@ from conftest import GPT2, MODERN, mutate, noisy
 from model import (GPT, GPT2_SIZES, CrossEntropy, Fp8Matmul, GPTConfig, KVCache, Linear,
                    find_compiler, find_kernel, fp8_matmul, load_checkpoint, save_checkpoint, sdpa,
                    to_fp8)
-from training import Optimizer, RunLog, make_optimizer, read_log
+from training import Optimizer, make_optimizer
 
 T = GPT2.block_size
 TEXT = torch.randint(0, 65, (3, T), generator=torch.Generator().manual_seed(1))
@@ -505,7 +505,7 @@ def test_bf16_keeps_fp32_masters_in_which_a_small_update_survives():
     torch.testing.assert_close(step, torch.full_like(step, 1e-4), rtol=0.01, atol=0)
 
 
-# ---- vocabulary, checkpoints, state, log
+# ---- vocabulary and checkpoints
 
 @pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
 @pytest.mark.parametrize("vocab_size", [65, 70, 200])
@@ -547,27 +547,6 @@ def test_bad_checkpoint_is_one_line(damage, tmp_path):
         load_checkpoint(tmp_path)
     assert str(tmp_path) in str(error.value) and str(error.value).count(";") == 2
     assert "\n" not in str(error.value)
-
-
-def test_log_line_has_the_one_grammar(tmp_path, capsys):
-    RunLog(tmp_path, 19073)(1200, loss=3.421875, lr=5.98e-4, norm=0.2871, ms=512.3, tok_s=1023400.0,
-                            mfu=0.412, usd=0.42, eta=4323.9, kl=None)
-    assert capsys.readouterr().out.split() == (
-        "step 1200/19073 | loss 3.421875 | lr 5.98e-04 | norm 0.2871 | 512.3 ms | 1023400 tok/s | "
-        "mfu 41.2% | $0.42 | eta 1:12:03").split()
-    assert read_log(tmp_path)[0]["loss"] == 3.421875
-
-
-def test_resumed_log_drops_what_comes_again_and_a_cut_last_line(tmp_path):
-    log = RunLog(tmp_path, 20)
-    for step in range(1, 13):
-        log(step, loss=float(step))
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 13, "lo')
-    assert [row["step"] for row in read_log(tmp_path)] == list(range(1, 13))
-    RunLog(tmp_path, 20, resume_step=10)(11, loss=0.0)
-    rows = [(row["step"], row["loss"]) for row in read_log(tmp_path)]
-    assert rows[-2:] == [(10, 10.0), (11, 0.0)]
 
 
 # ---- mutants: each must be caught by the check beside it
