@@ -395,12 +395,24 @@ def test_newest_run_of_a_stage_is_found(tmp_path, base_run):
     assert find_run(None, ("sft",), tmp_path) == tmp_path / "c"
     assert find_run(None, ("pretrain", "rl"), tmp_path) == tmp_path / "d"
     assert find_run(tmp_path / "a", ("sft",)) == tmp_path / "a"
-    with pytest.raises(SystemExit, match="stage reward;.*;"):
+    with pytest.raises(SystemExit, match="stage reward; "):
         find_run(None, ("reward",), tmp_path)
 
 
+def test_a_mistyped_run_is_one_line_that_names_the_runs_there_are(tmp_path, base_run):
+    (tmp_path / "mine").symlink_to(base_run)
+    (tmp_path / "empty").mkdir()
+    for name, said in dict(mina="mina is not a run's folder; the runs here are .*/mine$",
+                           empty="empty holds no model, because it has no config.json; ").items():
+        with pytest.raises(SystemExit, match=said) as error:
+            find_run(tmp_path / name, root=tmp_path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match="none is not a run's folder; train a model with"):
+        run_main(sample, "--model", "none")
+
+
 def test_chat_refuses_a_base_model_unless_told(base_run, monkeypatch):
-    with pytest.raises(SystemExit, match="base model.*;.*;"):
+    with pytest.raises(SystemExit, match="base model.*; name a model"):
         run_main(sample, "--chat", "--model", base_run)
     monkeypatch.setattr(builtins, "input", lambda _: "")
     run_main(sample, "--chat", "--model", base_run, "--allow_base")
@@ -451,11 +463,11 @@ def test_the_command_writes_the_same_text_twice(base_run, tmp_path, capsys):
 # ---- mutants
 
 @pytest.mark.parametrize("owner, name, old, new, check", [
-    (Engine, "steps", "lengths - 1])", "longest - 1])", check_rows_equal_single_runs),
-    (Engine, "steps", "cache.pos = lengths.clone()", "pass", check_rows_equal_single_runs),
-    (Engine, "steps", "cache = cache.rows(torch.tensor(alive, device=device))", "pass",
+    (Engine, "prefill", "lengths - 1])", "longest - 1])", check_rows_equal_single_runs),
+    (Engine, "prefill", "cache.pos = lengths.clone()", "pass", check_rows_equal_single_runs),
+    (Engine, "steps", "cache = cache.rows(torch.tensor(alive, device=self.device()))", "pass",
      check_rows_equal_single_runs),
-    (Engine, "steps", "repeat_interleave(num_samples)", "repeat(num_samples)",
+    (Engine, "prefill", "repeat_interleave(num_samples)", "repeat(num_samples)",
      check_rows_equal_single_runs),
     (sample, "next_token_probs", "logits.argmax", "logits.argmin", check_greedy),
     (sample, "next_token_probs", "logits / temperature", "logits", check_frequencies)],
@@ -467,11 +479,12 @@ def test_checks_of_the_loop_notice_a_mutant(owner, name, old, new, check, engine
 
 
 @pytest.mark.parametrize("old, new", [
-    ("free = not forced[row]", "free = True"), ("if free and token in stop", "if token in stop"),
-    ("if free and token in self.tools", "if token in self.tools and len(texts[row]) > 9")],
+    ("sampled = not row.forced", "sampled = True"),
+    ("if sampled and token in stop", "if token in stop"),
+    ("if sampled and token in self.tools", "if token in self.tools and len(row.ids) > 9")],
     ids=lambda value: value)
 def test_check_of_the_tool_notices_a_mutant(old, new, tokenizer, monkeypatch):
-    mutate(monkeypatch, Engine, "steps", old, new)
+    mutate(monkeypatch, Engine, "write", old, new)
     with pytest.raises(AssertionError):
         check_tool(tokenizer)
 

@@ -112,19 +112,20 @@ def test_shards_are_read_across_their_borders(counting):
 
 @pytest.mark.parametrize("header, words", [
     (dict(magic=20240801), "magic 20240801"), (dict(version=7), "version 7"),
-    (dict(count=101), "cut short"), (dict(count=99), "promises")])
+    (dict(count=101), "1224 bytes, but its header promises 1226"), (dict(count=99), "promises")])
 def test_bad_shard_is_one_line(header, words, tmp_path):
     write_shard(tmp_path / "x_train_0.bin", range(100), **header)
     with pytest.raises(SystemExit, match=words) as error:
         Shards(tmp_path, "train")
-    assert "x_train_0.bin" in str(error.value) and str(error.value).count(";") == 2
+    assert "x_train_0.bin" in str(error.value) and "; " in str(error.value)
+    assert "python shards.py" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_empty_and_too_short_shards_are_one_line(tmp_path):
-    with pytest.raises(SystemExit, match="prepare_fineweb.py tokenize"):
+    with pytest.raises(SystemExit, match="python shards.py --data"):
         Shards(tmp_path, "train")
     (tmp_path / "x_train_0.bin").write_bytes(b"")
-    with pytest.raises(SystemExit, match="empty"):
+    with pytest.raises(SystemExit, match="0 bytes"):
         Shards(tmp_path, "train")
     write_shard(tmp_path / "x_train_0.bin", range(8))
     with pytest.raises(SystemExit, match="lower --seq_len"):
@@ -248,7 +249,7 @@ def test_plan_batch_of_gpt2_is_that_of_llm_cs_runs(name, tokens, steps):
     dict(total_batch_size=700, batch_size=8)], ids=str)
 def test_indivisible_batch_is_one_line_that_names_a_valid_one(given):
     model = GPT(GPT2)
-    with pytest.raises(SystemExit, match="not a multiple.*;.*;.*try --total_batch_size") as error:
+    with pytest.raises(SystemExit, match="must be a multiple.*; try --total_batch_size") as error:
         plan_batch(model, batch_flags(**given), world_size=3, most_rows=16)
     valid = int(str(error.value).split()[-1])
     args = batch_flags(**{**given, "total_batch_size": valid})
@@ -436,9 +437,9 @@ def test_rows_may_be_shorter_than_the_models_positions(data, whole, tmp_path, ca
 
 def test_a_shape_that_is_not_the_checkpoints_is_one_line(data, whole, tmp_path):
     start = flags(data, tmp_path, seq_len=33), "--init_from", whole["muon"]
-    with pytest.raises(SystemExit, match="--config n_embd=32 with --init_from .*; .*; leave"):
+    with pytest.raises(SystemExit, match="--config n_embd=32 cannot be .*--init_from.*; leave"):
         run_main(train_gpt2, *start[0], *start[1:])
-    with pytest.raises(SystemExit, match="--seq_len 33; .* 32 positions.*; try --seq_len 32"):
+    with pytest.raises(SystemExit, match="--seq_len must be 1 to 32, .*, got 33"):
         run_main(train_gpt2, *shapeless(start[0]), *start[1:])
 
 
@@ -490,7 +491,7 @@ def test_running_out_of_memory_names_the_flag_to_halve(data, tmp_path, monkeypat
 
     monkeypatch.setattr(GPT, "loss", out_of_memory)
     monkeypatch.setattr(train_gpt2, "evaluate", lambda *args, **kwargs: (math.log(400), 0.0))
-    with pytest.raises(SystemExit, match="rank 0, step 0, training: CUDA.*;.*; halve --batch_size"):
+    with pytest.raises(SystemExit, match="rank 0, step 0, training: CUDA.*; halve --batch_size"):
         run_main(train_gpt2, *flags(data, tmp_path))
 
 
@@ -505,7 +506,7 @@ def test_memory_of_d24_on_8_ranks_is_what_its_parameters_need():
 
 def test_a_model_that_does_not_begin_at_ln_v_is_stopped(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt2, "evaluate", lambda *args, **kwargs: (5.5, 2.0))
-    with pytest.raises(SystemExit, match=r"5.5000 before step 1; .*ln\(400\) = 5.9915;"):
+    with pytest.raises(SystemExit, match=r"5.5000 before step 1, .*ln\(400\) = 5.9915;"):
         run_main(train_gpt2, *flags(data, tmp_path))
 
 
@@ -517,11 +518,11 @@ def test_profile_writes_a_trace_and_names_the_longest(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("given, words", [
     (["n_embed=3"], "no such field"), (["vocab_size=3"], "no such field"),
-    (["n_head=two"], "'two' is no int"), (["n_embd=31"], "not a multiple")])
+    (["n_head=two"], "two is not of type int"), (["n_embd=31"], "not a multiple")])
 def test_bad_config_is_one_line(data, tmp_path, given, words):
     with pytest.raises(SystemExit, match=words) as error:
         run_main(train_gpt2, "--data", data, "--out", tmp_path, "--config", *given)
-    assert str(error.value).count(";") == 2
+    assert str(error.value).count(";") == 1 and "\n" not in str(error.value)
 
 
 def test_config_switches_parts_of_the_recipe_off(data, tmp_path):
@@ -613,10 +614,10 @@ def test_unreachable_hub_is_one_line(monkeypatch, tmp_path):
 @pytest.mark.parametrize("owner, name, old, new, check", [
     (Loader, "row", "* self.T, self.T + 1", "* (self.T + 1), self.T + 1", "data"),
     (Loader, "row", "self.order[i]", "self.order[0]", "data"),
-    (train_gpt2, "evaluate", "row[1:]", "row[:-1]", "val"),
+    (train_gpt2, "val_rows", "row[1:]", "row[:-1]", "val"),
     (train_gpt2, "evaluate", "/ math.log(2)", "", "val"),
     (train_gpt2, "evaluate", "losses[n_bytes > 0]", "losses", "val"),
-    (train_gpt2, "evaluate", "range(0, n, T)", "range(0, n - T, T)", "val")], ids=text_only)
+    (train_gpt2, "evaluate", "range(0, n_targets, T)", "range(0, n_targets - T, T)", "val")], ids=text_only)
 def test_checks_notice_a_mutant(owner, name, old, new, check, counting, data, tokenizer,
                                 monkeypatch):
     mutate(monkeypatch, owner, name, old, new)
@@ -636,7 +637,7 @@ def test_two_ranks_notice_a_mutant(owner, name, old, new, data, whole, tmp_path,
 
 
 @pytest.mark.parametrize("owner, name, old, new", [
-    (train_gpt2, "main", 'state["position"]', "0"),
+    (train_gpt2.Progress, "of", "cls.__dataclass_fields__", "('step', 'usd', 'losses', 'norms')"),
     (train_gpt2, "load_state", "optimizer.steps =", "steps ="),
     (train_gpt2, "load_state", "optimizer.state.update(", "dict().update(")], ids=text_only)
 def test_resuming_notices_a_mutant(owner, name, old, new, data, whole, tmp_path, monkeypatch):
