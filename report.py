@@ -33,7 +33,7 @@ class Run:
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.is_dir():
-            raise SystemExit(f"{path} is no folder; a run is a training's --out; check the path")
+            raise SystemExit(f"{path} is not a run's folder; name the --out of a training")
         self.log = read_log(path)
         self.results = read_json(self.path / "eval.json")
         self.header = next((row["header"] for row in self.log if "header" in row), {})
