@@ -13,9 +13,9 @@ import torch
 
 import eval as eval_module
 from conftest import GPT2, MODERN, ROOT, mutate, noisy, run_main
-from eval import (HELLASWAG, Task, batches, centered, core, core_questions, core_tasks, final_answer,
-                  is_correct, letter_questions, mean_of, read_problems, read_rows, run_task, score,
-                  solve, token_spans)
+from eval import (HELLASWAG, Task, batches, centered, core, core_questions, core_tasks,
+                  final_answer, is_correct, letter_questions, mean_of, read_problems, read_rows,
+                  run_task, score, solve, token_spans)
 from model import load_checkpoint, save_weights
 from sample import Engine
 

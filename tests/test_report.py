@@ -3,11 +3,13 @@ report.py: the page and the summary say what logs and eval.json say, whatever a 
 from runs is shown as text.
 """
 import json
+import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
 
 import eval as eval_module
+import report
 from conftest import run_main
 from report import Run, accuracy_sources, curve, ticks, verdicts
 from training import RunLog
@@ -48,7 +50,7 @@ def demo(tmp_path, bpb=2.1, identity=0.9, functions=0.6, bits=0.95, sft_bits=0.3
             dict(pretrain=base, sft=sft, rl=rl).items()]
 
 
-SECTIONS = "runs verdicts data loss bpb samples accuracy rl results cost".split()
+SECTIONS = "verdicts loss samples bpb accuracy rl data results cost runs".split()
 
 
 class Checker(HTMLParser):
@@ -144,6 +146,35 @@ def test_ticks_are_few_and_lie_within(low, high):
     steps = [b - a for a, b in zip(found, found[1:])]
     assert 1 < len(found) <= 6 and low <= found[0] and found[-1] <= high * (1 + 1e-12)
     assert max(steps) == pytest.approx(min(steps)) and f"{steps[0]:.0e}"[0] in "125"
+
+
+def svg_of(tmp_path, runs):
+    """The file of --svg → its text, and how many points each of its lines has."""
+    run_main(report, *runs, "--svg", tmp_path / "docs" / "curves.svg")
+    text = (tmp_path / "docs" / "curves.svg").read_text("utf-8")
+    root = ElementTree.fromstring(text)             # raises an error if it is not well-formed
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and float(root.get("width")) == 900
+    lines = root.iter("{http://www.w3.org/2000/svg}polyline")
+    return text, [len(line.get("points").split()) for line in lines]
+
+
+def test_the_svg_holds_the_loss_with_ln_v_and_rls_reward_and_accuracy(tmp_path):
+    runs = demo(tmp_path)
+    (runs[0] / "config.json").write_text(json.dumps(dict(vocab_size=4096, deepdive=dict(
+        stage="pretrain"))))
+    text, points = svg_of(tmp_path, runs)
+    assert points == [20, 3, 20, 2]     # training, validation; reward, accuracy on held-out bits
+    for said in ("ln 4096, guessing: 8.318", "training", "validation", "mean reward of samples",
+                 "accuracy on held-out bits", "training step", "chance, bits 0.5"):
+        assert said in text, said
+    assert not any(word in text for word in ("url(", "@import", "href", "<script", "<image"))
+
+
+def test_an_svg_without_a_loss_or_a_reward_is_refused_in_one_line(tmp_path):
+    run = write_run(tmp_path / "empty", "pretrain")
+    with pytest.raises(SystemExit, match="empty: no log holds a loss or a reward; name the runs"):
+        run_main(report, run, "--svg", tmp_path / "x.svg")
+    assert not (tmp_path / "x.svg").exists()
 
 
 # ---- verdicts
