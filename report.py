@@ -90,8 +90,8 @@ def eval_accuracies(runs):
     return sources
 
 def logged_accuracies(runs):
-    """{stage: {kind: accuracy}} from the logs of SFT and RL. RL's first measurement, before it
-    learns, is one of the SFT model."""
+    """{stage: {kind: accuracy}} from the logs of SFT and RL. RL measures once before it learns:
+    that is the accuracy of the SFT model."""
     stages = {}
     for run in runs:
         for row in run.rows("when", "accuracy"):
@@ -104,8 +104,9 @@ def logged_accuracies(runs):
     return stages
 
 def accuracy_sources(runs):
-    """[(source, {"base" | "SFT" | "RL": {kind: accuracy}})]. All accuracies of a source are of
-    greedy replies to the same problems. If several runs are of one stage, the last one counts."""
+    """[(source, {"base" | "SFT" | "RL": {kind: accuracy}})]. All accuracies of a source come from
+    greedy replies to the same problems. If several runs have the same stage, the last one counts.
+    """
     runs = sorted(runs, key=lambda run: run.stage == "RL")
     sources = list(eval_accuracies(runs).items())
     logged = logged_accuracies(runs)
@@ -148,14 +149,15 @@ def verdicts(runs):
             for claim, (passed, text) in claims.items()]
 
 def print_summary(runs, funnel, strict):
-    """Prints the verdicts; returns the exit status."""
+    """Prints the verdicts; returns the exit status, which is 1 only if a strict one falls short."""
     if funnel:
         last = funnel[-1]
         print(f"data: {last['kept']} documents, {last['bytes'] / 1e6:.2f} MB of text")
     judged = verdicts(runs)
     for verdict, claim, text in judged:
         print(f"{verdict:10s} | {claim:32s} | {text}")
-    return int(strict and any(verdict != "pass" for verdict, _, _ in judged))
+    fall_short = [claim for verdict, claim, _ in judged if verdict != "pass"]
+    return 1 if strict and fall_short else 0
 
 # ---- Curves: SVG, for the report and for a file of its own ---------------------------------------
 
@@ -195,7 +197,8 @@ def plot(lines, levels, W, H):
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points] + list(levels.values())
     pad = 0.05 * (max(ys) - min(ys)) or 0.5
-    left, right = 56, W - 16
+    left = 56
+    right = W - 16
     X = Scale(min(xs), max(max(xs), min(xs) + 1), left, right)
     Y = Scale(min(ys) - pad, max(ys) + pad, H - 30, 10)
     svg = []
@@ -246,29 +249,32 @@ def story_panels(runs):
             panels.append(("Reinforcement learning: share of right answers", lines, levels))
     return panels
 
+def panel(title, lines, levels, W, H):
+    """A title, a legend and a plot → SVG elements in W x H pixels."""
+    lines = {name: points for name, points in lines.items() if points}
+    svg = [f"<text x='20' y='30' class='title'>{escape(title)}</text>"]
+    x = 20
+    for i, name in enumerate(lines):
+        svg.append(f"<text x='{x}' y='52' class='c{i % 4}'>● {escape(name)}</text>")
+        x += 30 + 7 * len(name)     # a letter is about 7 pixels wide
+    svg.append(f"<g transform='translate(0 60)'>{plot(lines, levels, W, H - 84)}</g>")
+    svg.append(f"<text x='{W // 2 + 20}' y='{H - 14}' class='mid'>training step</text>")
+    return "".join(svg)
+
 def write_curves(runs, out, W=450, H=330):
     """The panels of the story side by side → one SVG file, on a white card."""
     panels = story_panels(runs)
     if not panels:
         raise SystemExit(f"{', '.join(str(run.path) for run in runs)}: no log holds a loss or a "
                          "reward; name the runs of train_gpt2.py and rl_grpo.py")
-    svg = []
-    for i, (title, lines, levels) in enumerate(panels):
-        lines = {name: points for name, points in lines.items() if points}
-        svg.append(f"<g transform='translate({i * W} 0)'>"
-                   f"<text x='20' y='30' class='title'>{escape(title)}</text>")
-        x = 20
-        for n, name in enumerate(lines):
-            svg.append(f"<text x='{x}' y='52' class='c{n % 4}'>● {escape(name)}</text>")
-            x += 30 + 7 * len(name)
-        svg.append(f"<g transform='translate(0 60)'>{plot(lines, levels, W, H - 84)}</g>"
-                   f"<text x='{W // 2 + 20}' y='{H - 14}' class='mid'>training step</text></g>")
     width = W * len(panels)
-    whole = (f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{H}' "
-             f"viewBox='0 0 {width} {H}'>\n<style>{SVG_STYLE}{GRAPHICS}</style>\n"
-             f"<rect width='{width}' height='{H}' rx='8' class='card'/>\n"
-             + "\n".join(svg) + "\n</svg>\n")
-    write_whole(out, whole)
+    svg = [f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{H}' "
+           f"viewBox='0 0 {width} {H}'>",
+           f"<style>{SVG_STYLE}{GRAPHICS}</style>",
+           f"<rect width='{width}' height='{H}' rx='8' class='card'/>"]
+    for i, (title, lines, levels) in enumerate(panels):
+        svg.append(f"<g transform='translate({i * W} 0)'>{panel(title, lines, levels, W, H)}</g>")
+    write_whole(out, "\n".join([*svg, "</svg>\n"]))
 
 GRAPHICS = """
 text, circle { fill: currentColor } .mid { text-anchor: middle } .end { text-anchor: end }
@@ -308,7 +314,8 @@ def section(name, title, parts):
     return f"<section id={name}>\n<h2>{escape(title)}</h2>\n{body}\n</section>"
 
 def loss_curves(runs):
-    """Of RL's runs there is none: on fresh samples the loss says nothing, see rl_grpo.py."""
+    """RL's runs have no curve here, because on fresh samples the loss says nothing, see rl_grpo.py.
+    """
     for run in runs:
         if run.stage != "RL":
             lines = dict(train=run.points("loss"), val=run.points("val_loss"))
