@@ -44,7 +44,32 @@ SOFT_WORDS = set("""sex sexy nude naked adult adults webcam dating erotic linger
 WORD_PARTS = set("""porn hentai xvideo xxxvid sexcam camsex freespin onlinecasino
     buyviagra""".split())
 
+def url_filter(page, lists=None):
+    """Drops a page by its domain, its URL, one hard word, two soft words, or a part of a word.
+
+    lists: what blocklists() returns.
+    """
+    lists = lists or blocklists()
+    url = page["url"].lower()
+    labels = (urlsplit(url).hostname or "").split(".")
+    if any_in([".".join(labels[i:]) for i in range(len(labels))], lists["domains"]):
+        return None, "domain"
+    place = url.partition("://")[2].removeprefix("www.").rstrip("/")  # as UT1 writes URLs
+    if any_in([url, place, place + "/"], lists["urls"]):
+        return None, "url"
+    pieces = re.split(r"[^a-z0-9]+", url)
+    words = set(pieces)
+    if words & lists["banned_words"]:
+        return None, "hard_word"
+    if len(words & lists["soft_banned_words"]) >= 2:
+        return None, "soft_words"
+    squeezed = "".join(pieces)
+    if any(part in squeezed for part in lists["banned_subwords"]):
+        return None, "part_of_word"
+    return page, None
+
 def name_hash(name):
+    """A domain or URL → its 64-bit hash, under which blocklists keep it."""
     return int.from_bytes(hashlib.sha1(name.encode()).digest()[:8], "little")
 
 def any_in(names, known):
@@ -79,27 +104,6 @@ def blocklists(folders=()):
     parts = sorted(found["banned_subwords"])
     found["banned_subwords"] = [re.sub("[^a-z0-9]", "", part) for part in parts]
     return found
-
-def url_filter(page, lists=None):
-    """Drops a page by its domain, its URL, one hard word, two soft words, or a part of a word."""
-    lists = lists or blocklists()
-    url = page["url"].lower()
-    labels = (urlsplit(url).hostname or "").split(".")
-    if any_in([".".join(labels[i:]) for i in range(len(labels))], lists["domains"]):
-        return None, "domain"
-    place = url.partition("://")[2].removeprefix("www.").rstrip("/")  # as UT1 writes URLs
-    if any_in([url, place, place + "/"], lists["urls"]):
-        return None, "url"
-    pieces = re.split(r"[^a-z0-9]+", url)
-    words = set(pieces)
-    if words & lists["banned_words"]:
-        return None, "hard_word"
-    if len(words & lists["soft_banned_words"]) >= 2:
-        return None, "soft_words"
-    squeezed = "".join(pieces)
-    if any(part in squeezed for part in lists["banned_subwords"]):
-        return None, "part_of_word"
-    return page, None
 
 # ---- Language ------------------------------------------------------------------------------------
 
@@ -178,6 +182,7 @@ def split_words(text):
     return tuple(WORD.findall(text))
 
 def count_sentences(line):
+    """Sentence ends in a line, each with closing quotes or brackets; at least 1."""
     return max(1, len(re.findall(r"(?<![.!?])[.!?।。！？]+[\"'”’)\]]*(?=\s|$)", line)))
 
 def repeated(items):

@@ -76,49 +76,13 @@ PAGES = ("crawl", "warc", "commoncrawl")  # the sources that are filtered
 QUALITY = ("gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality")
 STEPS = ("read", "url_filter", "extract_text", "language", *QUALITY, "near_duplicates", "pii")
 
-# ---- Tasks: one input file → one file of pages ---------------------------------------------------
-
-class Funnel:
-    """What index.json says of the steps: `rows` {step: counts} and `samples` of what they drop."""
-
-    def __init__(self):
-        self.samples = {}
-        self.rows = {step: {"in": 0, "kept": 0, "dropped": Counter(), "flagged": Counter(),
-                            "bytes": 0, "seconds": 0.0} for step in STEPS}
-
-    def enter(self, step, page, kept, reason, seconds=0.0):
-        """Count one page: a step took `page` (None if unreadable) and returned (kept, reason)."""
-        row = self.rows[step]
-        row["in"] += 1
-        row["seconds"] += seconds
-        if kept is None:
-            row["dropped"][reason] += 1
-        else:
-            row["kept"] += 1
-            row["bytes"] += len(kept.get("text", "").encode())
-            if reason:
-                row["flagged"][reason] += 1
-        if reason:
-            samples = []
-            if page:
-                samples = [{"url": page.get("url", ""), "text": page.get("text", "")[:400]}]
-            self.add_samples(f"{step}: {reason}", samples)
-
-    def add(self, saved):
-        """Add the {"rows", "samples"} that a task has saved."""
-        for step, row in saved["rows"].items():
-            for field, n in row.items():
-                if isinstance(n, dict):
-                    n = Counter(n)
-                self.rows[step][field] += n
-        for reason, samples in saved["samples"].items():
-            self.add_samples(reason, samples)
-
-    def add_samples(self, reason, samples):
-        self.samples[reason] = (self.samples.get(reason, []) + samples)[:5]
+# ---- A page's way through the steps --------------------------------------------------------------
 
 def steps_of_a_page(settings, extract_text):
-    """[(name, function)]: the steps that depend on a page alone, those before near duplicates."""
+    """[(name, function)] of the steps that need only the page itself: those before near duplicates.
+
+    extract_text: a crawl.Extractor. Documents that are not filtered have no such steps.
+    """
     if not settings["is_filtered"]:
         return []
     lists = filters.blocklists(tuple(settings["blocklist"]))
@@ -154,6 +118,51 @@ def filter_page(page, steps, annotate, funnel):
         page = kept
     return page
 
+class Funnel:
+    """What index.json says of the steps: how many pages each took, kept, dropped and noted, and why.
+
+    rows: {step: counts}. samples: {"step: reason": up to 5 pages that were dropped or noted}.
+    """
+
+    def __init__(self):
+        self.samples = {}
+        self.rows = {step: {"in": 0, "kept": 0, "dropped": Counter(), "flagged": Counter(),
+                            "bytes": 0, "seconds": 0.0} for step in STEPS}
+
+    def enter(self, step, page, kept, reason, seconds=0.0):
+        """Count one page: a step took `page` (None if unreadable) and returned (kept, reason)."""
+        row = self.rows[step]
+        row["in"] += 1
+        row["seconds"] += seconds
+        if kept is None:
+            row["dropped"][reason] += 1
+        else:
+            row["kept"] += 1
+            row["bytes"] += len(kept.get("text", "").encode())
+            if reason:
+                row["flagged"][reason] += 1
+        if reason:
+            samples = []
+            if page:
+                samples = [{"url": page.get("url", ""), "text": page.get("text", "")[:400]}]
+            self.add_samples(f"{step}: {reason}", samples)
+
+    def add(self, saved):
+        """Add the {"rows", "samples"} that a task has saved."""
+        for step, row in saved["rows"].items():
+            for field, n in row.items():
+                if isinstance(n, dict):
+                    n = Counter(n)
+                self.rows[step][field] += n
+        for reason, samples in saved["samples"].items():
+            self.add_samples(reason, samples)
+
+    def add_samples(self, reason, samples):
+        """Add [{"url", "text"}] to the samples of "step: reason", of which the first 5 stay."""
+        self.samples[reason] = (self.samples.get(reason, []) + samples)[:5]
+
+# ---- Tasks: one input file → one file of pages ---------------------------------------------------
+
 def read_pages(path, is_filtered):
     """Yield (page, None) or (None, reason) for all that an input file holds."""
     if is_filtered:
@@ -171,6 +180,7 @@ def gzip_file(path, level=6):
         yield zipped
 
 def json_line(row):
+    """A row of a .jsonl file as bytes."""
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 def run_task(file, stem, settings, mirror):
@@ -513,6 +523,7 @@ def fingerprint(path):
         return f"{os.path.getsize(path)} {sha256(file.read(1 << 20))}"
 
 def folder_fingerprint(folder):
+    """The same for all files of a folder together."""
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     return sha256("".join(map(fingerprint, files)).encode())
 

@@ -4,6 +4,7 @@ datatrove is in requirements-extra.txt (`# parity`), with what its classes need.
 spaCy's; ours come from one regular expression. So there are two questions: are the rules the same,
 given the same words? And how often do the words themselves make a difference?
 """
+import doctest
 import functools
 import gzip
 import hashlib
@@ -30,6 +31,10 @@ needs_datatrove = pytest.mark.skipif(
 parity = lambda test: needs_web(needs_datatrove(test))
 RULES = {"gopher_repetition": "GopherRepetitionFilter", "gopher_quality": "GopherQualityFilter",
          "c4_quality": "C4QualityFilter", "fineweb_quality": "FineWebQualityFilter"}
+
+def test_the_docstring_s_example_is_true():
+    result = doctest.testmod(filters)
+    assert result.attempted == 3 and result.failed == 0
 
 # ---- datatrove -----------------------------------------------------------------------------------
 
