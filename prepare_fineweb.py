@@ -235,10 +235,14 @@ def simplify(text):
     return re.sub(r"[^\w\s]|_", " ", text).split()
 
 def shingles(text):
-    """uint64 hashes of the 5-word runs of a text."""
+    """uint64 hashes of the different 5-word runs of a text, in no particular order.
+
+    A text of fewer than 5 words is a single run.
+    """
     words = simplify(text)
-    runs = {" ".join(words[i:i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
-    return np.frombuffer(b"".join(hashlib.sha1(r.encode()).digest()[:8] for r in runs), "<u8")
+    n_runs = max(1, len(words) - SHINGLE + 1)
+    runs = {" ".join(words[i:i + SHINGLE]) for i in range(n_runs)}
+    return np.frombuffer(b"".join(hashlib.sha1(run.encode()).digest()[:8] for run in runs), "<u8")
 
 def minhash(text):
     """A text → uint64 [BUCKETS]: each a hash of the HASHES minima of (a·h + b) mod p.
@@ -266,7 +270,8 @@ def find_pairs(key_files, bucket, part, n_parts):
     n_before = 0
     for path in key_files:
         row = np.load(path, mmap_mode="r")[bucket]
-        here = np.flatnonzero((row >> np.uint64(32)) * n_parts >> np.uint64(32) == part)
+        its_part = (row >> np.uint64(32)) * n_parts >> np.uint64(32)  # by the upper 32 bits
+        here = np.flatnonzero(its_part == part)
         keys.append(row[here])
         documents.append(here + n_before)
         n_before += len(row)
@@ -282,7 +287,7 @@ def find_originals(n_documents, pairs):
 
     If a matches b and b matches c, all three are one cluster.
     """
-    first = np.arange(n_documents)
+    first = np.arange(n_documents)  # the parent of each in a tree, whose root is its first
 
     def find(i):
         while first[i] != i:
@@ -293,7 +298,7 @@ def find_originals(n_documents, pairs):
     for i, j in itertools.chain.from_iterable(pairs):
         low, high = sorted((find(i), find(j)))
         first[high] = low
-    while (first != first[first]).any():
+    while (first != first[first]).any():  # until each points to its root
         first = first[first]
     return first
 
@@ -342,7 +347,8 @@ def write_documents(out, pages, n_bytes, settings, args):
             is_val = int(digest[:8], 16) < settings["val_fraction"] * 2 ** 32
             split = "val" if is_val else "train"
             head = f"{split} {order} {len(text)} ".encode()
-            unsorted[int(order[:8], 16) * n_files >> 32].write(head + json_line(page))
+            k = int(order[:8], 16) * n_files >> 32  # 8 hexadecimal digits are 32 bits
+            unsorted[k].write(head + json_line(page))
     tasks = [(out, k) for k in range(n_files)]
     files = []
     for of_both_splits in in_workers(sort_documents, tasks, "sort", args):

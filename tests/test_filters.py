@@ -1,8 +1,8 @@
-"""The filters against datatrove's own classes, document by document, and against real blocklists.
+"""The filters compared with datatrove's own classes, document by document, and real blocklists.
 
-datatrove is in requirements-extra.txt (`# parity`), with what its classes need. Its words are
-spaCy's; ours come from one regular expression. So there are two questions: are the rules the same,
-given the same words? And how often do the words themselves make a difference?
+datatrove and what its classes need are in requirements-extra.txt (`# parity`). It gets its words
+from spaCy; ours come from one regular expression. So there are two questions: are the rules the
+same, given the same words? And how often do other words lead to another decision?
 """
 import doctest
 import functools
@@ -28,13 +28,18 @@ NEEDED = ("datatrove", "spacy", "tldextract", "ahocorasick", "fasteners", "nltk"
 needs_web = pytest.mark.skipif(not WEB.exists(), reason="no ../shared/data/web here")
 needs_datatrove = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, NEEDED)), reason=f"not all installed: {NEEDED}")
-parity = lambda test: needs_web(needs_datatrove(test))
 RULES = {"gopher_repetition": "GopherRepetitionFilter", "gopher_quality": "GopherQualityFilter",
          "c4_quality": "C4QualityFilter", "fineweb_quality": "FineWebQualityFilter"}
 
 def test_the_docstring_s_example_is_true():
     result = doctest.testmod(filters)
     assert result.attempted == 3 and result.failed == 0
+
+def parity(test):
+    return needs_web(needs_datatrove(test))
+
+def url_reason(url, lists):
+    return filters.url_filter({"url": url}, lists)[1]
 
 # ---- datatrove -----------------------------------------------------------------------------------
 
@@ -84,7 +89,7 @@ def test_given_the_same_words_every_document_is_decided_as_datatrove_s(monkeypat
 
 # Where our words decide otherwise. gopher_quality: shares of words with a letter within 0.004 of
 # the limit 0.8, where spaCy knows emoticons, "cannot" as two words, or 9to5 as one. c4_quality: a
-# Chinese page, whose sentences spaCy does not find, as no space is behind their full stops.
+# Chinese page, whose sentences spaCy does not find: no space follows their full stops.
 DIFFERENT = {
     "plain": {"gopher_quality": {"www.semanticscholar.org", "www.slashgear.com", "9to5mac.com",
                                  "lemire.me"}},
@@ -150,7 +155,7 @@ def test_urls_are_dropped_as_datatrove_drops_them_by_fineweb_s_own_words(monkeyp
     for url in real_urls():
         dropped = other.filter(Document(text="", id="", metadata={"url": url})) is not True
         n_dropped += dropped
-        # it forgets to lower the case of a URL for words, though not for parts of words
+        # it does not lower the case of a URL before it looks for whole words
         if url == url.lower() or dropped:
             assert dropped == (filters.url_filter({"url": url}, lists)[0] is None), url
     assert n_dropped > 300
@@ -160,8 +165,8 @@ def test_personal_data_gives_way_as_datatrove_s_formatter_has_it():
     from datatrove.pipeline.formatters.pii import PIIFormatter
     found = [url for url, text in real_texts("plain")
              if filters.pii({"text": text})[0]["text"] != PIIFormatter().format(text)]
-    # it takes the first four numbers of the object identifier 1.3.6.1.1 for an address, and leaves
-    # an address that Chinese writing touches
+    # it replaces the first four numbers of the object identifier 1.3.6.1.1, and keeps an address
+    # that touches Chinese characters
     assert len(found) <= 2
 
 @parity
@@ -196,12 +201,13 @@ def real_urls():
 @needs_web
 def test_every_domain_and_url_of_a_ut1_category_is_dropped_and_their_neighbours_are_not():
     lists = filters.blocklists((str(WEB / "ut1" / "warez"), str(WEB / "ut1" / "adult")))
-    reason = lambda url: filters.url_filter({"url": url}, lists)[1]
     domains = gzip.open(WEB / "ut1" / "warez" / "domains.gz", "rt").read().split()
-    assert all(reason(f"https://www.{domain}/page") for domain in domains) and len(domains) > 100
+    assert all(url_reason(f"https://www.{domain}/page", lists) for domain in domains)
+    assert len(domains) > 100
     urls = gzip.open(WEB / "ut1" / "warez" / "urls.gz", "rt").read().split()
-    assert all(reason(f"http://{url}") for url in urls)
-    assert reason("http://abclan.com/") is None and reason("https://example.org/a") is None
+    assert all(url_reason(f"http://{url}", lists) for url in urls)
+    assert url_reason("http://abclan.com/", lists) is None
+    assert url_reason("https://example.org/a", lists) is None
 
 def test_blocklist_folders_are_read_plain_or_zipped_and_add_to_our_own(tmp_path):
     (tmp_path / "a").mkdir()
@@ -209,11 +215,10 @@ def test_blocklist_folders_are_read_plain_or_zipped_and_add_to_our_own(tmp_path)
     (tmp_path / "urls.gz").write_bytes(gzip.compress(b"ok.example/bad/\n"))
     (tmp_path / "banned_words.txt").write_text("forbidden\n")
     lists = filters.blocklists((str(tmp_path),))
-    reason = lambda url: filters.url_filter({"url": url}, lists)[1]
-    assert reason("https://x.bad.example/") == "domain"
-    assert reason("https://www.ok.example/bad") == "url"
-    assert reason("https://notbad.example/") is reason("https://ok.example/") is None
-    assert reason("https://a.org/forbidden") == reason("https://a.org/casino") == "hard_word"
+    reasons = {"https://x.bad.example/": "domain", "https://www.ok.example/bad": "url",
+               "https://notbad.example/": None, "https://ok.example/": None,
+               "https://a.org/forbidden": "hard_word", "https://a.org/casino": "hard_word"}
+    assert {url: url_reason(url, lists) for url in reasons} == reasons
 
 @pytest.mark.parametrize("text, words", [
     ("Don't, it's well-known.", "Do n't , it 's well - known ."),

@@ -1,4 +1,4 @@
-"""Stage 0: each filter by its rule, dedup, PII, the whole way from a site to shards, kill -9."""
+"""Stage 0: each rule of the filters, personal data, the pipeline from a site to shards, kills."""
 import contextlib
 import gzip
 import io
@@ -53,12 +53,16 @@ def documents(out, split="*"):
 
 def distinct_prose(n, seed=0):
     """n English documents of which no two are near duplicates."""
-    words, random = PROSE.replace(".", "").lower().split(), np.random.RandomState(seed)
-    sentence = lambda: " ".join(random.choice(words, 14)).capitalize() + "."
+    words = PROSE.replace(".", "").lower().split()
+    random = np.random.RandomState(seed)
+
+    def sentence():
+        return " ".join(random.choice(words, 14)).capitalize() + "."
+
     return [" ".join(sentence() for _ in range(12)) for _ in range(n)]
 
 def ended(out, seconds=5):
-    """Whether within some seconds no process is left whose command names a folder."""
+    """True once no process is left whose command names a folder; None after some seconds."""
     for _ in range(seconds * 100):
         with contextlib.suppress(OSError):  # one that ends while it is looked at
             names = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
@@ -97,7 +101,7 @@ def test_function_words_tell_english(text, is_english):
 def test_without_a_model_no_foreign_text_passes_and_english_does():
     rows = list(shards.read_documents(WEB / "multilang.jsonl.gz"))
     passed = [row["lang"] for row in rows if filters.language(page(row["text"]))[1] is None]
-    # the five are English articles in the folders of two languages that have no translation of them
+    # five of them are English articles, in the folders of languages that lack a translation
     assert len(rows) == 159 and sorted(passed) == ["bn"] * 3 + ["en"] * 3 + ["pcm"] * 2
 
 @pytest.mark.parametrize("text, why", [
@@ -158,12 +162,13 @@ def test_public_addresses_are_replaced_and_private_ones_kept(before, after):
     filters.gopher_quality, filters.c4_quality, filters.fineweb_quality, filters.pii])
 def test_no_step_takes_more_than_linear_time(step):
     for piece in ("!", "a", "a@", "1.", "a.b ", "\n", "[", "é", "- ", "!)", "a-"):
-        url, text = f"http://a.org/{piece * 100}", piece * (200_000 // len(piece))
+        url = f"http://a.org/{piece * 100}"
+        text = piece * (200_000 // len(piece))
         started = time.process_time()
         step(page(text, url))
         assert time.process_time() - started < 2, f"{step.__name__} on {piece!r}"
 
-# ---- the whole way -------------------------------------------------------------------------------
+# ---- the pipeline --------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def small_site(tmp_path_factory):
@@ -204,7 +209,8 @@ def test_the_funnel_adds_up_and_has_samples(small_site):
 @pytest.fixture(scope="module")
 def inspected(tmp_path_factory):
     """--inspect N and --inspect TEXT of two files, as HTML."""
-    out, texts = tmp_path_factory.mktemp("inspect"), distinct_prose(3)
+    out = tmp_path_factory.mktemp("inspect")
+    texts = distinct_prose(3)
     odd = "<nav>Home</nav><p>Write to me@example.net. It works.<p>The site uses cookies."
     write_warc(out / "0.warc.gz", [texts[0] + odd, "<script>alert(1)</script>short", texts[1]])
     write_warc(out / "1.warc.gz", ["Der Hund ist in dem Haus und die Katze auch nicht. " * 9,
@@ -406,8 +412,9 @@ def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(tmp_path, until):
 def fineweb_file(texts):
     pa = pytest.importorskip("pyarrow", reason="pyarrow is an extra")
     from pyarrow import parquet
-    data, columns = io.BytesIO(), {"text": texts, "id": [f"<{i}>" for i in range(len(texts))],
-                                   "url": ["u"] * len(texts), "token_count": [1] * len(texts)}
+    data = io.BytesIO()
+    columns = {"text": texts, "id": [f"<{i}>" for i in range(len(texts))],
+               "url": ["u"] * len(texts), "token_count": [1] * len(texts)}
     parquet.write_table(pa.table(columns), data)
     return data.getvalue()
 
@@ -428,7 +435,9 @@ def test_fineweb_s_documents_come_as_they_are_and_its_files_go(server, tmp_path)
 
 def test_common_crawl_s_files_are_filtered_like_local_ones_and_go(server, tmp_path,  # noqa: F811
                                                                   monkeypatch):
-    crawl_id, downloads, fetch = "CC-MAIN-2024-10", tmp_path / "a" / "downloads", pf.fetch
+    crawl_id = "CC-MAIN-2024-10"
+    downloads = tmp_path / "a" / "downloads"
+    fetch = pf.fetch
     paths = [write_warc(tmp_path / f"{i}.warc.gz", distinct_prose(20, i)) for i in range(3)]
     server.files[f"/crawl-data/{crawl_id}/warc.paths.gz"] = gzip.compress(
         b"x/0.warc.gz\nx/1.warc.gz\nx/2.warc.gz\nx/3.warc.gz\n")
