@@ -449,8 +449,7 @@ def write_whole(out, text):
 
 # ---- The filters' page: what each step did to some pages ------------------------------------------
 
-INSPECTED = 100  # pages in one inspect.html
-INSPECTED = """<!doctype html><html lang="en"><meta charset="utf-8">
+INSPECTION_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
 <title>What each step did</title><style>
 body {font: 15px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em}
 h2 {font-size: 1.1em; overflow-wrap: anywhere; border-top: 2px solid #ccc; padding-top: 1em}
@@ -458,72 +457,110 @@ pre {white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24em; overflow:
 background: #f6f6f6; padding: .7em; color: #222; font: 13px/1.5 sans-serif} li {margin: .3em 0}
 .kept {color: #070} .noted {color: #a60} .dropped {color: #b00} .later {color: #999}
 del {color: #b55; opacity: .7} ins {background: #cfc; text-decoration: none}</style>
-<h1>What each step did</h1><p>Struck out: what a step takes away. Green: what it puts in.
+<h1>What each step did</h1><p>Struck out: what a step removes. Green: what it adds.
 """
 
+class Trace:
+    """What each step did to one page; prepare_fineweb.filter_page fills it as it fills a Funnel.
+
+    rows: (step, page before, page after or None, reason or None) for each step that ran.
+    ending: "kept", or the step that dropped the page and its reason.
+    """
+
+    def __init__(self, page, step_names):
+        self.page = page
+        self.step_names = step_names
+        self.rows = []
+        self.ending = "kept"
+
+    def enter(self, step, before, after, reason, seconds):
+        self.rows.append((step, before, after, reason))
+        if after is None:
+            self.ending = f"{step}: {reason.partition(' of ')[0]}"  # near_duplicate of URL
+        else:
+            self.page = after
+
+def write_inspection(path, traces):
+    """Traces → one HTML file with a chapter for every ending, the pages that were kept first."""
+    chapters = {}
+    for trace in traces:
+        chapters.setdefault(trace.ending, []).append(trace)
+    endings = sorted(chapters, key=lambda ending: (ending != "kept", ending))
+    contents = "".join(f"<li><a href='#{i}'>{escape(ending)}</a>, {len(chapters[ending])} pages"
+                       for i, ending in enumerate(endings))
+    parts = [f"{INSPECTION_HEAD}<ul>{contents}</ul>"]
+    for i, ending in enumerate(endings):
+        parts.append(f"<h1 id='{i}'>{escape(ending)}</h1>")
+        parts += map(html_of_a_page, chapters[ending])
+    part = Path(f"{path}.part")
+    part.write_text("".join(parts), encoding="utf-8", errors="replace")
+    part.replace(path)
+
+def html_of_a_page(trace):
+    """One page: its HTML, a list of the steps, and the text that the last one left."""
+    steps = [html_of_a_step(*row) for row in trace.rows]
+    steps += [f"<li class=later>{escape(name)}" for name in trace.step_names[len(steps):]]
+    source = trace.rows[0][1].get("html", "")
+    text = trace.page.get("text", "")
+    return (f"<h2>{escape(trace.page['url'])}</h2>"
+            f"<details><summary>HTML, {len(source)} characters</summary>"
+            f"<pre>{escape(source[:20_000])}</pre></details><ol>{''.join(steps)}</ol>"
+            f"<details><summary>Text at the end</summary><pre>{escape(text)}</pre></details>")
+
+def html_of_a_step(name, before, after, reason):
+    """One step: its reason if it has one, and what it changed in the text."""
+    if after is None:
+        return f"<li class=dropped><b>{name}</b>: {escape(reason)}"
+    kind = "noted" if reason else "kept"
+    if name == "language":
+        reason = f"{after['language']}, score {after['language_score']}"
+    head = f"<li class={kind}><b>{name}</b>: {escape(reason or 'kept')}"
+    if "html" in before and "html" not in after:
+        return head + html_extraction(before["html"], after["text"])
+    return head + html_changes(before.get("text", ""), after.get("text", ""))
+
 def html_changes(before, after):
-    """Two texts → HTML: lines that are gone struck out, lines that are new marked."""
-    a, b = ([line.strip() for line in text.split("\n") if line.strip()] for text in (before, after))
-    if a == b:
+    """Two texts → HTML of their lines: those that are gone struck out, those that are new green."""
+    old = [line.strip() for line in before.split("\n") if line.strip()]
+    new = [line.strip() for line in after.split("\n") if line.strip()]
+    if old == new:
         return ""
     out = []
-    for kind, i, j, k, n in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+    changes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    for kind, i, j, k, n in changes:
         if kind == "equal":
-            out += map(escape, a[i:j])
+            out += map(escape, old[i:j])
         else:
-            out += [f"<del>{escape(line)}</del>" for line in a[i:j]]
-            out += [f"<ins>{escape(line)}</ins>" for line in b[k:n]]
+            out += [f"<del>{escape(line)}</del>" for line in old[i:j]]
+            out += [f"<ins>{escape(line)}</ins>" for line in new[k:n]]
     return "<pre>" + "\n".join(out) + "</pre>"
 
 def html_extraction(source, text):
-    """Everything that a browser would show of a page, with what is not in its text struck out."""
+    """Everything that a browser shows of an HTML source, with what is not in text struck out."""
     from crawl import LAYOUT, NOT_TEXT, SCRIPTS, cut_blocks
 
-    def squeeze(text):
+    def letters(text):
         return re.sub(r"\W+", "", text)
 
     visible = re.sub(NOT_TEXT.format(SCRIPTS), " ", source)
     visible = re.sub(rf"</?(?:{LAYOUT})\b[^>]*>", "<p>", visible)
-    kept, lines, out = squeeze(text), set(map(squeeze, text.split("\n"))), []
+    lines = {letters(line) for line in text.split("\n")}
+    whole = letters(text)
 
     def is_kept(block):
-        key = squeeze(block)  # a short one may be part of any line
-        return key in lines or len(key) > 20 and key in kept
+        key = letters(block)
+        # a long block may be a part of a line; a short one would be found in any line
+        return key in lines or (len(key) > 20 and key in whole)
 
-    for is_text, run in itertools.groupby((block[1] for block in cut_blocks(visible)), is_kept):
+    out = []
+    blocks = [block[1] for block in cut_blocks(visible)]
+    for kept, run in itertools.groupby(blocks, is_kept):
         run = map(escape, run)
-        out.append("\n".join(run) if is_text else f"<del>{' · '.join(run)}</del>")
+        if kept:
+            out.append("\n".join(run))
+        else:
+            out.append(f"<del>{' · '.join(run)}</del>")
     return "<pre>" + "\n".join(out) + "</pre>"
-
-def html_of_a_page(traced):
-    """One page of prepare_fineweb.py's trace_page → HTML."""
-    source, out = traced["html"], []
-    for step in traced["steps"]:
-        if step["kind"] == "later":
-            out.append(f"<li class=later>{escape(step['name'])}")
-            continue
-        out.append(f"<li class={step['kind']}><b>{step['name']}</b>: {escape(step['reason'])}")
-        if step["is_extraction"]:
-            out.append(html_extraction(source, step["after"]))
-        elif step["kind"] != "dropped":
-            out.append(html_changes(step["before"], step["after"]))
-    return (f"<h2>{escape(traced['url'])}</h2><details><summary>HTML, {len(source)} characters"
-            f"</summary><pre>{escape(source[:20_000])}</pre></details><ol>{''.join(out)}</ol>"
-            f"<details><summary>Text at the end</summary><pre>{escape(traced['text'])}"
-            "</pre></details>")
-
-def write_inspection(path, shown):
-    """{how pages ended: [traces]} → one HTML file, the pages that were kept first."""
-    endings = sorted(shown, key=lambda ending: (ending != "kept", ending))
-    contents = "".join(f"<li><a href='#{i}'>{escape(ending)}</a>, {len(shown[ending])} pages"
-                       for i, ending in enumerate(endings))
-    parts = [f"{INSPECTED}<ul>{contents}</ul>"]
-    for i, ending in enumerate(endings):
-        pages = "".join(html_of_a_page(traced) for traced in shown[ending])
-        parts.append(f"<h1 id='{i}'>{escape(ending)}</h1>{pages}")
-    part = Path(f"{path}.part")
-    part.write_text("".join(parts), encoding="utf-8", errors="replace")
-    part.replace(path)
 
 # ---- Command line --------------------------------------------------------------------------------
 
