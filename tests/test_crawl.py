@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import crawl  # noqa: E402
+import download  # noqa: E402
 from demo import web  # noqa: E402
 from conftest import run_main  # noqa: E402
 
@@ -307,8 +308,8 @@ def test_a_full_disk_ends_a_crawl_in_one_line(monkeypatch, tmp_path, site):
         def write(self, data):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(crawl, "open", lambda *_: Full(), raising=False)
-    with pytest.raises(SystemExit, match="no space is left on the disk; .*; make room"):
+    monkeypatch.setattr(download, "open", lambda *_: Full(), raising=False)
+    with pytest.raises(SystemExit, match="the disk is full; .*; free some space"):
         run_main(crawl, site, "--max_pages", 3, "--out", tmp_path)
     assert not list(tmp_path.rglob("*.gz"))
 
