@@ -298,20 +298,19 @@ def html_changes(before, after):
 
 def html_extraction(source, text):
     """Everything that a browser would show of a page, with what is not in its text struck out."""
-    from crawl import LAYOUT, NOT_TEXT, SCRIPTS, cut_blocks
+    from crawl import HIDDEN, blocks_of
 
     def squeeze(text):
         return re.sub(r"\W+", "", text)
 
-    visible = re.sub(NOT_TEXT.format(SCRIPTS), " ", source)
-    visible = re.sub(rf"</?(?:{LAYOUT})\b[^>]*>", "<p>", visible)
     kept, lines, out = squeeze(text), set(map(squeeze, text.split("\n"))), []
 
     def is_kept(block):
         key = squeeze(block)  # a short one may be part of any line
         return key in lines or len(key) > 20 and key in kept
 
-    for is_text, run in itertools.groupby((block[1] for block in cut_blocks(visible)), is_kept):
+    visible = (block.text for block in blocks_of(source, HIDDEN))
+    for is_text, run in itertools.groupby(visible, is_kept):
         run = map(escape, run)
         out.append("\n".join(run) if is_text else f"<del>{' · '.join(run)}</del>")
     return "<pre>" + "\n".join(out) + "</pre>"

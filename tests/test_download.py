@@ -119,7 +119,8 @@ def test_a_pinned_file_of_another_size_ends_in_one_line(server, tmp_path):
 @pytest.mark.parametrize("moods, why", [
     ([404], "gives status 404, so there is no such public file; check the name"),
     ([500] * 5, "failed 5 times, the last time with: status 500"),
-    (["stall"] * 2 + [503] * 6, "failed 5 times"), (["garbled"] * 6, "has the SHA-256 .*, expected")])
+    (["stall"] * 2 + [503] * 6, "failed 5 times"),
+    (["garbled"] * 6, "has the SHA-256 .*, expected")])
 def test_what_does_not_get_better_ends_in_one_line(server, tmp_path, moods, why):
     server.moods["/f"] = moods
     with pytest.raises(SystemExit, match=why) as stop:
@@ -238,7 +239,8 @@ def test_a_crawl_s_warc_files_are_those_of_its_list(server, tmp_path):
     assert path == tmp_path / "1.gz" and path.read_bytes() == DATA
 
 @pytest.mark.parametrize("source, shards, found", [
-    ("finewebb", 1, "is not a known source"), ("fineweb", 0, "at least 1, got 0"), ("a/empty", 1, "no file of the kinds"),
+    ("finewebb", 1, "is not a known source"), ("fineweb", 0, "at least 1, got 0"),
+    ("a/empty", 1, "no file of the kinds"),
     ("a/missing", 1, "status 404"), ("CC-MAIN-1999-01", 1, "status 404")])
 def test_an_odd_source_ends_in_one_line(server, tmp_path, monkeypatch, source, shards, found):
     add_hub(server, "a/empty", {"README.md": b""})
