@@ -51,7 +51,9 @@ def gzip_pieces(file):
             start = data.find(GZIP_MAGIC)
             if start < 0:
                 more = file.read(PIECE_BYTES)
-                data = data[-2:] + more if more else b""  # the magic may lie across two pieces
+                if not more:
+                    return
+                data = data[-2:] + more  # the magic may lie across two pieces
                 continue
             data = data[start:]
             member = zlib.decompressobj(wbits=31)
@@ -91,8 +93,9 @@ def record_at(buffer, start, is_last):
     window = buffer[start:start + MAX_HEADER_BYTES]
     head, blank, _ = window.partition(b"\r\n\r\n")
     if not blank:
-        is_broken = is_last or len(window) == MAX_HEADER_BYTES
-        return None, "broken_header" if is_broken else "truncated_record", resume
+        if is_last or len(window) == MAX_HEADER_BYTES:
+            return None, "broken_header", resume
+        return None, "truncated_record", resume
     headers = parse_headers(head)
     length = headers.get("content-length", "")
     if not re.fullmatch(r"[0-9]{1,15}", length):
