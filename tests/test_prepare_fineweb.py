@@ -399,7 +399,7 @@ def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(tmp_path, until):
     command = [sys.executable, "-c", FULL_DISK, until, *arguments, str(tmp_path / "full")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("no space is left on the disk; ")
+    assert done.returncode == 1 and last.startswith("the disk is full; ")
     assert not list((tmp_path / "full").rglob("*.part"))
     for name in ("full", "whole"):
         run(*arguments, tmp_path / name)
@@ -456,7 +456,7 @@ def test_common_crawl_s_files_are_filtered_like_local_ones_and_go(server, tmp_pa
 def test_a_download_that_ends_in_nothing_is_one_line_of_a_worker(server, tmp_path,  # noqa: F811
                                                                  monkeypatch):
     server.files["/crawl-data/CC-MAIN-2024-10/warc.paths.gz"] = gzip.compress(b"x/0.warc.gz\n")
-    with pytest.raises(SystemExit, match="0.warc.gz answers with status 404; it must be"):
+    with pytest.raises(SystemExit, match="0.warc.gz gives status 404, so there is no such"):
         run_main(pf, "--source", "commoncrawl", "CC-MAIN-2024-10", "--mirror", server.url,
                  "--out", tmp_path / "a")
     assert not (tmp_path / "a" / "pages").exists()
@@ -495,7 +495,7 @@ def test_an_input_that_changed_but_not_in_size_is_refused(tmp_path):
     (("tokenize", "--out", "x"), "tokenize needs --tokenizer"),
     (("tokenize", "--out", "x", "--tokenizer", "gpt2"), "lists no documents"),
     (("--source", "commoncrawl", "--out", "x"), "takes the name of one crawl"),
-    (("--source", "finewebb", "--out", "x"), "finewebb is no source"),
+    (("--source", "finewebb", "--out", "x"), "finewebb is not a known source"),
     (("--source", "text", __file__, "--out", "x", "--row_tokens", "1"), "at most --shard_tokens 100000000, got 1"),
     (("--source", "text", __file__, "--out", "x", "--val_fraction", "2"), "at least 0 and below 1, got 2.0")])
 def test_a_user_s_mistake_ends_in_one_line(tmp_path, monkeypatch, capsys, arguments, found):
