@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.optim.adamw import adamw
 
-from model import (FORMAT_VERSION, VOCABULARY, Ranks, compiled, load_weights, save_weights,
-                   write_json)
+from model import VOCABULARY, Ranks, compiled, load_weights, save_weights, write_json
 
 # ---- The optimizer -------------------------------------------------------------------------------
 
@@ -212,6 +211,10 @@ def make_optimizer(model, ranks=Ranks(), lr=None, batch_tokens=2 ** 19):
 
 # ---- The training state: <run>/state/step_N ------------------------------------------------------
 
+# It grows whenever an older state would be resumed with another result, as when the order of
+# train_gpt2.py's rows changed (2). The version of checkpoints is model.py's.
+STATE_VERSION = 2
+
 def save_state(run, ranks, optimizer, model, **state):
     """What a bit-equal --resume needs, in <run>/state/step_N. Killed at any moment, the newest
     complete folder holds weights, each rank's optimizer shard and generators, all of one step."""
@@ -225,7 +228,7 @@ def save_state(run, ranks, optimizer, model, **state):
     ranks.sum(1)                        # every rank's file is there
     if ranks.is_main:
         save_weights(part / "model.safetensors", model)
-        write_json(part / "state.json", dict(state, format_version=FORMAT_VERSION,
+        write_json(part / "state.json", dict(state, format_version=STATE_VERSION,
                                              optimizer_steps=optimizer.steps,
                                              world_size=ranks.world_size))
         shutil.rmtree(final, ignore_errors=True)
@@ -244,8 +247,12 @@ def load_state(run, resume, ranks, optimizer, model, settings):
     if not folder:
         return None
     state = json.loads((folder / "state.json").read_text())
-    old = dict(state["settings"], format_version=state["format_version"])
-    new = dict(json.loads(json.dumps(settings)), format_version=FORMAT_VERSION)
+    if state["format_version"] != STATE_VERSION:
+        raise SystemExit(f"{run} holds a saved state of format {state['format_version']}; only "
+                         f"format {STATE_VERSION} can be resumed, because the order of the rows "
+                         "has changed; train again in another --out")
+    old = state["settings"]
+    new = json.loads(json.dumps(settings))
     changed = sorted(key for key in old | new if old.get(key) != new.get(key))
     if changed:
         raise SystemExit(f"{run} was begun with another {' and '.join(changed)}; a resumed run "

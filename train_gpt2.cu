@@ -55,6 +55,7 @@ Differs from train_gpt2.py: of CORE only HellaSwag is asked; gzip and xz are not
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#include <algorithm>
 #ifdef MULTI_GPU
 #include <nccl.h>
 #endif
@@ -2861,12 +2862,20 @@ template <class Fill> static void set_parameters(Model* model, Ranks* ranks, Fil
     restore_parameters(model, ranks, 0);
 }
 
-// A random number in [0, 1) that depends on the seed and its place alone (splitmix64).
-static double uniform(uint64_t seed, uint64_t place) {
-    uint64_t z = seed * 0xD1342543DE82EF95u + (place + 1) * 0x9E3779B97F4A7C15u;
+const uint64_t GOLDEN_RATIO = 0x9E3779B97F4A7C15u;     // 2⁶⁴ over the golden ratio, made odd
+
+// The output function of splitmix64 (Steele, Lea and Flood 2014). It can be inverted, so different
+// inputs have different outputs, and each bit of the output depends on every bit of the input.
+static uint64_t mix64(uint64_t z) {
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return ((z ^ z >> 31) >> 11) * 0x1p-53;
+    return z ^ z >> 31;
+}
+
+// A random number in [0, 1) that depends on the seed and its place alone
+static double uniform(uint64_t seed, uint64_t place) {
+    uint64_t bits = mix64(seed * 0xD1342543DE82EF95u + (place + 1) * GOLDEN_RATIO);
+    return (bits >> 11) * 0x1p-53;
 }
 
 // Box-Muller
@@ -2876,7 +2885,7 @@ static float normal(uint64_t seed, uint64_t place) {
 }
 
 // As the tensor table says: GPT-2's N(0, .02), residual projections / sqrt(2L), norms 1, biases 0.
-static void initialise(Model* model, Ranks* ranks, int seed) {
+static void initialise(Model* model, Ranks* ranks, int64_t seed) {
     uint64_t place = 0;                 // counts without padding: the same for any number of ranks
     set_parameters(model, ranks, [&](Tensor tensor, float* values) {
         for (int64_t i = 0; i < tensor.file_size(); i++, place++) {
@@ -3098,70 +3107,26 @@ static void read_tokens(Shards shards, int64_t start, int count, int* tokens, in
     }
 }
 
-// numpy.random.default_rng([seed, epoch]).permutation(n), so that both trainers read the same rows:
-// SeedSequence (O'Neill's seed_seq_fe128), PCG64 (pcg-random.org), Fisher and Yates.
-struct Pcg64 { unsigned __int128 state, increment; bool has_half; uint32_t half; };
+struct RowKey { uint64_t key; uint32_t row; };
 
-static uint64_t pcg64_next(Pcg64* rng) {
-    const unsigned __int128 multiplier =
-        (unsigned __int128)0x2360ED051FC65DA4u << 64 | 0x4385DF649FCCF645u;
-    rng->state = rng->state * multiplier + rng->increment;
-    uint64_t mixed = (uint64_t)(rng->state >> 64) ^ (uint64_t)rng->state;
-    int turn = (int)(rng->state >> 122);
-    return mixed >> turn | mixed << (-turn & 63);
-}
-
-static uint32_t pcg64_next32(Pcg64* rng) {
-    rng->has_half = !rng->has_half;
-    if (!rng->has_half) { return rng->half; }
-    uint64_t both = pcg64_next(rng);
-    rng->half = both >> 32;
-    return (uint32_t)both;
-}
-
-static Pcg64 default_rng(uint32_t seed, uint32_t epoch) {
-    uint32_t entropy[4] = {seed, epoch, 0, 0}, pool[4], factor = 0x43B0D7E5u, words[8];
-    auto hash = [&](uint32_t value, uint32_t multiplier) {
-        value ^= factor;
-        factor *= multiplier;
-        value *= factor;
-        return value ^ value >> 16;
-    };
-    for (int i = 0; i < 4; i++) { pool[i] = hash(entropy[i], 0x931E8875u); }
-    for (int from = 0; from < 4; from++) {
-        for (int to = 0; to < 4; to++) {
-            if (from == to) { continue; }
-            uint32_t mixed = 0xCA01F9DDu * pool[to] - 0x4973F715u * hash(pool[from], 0x931E8875u);
-            pool[to] = mixed ^ mixed >> 16;
-        }
+// The rows 0 … n - 1 in the order of an epoch: sorted by a hash of (seed, epoch, row), so that both
+// trainers read the same rows. It is shuffled_rows of train_gpt2.py, where the reasons stand.
+static void shuffle_rows(uint64_t seed, uint64_t epoch, uint32_t* order, uint32_t n) {
+    uint64_t start = mix64(mix64(seed) + epoch);
+    RowKey* keys = (RowKey*)malloc(n * sizeof(RowKey));
+    for (uint64_t i = 0; i < n; i++) {
+        keys[i] = {mix64(start + (i + 1) * GOLDEN_RATIO), (uint32_t)i};
     }
-    factor = 0x8B51F9DDu;
-    for (int i = 0; i < 8; i++) { words[i] = hash(pool[i % 4], 0x58F38DEDu); }
-    auto pair = [&](int i) { return (unsigned __int128)words[i + 1] << 32 | words[i]; };
-    Pcg64 rng = {0, (pair(4) << 64 | pair(6)) << 1 | 1, false, 0};
-    pcg64_next(&rng);
-    rng.state += pair(0) << 64 | pair(2);
-    pcg64_next(&rng);
-    return rng;
-}
-
-static void permute(uint32_t seed, uint32_t epoch, uint32_t* order, uint32_t n) {
-    Pcg64 rng = default_rng(seed, epoch);
-    for (uint32_t i = 0; i < n; i++) { order[i] = i; }
-    for (uint32_t i = n - 1; i > 0; i--) {
-        uint32_t mask = i, j;
-        for (int shift = 1; shift < 32; shift *= 2) { mask |= mask >> shift; }
-        while ((j = pcg64_next32(&rng) & mask) > i) {}
-        uint32_t kept = order[i];
-        order[i] = order[j], order[j] = kept;
-    }
+    std::sort(keys, keys + n, [](RowKey a, RowKey b) { return a.key < b.key; });
+    for (uint32_t i = 0; i < n; i++) { order[i] = keys[i].row; }
+    free(keys);
 }
 
 // Rows of T + 1 tokens in a seeded order, each once an epoch; a position counts rows.
 struct Loader {
     Shards shards;
-    int T, V, seed;
-    int64_t n_rows, epoch;
+    int T, V;
+    int64_t seed, n_rows, epoch;
     uint32_t* order;
     int* staging[2];                // pinned; one is filled while the other is on its way
     cudaEvent_t sent[2];
@@ -3170,7 +3135,7 @@ struct Loader {
     int64_t staged;                 // the position whose rows staging[turn] holds; -1: none
 };
 
-static Loader make_loader(Shards shards, int B, int T, int V, int seed) {
+static Loader make_loader(Shards shards, int B, int T, int V, int64_t seed) {
     Loader loader = {};
     loader.shards = shards, loader.T = T, loader.V = V, loader.seed = seed, loader.epoch = -1;
     loader.staged = -1;
@@ -3234,7 +3199,7 @@ static void read_batch(Loader* loader, int B, int64_t position) {
     for (int b = 0; b < B; b++) {
         int64_t epoch = (position + b) / loader->n_rows, i = (position + b) % loader->n_rows;
         if (epoch != loader->epoch) {
-            permute(loader->seed, epoch, loader->order, loader->n_rows);
+            shuffle_rows(loader->seed, epoch, loader->order, loader->n_rows);
             loader->epoch = epoch;
         }
         read_tokens(loader->shards, (int64_t)loader->order[i] * T, T + 1, row, loader->V);
@@ -3595,6 +3560,10 @@ static void push(Window* window, double value) {
     window->values[window->n++] = value;
 }
 
+// state.json's; it grows whenever an older state would be resumed with another result, as when the
+// order of the rows changed (2).
+const int STATE_VERSION = 2;
+
 // What a run is at a step, besides weights and moments
 struct State {
     int64_t step, position, optimizer_steps;
@@ -3604,7 +3573,7 @@ struct State {
 
 // The flags that decide what is computed; a resumed run must have the same.
 static void write_settings(FILE* file, Config config, int64_t n_tokens) {
-    fprintf(file, "\"settings\": {\"format_version\": 1, \"block_size\": %d, \"vocab_size\": %d, "
+    fprintf(file, "\"settings\": {\"block_size\": %d, \"vocab_size\": %d, "
             "\"n_layer\": %d, \"n_head\": %d, \"n_embd\": %d, \"windows\": \"%s\", "
             "\"total_batch_size\": %lld, \"seq_len\": %lld, "
             "\"max_steps\": %lld, \"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, "
@@ -3713,9 +3682,9 @@ static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n
     if (ranks->rank == 0) {
         path = joined(folder, "state.json");
         file = create_part(path);
-        fprintf(file, "{\"step\": %lld, \"position\": %lld, \"optimizer_steps\": %lld, "
-                "\"usd\": %.17g, \"world_size\": %d,\n", (long long)state->step,
-                (long long)state->position, (long long)state->optimizer_steps, state->usd,
+        fprintf(file, "{\"format_version\": %d, \"step\": %lld, \"position\": %lld, "
+                "\"optimizer_steps\": %lld, \"usd\": %.17g, \"world_size\": %d,\n", STATE_VERSION,
+                (long long)state->step, (long long)state->position, (long long)state->optimizer_steps, state->usd,
                 ranks->world_size);
         write_settings(file, model->config, n_tokens);
         write_window(file, "losses", &state->losses);
@@ -3802,6 +3771,12 @@ static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_token
     char folder[4096];
     state_folder(folder, step);
     char* text = read_file(joined(folder, "state.json"));
+    int version = (int)json_number(text, "format_version", 0);
+    if (version != STATE_VERSION) {
+        die("%s holds a saved state of format %d; only format %d can be resumed, because the order "
+            "of the rows has changed; train again in another --out", arguments.out, version,
+            STATE_VERSION);
+    }
     char* settings = written([&](FILE* file) {
         write_settings(file, model->config, n_tokens);
     });

@@ -220,14 +220,17 @@ def test_ten_steps_are_those_of_train_gpt2_py(precision, bound, init, cuda_data,
 WORDS = [word for text in DOCUMENTS[:40] for word in re.findall(" ?[A-Za-z]+", text)][:200]
 
 
-def test_the_order_of_rows_is_numpys_and_words_are_the_tokenizers(data, tokenizer, tmp_path):
+def test_the_order_of_rows_is_train_gpt2_pys_and_words_are_the_tokenizers(data, tokenizer, tmp_path):
     source = SOURCE.replace("int main(", "int trainer_main(") + """
         int main(int n_words, char** words) {
+            const int64_t SEEDS[] = {1337, 0, -1, 1ll << 40};
             uint32_t order[1000];
             int ids[64];
             Vocabulary vocabulary = read_vocabulary(words[1], 400);
-            permute(1337, 3, order, 1000);
-            for (uint32_t row : order) { printf("%u ", row); }
+            for (int epoch = 0; epoch < 4; epoch++) {
+                shuffle_rows(SEEDS[epoch], epoch, order, 1000);
+                for (uint32_t row : order) { printf("%u ", row); }
+            }
             for (int i = 2; i < n_words; i++) {
                 int n = encode_word(&vocabulary, words[i], strlen(words[i]), ids);
                 for (int k = 0; k < n; k++) { printf("%d ", ids[k]); }
@@ -235,7 +238,9 @@ def test_the_order_of_rows_is_numpys_and_words_are_the_tokenizers(data, tokenize
         }"""
     program = build(tmp_path, "-O0", source=source)
     printed = subprocess.run([program, data, *WORDS], capture_output=True, text=True).stdout
-    expected = np.random.default_rng([1337, 3]).permutation(1000).tolist()
+    expected = []
+    for epoch, seed in enumerate((1337, 0, -1, 2 ** 40)):
+        expected += train_gpt2.shuffled_rows(1000, seed, epoch).tolist()
     expected += [i for word in WORDS for i in tokenizer.encode_ordinary(word)]
     assert list(map(int, printed.split())) == expected
 
@@ -353,6 +358,16 @@ def test_a_resumed_run_ends_with_the_same_bits(bf16, init, cuda_data, tmp_path):
     program.wait()
     train(bf16, cuda_data, tmp_path / "killed", *flags, "--resume")
     assert same_bits(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_state_of_another_format_is_refused_in_one_line(bf16, init, cuda_data, tmp_path):
+    flags = ["--init_from", init, *SHORT, *FLAGS]
+    train(bf16, cuda_data, tmp_path, *flags)
+    state = next((tmp_path / "state").glob("*/state.json"))
+    state.write_text(state.read_text().replace('"format_version": 2', '"format_version": 1'))
+    error = train(bf16, cuda_data, tmp_path, *flags, "--resume", code=1)
+    assert "a saved state of format 1;" in error
+    assert error.count("\n") == 1 and error.count(";") == 2
 
 
 # ---- the log
