@@ -1899,14 +1899,18 @@ static void muon_update(floatX* parameters, float* masters, float* momentum, flo
 }
 
 // ---- §11 Ranks: torchrun's environment, NCCL; a single process is rank 0 of 1 -------------------
+//
+// A rank is a process with one GPU. torchrun starts the ranks and tells each its number in
+// environment variables. The twin is Ranks in training.py, which asks torch.distributed for what
+// NCCL does here. A build without NCCL has the same functions; for its one rank they do nothing.
 
 struct Ranks {
     int rank, world_size, local_rank;
     cudaStream_t stream;            // collectives run here, beside the backward pass
-    cudaEvent_t ready;
+    cudaEvent_t ready;              // marks what a collective or the next kernel must wait for
 #ifdef MULTI_GPU
     ncclComm_t comm;
-    double* buffer;                 // of ranks_sum
+    double* buffer;                 // on the GPU, for ranks_sum
 #endif
 };
 
@@ -1919,55 +1923,75 @@ static int environment(const char* name, int fallback) {
 #define CHECK_NCCL(call) check_nccl(call, __LINE__)
 static void check_nccl(ncclResult_t result, int line) {
     if (result == ncclSuccess) { return; }
-    die("train_gpt2.cu:%d: NCCL says: %s; a rank ends when another is gone; see what that one "
-        "said, then continue with --resume", line, ncclGetErrorString(result));
+    die("train_gpt2.cu:%d: NCCL failed: %s, perhaps because another rank ended; look at what that "
+        "rank printed, then continue with --resume", line, ncclGetErrorString(result));
 }
 
-// Rank 0's id for the group goes to the others over TCP, on the port after MASTER_PORT, which
-// torchrun itself holds.
+// Rank 0 of share_id: gives the id to each other rank that connects.
+static void send_id(const ncclUniqueId* id, const addrinfo* address, const char* port,
+                    int world_size) {
+    int server = socket(AF_INET, SOCK_STREAM, 0);
+    int yes = 1;
+    setsockopt(server, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+    if (bind(server, address->ai_addr, address->ai_addrlen) != 0 || listen(server, 1024) != 0) {
+        die("port %s, which is MASTER_PORT + 1, is taken; give torchrun another --master_port",
+            port);
+    }
+    for (int others = 1; others < world_size; others++) {
+        int client = accept(server, NULL, NULL);
+        if (write(client, id, sizeof *id) != (ssize_t)sizeof *id) {
+            die("another rank ended while the ranks were starting; look at what it printed");
+        }
+        close(client);
+    }
+    close(server);
+}
+
+// Every other rank of share_id: tries for a minute to reach rank 0, which may start later.
+static void receive_id(ncclUniqueId* id, const addrinfo* address, const char* host,
+                       const char* port) {
+    const int TRIES = 1200, MICROSECONDS_APART = 50000;
+    int client = -1;
+    for (int i = 0; client < 0; i++) {
+        if (i == TRIES) {
+            die("rank 0 has not answered at %s:%s for a minute; look at what rank 0 printed", host,
+                port);
+        }
+        client = socket(AF_INET, SOCK_STREAM, 0);
+        if (connect(client, address->ai_addr, address->ai_addrlen) == 0) { break; }
+        close(client);
+        client = -1;
+        usleep(MICROSECONDS_APART);
+    }
+    size_t have = 0;
+    while (have < sizeof *id) {         // read may return a part
+        ssize_t got = read(client, (char*)id + have, sizeof *id - have);
+        if (got <= 0) {
+            die("rank 0 ended while the ranks were starting; look at what it printed");
+        }
+        have += got;
+    }
+    close(client);
+}
+
+// NCCL's ranks find each other by an id that rank 0 makes. It goes to the others over TCP, on the
+// port after MASTER_PORT, because torchrun listens on MASTER_PORT itself.
 static void share_id(ncclUniqueId* id, int rank, int world_size) {
     const char* host = getenv("MASTER_ADDR") != NULL ? getenv("MASTER_ADDR") : "127.0.0.1";
     char port[16];
     snprintf(port, sizeof port, "%d", environment("MASTER_PORT", 29500) + 1);
-    addrinfo hints = {}, *address;
-    hints.ai_family = AF_INET, hints.ai_socktype = SOCK_STREAM;
+    addrinfo hints = {};
+    hints.ai_family = AF_INET;
+    hints.ai_socktype = SOCK_STREAM;
     hints.ai_flags = rank == 0 ? AI_PASSIVE : 0;
+    addrinfo* address = NULL;
     if (getaddrinfo(rank == 0 ? NULL : host, port, &hints, &address) != 0) {
-        die("MASTER_ADDR %s: no such host; ranks meet at rank 0's; start them with torchrun", host);
+        die("the host %s of MASTER_ADDR cannot be found; start the ranks with torchrun", host);
     }
     if (rank == 0) {
-        int server = socket(AF_INET, SOCK_STREAM, 0), yes = 1;
-        setsockopt(server, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-        if (bind(server, address->ai_addr, address->ai_addrlen) != 0 || listen(server, 1024) != 0) {
-            die("port %s is taken; rank 0 listens on MASTER_PORT + 1; give torchrun another "
-                "--master_port", port);
-        }
-        for (int others = 1; others < world_size; others++) {
-            int client = accept(server, NULL, NULL);
-            if (write(client, id, sizeof *id) != (ssize_t)sizeof *id) {
-                die("a rank hung up; all must start together; see what it said");
-            }
-            close(client);
-        }
-        close(server);
+        send_id(id, address, port, world_size);
     } else {
-        int client, tries = 0;
-        while (client = socket(AF_INET, SOCK_STREAM, 0),
-               connect(client, address->ai_addr, address->ai_addrlen) != 0) {
-            close(client);
-            if (++tries == 1200) {
-                die("rank 0 at %s:%s does not answer for a minute; ranks meet there; see what "
-                    "rank 0 said", host, port);
-            }
-            usleep(50000);
-        }
-        size_t have = 0;
-        while (have < sizeof *id) {
-            ssize_t got = read(client, (char*)id + have, sizeof *id - have);
-            if (got <= 0) { die("rank 0 hung up; all must start together; see what it said"); }
-            have += got;
-        }
-        close(client);
+        receive_id(id, address, host, port);
     }
     freeaddrinfo(address);
 }
@@ -1975,12 +1999,12 @@ static void share_id(ncclUniqueId* id, int rank, int world_size) {
 
 static Ranks start_ranks() {
     Ranks ranks = {};
-    ranks.rank = environment("RANK", 0), ranks.world_size = environment("WORLD_SIZE", 1);
+    ranks.rank = environment("RANK", 0);
+    ranks.world_size = environment("WORLD_SIZE", 1);
     ranks.local_rank = environment("LOCAL_RANK", 0);
     int n_devices = 0;
     if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0) {
-        die("no CUDA GPU is seen; the CUDA trainer needs one and its driver; look at nvidia-smi, "
-            "or use python train_gpt2.py");
+        die("no CUDA GPU was found; check that nvidia-smi lists one, or use python train_gpt2.py");
     }
     CHECK_CUDA(cudaSetDevice(ranks.local_rank % n_devices));
     CHECK_CUDA(cudaStreamCreateWithFlags(&ranks.stream, cudaStreamNonBlocking));
@@ -1995,14 +2019,14 @@ static Ranks start_ranks() {
     }
 #else
     if (ranks.world_size > 1) {
-        die("WORLD_SIZE is %d; this binary was built without NCCL; install nvidia-nccl-cu13 and "
-            "run make train_gpt2cu again", ranks.world_size);
+        die("WORLD_SIZE is %d, but this binary was built without NCCL; install nvidia-nccl-cu13 "
+            "and run make train_gpt2cu again", ranks.world_size);
     }
 #endif
     return ranks;
 }
 
-// Sums each of up to 16 numbers over all ranks.
+// Replaces each of up to 16 numbers by its sum over all ranks. Every rank must call it.
 static void ranks_sum(Ranks* ranks, double* values, int n) {
 #ifdef MULTI_GPU
     if (ranks->world_size == 1) { return; }
@@ -2016,17 +2040,26 @@ static void ranks_sum(Ranks* ranks, double* values, int n) {
 #endif
 }
 
-// Who owns a bucket: a rank; or all the same; or each rank its part, the rank-th
-const int EVERY_RANK = -1, SHARED = -2;
+// Waits until every rank has come here.
+static void barrier(Ranks* ranks) {
+    double nothing = 0;
+    ranks_sum(ranks, &nothing, 1);
+}
 
-// The owner's of n gradients become the sums over all ranks, when `after` is done.
+// The owner of a bucket (§12) is the number of one rank, or all ranks (each has the same copy), or
+// the bucket is split: each rank owns a part, the first rank the first.
+const int EVERY_RANK = -1;
+const int SHARDED = -2;
+
+// Sums n gradients over all ranks. The sums arrive at the owner; what other ranks are left with has
+// no meaning. It starts when the stream `after` has done its work so far.
 static void reduce(Ranks* ranks, float* gradients, int64_t n, int owner, cudaStream_t after) {
 #ifdef MULTI_GPU
     if (ranks->world_size == 1) { return; }
     int64_t part = n / ranks->world_size;
     CHECK_CUDA(cudaEventRecord(ranks->ready, after));
     CHECK_CUDA(cudaStreamWaitEvent(ranks->stream, ranks->ready, 0));
-    if (owner == SHARED) {
+    if (owner == SHARDED) {
         CHECK_NCCL(ncclReduceScatter(gradients, gradients + ranks->rank * part, part, ncclFloat32,
                                      ncclSum, ranks->comm, ranks->stream));
     } else if (owner == EVERY_RANK) {
@@ -2039,14 +2072,14 @@ static void reduce(Ranks* ranks, float* gradients, int64_t n, int owner, cudaStr
 #endif
 }
 
-// What its owner has of n bytes, in place, to all ranks, when `after` is done.
+// The way back: sends what the owner has of n bytes to all ranks, in place, after `after`.
 static void gather(Ranks* ranks, void* all, int64_t n_bytes, int owner, cudaStream_t after) {
 #ifdef MULTI_GPU
     if (ranks->world_size == 1 || owner == EVERY_RANK) { return; }
     int64_t part = n_bytes / ranks->world_size;
     CHECK_CUDA(cudaEventRecord(ranks->ready, after));
     CHECK_CUDA(cudaStreamWaitEvent(ranks->stream, ranks->ready, 0));
-    if (owner == SHARED) {
+    if (owner == SHARDED) {
         CHECK_NCCL(ncclAllGather((char*)all + ranks->rank * part, all, part, ncclInt8, ranks->comm,
                                  ranks->stream));
     } else {
@@ -2055,7 +2088,7 @@ static void gather(Ranks* ranks, void* all, int64_t n_bytes, int owner, cudaStre
 #endif
 }
 
-// What `stream` does next waits for the collectives so far.
+// What is put on `stream` from now on waits for all collectives so far.
 static void wait_for_ranks(Ranks* ranks, cudaStream_t stream) {
     CHECK_CUDA(cudaEventRecord(ranks->ready, ranks->stream));
     CHECK_CUDA(cudaStreamWaitEvent(stream, ranks->ready, 0));
@@ -2063,180 +2096,244 @@ static void wait_for_ranks(Ranks* ranks, cudaStream_t stream) {
 
 // ---- §12 Tensor table ---------------------------------------------------------------------------
 //
-// All parameters lie in one array, in buckets. Of most, each rank owns the rank-th part. Muon needs
-// whole matrices: it has a bucket a layer, which one rank owns, in turns. The few scalars all ranks
-// keep in fp32. A bucket is reduced as soon as its backward pass is done, and trained in one way.
-//   GPT-2: the embeddings and the last norm, then one bucket a layer, in which matrices, which
-//   decay, come before vectors, which do not
-//   dN: one bucket each for wte, lm_head and three vectors of scalars; then a layer's matrices, and
-//   in every second layer its value embedding
+// The table lists each tensor's name, shape, initial values and place. It drives allocation,
+// initialisation (§14), checkpoints (§14), training (§13) and tests. In model.py the modules of
+// GPT do this; make_optimizer of training.py is the twin of the buckets' owners and AdamGroups.
+//
+// All parameters lie in one array, which is divided into buckets. A bucket is reduced over the
+// ranks as soon as its backward pass is done, and one rule updates all of it.
+//   - Most buckets are sharded: each rank owns one part and keeps its state (ZeRO-1).
+//   - Muon needs whole matrices, so each layer's matrices are a bucket that one rank owns; the
+//     ranks take turns.
+//   - dN's few scalars are kept by every rank, in fp32.
+//
+//   GPT-2: | wte wpe ln_f | h.0: matrices, then vectors | h.1 … |
+//   dN:    | wte | lm_head | resid | x0 | backout | h.0 matrices | value_embeds.0 | h.1 matrices …
+//
+// In GPT-2's buckets matrices come first because only they are decayed. Half of dN's layers have a
+// value embedding: every second one, counted from the last.
 
 struct Config {
     int block_size, vocab_size, n_layer, n_head, n_embd;
-    bool modern;                // dN's recipe, all of it; else GPT-2
+    bool modern;                // true: dN's recipe, with all of its parts; false: GPT-2
     double softcap;
-    char windows[64];           // by layer, repeated: L sees all before it, S a quarter of T
+    char windows[64];           // a letter a layer, repeated: L sees all before it, S a quarter
     bool has_value_embed(int layer) const { return modern && layer % 2 == (n_layer - 1) % 2; }
     int window(int layer) const {
-        bool short_one = modern && windows[layer % strlen(windows)] == 'S' && layer < n_layer - 1;
-        return short_one ? block_size / 4 : block_size;
+        bool is_last = layer == n_layer - 1;        // the last layer always sees everything
+        bool is_short = modern && !is_last && windows[layer % strlen(windows)] == 'S';
+        return is_short ? block_size / 4 : block_size;
     }
 };
 
+// Tables with a row a token are padded to a multiple of 64 rows, which suits tensor cores.
 static int padded_vocab(Config config) { return ceil_div(config.vocab_size, 64) * 64; }
 
+// Indices into the table: of tensors that belong to no layer …
 enum { WTE, WPE, LN_F_W, LN_F_B, GLOBAL_TENSORS };                      // GPT-2's
-enum { LM_HEAD = 1, RESID_SCALARS, X0_SCALARS, BACKOUT_SCALAR };        // dN's, behind WTE
+enum { LM_HEAD = 1, RESID_SCALARS, X0_SCALARS, BACKOUT_SCALAR };        // dN's, after WTE
+
+// … and of a layer's, counted from its first.
 enum { ATTN_W, ATTN_PROJ_W, FC_W, FC_PROJ_W, LN_1_W, LN_1_B, ATTN_B, ATTN_PROJ_B, LN_2_W, LN_2_B,
        FC_B, FC_PROJ_B, LAYER_TENSORS };
-enum { VALUE_GATE = 4, VALUE_EMBED };                                   // dN's, behind FC_PROJ_W
+enum { VALUE_GATE = 4, VALUE_EMBED };                                   // dN's, after FC_PROJ_W
 
-struct Init { float std, mean, step; bool is_uniform; };   // mean + step i + std random numbers
+// Element i begins at mean + step · i + std · noise, where noise has variance 1 and is normal or,
+// if is_uniform, uniform.
+struct Init { float std, mean, step; bool is_uniform; };
 
 struct Tensor {
-    char name[96];              // HF's
-    int rows, columns;          // columns 0: a vector
-    int file_rows;              // without the padding of the vocabulary
+    char name[96];              // as HF's GPT-2 names it
+    int rows, columns;          // in memory; columns 0: a vector
+    int file_rows;              // in a file: without the padding of the vocabulary
     Init init;
-    int64_t offset;
+    int64_t offset;             // in the array of all parameters, in elements
     int64_t file_size() const { return (int64_t)file_rows * (columns > 0 ? columns : 1); }
 };
 
 struct Bucket {
-    int64_t offset, size, decay_end;
-    int owner, first_tensor, end_tensor;
-    AdamGroup adam;             // of those that are not Muon's
+    int64_t offset, size;       // in elements
+    int64_t decay_end;          // elements before this one are decayed
+    int owner;                  // a rank, EVERY_RANK or SHARDED
+    int first_tensor, end_tensor;
+    AdamGroup adam;             // how it is trained, unless that is Muon's task
     bool is_muon() const { return owner >= 0; }
 };
 
 struct Table {
+    Config config;
+    int world_size;
     int n_tensors, n_buckets;
     Tensor* tensors;
     Bucket* buckets;
-    int *layer_tensors, *layer_buckets;     // where each layer's begin
-    int64_t size, file_size;                // with and without padding
+    int *layer_tensors, *layer_buckets;     // (L + 1) each: where a layer's begin and the last end
+    int64_t size, file_size;                // elements with and without padding
 };
 
-const int ALIGNMENT = 128;              // elements: where tensors begin
+const int ALIGNMENT = 128;      // a tensor's offset is a multiple of this: 256 bytes in bf16
 
 struct TensorRow { const char* name; int rows, columns; Init init; };
 
-// One bucket of n tensors. Names are of layer l, unless l is -1; tables of tokens have padding.
-static void add_bucket(Table* table, Config config, int world_size, int owner, AdamGroup adam,
-                       int l, const TensorRow* rows, int n) {
+static bool starts_with(const char* text, const char* start) {
+    return strncmp(text, start, strlen(start)) == 0;
+}
+
+// Appends a tensor to the table and to its last bucket. Layer -1: its name has no "h.N.".
+static void add_tensor(Table* table, int layer, TensorRow row) {
+    Tensor* tensor = &table->tensors[table->n_tensors++];
+    bool is_head = starts_with(row.name, "lm_head");
+    bool has_row_a_token =
+        is_head || starts_with(row.name, "wte") || starts_with(row.name, "value_embeds");
+    int file_rows = has_row_a_token ? table->config.vocab_size : row.rows;
+    *tensor = {"", row.rows, row.columns, file_rows, row.init, table->size};
+    char of_layer[16] = "";
+    if (layer >= 0) { snprintf(of_layer, sizeof of_layer, "h.%d.", layer); }
+    snprintf(tensor->name, sizeof tensor->name, "%s%s%s", is_head ? "" : "transformer.", of_layer,
+             row.name);
+    int64_t size = (int64_t)row.rows * (row.columns > 0 ? row.columns : 1);
+    table->size = ceil_div(table->size + size, (int64_t)ALIGNMENT) * ALIGNMENT;
+    table->file_size += tensor->file_size();
+}
+
+// Appends a bucket of n tensors. A sharded one is padded so that all ranks' parts are equally long.
+static Bucket* add_bucket(Table* table, int owner, AdamGroup adam, int layer, const TensorRow* rows,
+                          int n) {
     Bucket* bucket = &table->buckets[table->n_buckets++];
-    int64_t begin = table->size, part = ALIGNMENT * (owner == SHARED ? world_size : 1);
+    int64_t begin = table->size;
     *bucket = {begin, 0, begin, owner, table->n_tensors, table->n_tensors + n, adam};
     for (int i = 0; i < n; i++) {
-        TensorRow row = rows[i];
-        Tensor* tensor = &table->tensors[table->n_tensors++];
-        bool head = strncmp(row.name, "lm_head", 7) == 0, of_tokens = head ||
-            strncmp(row.name, "wte", 3) == 0 || strncmp(row.name, "value_embeds", 12) == 0;
-        int file_rows = of_tokens ? config.vocab_size : row.rows;
-        *tensor = {"", row.rows, row.columns, file_rows, row.init, table->size};
-        char of_layer[16] = "";
-        if (l >= 0) { snprintf(of_layer, sizeof of_layer, "h.%d.", l); }
-        snprintf(tensor->name, sizeof tensor->name, "%s%s%s", head ? "" : "transformer.", of_layer,
-                 row.name);
-        int64_t size = (int64_t)row.rows * (row.columns > 0 ? row.columns : 1);
-        table->size = ceil_div(table->size + size, (int64_t)ALIGNMENT) * ALIGNMENT;
-        table->file_size += tensor->file_size();
-        if (row.columns > 0) { bucket->decay_end = table->size; }
+        add_tensor(table, layer, rows[i]);
+        if (rows[i].columns > 0) { bucket->decay_end = table->size; }
     }
-    bucket->size = ceil_div(table->size - begin, part) * part;
+    int64_t unit = owner == SHARDED ? ALIGNMENT * table->world_size : ALIGNMENT;
+    bucket->size = ceil_div(table->size - begin, unit) * unit;
     table->size = begin + bucket->size;
+    return bucket;
 }
 
-static void begin_layer(Table* table, int l) {
-    table->layer_tensors[l] = table->n_tensors, table->layer_buckets[l] = table->n_buckets;
+static void begin_layer(Table* table, int layer) {
+    table->layer_tensors[layer] = table->n_tensors;
+    table->layer_buckets[layer] = table->n_buckets;
 }
 
-static void add_gpt2_tensors(Table* table, Config config, int world_size) {
-    int C = config.n_embd, L = config.n_layer;
+// GPT-2's initial values: N(0, 0.02²); residual projections are smaller by √(2L), because 2L of
+// them add up in the residual stream.
+static void add_gpt2_tensors(Table* table) {
+    int C = table->config.n_embd, L = table->config.n_layer;
     Init normal = {0.02f}, proj = {0.02f / sqrtf(2.0f * L)}, one = {0, 1}, zero = {};
     const TensorRow globals[GLOBAL_TENSORS] = {
-        {"wte.weight", padded_vocab(config), C, normal},
-        {"wpe.weight", config.block_size, C, normal}, {"ln_f.weight", C, 0, one},
-        {"ln_f.bias", C, 0, zero}};
+        {"wte.weight", padded_vocab(table->config), C, normal},
+        {"wpe.weight", table->config.block_size, C, normal},
+        {"ln_f.weight", C, 0, one}, {"ln_f.bias", C, 0, zero}};
     const TensorRow layer[LAYER_TENSORS] = {
         {"attn.c_attn.weight", C, 3 * C, normal}, {"attn.c_proj.weight", C, C, proj},
         {"mlp.c_fc.weight", C, 4 * C, normal}, {"mlp.c_proj.weight", 4 * C, C, proj},
         {"ln_1.weight", C, 0, one}, {"ln_1.bias", C, 0, zero}, {"attn.c_attn.bias", 3 * C, 0, zero},
         {"attn.c_proj.bias", C, 0, zero}, {"ln_2.weight", C, 0, one}, {"ln_2.bias", C, 0, zero},
         {"mlp.c_fc.bias", 4 * C, 0, zero}, {"mlp.c_proj.bias", C, 0, zero}};
-    add_bucket(table, config, world_size, SHARED, GPT2_ADAM, -1, globals, GLOBAL_TENSORS);
+    add_bucket(table, SHARDED, GPT2_ADAM, -1, globals, GLOBAL_TENSORS);
     for (int l = 0; l < L; l++) {
         begin_layer(table, l);
-        add_bucket(table, config, world_size, SHARED, GPT2_ADAM, l, layer, LAYER_TENSORS);
+        add_bucket(table, SHARDED, GPT2_ADAM, l, layer, LAYER_TENSORS);
     }
 }
 
-// Each block begins as the identity; the other matrices have a standard deviation of 1/sqrt(C).
-static void add_modern_tensors(Table* table, Config config, int world_size) {
-    int C = config.n_embd, L = config.n_layer, Vp = padded_vocab(config), last = max(1, L - 1);
+// A bucket of one tensor, all of which is decayed. Rates of tables of tokens shrink with the width
+// as in training.py; they were tuned at 768 channels.
+static void add_single(Table* table, TensorRow row, int owner, AdamGroup adam) {
+    if (row.columns > 0) { adam.lr *= sqrtf(768.0f / table->config.n_embd); }
+    Bucket* bucket = add_bucket(table, owner, adam, -1, &row, 1);
+    bucket->decay_end = table->size;
+}
+
+// dN's initial values: each block begins as the identity, because its output projections are zero;
+// the other matrices are uniform with a standard deviation of 1/√C.
+static void add_modern_tensors(Table* table) {
+    Config config = table->config;
+    int C = config.n_embd, L = config.n_layer, Vp = padded_vocab(config);
+    int last = max(1, L - 1);
     float std = 1 / sqrtf(C);
     Init uniform = {std, 0, 0, true}, fc = {0.4f * std, 0, 0, true}, zero = {};
-    Init gate = {0.02f / sqrtf(12), 0.01f, 0, true};                    // U(0, .02)
-    auto alone = [&](TensorRow row, int owner, AdamGroup adam) {
-        adam.lr *= row.columns > 0 ? sqrtf(768.0f / C) : 1.0f;
-        add_bucket(table, config, world_size, owner, adam, -1, &row, 1);
-        table->buckets[table->n_buckets - 1].decay_end = table->size;
-    };
-    alone({"wte.weight", Vp, C, {0.8f}}, SHARED, WTE_ADAM);
-    alone({"lm_head.weight", Vp, C, {0.001f}}, SHARED, LM_HEAD_ADAM);
-    alone({"resid_scalars", L, 0, {0, 1.15f, -0.10f / last}}, EVERY_RANK, RESID_ADAM);
-    alone({"x0_scalars", L, 0, {0, 0.20f, -0.15f / last}}, EVERY_RANK, X0_ADAM);
-    alone({"backout_scalar", 1, 0, {0, 0.2f}}, EVERY_RANK, BACKOUT_ADAM);
+    Init gate = {0.02f / sqrtf(12), 0.01f, 0, true};                    // U(0, 0.02)
+    add_single(table, {"wte.weight", Vp, C, {0.8f}}, SHARDED, WTE_ADAM);
+    add_single(table, {"lm_head.weight", Vp, C, {0.001f}}, SHARDED, LM_HEAD_ADAM);
+    add_single(table, {"resid_scalars", L, 0, {0, 1.15f, -0.10f / last}}, EVERY_RANK, RESID_ADAM);
+    add_single(table, {"x0_scalars", L, 0, {0, 0.20f, -0.15f / last}}, EVERY_RANK, X0_ADAM);
+    add_single(table, {"backout_scalar", 1, 0, {0, 0.2f}}, EVERY_RANK, BACKOUT_ADAM);
     const TensorRow layer[] = {
         {"attn.c_attn.weight", C, 3 * C, uniform}, {"attn.c_proj.weight", C, C, zero},
         {"mlp.c_fc.weight", C, 4 * C, fc}, {"mlp.c_proj.weight", 4 * C, C, zero},
         {"attn.value_gate.weight", config.n_head, GATE_INPUTS, gate}};
     for (int l = 0; l < L; l++) {
-        bool has_value_embed = config.has_value_embed(l);
+        begin_layer(table, l);
+        int owner = l % table->world_size;
+        if (!config.has_value_embed(l)) {
+            add_bucket(table, owner, {}, l, layer, 4);
+            continue;
+        }
+        add_bucket(table, owner, {}, l, layer, 5);          // the fifth is the value gate
         char name[64];
         snprintf(name, sizeof name, "value_embeds.%d.weight", l);
-        begin_layer(table, l);
-        add_bucket(table, config, world_size, l % world_size, {}, l, layer, 4 + has_value_embed);
-        if (has_value_embed) { alone({name, Vp, C, uniform}, SHARED, VALUE_EMBED_ADAM); }
+        add_single(table, {name, Vp, C, uniform}, SHARDED, VALUE_EMBED_ADAM);
     }
 }
 
 static Table make_table(Config config, int world_size) {
     int L = config.n_layer;
-    Table table = {};
-    table.tensors = (Tensor*)calloc(5 + L * LAYER_TENSORS, sizeof(Tensor));
+    Table table = {config, world_size};
+    table.tensors = (Tensor*)calloc(5 + L * LAYER_TENSORS, sizeof(Tensor));     // at most
     table.buckets = (Bucket*)calloc(5 + 2 * L, sizeof(Bucket));
     table.layer_tensors = (int*)calloc(L + 1, sizeof(int));
     table.layer_buckets = (int*)calloc(L + 1, sizeof(int));
-    (config.modern ? add_modern_tensors : add_gpt2_tensors)(&table, config, world_size);
-    begin_layer(&table, L);             // where the last one ends
+    if (config.modern) {
+        add_modern_tensors(&table);
+    } else {
+        add_gpt2_tensors(&table);
+    }
+    begin_layer(&table, L);
     return table;
 }
 
+// How Muon sees the `which`-th tensor of a layer: c_attn is three matrices, q, k and v, side by side.
+// NorMuon keeps one variance for each place along the longer side, or along the outputs if both are
+// equal. Outputs are columns, since files hold (in, out); only the gate is stored as (out, in).
 static Matrices matrices_of(Tensor tensor, int which) {
-    int n = which == ATTN_W ? 3 : 1, rows = tensor.rows, columns = tensor.columns / n;
+    int n = which == ATTN_W ? 3 : 1;
+    int rows = tensor.rows;
+    int columns = tensor.columns / n;
     return {n, rows, columns, which == VALUE_GATE ? rows >= columns : rows > columns};
 }
 
-// What a rank owns of a bucket: `size` elements from `first` on. Its masters and momentum lie at
-// `state`, the second moments at `v`; Muon's are of lines alone.
+// What a rank owns of a bucket: `size` parameters, of which the first is parameter `first`. Its
+// masters and momentum begin at `state` in the rank's arrays, its second moments at `v`. Adam has a
+// second moment for each parameter, Muon one for each line of a matrix.
 struct Part { int64_t first, size, state, v; };
 
-// Of each bucket; and one behind the last, where all state ends.
+static int64_t count_second_moments(Table table, Bucket bucket, int64_t size) {
+    if (!bucket.is_muon() || size == 0) { return size; }
+    int64_t lines = 0;
+    for (int t = bucket.first_tensor; t < bucket.end_tensor; t++) {
+        Matrices matrix = matrices_of(table.tensors[t], t - bucket.first_tensor);
+        lines += matrix.n * matrix.lines();
+    }
+    return lines;
+}
+
+// A part for each bucket, and one more at the end, whose state and v are the sizes of the arrays.
 static Part* make_parts(Table table, int rank, int world_size) {
     Part* parts = (Part*)calloc(table.n_buckets + 1, sizeof(Part));
     for (int i = 0; i < table.n_buckets; i++) {
         Bucket bucket = table.buckets[i];
-        bool is_mine = bucket.owner == rank || bucket.owner == EVERY_RANK;
-        int64_t size = bucket.owner == SHARED ? bucket.size / world_size : is_mine * bucket.size;
-        int64_t v = bucket.is_muon() ? 0 : size;
-        for (int t = bucket.first_tensor; t < bucket.end_tensor && bucket.owner == rank; t++) {
-            Matrices matrix = matrices_of(table.tensors[t], t - bucket.first_tensor);
-            v += matrix.n * matrix.lines();
+        Part* part = &parts[i];
+        part->first = bucket.offset;
+        if (bucket.owner == SHARDED) {
+            part->size = bucket.size / world_size;
+            part->first += rank * part->size;
+        } else if (bucket.owner == rank || bucket.owner == EVERY_RANK) {
+            part->size = bucket.size;
         }
-        parts[i].first = bucket.offset + (bucket.owner == SHARED ? rank * size : 0);
-        parts[i].size = size;
-        parts[i + 1].state = parts[i].state + size, parts[i + 1].v = parts[i].v + v;
+        parts[i + 1].state = part->state + part->size;
+        parts[i + 1].v = part->v + count_second_moments(table, bucket, part->size);
     }
     return parts;
 }
