@@ -346,6 +346,7 @@ def test_a_stopped_run_resumes_on_another_number_of_ranks(fp32, cuda_data, tmp_p
 def test_a_resumed_run_ends_with_the_same_bits(bf16, init, cuda_data, tmp_path):
     flags = ["--init_from", init, "--max_steps", 3, "--eval_every", 9, "--save_every", 2, *FLAGS]
     train(bf16, cuda_data, tmp_path / "whole", *flags)
+    assert [path.name for path in (tmp_path / "whole" / "state").iterdir()] == ["step_000003"]
     program = subprocess.Popen([str(part) for part in (
         bf16, "--data", cuda_data, "--out", tmp_path / "killed", *flags)], stdout=subprocess.PIPE,
         text=True)
@@ -366,8 +367,16 @@ def test_a_state_of_another_format_is_refused_in_one_line(bf16, init, cuda_data,
     state = next((tmp_path / "state").glob("*/state.json"))
     state.write_text(state.read_text().replace('"format_version": 2', '"format_version": 1'))
     error = train(bf16, cuda_data, tmp_path, *flags, "--resume", code=1)
-    assert "a saved state of format 1;" in error
-    assert error.count("\n") == 1 and error.count(";") == 2
+    assert "a saved state of format 1, but only format 2" in error
+    assert error.count("\n") == 1 and error.count(";") == 1
+
+
+def test_a_resumed_run_keeps_its_settings(bf16, init, cuda_data, tmp_path):
+    flags = ["--init_from", init, *SHORT, *FLAGS]
+    train(bf16, cuda_data, tmp_path, *flags)
+    for flag, value, found in (("--seed", 6, "seed 5, not 6"), ("--lr", 0.5, "lr 0.001, not 0.5")):
+        error = train(bf16, cuda_data, tmp_path, *flags, "--resume", flag, value, code=1)
+        assert found in error and error.count("\n") == 1
 
 
 # ---- the log
@@ -472,17 +481,19 @@ def test_a_new_models_loss_is_that_of_a_guess_and_python_reads_it(bf16, cuda_dat
     (["--total_batch_size", 100], "try --total_batch_size 160"),
     (["--model", "d12", "--init_from", ""], "config.json"),
     (["--model", "gpt3"], "d12"),
-    (["--init_from", "gpt2-xl"], "python train_gpt2.py --init_from gpt2-xl"),
+    (["--init_from", "gpt2-xl"], "python download.py gpt2-xl"),
     (["--seq_len", 81], "try --seq_len 80"),
     (["--config", "n_layer=2"], "leave --config out"),
     (["--model", "gpt2", "--config", "n_layer=1", "softcap=0"], "--config softcap=0"),
     (["--fp8", 1], "--fp8 is a flag of train_gpt2.py"),
-    (["--layers", 3], "--layers is no flag")])
+    (["--layers", 3], "--layers is not a flag"),
+    (["--lr", "high"], "--lr must be a number, got high"),
+    (["--eval_every", 0], "must be at least 1, got 0")])
 def test_a_mistake_ends_in_one_line_that_names_the_remedy(bf16, init, cuda_data, tmp_path, flags,
                                                           found):
     start = [] if "--model" in flags else ["--init_from", init]
     error = train(bf16, cuda_data, tmp_path, *start, *SHORT, *FLAGS, *flags, code=1)
-    assert found in error and error.count("\n") == 1 and error.count(";") == 2
+    assert found in error and error.count("\n") == 1 and error.count(";") == 1
 
 
 def test_a_truncated_checkpoint_is_refused(bf16, init, cuda_data, tmp_path):
