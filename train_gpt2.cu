@@ -1914,6 +1914,7 @@ struct Ranks {
 #endif
 };
 
+// An integer from the environment, where torchrun leaves RANK, WORLD_SIZE, LOCAL_RANK, MASTER_PORT.
 static int environment(const char* name, int fallback) {
     const char* value = getenv(name);
     return value != NULL ? atoi(value) : fallback;
@@ -1931,7 +1932,7 @@ static void check_nccl(ncclResult_t result, int line) {
 static void send_id(const ncclUniqueId* id, const addrinfo* address, const char* port,
                     int world_size) {
     int server = socket(AF_INET, SOCK_STREAM, 0);
-    int yes = 1;
+    int yes = 1;                        // a run may begin right after another on the same port
     setsockopt(server, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
     if (bind(server, address->ai_addr, address->ai_addrlen) != 0 || listen(server, 1024) != 0) {
         die("port %s, which is MASTER_PORT + 1, is taken; give torchrun another --master_port",
@@ -1950,7 +1951,8 @@ static void send_id(const ncclUniqueId* id, const addrinfo* address, const char*
 // Every other rank of share_id: tries for a minute to reach rank 0, which may start later.
 static void receive_id(ncclUniqueId* id, const addrinfo* address, const char* host,
                        const char* port) {
-    const int TRIES = 1200, MICROSECONDS_APART = 50000;
+    const int TRIES = 1200;
+    const int MICROSECONDS_APART = 50000;
     int client = -1;
     for (int i = 0; client < 0; i++) {
         if (i == TRIES) {
@@ -1997,6 +1999,7 @@ static void share_id(ncclUniqueId* id, int rank, int world_size) {
 }
 #endif
 
+// Takes this rank's GPU and joins the other ranks. Every rank must call it.
 static Ranks start_ranks() {
     Ranks ranks = {};
     ranks.rank = environment("RANK", 0);
@@ -2051,8 +2054,9 @@ static void barrier(Ranks* ranks) {
 const int EVERY_RANK = -1;
 const int SHARDED = -2;
 
-// Sums n gradients over all ranks. The sums arrive at the owner; what other ranks are left with has
-// no meaning. It starts when the stream `after` has done its work so far.
+// Sums n gradients over all ranks. The sums arrive at the owner; what the other ranks are left with
+// has no meaning. NCCL starts when the stream `after` has done its work so far, and the call does
+// not wait for it, so the backward pass of the next layer runs meanwhile.
 static void reduce(Ranks* ranks, float* gradients, int64_t n, int owner, cudaStream_t after) {
 #ifdef MULTI_GPU
     if (ranks->world_size == 1) { return; }
@@ -2072,7 +2076,8 @@ static void reduce(Ranks* ranks, float* gradients, int64_t n, int owner, cudaStr
 #endif
 }
 
-// The way back: sends what the owner has of n bytes to all ranks, in place, after `after`.
+// The way back: of n bytes, in place, each rank receives what their owner has. It may be the values
+// of parameters in any type. When it starts, and that it does not wait, is as in reduce.
 static void gather(Ranks* ranks, void* all, int64_t n_bytes, int owner, cudaStream_t after) {
 #ifdef MULTI_GPU
     if (ranks->world_size == 1 || owner == EVERY_RANK) { return; }
@@ -2172,13 +2177,14 @@ struct Table {
 
 const int ALIGNMENT = 128;      // a tensor's offset is a multiple of this: 256 bytes in bf16
 
+// A row of the two tables below
 struct TensorRow { const char* name; int rows, columns; Init init; };
 
 static bool starts_with(const char* text, const char* start) {
     return strncmp(text, start, strlen(start)) == 0;
 }
 
-// Appends a tensor to the table and to its last bucket. Layer -1: its name has no "h.N.".
+// Appends a tensor to the table. Layer -1: it belongs to no layer, so its name has no "h.N.".
 static void add_tensor(Table* table, int layer, TensorRow row) {
     Tensor* tensor = &table->tensors[table->n_tensors++];
     bool is_head = starts_with(row.name, "lm_head");
@@ -2211,6 +2217,7 @@ static Bucket* add_bucket(Table* table, int owner, AdamGroup adam, int layer, co
     return bucket;
 }
 
+// Called before a layer's tensors are added, and once more after the last layer's.
 static void begin_layer(Table* table, int layer) {
     table->layer_tensors[layer] = table->n_tensors;
     table->layer_buckets[layer] = table->n_buckets;
@@ -2278,6 +2285,7 @@ static void add_modern_tensors(Table* table) {
     }
 }
 
+// The table for a number of ranks: sharded buckets are padded by it, Muon's are owned by it.
 static Table make_table(Config config, int world_size) {
     int L = config.n_layer;
     Table table = {config, world_size};
@@ -2294,7 +2302,7 @@ static Table make_table(Config config, int world_size) {
     return table;
 }
 
-// How Muon sees the `which`-th tensor of a layer: c_attn is three matrices, q, k and v, side by side.
+// How Muon sees the `which`-th tensor of a layer: c_attn is three matrices, q, k, v, side by side.
 // NorMuon keeps one variance for each place along the longer side, or along the outputs if both are
 // equal. Outputs are columns, since files hold (in, out); only the gate is stored as (out, in).
 static Matrices matrices_of(Tensor tensor, int which) {
@@ -2309,6 +2317,7 @@ static Matrices matrices_of(Tensor tensor, int which) {
 // second moment for each parameter, Muon one for each line of a matrix.
 struct Part { int64_t first, size, state, v; };
 
+// How many second moments a rank keeps that has `size` parameters of a bucket
 static int64_t count_second_moments(Table table, Bucket bucket, int64_t size) {
     if (!bucket.is_muon() || size == 0) { return size; }
     int64_t lines = 0;
@@ -2841,14 +2850,17 @@ static char* read_file(const char* path, size_t* bytes = NULL) {
 static const char* json_find(const char* text, const char* key) {
     char quoted[96];
     snprintf(quoted, sizeof quoted, "\"%s\"", key);
-    for (const char* at = text; (at = strstr(at, quoted)) != NULL; at++) {
+    const char* at = strstr(text, quoted);
+    while (at != NULL) {
         const char* value = at + strlen(quoted);
         value += strspn(value, " \n\t");
         if (*value == ':') { return value + 1 + strspn(value + 1, " \n\t"); }
+        at = strstr(at + 1, quoted);        // it was a value like "key", not a key
     }
     return NULL;
 }
 
+// A number by its key, or the fallback where the key is missing
 static double json_number(const char* text, const char* key, double fallback) {
     const char* value = json_find(text, key);
     return value != NULL ? strtod(value, NULL) : fallback;
@@ -2907,6 +2919,7 @@ struct SafeTensors {
     size_t size;
 };
 
+// Maps the file, so that tensors are read from the disk only when they are used.
 static SafeTensors open_safetensors(const char* path) {
     int file = open(path, O_RDONLY);
     struct stat status = {};
@@ -2966,7 +2979,9 @@ static void read_tensor(SafeTensors file, const char* name, int64_t n, float* va
     }
 }
 
-// Sets masters and parameters, bucket by bucket: fill(tensor, values) writes a tensor's values.
+// Sets masters and parameters from fill(tensor, values), which writes a tensor's values. One bucket
+// at a time is in the CPU's memory. Each rank makes all values, keeps its own part of the masters,
+// and receives the parameters from the owners.
 template <class Fill> static void set_parameters(Model* model, Ranks* ranks, Fill fill) {
     for (int i = 0; i < model->table.n_buckets; i++) {
         Bucket bucket = model->table.buckets[i];
@@ -2980,7 +2995,7 @@ template <class Fill> static void set_parameters(Model* model, Ranks* ranks, Fil
                               part.size * sizeof(float), cudaMemcpyHostToDevice));
         free(values);
     }
-    CHECK_CUDA(cudaDeviceSynchronize());
+    CHECK_CUDA(cudaDeviceSynchronize());        // such a copy may return before it has arrived
     restore_parameters(model, ranks, 0);
 }
 
@@ -3024,6 +3039,7 @@ static void initialise(Model* model, Ranks* ranks, int64_t seed) {
     });
 }
 
+// Begins with the weights of a model.safetensors.
 static void load_weights(Model* model, Ranks* ranks, const char* path) {
     SafeTensors file = open_safetensors(path);
     set_parameters(model, ranks, [&](Tensor tensor, float* values) {
@@ -3091,11 +3107,13 @@ const char* const MODERN_FIELDS[] = {"rope", "rms_norm", "qk_norm", "relu2", "va
 const char* const GPT2_FIELDS[] = {"bias", "tied_head"};
 const int N_MODERN_FIELDS = (sizeof MODERN_FIELDS + sizeof GPT2_FIELDS) / sizeof(char*);
 
+// Whether the value of a key begins with this text
 static bool json_is(const char* text, const char* key, const char* expected) {
     const char* value = json_find(text, key);
     return value != NULL && starts_with(value, expected);
 }
 
+// How many fields of a config.json are as dN has them. Fields that are missing are GPT-2's.
 static int count_modern_fields(const char* text) {
     int n = 0;
     for (const char* field : MODERN_FIELDS) {
@@ -3119,6 +3137,8 @@ static void write_config(FILE* file, Config c) {
     fprintf(file, "}");
 }
 
+// The config of a folder with a model of ours or of HF's. The kernels have GPT-2 and dN; mixtures,
+// which model.py allows, are refused.
 static Config read_config(const char* folder) {
     char* text = read_file(joined(folder, "config.json"));
     if (text == NULL) {
@@ -3146,10 +3166,11 @@ static Config read_config(const char* folder) {
     return config;
 }
 
-// An entry of a safetensors header. columns 0: a vector
+// A tensor in a safetensors header. columns 0: a vector
 struct Entry { const char* name; int64_t rows, columns; };
 
-// The header of a safetensors file of n fp32 tensors, which entry(i) describes
+// The header of a safetensors file of n fp32 tensors, which entry_of(i) describes. Data follow each
+// other without gaps.
 template <class EntryOf> static void write_header(FILE* file, int n, EntryOf entry_of,
                                                   const char* path) {
     size_t size = 0;
@@ -3198,7 +3219,7 @@ static void save_weights(Model* model, Ranks* ranks, const char* path) {
                                    cudaMemcpyDeviceToHost, model->stream));
         CHECK_CUDA(cudaStreamSynchronize(model->stream));
         for (int t = bucket.first_tensor; t < bucket.end_tensor && file != NULL; t++) {
-            Tensor tensor = table->tensors[t];
+            Tensor tensor = table->tensors[t];      // in the order of the header
             write_all(file, values + tensor.offset - bucket.offset, 4 * tensor.file_size(), path);
         }
         free(values);
@@ -3225,6 +3246,7 @@ struct Shards { Shard* files; int n; int64_t n_tokens; };
 const int SHARD_MAGIC = 20240520;
 const int SHARD_HEADER_BYTES = 1024;
 
+// Maps a shard after its header and its size were checked.
 static Shard open_shard(const char* path) {
     int file = open(path, O_RDONLY);
     struct stat status = {};
@@ -3252,6 +3274,7 @@ static Shard open_shard(const char* path) {
     return {strdup(path), map + SHARD_HEADER_BYTES, header[2], width};
 }
 
+// All shards of a split, "train" or "val", in the order of their names
 static Shards open_shards(const char* data, const char* split) {
     char pattern[4096];
     snprintf(pattern, sizeof pattern, "%s/*%s_*.bin", data, split);
@@ -3269,7 +3292,8 @@ static Shards open_shards(const char* data, const char* split) {
     return shards;
 }
 
-// Token i of a shard; bytes are in little-endian order.
+// Token i of a shard, whose bytes are in little-endian order. A token that the model does not have
+// would read outside of its tables, so it ends the run.
 static int read_token(Shard shard, int64_t i, int V) {
     const uint8_t* at = shard.tokens + i * shard.width;
     uint32_t token = at[0] | at[1] << 8;
@@ -3299,6 +3323,7 @@ static void read_tokens(Shards shards, int64_t start, int count, int* tokens, in
     }
 }
 
+// What rows are sorted by. No two rows of an epoch have the same key, because mix64 is invertible.
 struct RowKey { uint64_t key; uint32_t row; };
 
 // The rows 0 … n - 1 in the order of an epoch: sorted by a hash of (seed, epoch, row), so that both
@@ -3332,6 +3357,7 @@ struct Loader {
     int* counts;                    // (V), for index_tokens
 };
 
+// For batches of up to B rows of T tokens, from a vocabulary of V
 static Loader make_loader(Shards shards, int B, int T, int V, int64_t seed) {
     Loader loader = {};
     loader.shards = shards;
@@ -3448,6 +3474,7 @@ static ValLoss evaluate(Model* model, Loader* loader, Shards shards, const int* 
     int BT = B * T;
     int64_t n = min(shards.n_tokens - 1, max_tokens);       // targets
     int64_t n_rows = ceil_div(n, (int64_t)T);
+    // sums of floats over a whole split need doubles
     double nats = 0, tokens = 0, text_nats = 0, text_bytes = 0;
     float* losses = (float*)malloc(BT * sizeof(float));
     int* row = (int*)malloc((T + 1) * sizeof(int));
@@ -3458,7 +3485,7 @@ static ValLoss evaluate(Model* model, Loader* loader, Shards shards, const int* 
             int64_t start = (first + b) * T;
             int count = (int)max((int64_t)0, min(n - start, (int64_t)T));
             if (count > 0) { read_tokens(shards, start, count + 1, row, loader->V); }
-            for (int t = 0; t < T; t++) {
+            for (int t = 0; t < T; t++) {       // target -1: no loss
                 inputs[b * T + t] = t < count ? row[t] : 0;
                 targets[b * T + t] = t < count ? row[t + 1] : -1;
             }
@@ -3485,6 +3512,7 @@ static int* read_token_bytes(const char* data, int V) {
     const char* path = joined(data, "token_bytes.npy");
     char* npy = read_file(path);
     if (npy == NULL) { return NULL; }
+    // .npy: 8 bytes of magic and version, 2 of the header's size, the header, a Python dict; data
     uint16_t header_size;
     memcpy(&header_size, npy + 8, 2);
     char shape[64];
@@ -3504,6 +3532,7 @@ static int* read_token_bytes(const char* data, int V) {
 // The flags of train_gpt2.py, with their names and meanings. One table drives parsing, --help and
 // the header of the log.
 
+// Defaults of 0 and NULL mean that no flag was given; plan_batch and main then choose a value.
 struct Arguments {
     const char* model = "gpt2";
     const char* config = "";
@@ -3511,19 +3540,28 @@ struct Arguments {
     const char* out = NULL;
     const char* init_from = NULL;
     const char* core_dir = NULL;
-    bool resume = false, profile = false;
-    int64_t max_steps = 0, total_batch_size = 0, batch_size = 0, seq_len = 0;   // 0: by the model
-    int64_t eval_every = 250, save_every = 1000, seed = 1337;
-    int64_t recompute = 0, deterministic = 1;
-    double lr = 0, gpu_hour_usd = 0;
+    bool resume = false;
+    bool profile = false;
+    int64_t max_steps = 0;
+    int64_t total_batch_size = 0;       // tokens
+    int64_t batch_size = 0;             // rows
+    int64_t seq_len = 0;                // tokens
+    int64_t eval_every = 250;           // steps
+    int64_t save_every = 1000;          // steps
+    int64_t seed = 1337;
+    int64_t recompute = 0;
+    int64_t deterministic = 1;
+    double lr = 0;
+    double gpu_hour_usd = 0;
 };
 
+// A flag's value goes to one of four places, by its type; the other three are NULL.
 struct Flag {
     const char *name, *help;
-    const char** text;          // one of these four is where the value goes
+    const char** text;
     int64_t* integer;
     double* real;
-    bool* given;                // a flag without a value
+    bool* given;                // a flag without a value, like --resume
 };
 
 static Flag text_flag(const char* name, const char** text, const char* help) {
@@ -3539,7 +3577,9 @@ static Flag given_flag(const char* name, bool* given, const char* help) {
     return {name, help, NULL, NULL, NULL, given};
 }
 
+// Set once, before anything else runs; plan_batch fills in the rest.
 static Arguments arguments;
+
 static const Flag FLAGS[] = {
     text_flag("model", &arguments.model, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or dN: N layers"),
     text_flag("config", &arguments.config, "other sizes: block_size=256 n_layer=2 n_head=2 …"),
@@ -3567,6 +3607,7 @@ static const Flag FLAGS[] = {
     given_flag("profile", &arguments.profile, "time each kernel of steps 10-12"),
 };
 
+// The flag that a word like "--seed" names, or NULL
 static const Flag* find_flag(const char* word) {
     if (!starts_with(word, "--")) { return NULL; }
     for (const Flag& flag : FLAGS) {
@@ -3593,6 +3634,7 @@ static int parse_config(int argc, char** argv, int i) {
     return i;
 }
 
+// Stores the word after a flag; a number must be a number to its last letter.
 static void parse_value(const Flag* flag, char* value) {
     char* end = NULL;
     if (flag->text != NULL) {
@@ -3646,6 +3688,7 @@ static int matched_integer(const char* text, const char* key, int fallback) {
     return found != NULL ? atoi(found + strlen(pattern)) : fallback;
 }
 
+// Other fields of GPTConfig would need other kernels.
 static void check_fields(const char* config, bool modern) {
     char words[1024];
     snprintf(words, sizeof words, "%s", config);
@@ -3707,13 +3750,17 @@ static const char* init_folder() {
     return strdup(folder);
 }
 
-// What the kernels can do; V is the size of the shards' vocabulary, T the length of a row.
+// Ends the run unless the kernels can compute this model. A load is 128 bits wide, so C is a
+// multiple of 8; a warp holds at most 256 channels of a head in registers (§7); norms hold four fp32
+// rows in 48 KB of shared memory, so C is at most 3072 (§5); rotary positions and qk norms of dN
+// share a head out among lanes, so its width is a power of two.
+// V is the size of the shards' vocabulary, T the length of a row.
 static void check_config(Config config, int V, int64_t T) {
     int C = config.n_embd, NH = config.n_head;
     int HS = NH > 0 ? C / NH : 0;
     if (config.vocab_size != V) {
-        die("the model has %d tokens, but the tokenizer of the shards has %d; use the shards of the "
-            "model's tokenizer", config.vocab_size, V);
+        die("the model has %d tokens, but the tokenizer of the shards has %d; use the shards of "
+            "the model's tokenizer", config.vocab_size, V);
     }
     if (config.n_layer < 1 || config.block_size < 1) {
         die("n_layer and block_size must be at least 1, got %d and %d; try --config n_layer=12 "
@@ -3740,8 +3787,10 @@ static void check_config(Config config, int V, int64_t T) {
 // same <run>/log.jsonl. Saved states have another layout than Python's, because ranks own parts of
 // buckets here and whole parameters there, so each trainer resumes its own runs alone.
 
+// `started`: on the clock of seconds_now
 struct Log { FILE* file; int64_t max_steps; double started; bool is_main; };
 
+// On a clock that never jumps, as the time of day may
 static double seconds_now() {
     timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -3777,6 +3826,7 @@ static void keep_old_lines(Log* log, char* old, int64_t resume_step) {
     }
 }
 
+// Begins <run>/log.jsonl, or continues it if the run is resumed.
 static Log open_log(int64_t max_steps, int64_t resume_step, bool resumes, bool is_main) {
     Log log = {NULL, max_steps, seconds_now(), is_main};
     if (!is_main) { return log; }
@@ -3822,6 +3872,7 @@ static void add(Row* row, const char* key, double value, const char* format) {
     snprintf(row->row + m, sizeof row->row - m, ", \"%s\": %.17g", key, value);
 }
 
+// Every line begins with "step  50/300", every row with "step": 50.
 static Row begin_row(Log* log, int64_t step) {
     Row row = {};
     int width = snprintf(NULL, 0, "%lld", (long long)log->max_steps);
@@ -3849,6 +3900,7 @@ const int SPIKE_WINDOW = 128;
 const double SPIKE_Z = 7.0;
 struct Window { double values[SPIKE_WINDOW]; int n; };
 
+// Never true before the window is full
 static bool is_spike(const Window* window, double value) {
     if (window->n < SPIKE_WINDOW) { return false; }
     double mean = 0;
@@ -3858,6 +3910,7 @@ static bool is_spike(const Window* window, double value) {
     return value - mean > SPIKE_Z * sqrt(variance);
 }
 
+// Adds a value; a full window drops its oldest.
 static void push(Window* window, double value) {
     if (window->n == SPIKE_WINDOW) {
         window->n--;
@@ -3890,6 +3943,7 @@ static void write_settings(FILE* file, Config config, int64_t n_tokens) {
             (long long)a.seed, a.lr, (long long)n_tokens, BF16);
 }
 
+// A window as a JSON list; %.17g and strtod keep every bit of a double.
 static void write_window(FILE* file, const char* name, const Window* window) {
     fprintf(file, ",\n\"%s\": [", name);
     for (int i = 0; i < window->n; i++) {
@@ -3951,16 +4005,18 @@ static void save_checkpoint(Model* model, Ranks* ranks, int64_t step, double val
     }
 }
 
-// A rank's state is three fp32 arrays in the order of its parts (§12): master weights, first moments
-// m (Muon's momentum) and second moments v.
+// A rank's state is three fp32 arrays in the order of its parts (§12): master weights, first
+// moments m (Muon's momentum) and second moments v.
 const char* const STATE_TENSORS[] = {"masters", "m", "v"};
 enum { MASTERS, FIRST_MOMENTS, SECOND_MOMENTS, N_STATE_TENSORS };
 
+// Elements of one of these arrays
 static int64_t state_size(Table table, const Part* parts, int tensor) {
     Part end = parts[table.n_buckets];
     return tensor == SECOND_MOMENTS ? end.v : end.state;
 }
 
+// Six digits, so that folders sort by their steps
 static void state_folder(char* path, int64_t step) {
     snprintf(path, 4096, "%s/state/step_%06lld", arguments.out, (long long)step);
 }
@@ -3986,6 +4042,7 @@ static void save_shard(Model* model, Ranks* ranks, const char* folder) {
     finish(file, path);
 }
 
+// state.json: where the run is, its settings, and the windows that is_spike needs
 static void write_state(Config config, Ranks* ranks, const State* state, int64_t n_tokens,
                         const char* path) {
     FILE* file = create_part(path);
@@ -4000,6 +4057,7 @@ static void write_state(Config config, Ranks* ranks, const State* state, int64_t
     finish(file, path);
 }
 
+// Deletes all states but the one in `folder`. An interrupted save leaves one without state.json.
 static void delete_other_states(const char* folder) {
     char pattern[4200];
     snprintf(pattern, sizeof pattern, "%s/state/step_*/*", arguments.out);
@@ -4056,8 +4114,9 @@ static Range state_range(Table table, const Part* parts, int b, int tensor) {
     return {first, first + parts[b + 1].v - part.v, part.v};
 }
 
-// Copies what two ranks have in common, bucket by bucket: from rank `old_parts` of a run with
-// another number of ranks. The same bucket differs between the two only in padding and owner.
+// Copies what a rank's array `to` and another's array `from` have in common, bucket by bucket. The
+// other is of a run with another number of ranks, where a bucket has the same tensors, but perhaps
+// another padding and other owners.
 static void copy_overlap(float* to, Table table, const Part* parts, const float* from, Table old,
                          const Part* old_parts, int tensor) {
     for (int b = 0; b < table.n_buckets; b++) {
@@ -4071,7 +4130,8 @@ static void copy_overlap(float* to, Table table, const Part* parts, const float*
     }
 }
 
-// Restores this rank's arrays from the shards of `old_ranks` ranks.
+// Restores this rank's arrays from the shards of `old_ranks` ranks. If their number is the same now,
+// a rank reads its own shard alone, else all of them, one after another.
 static void load_shards(Model* model, Ranks* ranks, const char* folder, int old_ranks) {
     Table table = model->table;
     Table old = make_table(model->config, old_ranks);
@@ -4147,8 +4207,8 @@ static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_token
 
 // ---- §18 Questions and samples ------------------------------------------------------------------
 //
-// What a base model can do, at evaluations: HellaSwag as run_task of eval.py asks it, and two
-// continuations as Engine of sample.py writes them, though without a cache and for two fixed prompts.
+// Shows at evaluations what the model can do: HellaSwag, as run_task of eval.py asks it, and two
+// continuations, as Engine of sample.py writes them, though without a cache.
 
 // The same model for B rows of T tokens, which must fit in the memory of the model's own.
 static Model shortened(const Model* model, int B, int T) {
@@ -4166,8 +4226,10 @@ struct HellaSwag { const int* data; int n_questions, longest; };
 
 const int HELLASWAG_MAGIC = 20251121;
 
+// Past an answer's two numbers and its tokens
 static const int* next_answer(const int* answer) { return answer + 2 + answer[0]; }
 
+// Reads the file and finds its longest answer, which decides how long rows must be.
 static HellaSwag open_hellaswag(const char* core_dir, int V) {
     const char* path = joined(core_dir, "hellaswag.bin");
     size_t bytes = 0;
@@ -4221,7 +4283,8 @@ struct Scoring {
     float* losses;              // (B · T)
 };
 
-// Scores the rows that are filled, and begins with an empty buffer.
+// Scores the rows that are filled, and begins with an empty buffer. Rows without an answer have no
+// targets, so they cost time, but change nothing.
 static void score_rows(Scoring* s) {
     int B = s->model.B, T = s->model.T;
     int* targets = s->inputs + B * T;
@@ -4249,7 +4312,7 @@ static void score_rows(Scoring* s) {
 // probability a token. Each rank takes every world_size-th question.
 static double hellaswag(Model* model, Loader* loader, HellaSwag questions, Ranks* ranks) {
     int B = model->B;
-    int T = min(model->T, ceil_div(questions.longest - 1, 64) * 64);
+    int T = min(model->T, ceil_div(questions.longest - 1, 64) * 64);    // whole tiles of attention
     Scoring scoring = {shortened(model, B, T), loader, begin_batch(loader)};
     scoring.rows = (Asked*)malloc(B * sizeof(Asked));
     scoring.best = (Best*)malloc(questions.n_questions * sizeof(Best));
@@ -4326,6 +4389,7 @@ static Vocabulary read_vocabulary(const char* data, int V) {
     return vocabulary;
 }
 
+// The token with these bytes, or -1. Slow, but it is asked for two prompts only.
 static int find_token(const Vocabulary* vocabulary, const char* bytes, int size) {
     for (int i = 0; i < vocabulary->n; i++) {
         if (vocabulary->sizes[i] == size && memcmp(vocabulary->bytes[i], bytes, size) == 0) {
@@ -4362,8 +4426,8 @@ static int encode_word(const Vocabulary* vocabulary, const char* word, int size,
     return n;
 }
 
-const int MAX_CONTEXT = 64;             // tokens of a sample, with its prompt
-const int SAMPLE_TOKENS = 48;
+const int MAX_CONTEXT = 64;             // tokens of a prompt and its continuation together
+const int SAMPLE_TOKENS = 48;           // tokens of a continuation
 const double TEMPERATURE = 0.8;
 
 // Draws the next token from the softmax of logits (V) / temperature: the first token at which the
@@ -4416,6 +4480,7 @@ static int continue_ids(Model* model, Loader* loader, int eot, uint64_t seed, in
     return n;
 }
 
+// Logs "prompt" and its continuation; the text of a model may end within a character of UTF-8.
 static void say_sample(Log* log, const char* prompt, const char* text, size_t bytes,
                        int64_t step) {
     char* line = to_string([&](FILE* file) {
@@ -4459,8 +4524,8 @@ static void say_samples(Log* log, Model* model, Loader* loader, const Vocabulary
 
 // ---- §19 Main -----------------------------------------------------------------------------------
 //
-// Schedules, the arithmetic of a step, and the training loop, as in train_gpt2.py. GPT-2's constants
-// are llm.c's, dN's are nanochat's; train_gpt2.py names the sources.
+// Schedules, the arithmetic of a step, and the training loop, as in train_gpt2.py. The constants of
+// GPT-2 are llm.c's, those of dN are nanochat's; train_gpt2.py names the sources.
 
 // GPT-2's share of the peak learning rate: linear warm-up, then a cosine to 0
 static double gpt2_schedule(int64_t step, int64_t max_steps) {
@@ -4527,8 +4592,8 @@ static int64_t default_batch(Config config) {
     return 1 << lround(19 + log2(scale));
 }
 
-// default_lr of training.py, where the reasons stand: for dN by the root of the batch, but not below
-// 2¹⁸ tokens, and more for toys
+// default_lr of training.py, where the reasons stand: for dN it grows with the root of the batch
+// from 2¹⁸ tokens on, and toys get more
 static double default_lr(Config config, int64_t batch_tokens) {
     if (!config.modern) { return 6e-4; }
     if (batch_tokens < 1 << 16) { return 0.028; }
@@ -4538,7 +4603,8 @@ static double default_lr(Config config, int64_t batch_tokens) {
 // The most rows at a time, up to 32, that fit into 90 % of the free memory and divide a step's
 static int64_t default_rows(Config config, int world_size) {
     const Arguments& a = arguments;
-    size_t free_bytes = 0, all_bytes = 0;
+    size_t free_bytes = 0;
+    size_t all_bytes = 0;
     CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all_bytes));
     double fixed, row;
     memory_bytes(config, a.seq_len, a.recompute, world_size, &fixed, &row);
@@ -4583,13 +4649,16 @@ static double peak_flops(const char* gpu) {
 
 // Bytes/s of this GPU's memory: clock times width, with two transfers a clock
 static double peak_bandwidth() {
-    int device = 0, khz = 0, bits = 0;
+    int device = 0;
+    int khz = 0;
+    int bits = 0;
     CHECK_CUDA(cudaGetDevice(&device));
     CHECK_CUDA(cudaDeviceGetAttribute(&khz, cudaDevAttrMemoryClockRate, device));
     CHECK_CUDA(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device));
     return 2.0 * 1000 * khz * bits / 8;
 }
 
+// The GPU that start_ranks chose
 static cudaDeviceProp find_gpu() {
     int device = 0;
     cudaDeviceProp properties;
@@ -4606,6 +4675,7 @@ static cudaDeviceProp find_gpu() {
 static volatile sig_atomic_t stop_asked;
 static void on_signal(int) { stop_asked = 1; }
 
+// All flags as JSON, with the values that were chosen for those not given
 static void write_flags(FILE* file) {
     const char* separator = "{";
     for (const Flag& flag : FLAGS) {
@@ -4672,6 +4742,7 @@ struct Validation {
     Vocabulary vocabulary;
 };
 
+// Opens everything before training begins, so that a missing file ends the run at once.
 static Validation open_validation(int V) {
     Validation validation = {};
     validation.shards = open_shards(arguments.data, "val");
@@ -4741,6 +4812,7 @@ static double accumulate(Model* model, Loader* loader, Ranks* ranks, int64_t pos
     return sums[0] / BT / grad_accum_steps / ranks->world_size;
 }
 
+// A step whose gradients are thrown away; the batch counts as read.
 static void say_skipped(Log* log, int64_t step, double loss, double norm) {
     char line[256], row[64];
     snprintf(line, sizeof line, "step %lld: skipped, loss %.4f or norm %.4f stands out of the last "
@@ -4751,6 +4823,7 @@ static void say_skipped(Log* log, int64_t step, double loss, double norm) {
 
 struct StepNumbers { double loss, lr, norm, seconds, mfu, usd, eta; };      // mfu, usd 0: unknown
 
+// The line and the row of a step, with the grammar of RunLog
 static void log_step(Log* log, int64_t step, StepNumbers n) {
     Row row = begin_row(log, step);
     add(&row, "loss", n.loss, "loss %.6f");
@@ -4767,12 +4840,15 @@ static void log_step(Log* log, int64_t step, StepNumbers n) {
     say(log, row.line, row.row);
 }
 
+// The command line, which the caller frees
 static char* join_words(int n, char** words) {
     return to_string([&](FILE* file) {
         for (int i = 0; i < n; i++) { fprintf(file, "%s%s", i > 0 ? " " : "", words[i]); }
     });
 }
 
+// shards.py leaves the vocabulary's size in index.json. llm.c's shards have no such file; they are of
+// GPT-2's tokens.
 static int read_vocab_size(const char* data) {
     char* index = read_file(joined(data, "index.json"));
     int V = index != NULL ? (int)json_number(index, "n_vocab", 50257) : 50257;
@@ -4781,6 +4857,7 @@ static int read_vocab_size(const char* data) {
 }
 
 int main(int argc, char** argv) {
+    // flags and data
     parse_arguments(argc, argv);
     const Arguments& a = arguments;
     signal(SIGTERM, on_signal);
@@ -4791,6 +4868,7 @@ int main(int argc, char** argv) {
     Ranks ranks = start_ranks();
     cudaDeviceProp gpu = find_gpu();
 
+    // model: its shape, how a step is divided, its memory
     const char* init_from = a.init_from != NULL ? init_folder() : NULL;
     Config config = init_from != NULL ? read_config(init_from) : choose_config(V);
     if (a.seq_len == 0) { arguments.seq_len = config.block_size; }
@@ -4799,6 +4877,7 @@ int main(int argc, char** argv) {
     Model model = make_model(config, a.batch_size, a.seq_len, a.recompute, &ranks);
     Loader loader = make_loader(train_shards, a.batch_size, a.seq_len, V, a.seed);
 
+    // weights: of a saved state, of another model, or random
     make_folders(a.out);
     State state = {};
     bool resumed = load_state(&model, &ranks, &state, train_shards.n_tokens);
@@ -4815,6 +4894,7 @@ int main(int argc, char** argv) {
     }
     say_header(&log, &model, &ranks, gpu.name, join_words(argc, argv), train_shards.n_tokens);
 
+    // the loop: evaluate, save, or end; then one step; then its line in the log
     double peak = peak_flops(gpu.name);
     double flops = flops_per_token(config, a.seq_len);
     double val_bpb = 0;
@@ -4845,6 +4925,7 @@ int main(int argc, char** argv) {
                 "(what was saved is kept)", (long long)state.step, loss, norm);
         }
         Update update = plan_update(config, state.step, norm);
+        // gradients are sums over micro-steps and ranks; their mean is what is applied
         update.grad_scale = update.grad_scale / grad_accum_steps / ranks.world_size;
         state.step++;
         state.position += a.total_batch_size / a.seq_len;
