@@ -55,6 +55,7 @@ Differs from train_gpt2.py: of CORE only HellaSwag is asked; gzip and xz are not
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#include <algorithm>
 #ifdef MULTI_GPU
 #include <nccl.h>
 #endif
@@ -1898,17 +1899,22 @@ static void muon_update(floatX* parameters, float* masters, float* momentum, flo
 }
 
 // ---- §11 Ranks: torchrun's environment, NCCL; a single process is rank 0 of 1 -------------------
+//
+// A rank is a process with one GPU. torchrun starts the ranks and tells each its number in
+// environment variables. The twin is Ranks in training.py, which asks torch.distributed for what
+// NCCL does here. A build without NCCL has the same functions; for its one rank they do nothing.
 
 struct Ranks {
     int rank, world_size, local_rank;
     cudaStream_t stream;            // collectives run here, beside the backward pass
-    cudaEvent_t ready;
+    cudaEvent_t ready;              // marks what a collective or the next kernel must wait for
 #ifdef MULTI_GPU
     ncclComm_t comm;
-    double* buffer;                 // of ranks_sum
+    double* buffer;                 // on the GPU, for ranks_sum
 #endif
 };
 
+// An integer from the environment, where torchrun leaves RANK, WORLD_SIZE, LOCAL_RANK, MASTER_PORT.
 static int environment(const char* name, int fallback) {
     const char* value = getenv(name);
     return value != NULL ? atoi(value) : fallback;
@@ -1918,68 +1924,90 @@ static int environment(const char* name, int fallback) {
 #define CHECK_NCCL(call) check_nccl(call, __LINE__)
 static void check_nccl(ncclResult_t result, int line) {
     if (result == ncclSuccess) { return; }
-    die("train_gpt2.cu:%d: NCCL says: %s; a rank ends when another is gone; see what that one "
-        "said, then continue with --resume", line, ncclGetErrorString(result));
+    die("train_gpt2.cu:%d: NCCL failed: %s, perhaps because another rank ended; look at what that "
+        "rank printed, then continue with --resume", line, ncclGetErrorString(result));
 }
 
-// Rank 0's id for the group goes to the others over TCP, on the port after MASTER_PORT, which
-// torchrun itself holds.
+// Rank 0 of share_id: gives the id to each other rank that connects.
+static void send_id(const ncclUniqueId* id, const addrinfo* address, const char* port,
+                    int world_size) {
+    int server = socket(AF_INET, SOCK_STREAM, 0);
+    int yes = 1;                        // a run may begin right after another on the same port
+    setsockopt(server, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+    if (bind(server, address->ai_addr, address->ai_addrlen) != 0 || listen(server, 1024) != 0) {
+        die("port %s, which is MASTER_PORT + 1, is taken; give torchrun another --master_port",
+            port);
+    }
+    for (int others = 1; others < world_size; others++) {
+        int client = accept(server, NULL, NULL);
+        if (write(client, id, sizeof *id) != (ssize_t)sizeof *id) {
+            die("another rank ended while the ranks were starting; look at what it printed");
+        }
+        close(client);
+    }
+    close(server);
+}
+
+// Every other rank of share_id: tries for a minute to reach rank 0, which may start later.
+static void receive_id(ncclUniqueId* id, const addrinfo* address, const char* host,
+                       const char* port) {
+    const int TRIES = 1200;
+    const int MICROSECONDS_APART = 50000;
+    int client = -1;
+    for (int i = 0; client < 0; i++) {
+        if (i == TRIES) {
+            die("rank 0 has not answered at %s:%s for a minute; look at what rank 0 printed", host,
+                port);
+        }
+        client = socket(AF_INET, SOCK_STREAM, 0);
+        if (connect(client, address->ai_addr, address->ai_addrlen) == 0) { break; }
+        close(client);
+        client = -1;
+        usleep(MICROSECONDS_APART);
+    }
+    size_t have = 0;
+    while (have < sizeof *id) {         // read may return a part
+        ssize_t got = read(client, (char*)id + have, sizeof *id - have);
+        if (got <= 0) {
+            die("rank 0 ended while the ranks were starting; look at what it printed");
+        }
+        have += got;
+    }
+    close(client);
+}
+
+// NCCL's ranks find each other by an id that rank 0 makes. It goes to the others over TCP, on the
+// port after MASTER_PORT, because torchrun listens on MASTER_PORT itself.
 static void share_id(ncclUniqueId* id, int rank, int world_size) {
     const char* host = getenv("MASTER_ADDR") != NULL ? getenv("MASTER_ADDR") : "127.0.0.1";
     char port[16];
     snprintf(port, sizeof port, "%d", environment("MASTER_PORT", 29500) + 1);
-    addrinfo hints = {}, *address;
-    hints.ai_family = AF_INET, hints.ai_socktype = SOCK_STREAM;
+    addrinfo hints = {};
+    hints.ai_family = AF_INET;
+    hints.ai_socktype = SOCK_STREAM;
     hints.ai_flags = rank == 0 ? AI_PASSIVE : 0;
+    addrinfo* address = NULL;
     if (getaddrinfo(rank == 0 ? NULL : host, port, &hints, &address) != 0) {
-        die("MASTER_ADDR %s: no such host; ranks meet at rank 0's; start them with torchrun", host);
+        die("the host %s of MASTER_ADDR cannot be found; start the ranks with torchrun", host);
     }
     if (rank == 0) {
-        int server = socket(AF_INET, SOCK_STREAM, 0), yes = 1;
-        setsockopt(server, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-        if (bind(server, address->ai_addr, address->ai_addrlen) != 0 || listen(server, 1024) != 0) {
-            die("port %s is taken; rank 0 listens on MASTER_PORT + 1; give torchrun another "
-                "--master_port", port);
-        }
-        for (int others = 1; others < world_size; others++) {
-            int client = accept(server, NULL, NULL);
-            if (write(client, id, sizeof *id) != (ssize_t)sizeof *id) {
-                die("a rank hung up; all must start together; see what it said");
-            }
-            close(client);
-        }
-        close(server);
+        send_id(id, address, port, world_size);
     } else {
-        int client, tries = 0;
-        while (client = socket(AF_INET, SOCK_STREAM, 0),
-               connect(client, address->ai_addr, address->ai_addrlen) != 0) {
-            close(client);
-            if (++tries == 1200) {
-                die("rank 0 at %s:%s does not answer for a minute; ranks meet there; see what "
-                    "rank 0 said", host, port);
-            }
-            usleep(50000);
-        }
-        size_t have = 0;
-        while (have < sizeof *id) {
-            ssize_t got = read(client, (char*)id + have, sizeof *id - have);
-            if (got <= 0) { die("rank 0 hung up; all must start together; see what it said"); }
-            have += got;
-        }
-        close(client);
+        receive_id(id, address, host, port);
     }
     freeaddrinfo(address);
 }
 #endif
 
+// Takes this rank's GPU and joins the other ranks. Every rank must call it.
 static Ranks start_ranks() {
     Ranks ranks = {};
-    ranks.rank = environment("RANK", 0), ranks.world_size = environment("WORLD_SIZE", 1);
+    ranks.rank = environment("RANK", 0);
+    ranks.world_size = environment("WORLD_SIZE", 1);
     ranks.local_rank = environment("LOCAL_RANK", 0);
     int n_devices = 0;
     if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0) {
-        die("no CUDA GPU is seen; the CUDA trainer needs one and its driver; look at nvidia-smi, "
-            "or use python train_gpt2.py");
+        die("no CUDA GPU was found; check that nvidia-smi lists one, or use python train_gpt2.py");
     }
     CHECK_CUDA(cudaSetDevice(ranks.local_rank % n_devices));
     CHECK_CUDA(cudaStreamCreateWithFlags(&ranks.stream, cudaStreamNonBlocking));
@@ -1994,14 +2022,14 @@ static Ranks start_ranks() {
     }
 #else
     if (ranks.world_size > 1) {
-        die("WORLD_SIZE is %d; this binary was built without NCCL; install nvidia-nccl-cu13 and "
-            "run make train_gpt2cu again", ranks.world_size);
+        die("WORLD_SIZE is %d, but this binary was built without NCCL; install nvidia-nccl-cu13 "
+            "and run make train_gpt2cu again", ranks.world_size);
     }
 #endif
     return ranks;
 }
 
-// Sums each of up to 16 numbers over all ranks.
+// Replaces each of up to 16 numbers by its sum over all ranks. Every rank must call it.
 static void ranks_sum(Ranks* ranks, double* values, int n) {
 #ifdef MULTI_GPU
     if (ranks->world_size == 1) { return; }
@@ -2015,17 +2043,27 @@ static void ranks_sum(Ranks* ranks, double* values, int n) {
 #endif
 }
 
-// Who owns a bucket: a rank; or all the same; or each rank its part, the rank-th
-const int EVERY_RANK = -1, SHARED = -2;
+// Waits until every rank has come here.
+static void barrier(Ranks* ranks) {
+    double nothing = 0;
+    ranks_sum(ranks, &nothing, 1);
+}
 
-// The owner's of n gradients become the sums over all ranks, when `after` is done.
+// The owner of a bucket (§12) is the number of one rank, or all ranks (each has the same copy), or
+// the bucket is split: each rank owns a part, the first rank the first.
+const int EVERY_RANK = -1;
+const int SHARDED = -2;
+
+// Sums n gradients over all ranks. The sums arrive at the owner; what the other ranks are left with
+// has no meaning. NCCL starts when the stream `after` has done its work so far, and the call does
+// not wait for it, so the backward pass of the next layer runs meanwhile.
 static void reduce(Ranks* ranks, float* gradients, int64_t n, int owner, cudaStream_t after) {
 #ifdef MULTI_GPU
     if (ranks->world_size == 1) { return; }
     int64_t part = n / ranks->world_size;
     CHECK_CUDA(cudaEventRecord(ranks->ready, after));
     CHECK_CUDA(cudaStreamWaitEvent(ranks->stream, ranks->ready, 0));
-    if (owner == SHARED) {
+    if (owner == SHARDED) {
         CHECK_NCCL(ncclReduceScatter(gradients, gradients + ranks->rank * part, part, ncclFloat32,
                                      ncclSum, ranks->comm, ranks->stream));
     } else if (owner == EVERY_RANK) {
@@ -2038,14 +2076,15 @@ static void reduce(Ranks* ranks, float* gradients, int64_t n, int owner, cudaStr
 #endif
 }
 
-// What its owner has of n bytes, in place, to all ranks, when `after` is done.
+// The way back: of n bytes, in place, each rank receives what their owner has. It may be the values
+// of parameters in any type. When it starts, and that it does not wait, is as in reduce.
 static void gather(Ranks* ranks, void* all, int64_t n_bytes, int owner, cudaStream_t after) {
 #ifdef MULTI_GPU
     if (ranks->world_size == 1 || owner == EVERY_RANK) { return; }
     int64_t part = n_bytes / ranks->world_size;
     CHECK_CUDA(cudaEventRecord(ranks->ready, after));
     CHECK_CUDA(cudaStreamWaitEvent(ranks->stream, ranks->ready, 0));
-    if (owner == SHARED) {
+    if (owner == SHARDED) {
         CHECK_NCCL(ncclAllGather((char*)all + ranks->rank * part, all, part, ncclInt8, ranks->comm,
                                  ranks->stream));
     } else {
@@ -2054,7 +2093,7 @@ static void gather(Ranks* ranks, void* all, int64_t n_bytes, int owner, cudaStre
 #endif
 }
 
-// What `stream` does next waits for the collectives so far.
+// What is put on `stream` from now on waits for all collectives so far.
 static void wait_for_ranks(Ranks* ranks, cudaStream_t stream) {
     CHECK_CUDA(cudaEventRecord(ranks->ready, ranks->stream));
     CHECK_CUDA(cudaStreamWaitEvent(stream, ranks->ready, 0));
@@ -2062,180 +2101,248 @@ static void wait_for_ranks(Ranks* ranks, cudaStream_t stream) {
 
 // ---- §12 Tensor table ---------------------------------------------------------------------------
 //
-// All parameters lie in one array, in buckets. Of most, each rank owns the rank-th part. Muon needs
-// whole matrices: it has a bucket a layer, which one rank owns, in turns. The few scalars all ranks
-// keep in fp32. A bucket is reduced as soon as its backward pass is done, and trained in one way.
-//   GPT-2: the embeddings and the last norm, then one bucket a layer, in which matrices, which
-//   decay, come before vectors, which do not
-//   dN: one bucket each for wte, lm_head and three vectors of scalars; then a layer's matrices, and
-//   in every second layer its value embedding
+// The table lists each tensor's name, shape, initial values and place. It drives allocation,
+// initialisation (§14), checkpoints (§14), training (§13) and tests. In model.py the modules of
+// GPT do this; make_optimizer of training.py is the twin of the buckets' owners and AdamGroups.
+//
+// All parameters lie in one array, which is divided into buckets. A bucket is reduced over the
+// ranks as soon as its backward pass is done, and one rule updates all of it.
+//   - Most buckets are sharded: each rank owns one part and keeps its state (ZeRO-1).
+//   - Muon needs whole matrices, so each layer's matrices are a bucket that one rank owns; the
+//     ranks take turns.
+//   - dN's few scalars are kept by every rank, in fp32.
+//
+//   GPT-2: | wte wpe ln_f | h.0: matrices, then vectors | h.1 … |
+//   dN:    | wte | lm_head | resid | x0 | backout | h.0 matrices | value_embeds.0 | h.1 matrices …
+//
+// In GPT-2's buckets matrices come first because only they are decayed. Half of dN's layers have a
+// value embedding: every second one, counted from the last.
 
 struct Config {
     int block_size, vocab_size, n_layer, n_head, n_embd;
-    bool modern;                // dN's recipe, all of it; else GPT-2
+    bool modern;                // true: dN's recipe, with all of its parts; false: GPT-2
     double softcap;
-    char windows[64];           // by layer, repeated: L sees all before it, S a quarter of T
+    char windows[64];           // a letter a layer, repeated: L sees all before it, S a quarter
     bool has_value_embed(int layer) const { return modern && layer % 2 == (n_layer - 1) % 2; }
     int window(int layer) const {
-        bool short_one = modern && windows[layer % strlen(windows)] == 'S' && layer < n_layer - 1;
-        return short_one ? block_size / 4 : block_size;
+        bool is_last = layer == n_layer - 1;        // the last layer always sees everything
+        bool is_short = modern && !is_last && windows[layer % strlen(windows)] == 'S';
+        return is_short ? block_size / 4 : block_size;
     }
 };
 
+// Tables with a row a token are padded to a multiple of 64 rows, which suits tensor cores.
 static int padded_vocab(Config config) { return ceil_div(config.vocab_size, 64) * 64; }
 
+// Indices into the table: of tensors that belong to no layer …
 enum { WTE, WPE, LN_F_W, LN_F_B, GLOBAL_TENSORS };                      // GPT-2's
-enum { LM_HEAD = 1, RESID_SCALARS, X0_SCALARS, BACKOUT_SCALAR };        // dN's, behind WTE
+enum { LM_HEAD = 1, RESID_SCALARS, X0_SCALARS, BACKOUT_SCALAR };        // dN's, after WTE
+
+// … and of a layer's, counted from its first.
 enum { ATTN_W, ATTN_PROJ_W, FC_W, FC_PROJ_W, LN_1_W, LN_1_B, ATTN_B, ATTN_PROJ_B, LN_2_W, LN_2_B,
        FC_B, FC_PROJ_B, LAYER_TENSORS };
-enum { VALUE_GATE = 4, VALUE_EMBED };                                   // dN's, behind FC_PROJ_W
+enum { VALUE_GATE = 4, VALUE_EMBED };                                   // dN's, after FC_PROJ_W
 
-struct Init { float std, mean, step; bool is_uniform; };   // mean + step i + std random numbers
+// Element i begins at mean + step · i + std · noise, where noise has variance 1 and is normal or,
+// if is_uniform, uniform.
+struct Init { float std, mean, step; bool is_uniform; };
 
 struct Tensor {
-    char name[96];              // HF's
-    int rows, columns;          // columns 0: a vector
-    int file_rows;              // without the padding of the vocabulary
+    char name[96];              // as HF's GPT-2 names it
+    int rows, columns;          // in memory; columns 0: a vector
+    int file_rows;              // in a file: without the padding of the vocabulary
     Init init;
-    int64_t offset;
+    int64_t offset;             // in the array of all parameters, in elements
     int64_t file_size() const { return (int64_t)file_rows * (columns > 0 ? columns : 1); }
 };
 
 struct Bucket {
-    int64_t offset, size, decay_end;
-    int owner, first_tensor, end_tensor;
-    AdamGroup adam;             // of those that are not Muon's
+    int64_t offset, size;       // in elements
+    int64_t decay_end;          // elements before this one are decayed
+    int owner;                  // a rank, EVERY_RANK or SHARDED
+    int first_tensor, end_tensor;
+    AdamGroup adam;             // how it is trained, unless that is Muon's task
     bool is_muon() const { return owner >= 0; }
 };
 
 struct Table {
+    Config config;
+    int world_size;
     int n_tensors, n_buckets;
     Tensor* tensors;
     Bucket* buckets;
-    int *layer_tensors, *layer_buckets;     // where each layer's begin
-    int64_t size, file_size;                // with and without padding
+    int *layer_tensors, *layer_buckets;     // (L + 1) each: where a layer's begin and the last end
+    int64_t size, file_size;                // elements with and without padding
 };
 
-const int ALIGNMENT = 128;              // elements: where tensors begin
+const int ALIGNMENT = 128;      // a tensor's offset is a multiple of this: 256 bytes in bf16
 
+// A row of the two tables below
 struct TensorRow { const char* name; int rows, columns; Init init; };
 
-// One bucket of n tensors. Names are of layer l, unless l is -1; tables of tokens have padding.
-static void add_bucket(Table* table, Config config, int world_size, int owner, AdamGroup adam,
-                       int l, const TensorRow* rows, int n) {
+static bool starts_with(const char* text, const char* start) {
+    return strncmp(text, start, strlen(start)) == 0;
+}
+
+// Appends a tensor to the table. Layer -1: it belongs to no layer, so its name has no "h.N.".
+static void add_tensor(Table* table, int layer, TensorRow row) {
+    Tensor* tensor = &table->tensors[table->n_tensors++];
+    bool is_head = starts_with(row.name, "lm_head");
+    bool has_row_a_token =
+        is_head || starts_with(row.name, "wte") || starts_with(row.name, "value_embeds");
+    int file_rows = has_row_a_token ? table->config.vocab_size : row.rows;
+    *tensor = {"", row.rows, row.columns, file_rows, row.init, table->size};
+    char of_layer[16] = "";
+    if (layer >= 0) { snprintf(of_layer, sizeof of_layer, "h.%d.", layer); }
+    snprintf(tensor->name, sizeof tensor->name, "%s%s%s", is_head ? "" : "transformer.", of_layer,
+             row.name);
+    int64_t size = (int64_t)row.rows * (row.columns > 0 ? row.columns : 1);
+    table->size = ceil_div(table->size + size, (int64_t)ALIGNMENT) * ALIGNMENT;
+    table->file_size += tensor->file_size();
+}
+
+// Appends a bucket of n tensors. A sharded one is padded so that all ranks' parts are equally long.
+static Bucket* add_bucket(Table* table, int owner, AdamGroup adam, int layer, const TensorRow* rows,
+                          int n) {
     Bucket* bucket = &table->buckets[table->n_buckets++];
-    int64_t begin = table->size, part = ALIGNMENT * (owner == SHARED ? world_size : 1);
+    int64_t begin = table->size;
     *bucket = {begin, 0, begin, owner, table->n_tensors, table->n_tensors + n, adam};
     for (int i = 0; i < n; i++) {
-        TensorRow row = rows[i];
-        Tensor* tensor = &table->tensors[table->n_tensors++];
-        bool head = strncmp(row.name, "lm_head", 7) == 0, of_tokens = head ||
-            strncmp(row.name, "wte", 3) == 0 || strncmp(row.name, "value_embeds", 12) == 0;
-        int file_rows = of_tokens ? config.vocab_size : row.rows;
-        *tensor = {"", row.rows, row.columns, file_rows, row.init, table->size};
-        char of_layer[16] = "";
-        if (l >= 0) { snprintf(of_layer, sizeof of_layer, "h.%d.", l); }
-        snprintf(tensor->name, sizeof tensor->name, "%s%s%s", head ? "" : "transformer.", of_layer,
-                 row.name);
-        int64_t size = (int64_t)row.rows * (row.columns > 0 ? row.columns : 1);
-        table->size = ceil_div(table->size + size, (int64_t)ALIGNMENT) * ALIGNMENT;
-        table->file_size += tensor->file_size();
-        if (row.columns > 0) { bucket->decay_end = table->size; }
+        add_tensor(table, layer, rows[i]);
+        if (rows[i].columns > 0) { bucket->decay_end = table->size; }
     }
-    bucket->size = ceil_div(table->size - begin, part) * part;
+    int64_t unit = owner == SHARDED ? ALIGNMENT * table->world_size : ALIGNMENT;
+    bucket->size = ceil_div(table->size - begin, unit) * unit;
     table->size = begin + bucket->size;
+    return bucket;
 }
 
-static void begin_layer(Table* table, int l) {
-    table->layer_tensors[l] = table->n_tensors, table->layer_buckets[l] = table->n_buckets;
+// Called before a layer's tensors are added, and once more after the last layer's.
+static void begin_layer(Table* table, int layer) {
+    table->layer_tensors[layer] = table->n_tensors;
+    table->layer_buckets[layer] = table->n_buckets;
 }
 
-static void add_gpt2_tensors(Table* table, Config config, int world_size) {
-    int C = config.n_embd, L = config.n_layer;
+// GPT-2's initial values: N(0, 0.02²); residual projections are smaller by √(2L), because 2L of
+// them add up in the residual stream.
+static void add_gpt2_tensors(Table* table) {
+    int C = table->config.n_embd, L = table->config.n_layer;
     Init normal = {0.02f}, proj = {0.02f / sqrtf(2.0f * L)}, one = {0, 1}, zero = {};
     const TensorRow globals[GLOBAL_TENSORS] = {
-        {"wte.weight", padded_vocab(config), C, normal},
-        {"wpe.weight", config.block_size, C, normal}, {"ln_f.weight", C, 0, one},
-        {"ln_f.bias", C, 0, zero}};
+        {"wte.weight", padded_vocab(table->config), C, normal},
+        {"wpe.weight", table->config.block_size, C, normal},
+        {"ln_f.weight", C, 0, one}, {"ln_f.bias", C, 0, zero}};
     const TensorRow layer[LAYER_TENSORS] = {
         {"attn.c_attn.weight", C, 3 * C, normal}, {"attn.c_proj.weight", C, C, proj},
         {"mlp.c_fc.weight", C, 4 * C, normal}, {"mlp.c_proj.weight", 4 * C, C, proj},
         {"ln_1.weight", C, 0, one}, {"ln_1.bias", C, 0, zero}, {"attn.c_attn.bias", 3 * C, 0, zero},
         {"attn.c_proj.bias", C, 0, zero}, {"ln_2.weight", C, 0, one}, {"ln_2.bias", C, 0, zero},
         {"mlp.c_fc.bias", 4 * C, 0, zero}, {"mlp.c_proj.bias", C, 0, zero}};
-    add_bucket(table, config, world_size, SHARED, GPT2_ADAM, -1, globals, GLOBAL_TENSORS);
+    add_bucket(table, SHARDED, GPT2_ADAM, -1, globals, GLOBAL_TENSORS);
     for (int l = 0; l < L; l++) {
         begin_layer(table, l);
-        add_bucket(table, config, world_size, SHARED, GPT2_ADAM, l, layer, LAYER_TENSORS);
+        add_bucket(table, SHARDED, GPT2_ADAM, l, layer, LAYER_TENSORS);
     }
 }
 
-// Each block begins as the identity; the other matrices have a standard deviation of 1/sqrt(C).
-static void add_modern_tensors(Table* table, Config config, int world_size) {
-    int C = config.n_embd, L = config.n_layer, Vp = padded_vocab(config), last = max(1, L - 1);
+// A bucket of one tensor, all of which is decayed. Rates of tables of tokens shrink with the width
+// as in training.py; they were tuned at 768 channels.
+static void add_single(Table* table, TensorRow row, int owner, AdamGroup adam) {
+    if (row.columns > 0) { adam.lr *= sqrtf(768.0f / table->config.n_embd); }
+    Bucket* bucket = add_bucket(table, owner, adam, -1, &row, 1);
+    bucket->decay_end = table->size;
+}
+
+// dN's initial values: each block begins as the identity, because its output projections are zero;
+// the other matrices are uniform with a standard deviation of 1/√C.
+static void add_modern_tensors(Table* table) {
+    Config config = table->config;
+    int C = config.n_embd, L = config.n_layer, Vp = padded_vocab(config);
+    int last = max(1, L - 1);
     float std = 1 / sqrtf(C);
     Init uniform = {std, 0, 0, true}, fc = {0.4f * std, 0, 0, true}, zero = {};
-    Init gate = {0.02f / sqrtf(12), 0.01f, 0, true};                    // U(0, .02)
-    auto alone = [&](TensorRow row, int owner, AdamGroup adam) {
-        adam.lr *= row.columns > 0 ? sqrtf(768.0f / C) : 1.0f;
-        add_bucket(table, config, world_size, owner, adam, -1, &row, 1);
-        table->buckets[table->n_buckets - 1].decay_end = table->size;
-    };
-    alone({"wte.weight", Vp, C, {0.8f}}, SHARED, WTE_ADAM);
-    alone({"lm_head.weight", Vp, C, {0.001f}}, SHARED, LM_HEAD_ADAM);
-    alone({"resid_scalars", L, 0, {0, 1.15f, -0.10f / last}}, EVERY_RANK, RESID_ADAM);
-    alone({"x0_scalars", L, 0, {0, 0.20f, -0.15f / last}}, EVERY_RANK, X0_ADAM);
-    alone({"backout_scalar", 1, 0, {0, 0.2f}}, EVERY_RANK, BACKOUT_ADAM);
+    Init gate = {0.02f / sqrtf(12), 0.01f, 0, true};                    // U(0, 0.02)
+    add_single(table, {"wte.weight", Vp, C, {0.8f}}, SHARDED, WTE_ADAM);
+    add_single(table, {"lm_head.weight", Vp, C, {0.001f}}, SHARDED, LM_HEAD_ADAM);
+    add_single(table, {"resid_scalars", L, 0, {0, 1.15f, -0.10f / last}}, EVERY_RANK, RESID_ADAM);
+    add_single(table, {"x0_scalars", L, 0, {0, 0.20f, -0.15f / last}}, EVERY_RANK, X0_ADAM);
+    add_single(table, {"backout_scalar", 1, 0, {0, 0.2f}}, EVERY_RANK, BACKOUT_ADAM);
     const TensorRow layer[] = {
         {"attn.c_attn.weight", C, 3 * C, uniform}, {"attn.c_proj.weight", C, C, zero},
         {"mlp.c_fc.weight", C, 4 * C, fc}, {"mlp.c_proj.weight", 4 * C, C, zero},
         {"attn.value_gate.weight", config.n_head, GATE_INPUTS, gate}};
     for (int l = 0; l < L; l++) {
-        bool has_value_embed = config.has_value_embed(l);
+        begin_layer(table, l);
+        int owner = l % table->world_size;
+        if (!config.has_value_embed(l)) {
+            add_bucket(table, owner, {}, l, layer, 4);
+            continue;
+        }
+        add_bucket(table, owner, {}, l, layer, 5);          // the fifth is the value gate
         char name[64];
         snprintf(name, sizeof name, "value_embeds.%d.weight", l);
-        begin_layer(table, l);
-        add_bucket(table, config, world_size, l % world_size, {}, l, layer, 4 + has_value_embed);
-        if (has_value_embed) { alone({name, Vp, C, uniform}, SHARED, VALUE_EMBED_ADAM); }
+        add_single(table, {name, Vp, C, uniform}, SHARDED, VALUE_EMBED_ADAM);
     }
 }
 
+// The table for a number of ranks: sharded buckets are padded by it, Muon's are owned by it.
 static Table make_table(Config config, int world_size) {
     int L = config.n_layer;
-    Table table = {};
-    table.tensors = (Tensor*)calloc(5 + L * LAYER_TENSORS, sizeof(Tensor));
+    Table table = {config, world_size};
+    table.tensors = (Tensor*)calloc(5 + L * LAYER_TENSORS, sizeof(Tensor));     // at most
     table.buckets = (Bucket*)calloc(5 + 2 * L, sizeof(Bucket));
     table.layer_tensors = (int*)calloc(L + 1, sizeof(int));
     table.layer_buckets = (int*)calloc(L + 1, sizeof(int));
-    (config.modern ? add_modern_tensors : add_gpt2_tensors)(&table, config, world_size);
-    begin_layer(&table, L);             // where the last one ends
+    if (config.modern) {
+        add_modern_tensors(&table);
+    } else {
+        add_gpt2_tensors(&table);
+    }
+    begin_layer(&table, L);
     return table;
 }
 
+// How Muon sees the `which`-th tensor of a layer: c_attn is three matrices, q, k, v, side by side.
+// NorMuon keeps one variance for each place along the longer side, or along the outputs if both are
+// equal. Outputs are columns, since files hold (in, out); only the gate is stored as (out, in).
 static Matrices matrices_of(Tensor tensor, int which) {
-    int n = which == ATTN_W ? 3 : 1, rows = tensor.rows, columns = tensor.columns / n;
+    int n = which == ATTN_W ? 3 : 1;
+    int rows = tensor.rows;
+    int columns = tensor.columns / n;
     return {n, rows, columns, which == VALUE_GATE ? rows >= columns : rows > columns};
 }
 
-// What a rank owns of a bucket: `size` elements from `first` on. Its masters and momentum lie at
-// `state`, the second moments at `v`; Muon's are of lines alone.
+// What a rank owns of a bucket: `size` parameters, of which the first is parameter `first`. Its
+// masters and momentum begin at `state` in the rank's arrays, its second moments at `v`. Adam has a
+// second moment for each parameter, Muon one for each line of a matrix.
 struct Part { int64_t first, size, state, v; };
 
-// Of each bucket; and one behind the last, where all state ends.
+// How many second moments a rank keeps that has `size` parameters of a bucket
+static int64_t count_second_moments(Table table, Bucket bucket, int64_t size) {
+    if (!bucket.is_muon() || size == 0) { return size; }
+    int64_t lines = 0;
+    for (int t = bucket.first_tensor; t < bucket.end_tensor; t++) {
+        Matrices matrix = matrices_of(table.tensors[t], t - bucket.first_tensor);
+        lines += matrix.n * matrix.lines();
+    }
+    return lines;
+}
+
+// A part for each bucket, and one more at the end, whose state and v are the sizes of the arrays.
 static Part* make_parts(Table table, int rank, int world_size) {
     Part* parts = (Part*)calloc(table.n_buckets + 1, sizeof(Part));
     for (int i = 0; i < table.n_buckets; i++) {
         Bucket bucket = table.buckets[i];
-        bool is_mine = bucket.owner == rank || bucket.owner == EVERY_RANK;
-        int64_t size = bucket.owner == SHARED ? bucket.size / world_size : is_mine * bucket.size;
-        int64_t v = bucket.is_muon() ? 0 : size;
-        for (int t = bucket.first_tensor; t < bucket.end_tensor && bucket.owner == rank; t++) {
-            Matrices matrix = matrices_of(table.tensors[t], t - bucket.first_tensor);
-            v += matrix.n * matrix.lines();
+        Part* part = &parts[i];
+        part->first = bucket.offset;
+        if (bucket.owner == SHARDED) {
+            part->size = bucket.size / world_size;
+            part->first += rank * part->size;
+        } else if (bucket.owner == rank || bucket.owner == EVERY_RANK) {
+            part->size = bucket.size;
         }
-        parts[i].first = bucket.offset + (bucket.owner == SHARED ? rank * size : 0);
-        parts[i].size = size;
-        parts[i + 1].state = parts[i].state + size, parts[i + 1].v = parts[i].v + v;
+        parts[i + 1].state = part->state + part->size;
+        parts[i + 1].v = part->v + count_second_moments(table, bucket, part->size);
     }
     return parts;
 }
@@ -2718,8 +2825,12 @@ static void restore_parameters(Model* model, Ranks* ranks, int steps) {
 }
 
 // ---- §14 Files: JSON, safetensors, checkpoints --------------------------------------------------
+//
+// Reads and writes the files that model.py's load_checkpoint and save_checkpoint read and write, so
+// that either trainer continues with the other's models. There is no JSON parser: files of ours and
+// of HF's GPT-2 have a known shape, in which searching for a key is enough.
 
-// A whole file, with zeros behind it; NULL where there is none.
+// A whole file, followed by zeros, or NULL if there is no such file.
 static char* read_file(const char* path, size_t* bytes = NULL) {
     FILE* file = fopen(path, "rb");
     if (file == NULL) { return NULL; }
@@ -2728,85 +2839,100 @@ static char* read_file(const char* path, size_t* bytes = NULL) {
     rewind(file);
     char* text = (char*)calloc(1, size + 64);
     if (bytes != NULL) { *bytes = size; }
-    if (fread(text, 1, size, file) != (size_t)size) { die("%s: cannot be read; check the disk; "
-                                                          "copy it again", path); }
+    if (fread(text, 1, size, file) != (size_t)size) {
+        die("%s cannot be read to its end; check the disk, or copy the file again", path);
+    }
     fclose(file);
     return text;
 }
 
-// What stands behind the first "key": in a JSON text, or NULL. Enough for files of known shape.
+// The text of the value that belongs to the first "key": of a JSON text, or NULL.
 static const char* json_find(const char* text, const char* key) {
     char quoted[96];
     snprintf(quoted, sizeof quoted, "\"%s\"", key);
-    for (const char* at = text; (at = strstr(at, quoted)) != NULL; at++) {
-        const char* value = at + strlen(quoted) + strspn(at + strlen(quoted), " \n\t");
+    const char* at = strstr(text, quoted);
+    while (at != NULL) {
+        const char* value = at + strlen(quoted);
+        value += strspn(value, " \n\t");
         if (*value == ':') { return value + 1 + strspn(value + 1, " \n\t"); }
+        at = strstr(at + 1, quoted);        // it was a value like "key", not a key
     }
     return NULL;
 }
 
+// A number by its key, or the fallback where the key is missing
 static double json_number(const char* text, const char* key, double fallback) {
     const char* value = json_find(text, key);
     return value != NULL ? strtod(value, NULL) : fallback;
 }
 
+// folder/name. The strings of the last four calls stay valid.
 static const char* joined(const char* folder, const char* name) {
-    static char paths[4][4096];         // the last four stay valid
+    static char paths[4][4096];
     static int next;
     char* path = paths[next++ % 4];
     if (snprintf(path, sizeof paths[0], "%s/%s", folder, name) >= (int)sizeof paths[0]) {
-        die("%s: the path is too long; 4095 bytes at most; choose another --out", folder);
+        die("the path %.60s… has more than 4095 bytes; choose a shorter --out", folder);
     }
     return path;
 }
 
 static FILE* create(const char* path) {
     FILE* file = fopen(path, "wb");
-    if (file == NULL) { die("%s: %s; a run is written there; choose another --out", path,
-                            strerror(errno)); }
+    if (file == NULL) {
+        die("%s cannot be written: %s; choose another --out", path, strerror(errno));
+    }
     return file;
 }
 
+[[noreturn]] static void die_unwritten(const char* path) {
+    die("%s cannot be written: %s; free disk space, then continue with --resume", path,
+        strerror(errno));
+}
+
 static void write_all(FILE* file, const void* data, size_t bytes, const char* path) {
-    if (fwrite(data, 1, bytes, file) != bytes) {
-        die("%s: %s; a checkpoint is written whole; free disk space, then --resume", path,
-            strerror(errno));
-    }
+    if (fwrite(data, 1, bytes, file) != bytes) { die_unwritten(path); }
 }
 
-// <path>.part, whole and on the disk, becomes <path>: a reader never sees half of a file.
-static void finish(FILE* file, const char* path) {
-    char part[4096];
-    snprintf(part, sizeof part, "%s.part", path);
-    if (fflush(file) != 0 || fsync(fileno(file)) != 0 || fclose(file) != 0 ||
-        rename(part, path) != 0) {
-        die("%s: %s; a checkpoint is written whole; free disk space, then --resume", path,
-            strerror(errno));
-    }
-}
-
+// A file is written as <path>.part and gets its name when all of it is on the disk, so a reader
+// never sees half of a file. create_part begins one, finish ends it.
 static FILE* create_part(const char* path) {
     char part[4096];
     snprintf(part, sizeof part, "%s.part", path);
     return create(part);
 }
 
-// safetensors: 8 bytes n, n bytes of JSON {"name": {"dtype", "shape", "data_offsets"}}, then data.
-struct SafeTensors { const char *path, *header, *data; size_t data_size; void* map; size_t size; };
+static void finish(FILE* file, const char* path) {
+    char part[4096];
+    snprintf(part, sizeof part, "%s.part", path);
+    if (fflush(file) != 0 || fsync(fileno(file)) != 0) { die_unwritten(path); }
+    if (fclose(file) != 0 || rename(part, path) != 0) { die_unwritten(path); }
+}
 
+// safetensors: 8 bytes n, n bytes of JSON {"name": {"dtype", "shape", "data_offsets"}}, then data.
+struct SafeTensors {
+    const char* path;
+    const char* header;         // the JSON, which ends with a zero
+    const char* data;           // in the map
+    size_t data_size;           // in bytes
+    void* map;                  // the whole file
+    size_t size;
+};
+
+// Maps the file, so that tensors are read from the disk only when they are used.
 static SafeTensors open_safetensors(const char* path) {
     int file = open(path, O_RDONLY);
     struct stat status = {};
     uint64_t n = 0;
-    if (file < 0 || fstat(file, &status) != 0 || read(file, &n, 8) != 8 ||
-        n + 8 > (uint64_t)status.st_size) {
-        die("%s: missing or cut short; weights must be one whole safetensors file; copy it or "
-            "train it again", path);
+    bool is_readable = file >= 0 && fstat(file, &status) == 0 && read(file, &n, 8) == 8;
+    if (!is_readable || n + 8 > (uint64_t)status.st_size) {
+        die("%s is missing or cut short; copy it again, or train it again", path);
     }
     size_t size = status.st_size;
     char* map = (char*)mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
-    if (map == MAP_FAILED) { die("%s: %s; it is mapped into memory; check ulimit -v", path,
-                                 strerror(errno)); }
+    if (map == MAP_FAILED) {
+        die("%s cannot be mapped into memory: %s; check ulimit -v", path, strerror(errno));
+    }
     close(file);
     char* header = (char*)calloc(1, n + 1);
     memcpy(header, map + 8, n);
@@ -2818,32 +2944,44 @@ static void close_safetensors(SafeTensors file) {
     munmap(file.map, file.size);
 }
 
-// Copies n values of a tensor, with or without its "transformer.", F32 or BF16, as fp32.
+// Bytes an element of the types that are read; 0: another type
+static int bytes_of_dtype(const char* dtype) {
+    if (starts_with(dtype, "\"F32\"")) { return 4; }
+    if (starts_with(dtype, "\"BF16\"")) { return 2; }
+    return 0;
+}
+
+// Copies n values of a tensor as fp32. OpenAI's names lack the "transformer." that others have.
 static void read_tensor(SafeTensors file, const char* name, int64_t n, float* values) {
     const char* entry = json_find(file.header, name);
-    if (entry == NULL && strncmp(name, "transformer.", 12) == 0) {
-        entry = json_find(file.header, name + 12);
+    if (entry == NULL && starts_with(name, "transformer.")) {
+        entry = json_find(file.header, name + strlen("transformer."));
     }
-    const char* offsets = entry != NULL ? strchr(json_find(entry, "data_offsets"), '[') : NULL;
-    const char* dtype = entry != NULL ? json_find(entry, "dtype") : "";
-    int width = strncmp(dtype, "\"F32\"", 5) == 0 ? 4 : strncmp(dtype, "\"BF16\"", 6) == 0 ? 2 : 0;
-    char* next = NULL;
-    size_t begin = offsets != NULL ? strtoull(offsets + 1, &next, 10) : 0;
-    size_t end = offsets != NULL ? strtoull(next + 1, NULL, 10) : 0;
+    if (entry == NULL) {
+        die("%s lacks the tensor %s that config.json asks for; take both files from one checkpoint",
+            file.path, name);
+    }
+    int width = bytes_of_dtype(json_find(entry, "dtype"));
+    const char* offsets = strchr(json_find(entry, "data_offsets"), '[');
+    char* comma = NULL;
+    size_t begin = strtoull(offsets + 1, &comma, 10);
+    size_t end = strtoull(comma + 1, NULL, 10);
     if (width == 0 || end - begin != (size_t)n * width || end > file.data_size) {
-        die("%s: %s is %s; config.json asks for %lld values in F32 or BF16; take both files whole "
-            "and from one checkpoint", file.path, name, entry == NULL ? "missing" : "of another "
-            "size or type, or cut short", (long long)n);
+        die("%s: the tensor %s is cut short, or does not hold the %lld values in F32 or BF16 that "
+            "config.json asks for; take both files, complete, from one checkpoint", file.path, name,
+            (long long)n);
     }
     const char* data = file.data + begin;
     for (int64_t i = 0; i < n; i++) {
-        uint32_t bits = 0;
+        uint32_t bits = 0;              // a bf16 is the upper half of an fp32
         memcpy((char*)&bits + 4 - width, data + i * width, width);
         memcpy(&values[i], &bits, 4);
     }
 }
 
-// Fills masters and parameters bucket by bucket: fill(tensor, values) gives a tensor's fp32 values.
+// Sets masters and parameters from fill(tensor, values), which writes a tensor's values. One bucket
+// at a time is in the CPU's memory. Each rank makes all values, keeps its own part of the masters,
+// and receives the parameters from the owners.
 template <class Fill> static void set_parameters(Model* model, Ranks* ranks, Fill fill) {
     for (int i = 0; i < model->table.n_buckets; i++) {
         Bucket bucket = model->table.buckets[i];
@@ -2857,38 +2995,51 @@ template <class Fill> static void set_parameters(Model* model, Ranks* ranks, Fil
                               part.size * sizeof(float), cudaMemcpyHostToDevice));
         free(values);
     }
-    CHECK_CUDA(cudaDeviceSynchronize());
+    CHECK_CUDA(cudaDeviceSynchronize());        // such a copy may return before it has arrived
     restore_parameters(model, ranks, 0);
 }
 
-// A random number in [0, 1) that depends on the seed and its place alone (splitmix64).
-static double uniform(uint64_t seed, uint64_t place) {
-    uint64_t z = seed * 0xD1342543DE82EF95u + (place + 1) * 0x9E3779B97F4A7C15u;
+const uint64_t GOLDEN_RATIO = 0x9E3779B97F4A7C15u;     // 2⁶⁴ over the golden ratio, made odd
+
+// The output function of splitmix64 (Steele, Lea and Flood 2014). It can be inverted, so different
+// inputs have different outputs, and each bit of the output depends on every bit of the input.
+static uint64_t mix64(uint64_t z) {
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return ((z ^ z >> 31) >> 11) * 0x1p-53;
+    return z ^ z >> 31;
 }
 
-// Box-Muller
+// A random number in [0, 1) that depends on the seed and its place alone
+static double uniform(uint64_t seed, uint64_t place) {
+    uint64_t bits = mix64(seed * 0xD1342543DE82EF95u + (place + 1) * GOLDEN_RATIO);
+    return (bits >> 11) * 0x1p-53;
+}
+
+// A standard normal number, by Box and Muller's formula
 static float normal(uint64_t seed, uint64_t place) {
     double radius = sqrt(-2.0 * log(1.0 - uniform(seed, 2 * place)));
     return (float)(radius * cos(2.0 * M_PI * uniform(seed, 2 * place + 1)));
 }
 
-// As the tensor table says: GPT-2's N(0, .02), residual projections / sqrt(2L), norms 1, biases 0.
-static void initialise(Model* model, Ranks* ranks, int seed) {
-    uint64_t place = 0;                 // counts without padding: the same for any number of ranks
+// Begins with the values of the tensor table. A place counts elements without padding, so they are
+// the same for any number of ranks.
+static void initialise(Model* model, Ranks* ranks, int64_t seed) {
+    uint64_t place = 0;
     set_parameters(model, ranks, [&](Tensor tensor, float* values) {
-        for (int64_t i = 0; i < tensor.file_size(); i++, place++) {
-            Init init = tensor.init;
+        Init init = tensor.init;
+        for (int64_t i = 0; i < tensor.file_size(); i++) {
             values[i] = init.mean + init.step * i;
-            if (init.std == 0) { continue; }
-            float flat = (float)((2.0 * uniform(seed, 2 * place) - 1.0) * sqrt(3.0));
-            values[i] += init.std * (init.is_uniform ? flat : normal(seed, place));
+            if (init.is_uniform) {
+                values[i] += init.std * (float)((2.0 * uniform(seed, 2 * place) - 1.0) * sqrt(3.0));
+            } else if (init.std != 0) {
+                values[i] += init.std * normal(seed, place);
+            }
+            place++;
         }
     });
 }
 
+// Begins with the weights of a model.safetensors.
 static void load_weights(Model* model, Ranks* ranks, const char* path) {
     SafeTensors file = open_safetensors(path);
     set_parameters(model, ranks, [&](Tensor tensor, float* values) {
@@ -2897,34 +3048,51 @@ static void load_weights(Model* model, Ranks* ranks, const char* path) {
     close_safetensors(file);
 }
 
-// Text as a JSON string; U+FFFD stands for a byte that is no UTF-8
+// How many bytes a character of UTF-8 has that begins with this one; 0: none does
+static int utf8_length(uint8_t first) {
+    if (first < 0x80) { return 1; }
+    if (first < 0xC0) { return 0; }     // a continuation byte
+    if (first < 0xE0) { return 2; }
+    if (first < 0xF0) { return 3; }
+    return 4;
+}
+
+// The length of the character at text, of which n bytes are left; 0: it is not valid UTF-8
+static int valid_utf8(const char* text, size_t n) {
+    const uint32_t LEAST[] = {0, 0, 0x80, 0x800, 0x10000};      // code of so many bytes
+    int length = utf8_length(text[0]);
+    if (length == 0 || (size_t)length > n) { return 0; }
+    uint32_t code = (uint8_t)text[0] & (length == 1 ? 0x7F : 0x7F >> length);
+    for (int k = 1; k < length; k++) {
+        if ((text[k] & 0xC0) != 0x80) { return 0; }
+        code = code << 6 | (text[k] & 0x3F);
+    }
+    bool is_surrogate = code >> 11 == 0x1B;
+    return code < LEAST[length] || code > 0x10FFFF || is_surrogate ? 0 : length;
+}
+
+// Text as a JSON string. U+FFFD stands for each byte that is not valid UTF-8.
 static void write_json_string(FILE* file, const char* text, size_t n) {
-    const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};      // of a character of so many bytes
     fputc('"', file);
-    for (size_t i = 0, length; i < n; i += length) {
-        uint32_t code = (uint8_t)text[i];
-        length = code < 0x80 ? 1 : code < 0xC0 ? 0 : code < 0xE0 ? 2 : code < 0xF0 ? 3 : 4;
-        code &= length < 2 ? 0x7F : 0x7F >> length;
-        bool valid = length > 0 && i + length <= n;
-        for (size_t k = 1; valid && k < length; k++) {
-            valid = (text[i + k] & 0xC0) == 0x80;
-            code = code << 6 | (text[i + k] & 0x3F);
-        }
-        if (!valid || code < least[length] || code > 0x10FFFF || code >> 11 == 0x1B) {
+    size_t i = 0;
+    while (i < n) {
+        int length = valid_utf8(text + i, n - i);
+        uint8_t first = text[i];
+        if (length == 0) {
             fputs("\\ufffd", file);
-            length = 1;
-        } else if (code < 0x20) {
-            fprintf(file, "\\u%04x", code);
+        } else if (first < 0x20) {
+            fprintf(file, "\\u%04x", first);
         } else {
-            if (code == '"' || code == '\\') { fputc('\\', file); }
+            if (first == '"' || first == '\\') { fputc('\\', file); }
             fwrite(text + i, 1, length, file);
         }
+        i += max(length, 1);
     }
     fputc('"', file);
 }
 
-// What `write` writes into a FILE, as a string to be freed
-template <class Write> static char* written(Write write, size_t* bytes = NULL) {
+// What write(file) prints, as a string that the caller frees
+template <class Write> static char* to_string(Write write, size_t* bytes = NULL) {
     char* text = NULL;
     size_t size = 0;
     FILE* file = open_memstream(&text, bytes != NULL ? bytes : &size);
@@ -2933,87 +3101,113 @@ template <class Write> static char* written(Write write, size_t* bytes = NULL) {
     return text;
 }
 
-// The fields of GPTConfig that make up dN's recipe: it has all of them, GPT-2 none.
+// Fields of model.py's GPTConfig that are on in dN and off in GPT-2, and those that are the reverse
 const char* const MODERN_FIELDS[] = {"rope", "rms_norm", "qk_norm", "relu2", "value_embeds",
                                      "residual_scalars", "backout"};
+const char* const GPT2_FIELDS[] = {"bias", "tied_head"};
+const int N_MODERN_FIELDS = (sizeof MODERN_FIELDS + sizeof GPT2_FIELDS) / sizeof(char*);
 
+// Whether the value of a key begins with this text
+static bool json_is(const char* text, const char* key, const char* expected) {
+    const char* value = json_find(text, key);
+    return value != NULL && starts_with(value, expected);
+}
+
+// How many fields of a config.json are as dN has them. Fields that are missing are GPT-2's.
 static int count_modern_fields(const char* text) {
     int n = 0;
     for (const char* field : MODERN_FIELDS) {
-        const char* value = json_find(text, field);
-        n += value != NULL && strncmp(value, "true", 4) == 0;
+        if (json_is(text, field, "true")) { n++; }
     }
-    for (const char* field : {"bias", "tied_head"}) {
-        const char* value = json_find(text, field);
-        n += value != NULL && strncmp(value, "false", 5) == 0;
+    for (const char* field : GPT2_FIELDS) {
+        if (json_is(text, field, "false")) { n++; }
     }
     return n;
 }
 
+// The config as model.py's GPTConfig writes it; fields of dN that GPT-2 leaves off are left out.
+static void write_config(FILE* file, Config c) {
+    fprintf(file, "{\"block_size\": %d, \"vocab_size\": %d, \"n_layer\": %d, \"n_head\": %d, "
+            "\"n_embd\": %d", c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd);
+    if (c.modern) {
+        for (const char* field : MODERN_FIELDS) { fprintf(file, ", \"%s\": true", field); }
+        for (const char* field : GPT2_FIELDS) { fprintf(file, ", \"%s\": false", field); }
+        fprintf(file, ", \"softcap\": %.17g, \"windows\": \"%s\"", c.softcap, c.windows);
+    }
+    fprintf(file, "}");
+}
+
+// The config of a folder with a model of ours or of HF's. The kernels have GPT-2 and dN; mixtures,
+// which model.py allows, are refused.
 static Config read_config(const char* folder) {
     char* text = read_file(joined(folder, "config.json"));
     if (text == NULL) {
-        die("%s/config.json is not there; a model is a folder with config.json and "
-            "model.safetensors; train one, or name another with --init_from", folder);
+        die("%s/config.json does not exist; name a folder with config.json and model.safetensors "
+            "with --init_from, or leave it out to train from scratch", folder);
     }
-    const char *type = json_find(text, "model_type"), *windows = json_find(text, "windows");
-    int n_modern = count_modern_fields(text), all = 2 + sizeof MODERN_FIELDS / sizeof(char*);
-    if (type == NULL || (n_modern != 0 && n_modern != all) ||
-        strncmp(type, n_modern > 0 ? "\"deepdive\"" : "\"gpt2\"", 6) != 0) {
-        die("%s has %d of dN's %d parts; the CUDA trainer has GPT-2, without them, and dN, with "
-            "all; use python train_gpt2.py", folder, n_modern, all);
+    int n_modern = count_modern_fields(text);
+    bool is_gpt2 = n_modern == 0 && json_is(text, "model_type", "\"gpt2\"");
+    bool is_modern = n_modern == N_MODERN_FIELDS && json_is(text, "model_type", "\"deepdive\"");
+    if (!is_gpt2 && !is_modern) {
+        die("%s has %d of dN's %d parts, but the CUDA trainer has only GPT-2, with none of them, "
+            "and dN, with all; use python train_gpt2.py", folder, n_modern, N_MODERN_FIELDS);
     }
-    Config config = {(int)json_number(text, "n_positions", 1024),
-                     (int)json_number(text, "vocab_size", 50257),
-                     (int)json_number(text, "n_layer", 0), (int)json_number(text, "n_head", 0),
-                     (int)json_number(text, "n_embd", 0), n_modern > 0,
-                     json_number(text, "softcap", 0)};
+    Config config = {};
+    config.block_size = (int)json_number(text, "n_positions", 1024);
+    config.vocab_size = (int)json_number(text, "vocab_size", 50257);
+    config.n_layer = (int)json_number(text, "n_layer", 0);
+    config.n_head = (int)json_number(text, "n_head", 0);
+    config.n_embd = (int)json_number(text, "n_embd", 0);
+    config.modern = is_modern;
+    config.softcap = json_number(text, "softcap", 0);
+    const char* windows = json_find(text, "windows");
     if (windows != NULL) { sscanf(windows, "\"%63[SL]", config.windows); }
     free(text);
     return config;
 }
 
-// The header of a safetensors file with fp32 tensors: name(i), shape and bytes by `describe`.
-template <class Describe> static void write_header(FILE* file, int n, Describe describe,
-                                                   const char* path) {
-    char* header = NULL;
+// A tensor in a safetensors header. columns 0: a vector
+struct Entry { const char* name; int64_t rows, columns; };
+
+// The header of a safetensors file of n fp32 tensors, which entry_of(i) describes. Data follow each
+// other without gaps.
+template <class EntryOf> static void write_header(FILE* file, int n, EntryOf entry_of,
+                                                  const char* path) {
     size_t size = 0;
-    FILE* text = open_memstream(&header, &size);
-    fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
-    int64_t begin = 0;
-    for (int i = 0; i < n; i++) {
-        char name[96];
-        int64_t rows = 0, columns = 0;
-        describe(i, name, &rows, &columns);
-        int64_t bytes = 4 * rows * (columns > 0 ? columns : 1);
-        fprintf(text, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%lld", name, (long long)rows);
-        if (columns > 0) { fprintf(text, ",%lld", (long long)columns); }
-        fprintf(text, "],\"data_offsets\":[%lld,%lld]}", (long long)begin,
-                (long long)(begin + bytes));
-        begin += bytes;
-    }
-    fputc('}', text);
-    while (fflush(text), size % 8 != 0) { fputc(' ', text); }
-    fclose(text);
+    char* header = to_string([&](FILE* text) {
+        fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
+        int64_t begin = 0;
+        for (int i = 0; i < n; i++) {
+            Entry entry = entry_of(i);
+            fprintf(text, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%lld", entry.name,
+                    (long long)entry.rows);
+            if (entry.columns > 0) { fprintf(text, ",%lld", (long long)entry.columns); }
+            int64_t end = begin + 4 * entry.rows * max(entry.columns, (int64_t)1);
+            fprintf(text, "],\"data_offsets\":[%lld,%lld]}", (long long)begin, (long long)end);
+            begin = end;
+        }
+        fputc('}', text);
+        while (ftell(text) % 8 != 0) { fputc(' ', text); }      // so that the data are aligned
+    }, &size);
     uint64_t length = size;
     write_all(file, &length, 8, path);
     write_all(file, header, size, path);
     free(header);
 }
 
-// The masters of all ranks → model.safetensors. The gradients, zero between steps, lend memory.
+// All ranks' masters → model.safetensors, which rank 0 writes. They are gathered in the memory of
+// the gradients, which are zero between steps and are zero again afterwards.
 static void save_weights(Model* model, Ranks* ranks, const char* path) {
     FILE* file = ranks->rank == 0 ? create_part(path) : NULL;
+    const Table* table = &model->table;
     if (file != NULL) {
-        write_header(file, model->table.n_tensors,
-                     [&](int i, char* name, int64_t* rows, int64_t* columns) {
-            Tensor tensor = model->table.tensors[i];
-            strcpy(name, tensor.name);
-            *rows = tensor.file_rows, *columns = tensor.columns;
+        write_header(file, table->n_tensors, [&](int i) {
+            const Tensor* tensor = &table->tensors[i];
+            return Entry{tensor->name, tensor->file_rows, tensor->columns};
         }, path);
     }
-    for (int i = 0; i < model->table.n_buckets; i++) {
-        Bucket bucket = model->table.buckets[i];
+    for (int i = 0; i < table->n_buckets; i++) {
+        Bucket bucket = table->buckets[i];
         Part part = model->parts[i];
         float* values = (float*)malloc(bucket.size * 4);
         CHECK_CUDA(cudaMemcpyAsync(model->gradients + part.first, model->masters + part.state,
@@ -3025,7 +3219,7 @@ static void save_weights(Model* model, Ranks* ranks, const char* path) {
                                    cudaMemcpyDeviceToHost, model->stream));
         CHECK_CUDA(cudaStreamSynchronize(model->stream));
         for (int t = bucket.first_tensor; t < bucket.end_tensor && file != NULL; t++) {
-            Tensor tensor = model->table.tensors[t];
+            Tensor tensor = table->tensors[t];      // in the order of the header
             write_all(file, values + tensor.offset - bucket.offset, 4 * tensor.file_size(), path);
         }
         free(values);
@@ -3035,40 +3229,59 @@ static void save_weights(Model* model, Ranks* ranks, const char* path) {
 }
 
 // ---- §15 Data: shards of tokens, and the order of their rows ------------------------------------
+//
+// The twin of Shards, Loader and evaluate in train_gpt2.py, row for row. A shard, as shards.py
+// writes it, is 256 int32 (magic, version, number of tokens, zeros) and then the tokens, of 2 bytes
+// each in version 1 and of 4 in version 2.
 
-struct Shard { const char* path; const uint8_t* tokens; int64_t n_tokens; int width; };
+struct Shard {
+    const char* path;
+    const uint8_t* tokens;          // mapped from the file
+    int64_t n_tokens;
+    int width;                      // bytes a token
+};
+
 struct Shards { Shard* files; int n; int64_t n_tokens; };
 
+const int SHARD_MAGIC = 20240520;
+const int SHARD_HEADER_BYTES = 1024;
+
+// Maps a shard after its header and its size were checked.
 static Shard open_shard(const char* path) {
     int file = open(path, O_RDONLY);
     struct stat status = {};
-    int32_t header[256] = {};
-    if (file < 0 || fstat(file, &status) != 0 || read(file, header, 1024) != 1024 ||
-        header[0] != 20240520 || (header[1] != 1 && header[1] != 2)) {
-        die("%s: magic %d version %d; a shard has magic 20240520 and version 1 or 2; write it "
-            "again with python prepare_fineweb.py tokenize", path, header[0], header[1]);
+    int32_t header[SHARD_HEADER_BYTES / 4] = {};
+    bool is_readable = file >= 0 && fstat(file, &status) == 0 &&
+                       read(file, header, SHARD_HEADER_BYTES) == SHARD_HEADER_BYTES;
+    int version = header[1];
+    if (!is_readable || header[0] != SHARD_MAGIC || version < 1 || version > 2) {
+        die("%s is not a shard of magic %d and version 1 or 2: it has magic %d and version %d; "
+            "write it again with python prepare_fineweb.py tokenize", path, SHARD_MAGIC, header[0],
+            version);
     }
-    int width = header[1] == 1 ? 2 : 4;
-    int64_t expected = 1024 + (int64_t)header[2] * width;
+    int width = version == 1 ? 2 : 4;
+    int64_t expected = SHARD_HEADER_BYTES + (int64_t)header[2] * width;
     if (status.st_size != expected) {
-        die("%s has %lld bytes; its header promises %lld; it is cut short: delete it and run "
+        die("%s has %lld bytes, but its header promises %lld; delete it and run "
             "python prepare_fineweb.py tokenize again", path, (long long)status.st_size,
             (long long)expected);
     }
     uint8_t* map = (uint8_t*)mmap(NULL, expected, PROT_READ, MAP_PRIVATE, file, 0);
-    if (map == MAP_FAILED) { die("%s: %s; it is mapped into memory; check ulimit -v", path,
-                                 strerror(errno)); }
+    if (map == MAP_FAILED) {
+        die("%s cannot be mapped into memory: %s; check ulimit -v", path, strerror(errno));
+    }
     close(file);
-    return {strdup(path), map + 1024, header[2], width};
+    return {strdup(path), map + SHARD_HEADER_BYTES, header[2], width};
 }
 
+// All shards of a split, "train" or "val", in the order of their names
 static Shards open_shards(const char* data, const char* split) {
     char pattern[4096];
     snprintf(pattern, sizeof pattern, "%s/*%s_*.bin", data, split);
     glob_t found;
     if (glob(pattern, 0, NULL, &found) != 0) {
-        die("%s holds no *%s_*.bin; training reads token shards; run python prepare_fineweb.py "
-            "tokenize --out %s --tokenizer DIR", data, split, data);
+        die("%s holds no shards *%s_*.bin; run python prepare_fineweb.py tokenize --out %s "
+            "--tokenizer DIR", data, split, data);
     }
     Shards shards = {(Shard*)calloc(found.gl_pathc, sizeof(Shard)), (int)found.gl_pathc, 0};
     for (int i = 0; i < shards.n; i++) {
@@ -3079,105 +3292,84 @@ static Shards open_shards(const char* data, const char* split) {
     return shards;
 }
 
-// Tokens start … start + count - 1 of all shards as one sequence; V: the first that is no token
+// Token i of a shard, whose bytes are in little-endian order. A token that the model does not have
+// would read outside of its tables, so it ends the run.
+static int read_token(Shard shard, int64_t i, int V) {
+    const uint8_t* at = shard.tokens + i * shard.width;
+    uint32_t token = at[0] | at[1] << 8;
+    if (shard.width == 4) { token |= (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24; }
+    if (token >= (uint32_t)V) {
+        die("%s holds token %u, but the vocabulary has only %d; use the shards and the model of "
+            "one tokenizer", shard.path, token, V);
+    }
+    return (int)token;
+}
+
+// Tokens start … start + count - 1 of all shards, read as one sequence
 static void read_tokens(Shards shards, int64_t start, int count, int* tokens, int V) {
     int done = 0;
     for (int i = 0; i < shards.n && done < count; i++) {
         Shard shard = shards.files[i];
-        for (; start < shard.n_tokens && done < count; start++, done++) {
-            const uint8_t* at = shard.tokens + start * shard.width;
-            uint32_t token = at[0] | at[1] << 8;
-            token |= shard.width == 4 ? (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24 : 0;
-            if (token >= (uint32_t)V) {
-                die("%s holds token %u; the vocabulary has %d; take the shards and the model of "
-                    "one tokenizer", shard.path, token, V);
-            }
-            tokens[done] = (int)token;
+        if (start >= shard.n_tokens) {
+            start -= shard.n_tokens;
+            continue;
         }
-        start -= start < shard.n_tokens ? start : shard.n_tokens;
-    }
-}
-
-// numpy.random.default_rng([seed, epoch]).permutation(n), so that both trainers read the same rows:
-// SeedSequence (O'Neill's seed_seq_fe128), PCG64 (pcg-random.org), Fisher and Yates.
-struct Pcg64 { unsigned __int128 state, increment; bool has_half; uint32_t half; };
-
-static uint64_t pcg64_next(Pcg64* rng) {
-    const unsigned __int128 multiplier =
-        (unsigned __int128)0x2360ED051FC65DA4u << 64 | 0x4385DF649FCCF645u;
-    rng->state = rng->state * multiplier + rng->increment;
-    uint64_t mixed = (uint64_t)(rng->state >> 64) ^ (uint64_t)rng->state;
-    int turn = (int)(rng->state >> 122);
-    return mixed >> turn | mixed << (-turn & 63);
-}
-
-static uint32_t pcg64_next32(Pcg64* rng) {
-    rng->has_half = !rng->has_half;
-    if (!rng->has_half) { return rng->half; }
-    uint64_t both = pcg64_next(rng);
-    rng->half = both >> 32;
-    return (uint32_t)both;
-}
-
-static Pcg64 default_rng(uint32_t seed, uint32_t epoch) {
-    uint32_t entropy[4] = {seed, epoch, 0, 0}, pool[4], factor = 0x43B0D7E5u, words[8];
-    auto hash = [&](uint32_t value, uint32_t multiplier) {
-        value ^= factor;
-        factor *= multiplier;
-        value *= factor;
-        return value ^ value >> 16;
-    };
-    for (int i = 0; i < 4; i++) { pool[i] = hash(entropy[i], 0x931E8875u); }
-    for (int from = 0; from < 4; from++) {
-        for (int to = 0; to < 4; to++) {
-            if (from == to) { continue; }
-            uint32_t mixed = 0xCA01F9DDu * pool[to] - 0x4973F715u * hash(pool[from], 0x931E8875u);
-            pool[to] = mixed ^ mixed >> 16;
+        while (start < shard.n_tokens && done < count) {
+            tokens[done] = read_token(shard, start, V);
+            done++;
+            start++;
         }
-    }
-    factor = 0x8B51F9DDu;
-    for (int i = 0; i < 8; i++) { words[i] = hash(pool[i % 4], 0x58F38DEDu); }
-    auto pair = [&](int i) { return (unsigned __int128)words[i + 1] << 32 | words[i]; };
-    Pcg64 rng = {0, (pair(4) << 64 | pair(6)) << 1 | 1, false, 0};
-    pcg64_next(&rng);
-    rng.state += pair(0) << 64 | pair(2);
-    pcg64_next(&rng);
-    return rng;
-}
-
-static void permute(uint32_t seed, uint32_t epoch, uint32_t* order, uint32_t n) {
-    Pcg64 rng = default_rng(seed, epoch);
-    for (uint32_t i = 0; i < n; i++) { order[i] = i; }
-    for (uint32_t i = n - 1; i > 0; i--) {
-        uint32_t mask = i, j;
-        for (int shift = 1; shift < 32; shift *= 2) { mask |= mask >> shift; }
-        while ((j = pcg64_next32(&rng) & mask) > i) {}
-        uint32_t kept = order[i];
-        order[i] = order[j], order[j] = kept;
+        start = 0;                  // the next shard is read from its beginning
     }
 }
 
-// Rows of T + 1 tokens in a seeded order, each once an epoch; a position counts rows.
+// What rows are sorted by. No two rows of an epoch have the same key, because mix64 is invertible.
+struct RowKey { uint64_t key; uint32_t row; };
+
+// The rows 0 … n - 1 in the order of an epoch: sorted by a hash of (seed, epoch, row), so that both
+// trainers read the same rows. It is shuffled_rows of train_gpt2.py, where the reasons stand.
+static void shuffle_rows(uint64_t seed, uint64_t epoch, uint32_t* order, uint32_t n) {
+    uint64_t start = mix64(mix64(seed) + epoch);
+    RowKey* keys = (RowKey*)malloc(n * sizeof(RowKey));
+    for (uint64_t i = 0; i < n; i++) {
+        keys[i] = {mix64(start + (i + 1) * GOLDEN_RATIO), (uint32_t)i};
+    }
+    std::sort(keys, keys + n, [](RowKey a, RowKey b) { return a.key < b.key; });
+    for (uint32_t i = 0; i < n; i++) { order[i] = keys[i].row; }
+    free(keys);
+}
+
+// Rows of T + 1 tokens in a seeded order, each once an epoch. A position is the number of rows read
+// before. While the GPU copies one staging buffer, the next batch is read into the other. A buffer
+// holds inputs (BT), targets (BT) and, for the embedding's backward pass (§3), the inputs' index:
+// positions (BT), starts (BT + 1) and tokens (BT) of the groups of equal tokens.
 struct Loader {
     Shards shards;
-    int T, V, seed;
-    int64_t n_rows, epoch;
-    uint32_t* order;
-    int* staging[2];                // pinned; one is filled while the other is on its way
-    cudaEvent_t sent[2];
-    int turn, n_groups;             // n_groups: distinct inputs of the batch read last
-    int* counts;                    // (V) of each token in a batch
-    int64_t staged;                 // the position whose rows staging[turn] holds; -1: none
+    int T, V;
+    int64_t seed, n_rows;
+    int64_t epoch;                  // whose order `order` is; -1: none yet
+    uint32_t* order;                // (n_rows)
+    int* staging[2];                // pinned
+    cudaEvent_t sent[2];            // when the GPU has what a buffer held
+    int turn;                       // the buffer that is filled next, or is full
+    int64_t staged;                 // the position of the batch that staging[turn] holds; -1: none
+    int n_groups;                   // distinct inputs in the batch that was read last
+    int* counts;                    // (V), for index_tokens
 };
 
-static Loader make_loader(Shards shards, int B, int T, int V, int seed) {
+// For batches of up to B rows of T tokens, from a vocabulary of V
+static Loader make_loader(Shards shards, int B, int T, int V, int64_t seed) {
     Loader loader = {};
-    loader.shards = shards, loader.T = T, loader.V = V, loader.seed = seed, loader.epoch = -1;
+    loader.shards = shards;
+    loader.T = T;
+    loader.V = V;
+    loader.seed = seed;
+    loader.epoch = -1;
     loader.staged = -1;
     loader.n_rows = (shards.n_tokens - 1) / T;
     if (loader.n_rows < 1) {
-        die("the shards hold %lld tokens; a row needs %d; prepare more text, or lower --seq_len",
-            (long long)shards.n_tokens, T + 1);
+        die("the shards hold %lld tokens, but a row needs %d; prepare more text, or lower "
+            "--seq_len", (long long)shards.n_tokens, T + 1);
     }
     loader.order = (uint32_t*)malloc(loader.n_rows * sizeof(uint32_t));
     loader.counts = (int*)calloc(V, sizeof(int));
@@ -3188,16 +3380,21 @@ static Loader make_loader(Shards shards, int B, int T, int V, int seed) {
     return loader;
 }
 
-// Sorts the inputs by token, for the embedding's backward pass: positions, starts, tokens.
+// Groups the positions 0 … BT - 1 by their input, by counting: group g has the input tokens[g] and
+// the positions positions[starts[g]] … positions[starts[g + 1] - 1]. Returns the number of groups.
 static int index_tokens(const int* inputs, int BT, int* counts, int V, int* positions, int* starts,
                         int* tokens) {
     memset(counts, 0, V * sizeof(int));
     for (int i = 0; i < BT; i++) { counts[inputs[i]]++; }
-    int n_groups = 0, start = 0;
+    int n_groups = 0;
+    int start = 0;
     for (int token = 0; token < V; token++) {
         int count = counts[token];
         counts[token] = start;          // from here on: where the token's next position goes
-        if (count > 0) { starts[n_groups] = start, tokens[n_groups++] = token; }
+        if (count == 0) { continue; }
+        starts[n_groups] = start;
+        tokens[n_groups] = token;
+        n_groups++;
         start += count;
     }
     starts[n_groups] = BT;
@@ -3205,41 +3402,48 @@ static int index_tokens(const int* inputs, int BT, int* counts, int V, int* posi
     return n_groups;
 }
 
-// Sends what staging[turn] holds: inputs and targets, and for training their index.
+// Starts the copy of staging[turn] to the GPU, where evaluation ignores the index.
 static void send_batch(Loader* loader, Model* model) {
-    int BT = model->B * model->T, *inputs = loader->staging[loader->turn];
-    int *targets = inputs + BT, *index = targets + BT;
-    const struct { int *to, *from; size_t n; } copies[] = {
-        {model->inputs, inputs, (size_t)BT}, {model->targets, targets, (size_t)BT},
-        {model->index, index, 3 * (size_t)BT + 1}};
+    int BT = model->B * model->T;
+    const int* inputs = loader->staging[loader->turn];
+    const struct { int* to; const int* from; size_t n; } copies[] = {
+        {model->inputs, inputs, (size_t)BT},
+        {model->targets, inputs + BT, (size_t)BT},
+        {model->index, inputs + 2 * BT, 3 * (size_t)BT + 1}};
     for (auto copy : copies) {
         CHECK_CUDA(cudaMemcpyAsync(copy.to, copy.from, copy.n * sizeof(int),
                                    cudaMemcpyHostToDevice, model->stream));
     }
     CHECK_CUDA(cudaEventRecord(loader->sent[loader->turn], model->stream));
-    loader->turn ^= 1, loader->staged = -1;
+    loader->turn ^= 1;
+    loader->staged = -1;
 }
 
-// A free staging buffer
+// The buffer whose turn it is, once the GPU no longer needs what it held
 static int* begin_batch(Loader* loader) {
     CHECK_CUDA(cudaEventSynchronize(loader->sent[loader->turn]));
     return loader->staging[loader->turn];
 }
 
-// Rows position … position + B - 1 → staging[turn]
+// Reads rows position … position + B - 1 into staging[turn], unless they are there already.
 static void read_batch(Loader* loader, int B, int64_t position) {
     if (loader->staged == position) { return; }
-    int T = loader->T, BT = B * T, *inputs = begin_batch(loader), *index = inputs + 2 * BT;
+    int T = loader->T;
+    int BT = B * T;
+    int* inputs = begin_batch(loader);
+    int* targets = inputs + BT;
+    int* index = targets + BT;
     int* row = (int*)malloc((T + 1) * sizeof(int));
     for (int b = 0; b < B; b++) {
-        int64_t epoch = (position + b) / loader->n_rows, i = (position + b) % loader->n_rows;
+        int64_t epoch = (position + b) / loader->n_rows;
+        int64_t i = (position + b) % loader->n_rows;
         if (epoch != loader->epoch) {
-            permute(loader->seed, epoch, loader->order, loader->n_rows);
+            shuffle_rows(loader->seed, epoch, loader->order, loader->n_rows);
             loader->epoch = epoch;
         }
         read_tokens(loader->shards, (int64_t)loader->order[i] * T, T + 1, row, loader->V);
         memcpy(inputs + b * T, row, T * sizeof(int));
-        memcpy(inputs + (B + b) * T, row + 1, T * sizeof(int));
+        memcpy(targets + b * T, row + 1, T * sizeof(int));
     }
     free(row);
     loader->n_groups = index_tokens(inputs, BT, loader->counts, loader->V, index, index + BT,
@@ -3247,57 +3451,74 @@ static void read_batch(Loader* loader, int B, int64_t position) {
     loader->staged = position;
 }
 
-const int64_t VAL_TOKENS = 1 << 20;         // of an evaluation; only the last one is of all
+// Losses (BT) of the batch in staging[turn], on the CPU; 0 where the target is -1
+static void batch_losses(Model* model, Loader* loader, float* losses) {
+    send_batch(loader, model);
+    forward(model, false);
+    CHECK_CUDA(cudaMemcpyAsync(losses, model->losses,
+                               (size_t)model->B * model->T * sizeof(float),
+                               cudaMemcpyDeviceToHost, model->stream));
+    CHECK_CUDA(cudaStreamSynchronize(model->stream));
+}
 
-struct Evaluation { double val_loss, val_bpb; };        // val_bpb 0: no token_bytes.npy
+const int64_t VAL_TOKENS = 1 << 20;     // per evaluation; the last one uses the whole split
 
-// Val loss in nats a token, and bits per byte of text, which <|endoftext|> (0 bytes) is not.
-static Evaluation evaluate(Model* model, Loader* loader, Shards shards, const int* token_bytes,
-                           int64_t max_tokens, Ranks* ranks) {
-    int B = model->B, T = model->T, BT = B * T;
-    int64_t n = (shards.n_tokens < max_tokens + 1 ? shards.n_tokens : max_tokens + 1) - 1;
+struct ValLoss { double val_loss, val_bpb; };       // val_bpb 0: no token_bytes.npy
+
+// The loss on the first tokens of a split in nats a token, and in bits per byte of text: total nats
+// / (ln 2 · total bytes), where <|endoftext|>, of 0 bytes, counts in neither total. Rows are cut as
+// in training, and the last may be short; ranks take batches in turns.
+static ValLoss evaluate(Model* model, Loader* loader, Shards shards, const int* token_bytes,
+                        int64_t max_tokens, Ranks* ranks) {
+    int B = model->B, T = model->T;
+    int BT = B * T;
+    int64_t n = min(shards.n_tokens - 1, max_tokens);       // targets
     int64_t n_rows = ceil_div(n, (int64_t)T);
-    double sums[4] = {};                    // nats, tokens, nats of text, bytes of text
+    // sums of floats over a whole split need doubles
+    double nats = 0, tokens = 0, text_nats = 0, text_bytes = 0;
     float* losses = (float*)malloc(BT * sizeof(float));
     int* row = (int*)malloc((T + 1) * sizeof(int));
     for (int64_t first = ranks->rank * B; first < n_rows; first += (int64_t)B * ranks->world_size) {
-        int *inputs = begin_batch(loader), *targets = inputs + BT;
+        int* inputs = begin_batch(loader);
+        int* targets = inputs + BT;
         for (int b = 0; b < B; b++) {
-            int64_t start = (first + b) * T, left = n - start;
-            int count = left < 0 ? 0 : left < T ? (int)left : T;
+            int64_t start = (first + b) * T;
+            int count = (int)max((int64_t)0, min(n - start, (int64_t)T));
             if (count > 0) { read_tokens(shards, start, count + 1, row, loader->V); }
-            for (int t = 0; t < T; t++) {
+            for (int t = 0; t < T; t++) {       // target -1: no loss
                 inputs[b * T + t] = t < count ? row[t] : 0;
                 targets[b * T + t] = t < count ? row[t + 1] : -1;
             }
         }
-        send_batch(loader, model);
-        forward(model, false);
-        CHECK_CUDA(cudaMemcpyAsync(losses, model->losses, BT * sizeof(float),
-                                   cudaMemcpyDeviceToHost, model->stream));
-        CHECK_CUDA(cudaStreamSynchronize(model->stream));
+        batch_losses(model, loader, losses);
         for (int i = 0; i < BT; i++) {
-            int bytes = targets[i] >= 0 && token_bytes != NULL ? token_bytes[targets[i]] : 0;
-            sums[0] += losses[i], sums[1] += targets[i] >= 0;
-            sums[2] += bytes > 0 ? losses[i] : 0, sums[3] += bytes;
+            if (targets[i] < 0) { continue; }
+            nats += losses[i];
+            tokens++;
+            int bytes = token_bytes != NULL ? token_bytes[targets[i]] : 0;
+            text_bytes += bytes;
+            if (bytes > 0) { text_nats += losses[i]; }
         }
     }
-    free(losses), free(row);
+    free(losses);
+    free(row);
+    double sums[] = {nats, tokens, text_nats, text_bytes};
     ranks_sum(ranks, sums, 4);
     return {sums[0] / fmax(1, sums[1]), sums[2] / log(2) / fmax(1, sums[3])};
 }
 
-// <data>/token_bytes.npy: int32 of each token's bytes, or NULL where there is none
+// <data>/token_bytes.npy: the number of bytes of each token, or NULL if there is no such file
 static int* read_token_bytes(const char* data, int V) {
     const char* path = joined(data, "token_bytes.npy");
     char* npy = read_file(path);
     if (npy == NULL) { return NULL; }
+    // .npy: 8 bytes of magic and version, 2 of the header's size, the header, a Python dict; data
     uint16_t header_size;
     memcpy(&header_size, npy + 8, 2);
     char shape[64];
     snprintf(shape, sizeof shape, "'shape': (%d,)", V);
     if (strstr(npy + 10, "<i4") == NULL || strstr(npy + 10, shape) == NULL) {
-        die("%s is no int32 array of %d; it has the bytes of each token; run python "
+        die("%s is not an int32 array of %d numbers, one for each token; run python "
             "prepare_fineweb.py tokenize again", path, V);
     }
     int* bytes = (int*)malloc(V * sizeof(int));
@@ -3307,103 +3528,159 @@ static int* read_token_bytes(const char* data, int V) {
 }
 
 // ---- §16 Flags ----------------------------------------------------------------------------------
+//
+// The flags of train_gpt2.py, with their names and meanings. One table drives parsing, --help and
+// the header of the log.
 
+// Defaults of 0 and NULL mean that no flag was given; plan_batch and main then choose a value.
 struct Arguments {
-    const char *model = "gpt2", *config = "", *data = NULL, *out = NULL, *init_from = NULL;
+    const char* model = "gpt2";
+    const char* config = "";
+    const char* data = NULL;
+    const char* out = NULL;
+    const char* init_from = NULL;
     const char* core_dir = NULL;
-    int64_t resume = 0, max_steps = 0, total_batch_size = 0, batch_size = 0, seq_len = 0;
-    int64_t eval_every = 250, save_every = 1000, seed = 1337, recompute = 0, profile = 0;
+    bool resume = false;
+    bool profile = false;
+    int64_t max_steps = 0;
+    int64_t total_batch_size = 0;       // tokens
+    int64_t batch_size = 0;             // rows
+    int64_t seq_len = 0;                // tokens
+    int64_t eval_every = 250;           // steps
+    int64_t save_every = 1000;          // steps
+    int64_t seed = 1337;
+    int64_t recompute = 0;
     int64_t deterministic = 1;
-    double lr = 0, gpu_hour_usd = 0;
+    double lr = 0;
+    double gpu_hour_usd = 0;
 };
 
+// A flag's value goes to one of four places, by its type; the other three are NULL.
 struct Flag {
     const char *name, *help;
-    const char** text;          // one of these three is where the value goes
+    const char** text;
     int64_t* integer;
     double* real;
+    bool* given;                // a flag without a value, like --resume
 };
 
+static Flag text_flag(const char* name, const char** text, const char* help) {
+    return {name, help, text, NULL, NULL, NULL};
+}
+static Flag integer_flag(const char* name, int64_t* integer, const char* help) {
+    return {name, help, NULL, integer, NULL, NULL};
+}
+static Flag real_flag(const char* name, double* real, const char* help) {
+    return {name, help, NULL, NULL, real, NULL};
+}
+static Flag given_flag(const char* name, bool* given, const char* help) {
+    return {name, help, NULL, NULL, NULL, given};
+}
+
+// Set once, before anything else runs; plan_batch fills in the rest.
 static Arguments arguments;
+
 static const Flag FLAGS[] = {
-    {"model", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or dN: N layers", &arguments.model, NULL,
-     NULL},
-    {"config", "block_size=256 n_layer=2 n_head=2 n_embd=128", &arguments.config, NULL, NULL},
-    {"data", "folder with *_train_*.bin and *_val_*.bin", &arguments.data, NULL, NULL},
-    {"out", "run folder", &arguments.out, NULL, NULL},
-    {"resume", "continue from <out>/state, if any", NULL, &arguments.resume, NULL},
-    {"init_from", "weights and shape: a run's folder", &arguments.init_from, NULL, NULL},
-    {"max_steps", "steps (default: by the model's size)", NULL, &arguments.max_steps, NULL},
-    {"total_batch_size", "tokens a step, over all ranks", NULL, &arguments.total_batch_size, NULL},
-    {"batch_size", "rows at a time on one rank", NULL, &arguments.batch_size, NULL},
-    {"seq_len", "tokens of a row (default, and at most: the model's block_size)", NULL,
-     &arguments.seq_len, NULL},
-    {"lr", "AdamW's, or for dN Muon's, peak learning rate", NULL, NULL, &arguments.lr},
-    {"eval_every", "steps between evaluations", NULL, &arguments.eval_every, NULL},
-    {"core_dir", "eval_bundle folder: HellaSwag at evaluations", &arguments.core_dir, NULL, NULL},
-    {"save_every", "steps between saved states", NULL, &arguments.save_every, NULL},
-    {"gpu_hour_usd", "price of one GPU hour: shows the cost", NULL, NULL, &arguments.gpu_hour_usd},
-    {"seed", "of the weights and the rows' order", NULL, &arguments.seed, NULL},
-    {"recompute", "in the backward pass: 1 GELU, 2 also the norms", NULL, &arguments.recompute,
-     NULL},
-    {"deterministic", "1: the same run gives the same bits; it always does here", NULL,
-     &arguments.deterministic, NULL},
-    {"profile", "time each kernel of steps 10-12", NULL, &arguments.profile, NULL},
+    text_flag("model", &arguments.model, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or dN: N layers"),
+    text_flag("config", &arguments.config, "other sizes: block_size=256 n_layer=2 n_head=2 …"),
+    text_flag("data", &arguments.data, "folder with *_train_*.bin and *_val_*.bin"),
+    text_flag("out", &arguments.out, "run folder"),
+    given_flag("resume", &arguments.resume, "continue from <out>/state, if there is one"),
+    text_flag("init_from", &arguments.init_from,
+              "begin with this model: a run's folder, or gpt2 … gpt2-xl"),
+    integer_flag("max_steps", &arguments.max_steps, "steps (default: by the model's size)"),
+    integer_flag("total_batch_size", &arguments.total_batch_size, "tokens a step, over all ranks"),
+    integer_flag("batch_size", &arguments.batch_size, "rows at a time on one rank"),
+    integer_flag("seq_len", &arguments.seq_len,
+                 "tokens in a row (default, and at most: the model's block_size)"),
+    real_flag("lr", &arguments.lr, "peak learning rate of AdamW, or for dN of Muon"),
+    integer_flag("eval_every", &arguments.eval_every, "steps between evaluations"),
+    text_flag("core_dir", &arguments.core_dir, "eval_bundle folder: also evaluate HellaSwag"),
+    integer_flag("save_every", &arguments.save_every, "steps between saved states"),
+    real_flag("gpu_hour_usd", &arguments.gpu_hour_usd,
+              "price of one GPU hour in dollars: show the run's cost"),
+    integer_flag("seed", &arguments.seed, "seed of the initial weights and of the order of rows"),
+    integer_flag("recompute", &arguments.recompute,
+                 "to save memory, compute again in the backward pass: 1 GELU, 2 also the norms"),
+    integer_flag("deterministic", &arguments.deterministic,
+                 "1: the same run gives the same bits, which is always so here"),
+    given_flag("profile", &arguments.profile, "time each kernel of steps 10-12"),
 };
 
+// The flag that a word like "--seed" names, or NULL
 static const Flag* find_flag(const char* word) {
+    if (!starts_with(word, "--")) { return NULL; }
     for (const Flag& flag : FLAGS) {
-        if (strncmp(word, "--", 2) == 0 && strcmp(word + 2, flag.name) == 0) { return &flag; }
+        if (strcmp(word + 2, flag.name) == 0) { return &flag; }
     }
     return NULL;
 }
 
-static void parse_arguments(int argc, char** argv) {
-    static char config[1024];           // --config takes several words
-    for (int i = 1; i < argc; i++) {
-        const Flag* flag = find_flag(argv[i]);
-        if (strcmp(argv[i], "--help") == 0) {
-            for (const Flag& each : FLAGS) { printf("--%-18s%s\n", each.name, each.help); }
-            exit(0);
-        }
-        for (const char* name : {"--device", "--fp8"}) {
-            if (strcmp(argv[i], name) != 0) { continue; }
-            die("%s is a flag of train_gpt2.py; this trainer is for GPUs, without 8 bits; leave it "
-                "out", name);
-        }
-        if (flag == NULL) { die("%s is no flag; they are those of --help; look there", argv[i]); }
-        if (flag->integer == &arguments.resume || flag->integer == &arguments.profile) {
-            *flag->integer = 1;
-            continue;
-        }
-        if (i + 1 == argc) { die("%s has no value; it needs one; see --help", argv[i]); }
-        char *value = argv[++i], *end = NULL;
-        if (flag->text == &arguments.config) {
-            for (i--; i + 1 < argc && strncmp(argv[i + 1], "--", 2) != 0; i++) {
-                strncat(config, argv[i + 1], sizeof config - strlen(config) - 2);
-                strcat(config, " ");
-            }
-            arguments.config = config;
-        } else if (flag->text != NULL) {
-            *flag->text = value;
-        } else if (flag->integer != NULL) {
-            *flag->integer = strtoll(value, &end, 10);
-        } else {
-            *flag->real = strtod(value, &end);
-        }
-        if (end != NULL && (*end != '\0' || end == value)) {
-            die("--%s %s: not a number; %s; see --help", flag->name, value, flag->help);
-        }
+[[noreturn]] static void print_help() {
+    for (const Flag& flag : FLAGS) { printf("--%-18s%s\n", flag.name, flag.help); }
+    exit(0);
+}
+
+// --config takes all words up to the next flag. Returns the index of its last word.
+static int parse_config(int argc, char** argv, int i) {
+    static char config[1024];
+    config[0] = '\0';
+    while (i + 1 < argc && !starts_with(argv[i + 1], "--")) {
+        i++;
+        strncat(config, argv[i], sizeof config - strlen(config) - 2);
+        strcat(config, " ");
     }
-    if (arguments.data == NULL || arguments.out == NULL) {
-        die("--data or --out is missing; training reads shards and writes a run; try --data "
-            "data/fineweb --out runs/gpt2");
+    arguments.config = config;
+    return i;
+}
+
+// Stores the word after a flag; a number must be a number to its last letter.
+static void parse_value(const Flag* flag, char* value) {
+    char* end = NULL;
+    if (flag->text != NULL) {
+        *flag->text = value;
+        return;
     }
-    if (arguments.eval_every < 1 || arguments.save_every < 1) {
-        die("--eval_every or --save_every is below 1; both count steps; try --eval_every 250");
+    if (flag->integer != NULL) {
+        *flag->integer = strtoll(value, &end, 10);
+    } else {
+        *flag->real = strtod(value, &end);
+    }
+    if (*end != '\0' || end == value) {
+        die("--%s must be a number, got %s; see --help", flag->name, value);
     }
 }
 
+static void parse_arguments(int argc, char** argv) {
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--help") == 0) { print_help(); }
+        if (strcmp(argv[i], "--device") == 0 || strcmp(argv[i], "--fp8") == 0) {
+            die("%s is a flag of train_gpt2.py, not of the CUDA trainer; leave it out", argv[i]);
+        }
+        const Flag* flag = find_flag(argv[i]);
+        if (flag == NULL) { die("%s is not a flag; see --help", argv[i]); }
+        if (flag->given != NULL) {
+            *flag->given = true;
+            continue;
+        }
+        if (i + 1 == argc) { die("%s has no value; see --help", argv[i]); }
+        if (flag->text == &arguments.config) {
+            i = parse_config(argc, argv, i);
+        } else {
+            i++;
+            parse_value(flag, argv[i]);
+        }
+    }
+    if (arguments.data == NULL || arguments.out == NULL) {
+        die("--data or --out is missing; try --data data/fineweb --out runs/gpt2");
+    }
+    if (arguments.eval_every < 1 || arguments.save_every < 1) {
+        die("--eval_every and --save_every must be at least 1, got %lld and %lld; try 250 and 1000",
+            (long long)arguments.eval_every, (long long)arguments.save_every);
+    }
+}
+
+// The number of key=number in a list like "n_layer=2 n_head=2 "
 static int matched_integer(const char* text, const char* key, int fallback) {
     char pattern[32];
     snprintf(pattern, sizeof pattern, "%s=", key);
@@ -3411,41 +3688,43 @@ static int matched_integer(const char* text, const char* key, int fallback) {
     return found != NULL ? atoi(found + strlen(pattern)) : fallback;
 }
 
+// Other fields of GPTConfig would need other kernels.
 static void check_fields(const char* config, bool modern) {
     char words[1024];
     snprintf(words, sizeof words, "%s", config);
     for (char* word = strtok(words, " "); word != NULL; word = strtok(NULL, " ")) {
-        bool known = modern && strncmp(word, "windows=", 8) == 0;
+        bool is_known = modern && starts_with(word, "windows=");
         for (const char* key : {"block_size=", "n_layer=", "n_head=", "n_embd="}) {
-            known = known || strncmp(word, key, strlen(key)) == 0;
+            is_known = is_known || starts_with(word, key);
         }
-        if (!known) {
-            die("--config %s: no such field here; they are block_size, n_layer, n_head, n_embd, "
-                "and windows of dN; the others are train_gpt2.py's", word);
+        if (!is_known) {
+            die("--config %s: the CUDA trainer has only the fields block_size, n_layer, n_head, "
+                "n_embd and, for dN, windows; for others use python train_gpt2.py", word);
         }
     }
 }
 
-static Config choose_config(int V) {
+// The presets of model.py's GPTConfig
+static Config preset(const char* name, int V) {
     const struct { const char* name; int n_layer, n_head, n_embd; } sizes[] = {
         {"gpt2", 12, 12, 768}, {"gpt2-medium", 24, 16, 1024}, {"gpt2-large", 36, 20, 1280},
         {"gpt2-xl", 48, 25, 1600}};
-    Config config = {1024, V};
-    int depth = arguments.model[0] == 'd' ? atoi(arguments.model + 1) : 0;
-    if (depth > 0) {                    // 64 channels a layer, rounded up to heads of 128
-        int NH = ceil_div(64 * depth, 128);
-        config = {2048, V, depth, NH, 128 * NH, true, 15.0, "SSSL"};
-    }
     for (auto size : sizes) {
-        if (strcmp(arguments.model, size.name) == 0) {
-            config.n_layer = size.n_layer, config.n_head = size.n_head;
-            config.n_embd = size.n_embd;
-        }
+        if (strcmp(name, size.name) != 0) { continue; }
+        return {1024, V, size.n_layer, size.n_head, size.n_embd};
     }
-    if (config.n_layer == 0) {
-        die("model '%s' is not a preset; they are gpt2, gpt2-medium, gpt2-large, gpt2-xl and d1, "
-            "d2 …; try --model d12", arguments.model);
+    int depth = name[0] == 'd' ? atoi(name + 1) : 0;
+    if (depth < 1) {
+        die("the model %s does not exist; choose gpt2, gpt2-medium, gpt2-large, gpt2-xl, or d1, "
+            "d2, … as in --model d12", name);
     }
+    int NH = ceil_div(64 * depth, 128);     // 64 channels a layer, rounded up to heads of 128
+    return {2048, V, depth, NH, 128 * NH, true, 15.0, "SSSL"};
+}
+
+// --model, changed by --config
+static Config choose_config(int V) {
+    Config config = preset(arguments.model, V);
     check_fields(arguments.config, config.modern);
     config.block_size = matched_integer(arguments.config, "block_size", config.block_size);
     config.n_layer = matched_integer(arguments.config, "n_layer", config.n_layer);
@@ -3456,89 +3735,112 @@ static Config choose_config(int V) {
     return config;
 }
 
-// --init_from: a folder; gpt2 … gpt2-xl are where train_gpt2.py puts them
+// The folder of --init_from. OpenAI's names mean the folders into which download.py puts them.
 static const char* init_folder() {
     const char* name = arguments.init_from;
     if (arguments.config[0] != '\0') {
-        die("--config %swith --init_from %s; a checkpoint has its own shape; leave --config out "
-            "(for shorter rows there is --seq_len)", arguments.config, name);
+        die("--config %scannot change the model of --init_from %s; leave --config out (--seq_len "
+            "makes rows shorter)", arguments.config, name);
     }
-    if (strncmp(name, "gpt2", 4) != 0 || access(name, F_OK) == 0) { return name; }
+    if (!starts_with(name, "gpt2") || access(name, F_OK) == 0) { return name; }
     const char* folder = joined("data/openai", name);
     if (access(joined(folder, "model.safetensors"), F_OK) != 0) {
-        die("%s is not there; OpenAI's weights are fetched once, by Python; run python "
-            "train_gpt2.py --init_from %s --data %s --out %s --max_steps 0", folder, name,
-            arguments.data, arguments.out);
+        die("%s does not hold OpenAI's weights yet; run python download.py %s", folder, name);
     }
     return strdup(folder);
 }
 
+// Ends the run unless the kernels can compute this model. A load is 128 bits wide, so C is a
+// multiple of 8; a warp holds at most 256 channels of a head in registers (§7); norms hold four fp32
+// rows in 48 KB of shared memory, so C is at most 3072 (§5); rotary positions and qk norms of dN
+// share a head out among lanes, so its width is a power of two.
+// V is the size of the shards' vocabulary, T the length of a row.
 static void check_config(Config config, int V, int64_t T) {
-    int C = config.n_embd, NH = config.n_head, HS = NH > 0 ? C / NH : 0;
+    int C = config.n_embd, NH = config.n_head;
+    int HS = NH > 0 ? C / NH : 0;
     if (config.vocab_size != V) {
-        die("the model has %d tokens, the shards' tokenizer %d; both must have the same; take the "
-            "shards of its tokenizer", config.vocab_size, V);
-    }
-    if (NH < 1 || C % NH != 0 || HS > WARP * LANE_CHANNELS || C % 8 != 0 || C > 3072) {
-        die("n_embd %d with n_head %d; heads are equally wide, 256 at most, and n_embd is a "
-            "multiple of 8 up to 3072; try --config n_embd=768 n_head=12", C, NH);
-    }
-    if (config.modern && ((HS & (HS - 1)) != 0 || HS < 2 * W)) {
-        die("n_embd %d with n_head %d: heads of %d; dN's are a power of two wide, from %d to 256; "
-            "try --config n_embd=768 n_head=6", C, NH, HS, 2 * W);
+        die("the model has %d tokens, but the tokenizer of the shards has %d; use the shards of "
+            "the model's tokenizer", config.vocab_size, V);
     }
     if (config.n_layer < 1 || config.block_size < 1) {
-        die("n_layer %d, block_size %d; both are 1 or more; try --config n_layer=12 "
+        die("n_layer and block_size must be at least 1, got %d and %d; try --config n_layer=12 "
             "block_size=1024", config.n_layer, config.block_size);
     }
+    if (NH < 1 || C % NH != 0 || HS > WARP * LANE_CHANNELS || C % 8 != 0 || C > 3072) {
+        die("n_embd must be a multiple of 8 and of n_head, at most 3072 and at most 256 a head, "
+            "got n_embd %d and n_head %d; try --config n_embd=768 n_head=12", C, NH);
+    }
+    bool is_power_of_two = (HS & (HS - 1)) == 0;
+    if (config.modern && (!is_power_of_two || HS < 2 * W)) {
+        die("in dN, n_embd / n_head must be a power of two from %d to 256, got %d / %d = %d; "
+            "try --config n_embd=768 n_head=6", 2 * W, C, NH, HS);
+    }
     if (T < 1 || T > config.block_size) {
-        die("--seq_len %lld; the model has %d positions, and a row 1 to as many; try --seq_len %d",
-            (long long)T, config.block_size, config.block_size);
+        die("--seq_len must be from 1 to the model's %d positions, got %lld; try --seq_len %d",
+            config.block_size, (long long)T, config.block_size);
     }
 }
 
 // ---- §17 The log and saved states ---------------------------------------------------------------
+//
+// The twin of RunLog, is_spike, save_state and load_state in training.py: the same lines and the
+// same <run>/log.jsonl. Saved states have another layout than Python's, because ranks own parts of
+// buckets here and whole parameters there, so each trainer resumes its own runs alone.
 
+// `started`: on the clock of seconds_now
 struct Log { FILE* file; int64_t max_steps; double started; bool is_main; };
 
+// On a clock that never jumps, as the time of day may
 static double seconds_now() {
     timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec + now.tv_nsec * 1e-9;
 }
 
+// Like mkdir -p
 static void make_folders(const char* path) {
     char part[4096];
     snprintf(part, sizeof part, "%s", path);
     for (char* at = part + 1; *at != '\0'; at++) {
-        if (*at == '/') { *at = '\0', mkdir(part, 0777), *at = '/'; }
+        if (*at != '/') { continue; }
+        *at = '\0';
+        mkdir(part, 0777);
+        *at = '/';
     }
     mkdir(part, 0777);
 }
 
-// Rows after the resumed step are going to come again: they are dropped.
+// Copies the old log's lines up to the resumed step; those after it are going to be written again.
+// Sets the clock back, so that seconds count from the run's first start.
+static void keep_old_lines(Log* log, char* old, int64_t resume_step) {
+    char* line = old;
+    char* end = strchr(line, '\n');
+    while (end != NULL) {
+        *end = '\0';
+        if (json_number(line, "step", 0) <= resume_step) { fprintf(log->file, "%s\n", line); }
+        if (json_find(line, "seconds") != NULL) {
+            log->started = seconds_now() - json_number(line, "seconds", 0);
+        }
+        line = end + 1;
+        end = strchr(line, '\n');
+    }
+}
+
+// Begins <run>/log.jsonl, or continues it if the run is resumed.
 static Log open_log(int64_t max_steps, int64_t resume_step, bool resumes, bool is_main) {
     Log log = {NULL, max_steps, seconds_now(), is_main};
     if (!is_main) { return log; }
     const char* path = joined(arguments.out, "log.jsonl");
     char* old = resumes ? read_file(path) : NULL;
     log.file = create_part(path);
-    for (char* line = old; line != NULL && strchr(line, '\n') != NULL; ) {
-        char* end = strchr(line, '\n');
-        *end = '\0';
-        if (json_number(line, "step", 0) <= resume_step) { fprintf(log.file, "%s\n", line); }
-        if (json_find(line, "seconds") != NULL) {
-            log.started = seconds_now() - json_number(line, "seconds", 0);
-        }
-        line = end + 1;
-    }
+    if (old != NULL) { keep_old_lines(&log, old, resume_step); }
     finish(log.file, path);
     log.file = fopen(path, "a");
     free(old);
     return log;
 }
 
-// A line on stdout; with a row ("\"loss\": 1") also in log.jsonl. On the main rank only.
+// Prints a line on the main rank and, with a row like "\"loss\": 1", adds it to log.jsonl.
 static void say(Log* log, const char* line, const char* row) {
     if (!log->is_main) { return; }
     printf("%s\n", line);
@@ -3548,16 +3850,29 @@ static void say(Log* log, const char* line, const char* row) {
     fflush(log->file);
 }
 
+// A line alone, by printf's format
+static void say_text(Log* log, const char* format, ...) {
+    char line[4200];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    say(log, line, NULL);
+}
+
 // Two texts that grow together: "loss 3.421875" for the line, "\"loss\": 3.421875" for the row.
 struct Row { char line[1024], row[1024]; };
 
+// Adds a number; format is printf's, for the line
 static void add(Row* row, const char* key, double value, const char* format) {
-    size_t n = strlen(row->line), m = strlen(row->row);
-    snprintf(row->line + n, sizeof row->line - n, " | ");
-    snprintf(row->line + n + 3, sizeof row->line - n - 3, format, value);
+    size_t n = strlen(row->line);
+    size_t m = strlen(row->row);
+    n += snprintf(row->line + n, sizeof row->line - n, " | ");
+    snprintf(row->line + n, sizeof row->line - n, format, value);
     snprintf(row->row + m, sizeof row->row - m, ", \"%s\": %.17g", key, value);
 }
 
+// Every line begins with "step  50/300", every row with "step": 50.
 static Row begin_row(Log* log, int64_t step) {
     Row row = {};
     int width = snprintf(NULL, 0, "%lld", (long long)log->max_steps);
@@ -3567,54 +3882,68 @@ static Row begin_row(Log* log, int64_t step) {
     return row;
 }
 
+// As Python prints a timedelta: "eta 1 day, 2:03:04"
 static void add_eta(Row* row, double seconds) {
-    char eta[64];
-    int s = (int)seconds, days = s / 86400;
-    int n = days > 0 ? snprintf(eta, sizeof eta, "%d day%s, ", days, days > 1 ? "s" : "") : 0;
+    int s = (int)seconds;
+    int days = s / 86400;
+    char eta[64] = "";
+    if (days > 0) { snprintf(eta, sizeof eta, "%d day%s, ", days, days > 1 ? "s" : ""); }
+    size_t n = strlen(eta);
     snprintf(eta + n, sizeof eta - n, "%d:%02d:%02d", s / 3600 % 24, s / 60 % 60, s % 60);
     add(row, "eta", seconds, "eta ");
     strcat(row->line, eta);
 }
 
+// The last losses or norms. A step is skipped if its loss or norm is a spike: more than 7 standard
+// deviations above the mean of the last 128.
 const int SPIKE_WINDOW = 128;
 const double SPIKE_Z = 7.0;
 struct Window { double values[SPIKE_WINDOW]; int n; };
 
+// Never true before the window is full
 static bool is_spike(const Window* window, double value) {
     if (window->n < SPIKE_WINDOW) { return false; }
-    double mean = 0, square = 0;
+    double mean = 0;
+    double variance = 0;
     for (double v : window->values) { mean += v / SPIKE_WINDOW; }
-    for (double v : window->values) { square += (v - mean) * (v - mean) / SPIKE_WINDOW; }
-    return value - mean > SPIKE_Z * sqrt(square);
+    for (double v : window->values) { variance += (v - mean) * (v - mean) / SPIKE_WINDOW; }
+    return value - mean > SPIKE_Z * sqrt(variance);
 }
 
+// Adds a value; a full window drops its oldest.
 static void push(Window* window, double value) {
     if (window->n == SPIKE_WINDOW) {
-        memmove(window->values, window->values + 1, sizeof(double) * --window->n);
+        window->n--;
+        memmove(window->values, window->values + 1, sizeof(double) * window->n);
     }
-    window->values[window->n++] = value;
+    window->values[window->n] = value;
+    window->n++;
 }
 
-// What a run is at a step, besides weights and moments
+// The version of state.json. It grows whenever an older state would be resumed with another result,
+// as when the order of the rows changed (2).
+const int STATE_VERSION = 2;
+
+// Where a run is, besides its weights and moments
 struct State {
-    int64_t step, position, optimizer_steps;
+    int64_t step, position;         // position: rows read (§15)
+    int64_t optimizer_steps;        // less than step by the skipped ones
     double usd;
     Window losses, norms;
 };
 
 // The flags that decide what is computed; a resumed run must have the same.
 static void write_settings(FILE* file, Config config, int64_t n_tokens) {
-    fprintf(file, "\"settings\": {\"format_version\": 1, \"block_size\": %d, \"vocab_size\": %d, "
-            "\"n_layer\": %d, \"n_head\": %d, \"n_embd\": %d, \"windows\": \"%s\", "
-            "\"total_batch_size\": %lld, \"seq_len\": %lld, "
-            "\"max_steps\": %lld, \"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, "
-            "\"bf16\": %d}", config.block_size, config.vocab_size, config.n_layer, config.n_head,
-            config.n_embd, config.windows, (long long)arguments.total_batch_size,
-            (long long)arguments.seq_len,
-            (long long)arguments.max_steps, (long long)arguments.seed, arguments.lr,
-            (long long)n_tokens, BF16);
+    const Arguments& a = arguments;
+    fprintf(file, "\"settings\": {\"model\": ");
+    write_config(file, config);
+    fprintf(file, ", \"total_batch_size\": %lld, \"seq_len\": %lld, \"max_steps\": %lld, "
+            "\"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, \"bf16\": %d}",
+            (long long)a.total_batch_size, (long long)a.seq_len, (long long)a.max_steps,
+            (long long)a.seed, a.lr, (long long)n_tokens, BF16);
 }
 
+// A window as a JSON list; %.17g and strtod keep every bit of a double.
 static void write_window(FILE* file, const char* name, const Window* window) {
     fprintf(file, ",\n\"%s\": [", name);
     for (int i = 0; i < window->n; i++) {
@@ -3625,18 +3954,20 @@ static void write_window(FILE* file, const char* name, const Window* window) {
 
 static Window read_window(const char* text, const char* name) {
     Window window = {};
-    const char* at = json_find(text, name);
-    for (at = at != NULL ? at + 1 : "]"; *at != ']' && *at != '\0'; at += strspn(at, ", ")) {
-        window.values[window.n++] = strtod(at, (char**)&at);
+    const char* list = json_find(text, name);
+    if (list == NULL) { return window; }
+    char* at = (char*)list + 1;
+    while (*at != ']' && *at != '\0') {
+        window.values[window.n] = strtod(at, &at);
+        window.n++;
+        at += strspn(at, ", ");
     }
     return window;
 }
 
-// <run>/config.json and model.safetensors, as model.py's save_checkpoint writes them
-static void save_checkpoint(Model* model, Ranks* ranks, int64_t step, double val_bpb) {
-    save_weights(model, ranks, joined(arguments.out, "model.safetensors"));
-    if (ranks->rank != 0) { return; }
-    Config c = model->config;
+// config.json, as save_checkpoint of model.py writes it. All but the last entry is what HF's
+// transformers reads; "deepdive" is what our own scripts read.
+static void save_config(Config c, int64_t step, double val_bpb) {
     char* tokenizer = read_file(joined(arguments.data, "tokenizer/tokenizer.json"));
     double eot = tokenizer != NULL ? json_number(tokenizer, "<|endoftext|>", 50256) : 50256;
     free(tokenizer);
@@ -3646,24 +3977,23 @@ static void save_checkpoint(Model* model, Ranks* ranks, int64_t step, double val
             " \"model_type\": \"%s\",\n \"architectures\": [\"GPT2LMHeadModel\"],\n"
             " \"n_positions\": %d,\n \"activation_function\": \"gelu_new\",\n"
             " \"layer_norm_epsilon\": 1e-05,\n \"embd_pdrop\": 0.0,\n \"attn_pdrop\": 0.0,\n"
-            " \"resid_pdrop\": 0.0,\n \"tie_word_embeddings\": %s,\n \"eos_token_id\": %.0f,\n"
-            " \"deepdive\": {\n"
-            "  \"format_version\": 1,\n  \"stage\": \"pretrain\",\n  \"step\": %lld,\n",
+            " \"resid_pdrop\": 0.0,\n \"tie_word_embeddings\": %s,\n \"eos_token_id\": %.0f,\n",
             c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.modern ? "deepdive" : "gpt2",
-            c.block_size, c.modern ? "false" : "true", eot, (long long)step);
+            c.block_size, c.modern ? "false" : "true", eot);
+    fprintf(file, " \"deepdive\": {\n  \"format_version\": 1,\n  \"stage\": \"pretrain\",\n"
+            "  \"step\": %lld,\n", (long long)step);
     if (val_bpb > 0) { fprintf(file, "  \"val_bpb\": %.17g,\n", val_bpb); }
-    fprintf(file, "  \"model\": {\"block_size\": %d, \"vocab_size\": %d, \"n_layer\": %d, "
-            "\"n_head\": %d, \"n_embd\": %d", c.block_size, c.vocab_size, c.n_layer, c.n_head,
-            c.n_embd);
-    for (const char* field : MODERN_FIELDS) {
-        if (c.modern) { fprintf(file, ", \"%s\": true", field); }
-    }
-    if (c.modern) {
-        fprintf(file, ", \"bias\": false, \"tied_head\": false, \"softcap\": %.17g, "
-                "\"windows\": \"%s\"", c.softcap, c.windows);
-    }
-    fprintf(file, "}\n }\n}\n");
+    fprintf(file, "  \"model\": ");
+    write_config(file, c);
+    fprintf(file, "\n }\n}\n");
     finish(file, path);
+}
+
+// <run>/model.safetensors, config.json and the tokenizer, if there is one
+static void save_checkpoint(Model* model, Ranks* ranks, int64_t step, double val_bpb) {
+    save_weights(model, ranks, joined(arguments.out, "model.safetensors"));
+    if (ranks->rank != 0) { return; }
+    save_config(model->config, step, val_bpb);
     for (const char* name : {"tokenizer/tokenizer.json", "tokenizer/tokenizer.tiktoken"}) {
         char* text = read_file(joined(arguments.data, name));
         if (text == NULL) { continue; }
@@ -3675,31 +4005,33 @@ static void save_checkpoint(Model* model, Ranks* ranks, int64_t step, double val
     }
 }
 
+// A rank's state is three fp32 arrays in the order of its parts (§12): master weights, first
+// moments m (Muon's momentum) and second moments v.
+const char* const STATE_TENSORS[] = {"masters", "m", "v"};
+enum { MASTERS, FIRST_MOMENTS, SECOND_MOMENTS, N_STATE_TENSORS };
+
+// Elements of one of these arrays
+static int64_t state_size(Table table, const Part* parts, int tensor) {
+    Part end = parts[table.n_buckets];
+    return tensor == SECOND_MOMENTS ? end.v : end.state;
+}
+
+// Six digits, so that folders sort by their steps
 static void state_folder(char* path, int64_t step) {
     snprintf(path, 4096, "%s/state/step_%06lld", arguments.out, (long long)step);
 }
 
-const char* const STATE_TENSORS[] = {"masters", "m", "v"};
-
-static int64_t state_size(Table table, const Part* parts, int tensor) {
-    return tensor < 2 ? parts[table.n_buckets].state : parts[table.n_buckets].v;
-}
-
-// <run>/state/step_N: each rank its shard, then state.json on rank 0, without which the folder does
-// not count. Killed at any moment, the newest complete state is whole. Older ones go.
-static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n_tokens) {
-    char folder[4096], name[64];
-    state_folder(folder, state->step);
-    make_folders(folder);
+// Writes this rank's arrays to <folder>/rank_N.safetensors.
+static void save_shard(Model* model, Ranks* ranks, const char* folder) {
+    char name[64];
     snprintf(name, sizeof name, "rank_%05d.safetensors", ranks->rank);
     const char* path = joined(folder, name);
     FILE* file = create_part(path);
-    write_header(file, 3, [&](int i, char* tensor, int64_t* rows, int64_t*) {
-        strcpy(tensor, STATE_TENSORS[i]);
-        *rows = state_size(model->table, model->parts, i);
+    write_header(file, N_STATE_TENSORS, [&](int i) {
+        return Entry{STATE_TENSORS[i], state_size(model->table, model->parts, i), 0};
     }, path);
     const float* from[] = {model->masters, model->m, model->v};
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < N_STATE_TENSORS; i++) {
         int64_t bytes = state_size(model->table, model->parts, i) * sizeof(float);
         float* values = (float*)malloc(bytes);
         CHECK_CUDA(cudaMemcpyAsync(values, from[i], bytes, cudaMemcpyDeviceToHost, model->stream));
@@ -3708,240 +4040,356 @@ static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n
         free(values);
     }
     finish(file, path);
-    double one = 1;
-    ranks_sum(ranks, &one, 1);              // every rank's file is there
-    if (ranks->rank == 0) {
-        path = joined(folder, "state.json");
-        file = create_part(path);
-        fprintf(file, "{\"step\": %lld, \"position\": %lld, \"optimizer_steps\": %lld, "
-                "\"usd\": %.17g, \"world_size\": %d,\n", (long long)state->step,
-                (long long)state->position, (long long)state->optimizer_steps, state->usd,
-                ranks->world_size);
-        write_settings(file, model->config, n_tokens);
-        write_window(file, "losses", &state->losses);
-        write_window(file, "norms", &state->norms);
-        fprintf(file, "}\n");
-        finish(file, path);
-        glob_t found;
-        char pattern[4200];
-        snprintf(pattern, sizeof pattern, "%s/state/step_*/*", arguments.out);
-        for (size_t i = 0; glob(pattern, 0, NULL, &found) == 0 && i < found.gl_pathc; i++) {
-            if (strncmp(found.gl_pathv[i], folder, strlen(folder)) == 0) { continue; }
-            unlink(found.gl_pathv[i]);
-            *strrchr(found.gl_pathv[i], '/') = '\0';
-            rmdir(found.gl_pathv[i]);       // succeeds with the folder's last file
-        }
-    }
-    ranks_sum(ranks, &one, 1);
 }
 
-// The newest step with a state.json, or -1
+// state.json: where the run is, its settings, and the windows that is_spike needs
+static void write_state(Config config, Ranks* ranks, const State* state, int64_t n_tokens,
+                        const char* path) {
+    FILE* file = create_part(path);
+    fprintf(file, "{\"format_version\": %d, \"step\": %lld, \"position\": %lld, "
+            "\"optimizer_steps\": %lld, \"usd\": %.17g, \"world_size\": %d,\n", STATE_VERSION,
+            (long long)state->step, (long long)state->position,
+            (long long)state->optimizer_steps, state->usd, ranks->world_size);
+    write_settings(file, config, n_tokens);
+    write_window(file, "losses", &state->losses);
+    write_window(file, "norms", &state->norms);
+    fprintf(file, "}\n");
+    finish(file, path);
+}
+
+// Deletes all states but the one in `folder`. An interrupted save leaves one without state.json.
+static void delete_other_states(const char* folder) {
+    char pattern[4200];
+    snprintf(pattern, sizeof pattern, "%s/state/step_*/*", arguments.out);
+    glob_t found;
+    if (glob(pattern, 0, NULL, &found) != 0) { return; }
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        char* path = found.gl_pathv[i];
+        if (starts_with(path, folder)) { continue; }
+        unlink(path);
+        *strrchr(path, '/') = '\0';
+        rmdir(path);                // succeeds after the folder's last file
+    }
+    globfree(&found);
+}
+
+// <run>/state/step_N: each rank writes its shard, then rank 0 writes state.json, without which the
+// folder does not count, and deletes older states. So a run that is killed at any moment has a
+// complete state of one step.
+static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n_tokens) {
+    char folder[4096];
+    state_folder(folder, state->step);
+    make_folders(folder);
+    save_shard(model, ranks, folder);
+    barrier(ranks);                 // now every rank's shard is there
+    if (ranks->rank == 0) {
+        write_state(model->config, ranks, state, n_tokens, joined(folder, "state.json"));
+        delete_other_states(folder);
+    }
+    barrier(ranks);
+}
+
+// The newest step that has a state.json, or -1
 static int64_t newest_state() {
     char pattern[4096];
     snprintf(pattern, sizeof pattern, "%s/state/step_*/state.json", arguments.out);
     glob_t found;
     if (glob(pattern, 0, NULL, &found) != 0) { return -1; }
-    char* path = found.gl_pathv[found.gl_pathc - 1];
+    const char* path = found.gl_pathv[found.gl_pathc - 1];
     int64_t step = atoll(path + strlen(path) - strlen("000000/state.json"));
     globfree(&found);
     return step;
 }
 
-// Which elements of a bucket a rank has of a state tensor, and where: m and v of Muon differ
+// Which elements of a bucket, counted from its first, a rank has of a state tensor; the first of
+// them is element `at` of the rank's array. A Muon bucket's v has a count of its own.
 struct Range { int64_t first, end, at; };
 
 static Range state_range(Table table, const Part* parts, int b, int tensor) {
-    int64_t first = parts[b].first - table.buckets[b].offset;
-    if (tensor < 2) { return {first, first + parts[b].size, parts[b].state}; }
-    first = table.buckets[b].is_muon() ? 0 : first;
-    return {first, first + parts[b + 1].v - parts[b].v, parts[b].v};
+    Bucket bucket = table.buckets[b];
+    Part part = parts[b];
+    int64_t first = part.first - bucket.offset;
+    if (tensor != SECOND_MOMENTS) { return {first, first + part.size, part.state}; }
+    if (bucket.is_muon()) { first = 0; }
+    return {first, first + parts[b + 1].v - part.v, part.v};
 }
 
-// Masters and moments from the shards of `old_ranks` ranks: of each bucket, what lies in this
-// rank's part. Buckets of another number of ranks differ in their padding and owners only.
+// Copies what a rank's array `to` and another's array `from` have in common, bucket by bucket. The
+// other is of a run with another number of ranks, where a bucket has the same tensors, but perhaps
+// another padding and other owners.
+static void copy_overlap(float* to, Table table, const Part* parts, const float* from, Table old,
+                         const Part* old_parts, int tensor) {
+    for (int b = 0; b < table.n_buckets; b++) {
+        Range here = state_range(table, parts, b, tensor);
+        Range there = state_range(old, old_parts, b, tensor);
+        int64_t begin = max(here.first, there.first);
+        int64_t end = min(here.end, there.end);
+        if (begin >= end) { continue; }
+        memcpy(to + here.at + begin - here.first, from + there.at + begin - there.first,
+               (end - begin) * sizeof(float));
+    }
+}
+
+// Restores this rank's arrays from the shards of `old_ranks` ranks. If their number is the same now,
+// a rank reads its own shard alone, else all of them, one after another.
 static void load_shards(Model* model, Ranks* ranks, const char* folder, int old_ranks) {
-    Table old = make_table(model->config, old_ranks), table = model->table;
+    Table table = model->table;
+    Table old = make_table(model->config, old_ranks);
     float* to[] = {model->masters, model->m, model->v};
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < N_STATE_TENSORS; i++) {
         int64_t n = state_size(table, model->parts, i);
         float* mine = (float*)calloc(n, sizeof(float));
         for (int r = 0; r < old_ranks; r++) {
             if (old_ranks == ranks->world_size && r != ranks->rank) { continue; }
-            Part* parts = make_parts(old, r, old_ranks);
-            int64_t old_n = state_size(old, parts, i);
+            Part* old_parts = make_parts(old, r, old_ranks);
+            int64_t old_n = state_size(old, old_parts, i);
             float* shard = (float*)malloc(old_n * sizeof(float));
             char name[64];
             snprintf(name, sizeof name, "rank_%05d.safetensors", r);
             SafeTensors file = open_safetensors(joined(folder, name));
             read_tensor(file, STATE_TENSORS[i], old_n, shard);
-            for (int b = 0; b < table.n_buckets; b++) {
-                Range here = state_range(table, model->parts, b, i);
-                Range there = state_range(old, parts, b, i);
-                int64_t begin = max(here.first, there.first), end = min(here.end, there.end);
-                if (begin >= end) { continue; }
-                memcpy(mine + here.at + begin - here.first, shard + there.at + begin - there.first,
-                       (end - begin) * sizeof(float));
-            }
+            copy_overlap(mine, table, model->parts, shard, old, old_parts, i);
             close_safetensors(file);
-            free(shard), free(parts);
+            free(shard);
+            free(old_parts);
         }
         CHECK_CUDA(cudaMemcpy(to[i], mine, n * sizeof(float), cudaMemcpyHostToDevice));
         free(mine);
     }
-    CHECK_CUDA(cudaDeviceSynchronize());        // pageable memory may be on its way still
+    CHECK_CUDA(cudaDeviceSynchronize());        // such a copy may return before it has arrived
 }
 
-// Restores what save_state wrote, for any number of ranks; false where there is nothing to resume.
+// Says which setting of a saved run is not the same any more.
+[[noreturn]] static void die_changed(const char* text, const char* settings) {
+    for (const char* key : {"total_batch_size", "seq_len", "max_steps", "seed", "lr", "n_tokens",
+                            "bf16"}) {
+        double before = json_number(text, key, 0);
+        double now = json_number(settings, key, 0);
+        if (before == now) { continue; }
+        die("%s was begun with %s %.10g, not %.10g; give the same flags, or choose another --out",
+            arguments.out, key, before, now);
+    }
+    die("%s was begun with another --model or --config; give the same flags, or choose another "
+        "--out", arguments.out);
+}
+
+// Restores what save_state wrote, for any number of ranks; false: there is nothing to resume.
 static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_tokens) {
     int64_t step = newest_state();
     if (step >= 0 && !arguments.resume) {
-        die("%s holds a saved run; training again would overwrite it; add --resume to continue it, "
-            "or choose another --out", arguments.out);
+        die("%s holds a saved run, which would be overwritten; add --resume to continue it, or "
+            "choose another --out", arguments.out);
     }
     if (step < 0) { return false; }
     char folder[4096];
     state_folder(folder, step);
     char* text = read_file(joined(folder, "state.json"));
-    char* settings = written([&](FILE* file) {
-        write_settings(file, model->config, n_tokens);
-    });
-    if (strstr(text, settings) == NULL) {
-        die("%s was begun with another %.300s; a resumed run keeps its settings; give the same "
-            "flags, or another --out", arguments.out, json_find(text, "settings"));
+    int version = (int)json_number(text, "format_version", 0);
+    if (version != STATE_VERSION) {
+        die("%s holds a saved state of format %d, but only format %d can be resumed, because the "
+            "order of the rows has changed; train again in another --out", arguments.out, version,
+            STATE_VERSION);
     }
-    state->step = step, state->position = (int64_t)json_number(text, "position", 0);
+    char* settings = to_string([&](FILE* file) { write_settings(file, model->config, n_tokens); });
+    if (strstr(text, settings) == NULL) { die_changed(text, settings); }
+    state->step = step;
+    state->position = (int64_t)json_number(text, "position", 0);
     state->optimizer_steps = (int64_t)json_number(text, "optimizer_steps", 0);
     state->usd = json_number(text, "usd", 0);
-    state->losses = read_window(text, "losses"), state->norms = read_window(text, "norms");
+    state->losses = read_window(text, "losses");
+    state->norms = read_window(text, "norms");
     load_shards(model, ranks, folder, (int)json_number(text, "world_size", 1));
-    free(text), free(settings);
+    free(text);
+    free(settings);
     restore_parameters(model, ranks, (int)state->optimizer_steps);
     return true;
 }
 
 // ---- §18 Questions and samples ------------------------------------------------------------------
+//
+// Shows at evaluations what the model can do: HellaSwag, as run_task of eval.py asks it, and two
+// continuations, as Engine of sample.py writes them, though without a cache.
 
-// Fewer, shorter rows in the memory of the model's own
+// The same model for B rows of T tokens, which must fit in the memory of the model's own.
 static Model shortened(const Model* model, int B, int T) {
     Model part = *model;
-    part.B = B, part.T = T;
+    part.B = B;
+    part.T = T;
     return part;
 }
 
-// HellaSwag as tokens, as eval.py hellaswag writes it: int32 magic, version, n_vocab, the int32s in
-// the file, questions; of each the right answer and the number of answers; of each answer the
-// number of its tokens, <|endoftext|> and the question included, where it begins, and the tokens.
-struct HellaSwag { int* data; int n_questions, longest; };
+// hellaswag.bin, as eval.py hellaswag writes it, is all int32: magic, version, vocabulary size, the
+// number of int32s in the file, the number of questions; then for each question the index of its
+// right answer and the number of answers; then for each answer the number n of its tokens, where
+// the answer begins in them, and the n tokens: <|endoftext|>, question, answer.
+struct HellaSwag { const int* data; int n_questions, longest; };
 
+const int HELLASWAG_MAGIC = 20251121;
+
+// Past an answer's two numbers and its tokens
+static const int* next_answer(const int* answer) { return answer + 2 + answer[0]; }
+
+// Reads the file and finds its longest answer, which decides how long rows must be.
 static HellaSwag open_hellaswag(const char* core_dir, int V) {
     const char* path = joined(core_dir, "hellaswag.bin");
     size_t bytes = 0;
-    int* data = (int*)read_file(path, &bytes);
-    if (data == NULL || data[0] != 20251121 || data[1] != 1 || data[2] != V ||
-        bytes != 4 * (size_t)data[3]) {
-        die("%s is %s; HellaSwag is read as tokens of the model's vocabulary of %d; run python "
-            "eval.py hellaswag --core_dir %s --tokenizer %s/tokenizer", path,
-            data == NULL ? "not there" : "cut short or of another tokenizer", V, core_dir,
-            arguments.data);
+    const int* data = (const int*)read_file(path, &bytes);
+    bool is_valid = data != NULL && data[0] == HELLASWAG_MAGIC && data[1] == 1 && data[2] == V &&
+                    bytes == 4 * (size_t)data[3];
+    if (!is_valid) {
+        die("%s %s; run python eval.py hellaswag --core_dir %s --tokenizer %s/tokenizer", path,
+            data == NULL ? "does not exist" : "is cut short or was made with another tokenizer",
+            core_dir, arguments.data);
     }
     HellaSwag questions = {data + 5, data[4], 0};
-    int* at = questions.data;
+    const int* at = questions.data;
     for (int q = 0; q < questions.n_questions; q++) {
         int n_answers = at[1];
         at += 2;
-        for (int i = 0; i < n_answers; i++, at += 2 + at[0]) {
+        for (int i = 0; i < n_answers; i++) {
             questions.longest = max(questions.longest, at[0]);
+            at = next_answer(at);
         }
     }
     return questions;
 }
 
-// An answer's tokens → inputs (T); targets (T), -1 where nothing is scored. Too long: cut in front.
+// An answer's tokens → inputs (T) and targets (T), which are -1 outside of the answer itself. If it
+// is too long, the beginning of the question is left out.
 static void fill_row(const int* answer, int T, int* inputs, int* targets) {
-    int n = answer[0], cut = max(0, n - 1 - T), start = max(1, answer[1] - cut);
+    int cut = max(0, answer[0] - 1 - T);
     const int* ids = answer + 2 + cut;
+    int n = answer[0] - cut;
+    int start = max(1, answer[1] - cut);        // of the answer; the first token has no prediction
     for (int t = 0; t < T; t++) {
-        bool exists = t + 1 < n - cut;
+        bool exists = t + 1 < n;
+        bool is_scored = exists && t + 1 >= start;
         inputs[t] = exists ? ids[t] : 0;
-        targets[t] = exists && t + 1 >= start ? ids[t + 1] : -1;
+        targets[t] = is_scored ? ids[t + 1] : -1;
     }
 }
 
-// The share of questions whose right answer has the highest mean log-prob a token. Each rank takes
-// every world_size-th question; `rows` (B) are the answers that are on their way.
-static double hellaswag(Model* model, Loader* loader, HellaSwag questions, Ranks* ranks) {
-    int T = min(model->T, ceil_div(questions.longest - 1, 64) * 64), n_rows = 0, B = model->B;
-    Model part = shortened(model, B, T);
-    float* losses = (float*)malloc((size_t)B * T * sizeof(float));
-    struct Asked { int question; bool right; }* rows = (Asked*)malloc(B * sizeof(Asked));
-    double* best = (double*)malloc(questions.n_questions * sizeof(double));
-    double sums[2] = {};                    // right, asked
-    bool* is_right = (bool*)calloc(questions.n_questions, sizeof(bool));
-    int *inputs = begin_batch(loader), *targets = inputs + B * T;
-    auto answer_rows = [&]() {
-        for (int i = n_rows * T; i < B * T; i++) { inputs[i] = 0, targets[i] = -1; }
-        send_batch(loader, &part);
-        forward(&part, false);
-        CHECK_CUDA(cudaMemcpyAsync(losses, model->losses, (size_t)B * T * sizeof(float),
-                                   cudaMemcpyDeviceToHost, model->stream));
-        CHECK_CUDA(cudaStreamSynchronize(model->stream));
-        for (int row = 0; row < n_rows; row++) {
-            double sum = 0, n = 0;
-            for (int i = row * T; i < (row + 1) * T; i++) {
-                sum += losses[i], n += targets[i] >= 0;
-            }
-            int q = rows[row].question;
-            if (sum / n < best[q]) { best[q] = sum / n, is_right[q] = rows[row].right; }
+struct Asked { int question; bool is_right; };      // whose answer a row is, and if the right one
+struct Best { double loss; bool is_right; };        // mean loss a token of a question's best answer
+
+// Answers that are scored together, a row each
+struct Scoring {
+    Model model;
+    Loader* loader;
+    int* inputs;                // the staging buffer that is being filled
+    int n_rows;                 // of B
+    Asked* rows;                // (B)
+    Best* best;                 // (n_questions)
+    float* losses;              // (B · T)
+};
+
+// Scores the rows that are filled, and begins with an empty buffer. Rows without an answer have no
+// targets, so they cost time, but change nothing.
+static void score_rows(Scoring* s) {
+    int B = s->model.B, T = s->model.T;
+    int* targets = s->inputs + B * T;
+    for (int i = s->n_rows * T; i < B * T; i++) {
+        s->inputs[i] = 0;
+        targets[i] = -1;
+    }
+    batch_losses(&s->model, s->loader, s->losses);
+    for (int row = 0; row < s->n_rows; row++) {
+        double sum = 0;
+        int n = 0;
+        for (int i = row * T; i < (row + 1) * T; i++) {
+            sum += s->losses[i];
+            if (targets[i] >= 0) { n++; }
         }
-        inputs = begin_batch(loader), targets = inputs + B * T, n_rows = 0;
-    };
+        Asked asked = s->rows[row];
+        Best* best = &s->best[asked.question];
+        if (sum / n < best->loss) { *best = {sum / n, asked.is_right}; }
+    }
+    s->inputs = begin_batch(s->loader);
+    s->n_rows = 0;
+}
+
+// HellaSwag's accuracy: the share of questions whose right answer has the highest mean log
+// probability a token. Each rank takes every world_size-th question.
+static double hellaswag(Model* model, Loader* loader, HellaSwag questions, Ranks* ranks) {
+    int B = model->B;
+    int T = min(model->T, ceil_div(questions.longest - 1, 64) * 64);    // whole tiles of attention
+    Scoring scoring = {shortened(model, B, T), loader, begin_batch(loader)};
+    scoring.rows = (Asked*)malloc(B * sizeof(Asked));
+    scoring.best = (Best*)malloc(questions.n_questions * sizeof(Best));
+    scoring.losses = (float*)malloc((size_t)B * T * sizeof(float));
     const int* at = questions.data;
     for (int q = 0; q < questions.n_questions; q++) {
-        int right = at[0], n_answers = at[1];
-        best[q] = INFINITY;
+        int right = at[0];
+        int n_answers = at[1];
         at += 2;
-        for (int i = 0; i < n_answers; i++, at += 2 + at[0]) {
+        scoring.best[q] = {INFINITY, false};
+        for (int i = 0; i < n_answers; i++) {
+            const int* answer = at;
+            at = next_answer(at);
             if (q % ranks->world_size != ranks->rank) { continue; }
-            fill_row(at, T, inputs + n_rows * T, targets + n_rows * T);
-            rows[n_rows++] = {q, i == right};
-            if (n_rows == B) { answer_rows(); }
+            int* inputs = scoring.inputs + scoring.n_rows * T;
+            fill_row(answer, T, inputs, inputs + B * T);
+            scoring.rows[scoring.n_rows] = {q, i == right};
+            scoring.n_rows++;
+            if (scoring.n_rows == B) { score_rows(&scoring); }
         }
     }
-    if (n_rows > 0) { answer_rows(); }
+    if (scoring.n_rows > 0) { score_rows(&scoring); }
+    double sums[2] = {};                    // right, asked
     for (int q = ranks->rank; q < questions.n_questions; q += ranks->world_size) {
-        sums[0] += is_right[q], sums[1]++;
+        if (scoring.best[q].is_right) { sums[0]++; }
+        sums[1]++;
     }
-    free(losses), free(rows), free(best), free(is_right);
+    free(scoring.rows);
+    free(scoring.best);
+    free(scoring.losses);
     ranks_sum(ranks, sums, 2);
     return sums[0] / sums[1];
 }
 
-// The bytes of each token, from tokenizer.tiktoken: lines of base64 and rank
+// The bytes of each token; n is 0 where the data have no tokenizer. Special tokens have 0 bytes.
 struct Vocabulary { char** bytes; int *sizes, n, eot; };
 
+// Decodes the text from `begin` to before `end` into bytes; returns their number.
+static int decode_base64(const char* begin, const char* end, char* bytes) {
+    const char* DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    int size = 0;
+    int n_bits = 0;                         // how many of `bits`, the lowest, wait to be a byte
+    uint32_t bits = 0;
+    for (const char* c = begin; c < end && *c != '='; c++) {
+        bits = bits << 6 | (uint32_t)(strchr(DIGITS, *c) - DIGITS);
+        n_bits += 6;
+        if (n_bits < 8) { continue; }
+        n_bits -= 8;
+        bytes[size] = (char)(bits >> n_bits);
+        size++;
+    }
+    return size;
+}
+
+// tokenizer.tiktoken has a line for each token: its bytes in base64, a space, its number.
 static Vocabulary read_vocabulary(const char* data, int V) {
     char* text = read_file(joined(data, "tokenizer/tokenizer.tiktoken"));
     char* header = read_file(joined(data, "tokenizer/tokenizer.json"));
-    Vocabulary vocabulary = {(char**)calloc(V, sizeof(char*)), (int*)calloc(V, sizeof(int)), 0, 0};
+    Vocabulary vocabulary = {};
+    vocabulary.bytes = (char**)calloc(V, sizeof(char*));
+    vocabulary.sizes = (int*)calloc(V, sizeof(int));
     if (text == NULL || header == NULL) { return vocabulary; }
-    vocabulary.n = V, vocabulary.eot = (int)json_number(header, "<|endoftext|>", V - 1);
-    const char* digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    vocabulary.n = V;
+    vocabulary.eot = (int)json_number(header, "<|endoftext|>", V - 1);
     for (char* line = strtok(text, "\n"); line != NULL; line = strtok(NULL, "\n")) {
-        char *space = strchr(line, ' '), *bytes = (char*)malloc(strlen(line));
-        int rank = space != NULL ? atoi(space) : -1, size = 0, n_bits = 0;
-        uint32_t bits = 0;
-        for (const char* c = line; c < space && *c != '='; c++, n_bits += 6) {
-            if (n_bits >= 8) { bytes[size++] = (char)(bits >> (n_bits -= 8)); }
-            bits = bits << 6 | (uint32_t)(strchr(digits, *c) - digits);
-        }
-        if (n_bits >= 8) { bytes[size++] = (char)(bits >> (n_bits - 8)); }
-        if (rank < 0 || rank >= V) { continue; }
-        vocabulary.bytes[rank] = bytes, vocabulary.sizes[rank] = size;
+        char* space = strchr(line, ' ');
+        int token = space != NULL ? atoi(space) : -1;
+        if (token < 0 || token >= V) { continue; }
+        vocabulary.bytes[token] = (char*)malloc(strlen(line));
+        vocabulary.sizes[token] = decode_base64(line, space, vocabulary.bytes[token]);
     }
-    free(text), free(header);
+    free(text);
+    free(header);
     return vocabulary;
 }
 
+// The token with these bytes, or -1. Slow, but it is asked for two prompts only.
 static int find_token(const Vocabulary* vocabulary, const char* bytes, int size) {
     for (int i = 0; i < vocabulary->n; i++) {
         if (vocabulary->sizes[i] == size && memcmp(vocabulary->bytes[i], bytes, size) == 0) {
@@ -3951,19 +4399,25 @@ static int find_token(const Vocabulary* vocabulary, const char* bytes, int size)
     return -1;
 }
 
-// A word, in which no pattern cuts, by BPE: the pair that makes the lowest token merges first.
+// BPE on a word that the tokenizer's pattern does not split: merges the pair that makes the token
+// with the lowest number, until no pair makes a token. Returns how many ids it wrote.
 static int encode_word(const Vocabulary* vocabulary, const char* word, int size, int* ids) {
-    int ends[64], n = size;                 // where each part ends
+    int ends[64];                           // of the parts; each part begins where the last ends
+    int n = size;
     for (int i = 0; i < n; i++) { ends[i] = i + 1; }
     while (true) {
-        int lowest = INT32_MAX, at = -1;
+        int lowest = INT32_MAX;
+        int lowest_at = -1;
         for (int i = 0; i + 1 < n; i++) {
             int begin = i > 0 ? ends[i - 1] : 0;
             int token = find_token(vocabulary, word + begin, ends[i + 1] - begin);
-            if (token >= 0 && token < lowest) { lowest = token, at = i; }
+            if (token < 0 || token >= lowest) { continue; }
+            lowest = token;
+            lowest_at = i;
         }
-        if (at < 0) { break; }
-        memmove(ends + at, ends + at + 1, (--n - at) * sizeof(int));
+        if (lowest_at < 0) { break; }
+        n--;
+        memmove(ends + lowest_at, ends + lowest_at + 1, (n - lowest_at) * sizeof(int));
     }
     for (int i = 0; i < n; i++) {
         int begin = i > 0 ? ends[i - 1] : 0;
@@ -3972,13 +4426,16 @@ static int encode_word(const Vocabulary* vocabulary, const char* word, int size,
     return n;
 }
 
-const int SAMPLE_TOKENS = 48;
+const int MAX_CONTEXT = 64;             // tokens of a prompt and its continuation together
+const int SAMPLE_TOKENS = 48;           // tokens of a continuation
 const double TEMPERATURE = 0.8;
 
-// Draws the next token from logits (V)
+// Draws the next token from the softmax of logits (V) / temperature: the first token at which the
+// cumulative probability exceeds a uniform random number.
 static int draw(const floatX* logits, int V, uint64_t seed, uint64_t place) {
-    double highest = -INFINITY, sum = 0;
+    double highest = -INFINITY;
     for (int i = 0; i < V; i++) { highest = fmax(highest, (float)logits[i]); }
+    double sum = 0;
     for (int i = 0; i < V; i++) { sum += exp(((float)logits[i] - highest) / TEMPERATURE); }
     double left = uniform(seed, place) * sum;
     for (int i = 0; i < V; i++) {
@@ -3988,101 +4445,198 @@ static int draw(const floatX* logits, int V, uint64_t seed, uint64_t place) {
     return V - 1;
 }
 
-// Two continuations, a line each; the model reads everything again for each token. On one rank.
+// The logits (Vp) that follow n tokens, with dN's soft cap; `model` is of one row.
+static void next_logits(Model* model, Loader* loader, const int* ids, int n, floatX* logits) {
+    int T = model->T;
+    int Vp = padded_vocab(model->config);
+    int* inputs = begin_batch(loader);
+    int* targets = inputs + T;
+    for (int t = 0; t < T; t++) {
+        inputs[t] = t < n ? ids[t] : 0;
+        targets[t] = -1;
+    }
+    send_batch(loader, model);
+    forward(model, false);
+    CHECK_CUDA(cudaMemcpyAsync(logits, model->logits + (int64_t)(n - 1) * Vp, Vp * sizeof(floatX),
+                               cudaMemcpyDeviceToHost, model->stream));
+    CHECK_CUDA(cudaStreamSynchronize(model->stream));
+    for (int i = 0; i < model->config.vocab_size; i++) {
+        logits[i] = (floatX)capped((float)logits[i], model->config.softcap);
+    }
+}
+
+// Continues ids (MAX_CONTEXT), of which n are the prompt, up to <|endoftext|>; the model reads the
+// whole row again for each token. Returns how many there are then.
+static int continue_ids(Model* model, Loader* loader, int eot, uint64_t seed, int* ids, int n) {
+    int end = min(n + SAMPLE_TOKENS, model->T);
+    floatX* logits = (floatX*)malloc(padded_vocab(model->config) * sizeof(floatX));
+    while (n < end) {
+        next_logits(model, loader, ids, n, logits);
+        ids[n] = draw(logits, model->config.vocab_size, seed, n);
+        n++;
+        if (ids[n - 1] == eot) { break; }
+    }
+    free(logits);
+    return n;
+}
+
+// Logs "prompt" and its continuation; the text of a model may end within a character of UTF-8.
+static void say_sample(Log* log, const char* prompt, const char* text, size_t bytes,
+                       int64_t step) {
+    char* line = to_string([&](FILE* file) {
+        fprintf(file, "  sample: %s", prompt);
+        write_json_string(file, text, bytes);
+    });
+    char* row = to_string([&](FILE* file) {
+        fprintf(file, "\"step\": %lld, \"sample\": \"%s", (long long)step, prompt);
+        fputs(strchr(line, '"') + 1, file);         // the prompts have no quotes
+    });
+    say(log, line, row);
+    free(line);
+    free(row);
+}
+
+// Two continuations, a line each, on one rank
 static void say_samples(Log* log, Model* model, Loader* loader, const Vocabulary* vocabulary,
                         int64_t step) {
-    int V = model->config.vocab_size, Vp = padded_vocab(model->config), T = min(model->T, 64);
-    Model part = shortened(model, 1, T);
-    floatX* logits = (floatX*)malloc(Vp * sizeof(floatX));
+    Model part = shortened(model, 1, min(model->T, MAX_CONTEXT));
     const char* prompts[][2] = {{"The", ""}, {"Return", " the"}};       // word by word
     for (int which = 0; which < 2; which++) {
-        int ids[64] = {vocabulary->eot}, n = 1;
+        int ids[MAX_CONTEXT] = {vocabulary->eot};
+        int first = 1;
         for (const char* word : prompts[which]) {
-            n += encode_word(vocabulary, word, strlen(word), ids + n);
+            first += encode_word(vocabulary, word, strlen(word), ids + first);
         }
-        int first = n, end = min(n + SAMPLE_TOKENS, T);
-        while (n < end && (n == first || ids[n - 1] != vocabulary->eot)) {
-            int *inputs = begin_batch(loader), *targets = inputs + T;
-            for (int t = 0; t < T; t++) { inputs[t] = t < n ? ids[t] : 0, targets[t] = -1; }
-            send_batch(loader, &part);
-            forward(&part, false);
-            CHECK_CUDA(cudaMemcpyAsync(logits, model->logits + (int64_t)(n - 1) * Vp,
-                                       Vp * sizeof(floatX), cudaMemcpyDeviceToHost, model->stream));
-            CHECK_CUDA(cudaStreamSynchronize(model->stream));
-            for (int i = 0; i < V; i++) {
-                logits[i] = (floatX)capped((float)logits[i], model->config.softcap);
-            }
-            ids[n] = draw(logits, V, which, n);
-            n++;
-        }
+        int n = continue_ids(&part, loader, vocabulary->eot, which, ids, first);
         size_t bytes = 0;
-        char prompt[64], *text = written([&](FILE* file) {
+        char* text = to_string([&](FILE* file) {
             for (int i = first; i < n; i++) {
-                int size = vocabulary->sizes[ids[i]];       // 0 of special tokens
+                int size = vocabulary->sizes[ids[i]];
                 if (size > 0) { fwrite(vocabulary->bytes[ids[i]], 1, size, file); }
             }
         }, &bytes);
+        char prompt[64];
         snprintf(prompt, sizeof prompt, "%s%s", prompts[which][0], prompts[which][1]);
-        char* line = written([&](FILE* file) {
-            fprintf(file, "  sample: %s", prompt);
-            write_json_string(file, text, bytes);
-        });
-        char* row = written([&](FILE* file) {
-            fprintf(file, "\"step\": %lld, \"sample\": \"%s", (long long)step, prompt);
-            fputs(strchr(line, '"') + 1, file);
-        });
-        say(log, line, row);
-        free(text), free(line), free(row);
+        say_sample(log, prompt, text, bytes, step);
+        free(text);
     }
-    free(logits);
 }
 
 // ---- §19 Main -----------------------------------------------------------------------------------
+//
+// Schedules, the arithmetic of a step, and the training loop, as in train_gpt2.py. The constants of
+// GPT-2 are llm.c's, those of dN are nanochat's; train_gpt2.py names the sources.
 
-// llm.c's for GPT-2: linear warm-up, then cosine to 0
-static double schedule(int64_t step, int64_t max_steps) {
-    int64_t warmup = max_steps / 10 < 700 ? max_steps / 10 : 700;
+// GPT-2's share of the peak learning rate: linear warm-up, then a cosine to 0
+static double gpt2_schedule(int64_t step, int64_t max_steps) {
+    int64_t warmup = min(max_steps / 10, (int64_t)700);
     if (step < warmup) { return (step + 1.0) / warmup; }
-    int64_t rest = max_steps > warmup ? max_steps - warmup : 1;
+    int64_t rest = max(max_steps - warmup, (int64_t)1);
     return 0.5 * (1 + cos(M_PI * (step - warmup) / rest));
 }
 
 // Weights that multiply every token: the blocks' matrices and the head
 static double matmul_parameters(Config config) {
+    double C = config.n_embd;
     int n_gates = config.modern ? ceil_div(config.n_layer, 2) : 0;
-    return 12.0 * config.n_layer * config.n_embd * config.n_embd +
-           (double)config.vocab_size * config.n_embd + n_gates * config.n_head * GATE_INPUTS;
+    return 12.0 * config.n_layer * C * C + config.vocab_size * C +
+           n_gates * config.n_head * GATE_INPUTS;
 }
 
-// Both passes, as in PaLM (arXiv 2204.02311, B): 6 a weight, 12·C a key in reach
+// Forward and backward, as PaLM counts (arXiv 2204.02311, appendix B): 6 for each weight, and 12·C
+// for each key that a token sees, in each layer
 static double flops_per_token(Config config, int T) {
     double keys = 0;
     for (int l = 0; l < config.n_layer; l++) { keys += min(config.window(l), T); }
     return 6 * matmul_parameters(config) + 12.0 * config.n_embd * keys;
 }
 
-const double D12_MATMUL_PARAMETERS = 110.1e6;   // where decay and batch size were tuned
+const double D12_MATMUL_PARAMETERS = 110.1e6;   // where dN's decay and batch size were tuned
 const double GPT2_MATMUL_PARAMETERS = 12.0 * 12 * 768 * 768 + 50257.0 * 768;    // of the 124M
+const double TUNED_BATCH = 1 << 19;             // tokens a step, where dN's rates were tuned
 
-// What step + 1 does. dN: 40 steps of warm-up, the last 65 % linearly down to 5 %; momentum rises
-// over 400 steps and sinks with lr; decay follows a cosine. No clipping: it would never act.
+// The numbers of the update that follows `step` updates
 static Update plan_update(Config config, int64_t step, double norm) {
     const Arguments& a = arguments;
-    if (!config.modern) {                       // GPT-2 clips at norm 1
+    int64_t n = a.max_steps;
+    if (!config.modern) {                       // gradients are clipped at norm 1
         double clip = fmin(1.0, 1.0 / (norm + 1e-6));
-        return {a.lr * schedule(step, a.max_steps), clip, 0, 1, 0};
+        return {a.lr * gpt2_schedule(step, n), clip, 0, 1, 0};
     }
-    int64_t n = a.max_steps, warmup = min(n / 10, (int64_t)40);
+    // 40 steps of warm-up; during the last 65 % the rate falls linearly to 5 %
+    int64_t warmup = max(min(n / 10, (int64_t)40), (int64_t)1);
     double left = fmin(1.0, (n - step) / (0.65 * n));
-    double lr_scale = fmin(1.0, (step + 1.0) / max(warmup, (int64_t)1)) * (0.05 + 0.95 * left);
+    double lr_scale = fmin(1.0, (step + 1.0) / warmup) * (0.05 + 0.95 * left);
+    // Muon's momentum rises for 400 steps from 0.85 to 0.97 and falls with the rate to 0.90
     double momentum = 0.85 + 0.12 * fmin(1.0, step / 400.0);
-    momentum = left == 1 ? momentum : 0.90 + (momentum - 0.90) * left;
-    double batch_scale = sqrt(a.total_batch_size / (double)(1 << 19));
-    return {a.lr * lr_scale, 1, momentum, 0.5 * (1 + cos(M_PI * step / n)),
-            0.28 * batch_scale * D12_MATMUL_PARAMETERS / matmul_parameters(config)};
+    if (left < 1) { momentum = 0.90 + (momentum - 0.90) * left; }
+    double decay_scale = 0.5 * (1 + cos(M_PI * step / n));
+    double muon_decay = 0.28 * sqrt(a.total_batch_size / TUNED_BATCH) * D12_MATMUL_PARAMETERS /
+                        matmul_parameters(config);
+    // no clipping, which would never act in dN
+    return {a.lr * lr_scale, 1, momentum, decay_scale, muon_decay};
 }
 
-// Dense bf16 FLOP/s by the data sheets; 0: unknown, no MFU is shown
+// Tokens to train on: 8 a parameter for dN; for GPT-2 a power law through llm.c's runs, 10 billion
+// tokens for 124M parameters and 33.6 billion for 1558M
+static double default_tokens(Config config) {
+    double size = matmul_parameters(config);
+    return config.modern ? 8 * size : 1e10 * pow(size / GPT2_MATMUL_PARAMETERS, 0.48);
+}
+
+// Tokens a step, a power of two: 2¹⁹ for d12 and for 124M, more for larger models
+static int64_t default_batch(Config config) {
+    double size = matmul_parameters(config);
+    double scale = config.modern ? pow(size / D12_MATMUL_PARAMETERS, 0.383)
+                                 : pow(size / GPT2_MATMUL_PARAMETERS, 0.27);
+    return 1 << lround(19 + log2(scale));
+}
+
+// default_lr of training.py, where the reasons stand: for dN it grows with the root of the batch
+// from 2¹⁸ tokens on, and toys get more
+static double default_lr(Config config, int64_t batch_tokens) {
+    if (!config.modern) { return 6e-4; }
+    if (batch_tokens < 1 << 16) { return 0.028; }
+    return 0.02 * fmax(sqrt(batch_tokens / TUNED_BATCH), sqrt(0.5));
+}
+
+// The most rows at a time, up to 32, that fit into 90 % of the free memory and divide a step's
+static int64_t default_rows(Config config, int world_size) {
+    const Arguments& a = arguments;
+    size_t free_bytes = 0;
+    size_t all_bytes = 0;
+    CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all_bytes));
+    double fixed, row;
+    memory_bytes(config, a.seq_len, a.recompute, world_size, &fixed, &row);
+    int64_t most = fmin(32.0, fmax(1.0, (0.9 * free_bytes - fixed) / row));
+    int64_t rows = a.total_batch_size / (a.seq_len * world_size);
+    int64_t found = 0;
+    for (int64_t n = 1; n <= most; n++) {
+        if (rows % n == 0) { found = n; }
+    }
+    return found;
+}
+
+// Sets max_steps, total_batch_size, batch_size and lr where no flag did; returns grad_accum_steps.
+static int64_t plan_batch(Config config, int world_size) {
+    Arguments* a = &arguments;
+    if (a->total_batch_size == 0) { a->total_batch_size = default_batch(config); }
+    if (a->lr == 0) { a->lr = default_lr(config, a->total_batch_size); }
+    if (a->batch_size == 0) { a->batch_size = default_rows(config, world_size); }
+    int64_t micro_tokens = a->batch_size * a->seq_len * world_size;
+    if (micro_tokens < 1 || a->total_batch_size % micro_tokens != 0) {
+        double times = micro_tokens > 0 ? (double)a->total_batch_size / micro_tokens : 1;
+        die("--total_batch_size %lld must be a multiple of batch_size*seq_len*world_size = %lld; "
+            "try --total_batch_size %lld", (long long)a->total_batch_size, (long long)micro_tokens,
+            max(llround(times), 1ll) * micro_tokens);
+    }
+    if (a->max_steps == 0) {
+        a->max_steps = max(llround(default_tokens(config) / a->total_batch_size), 1ll);
+    }
+    return a->total_batch_size / micro_tokens;
+}
+
+// Dense bf16 FLOP/s as data sheets state them; 0: unknown, and no MFU is shown
 static double peak_flops(const char* gpu) {
     const struct { const char* name; double flops; } known[] = {
         {"H100 PCIe", 756e12}, {"H100", 989e12}, {"H200", 989e12}, {"B200", 2250e12},
@@ -4093,94 +4647,81 @@ static double peak_flops(const char* gpu) {
     return 0;
 }
 
-// Fills in max_steps, total_batch_size, batch_size where no flag did; → grad_accum_steps
-static int64_t horizon(Config config, int world_size) {
-    Arguments* a = &arguments;
-    int64_t T = a->seq_len, rows;
-    // dN: 8 tokens a parameter, batch ∝ tokens^.383, 2¹⁹ at d12. GPT-2: through llm.c's runs, 10B
-    // tokens for 124M, 33.6B by 2²⁰ for 1558M.
-    double size = matmul_parameters(config), times = size / GPT2_MATMUL_PARAMETERS;
-    double tokens = config.modern ? 8 * size : 1e10 * pow(times, 0.48);
-    double scale = config.modern ? pow(size / D12_MATMUL_PARAMETERS, 0.383) : pow(times, 0.27);
-    if (a->total_batch_size == 0) { a->total_batch_size = 1 << lround(19 + log2(scale)); }
-    if (a->lr == 0) {                   // dN's as in optim.py: by the root of the batch, but of toys
-        double batch_scale = sqrt(a->total_batch_size / (double)(1 << 19));
-        double of_dn = a->total_batch_size < 1 << 16 ? 0.028 : 0.02 * fmax(batch_scale, sqrt(0.5));
-        a->lr = config.modern ? of_dn : 6e-4;
-    }
-    if (a->batch_size == 0) {           // the most rows that fit and divide the batch
-        size_t free_bytes = 0, all = 0;
-        CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
-        double fixed, row;
-        memory_bytes(config, T, a->recompute, world_size, &fixed, &row);
-        rows = a->total_batch_size / (T * world_size);
-        int64_t most = fmin(32.0, fmax(1.0, (0.9 * free_bytes - fixed) / row));
-        for (int64_t n = 1; n <= most; n++) { a->batch_size = rows % n == 0 ? n : a->batch_size; }
-    }
-    int64_t micro_tokens = a->batch_size * T * world_size;
-    if (micro_tokens < 1 || a->total_batch_size % micro_tokens != 0) {
-        int64_t times = micro_tokens > 0 ? llround((double)a->total_batch_size / micro_tokens) : 1;
-        die("total_batch_size %lld is not a multiple of batch_size*seq_len*world_size = %lld; "
-            "it is split evenly; try --total_batch_size %lld", (long long)a->total_batch_size,
-            (long long)micro_tokens, (long long)(times > 1 ? times : 1) * micro_tokens);
-    }
-    if (a->max_steps == 0) {
-        a->max_steps = llround(tokens / a->total_batch_size);
-        a->max_steps = a->max_steps > 1 ? a->max_steps : 1;
-    }
-    return a->total_batch_size / micro_tokens;
-}
-
-// Bytes/s of its memory, by its clock and width; two transfers a clock
-static double peak_bandwidth(int device) {
-    int khz = 0, bits = 0;
+// Bytes/s of this GPU's memory: clock times width, with two transfers a clock
+static double peak_bandwidth() {
+    int device = 0;
+    int khz = 0;
+    int bits = 0;
+    CHECK_CUDA(cudaGetDevice(&device));
     CHECK_CUDA(cudaDeviceGetAttribute(&khz, cudaDevAttrMemoryClockRate, device));
     CHECK_CUDA(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device));
     return 2.0 * 1000 * khz * bits / 8;
 }
 
+// The GPU that start_ranks chose
+static cudaDeviceProp find_gpu() {
+    int device = 0;
+    cudaDeviceProp properties;
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaGetDeviceProperties(&properties, device));
+    if (BF16 && properties.major < 8) {
+        die("%s has no bf16 tensor cores, which came with compute capability 8.0; build with make "
+            "train_gpt2cu PRECISION=FP32", properties.name);
+    }
+    return properties;
+}
+
+// After SIGTERM or SIGINT all ranks save and leave after the same step.
 static volatile sig_atomic_t stop_asked;
 static void on_signal(int) { stop_asked = 1; }
 
+// All flags as JSON, with the values that were chosen for those not given
 static void write_flags(FILE* file) {
+    const char* separator = "{";
     for (const Flag& flag : FLAGS) {
-        fprintf(file, "%s\"%s\": ", &flag == FLAGS ? "{" : ", ", flag.name);
-        if (flag.integer != NULL) { fprintf(file, "%lld", (long long)*flag.integer); }
-        if (flag.real != NULL) { fprintf(file, "%.15g", *flag.real); }
-        if (flag.text == NULL) { continue; }
-        const char* text = *flag.text;
-        text != NULL ? write_json_string(file, text, strlen(text)) : (void)fputs("null", file);
+        fprintf(file, "%s\"%s\": ", separator, flag.name);
+        separator = ", ";
+        if (flag.integer != NULL) {
+            fprintf(file, "%lld", (long long)*flag.integer);
+        } else if (flag.real != NULL) {
+            fprintf(file, "%.15g", *flag.real);
+        } else if (flag.given != NULL) {
+            fprintf(file, "%d", *flag.given);
+        } else if (*flag.text != NULL) {
+            write_json_string(file, *flag.text, strlen(*flag.text));
+        } else {
+            fputs("null", file);
+        }
     }
     fputc('}', file);
 }
 
-// What it takes to repeat a run: command, versions, device, flags, parameters
-static void say_header(Log* log, Model* model, const char* gpu, int argc, char** argv,
-                       int64_t grad_accum_steps, int64_t n_tokens) {
+// What it takes to repeat the run: command, versions, device, flags; then the batch and the memory
+static void say_header(Log* log, Model* model, Ranks* ranks, const char* gpu, const char* command,
+                       int64_t n_tokens) {
     const Arguments& a = arguments;
-    char* command = written([&](FILE* file) {
-        for (int i = 0; i < argc; i++) { fprintf(file, "%s%s", i > 0 ? " " : "", argv[i]); }
-    });
-    char *flags = written(write_flags), cuda[64];
+    char* flags = to_string(write_flags);
+    char cuda[64];
     snprintf(cuda, sizeof cuda, "%d.%d, cuBLASLt %zu, %s", CUDART_VERSION / 1000,
              CUDART_VERSION / 10 % 100, cublasLtGetVersion(), BF16 ? "bf16" : "fp32");
     long long params = model->table.file_size;
-    char* row = written([&](FILE* file) {
+    char* row = to_string([&](FILE* file) {
         fprintf(file, "\"header\": {\"command\": ");
         write_json_string(file, command, strlen(command));
         fprintf(file, ", \"commit\": \"unknown\", \"cuda\": \"%s\", \"flags\": %s, \"params\": "
                 "%lld, \"device\": \"%s\"}", cuda, flags, params, gpu);
     });
-    int64_t T = model->T, ranks = a.total_batch_size / (a.batch_size * T * grad_accum_steps);
+    int64_t T = model->T;
+    int64_t grad_accum_steps = a.total_batch_size / (a.batch_size * T * ranks->world_size);
     double fixed, row_bytes;
-    memory_bytes(model->config, T, a.recompute, ranks, &fixed, &row_bytes);
-    char* lines = written([&](FILE* file) {
+    memory_bytes(model->config, T, a.recompute, ranks->world_size, &fixed, &row_bytes);
+    char* lines = to_string([&](FILE* file) {
         fprintf(file, "command  %s\ncommit   unknown\ncuda     %s\nflags    %s\nparams   %lld\n"
                 "device   %s\n", command, cuda, flags, params, gpu);
-        fprintf(file, "%lld tokens a step = %lld rows x %lld tokens x %lld ranks x %lld "
-                "accumulated; %lld steps = %.2f epochs of %lld tokens\n",
-                (long long)a.total_batch_size, (long long)a.batch_size, (long long)T,
-                (long long)ranks, (long long)grad_accum_steps, (long long)a.max_steps,
+        fprintf(file, "%lld tokens a step = %lld rows x %lld tokens x %d ranks x %lld accumulated; "
+                "%lld steps = %.2f epochs of %lld tokens\n", (long long)a.total_batch_size,
+                (long long)a.batch_size, (long long)T, ranks->world_size,
+                (long long)grad_accum_steps, (long long)a.max_steps,
                 (double)a.max_steps * a.total_batch_size / n_tokens, (long long)n_tokens);
         fprintf(file, "%.0f parameters in matmuls, %.3g FLOP a token; memory about %.1f GB a rank, "
                 "%.2f GB of it a row: if it does not fit, halve --batch_size",
@@ -4188,11 +4729,64 @@ static void say_header(Log* log, Model* model, const char* gpu, int argc, char**
                 (fixed + a.batch_size * row_bytes) / 1e9, row_bytes / 1e9);
     });
     say(log, lines, row);
-    free(command), free(flags), free(row), free(lines);
+    free(flags);
+    free(row);
+    free(lines);
 }
 
-// One step's gradients → the mean loss over all ranks, and whether a rank was asked to stop. Each
-// batch is read while the GPU is busy with the one before, even if that is of the step before.
+// What evaluations read
+struct Validation {
+    Shards shards;
+    int* token_bytes;           // (V) or NULL
+    HellaSwag questions;        // none without --core_dir
+    Vocabulary vocabulary;
+};
+
+// Opens everything before training begins, so that a missing file ends the run at once.
+static Validation open_validation(int V) {
+    Validation validation = {};
+    validation.shards = open_shards(arguments.data, "val");
+    validation.token_bytes = read_token_bytes(arguments.data, V);
+    if (arguments.core_dir != NULL) {
+        validation.questions = open_hellaswag(arguments.core_dir, V);
+    }
+    validation.vocabulary = read_vocabulary(arguments.data, V);
+    return validation;
+}
+
+// A new model guesses: its loss is ln V. Any other loss means that a kernel is wrong.
+static void check_first_loss(double val_loss, int V) {
+    double expected = log(V);
+    if (fabs(val_loss / expected - 1) <= 0.05) { return; }
+    die("val_loss is %.4f before step 1, but an untrained model's is ln(%d) = %.4f, so a kernel is "
+        "wrong on this GPU; run make test_train_gpt2cu", val_loss, V, expected);
+}
+
+// Logs val loss, HellaSwag and samples; returns bits per byte.
+static double log_evaluation(Log* log, Model* model, Loader* loader, Ranks* ranks,
+                             const Validation* validation, int64_t step) {
+    bool is_last = step == arguments.max_steps;
+    ValLoss val = evaluate(model, loader, validation->shards, validation->token_bytes,
+                           is_last ? validation->shards.n_tokens : VAL_TOKENS, ranks);
+    Row row = begin_row(log, step);
+    add(&row, "val_loss", val.val_loss, "val_loss %.6f");
+    if (val.val_bpb > 0) { add(&row, "val_bpb", val.val_bpb, "val_bpb %.4f"); }
+    if (validation->questions.n_questions > 0) {
+        double accuracy = hellaswag(model, loader, validation->questions, ranks);
+        add(&row, "hellaswag", accuracy, "hellaswag %.4f");
+    }
+    say(log, row.line, row.row);
+    if (step == 0 && arguments.init_from == NULL) {
+        check_first_loss(val.val_loss, model->config.vocab_size);
+    }
+    if (ranks->rank == 0 && validation->vocabulary.n > 0) {
+        say_samples(log, model, loader, &validation->vocabulary, step);
+    }
+    return val.val_bpb;
+}
+
+// Forward and backward of one step; returns the mean loss over all ranks. `stop`: a rank was asked
+// to. Each batch is read while the GPU is busy with the one before, even the next step's first.
 static double accumulate(Model* model, Loader* loader, Ranks* ranks, int64_t position,
                          int64_t grad_accum_steps, bool* stop) {
     int B = model->B, BT = B * model->T;
@@ -4218,34 +4812,72 @@ static double accumulate(Model* model, Loader* loader, Ranks* ranks, int64_t pos
     return sums[0] / BT / grad_accum_steps / ranks->world_size;
 }
 
+// A step whose gradients are thrown away; the batch counts as read.
+static void say_skipped(Log* log, int64_t step, double loss, double norm) {
+    char line[256], row[64];
+    snprintf(line, sizeof line, "step %lld: skipped, loss %.4f or norm %.4f stands out of the last "
+             "%d", (long long)step, loss, norm, SPIKE_WINDOW);
+    snprintf(row, sizeof row, "\"step\": %lld, \"skipped\": true", (long long)step);
+    say(log, line, row);
+}
+
+struct StepNumbers { double loss, lr, norm, seconds, mfu, usd, eta; };      // mfu, usd 0: unknown
+
+// The line and the row of a step, with the grammar of RunLog
+static void log_step(Log* log, int64_t step, StepNumbers n) {
+    Row row = begin_row(log, step);
+    add(&row, "loss", n.loss, "loss %.6f");
+    add(&row, "lr", n.lr, "lr %.2e");
+    add(&row, "norm", n.norm, "norm %.4f");
+    add(&row, "ms", 1000 * n.seconds, "%.1f ms");
+    add(&row, "tok_s", arguments.total_batch_size / n.seconds, "%.0f tok/s");
+    if (n.mfu > 0) {
+        add(&row, "mfu", n.mfu, "mfu ");        // per cent in the line, a fraction in the row
+        snprintf(row.line + strlen(row.line), 16, "%.1f%%", 100 * n.mfu);
+    }
+    if (n.usd > 0) { add(&row, "usd", n.usd, "$%.2f"); }
+    add_eta(&row, n.eta);
+    say(log, row.line, row.row);
+}
+
+// The command line, which the caller frees
+static char* join_words(int n, char** words) {
+    return to_string([&](FILE* file) {
+        for (int i = 0; i < n; i++) { fprintf(file, "%s%s", i > 0 ? " " : "", words[i]); }
+    });
+}
+
+// shards.py leaves the vocabulary's size in index.json. llm.c's shards have no such file; they are of
+// GPT-2's tokens.
+static int read_vocab_size(const char* data) {
+    char* index = read_file(joined(data, "index.json"));
+    int V = index != NULL ? (int)json_number(index, "n_vocab", 50257) : 50257;
+    free(index);
+    return V;
+}
+
 int main(int argc, char** argv) {
+    // flags and data
     parse_arguments(argc, argv);
     const Arguments& a = arguments;
-    signal(SIGTERM, on_signal), signal(SIGINT, on_signal);
-    char* index = read_file(joined(a.data, "index.json"));
-    int V = index != NULL ? (int)json_number(index, "n_vocab", 50257) : 50257;
-    Shards train_shards = open_shards(a.data, "train"), val_shards = open_shards(a.data, "val");
-    int* token_bytes = read_token_bytes(a.data, V);
-    HellaSwag questions = a.core_dir != NULL ? open_hellaswag(a.core_dir, V) : HellaSwag{};
-    Vocabulary vocabulary = read_vocabulary(a.data, V);
+    signal(SIGTERM, on_signal);
+    signal(SIGINT, on_signal);
+    int V = read_vocab_size(a.data);
+    Shards train_shards = open_shards(a.data, "train");
+    Validation validation = open_validation(V);
     Ranks ranks = start_ranks();
-    cudaDeviceProp device;
-    int device_number;
-    CHECK_CUDA(cudaGetDevice(&device_number));
-    CHECK_CUDA(cudaGetDeviceProperties(&device, device_number));
-    if (BF16 && device.major < 8) {
-        die("%s has no bf16 tensor cores; those came with compute capability 8.0; build with make "
-            "train_gpt2cu PRECISION=FP32", device.name);
-    }
+    cudaDeviceProp gpu = find_gpu();
 
+    // model: its shape, how a step is divided, its memory
     const char* init_from = a.init_from != NULL ? init_folder() : NULL;
     Config config = init_from != NULL ? read_config(init_from) : choose_config(V);
-    arguments.seq_len = a.seq_len != 0 ? a.seq_len : config.block_size;
+    if (a.seq_len == 0) { arguments.seq_len = config.block_size; }
     check_config(config, V, a.seq_len);
-    int64_t grad_accum_steps = horizon(config, ranks.world_size);
-    int B = a.batch_size, T = a.seq_len;
-    Model model = make_model(config, B, T, a.recompute, &ranks);
-    Loader loader = make_loader(train_shards, B, T, V, a.seed);
+    int64_t grad_accum_steps = plan_batch(config, ranks.world_size);
+    Model model = make_model(config, a.batch_size, a.seq_len, a.recompute, &ranks);
+    Loader loader = make_loader(train_shards, a.batch_size, a.seq_len, V, a.seed);
+
+    // weights: of a saved state, of another model, or random
     make_folders(a.out);
     State state = {};
     bool resumed = load_state(&model, &ranks, &state, train_shards.n_tokens);
@@ -4256,105 +4888,80 @@ int main(int argc, char** argv) {
     }
     Log log = open_log(a.max_steps, state.step, resumed, ranks.rank == 0);
     if (state.step >= a.max_steps) {
-        printf("%s is trained: step %lld of %lld\n", a.out, (long long)state.step,
-               (long long)a.max_steps);
+        say_text(&log, "%s is trained: step %lld of %lld", a.out, (long long)state.step,
+                 (long long)a.max_steps);
         return 0;
     }
-    say_header(&log, &model, device.name, argc, argv, grad_accum_steps, train_shards.n_tokens);
-    double peak = peak_flops(device.name), val_bpb = 0, mean_seconds = 0;
-    double started = seconds_now(), earlier_usd = state.usd;
+    say_header(&log, &model, &ranks, gpu.name, join_words(argc, argv), train_shards.n_tokens);
+
+    // the loop: evaluate, save, or end; then one step; then its line in the log
+    double peak = peak_flops(gpu.name);
+    double flops = flops_per_token(config, a.seq_len);
+    double val_bpb = 0;
+    double mean_seconds = 0;                    // a step, of about the last 20
+    double started = seconds_now();
+    double earlier_usd = state.usd;
     int64_t first_step = state.step;
     bool stop = false;
-
     while (true) {
-        bool last = state.step == a.max_steps, fresh = state.step > first_step;
-        if ((state.step % a.eval_every == 0 || last) && (state.step == 0 || fresh)) {
-            Evaluation val = evaluate(&model, &loader, val_shards, token_bytes,
-                                      last ? val_shards.n_tokens : VAL_TOKENS, &ranks);
-            val_bpb = val.val_bpb;
-            Row row = begin_row(&log, state.step);
-            add(&row, "val_loss", val.val_loss, "val_loss %.6f");
-            if (val_bpb > 0) { add(&row, "val_bpb", val_bpb, "val_bpb %.4f"); }
-            if (questions.n_questions > 0) {
-                double accuracy = hellaswag(&model, &loader, questions, &ranks);
-                add(&row, "hellaswag", accuracy, "hellaswag %.4f");
-            }
-            say(&log, row.line, row.row);
-            if (state.step == 0 && a.init_from == NULL &&
-                fabs(val.val_loss / ::log(V) - 1) > 0.05) {
-                die("val_loss %.4f before step 1; an untrained model's is ln(%d) = %.4f; a kernel "
-                    "is wrong on this GPU: run make test_train_gpt2cu", val.val_loss, V, ::log(V));
-            }
-            if (ranks.rank == 0 && vocabulary.n > 0) {
-                say_samples(&log, &model, &loader, &vocabulary, state.step);
-            }
+        bool is_last = state.step == a.max_steps;
+        int64_t done = state.step - first_step;     // steps since this start
+        bool evaluates = state.step % a.eval_every == 0 || is_last;
+        if (evaluates && (state.step == 0 || done > 0)) {
+            val_bpb = log_evaluation(&log, &model, &loader, &ranks, &validation, state.step);
         }
-        if (last || stop || (state.step % a.save_every == 0 && fresh)) {
+        if (is_last || stop || (state.step % a.save_every == 0 && done > 0)) {
             save_state(&model, &ranks, &state, train_shards.n_tokens);
             save_checkpoint(&model, &ranks, state.step, val_bpb);
         }
-        if (last || stop) { break; }
+        if (is_last || stop) { break; }
 
-        int64_t done = state.step - first_step;
-        profile.on = a.profile && ranks.rank == 0 && done >= 9 && done < 12;
+        profile.on = a.profile && ranks.rank == 0 && done >= 9 && done < 12;    // steps 10-12
         double tick = seconds_now();
         double loss = accumulate(&model, &loader, &ranks, state.position, grad_accum_steps, &stop);
         double norm = gradient_norm(&model, &ranks, grad_accum_steps);
         if (!isfinite(loss) || !isfinite(norm)) {
-            die("step %lld: loss %f, norm %f; training needs finite numbers; what was saved is "
-                "kept; try a lower --lr in another --out", (long long)state.step, loss, norm);
+            die("step %lld: loss %f and norm %f must be finite; try a lower --lr in another --out "
+                "(what was saved is kept)", (long long)state.step, loss, norm);
         }
         Update update = plan_update(config, state.step, norm);
+        // gradients are sums over micro-steps and ranks; their mean is what is applied
         update.grad_scale = update.grad_scale / grad_accum_steps / ranks.world_size;
-        state.step++, state.position += a.total_batch_size / T;
+        state.step++;
+        state.position += a.total_batch_size / a.seq_len;
         if (is_spike(&state.losses, loss) || is_spike(&state.norms, norm)) {
-            char line[256], row[64];
-            snprintf(line, sizeof line, "step %lld: skipped, loss %.4f or norm %.4f stands out of "
-                     "the last %d", (long long)state.step, loss, norm, SPIKE_WINDOW);
-            snprintf(row, sizeof row, "\"step\": %lld, \"skipped\": true", (long long)state.step);
-            say(&log, line, row);
+            say_skipped(&log, state.step, loss, norm);
             zero_gradients(&model);
         } else {
-            update.steps = ++state.optimizer_steps;
+            state.optimizer_steps++;
+            update.steps = state.optimizer_steps;
             optimizer_step(&model, &ranks, update);
         }
         CHECK_CUDA(cudaStreamSynchronize(model.stream));
-        push(&state.losses, loss), push(&state.norms, norm);
+        push(&state.losses, loss);
+        push(&state.norms, norm);
 
-        double seconds = seconds_now() - tick, tok_s = a.total_batch_size / seconds;
+        double seconds = seconds_now() - tick;
         if (profile.on) {
             add_times(1000 * seconds);
-            if (done == 11) { print_profile(peak_bandwidth(device_number), peak); }
+            if (done == 11) { print_profile(peak_bandwidth(), peak); }
             profile.on = false;
         }
         mean_seconds = mean_seconds > 0 ? 0.95 * mean_seconds + 0.05 * seconds : seconds;
-        state.usd = earlier_usd +
-                    (seconds_now() - started) / 3600 * a.gpu_hour_usd * ranks.world_size;
-        double mfu = flops_per_token(config, T) * tok_s / fmax(peak, 1) / ranks.world_size;
-        Row row = begin_row(&log, state.step);
-        add(&row, "loss", loss, "loss %.6f");
-        add(&row, "lr", update.lr, "lr %.2e");
-        add(&row, "norm", norm, "norm %.4f");
-        add(&row, "ms", 1000 * seconds, "%.1f ms");
-        add(&row, "tok_s", tok_s, "%.0f tok/s");
-        if (peak > 0) {
-            add(&row, "mfu", mfu, "mfu ");
-            snprintf(row.line + strlen(row.line), 16, "%.1f%%", 100 * mfu);
-        }
-        if (state.usd > 0) { add(&row, "usd", state.usd, "$%.2f"); }
-        add_eta(&row, mean_seconds * (a.max_steps - state.step));
-        say(&log, row.line, row.row);
+        double hours = (seconds_now() - started) / 3600;
+        state.usd = earlier_usd + hours * a.gpu_hour_usd * ranks.world_size;
+        double mfu = peak > 0
+            ? flops * a.total_batch_size / seconds / peak / ranks.world_size : 0;
+        log_step(&log, state.step, {loss, update.lr, norm, seconds, mfu, state.usd,
+                                    mean_seconds * (a.max_steps - state.step)});
     }
 
-    char line[4200];
     if (stop && state.step < a.max_steps) {
-        snprintf(line, sizeof line, "stopped and saved at step %lld; continue with the same "
-                 "command and --resume", (long long)state.step);
-        say(&log, line, NULL);
+        say_text(&log, "stopped and saved at step %lld; continue with the same command and "
+                 "--resume", (long long)state.step);
         return 130;
     }
-    snprintf(line, sizeof line, "%s: stage pretrain, step %lld, %.0f s", a.out,
-             (long long)state.step, seconds_now() - started);
-    say(&log, line, NULL);
+    say_text(&log, "%s: stage pretrain, step %lld, %.0f s", a.out, (long long)state.step,
+             seconds_now() - started);
     return 0;
 }

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.optim.adamw import adamw
 
-from model import FORMAT_VERSION, VOCABULARY, compiled, load_weights, save_weights, write_json
+from model import VOCABULARY, compiled, load_weights, save_weights, write_json
 
 # ---- Ranks: a single process is rank 0 of 1, and no code below asks which case it is -------------
 
@@ -364,6 +364,10 @@ def read_log(run):
 
 # ---- The saved state: <run>/state/step_N ---------------------------------------------------------
 
+# It goes up whenever an older state would be resumed with another result. Version 2 has a new order
+# of train_gpt2.py's rows. The version of checkpoints is model.py's.
+STATE_VERSION = 2
+
 def save_state(run, ranks, optimizer, model, **state):
     """Writes what a bit-equal --resume needs to <run>/state/step_N: the weights, each rank's part
     of the optimizer's state and its random generators, and `state`, which has the step.
@@ -380,7 +384,7 @@ def save_state(run, ranks, optimizer, model, **state):
     ranks.sum(1)                        # wait until every rank's file is there
     if ranks.is_main:
         save_weights(part / "model.safetensors", model)
-        write_json(part / "state.json", dict(state, format_version=FORMAT_VERSION,
+        write_json(part / "state.json", dict(state, format_version=STATE_VERSION,
                                              optimizer_steps=optimizer.steps,
                                              world_size=ranks.world_size))
         shutil.rmtree(final, ignore_errors=True)
@@ -399,8 +403,12 @@ def load_state(run, resume, ranks, optimizer, model, settings):
     if not folder:
         return None
     state = json.loads((folder / "state.json").read_text())
-    old = dict(state["settings"], format_version=state["format_version"])
-    new = dict(json.loads(json.dumps(settings)), format_version=FORMAT_VERSION)
+    if state["format_version"] != STATE_VERSION:
+        raise SystemExit(f"{run} holds a saved state of format {state['format_version']}; only "
+                         f"format {STATE_VERSION} can be resumed, because the order of the rows "
+                         "has changed; train again in another --out")
+    old = state["settings"]
+    new = json.loads(json.dumps(settings))
     changed = sorted(key for key in old | new if old.get(key) != new.get(key))
     if changed:
         raise SystemExit(f"{run} was begun with another {' and '.join(changed)}; a resumed run "

@@ -22,7 +22,7 @@ from conftest import (GPT2, ROOT, assert_same_files, in_fp64, mutate, noisy, run
 from model import GPT, GPTConfig, load_checkpoint
 from test_model import RECIPE, text_only
 from train_gpt2 import (Loader, Shards, compressors_bpb, evaluate, is_spike, memory_bytes,
-                        plan_batch, schedule)
+                        plan_batch, schedule, shuffled_rows)
 from training import Optimizer, Ranks, read_log
 
 HERE = dict(cwd=ROOT, capture_output=True, text=True)
@@ -88,6 +88,37 @@ def test_order_depends_on_seed_and_epoch_and_a_position_is_one_integer(counting)
     other = [Loader(counting, 7, seed=6).row(position)[0] for position in range(n)]
     assert sorted(rows[:n]) == sorted(rows[n:]) == sorted(other)
     assert rows[:n] != rows[n:] and rows[:n] != other and rows[:n] != sorted(rows[:n])
+
+
+def slow_shuffled_rows(n_rows, seed, epoch):
+    """shuffled_rows with Python's own integers, a row at a time."""
+    def mix(z):
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2 ** 64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2 ** 64
+        return z ^ z >> 31
+
+    start = mix((mix(seed % 2 ** 64) + epoch) % 2 ** 64)
+    keys = [mix((start + (row + 1) * 0x9E3779B97F4A7C15) % 2 ** 64) for row in range(n_rows)]
+    return sorted(range(n_rows), key=keys.__getitem__)
+
+
+@pytest.mark.parametrize("seed", [0, 1337, -1, 2 ** 64 - 1])
+def test_shuffled_rows_are_those_of_their_slow_twin(seed):
+    for epoch in range(3):
+        assert shuffled_rows(500, seed, epoch).tolist() == slow_shuffled_rows(500, seed, epoch)
+
+
+def test_orders_of_neighbouring_seeds_and_epochs_are_unrelated():
+    n = 2000
+    orders = [shuffled_rows(n, seed, epoch) for seed in range(8) for epoch in range(8)]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    places = [np.argsort(order) for order in orders]        # where each row is read
+    between = np.corrcoef([np.arange(n), *places]) - np.eye(len(orders) + 1)
+    assert np.abs(between).max() < 5 / n ** 0.5             # five standard deviations
+    following = [np.corrcoef(order[:-1], order[1:])[0, 1] for order in orders]
+    assert np.abs(following).max() < 5 / n ** 0.5
+    same = sum((a == b).sum() for a, b in zip(orders, orders[1:]))
+    assert 25 < same < 110                                  # one in n, so 63 of all
 
 
 def test_batch_holds_rows_and_the_tokens_after_them(counting):
