@@ -191,10 +191,10 @@ static void print_profile(double bytes_per_s, double flops_per_s) {
 
 const int WARP = 32;
 
-// W neighbours that one thread loads or stores at once: 8 bf16 or 4 fp32.
-const int W = 16 / sizeof(floatX);
+// PACK neighbours that one thread loads or stores at once: 8 bf16 or 4 fp32.
+const int PACK = 16 / sizeof(floatX);
 struct alignas(16) Pack {
-    floatX values[W];
+    floatX values[PACK];
     __device__ float operator[](int i) const { return (float)values[i]; }
     __device__ void set(int i, float value) { values[i] = (floatX)value; }
 };
@@ -286,15 +286,15 @@ template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
 //   out[b, t] = wte[token[b, t]] + wpe[t]              out (B, T, C), wte (Vp, C), wpe (T, C)
 //   dwte[v] += Σ dout[b, t] where token = v            dwpe[t] += Σ_b dout[b, t]
 
-// One thread: one Pack of a token. Grid BT*C/W/256 x 256. Moves 3 BTC; bound by memory.
+// One thread: one Pack of a token. Grid BT*C/PACK/256 x 256. Moves 3 BTC; bound by memory.
 __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte,
                                          const floatX* wpe, int BT, int T, int C) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
     if (at >= (int64_t)BT * C) { return; }
     int bt = at / C, c = at % C;
     Pack token = load(wte + (int64_t)tokens[bt] * C + c), sum;
     Pack position = load(wpe + bt % T * C + c);
-    for (int i = 0; i < W; i++) { sum.set(i, token[i] + position[i]); }
+    for (int i = 0; i < PACK; i++) { sum.set(i, token[i] + position[i]); }
     store(out + at, sum);
 }
 
@@ -306,43 +306,43 @@ struct TokenIndex {
 };
 
 // One block of 32 x 8: 32 Packs of channels of one token; its positions are dealt to 8 rows of
-// threads. Grid (n_groups, C/W/32). Reads BTC once; bound by memory.
+// threads. Grid (n_groups, C/PACK/32). Reads BTC once; bound by memory.
 __global__ void wte_backward_kernel(float* dwte, const floatX* dout, TokenIndex index, int C) {
-    __shared__ float sums[8][W][WARP];
-    int c = (blockIdx.y * WARP + threadIdx.x) * W;
-    float sum[W] = {};
+    __shared__ float sums[8][PACK][WARP];
+    int c = (blockIdx.y * WARP + threadIdx.x) * PACK;
+    float sum[PACK] = {};
     if (c < C) {
         int end = index.starts[blockIdx.x + 1];
         for (int i = index.starts[blockIdx.x] + threadIdx.y; i < end; i += 8) {
             Pack gradient = load(dout + (int64_t)index.positions[i] * C + c);
-            for (int k = 0; k < W; k++) { sum[k] += gradient[k]; }
+            for (int k = 0; k < PACK; k++) { sum[k] += gradient[k]; }
         }
     }
-    for (int k = 0; k < W; k++) { sums[threadIdx.y][k][threadIdx.x] = sum[k]; }
+    for (int k = 0; k < PACK; k++) { sums[threadIdx.y][k][threadIdx.x] = sum[k]; }
     __syncthreads();
     if (threadIdx.y > 0 || c >= C) { return; }
     float* row = dwte + (int64_t)index.tokens[blockIdx.x] * C + c;
-    for (int k = 0; k < W; k++) {
+    for (int k = 0; k < PACK; k++) {
         for (int y = 1; y < 8; y++) { sum[k] += sums[y][k][threadIdx.x]; }
         row[k] += sum[k];
     }
 }
 
-// One thread: one Pack of a position, over all rows. Grid T*C/W/256 x 256. Reads BTC once.
+// One thread: one Pack of a position, over all rows. Grid T*C/PACK/256 x 256. Reads BTC once.
 __global__ void wpe_backward_kernel(float* dwpe, const floatX* dout, int B, int T, int C) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
     if (at >= (int64_t)T * C) { return; }
-    float sum[W] = {};
+    float sum[PACK] = {};
     for (int b = 0; b < B; b++) {
         Pack gradient = load(dout + (int64_t)b * T * C + at);
-        for (int k = 0; k < W; k++) { sum[k] += gradient[k]; }
+        for (int k = 0; k < PACK; k++) { sum[k] += gradient[k]; }
     }
-    for (int k = 0; k < W; k++) { dwpe[at + k] += sum[k]; }
+    for (int k = 0; k < PACK; k++) { dwpe[at + k] += sum[k]; }
 }
 
 static void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe,
                               int B, int T, int C, cudaStream_t stream) {
-    int blocks = ceil_div((int64_t)B * T * C / W, (int64_t)256);
+    int blocks = ceil_div((int64_t)B * T * C / PACK, (int64_t)256);
     begin_kernel("embedding_forward", 3.0 * B * T * C * sizeof(floatX), 0, stream);
     embedding_forward_kernel<<<blocks, 256, 0, stream>>>(out, tokens, wte, wpe, B * T, T, C);
     CHECK_LAUNCH();
@@ -350,7 +350,7 @@ static void embedding_forward(floatX* out, const int* tokens, const floatX* wte,
 
 static void wte_backward(float* dwte, const floatX* dout, TokenIndex index, int n_groups, int BT,
                          int C, cudaStream_t stream) {
-    dim3 grid(n_groups, ceil_div(C, W * WARP)), block(WARP, 8);
+    dim3 grid(n_groups, ceil_div(C, PACK * WARP)), block(WARP, 8);
     double bytes = (double)BT * C * sizeof(floatX) + 8.0 * n_groups * C;
     begin_kernel("wte_backward", bytes, 0, stream);
     wte_backward_kernel<<<grid, block, 0, stream>>>(dwte, dout, index, C);
@@ -362,7 +362,7 @@ static void embedding_backward(float* dwte, float* dwpe, const floatX* dout, Tok
     wte_backward(dwte, dout, index, n_groups, B * T, C, stream);
     double bytes = (double)B * T * C * sizeof(floatX) + 8.0 * T * C;
     begin_kernel("wpe_backward", bytes, 0, stream);
-    wpe_backward_kernel<<<ceil_div(T * C / W, 256), 256, 0, stream>>>(dwpe, dout, B, T, C);
+    wpe_backward_kernel<<<ceil_div(T * C / PACK, 256), 256, 0, stream>>>(dwpe, dout, B, T, C);
     CHECK_LAUNCH();
 }
 
@@ -374,21 +374,21 @@ static void embedding_backward(float* dwte, float* dwpe, const floatX* dout, Tok
 const int ROW_SPLITS = 64;
 
 // One block of 32 x 8: 32 Packs of columns; its share of the rows is dealt to 8 rows of threads.
-// Grid (OC/W/32, ROW_SPLITS). Reads the matrix once; bound by memory.
+// Grid (OC/PACK/32, ROW_SPLITS). Reads the matrix once; bound by memory.
 __global__ void row_sum_kernel(float* partials, const floatX* matrix, int rows, int OC) {
-    __shared__ float sums[8][W][WARP];
-    int c = (blockIdx.x * WARP + threadIdx.x) * W;
-    float sum[W] = {};
+    __shared__ float sums[8][PACK][WARP];
+    int c = (blockIdx.x * WARP + threadIdx.x) * PACK;
+    float sum[PACK] = {};
     if (c < OC) {
         for (int row = blockIdx.y * 8 + threadIdx.y; row < rows; row += gridDim.y * 8) {
             Pack values = load(matrix + (int64_t)row * OC + c);
-            for (int k = 0; k < W; k++) { sum[k] += values[k]; }
+            for (int k = 0; k < PACK; k++) { sum[k] += values[k]; }
         }
     }
-    for (int k = 0; k < W; k++) { sums[threadIdx.y][k][threadIdx.x] = sum[k]; }
+    for (int k = 0; k < PACK; k++) { sums[threadIdx.y][k][threadIdx.x] = sum[k]; }
     __syncthreads();
     if (threadIdx.y > 0 || c >= OC) { return; }
-    for (int k = 0; k < W; k++) {
+    for (int k = 0; k < PACK; k++) {
         for (int y = 1; y < 8; y++) { sum[k] += sums[y][k][threadIdx.x]; }
         partials[(int64_t)blockIdx.y * OC + c + k] = sum[k];
     }
@@ -423,7 +423,7 @@ static void add_partials(float* gradient, const float* partials, int n_partials,
 
 static void bias_backward(float* dbias, float* partials, const floatX* dout, int BT, int OC,
                           cudaStream_t stream) {
-    dim3 grid(ceil_div(OC, W * WARP), ROW_SPLITS), block(WARP, 8);
+    dim3 grid(ceil_div(OC, PACK * WARP), ROW_SPLITS), block(WARP, 8);
     double bytes = (double)BT * OC * sizeof(floatX) + 4.0 * ROW_SPLITS * OC;
     begin_kernel("row_sum", bytes, 0, stream);
     row_sum_kernel<<<grid, block, 0, stream>>>(partials, dout, BT, OC);
@@ -451,23 +451,23 @@ __global__ void layernorm_forward_kernel(floatX* out, floatX* x, float* mean, fl
     int64_t bt = (int64_t)blockIdx.x * NORM_WARPS + warp;
     if (bt >= BT) { return; }
     float *row = rows + warp * C, sum = 0.0f, square_sum = 0.0f;
-    for (int c = lane * W; c < C; c += WARP * W) {
+    for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack value = load(a + bt * C + c);
         if (b != NULL) {
             Pack other = load(b + bt * C + c);
-            for (int i = 0; i < W; i++) { value.set(i, value[i] + other[i]); }
+            for (int i = 0; i < PACK; i++) { value.set(i, value[i] + other[i]); }
             store(x + bt * C + c, value);
         }
-        for (int i = 0; i < W; i++) { row[c + i] = value[i], sum += value[i]; }
+        for (int i = 0; i < PACK; i++) { row[c + i] = value[i], sum += value[i]; }
     }
     float m = warp_sum(sum) / C;
-    for (int c = lane * W; c < C; c += WARP * W) {
-        for (int i = 0; i < W; i++) { square_sum += (row[c + i] - m) * (row[c + i] - m); }
+    for (int c = lane * PACK; c < C; c += WARP * PACK) {
+        for (int i = 0; i < PACK; i++) { square_sum += (row[c + i] - m) * (row[c + i] - m); }
     }
     float s = rsqrtf(warp_sum(square_sum) / C + 1e-5f);
-    for (int c = lane * W; c < C; c += WARP * W) {
+    for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack w = load(weight + c), shift = load(bias + c), value;
-        for (int i = 0; i < W; i++) { value.set(i, (row[c + i] - m) * s * w[i] + shift[i]); }
+        for (int i = 0; i < PACK; i++) { value.set(i, (row[c + i] - m) * s * w[i] + shift[i]); }
         store(out + bt * C + c, value);
     }
     if (lane == 0) { mean[bt] = m, rstd[bt] = s; }
@@ -476,18 +476,18 @@ __global__ void layernorm_forward_kernel(floatX* out, floatX* x, float* mean, fl
 const int NORM_ROWS = 2;        // of an iteration, so that two rows share a barrier
 
 // One block: all C channels, a Pack a thread, of every gridDim-th pair of rows. Grid n_partials x
-// C/W. Moves 4 BTC; bound by memory. partials (n_partials, 2C): dweight, then dbias.
+// C/PACK. Moves 4 BTC; bound by memory. partials (n_partials, 2C): dweight, then dbias.
 __global__ void layernorm_backward_kernel(floatX* dx, float* partials, const floatX* dout,
                                           const floatX* x, const floatX* weight, const float* mean,
                                           const float* rstd, int BT, int C) {
     __shared__ float of_warp[2][NORM_ROWS][WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
-    int c = threadIdx.x * W;
+    int c = threadIdx.x * PACK;
     bool active = c < C;
-    float dweight[W] = {}, dbias[W] = {};
+    float dweight[PACK] = {}, dbias[PACK] = {};
     Pack w = load(weight + (active ? c : 0));
     for (int first = blockIdx.x * NORM_ROWS; first < BT; first += gridDim.x * NORM_ROWS) {
-        float n[NORM_ROWS][W] = {}, dn[NORM_ROWS][W] = {}, scale[NORM_ROWS] = {};
+        float n[NORM_ROWS][PACK] = {}, dn[NORM_ROWS][PACK] = {}, scale[NORM_ROWS] = {};
         for (int r = 0; r < NORM_ROWS; r++) {
             int64_t bt = first + r;
             float sum_dn = 0.0f, sum_dn_n = 0.0f;
@@ -495,7 +495,7 @@ __global__ void layernorm_backward_kernel(floatX* dx, float* partials, const flo
                 Pack gradient = load(dout + bt * C + c), value = load(x + bt * C + c);
                 float m = mean[bt];
                 scale[r] = rstd[bt];
-                for (int i = 0; i < W; i++) {
+                for (int i = 0; i < PACK; i++) {
                     n[r][i] = (value[i] - m) * scale[r];
                     dn[r][i] = gradient[i] * w[i];
                     dweight[i] += gradient[i] * n[r][i];
@@ -514,7 +514,7 @@ __global__ void layernorm_backward_kernel(floatX* dx, float* partials, const flo
             float mean_dn_n = warp_sum(lane < n_warps ? of_warp[1][r][lane] : 0.0f) / C;
             if (active && bt < BT) {
                 Pack gradient = load(dx + bt * C + c);
-                for (int i = 0; i < W; i++) {
+                for (int i = 0; i < PACK; i++) {
                     float here = (dn[r][i] - mean_dn - n[r][i] * mean_dn_n) * scale[r];
                     gradient.set(i, gradient[i] + here);
                 }
@@ -525,7 +525,7 @@ __global__ void layernorm_backward_kernel(floatX* dx, float* partials, const flo
     }
     if (!active) { return; }
     float* partial = partials + (int64_t)blockIdx.x * 2 * C + c;
-    for (int i = 0; i < W; i++) { partial[i] = dweight[i], partial[C + i] = dbias[i]; }
+    for (int i = 0; i < PACK; i++) { partial[i] = dweight[i], partial[C + i] = dbias[i]; }
 }
 
 // out = LayerNorm(x), x = a + b; without b, x is a.
@@ -549,7 +549,7 @@ static void layernorm_backward(floatX* dx, float* dweight, float* dbias, float* 
     int blocks = min(NORM_PARTIALS, ceil_div(BT, NORM_ROWS));
     double bytes = 4.0 * BT * C * sizeof(floatX) + 8.0 * blocks * C;
     begin_kernel("layernorm_backward", bytes, 0, stream);
-    layernorm_backward_kernel<<<blocks, ceil_div(C, W * WARP) * WARP, 0, stream>>>(
+    layernorm_backward_kernel<<<blocks, ceil_div(C, PACK * WARP) * WARP, 0, stream>>>(
         dx, partials, dout, x, weight, mean, rstd, BT, C);
     CHECK_LAUNCH();
     add_partials(dweight, partials, blocks, 2 * C, C, stream);
@@ -568,7 +568,7 @@ __device__ Pack mixed(Pack x, Mix mix, int64_t at) {
     if (mix.e == NULL) { return x; }
     float lambda = mix.lambda != NULL ? *mix.lambda : 1.0f, mu = mix.sign * *mix.mu;
     Pack e = load(mix.e + at), s;
-    for (int i = 0; i < W; i++) { s.set(i, lambda * x[i] + mu * e[i]); }
+    for (int i = 0; i < PACK; i++) { s.set(i, lambda * x[i] + mu * e[i]); }
     return s;
 }
 
@@ -584,21 +584,21 @@ __global__ void rmsnorm_forward_kernel(floatX* out, floatX* x, floatX* s, float*
     if (bt >= BT) { return; }
     const floatX* from = a + (tokens != NULL ? tokens[bt] : bt) * C;
     float *row = rows + warp * C, square_sum = 0.0f;
-    for (int c = lane * W; c < C; c += WARP * W) {
+    for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack value = load(from + c);
         if (b != NULL) {
             Pack other = load(b + bt * C + c);
-            for (int i = 0; i < W; i++) { value.set(i, value[i] + other[i]); }
+            for (int i = 0; i < PACK; i++) { value.set(i, value[i] + other[i]); }
         }
         if (x != NULL) { store(x + bt * C + c, value); }
         value = mixed(value, mix, bt * C + c);
         if (s != NULL) { store(s + bt * C + c, value); }
-        for (int i = 0; i < W; i++) { row[c + i] = value[i], square_sum += value[i] * value[i]; }
+        for (int i = 0; i < PACK; i++) { row[c + i] = value[i], square_sum += value[i] * value[i]; }
     }
     float scale = rsqrtf(warp_sum(square_sum) / C + RMS_EPSILON);
-    for (int c = lane * W; c < C; c += WARP * W) {
+    for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack value;
-        for (int i = 0; i < W; i++) { value.set(i, row[c + i] * scale); }
+        for (int i = 0; i < PACK; i++) { value.set(i, row[c + i] * scale); }
         store(out + bt * C + c, value);
     }
     if (lane == 0) { rstd[bt] = scale; }
@@ -617,16 +617,16 @@ __global__ void rmsnorm_backward_kernel(floatX* dx, floatX* de, float* partials,
     for (int64_t bt = blockIdx.x * NORM_WARPS + warp; bt < BT; bt += gridDim.x * NORM_WARPS) {
         const floatX* from = x + (tokens != NULL ? tokens[bt] : bt) * C;
         float scale = rstd[bt], sum = 0.0f;
-        for (int c = lane * W; c < C; c += WARP * W) {
+        for (int c = lane * PACK; c < C; c += WARP * PACK) {
             Pack s = mixed(load(from + c), mix, bt * C + c), gradient = load(dout + bt * C + c);
-            for (int i = 0; i < W; i++) { sum += gradient[i] * s[i]; }
+            for (int i = 0; i < PACK; i++) { sum += gradient[i] * s[i]; }
         }
         float mean = warp_sum(sum) * scale / C;
-        for (int c = lane * W; c < C; c += WARP * W) {
+        for (int c = lane * PACK; c < C; c += WARP * PACK) {
             Pack value = load(from + c), s = mixed(value, mix, bt * C + c);
             Pack gradient = load(dout + bt * C + c), ds = load(dx + bt * C + c), e, sent;
             if (mix.e != NULL) { e = load(mix.e + bt * C + c), sent = load(de + bt * C + c); }
-            for (int i = 0; i < W; i++) {
+            for (int i = 0; i < PACK; i++) {
                 float here = ds[i] + (gradient[i] - s[i] * scale * mean) * scale;
                 ds.set(i, lambda * here);
                 if (mix.e == NULL) { continue; }
@@ -667,18 +667,18 @@ static void rmsnorm_backward(floatX* dx, floatX* de, float* dlambda, float* dmu,
     if (dmu != NULL) { add_partials(dmu, partials + 1, blocks, 2, 1, stream); }
 }
 
-// One thread: one Pack of sum += other. Grid n/W/256 x 256. Moves 3n; bound by memory.
+// One thread: one Pack of sum += other. Grid n/PACK/256 x 256. Moves 3n; bound by memory.
 __global__ void add_kernel(floatX* sum, const floatX* other, int64_t n) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
     if (at >= n) { return; }
     Pack a = load(sum + at), b = load(other + at);
-    for (int i = 0; i < W; i++) { a.set(i, a[i] + b[i]); }
+    for (int i = 0; i < PACK; i++) { a.set(i, a[i] + b[i]); }
     store(sum + at, a);
 }
 
 static void add_to(floatX* sum, const floatX* other, int64_t n, cudaStream_t stream) {
     begin_kernel("add", 3.0 * n * sizeof(floatX), 0, stream);
-    add_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(sum, other, n);
+    add_kernel<<<ceil_div(n / PACK, (int64_t)256), 256, 0, stream>>>(sum, other, n);
     CHECK_LAUNCH();
 }
 
@@ -1369,12 +1369,12 @@ struct HeadVector {
     int part, h, c, lanes;                      // part: 0 q, 1 k, 2 v; lanes: threads of a vector
     bool exists;
     __device__ HeadVector(AttentionSizes sizes, int parts) {
-        lanes = sizes.HS / 2 / W;
+        lanes = sizes.HS / 2 / PACK;
         int64_t thread = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, vector = thread / lanes;
         exists = vector < (int64_t)sizes.B * sizes.T * parts * sizes.NH;
         vector = exists ? vector : 0;           // it takes part in sums
         bt = vector / (parts * sizes.NH), part = vector / sizes.NH % parts, h = vector % sizes.NH;
-        c = thread % lanes * W;
+        c = thread % lanes * PACK;
     }
     __device__ int64_t in_qkv(AttentionSizes sizes) const {
         return ((bt * 3 + part) * sizes.NH + h) * sizes.HS + c;
@@ -1387,7 +1387,7 @@ struct HeadVector {
     }
 };
 
-// HS/2/W threads: q, k or v of a token and head, in place. Grid BT*NH*3*lanes/256 x 256. Moves
+// HS/2/PACK threads: q, k or v of a token and head, in place. Grid BT*NH*3*lanes/256 x 256. Moves
 // 4 BTC, or 7 with E; bound by memory.
 __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed embed,
                                       AttentionSizes sizes) {
@@ -1395,11 +1395,11 @@ __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed emb
     int NH = sizes.NH, HS = sizes.HS, half = HS / 2, C = NH * HS;
     floatX* to = qkv + at.in_qkv(sizes);
     Pack low = load(to), high = load(to + half);
-    float r1[W], r2[W], square_sum = 0.0f;
+    float r1[PACK], r2[PACK], square_sum = 0.0f;
     if (at.part < 2) {
         const float* cosine = rotary.cosines + at.bt % sizes.T * half + at.c;
         const float* sine = rotary.sines + at.bt % sizes.T * half + at.c;
-        for (int i = 0; i < W; i++) {
+        for (int i = 0; i < PACK; i++) {
             r1[i] = low[i] * cosine[i] + high[i] * sine[i];
             r2[i] = high[i] * cosine[i] - low[i] * sine[i];
             square_sum += r1[i] * r1[i] + r2[i] * r2[i];
@@ -1412,7 +1412,7 @@ __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed emb
         float gate = 3.0f / (1.0f + expf(-z));
         const floatX* e = embed.table + (int64_t)embed.tokens[at.bt] * C + at.h * HS + at.c;
         Pack e_low = load(e), e_high = load(e + half);
-        for (int i = 0; i < W; i++) {
+        for (int i = 0; i < PACK; i++) {
             r1[i] = low[i] + gate * e_low[i], r2[i] = high[i] + gate * e_high[i];
         }
         if (at.c == 0) { embed.gate[at.bt * NH + at.h] = gate; }
@@ -1424,7 +1424,7 @@ __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed emb
     } else if (at.c == 0) {
         rotary.rstd[(at.bt * 2 + at.part) * NH + at.h] = rstd;
     }
-    for (int i = 0; i < W; i++) { low.set(i, r1[i] * rstd), high.set(i, r2[i] * rstd); }
+    for (int i = 0; i < PACK; i++) { low.set(i, r1[i] * rstd), high.set(i, r2[i] * rstd); }
     store(to, low), store(to + half, high);
 }
 
@@ -1439,19 +1439,19 @@ __global__ void rotary_backward_kernel(floatX* dqkv, floatX* dembed, float* dz, 
     if (at.part == 2) { other = embed.table + (int64_t)embed.tokens[at.bt] * C + at.h * HS + at.c; }
     Pack low = load(to), high = load(to + half), o_low = load(other), o_high = load(other + half);
     float product = 0.0f;
-    for (int i = 0; i < W; i++) { product += low[i] * o_low[i] + high[i] * o_high[i]; }
+    for (int i = 0; i < PACK; i++) { product += low[i] * o_low[i] + high[i] * o_high[i]; }
     product = at.sum(product);
     if (!at.exists) { return; }
     if (at.part == 2) {
         float gate = embed.gate[at.bt * NH + at.h];
-        for (int i = 0; i < W; i++) { low.set(i, gate * low[i]), high.set(i, gate * high[i]); }
+        for (int i = 0; i < PACK; i++) { low.set(i, gate * low[i]), high.set(i, gate * high[i]); }
         to = dembed + at.bt * C + at.h * HS + at.c;
         if (at.c == 0) { dz[at.bt * NH + at.h] = product * gate * (1.0f - gate / 3.0f); }
     } else {
         const float* cosine = rotary.cosines + at.bt % sizes.T * half + at.c;
         const float* sine = rotary.sines + at.bt % sizes.T * half + at.c;
         float rstd = rotary.rstd[(at.bt * 2 + at.part) * NH + at.h], mean = product / HS;
-        for (int i = 0; i < W; i++) {
+        for (int i = 0; i < PACK; i++) {
             float dr1 = (low[i] - o_low[i] * mean) * rstd;
             float dr2 = (high[i] - o_high[i] * mean) * rstd;
             low.set(i, dr1 * cosine[i] - dr2 * sine[i]);
@@ -1488,7 +1488,7 @@ __global__ void gate_backward_input_kernel(floatX* dn, const float* dz, const fl
 
 static int rotary_blocks(ValueEmbed embed, AttentionSizes sizes) {
     int64_t vectors = (int64_t)sizes.B * sizes.T * sizes.NH * (embed.table != NULL ? 3 : 2);
-    return ceil_div(vectors * (sizes.HS / 2 / W), (int64_t)256);
+    return ceil_div(vectors * (sizes.HS / 2 / PACK), (int64_t)256);
 }
 
 static void rotary_forward(floatX* qkv, Rotary rotary, ValueEmbed embed, AttentionSizes sizes,
@@ -1535,12 +1535,12 @@ static void gate_backward(floatX* dn, float* dgate_weight, float* partials, cons
 
 const float GELU_SCALE = 0.7978845608f;
 
-// One thread: one Pack. Grid n/W/256 x 256. Moves 2n; bound by memory.
+// One thread: one Pack. Grid n/PACK/256 x 256. Moves 2n; bound by memory.
 __global__ void gelu_forward_kernel(floatX* y, const floatX* x, int64_t n) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
     if (at >= n) { return; }
     Pack value = load(x + at);
-    for (int i = 0; i < W; i++) {
+    for (int i = 0; i < PACK; i++) {
         float a = value[i], u = GELU_SCALE * (a + 0.044715f * a * a * a);
         value.set(i, 0.5f * a * (1.0f + tanhf(u)));
     }
@@ -1549,10 +1549,10 @@ __global__ void gelu_forward_kernel(floatX* y, const floatX* x, int64_t n) {
 
 // As above, in place on dy. Moves 3n.
 __global__ void gelu_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
     if (at >= n) { return; }
     Pack gradient = load(dy + at), value = load(x + at);
-    for (int i = 0; i < W; i++) {
+    for (int i = 0; i < PACK; i++) {
         float a = value[i], t = tanhf(GELU_SCALE * (a + 0.044715f * a * a * a));
         float du = GELU_SCALE * (1.0f + 3.0f * 0.044715f * a * a);
         gradient.set(i, gradient[i] * 0.5f * (1.0f + t + a * (1.0f - t * t) * du));
@@ -1562,45 +1562,45 @@ __global__ void gelu_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
 
 static void gelu_forward(floatX* y, const floatX* x, int64_t n, cudaStream_t stream) {
     begin_kernel("gelu_forward", 2.0 * n * sizeof(floatX), 0, stream);
-    gelu_forward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(y, x, n);
+    gelu_forward_kernel<<<ceil_div(n / PACK, (int64_t)256), 256, 0, stream>>>(y, x, n);
     CHECK_LAUNCH();
 }
 
 static void gelu_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
     begin_kernel("gelu_backward", 3.0 * n * sizeof(floatX), 0, stream);
-    gelu_backward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(dy, x, n);
+    gelu_backward_kernel<<<ceil_div(n / PACK, (int64_t)256), 256, 0, stream>>>(dy, x, n);
     CHECK_LAUNCH();
 }
 
 //   dN: y = relu(x)²    dx = 2 dy relu(x)
 
-// One thread: one Pack. Grid n/W/256 x 256. Moves 2n; bound by memory.
+// One thread: one Pack. Grid n/PACK/256 x 256. Moves 2n; bound by memory.
 __global__ void relu2_forward_kernel(floatX* y, const floatX* x, int64_t n) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
     if (at >= n) { return; }
     Pack value = load(x + at);
-    for (int i = 0; i < W; i++) { value.set(i, fmaxf(value[i], 0.0f) * fmaxf(value[i], 0.0f)); }
+    for (int i = 0; i < PACK; i++) { value.set(i, fmaxf(value[i], 0.0f) * fmaxf(value[i], 0.0f)); }
     store(y + at, value);
 }
 
 // As above, in place on dy. Moves 3n.
 __global__ void relu2_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
     if (at >= n) { return; }
     Pack gradient = load(dy + at), value = load(x + at);
-    for (int i = 0; i < W; i++) { gradient.set(i, 2.0f * gradient[i] * fmaxf(value[i], 0.0f)); }
+    for (int i = 0; i < PACK; i++) { gradient.set(i, 2.0f * gradient[i] * fmaxf(value[i], 0.0f)); }
     store(dy + at, gradient);
 }
 
 static void relu2_forward(floatX* y, const floatX* x, int64_t n, cudaStream_t stream) {
     begin_kernel("relu2_forward", 2.0 * n * sizeof(floatX), 0, stream);
-    relu2_forward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(y, x, n);
+    relu2_forward_kernel<<<ceil_div(n / PACK, (int64_t)256), 256, 0, stream>>>(y, x, n);
     CHECK_LAUNCH();
 }
 
 static void relu2_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
     begin_kernel("relu2_backward", 3.0 * n * sizeof(floatX), 0, stream);
-    relu2_backward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(dy, x, n);
+    relu2_backward_kernel<<<ceil_div(n / PACK, (int64_t)256), 256, 0, stream>>>(dy, x, n);
     CHECK_LAUNCH();
 }
 
@@ -1623,13 +1623,13 @@ __global__ void classifier_kernel(floatX* logits, float* losses, const int* targ
     int target = targets[blockIdx.x];
     float of_target = target >= 0 ? capped((float)row[target], softcap) : 0.0f;
     float highest = -INFINITY, sum = 0.0f;
-    for (int c = threadIdx.x * W; c < V; c += blockDim.x * W) {
+    for (int c = threadIdx.x * PACK; c < V; c += blockDim.x * PACK) {
         Pack z = load(row + c);
-        float before = highest, y[W];
-        for (int i = 0; i < W; i++) { y[i] = capped(z[i], softcap); }
-        for (int i = 0; i < W && c + i < V; i++) { highest = fmaxf(highest, y[i]); }
+        float before = highest, y[PACK];
+        for (int i = 0; i < PACK; i++) { y[i] = capped(z[i], softcap); }
+        for (int i = 0; i < PACK && c + i < V; i++) { highest = fmaxf(highest, y[i]); }
         sum *= expf(before - highest);
-        for (int i = 0; i < W && c + i < V; i++) { sum += expf(y[i] - highest); }
+        for (int i = 0; i < PACK && c + i < V; i++) { sum += expf(y[i] - highest); }
     }
     float top = block_max(highest);
     sum = block_sum(highest == -INFINITY ? 0.0f : sum * expf(highest - top));
@@ -1637,9 +1637,9 @@ __global__ void classifier_kernel(floatX* logits, float* losses, const int* targ
         losses[blockIdx.x] = target >= 0 ? logf(sum) + top - of_target : 0.0f;
     }
     if (!write_gradient) { return; }
-    for (int c = threadIdx.x * W; c < Vp; c += blockDim.x * W) {
+    for (int c = threadIdx.x * PACK; c < Vp; c += blockDim.x * PACK) {
         Pack z = load(row + c);
-        for (int i = 0; i < W; i++) {
+        for (int i = 0; i < PACK; i++) {
             float y = capped(z[i], softcap);
             float dz = (expf(y - top) / sum - (c + i == target)) * share;
             if (softcap > 0.0f) { dz *= 1.0f - (y / softcap) * (y / softcap); }
@@ -2243,7 +2243,7 @@ static Part* make_parts(Table table, int rank, int world_size) {
 // ---- §13 Model ----------------------------------------------------------------------------------
 
 struct LayerActivations {
-    floatX *x, *ln_1, *qkv, *y, *x_mid, *ln_2, *fc, *gelu;     // (BT, …); x: the residual stream
+    floatX *x, *ln_1, *qkv, *y, *x_mid, *ln_2, *fc, *act;     // (BT, …); x: the residual stream
     float *lse, *ln_1_mean, *ln_1_rstd, *ln_2_mean, *ln_2_rstd;
     Mix mix;                                                    // dN's: λ x + μ x0
     Rotary rotary;
@@ -2310,12 +2310,12 @@ static void allocate_activations(Model* model) {
     model->layers = (LayerActivations*)calloc(L, sizeof(LayerActivations));
     for (int l = 0; l < L; l++) {       // what is recomputed shares the first layer's memory
         LayerActivations *a = &model->layers[l], *first = &model->layers[0];
-        bool own_gelu = l == 0 || model->recompute < 1, own_norms = l == 0 || model->recompute < 2;
+        bool own_act = l == 0 || model->recompute < 1, own_norms = l == 0 || model->recompute < 2;
         a->x = allocate_x(BT * C), a->x_mid = allocate_x(BT * C);
         a->ln_1 = own_norms ? allocate_x(BT * C) : first->ln_1;
         a->ln_2 = own_norms ? allocate_x(BT * C) : first->ln_2;
         a->qkv = allocate_x(BT * 3 * C), a->y = allocate_x(BT * C), a->fc = allocate_x(BT * 4 * C);
-        a->gelu = own_gelu ? allocate_x(BT * 4 * C) : first->gelu;
+        a->act = own_act ? allocate_x(BT * 4 * C) : first->act;
         a->lse = allocate_float(BT * config.n_head);
         a->ln_1_mean = allocate_float(BT), a->ln_1_rstd = allocate_float(BT);
         a->ln_2_mean = allocate_float(BT), a->ln_2_rstd = allocate_float(BT);
@@ -2409,12 +2409,12 @@ static void layer_forward(Model* model, int l, const floatX* branch) {
     layernorm_forward(a->ln_2, a->x_mid, a->ln_2_mean, a->ln_2_rstd, a->x, model->branch,
                       p(LN_2_W), p(LN_2_B), BT, C, stream);
     if (BF16) {
-        linear_forward(a->gelu, a->ln_2, p(FC_W), p(FC_B), a->fc, BT, C, 4 * C, stream);
+        linear_forward(a->act, a->ln_2, p(FC_W), p(FC_B), a->fc, BT, C, 4 * C, stream);
     } else {
         linear_forward(a->fc, a->ln_2, p(FC_W), p(FC_B), NULL, BT, C, 4 * C, stream);
-        gelu_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream);
+        gelu_forward(a->act, a->fc, (int64_t)BT * 4 * C, stream);
     }
-    linear_forward(model->branch, a->gelu, p(FC_PROJ_W), p(FC_PROJ_B), NULL, BT, 4 * C, C, stream);
+    linear_forward(model->branch, a->act, p(FC_PROJ_W), p(FC_PROJ_B), NULL, BT, 4 * C, C, stream);
 }
 
 // The same backwards: dx is the residual stream's gradient after the layer, then before it.
@@ -2427,14 +2427,14 @@ static void layer_backward(Model* model, int l) {
     float* partials = model->partials;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
     auto d = [&](int which) { return model->gradients + layer_offset(model, l, which); };
-    if (model->recompute >= 1) { gelu_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream); }
+    if (model->recompute >= 1) { gelu_forward(a->act, a->fc, (int64_t)BT * 4 * C, stream); }
     if (model->recompute >= 2) {
         layernorm_forward(a->ln_1, NULL, a->ln_1_mean, a->ln_1_rstd, a->x, NULL, p(LN_1_W),
                           p(LN_1_B), BT, C, stream);
         layernorm_forward(a->ln_2, NULL, a->ln_2_mean, a->ln_2_rstd, a->x_mid, NULL, p(LN_2_W),
                           p(LN_2_B), BT, C, stream);
     }
-    linear_backward_weight(d(FC_PROJ_W), d(FC_PROJ_B), partials, a->gelu, dx, BT, 4 * C, C, stream);
+    linear_backward_weight(d(FC_PROJ_W), d(FC_PROJ_B), partials, a->act, dx, BT, 4 * C, C, stream);
     linear_backward_input(dwide, dx, p(FC_PROJ_W), BF16 ? a->fc : NULL, BT, 4 * C, C, stream);
     if (!BF16) { gelu_backward(dwide, a->fc, (int64_t)BT * 4 * C, stream); }
     linear_backward_weight(d(FC_W), d(FC_B), partials, a->ln_2, dwide, BT, C, 4 * C, stream);
@@ -2470,8 +2470,8 @@ static void modern_layer_forward(Model* model, int l) {
     linear_forward(branch, a->y, p(ATTN_PROJ_W), NULL, NULL, BT, C, C, stream);
     rmsnorm_forward(a->ln_2, a->x_mid, NULL, a->ln_2_rstd, s, NULL, branch, {}, BT, C, stream);
     linear_forward(a->fc, a->ln_2, p(FC_W), NULL, NULL, BT, C, 4 * C, stream);
-    relu2_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream);
-    linear_forward(branch, a->gelu, p(FC_PROJ_W), NULL, NULL, BT, 4 * C, C, stream);
+    relu2_forward(a->act, a->fc, (int64_t)BT * 4 * C, stream);
+    linear_forward(branch, a->act, p(FC_PROJ_W), NULL, NULL, BT, 4 * C, C, stream);
 }
 
 // The same backwards: dx is the gradient of the stream behind the layer, then of x; dx0 grows.
@@ -2488,13 +2488,13 @@ static void modern_layer_backward(Model* model, int l, TokenIndex index, int n_g
     auto weight = [&](int which, floatX* x, floatX* dy, int in, int out) {
         linear_backward_weight(d(which), NULL, NULL, x, dy, BT, in, out, stream);
     };
-    if (model->recompute >= 1) { relu2_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream); }
+    if (model->recompute >= 1) { relu2_forward(a->act, a->fc, (int64_t)BT * 4 * C, stream); }
     if (model->recompute >= 2) {
         rmsnorm_forward(a->ln_1, NULL, NULL, a->ln_1_rstd, a->x, NULL, NULL, a->mix, BT, C,
                         stream);
         rmsnorm_forward(a->ln_2, NULL, NULL, a->ln_2_rstd, a->x_mid, NULL, NULL, {}, BT, C, stream);
     }
-    weight(FC_PROJ_W, a->gelu, dx, 4 * C, C);
+    weight(FC_PROJ_W, a->act, dx, 4 * C, C);
     linear_backward_input(dwide, dx, p(FC_PROJ_W), NULL, BT, 4 * C, C, stream);
     relu2_backward(dwide, a->fc, (int64_t)BT * 4 * C, stream);
     weight(FC_W, a->ln_2, dwide, C, 4 * C);
@@ -2522,7 +2522,7 @@ static void modern_layer_backward(Model* model, int l, TokenIndex index, int n_g
 // (BT); with train, dbranch = d ln_f, and the head's gradient grows: GPT-2's is dwte.
 static void head(Model* model, bool train) {
     int C = model->config.n_embd, V = model->config.vocab_size, Vp = padded_vocab(model->config);
-    int BT = model->B * model->T, threads = min(512, ceil_div(Vp, W * WARP) * WARP);
+    int BT = model->B * model->T, threads = min(512, ceil_div(Vp, PACK * WARP) * WARP);
     int tensor = model->config.modern ? (int)LM_HEAD : (int)WTE;
     floatX *weight = global_parameter(model, tensor), *logits = model->logits;
     for (int first = 0; first < BT; first += HEAD_ROWS) {
@@ -3483,9 +3483,9 @@ static void check_config(Config config, int V, int64_t T) {
         die("n_embd %d with n_head %d; heads are equally wide, 256 at most, and n_embd is a "
             "multiple of 8 up to 3072; try --config n_embd=768 n_head=12", C, NH);
     }
-    if (config.modern && ((HS & (HS - 1)) != 0 || HS < 2 * W)) {
+    if (config.modern && ((HS & (HS - 1)) != 0 || HS < 2 * PACK)) {
         die("n_embd %d with n_head %d: heads of %d; dN's are a power of two wide, from %d to 256; "
-            "try --config n_embd=768 n_head=6", C, NH, HS, 2 * W);
+            "try --config n_embd=768 n_head=6", C, NH, HS, 2 * PACK);
     }
     if (config.n_layer < 1 || config.block_size < 1) {
         die("n_layer %d, block_size %d; both are 1 or more; try --config n_layer=12 "
