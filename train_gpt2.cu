@@ -128,11 +128,12 @@ template <class Number> __host__ __device__ constexpr Number ceil_div(Number a, 
     return (a + b - 1) / b;
 }
 
-// What one launch has to do at least, for --profile: bytes to move and FLOP to compute.
+// The least that one launch has to do: bytes to move and FLOP to compute. --profile compares the
+// time that the launch takes with it.
 struct Work { const char* name; double bytes, flops = 0; };
 
-// --profile: in profiled steps, two events enclose each launch; add_times sums their distances by
-// the name of the work.
+// In a profiled step two events enclose each launch. add_times sums the times between them by the
+// name of the work.
 struct KernelTime { char name[64]; int calls; double ms, bytes, flops; };
 struct Launch { int kernel; cudaEvent_t begin, end; };
 static struct {
@@ -178,15 +179,15 @@ static void end_work(Work work, cudaStream_t stream) {
     profile.n_launches++;
 }
 
-// Which threads a launch has, on which stream, with how much dynamic shared memory a block.
+// Where a launch runs: blocks of threads, on a stream, with dynamic shared memory for each block.
 struct Grid { dim3 blocks, threads; cudaStream_t stream; size_t shared_bytes = 0; };
 
-// At least n threads, in blocks of 256; the kernel lets those from n on return.
+// At least n threads, in blocks of 256. Those beyond n have to return early.
 static Grid one_thread_each(int64_t n, cudaStream_t stream) {
     return {(unsigned)ceil_div(n, (int64_t)256), 256, stream};
 }
 
-// All kernels are launched here: launch(work, grid, kernel, the kernel's arguments …).
+// Launches a kernel: launch(work, grid, kernel, the arguments of the kernel …).
 template <class... Parameters, class... Arguments>
 static void launch(Work work, Grid grid, void (*kernel)(Parameters...), Arguments... arguments) {
     begin_work(work, grid.stream);
@@ -194,7 +195,7 @@ static void launch(Work work, Grid grid, void (*kernel)(Parameters...), Argument
     end_work(work, grid.stream);
 }
 
-// To be called after a profiled step, when the GPU has finished it.
+// Call this after a profiled step, once the GPU has finished it.
 static void add_times(double step_ms) {
     for (int i = 0; i < profile.n_launches; i++) {
         float ms = 0.0f;
@@ -243,8 +244,9 @@ const int WARP = 32;
 
 __device__ int64_t thread_in_grid() { return (int64_t)blockIdx.x * blockDim.x + threadIdx.x; }
 
-// Memory is used best when each thread moves 16 bytes at once: PACK = 8 bf16 or 4 fp32, neighbours
-// in a row. So all row lengths are multiples of PACK. Sums over a Pack are done in fp32.
+// Memory bandwidth is used best when each thread moves 16 bytes at once. So a thread works on a
+// Pack, PACK = 8 bf16 or 4 fp32 neighbours in a row, and each row's length is a multiple of PACK.
+// Arithmetic on a Pack is in fp32.
 const int PACK = 16 / sizeof(floatX);
 struct alignas(16) Pack {
     floatX values[PACK];
@@ -255,8 +257,9 @@ struct alignas(16) Pack {
 __device__ Pack load(const floatX* address) { return *(const Pack*)address; }
 __device__ void store(floatX* address, Pack pack) { *(Pack*)address = pack; }
 
-// The sum of a value over a warp, in five steps: with each lane adds what the lane `offset` away
-// has, for offset 16, 8, 4, 2, 1. All lanes get the same bits, since a + b = b + a.
+// The sum over a warp, which every lane gets. In each of five steps a lane adds the value of the
+// lane whose number differs in one bit (16, 8, 4, 2, 1). Both lanes of a pair compute the same sum,
+// so all lanes end with the same bits.
 __device__ float warp_sum(float value) {
     for (int offset = WARP / 2; offset > 0; offset /= 2) {
         value += __shfl_xor_sync(~0u, value, offset);
@@ -272,8 +275,9 @@ __device__ float warp_max(float value) {
 }
 
 // The sum over a block of up to 1024 threads, which every thread gets. Each warp leaves its sum in
-// shared memory; after the barrier each warp adds up the at most 32 sums. The second barrier is for
-// kernels that call this twice: a fast warp must not overwrite sums that a slow one still reads.
+// shared memory. After the first barrier all of these are there, and each warp adds up the 32 or
+// fewer sums. The second barrier is for kernels that call this twice: a fast warp must not
+// overwrite sums that a slow one still reads.
 __device__ float block_sum(float value) {
     __shared__ float of_warp[WARP];
     int lane = threadIdx.x % WARP;
@@ -303,15 +307,15 @@ __device__ float block_max(float value) {
 // here is C += A B with C (16, 8) fp32, A (16, 16) and B (16, 8) bf16. Figure 1: which lane (L0 …
 // L31) holds which elements, and in which register. A register of A or B holds two bf16.
 //
-//     A   columns   0,1  2,3  4,5  6,7 | 8,9   …  14,15      C   columns   0,1  2,3  4,5  6,7
-//       row 0       L0   L1   L2   L3  | L0   L1   L2   L3     row 0       L0   L1   L2   L3
-//       row 1       L4   L5   L6   L7  | L4   L5   L6   L7     row 1       L4   L5   L6   L7
-//       …                a[0]          |      a[2]             …             c[0], c[1]
-//       row 7       L28  L29  L30  L31 | L28  L29  L30  L31    row 7       L28  L29  L30  L31
+//     A   columns   0,1  2,3  4,5  6,7 │ 8,9   …  14,15      C   columns   0,1  2,3  4,5  6,7
+//       row 0       L0   L1   L2   L3  │ L0   L1   L2   L3     row 0       L0   L1   L2   L3
+//       row 1       L4   L5   L6   L7  │ L4   L5   L6   L7     row 1       L4   L5   L6   L7
+//       …                a[0]          │      a[2]             …             c[0], c[1]
+//       row 7       L28  L29  L30  L31 │ L28  L29  L30  L31    row 7       L28  L29  L30  L31
 //       ────────────────────────────────────────────────       ─────────────────────────────────
-//       row 8       L0   L1   L2   L3  | L0   L1   L2   L3     row 8       L0   L1   L2   L3
-//       …                a[1]          |      a[3]             …             c[2], c[3]
-//       row 15      L28  L29  L30  L31 | L28  L29  L30  L31    row 15      L28  L29  L30  L31
+//       row 8       L0   L1   L2   L3  │ L0   L1   L2   L3     row 8       L0   L1   L2   L3
+//       …                a[1]          │      a[3]             …             c[2], c[3]
+//       row 15      L28  L29  L30  L31 │ L28  L29  L30  L31    row 15      L28  L29  L30  L31
 //
 //     B's transpose (8, 16) is spread like the upper half of A: b[0] is in the place of a[0], and
 //     b[1] in that of a[2].
@@ -388,9 +392,9 @@ __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const f
     store(out + at, sum);
 }
 
-// Which positions hold which token, grouped by token. Several positions add to one row of dwte.
-// Atomic additions would do so in any order, and so with other bits in each run; with this index
-// one block sums each row in one order.
+// Which positions hold which token, grouped by token. Several positions may add to one row of dwte.
+// Atomic additions would come in any order and give other bits in each run. With this index, one
+// block sums a row, and the order of the sum is fixed.
 struct TokenIndex {
     int* positions;     // (BT) grouped by token, ascending within a group
     int* starts;        // (n_groups + 1) where each group begins in `positions`
@@ -399,8 +403,8 @@ struct TokenIndex {
 };
 
 // One block of 32 x 8: one token, 32 Packs of its channels. Each of the 8 rows of threads, a warp,
-// sums every 8th position of the token; then the first row adds up the 8 sums, which need the
-// barrier since other warps wrote them. In `sums` the 32 lanes are neighbours: a bank each.
+// sums every 8th position of the token. After the barrier, when all 8 sums are there, the first row
+// adds them up. The lane is the last index of `sums`, so that a warp writes to 32 different banks.
 // Grid (n_groups, C/PACK/32). Reads BTC once and moves 2 rows of fp32 a token; bound by memory.
 __global__ void wte_backward_kernel(float* dwte, const floatX* dout, TokenIndex index, int C) {
     __shared__ float sums[8][PACK][WARP];
@@ -1393,6 +1397,47 @@ __device__ void load_keys(floatX* k, floatX* v, const floatX* from, int64_t C, i
     cp_async_commit();
 }
 
+// What a lane knows of the softmax of its two rows, lane/4 and lane/4 + 8
+template <int HS> struct OnlineSoftmax {
+    float highest[2] = {LOWEST, LOWEST};    // of the row's scores so far
+    float total[2] = {};                    // Σ 2^(score - highest), over this lane's columns
+
+    // Turns q kᵀ, of 64 keys, into 2^(score - highest), and shrinks the sums where a row has a new
+    // highest score. `query` is the first of the lane's two.
+    __device__ void add_tile(float (&p)[TILE / 8][4], float (&sum)[HS / 8][4], int query,
+                             int first_key, float to_base_2, int window) {
+        float new_highest[2] = {highest[0], highest[1]};
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int key = first_key + n * 8 + threadIdx.x % 4 * 2 + i % 2;
+                bool seen = sees(query + i / 2 * 8, key, window);
+                p[n][i] = seen ? p[n][i] * to_base_2 : -INFINITY;
+                new_highest[i / 2] = fmaxf(new_highest[i / 2], p[n][i]);
+            }
+        }
+        for (int r = 0; r < 2; r++) {
+            new_highest[r] = quad_max(new_highest[r]);
+            float shrink = exp2f(highest[r] - new_highest[r]);
+            highest[r] = new_highest[r];
+            total[r] *= shrink;
+            for (auto& part : sum) {
+                part[2 * r] *= shrink;
+                part[2 * r + 1] *= shrink;
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                p[n][i] = exp2f(p[n][i] - highest[i / 2]);
+                total[i / 2] += p[n][i];
+            }
+        }
+    }
+};
+
 // One block: 64 queries of a head, 16 a warp, whose scores and sums are in its registers, laid out
 // as C in Figure 1: a lane has parts of rows lane/4 and lane/4 + 8. The block walks over the tiles
 // of keys that the queries see. Grid (T/64, NH, B) x 128; the blocks with the most keys come first,
@@ -1412,8 +1457,7 @@ attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSize
     int64_t C = (int64_t)NH * HS;
     const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
     float sum[HS / 8][4] = {};              // Σ 2^(score - highest) v
-    float highest[2] = {LOWEST, LOWEST};    // of each of the lane's two rows
-    float total[2] = {};                    // Σ 2^(score - highest), over this lane's columns
+    OnlineSoftmax<HS> softmax;
     float to_base_2 = rsqrtf((float)HS) * LOG2_E * sizes.sharpness;
     int query = last * TILE + warp * 16 + lane / 4;     // the first of this lane's two
     int first = first_key_tile(last * TILE, sizes.window);
@@ -1430,49 +1474,21 @@ attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSize
             cp_async_wait<0>();
         }
         __syncthreads();
-        float p[TILE / 8][4];               // scores, then 2^(score - highest)
+        float p[TILE / 8][4];
         multiply_transposed<HS, TILE>(p, q, warp * 16, k_tile);
-        float new_highest[2] = {highest[0], highest[1]};
-#pragma unroll
-        for (int n = 0; n < TILE / 8; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int key = j * TILE + n * 8 + lane % 4 * 2 + i % 2;
-                bool seen = sees(query + i / 2 * 8, key, sizes.window);
-                p[n][i] = seen ? p[n][i] * to_base_2 : -INFINITY;
-                new_highest[i / 2] = fmaxf(new_highest[i / 2], p[n][i]);
-            }
-        }
-        for (int r = 0; r < 2; r++) {       // online softmax
-            new_highest[r] = quad_max(new_highest[r]);
-            float shrink = exp2f(highest[r] - new_highest[r]);
-            highest[r] = new_highest[r];
-            total[r] *= shrink;
-            for (auto& part : sum) {
-                part[2 * r] *= shrink;
-                part[2 * r + 1] *= shrink;
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < TILE / 8; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                p[n][i] = exp2f(p[n][i] - highest[i / 2]);
-                total[i / 2] += p[n][i];
-            }
-        }
+        softmax.add_tile(p, sum, query, j * TILE, to_base_2, sizes.window);
         multiply_add<HS, TILE>(sum, p, v_tile);
         __syncthreads();
     }
     for (int r = 0; r < 2; r++) {
-        total[r] = quad_sum(total[r]);
+        softmax.total[r] = quad_sum(softmax.total[r]);
         int t = query + 8 * r;
         if (lane % 4 == 0 && t < T) {
-            lse[((int64_t)b * NH + h) * T + t] = highest[r] + log2f(total[r]);
+            lse[((int64_t)b * NH + h) * T + t] = softmax.highest[r] + log2f(softmax.total[r]);
         }
     }
     store_rows<HS>(y + head_start(b, h, T, NH, HS, 1), C, last * TILE + warp * 16, T, sum,
-                   1.0f / total[0], 1.0f / total[1]);
+                   1.0f / softmax.total[0], 1.0f / softmax.total[1]);
 }
 
 // How many queries attention_backward_keys_kernel takes at a time: as many as the registers hold
