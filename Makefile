@@ -74,7 +74,7 @@ link   = $(if $(1),-isystem $(dir $(1))../include -L$(dir $(1)) -l:$(notdir $(1)
 train_gpt2cu: train_gpt2.cu
 	@test -n "$(NVCC)" || { echo "nvcc is not here; it compiles CUDA; install CUDA 13 or give NVCC=PATH"; exit 1; }
 	@test -n "$(CUBLAS)" || { echo "libcublasLt is not here; matmuls need it; install what requirements-extra.txt names"; exit 1; }
-	$(NVCC) -O3 -std=c++17 $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -Xptxas -v -Xcompiler -Wall \
+	$(NVCC) -O3 -std=c++20 $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -Xptxas -v -Xcompiler -Wall \
 	    $(if $(filter FP32,$(PRECISION)),-DFP32,--use_fast_math) $(if $(NCCL),-DMULTI_GPU) $< -o $@ $(call link,$(CUBLAS)) $(call link,$(NCCL))
 
 test_train_gpt2cu: setup

@@ -1,5 +1,5 @@
 /*
-Pretraining in CUDA C, of GPT-2 and of dN, the modern recipe: the same shards, checkpoints, flags
+Pretraining in CUDA C++, of GPT-2 and of dN, the modern recipe: the same shards, checkpoints, flags
 and log lines as train_gpt2.py.
 
     make train_gpt2cu
@@ -11,30 +11,45 @@ and log lines as train_gpt2.py.
          <core_dir>/hellaswag.bin, which python eval.py hellaswag writes
     out: <run>/model.safetensors, config.json, log.jsonl, state/ for --resume
 
-Map: §1 types, failures, timing · §2 reductions, 128-bit loads, tensor cores · §3 embedding ·
-§4 sums over rows · §5 residual + norms · §6 matmuls · §7 attention, rotary positions · §8 GELU,
-ReLU² · §9 classifier · §10 AdamW, Muon · §11 ranks · §12 tensor table · §13 model · §14 files ·
-§15 data · §16 flags · §17 the log and saved states · §18 questions and samples · §19 main
+Map. To learn CUDA, read §2 … §10: each room has the equations of one layer, its kernels forward and
+backward, and the functions that launch them. §13 puts the rooms together; the rest is plumbing.
+    §1 types, failures, launches, --profile      §11 ranks: torchrun's environment, NCCL
+    §2 reductions, 128-bit loads, tensor cores   §12 tensor table
+    §3 embedding                                 §13 model: forward, backward, update
+    §4 sums over rows                            §14 files: JSON, safetensors, checkpoints
+    §5 residual + norms                          §15 data: shards and the order of their rows
+    §6 matmuls: cuBLASLt                         §16 flags
+    §7 attention, rotary positions               §17 the log and saved states
+    §8 GELU, ReLU²                               §18 questions and samples
+    §9 classifier: softmax and cross-entropy     §19 main
+    §10 AdamW, Muon, the gradient's norm
 
-Numerics: weights and activations are bf16 (floatX), every sum and statistic fp32. Each rank keeps
-fp32 masters and moments of its 1/world_size of the parameters (ZeRO-1, arXiv 1910.02054); of Muon's
-matrices it owns whole layers, as optim.py's ranks own whole matrices.
-Gradients of parameters are fp32 and accumulate; gradients of activations are bf16 and overwrite,
-except along the residual stream, where they add up. With -DFP32 all is fp32, for cards before
-sm_80 and for tests. There are no floating-point atomics: the same run gives the same bits.
+Three figures show the layouts that are hard to see in code: the registers of a tensor-core multiply
+(§2), the swizzle of shared memory and the double buffer of key and value tiles (both §7).
+
+Numerics: weights and activations are bf16 (floatX); every sum and every statistic is fp32. Each
+rank keeps fp32 masters and moments of its 1/world_size of the parameters (ZeRO-1, arXiv
+1910.02054). Of the matrices that Muon trains, a rank owns whole layers, as it does in optim.py.
+Gradients of parameters are fp32 and accumulate. Gradients of activations are bf16 and overwrite,
+except along the residual stream, where they add up. With -DFP32 everything is fp32, for cards
+before sm_80 and for tests. There are no floating-point atomics: the same run gives the same bits.
 
 Memory: a matrix is stored as HF's GPT-2 stores it, (in, out), so that files hold what memory holds.
 
-Sizes: B rows, T positions, C channels, V vocabulary, Vp V rounded up to 64, L layers, NH heads,
-HS = C / NH, BT = B * T.
+Sizes: B rows, T positions, C channels, V vocabulary, Vp V rounded up to a multiple of 64, L layers,
+NH heads, HS = C / NH channels a head, BT = B * T tokens, OC output channels. "Moves 3 BTC" above a
+kernel means that it reads and writes 3 * B * T * C elements of floatX in all. "Grid 12 x 256" means
+12 blocks of 256 threads.
 
 Papers: GPT-2 (Radford et al. 2019), FlashAttention-2 (arXiv 2307.08691), online softmax
-(1805.02867), AdamW (1711.05101), stochastic rounding (2010.06192); of dN those of model.py and
+(1805.02867), AdamW (1711.05101), stochastic rounding (2010.06192); for dN, those of model.py and
 optim.py.
-Differs from the papers: FlashAttention-2 adds dQ with atomics; here a second kernel computes it,
-7 matmuls instead of 5, so that sums have one order.
-Differs from train_gpt2.py: of CORE only HellaSwag is asked; gzip and xz are not compared with.
+Differs from the papers: FlashAttention-2 adds up dQ with atomics. Here a second kernel computes dQ,
+with 7 matmuls in all instead of 5, so that every sum has one order.
+Differs from train_gpt2.py: of CORE, only HellaSwag is evaluated; a text's bits per byte are not
+compared with gzip and xz.
 */
+#include <algorithm>
 #include <arpa/inet.h>
 #include <cublasLt.h>
 #include <cuda_bf16.h>
@@ -60,7 +75,7 @@ Differs from train_gpt2.py: of CORE only HellaSwag is asked; gzip and xz are not
 #include <nccl.h>
 #endif
 
-// ---- §1 Types, failures, timing -----------------------------------------------------------------
+// ---- §1 Types, failures, launches ---------------------------------------------------------------
 
 #ifdef FP32
 typedef float floatX;
@@ -71,7 +86,7 @@ const cudaDataType_t CUBLAS_X = CUDA_R_16BF;
 #endif
 const bool BF16 = sizeof(floatX) == 2;
 
-// A user's mistake: one line that says what was found; what the rule is; what to do.
+// Ends the run with one line: what is wrong with what was found, then what to do.
 [[noreturn]] static void die(const char* format, ...) {
     va_list args;
     va_start(args, format);
@@ -83,27 +98,28 @@ const bool BF16 = sizeof(floatX) == 2;
 
 static void check_cuda(cudaError_t error, int line) {
     if (error == cudaSuccess) { return; }
-    die("train_gpt2.cu:%d: CUDA says: %s; a kernel or the driver failed; run nvidia-smi, then "
-        "continue with --resume", line, cudaGetErrorString(error));
+    die("train_gpt2.cu:%d: CUDA reports \"%s\"; run nvidia-smi to check the GPU and its driver, "
+        "then continue with --resume", line, cudaGetErrorString(error));
 }
 
 static void check_cublas(cublasStatus_t status, int line) {
     if (status == CUBLAS_STATUS_SUCCESS) { return; }
-    die("train_gpt2.cu:%d: cuBLASLt returned status %d; it needs the CUDA release it was built "
-        "with; run make check", line, (int)status);
+    die("train_gpt2.cu:%d: cuBLASLt returned status %d; run make check to see whether nvcc and "
+        "cuBLASLt come from the same CUDA release", line, (int)status);
 }
 
 #define CHECK_CUDA(call) check_cuda(call, __LINE__)
 #define CHECK_CUBLAS(call) check_cublas(call, __LINE__)
 
+// GPU memory that is filled with zeros
 static void* allocate(size_t bytes) {
     void* pointer = NULL;
     if (cudaMalloc(&pointer, bytes) != cudaSuccess) {
-        size_t free_bytes = 0, total = 0;
-        CHECK_CUDA(cudaMemGetInfo(&free_bytes, &total));
-        die("out of memory: %.2f GB asked, %.2f of %.2f GB free; weights, states and activations "
-            "must fit on a GPU; halve --batch_size, or try --recompute 2",
-            bytes / 1e9, free_bytes / 1e9, total / 1e9);
+        size_t free_bytes = 0;
+        size_t all_bytes = 0;
+        CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all_bytes));
+        die("out of GPU memory: %.2f GB requested, %.2f of %.2f GB free; halve --batch_size, or "
+            "try --recompute 2", bytes / 1e9, free_bytes / 1e9, all_bytes / 1e9);
     }
     CHECK_CUDA(cudaMemset(pointer, 0, bytes));
     return pointer;
@@ -113,89 +129,128 @@ template <class Number> __host__ __device__ constexpr Number ceil_div(Number a, 
     return (a + b - 1) / b;
 }
 
-// --profile: a launch stands between begin_kernel, which says what it moves and computes, and
-// CHECK_LAUNCH. In profiled steps each of the two records an event; add_times sums them by name.
+// The least that one launch has to do: bytes to move and FLOP to compute. --profile compares the
+// time that the launch takes with it.
+struct Work { const char* name; double bytes, flops = 0; };
+
+// In a profiled step two events enclose each launch. add_times sums the times between them by the
+// name of the work.
 struct KernelTime { char name[64]; int calls; double ms, bytes, flops; };
 struct Launch { int kernel; cudaEvent_t begin, end; };
 static struct {
     bool on;
     KernelTime kernels[96];
-    Launch* launches;                   // of one step, the last of them perhaps in the making
+    Launch* launches;                   // those of one step; their events are used again
     int n_kernels, n_launches, capacity, n_steps;
-    double ms;                          // of the steps
-    cudaStream_t stream;                // of the last launch
+    double ms;                          // of all profiled steps
 } profile;
 
-static void begin_kernel(const char* name, double bytes, double flops, cudaStream_t stream) {
+static int kernel_row(const char* name) {
+    for (int i = 0; i < profile.n_kernels; i++) {
+        if (strcmp(profile.kernels[i].name, name) == 0) { return i; }
+    }
+    snprintf(profile.kernels[profile.n_kernels].name, 64, "%s", name);
+    return profile.n_kernels++;
+}
+
+static void begin_work(Work work, cudaStream_t stream) {
     if (!profile.on) { return; }
-    int kernel = 0;
-    while (kernel < profile.n_kernels && strcmp(profile.kernels[kernel].name, name) != 0) {
-        kernel++;
-    }
-    if (kernel == profile.n_kernels) {
-        snprintf(profile.kernels[profile.n_kernels++].name, 64, "%s", name);
-    }
-    KernelTime* time = &profile.kernels[kernel];
-    time->calls++, time->bytes += bytes, time->flops += flops;
+    int row = kernel_row(work.name);
+    profile.kernels[row].calls++;
+    profile.kernels[row].bytes += work.bytes;
+    profile.kernels[row].flops += work.flops;
     if (profile.n_launches == profile.capacity) {
-        profile.launches = (Launch*)realloc(profile.launches, ++profile.capacity * sizeof(Launch));
+        profile.capacity++;
+        profile.launches = (Launch*)realloc(profile.launches, profile.capacity * sizeof(Launch));
         CHECK_CUDA(cudaEventCreate(&profile.launches[profile.n_launches].begin));
         CHECK_CUDA(cudaEventCreate(&profile.launches[profile.n_launches].end));
     }
-    profile.launches[profile.n_launches].kernel = kernel, profile.stream = stream;
+    profile.launches[profile.n_launches].kernel = row;
     CHECK_CUDA(cudaEventRecord(profile.launches[profile.n_launches].begin, stream));
 }
 
-static void check_launch(int line) {
-    check_cuda(cudaGetLastError(), line);
+static void end_work(Work work, cudaStream_t stream) {
+    cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) {
+        die("CUDA reports \"%s\" after the launch of %s; run nvidia-smi to check the GPU and its "
+            "driver, then continue with --resume", cudaGetErrorString(error), work.name);
+    }
     if (!profile.on) { return; }
-    CHECK_CUDA(cudaEventRecord(profile.launches[profile.n_launches++].end, profile.stream));
+    CHECK_CUDA(cudaEventRecord(profile.launches[profile.n_launches].end, stream));
+    profile.n_launches++;
 }
 
-#define CHECK_LAUNCH() check_launch(__LINE__)
+// Where a launch runs: blocks of threads, on a stream, with dynamic shared memory for each block.
+struct Grid { dim3 blocks, threads; cudaStream_t stream; size_t shared_bytes = 0; };
 
-// After a profiled step, when the GPU is done with it
+// At least n threads, in blocks of 256. Those beyond n have to return early.
+static Grid one_thread_each(int64_t n, cudaStream_t stream) {
+    return {(unsigned)ceil_div(n, (int64_t)256), 256, stream};
+}
+
+// Launches a kernel: launch(work, grid, kernel, the arguments of the kernel …).
+template <class... Parameters, class... Arguments>
+static void launch(Work work, Grid grid, void (*kernel)(Parameters...), Arguments... arguments) {
+    begin_work(work, grid.stream);
+    kernel<<<grid.blocks, grid.threads, grid.shared_bytes, grid.stream>>>(arguments...);
+    end_work(work, grid.stream);
+}
+
+// Call this after a profiled step, once the GPU has finished it.
 static void add_times(double step_ms) {
     for (int i = 0; i < profile.n_launches; i++) {
         float ms = 0.0f;
         CHECK_CUDA(cudaEventElapsedTime(&ms, profile.launches[i].begin, profile.launches[i].end));
         profile.kernels[profile.launches[i].kernel].ms += ms;
     }
-    profile.n_launches = 0, profile.n_steps++, profile.ms += step_ms;
+    profile.n_launches = 0;
+    profile.n_steps++;
+    profile.ms += step_ms;
 }
 
-// Longest first. The bound: what memory or tensor cores would take at their peak; 0 is unknown.
+// Longest first. "of bound" is the time that memory or tensor cores would take at their peak, as a
+// share of the time taken. A peak of 0 is unknown.
 static void print_profile(double bytes_per_s, double flops_per_s) {
-    int n = profile.n_kernels, steps = profile.n_steps;
-    double left = profile.ms;
-    qsort(profile.kernels, n, sizeof(KernelTime), [](const void* a, const void* b) {
-        double difference = ((const KernelTime*)b)->ms - ((const KernelTime*)a)->ms;
-        return difference > 0 ? 1 : difference < 0 ? -1 : 0;
-    });
+    int steps = profile.n_steps;
+    double rest_ms = profile.ms;
+    std::sort(profile.kernels, profile.kernels + profile.n_kernels,
+              [](const KernelTime& a, const KernelTime& b) { return a.ms > b.ms; });
     printf("%-44s  calls  ms a step  share   MB a step    GB/s  TFLOP/s  of bound\n", "kernel");
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < profile.n_kernels; i++) {
         KernelTime k = profile.kernels[i];
-        double bound = bytes_per_s > 0 ? k.bytes / bytes_per_s : 0, ms = fmax(k.ms, 1e-9);
-        bound = flops_per_s > 0 ? fmax(bound, k.flops / flops_per_s) : bound;
-        left -= k.ms;
+        double ms = fmax(k.ms, 1e-9);
+        double bound = 0;               // seconds
+        if (bytes_per_s > 0) { bound = k.bytes / bytes_per_s; }
+        if (flops_per_s > 0) { bound = fmax(bound, k.flops / flops_per_s); }
+        rest_ms -= k.ms;
         printf("%-44s %6d %10.3f %5.1f%% %11.3f %7.1f %8.2f %8.1f%%\n", k.name, k.calls / steps,
                k.ms / steps, 100 * k.ms / profile.ms, k.bytes / 1e6 / steps, k.bytes / 1e6 / ms,
                k.flops / 1e9 / ms, 1e5 * bound / ms);
     }
-    printf("%-44s %6s %10.3f %5.1f%%\n", "the rest: gaps, copies, other ranks", "", left / steps,
-           100 * left / profile.ms);
+    printf("%-44s %6s %10.3f %5.1f%%\n", "the rest: gaps, copies, other ranks", "",
+           rest_ms / steps, 100 * rest_ms / profile.ms);
     printf("a step %.3f ms; at best %.0f GB/s, %.0f TFLOP/s\n", profile.ms / steps,
            bytes_per_s / 1e9, flops_per_s / 1e12);
 }
 
 // ---- §2 Reductions, 128-bit loads, tensor cores -------------------------------------------------
+//
+// A kernel runs in a grid of blocks of threads. 32 threads of a block form a warp, which executes
+// one instruction at a time; a thread's number in its warp is its lane. Each thread has its own
+// registers. Threads of a warp can read one another's registers by shuffles. Threads of a block
+// share some memory on the chip, and wait for one another at a barrier, __syncthreads(). Blocks do
+// not communicate, and run in any order.
 
 const int WARP = 32;
 
-// W neighbours that one thread loads or stores at once: 8 bf16 or 4 fp32.
-const int W = 16 / sizeof(floatX);
+__device__ int64_t thread_in_grid() { return (int64_t)blockIdx.x * blockDim.x + threadIdx.x; }
+
+// Memory bandwidth is used best when each thread moves 16 bytes at once. So a thread works on a
+// Pack, PACK = 8 bf16 or 4 fp32 neighbours in a row, and each row's length is a multiple of PACK.
+// Arithmetic on a Pack is in fp32.
+const int PACK = 16 / sizeof(floatX);
 struct alignas(16) Pack {
-    floatX values[W];
+    floatX values[PACK];
     __device__ float operator[](int i) const { return (float)values[i]; }
     __device__ void set(int i, float value) { values[i] = (floatX)value; }
 };
@@ -203,6 +258,9 @@ struct alignas(16) Pack {
 __device__ Pack load(const floatX* address) { return *(const Pack*)address; }
 __device__ void store(floatX* address, Pack pack) { *(Pack*)address = pack; }
 
+// The sum over a warp, which every lane gets. In each of five steps a lane adds the value of the
+// lane whose number differs in one bit (16, 8, 4, 2, 1). Both lanes of a pair compute the same sum,
+// so all lanes end with the same bits.
 __device__ float warp_sum(float value) {
     for (int offset = WARP / 2; offset > 0; offset /= 2) {
         value += __shfl_xor_sync(~0u, value, offset);
@@ -217,11 +275,15 @@ __device__ float warp_max(float value) {
     return value;
 }
 
-// Sums over a block of up to 1024 threads; every thread gets the result. The second barrier is for
-// kernels that call it twice: of_warp is not written again while a slow warp still reads it.
+// The sum over a block of up to 1024 threads, which every thread gets. Each warp leaves its sum in
+// shared memory. After the first barrier all of these are there, and each warp adds up the 32 or
+// fewer sums. The second barrier is for kernels that call this twice: a fast warp must not
+// overwrite sums that a slow one still reads.
 __device__ float block_sum(float value) {
     __shared__ float of_warp[WARP];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    int n_warps = blockDim.x / WARP;
     value = warp_sum(value);
     if (lane == 0) { of_warp[warp] = value; }
     __syncthreads();
@@ -230,22 +292,46 @@ __device__ float block_sum(float value) {
     return value;
 }
 
+// A kernel calls this at most once: it has no second barrier.
 __device__ float block_max(float value) {
     __shared__ float of_warp[WARP];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    int n_warps = blockDim.x / WARP;
     value = warp_max(value);
     if (lane == 0) { of_warp[warp] = value; }
     __syncthreads();
     return warp_max(lane < n_warps ? of_warp[lane] : -INFINITY);
 }
 
-// The only inline PTX. On the CPU the emulator of tests/cuda_emulator has the same names.
+// Tensor cores multiply small matrices that lie in the registers of a warp. The instruction used
+// here is C += A B with C (16, 8) fp32, A (16, 16) and B (16, 8) bf16. Figure 1: which lane (L0 …
+// L31) holds which elements, and in which register. A register of A or B holds two bf16.
+//
+//     A   columns   0,1  2,3  4,5  6,7 │ 8,9   …  14,15      C   columns   0,1  2,3  4,5  6,7
+//       row 0       L0   L1   L2   L3  │ L0   L1   L2   L3     row 0       L0   L1   L2   L3
+//       row 1       L4   L5   L6   L7  │ L4   L5   L6   L7     row 1       L4   L5   L6   L7
+//       …                a[0]          │      a[2]             …             c[0], c[1]
+//       row 7       L28  L29  L30  L31 │ L28  L29  L30  L31    row 7       L28  L29  L30  L31
+//       ────────────────────────────────────────────────       ─────────────────────────────────
+//       row 8       L0   L1   L2   L3  │ L0   L1   L2   L3     row 8       L0   L1   L2   L3
+//       …                a[1]          │      a[3]             …             c[2], c[3]
+//       row 15      L28  L29  L30  L31 │ L28  L29  L30  L31    row 15      L28  L29  L30  L31
+//
+//     B's transpose (8, 16) is spread like the upper half of A: b[0] is in the place of a[0], and
+//     b[1] in that of a[2].
+//
+// So lane L owns, of the result, two neighbours in row L / 4 and two in row L / 4 + 8. A row is in
+// four neighbouring lanes, a quad. And two C's side by side lie as one A does: a result can be the
+// left factor of the next multiply without leaving its registers (multiply_add in §7).
+
+// The only inline PTX. On the CPU, the emulator in tests/cuda_emulator has the same names.
 #if !defined(CUEMU) && !defined(FP32)
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return (uint32_t)__cvta_generic_to_shared(pointer);
 }
 
-// c (16 x 8) += a (16 x 16) b (16 x 8), spread over the lanes of a warp as the PTX manual has it
+// c (16, 8) += a (16, 16) b (16, 8), as in Figure 1. All lanes of the warp take part.
 __device__ __forceinline__ void mma_m16n8k16_bf16(float c[4], const uint32_t a[4],
                                                   const uint32_t b[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -254,29 +340,35 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float c[4], const uint32_t a[4
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four 8 x 8 matrices; lane i gives the address of row i % 8 of matrix i / 8
+// Loads four 8 x 8 matrices from shared memory: lane i gives the address of row i % 8 of matrix
+// i / 8, and gets in r[j] its part of matrix j, spread like a quarter of Figure 1's A.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t r[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row)) : "memory");
 }
 
+// The same with each 8 x 8 matrix transposed on the way
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t r[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row)) : "memory");
 }
 
-// 16 bytes to shared memory, of which those behind `valid` are zeros
+// Starts a copy of 16 bytes to shared memory that passes no register; only the first `valid` bytes
+// are read, the others become zeros. The thread continues at once.
 __device__ __forceinline__ void cp_async16(void* to, const void* from, int valid) {
     asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;"
                  :: "r"(shared_address(to)), "l"(from), "r"(valid) : "memory");
 }
 
+// Makes one group of the copies that this thread has started since the last call.
 __device__ __forceinline__ void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
+// Waits until at most the PENDING newest groups of this thread are still on their way. What other
+// threads have copied is there only after a barrier.
 template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
 }
@@ -287,115 +379,125 @@ template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
 //   out[b, t] = wte[token[b, t]] + wpe[t]              out (B, T, C), wte (Vp, C), wpe (T, C)
 //   dwte[v] += Σ dout[b, t] where token = v            dwpe[t] += Σ_b dout[b, t]
 
-// One thread: one Pack of a token. Grid BT*C/W/256 x 256. Moves 3 BTC; bound by memory.
+// One thread: one Pack of one token. Grid BT*C/PACK/256 x 256. Moves 3 BTC; bound by memory.
 __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte,
                                          const floatX* wpe, int BT, int T, int C) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    int64_t at = thread_in_grid() * PACK;
     if (at >= (int64_t)BT * C) { return; }
-    int bt = at / C, c = at % C;
-    Pack token = load(wte + (int64_t)tokens[bt] * C + c), sum;
+    int bt = at / C;
+    int c = at % C;
+    Pack token = load(wte + (int64_t)tokens[bt] * C + c);
     Pack position = load(wpe + bt % T * C + c);
-    for (int i = 0; i < W; i++) { sum.set(i, token[i] + position[i]); }
+    Pack sum;
+    for (int i = 0; i < PACK; i++) { sum.set(i, token[i] + position[i]); }
     store(out + at, sum);
 }
 
-// Which positions hold which token, sorted by token: what makes the backward pass deterministic.
+// Which positions hold which token, grouped by token. Several positions may add to one row of dwte.
+// Atomic additions would come in any order and give other bits in each run. With this index, one
+// block sums a row, and the order of the sum is fixed.
 struct TokenIndex {
     int* positions;     // (BT) grouped by token, ascending within a group
     int* starts;        // (n_groups + 1) where each group begins in `positions`
-    int* tokens;        // (n_groups) the token of each
+    int* tokens;        // (n_groups) the token of each group
+    int n_groups;       // how many different tokens there are
 };
 
-// One block of 32 x 8: 32 Packs of channels of one token; its positions are dealt to 8 rows of
-// threads. Grid (n_groups, C/W/32). Reads BTC once; bound by memory.
+// One block of 32 x 8: one token, 32 Packs of its channels. Each of the 8 rows of threads, a warp,
+// sums every 8th position of the token. After the barrier, when all 8 sums are there, the first row
+// adds them up. The lane is the last index of `sums`, so that a warp writes to 32 different banks.
+// Grid (n_groups, C/PACK/32). Reads BTC once and moves 2 rows of fp32 a token; bound by memory.
 __global__ void wte_backward_kernel(float* dwte, const floatX* dout, TokenIndex index, int C) {
-    __shared__ float sums[8][W][WARP];
-    int c = (blockIdx.y * WARP + threadIdx.x) * W;
-    float sum[W] = {};
+    __shared__ float sums[8][PACK][WARP];
+    int c = (blockIdx.y * WARP + threadIdx.x) * PACK;
+    float sum[PACK] = {};
     if (c < C) {
         int end = index.starts[blockIdx.x + 1];
         for (int i = index.starts[blockIdx.x] + threadIdx.y; i < end; i += 8) {
             Pack gradient = load(dout + (int64_t)index.positions[i] * C + c);
-            for (int k = 0; k < W; k++) { sum[k] += gradient[k]; }
+            for (int k = 0; k < PACK; k++) { sum[k] += gradient[k]; }
         }
     }
-    for (int k = 0; k < W; k++) { sums[threadIdx.y][k][threadIdx.x] = sum[k]; }
+    for (int k = 0; k < PACK; k++) { sums[threadIdx.y][k][threadIdx.x] = sum[k]; }
     __syncthreads();
     if (threadIdx.y > 0 || c >= C) { return; }
     float* row = dwte + (int64_t)index.tokens[blockIdx.x] * C + c;
-    for (int k = 0; k < W; k++) {
+    for (int k = 0; k < PACK; k++) {
         for (int y = 1; y < 8; y++) { sum[k] += sums[y][k][threadIdx.x]; }
         row[k] += sum[k];
     }
 }
 
-// One thread: one Pack of a position, over all rows. Grid T*C/W/256 x 256. Reads BTC once.
+// One thread: one Pack of one position t, summed over all rows b. Grid T*C/PACK/256 x 256. Reads
+// BTC once; bound by memory.
 __global__ void wpe_backward_kernel(float* dwpe, const floatX* dout, int B, int T, int C) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    int64_t at = thread_in_grid() * PACK;
     if (at >= (int64_t)T * C) { return; }
-    float sum[W] = {};
+    float sum[PACK] = {};
     for (int b = 0; b < B; b++) {
         Pack gradient = load(dout + (int64_t)b * T * C + at);
-        for (int k = 0; k < W; k++) { sum[k] += gradient[k]; }
+        for (int k = 0; k < PACK; k++) { sum[k] += gradient[k]; }
     }
-    for (int k = 0; k < W; k++) { dwpe[at + k] += sum[k]; }
+    for (int k = 0; k < PACK; k++) { dwpe[at + k] += sum[k]; }
 }
 
 static void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe,
                               int B, int T, int C, cudaStream_t stream) {
-    int blocks = ceil_div((int64_t)B * T * C / W, (int64_t)256);
-    begin_kernel("embedding_forward", 3.0 * B * T * C * sizeof(floatX), 0, stream);
-    embedding_forward_kernel<<<blocks, 256, 0, stream>>>(out, tokens, wte, wpe, B * T, T, C);
-    CHECK_LAUNCH();
+    launch({"embedding_forward", 3.0 * B * T * C * sizeof(floatX)},
+           one_thread_each((int64_t)B * T * C / PACK, stream), embedding_forward_kernel, out,
+           tokens, wte, wpe, B * T, T, C);
 }
 
-static void wte_backward(float* dwte, const floatX* dout, TokenIndex index, int n_groups, int BT,
-                         int C, cudaStream_t stream) {
-    dim3 grid(n_groups, ceil_div(C, W * WARP)), block(WARP, 8);
-    double bytes = (double)BT * C * sizeof(floatX) + 8.0 * n_groups * C;
-    begin_kernel("wte_backward", bytes, 0, stream);
-    wte_backward_kernel<<<grid, block, 0, stream>>>(dwte, dout, index, C);
-    CHECK_LAUNCH();
+static void wte_backward(float* dwte, const floatX* dout, TokenIndex index, int BT, int C,
+                         cudaStream_t stream) {
+    dim3 grid(index.n_groups, ceil_div(C, PACK * WARP));
+    dim3 block(WARP, 8);
+    double bytes = (double)BT * C * sizeof(floatX) + 8.0 * index.n_groups * C;
+    launch({"wte_backward", bytes}, {grid, block, stream}, wte_backward_kernel, dwte, dout, index,
+           C);
 }
 
-static void embedding_backward(float* dwte, float* dwpe, const floatX* dout, TokenIndex index,
-                               int n_groups, int B, int T, int C, cudaStream_t stream) {
-    wte_backward(dwte, dout, index, n_groups, B * T, C, stream);
+static void wpe_backward(float* dwpe, const floatX* dout, int B, int T, int C,
+                         cudaStream_t stream) {
     double bytes = (double)B * T * C * sizeof(floatX) + 8.0 * T * C;
-    begin_kernel("wpe_backward", bytes, 0, stream);
-    wpe_backward_kernel<<<ceil_div(T * C / W, 256), 256, 0, stream>>>(dwpe, dout, B, T, C);
-    CHECK_LAUNCH();
+    launch({"wpe_backward", bytes}, one_thread_each(T * C / PACK, stream), wpe_backward_kernel,
+           dwpe, dout, B, T, C);
 }
 
 // ---- §4 Sums over rows --------------------------------------------------------------------------
 //
-//   gradient[c] += Σ_rows of a matrix, in two steps of fixed order: each block sums some rows into
-//   `partials` (n_partials, width), then add_partials_kernel sums those.
+//   gradient[c] += Σ_rows matrix[row, c]
+//
+// A matrix has many more rows than columns, so one block for some columns would leave most of the
+// GPU idle. There are two steps, each with a fixed order: blocks sum shares of the rows into
+// `partials` (n_partials, width), then add_partials_kernel sums those.
 
 const int ROW_SPLITS = 64;
 
-// One block of 32 x 8: 32 Packs of columns; its share of the rows is dealt to 8 rows of threads.
-// Grid (OC/W/32, ROW_SPLITS). Reads the matrix once; bound by memory.
+// One block of 32 x 8: 32 Packs of columns, and every ROW_SPLITS-th group of 8 rows. The barrier
+// and the layout of `sums` are those of wte_backward_kernel. Grid (OC/PACK/32, ROW_SPLITS). Reads
+// the matrix once; bound by memory.
 __global__ void row_sum_kernel(float* partials, const floatX* matrix, int rows, int OC) {
-    __shared__ float sums[8][W][WARP];
-    int c = (blockIdx.x * WARP + threadIdx.x) * W;
-    float sum[W] = {};
+    __shared__ float sums[8][PACK][WARP];
+    int c = (blockIdx.x * WARP + threadIdx.x) * PACK;
+    float sum[PACK] = {};
     if (c < OC) {
         for (int row = blockIdx.y * 8 + threadIdx.y; row < rows; row += gridDim.y * 8) {
             Pack values = load(matrix + (int64_t)row * OC + c);
-            for (int k = 0; k < W; k++) { sum[k] += values[k]; }
+            for (int k = 0; k < PACK; k++) { sum[k] += values[k]; }
         }
     }
-    for (int k = 0; k < W; k++) { sums[threadIdx.y][k][threadIdx.x] = sum[k]; }
+    for (int k = 0; k < PACK; k++) { sums[threadIdx.y][k][threadIdx.x] = sum[k]; }
     __syncthreads();
     if (threadIdx.y > 0 || c >= OC) { return; }
-    for (int k = 0; k < W; k++) {
+    for (int k = 0; k < PACK; k++) {
         for (int y = 1; y < 8; y++) { sum[k] += sums[y][k][threadIdx.x]; }
         partials[(int64_t)blockIdx.y * OC + c + k] = sum[k];
     }
 }
 
-// One block of 32 x 16: 32 columns; the partial sums are dealt to 16 rows of threads.
+// One block of 32 x 16: 32 columns; each of the 16 rows of threads sums every 16th partial sum, and
+// the first row adds up the 16 results. Grid columns/32. Bound by latency: there is little to read.
 __global__ void add_partials_kernel(float* gradient, const float* partials, int n_partials,
                                     int width, int columns) {
     __shared__ float sums[16][WARP];
@@ -413,274 +515,367 @@ __global__ void add_partials_kernel(float* gradient, const float* partials, int 
     gradient[c] += sum;
 }
 
+// gradient (columns) += the sum of the first `columns` of the rows of partials (n_partials, width)
 static void add_partials(float* gradient, const float* partials, int n_partials, int width,
                          int columns, cudaStream_t stream) {
-    dim3 block(WARP, 16);
-    begin_kernel("add_partials", 4.0 * (n_partials + 2) * columns, 0, stream);
-    add_partials_kernel<<<ceil_div(columns, WARP), block, 0, stream>>>(gradient, partials,
-                                                                       n_partials, width, columns);
-    CHECK_LAUNCH();
+    launch({"add_partials", 4.0 * (n_partials + 2) * columns},
+           {ceil_div(columns, WARP), dim3(WARP, 16), stream}, add_partials_kernel, gradient,
+           partials, n_partials, width, columns);
 }
 
 static void bias_backward(float* dbias, float* partials, const floatX* dout, int BT, int OC,
                           cudaStream_t stream) {
-    dim3 grid(ceil_div(OC, W * WARP), ROW_SPLITS), block(WARP, 8);
+    dim3 grid(ceil_div(OC, PACK * WARP), ROW_SPLITS);
+    dim3 block(WARP, 8);
     double bytes = (double)BT * OC * sizeof(floatX) + 4.0 * ROW_SPLITS * OC;
-    begin_kernel("row_sum", bytes, 0, stream);
-    row_sum_kernel<<<grid, block, 0, stream>>>(partials, dout, BT, OC);
-    CHECK_LAUNCH();
+    launch({"row_sum", bytes}, {grid, block, stream}, row_sum_kernel, partials, dout, BT, OC);
     add_partials(dbias, partials, ROW_SPLITS, OC, OC, stream);
 }
 
-// ---- §5 Residual + LayerNorm --------------------------------------------------------------------
+// ---- §5 Residual + norms ------------------------------------------------------------------------
+//
+// LayerNorm, GPT-2's. Each norm also adds what the branch before it computed, b, to the residual
+// stream, a: the sum x is written once, and normalised while it is still on the chip.
 //
 //   x = a + b    mean = Σ x / C    rstd = 1 / sqrt(Σ (x - mean)² / C + 1e-5)
 //   n = (x - mean) rstd    out = n weight + bias
 //   dn = dout weight    dx += (dn - Σ dn / C - n Σ (dn n) / C) rstd
 //   dweight += Σ_rows dout n    dbias += Σ_rows dout
 
-const int NORM_WARPS = 4;
-const float RMS_EPSILON = 1.1920929e-7f;         // what PyTorch has: fp32's
+const int NORM_WARPS = 4;                        // of a block; each has a row
+const float RMS_EPSILON = 1.1920929e-7f;         // fp32's epsilon, which PyTorch's rms_norm takes
 
-// One warp: one row of C channels, held in shared memory between the passes. Grid BT/4 x 128.
-// Moves 4 BTC (2 without b); bound by memory. Without b, x is a and is not written.
-__global__ void layernorm_forward_kernel(floatX* out, floatX* x, float* mean, float* rstd,
-                                         const floatX* a, const floatX* b, const floatX* weight,
-                                         const floatX* bias, int BT, int C) {
-    extern __shared__ float rows[];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+// Shapes are (BT, C) unless said otherwise. A pointer that may be NULL stands as NULL here.
+struct LayerNormForward {
+    const floatX* a;
+    const floatX* b = NULL;             // NULL: x is a, and is not written
+    const floatX *weight, *bias;        // (C)
+    floatX* x = NULL;
+    floatX* out;
+    float *mean, *rstd;                 // (BT)
+    int BT, C;
+};
+
+// One warp: one row, which it keeps in shared memory, so that the sum of squares is taken after the
+// mean is known (one pass over Σ x² would cancel) and memory is read once. No barrier: a lane
+// reads only what it wrote. Grid BT/4 x 128. Moves 4 BTC, or 2 BTC without b; bound by memory.
+__global__ void layernorm_forward_kernel(LayerNormForward norm) {
+    extern __shared__ float rows[];     // (NORM_WARPS, C)
+    int C = norm.C;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
     int64_t bt = (int64_t)blockIdx.x * NORM_WARPS + warp;
-    if (bt >= BT) { return; }
-    float *row = rows + warp * C, sum = 0.0f, square_sum = 0.0f;
-    for (int c = lane * W; c < C; c += WARP * W) {
-        Pack value = load(a + bt * C + c);
-        if (b != NULL) {
-            Pack other = load(b + bt * C + c);
-            for (int i = 0; i < W; i++) { value.set(i, value[i] + other[i]); }
-            store(x + bt * C + c, value);
+    if (bt >= norm.BT) { return; }
+    float* row = rows + warp * C;
+    float sum = 0.0f;
+    for (int c = lane * PACK; c < C; c += WARP * PACK) {
+        Pack value = load(norm.a + bt * C + c);
+        if (norm.b != NULL) {
+            Pack other = load(norm.b + bt * C + c);
+            for (int i = 0; i < PACK; i++) { value.set(i, value[i] + other[i]); }
+            store(norm.x + bt * C + c, value);
         }
-        for (int i = 0; i < W; i++) { row[c + i] = value[i], sum += value[i]; }
+        for (int i = 0; i < PACK; i++) {
+            row[c + i] = value[i];
+            sum += value[i];
+        }
     }
-    float m = warp_sum(sum) / C;
-    for (int c = lane * W; c < C; c += WARP * W) {
-        for (int i = 0; i < W; i++) { square_sum += (row[c + i] - m) * (row[c + i] - m); }
+    float mean = warp_sum(sum) / C;
+    float square_sum = 0.0f;
+    for (int c = lane * PACK; c < C; c += WARP * PACK) {
+        for (int i = 0; i < PACK; i++) { square_sum += (row[c + i] - mean) * (row[c + i] - mean); }
     }
-    float s = rsqrtf(warp_sum(square_sum) / C + 1e-5f);
-    for (int c = lane * W; c < C; c += WARP * W) {
-        Pack w = load(weight + c), shift = load(bias + c), value;
-        for (int i = 0; i < W; i++) { value.set(i, (row[c + i] - m) * s * w[i] + shift[i]); }
-        store(out + bt * C + c, value);
+    float rstd = rsqrtf(warp_sum(square_sum) / C + 1e-5f);
+    for (int c = lane * PACK; c < C; c += WARP * PACK) {
+        Pack weight = load(norm.weight + c);
+        Pack bias = load(norm.bias + c);
+        Pack value;
+        for (int i = 0; i < PACK; i++) {
+            value.set(i, (row[c + i] - mean) * rstd * weight[i] + bias[i]);
+        }
+        store(norm.out + bt * C + c, value);
     }
-    if (lane == 0) { mean[bt] = m, rstd[bt] = s; }
+    if (lane == 0) {
+        norm.mean[bt] = mean;
+        norm.rstd[bt] = rstd;
+    }
 }
 
+struct LayerNormBackward {
+    const floatX *dout, *x, *weight;
+    const float *mean, *rstd;           // (BT)
+    floatX* dx;                         // added to
+    float *dweight, *dbias;             // (C), added to
+    float* partials;                    // (NORM_PARTIALS, 2C): dweight, then dbias
+    int BT, C;
+};
+
+const int NORM_PARTIALS = 256;  // blocks at most
 const int NORM_ROWS = 2;        // of an iteration, so that two rows share a barrier
 
-// One block: all C channels, a Pack a thread, of every gridDim-th pair of rows. Grid n_partials x
-// C/W. Moves 4 BTC; bound by memory. partials (n_partials, 2C): dweight, then dbias.
-__global__ void layernorm_backward_kernel(floatX* dx, float* partials, const floatX* dout,
-                                          const floatX* x, const floatX* weight, const float* mean,
-                                          const float* rstd, int BT, int C) {
-    __shared__ float of_warp[2][NORM_ROWS][WARP];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
-    int c = threadIdx.x * W;
+// One block: all C channels, a Pack a thread, of every gridDim-th pair of rows: so a thread can sum
+// dweight and dbias of its channels in registers. Grid n_partials x C/PACK. Moves 4 BTC; bound by
+// memory.
+// The sums over a row pass through of_warp. The first barrier: every warp's sums are there. The
+// second: every warp has read them before the next rows' sums are written.
+__global__ void layernorm_backward_kernel(LayerNormBackward norm) {
+    __shared__ float of_warp[2][NORM_ROWS][WARP];       // Σ dn and Σ (dn n) of each warp
+    int C = norm.C;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    int n_warps = blockDim.x / WARP;
+    int c = threadIdx.x * PACK;
     bool active = c < C;
-    float dweight[W] = {}, dbias[W] = {};
-    Pack w = load(weight + (active ? c : 0));
-    for (int first = blockIdx.x * NORM_ROWS; first < BT; first += gridDim.x * NORM_ROWS) {
-        float n[NORM_ROWS][W] = {}, dn[NORM_ROWS][W] = {}, scale[NORM_ROWS] = {};
+    float dweight[PACK] = {};
+    float dbias[PACK] = {};
+    Pack weight = load(norm.weight + (active ? c : 0));
+    for (int first = blockIdx.x * NORM_ROWS; first < norm.BT; first += gridDim.x * NORM_ROWS) {
+        float n[NORM_ROWS][PACK] = {};
+        float dn[NORM_ROWS][PACK] = {};
+        float rstd[NORM_ROWS] = {};
         for (int r = 0; r < NORM_ROWS; r++) {
             int64_t bt = first + r;
-            float sum_dn = 0.0f, sum_dn_n = 0.0f;
-            if (active && bt < BT) {
-                Pack gradient = load(dout + bt * C + c), value = load(x + bt * C + c);
-                float m = mean[bt];
-                scale[r] = rstd[bt];
-                for (int i = 0; i < W; i++) {
-                    n[r][i] = (value[i] - m) * scale[r];
-                    dn[r][i] = gradient[i] * w[i];
-                    dweight[i] += gradient[i] * n[r][i];
-                    dbias[i] += gradient[i];
+            float sum_dn = 0.0f;
+            float sum_dn_n = 0.0f;
+            if (active && bt < norm.BT) {
+                Pack dout = load(norm.dout + bt * C + c);
+                Pack x = load(norm.x + bt * C + c);
+                float mean = norm.mean[bt];
+                rstd[r] = norm.rstd[bt];
+                for (int i = 0; i < PACK; i++) {
+                    n[r][i] = (x[i] - mean) * rstd[r];
+                    dn[r][i] = dout[i] * weight[i];
+                    dweight[i] += dout[i] * n[r][i];
+                    dbias[i] += dout[i];
                     sum_dn += dn[r][i];
                     sum_dn_n += dn[r][i] * n[r][i];
                 }
             }
-            sum_dn = warp_sum(sum_dn), sum_dn_n = warp_sum(sum_dn_n);
-            if (lane == 0) { of_warp[0][r][warp] = sum_dn, of_warp[1][r][warp] = sum_dn_n; }
+            sum_dn = warp_sum(sum_dn);
+            sum_dn_n = warp_sum(sum_dn_n);
+            if (lane == 0) {
+                of_warp[0][r][warp] = sum_dn;
+                of_warp[1][r][warp] = sum_dn_n;
+            }
         }
         __syncthreads();
         for (int r = 0; r < NORM_ROWS; r++) {
             int64_t bt = first + r;
             float mean_dn = warp_sum(lane < n_warps ? of_warp[0][r][lane] : 0.0f) / C;
             float mean_dn_n = warp_sum(lane < n_warps ? of_warp[1][r][lane] : 0.0f) / C;
-            if (active && bt < BT) {
-                Pack gradient = load(dx + bt * C + c);
-                for (int i = 0; i < W; i++) {
-                    float here = (dn[r][i] - mean_dn - n[r][i] * mean_dn_n) * scale[r];
-                    gradient.set(i, gradient[i] + here);
+            if (active && bt < norm.BT) {
+                Pack dx = load(norm.dx + bt * C + c);
+                for (int i = 0; i < PACK; i++) {
+                    float here = (dn[r][i] - mean_dn - n[r][i] * mean_dn_n) * rstd[r];
+                    dx.set(i, dx[i] + here);
                 }
-                store(dx + bt * C + c, gradient);
+                store(norm.dx + bt * C + c, dx);
             }
         }
         __syncthreads();
     }
     if (!active) { return; }
-    float* partial = partials + (int64_t)blockIdx.x * 2 * C + c;
-    for (int i = 0; i < W; i++) { partial[i] = dweight[i], partial[C + i] = dbias[i]; }
+    float* partial = norm.partials + (int64_t)blockIdx.x * 2 * C + c;
+    for (int i = 0; i < PACK; i++) {
+        partial[i] = dweight[i];
+        partial[C + i] = dbias[i];
+    }
 }
 
-// out = LayerNorm(x), x = a + b; without b, x is a.
-static void layernorm_forward(floatX* out, floatX* x, float* mean, float* rstd, const floatX* a,
-                              const floatX* b, const floatX* weight, const floatX* bias, int BT,
-                              int C, cudaStream_t stream) {
-    size_t shared_bytes = sizeof(float) * NORM_WARPS * C;
-    double moved = b != NULL ? 4.0 : 2.0;
-    begin_kernel("layernorm_forward", moved * BT * C * sizeof(floatX), 0, stream);
-    layernorm_forward_kernel<<<ceil_div(BT, NORM_WARPS), NORM_WARPS * WARP, shared_bytes, stream>>>(
-        out, x, mean, rstd, a, b, weight, bias, BT, C);
-    CHECK_LAUNCH();
+static void layernorm_forward(LayerNormForward norm, cudaStream_t stream) {
+    size_t shared_bytes = sizeof(float) * NORM_WARPS * norm.C;
+    double moved = norm.b != NULL ? 4.0 : 2.0;
+    launch({"layernorm_forward", moved * norm.BT * norm.C * sizeof(floatX)},
+           {ceil_div(norm.BT, NORM_WARPS), NORM_WARPS * WARP, stream, shared_bytes},
+           layernorm_forward_kernel, norm);
 }
 
-const int NORM_PARTIALS = 256;
-
-static void layernorm_backward(floatX* dx, float* dweight, float* dbias, float* partials,
-                               const floatX* dout, const floatX* x, const floatX* weight,
-                               const float* mean, const float* rstd, int BT, int C,
-                               cudaStream_t stream) {
-    int blocks = min(NORM_PARTIALS, ceil_div(BT, NORM_ROWS));
-    double bytes = 4.0 * BT * C * sizeof(floatX) + 8.0 * blocks * C;
-    begin_kernel("layernorm_backward", bytes, 0, stream);
-    layernorm_backward_kernel<<<blocks, ceil_div(C, W * WARP) * WARP, 0, stream>>>(
-        dx, partials, dout, x, weight, mean, rstd, BT, C);
-    CHECK_LAUNCH();
-    add_partials(dweight, partials, blocks, 2 * C, C, stream);
-    add_partials(dbias, partials + C, blocks, 2 * C, C, stream);
+static void layernorm_backward(LayerNormBackward norm, cudaStream_t stream) {
+    int C = norm.C;
+    int blocks = min(NORM_PARTIALS, ceil_div(norm.BT, NORM_ROWS));
+    int threads = ceil_div(C, PACK * WARP) * WARP;
+    double bytes = 4.0 * norm.BT * C * sizeof(floatX) + 8.0 * blocks * C;
+    launch({"layernorm_backward", bytes}, {blocks, threads, stream}, layernorm_backward_kernel,
+           norm);
+    add_partials(norm.dweight, norm.partials, blocks, 2 * C, C, stream);
+    add_partials(norm.dbias, norm.partials + C, blocks, 2 * C, C, stream);
 }
 
-//   dN's norm: s = λ x + μ e, x = a + b    rstd = 1 / sqrt(Σ s² / C + 1.19e-7)    out = n = s rstd
+// RMSNorm, dN's, has no mean, weight or bias. Before it, the residual stream x is mixed with the
+// first embedding, e, by two learned numbers a layer, λ and μ. Without e, s is x.
+//
+//   x = a + b    s = λ x + μ e    rstd = 1 / sqrt(Σ s² / C + 1.19e-7)    out = n = s rstd
 //   ds = dx + (dout - n Σ (dout n) / C) rstd
 //   dλ += Σ ds x    dμ += Σ ds e    dx = λ ds    de += μ ds
-//
-// λ and μ, one each a layer, mix the first embedding e into the residual stream; without e, s = x.
 
-struct Mix { const floatX* e; const float *lambda, *mu; float sign; };      // lambda NULL: 1
+struct Mix {
+    const floatX* e;                    // (BT, C); NULL: no mix
+    const float* lambda;                // NULL: 1
+    const float* mu;
+    float sign;                         // 1 or -1, which μ is multiplied by
+};
 
+// s of the Pack x that lies at `at`
 __device__ Pack mixed(Pack x, Mix mix, int64_t at) {
     if (mix.e == NULL) { return x; }
-    float lambda = mix.lambda != NULL ? *mix.lambda : 1.0f, mu = mix.sign * *mix.mu;
-    Pack e = load(mix.e + at), s;
-    for (int i = 0; i < W; i++) { s.set(i, lambda * x[i] + mu * e[i]); }
+    float lambda = mix.lambda != NULL ? *mix.lambda : 1.0f;
+    float mu = mix.sign * *mix.mu;
+    Pack e = load(mix.e + at);
+    Pack s;
+    for (int i = 0; i < PACK; i++) { s.set(i, lambda * x[i] + mu * e[i]); }
     return s;
 }
 
-// One warp: one row, held in shared memory between the passes. Grid BT/4 x 128. Moves up to 6 BTC;
-// bound by memory. a is row tokens[bt] of a table where there are tokens; x and s are written
-// where they are wanted. mix.e may be x.
-__global__ void rmsnorm_forward_kernel(floatX* out, floatX* x, floatX* s, float* rstd,
-                                       const floatX* a, const int* tokens, const floatX* b, Mix mix,
-                                       int BT, int C) {
-    extern __shared__ float rows[];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+// Shapes are (BT, C) unless said otherwise; x and s are only written where they are not NULL.
+struct RmsNormForward {
+    const floatX* a;                    // with tokens: a table (Vp, C)
+    const int* tokens = NULL;           // (BT), the rows of a to take
+    const floatX* b = NULL;
+    Mix mix = {};                       // mix.e may be x
+    floatX* x = NULL;
+    floatX* s = NULL;
+    floatX* out;
+    float* rstd;                        // (BT)
+    int BT, C;
+};
+
+// One warp: one row, held in shared memory between the passes, as in layernorm_forward_kernel. Grid
+// BT/4 x 128. Moves up to 6 BTC; bound by memory.
+__global__ void rmsnorm_forward_kernel(RmsNormForward norm) {
+    extern __shared__ float rows[];     // (NORM_WARPS, C)
+    int C = norm.C;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
     int64_t bt = (int64_t)blockIdx.x * NORM_WARPS + warp;
-    if (bt >= BT) { return; }
-    const floatX* from = a + (tokens != NULL ? tokens[bt] : bt) * C;
-    float *row = rows + warp * C, square_sum = 0.0f;
-    for (int c = lane * W; c < C; c += WARP * W) {
-        Pack value = load(from + c);
-        if (b != NULL) {
-            Pack other = load(b + bt * C + c);
-            for (int i = 0; i < W; i++) { value.set(i, value[i] + other[i]); }
+    if (bt >= norm.BT) { return; }
+    const floatX* a = norm.a + (norm.tokens != NULL ? norm.tokens[bt] : bt) * C;
+    float* row = rows + warp * C;
+    float square_sum = 0.0f;
+    for (int c = lane * PACK; c < C; c += WARP * PACK) {
+        Pack value = load(a + c);
+        if (norm.b != NULL) {
+            Pack other = load(norm.b + bt * C + c);
+            for (int i = 0; i < PACK; i++) { value.set(i, value[i] + other[i]); }
         }
-        if (x != NULL) { store(x + bt * C + c, value); }
-        value = mixed(value, mix, bt * C + c);
-        if (s != NULL) { store(s + bt * C + c, value); }
-        for (int i = 0; i < W; i++) { row[c + i] = value[i], square_sum += value[i] * value[i]; }
+        if (norm.x != NULL) { store(norm.x + bt * C + c, value); }
+        value = mixed(value, norm.mix, bt * C + c);
+        if (norm.s != NULL) { store(norm.s + bt * C + c, value); }
+        for (int i = 0; i < PACK; i++) {
+            row[c + i] = value[i];
+            square_sum += value[i] * value[i];
+        }
     }
-    float scale = rsqrtf(warp_sum(square_sum) / C + RMS_EPSILON);
-    for (int c = lane * W; c < C; c += WARP * W) {
+    float rstd = rsqrtf(warp_sum(square_sum) / C + RMS_EPSILON);
+    for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack value;
-        for (int i = 0; i < W; i++) { value.set(i, row[c + i] * scale); }
-        store(out + bt * C + c, value);
+        for (int i = 0; i < PACK; i++) { value.set(i, row[c + i] * rstd); }
+        store(norm.out + bt * C + c, value);
     }
-    if (lane == 0) { rstd[bt] = scale; }
+    if (lane == 0) { norm.rstd[bt] = rstd; }
 }
 
-const int RMS_PARTIALS = 1024;
+struct RmsNormBackward {
+    const floatX* dout;
+    const floatX* x;                    // with tokens: a table (Vp, C)
+    const int* tokens = NULL;           // (BT), the rows of x
+    const float* rstd;                  // (BT)
+    Mix mix = {};
+    floatX* dx;                         // in: the gradient of s from elsewhere; out: that of x
+    floatX* de = NULL;                  // added to
+    float* dlambda = NULL;              // one number each, added to
+    float* dmu = NULL;
+    float* partials = NULL;             // (RMS_PARTIALS, 2): dλ, dμ; only with a mix
+    int BT, C;
+};
+
+const int RMS_PARTIALS = 1024;  // blocks at most
 
 // One warp: every n-th row, read twice, the second time from the L1 cache. Grid up to RMS_PARTIALS
-// x 128. Moves 4 BTC, or 7 with a mix; bound by memory. partials (gridDim, 2): dλ, dμ.
-__global__ void rmsnorm_backward_kernel(floatX* dx, floatX* de, float* partials, const floatX* dout,
-                                        const floatX* x, const int* tokens, const float* rstd,
-                                        Mix mix, int BT, int C) {
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    float lambda = mix.lambda != NULL ? *mix.lambda : 1.0f, dlambda = 0.0f, dmu = 0.0f;
+// x 128. Moves 4 BTC, or 7 BTC with a mix; bound by memory.
+__global__ void rmsnorm_backward_kernel(RmsNormBackward norm) {
+    Mix mix = norm.mix;
+    int C = norm.C;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    float lambda = mix.lambda != NULL ? *mix.lambda : 1.0f;
     float mu = mix.e != NULL ? mix.sign * *mix.mu : 0.0f;
-    for (int64_t bt = blockIdx.x * NORM_WARPS + warp; bt < BT; bt += gridDim.x * NORM_WARPS) {
-        const floatX* from = x + (tokens != NULL ? tokens[bt] : bt) * C;
-        float scale = rstd[bt], sum = 0.0f;
-        for (int c = lane * W; c < C; c += WARP * W) {
-            Pack s = mixed(load(from + c), mix, bt * C + c), gradient = load(dout + bt * C + c);
-            for (int i = 0; i < W; i++) { sum += gradient[i] * s[i]; }
+    float dlambda = 0.0f;
+    float dmu = 0.0f;
+    for (int64_t bt = blockIdx.x * NORM_WARPS + warp; bt < norm.BT; bt += gridDim.x * NORM_WARPS) {
+        const floatX* from = norm.x + (norm.tokens != NULL ? norm.tokens[bt] : bt) * C;
+        float rstd = norm.rstd[bt];
+        float sum = 0.0f;
+        for (int c = lane * PACK; c < C; c += WARP * PACK) {
+            Pack s = mixed(load(from + c), mix, bt * C + c);
+            Pack dout = load(norm.dout + bt * C + c);
+            for (int i = 0; i < PACK; i++) { sum += dout[i] * s[i]; }
         }
-        float mean = warp_sum(sum) * scale / C;
-        for (int c = lane * W; c < C; c += WARP * W) {
-            Pack value = load(from + c), s = mixed(value, mix, bt * C + c);
-            Pack gradient = load(dout + bt * C + c), ds = load(dx + bt * C + c), e, sent;
-            if (mix.e != NULL) { e = load(mix.e + bt * C + c), sent = load(de + bt * C + c); }
-            for (int i = 0; i < W; i++) {
-                float here = ds[i] + (gradient[i] - s[i] * scale * mean) * scale;
-                ds.set(i, lambda * here);
-                if (mix.e == NULL) { continue; }
-                dlambda += here * value[i], dmu += mix.sign * here * e[i];
-                sent.set(i, sent[i] + mu * here);
+        float mean = warp_sum(sum) * rstd / C;          // Σ (dout n) / C
+        for (int c = lane * PACK; c < C; c += WARP * PACK) {
+            Pack x = load(from + c);
+            Pack s = mixed(x, mix, bt * C + c);
+            Pack dout = load(norm.dout + bt * C + c);
+            Pack dx = load(norm.dx + bt * C + c);
+            Pack e;
+            Pack de;
+            if (mix.e != NULL) {
+                e = load(mix.e + bt * C + c);
+                de = load(norm.de + bt * C + c);
             }
-            store(dx + bt * C + c, ds);
-            if (mix.e != NULL) { store(de + bt * C + c, sent); }
+            for (int i = 0; i < PACK; i++) {
+                float ds = dx[i] + (dout[i] - s[i] * rstd * mean) * rstd;
+                dx.set(i, lambda * ds);
+                if (mix.e == NULL) { continue; }
+                dlambda += ds * x[i];
+                dmu += mix.sign * ds * e[i];
+                de.set(i, de[i] + mu * ds);
+            }
+            store(norm.dx + bt * C + c, dx);
+            if (mix.e != NULL) { store(norm.de + bt * C + c, de); }
         }
     }
     if (mix.e == NULL) { return; }
-    dlambda = block_sum(dlambda), dmu = block_sum(dmu);
+    dlambda = block_sum(dlambda);
+    dmu = block_sum(dmu);
     if (threadIdx.x > 0) { return; }
-    partials[2 * blockIdx.x] = dlambda, partials[2 * blockIdx.x + 1] = dmu;
+    norm.partials[2 * blockIdx.x] = dlambda;
+    norm.partials[2 * blockIdx.x + 1] = dmu;
 }
 
-static void rmsnorm_forward(floatX* out, floatX* x, floatX* s, float* rstd, const floatX* a,
-                            const int* tokens, const floatX* b, Mix mix, int BT, int C,
-                            cudaStream_t stream) {
-    size_t shared_bytes = sizeof(float) * NORM_WARPS * C;
-    double moved = 2 + (b != NULL) + (mix.e != NULL) + (x != NULL) + (s != NULL);
-    begin_kernel("rmsnorm_forward", moved * BT * C * sizeof(floatX), 0, stream);
-    rmsnorm_forward_kernel<<<ceil_div(BT, NORM_WARPS), NORM_WARPS * WARP, shared_bytes, stream>>>(
-        out, x, s, rstd, a, tokens, b, mix, BT, C);
-    CHECK_LAUNCH();
+static void rmsnorm_forward(RmsNormForward norm, cudaStream_t stream) {
+    size_t shared_bytes = sizeof(float) * NORM_WARPS * norm.C;
+    double moved = 2;                   // (BT, C) matrices: a, out, and each that is not NULL
+    if (norm.b != NULL) { moved++; }
+    if (norm.mix.e != NULL) { moved++; }
+    if (norm.x != NULL) { moved++; }
+    if (norm.s != NULL) { moved++; }
+    launch({"rmsnorm_forward", moved * norm.BT * norm.C * sizeof(floatX)},
+           {ceil_div(norm.BT, NORM_WARPS), NORM_WARPS * WARP, stream, shared_bytes},
+           rmsnorm_forward_kernel, norm);
 }
 
-static void rmsnorm_backward(floatX* dx, floatX* de, float* dlambda, float* dmu, float* partials,
-                             const floatX* dout, const floatX* x, const int* tokens,
-                             const float* rstd, Mix mix, int BT, int C, cudaStream_t stream) {
-    int blocks = min(RMS_PARTIALS, ceil_div(BT, NORM_WARPS));
-    double moved = mix.e != NULL ? 7.0 : 4.0;
-    begin_kernel("rmsnorm_backward", moved * BT * C * sizeof(floatX), 0, stream);
-    rmsnorm_backward_kernel<<<blocks, NORM_WARPS * WARP, 0, stream>>>(
-        dx, de, partials, dout, x, tokens, rstd, mix, BT, C);
-    CHECK_LAUNCH();
-    if (dlambda != NULL) { add_partials(dlambda, partials, blocks, 2, 1, stream); }
-    if (dmu != NULL) { add_partials(dmu, partials + 1, blocks, 2, 1, stream); }
+static void rmsnorm_backward(RmsNormBackward norm, cudaStream_t stream) {
+    int blocks = min(RMS_PARTIALS, ceil_div(norm.BT, NORM_WARPS));
+    double moved = norm.mix.e != NULL ? 7.0 : 4.0;
+    launch({"rmsnorm_backward", moved * norm.BT * norm.C * sizeof(floatX)},
+           {blocks, NORM_WARPS * WARP, stream}, rmsnorm_backward_kernel, norm);
+    if (norm.dlambda != NULL) { add_partials(norm.dlambda, norm.partials, blocks, 2, 1, stream); }
+    if (norm.dmu != NULL) { add_partials(norm.dmu, norm.partials + 1, blocks, 2, 1, stream); }
 }
 
-// One thread: one Pack of sum += other. Grid n/W/256 x 256. Moves 3n; bound by memory.
+// One thread: one Pack of sum += other. Grid n/PACK/256 x 256. Moves 3n; bound by memory.
 __global__ void add_kernel(floatX* sum, const floatX* other, int64_t n) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    int64_t at = thread_in_grid() * PACK;
     if (at >= n) { return; }
-    Pack a = load(sum + at), b = load(other + at);
-    for (int i = 0; i < W; i++) { a.set(i, a[i] + b[i]); }
+    Pack a = load(sum + at);
+    Pack b = load(other + at);
+    for (int i = 0; i < PACK; i++) { a.set(i, a[i] + b[i]); }
     store(sum + at, a);
 }
 
 static void add_to(floatX* sum, const floatX* other, int64_t n, cudaStream_t stream) {
-    begin_kernel("add", 3.0 * n * sizeof(floatX), 0, stream);
-    add_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(sum, other, n);
-    CHECK_LAUNCH();
+    launch({"add", 3.0 * n * sizeof(floatX)}, one_thread_each(n / PACK, stream), add_kernel, sum,
+           other, n);
 }
 
 // ---- §6 Matmuls: cuBLASLt -----------------------------------------------------------------------
@@ -688,26 +883,24 @@ static void add_to(floatX* sum, const floatX* other, int64_t n, cudaStream_t str
 //   y = x w + bias            x (rows, C), w (C, OC), y (rows, OC)
 //   dx = dy wᵀ                dw += xᵀ dy
 //
-// cuBLAS counts matrices by columns: to it, what we call (rows, C) is (C, rows). So each of these
-// is computed as its own transpose, yᵀ = wᵀ xᵀ, and nothing is ever moved.
+// cuBLAS stores a matrix column after column: what is (rows, C) to us is (C, rows), the transpose,
+// to it. So each product is computed as its own transpose, yᵀ = wᵀ xᵀ: A is w, B is x, D is y, and
+// no matrix is ever moved.
 
+enum Transpose { NEITHER, TRANSPOSE_A, TRANSPOSE_B };
 enum Epilogue { PLAIN, ADD_BIAS, ADD_BIAS_GELU, TIMES_DGELU };
 
-// D (m, n) = op(A) (m, k) op(B) (k, n) + beta D, in cuBLAS's order of dimensions
+// D (m, n) = op(A) (m, k) op(B) (k, n), in cuBLAS's order of dimensions
 struct Matmul {
-    bool transpose_a, transpose_b;
     int m, n, k;
-    bool accumulate;            // then D is fp32 and is added to
-    Epilogue epilogue;
-    int batch = 1;              // matrices behind one another
-    bool operator==(const Matmul& o) const {
-        return transpose_a == o.transpose_a && transpose_b == o.transpose_b && m == o.m &&
-               n == o.n && k == o.k && accumulate == o.accumulate && epilogue == o.epilogue &&
-               batch == o.batch;
-    }
+    Transpose transpose = NEITHER;
+    bool accumulate = false;    // D is fp32 and is added to
+    Epilogue epilogue = PLAIN;
+    int batch = 1;              // so many products, whose matrices follow one another in memory
+    bool operator==(const Matmul&) const = default;
 };
 
-// What cuBLASLt chose for a shape; choosing takes longer than a small matmul.
+// What cuBLASLt chose for a Matmul. Choosing takes longer than a small matmul, so plans are kept.
 struct MatmulPlan {
     Matmul matmul;
     char name[64];
@@ -716,10 +909,11 @@ struct MatmulPlan {
     cublasLtMatmulHeuristicResult_t chosen;
 };
 
+const int MAX_PLANS = 64;                       // a model has about 30
 static struct {
     cublasLtHandle_t handle;
     void* workspace;
-    MatmulPlan plans[64];
+    MatmulPlan plans[MAX_PLANS];
     int n_plans;
 } cublas;
 const size_t WORKSPACE_BYTES = 32 << 20;        // what NVIDIA recommends for Hopper
@@ -734,7 +928,8 @@ template <class Value> static void set(cublasLtMatmulDesc_t operation,
     CHECK_CUBLAS(cublasLtMatmulDescSetAttribute(operation, attribute, &value, sizeof value));
 }
 
-// With an epilogue: bias (m), or aux (n, m), the input of GELU, written or read.
+// An epilogue works on D before it is written: bias (m) is added; aux (m, n), which is the input of
+// GELU, is written by ADD_BIAS_GELU and read by TIMES_DGELU. Either may be NULL.
 static void set_epilogue(cublasLtMatmulDesc_t operation, Matmul mm, const floatX* bias,
                          floatX* aux) {
     const cublasLtEpilogue_t epilogues[] = {
@@ -759,27 +954,8 @@ static cublasLtMatrixLayout_t layout(cudaDataType_t type, int rows, int columns,
     return made;
 }
 
-static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias, floatX* aux) {
-    for (int i = 0; i < cublas.n_plans; i++) {
-        if (cublas.plans[i].matmul == mm) { return &cublas.plans[i]; }
-    }
-    if (cublas.n_plans == 64) { die("more than 64 shapes of matmuls; a model has 30; report it"); }
-    MatmulPlan* plan = &cublas.plans[cublas.n_plans++];
-    plan->matmul = mm;
-    const char* epilogues[] = {"", " + bias", " + bias, gelu", " * gelu'"};
-    snprintf(plan->name, sizeof plan->name, "matmul %d x %d x %d%s%s", mm.m, mm.n, mm.k,
-             mm.accumulate ? " += fp32" : "", epilogues[mm.epilogue]);
-    if (mm.batch > 1) { snprintf(plan->name + strlen(plan->name), 16, " x %d", mm.batch); }
-    cudaDataType_t type = mm.accumulate ? CUDA_R_32F : CUBLAS_X;
-    CHECK_CUBLAS(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSA, mm.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
-    set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSB, mm.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
-    set_epilogue(plan->operation, mm, bias, aux);
-    int a_rows = mm.transpose_a ? mm.k : mm.m, a_columns = mm.transpose_a ? mm.m : mm.k;
-    int b_rows = mm.transpose_b ? mm.n : mm.k, b_columns = mm.transpose_b ? mm.k : mm.n;
-    plan->a = layout(CUBLAS_X, a_rows, a_columns, mm.batch);
-    plan->b = layout(CUBLAS_X, b_rows, b_columns, mm.batch);
-    plan->d = layout(type, mm.m, mm.n, mm.batch);
+static void choose_algorithm(MatmulPlan* plan) {
+    Matmul mm = plan->matmul;
     cublasLtMatmulPreference_t preference;
     CHECK_CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
     CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(
@@ -790,64 +966,133 @@ static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias, floatX* aux) {
                                                 plan->d, plan->d, preference, 1, &plan->chosen,
                                                 &found));
     if (found == 0) {
-        die("cuBLASLt has no kernel for a %d x %d x %d matmul; sizes should be multiples of 8; "
-            "try --config n_embd=%d", mm.m, mm.n, mm.k, ceil_div(mm.m, 64) * 64);
+        die("cuBLASLt has no kernel for a %d x %d x %d matmul; choose sizes that are multiples of "
+            "8, such as --config n_embd=%d", mm.m, mm.n, mm.k, ceil_div(mm.m, 64) * 64);
     }
     CHECK_CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
+}
+
+static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias = NULL, floatX* aux = NULL) {
+    for (int i = 0; i < cublas.n_plans; i++) {
+        if (cublas.plans[i].matmul == mm) { return &cublas.plans[i]; }
+    }
+    if (cublas.n_plans == MAX_PLANS) {
+        die("a model needs more than %d shapes of matmuls; raise MAX_PLANS in train_gpt2.cu",
+            MAX_PLANS);
+    }
+    MatmulPlan* plan = &cublas.plans[cublas.n_plans++];
+    plan->matmul = mm;
+    const char* epilogues[] = {"", " + bias", " + bias, gelu", " * gelu'"};
+    snprintf(plan->name, sizeof plan->name, "matmul %d x %d x %d%s%s", mm.m, mm.n, mm.k,
+             mm.accumulate ? " += fp32" : "", epilogues[mm.epilogue]);
+    if (mm.batch > 1) { snprintf(plan->name + strlen(plan->name), 16, " x %d", mm.batch); }
+
+    bool a_is_transposed = mm.transpose == TRANSPOSE_A;
+    bool b_is_transposed = mm.transpose == TRANSPOSE_B;
+    CHECK_CUBLAS(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSA, a_is_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSB, b_is_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set_epilogue(plan->operation, mm, bias, aux);
+    plan->a = layout(CUBLAS_X, mm.m, mm.k, mm.batch);
+    plan->b = layout(CUBLAS_X, mm.k, mm.n, mm.batch);
+    if (a_is_transposed) { plan->a = layout(CUBLAS_X, mm.k, mm.m, mm.batch); }
+    if (b_is_transposed) { plan->b = layout(CUBLAS_X, mm.n, mm.k, mm.batch); }
+    plan->d = layout(mm.accumulate ? CUDA_R_32F : CUBLAS_X, mm.m, mm.n, mm.batch);
+    choose_algorithm(plan);
     return plan;
 }
 
-// D = alpha op(A) op(B) + beta C
-static void run_matmul(MatmulPlan* plan, void* d, float alpha, const floatX* a, const floatX* b,
-                       float beta, const void* c, cudaStream_t stream) {
+// D = alpha op(A) op(B) + beta C, where C has D's shape
+struct Operands {
+    const floatX *a, *b;
+    float alpha = 1.0f;
+    const void* c = NULL;       // NULL: D itself
+    float beta = 0.0f;
+};
+
+static void run_matmul(MatmulPlan* plan, void* d, Operands x, cudaStream_t stream) {
     Matmul mm = plan->matmul;
-    double m = mm.m, n = mm.n, k = mm.k, written = mm.accumulate ? 8 : sizeof(floatX);
-    bool has_aux = mm.epilogue == ADD_BIAS_GELU || mm.epilogue == TIMES_DGELU;
-    double bytes = (m * k + k * n + has_aux * m * n) * sizeof(floatX) + m * n * written;
-    begin_kernel(plan->name, mm.batch * bytes, mm.batch * 2 * m * n * k, stream);
-    CHECK_CUBLAS(cublasLtMatmul(cublas.handle, plan->operation, &alpha, a, plan->a, b, plan->b,
-                                &beta, c, plan->d, d, plan->d, &plan->chosen.algo,
+    double m = mm.m, n = mm.n, k = mm.k;
+    double bytes = (m * k + k * n) * sizeof(floatX);
+    bytes += m * n * (mm.accumulate ? 2 * sizeof(float) : sizeof(floatX));
+    if (mm.epilogue == ADD_BIAS_GELU || mm.epilogue == TIMES_DGELU) {
+        bytes += m * n * sizeof(floatX);
+    }
+    const void* c = x.c != NULL ? x.c : d;
+    Work work = {plan->name, mm.batch * bytes, mm.batch * 2 * m * n * k};
+    begin_work(work, stream);
+    CHECK_CUBLAS(cublasLtMatmul(cublas.handle, plan->operation, &x.alpha, x.a, plan->a, x.b,
+                                plan->b, &x.beta, c, plan->d, d, plan->d, &plan->chosen.algo,
                                 cublas.workspace, WORKSPACE_BYTES, stream));
-    CHECK_LAUNCH();
+    end_work(work, stream);
 }
 
-static void matmul(void* d, const floatX* a, const floatX* b, Matmul mm, const floatX* bias,
-                   floatX* aux, cudaStream_t stream) {
+// D = op(A) op(B), or D += where mm.accumulate says so; bias and aux are for the epilogue.
+static void matmul(void* d, const floatX* a, const floatX* b, Matmul mm, cudaStream_t stream,
+                   const floatX* bias = NULL, floatX* aux = NULL) {
     MatmulPlan* plan = plan_matmul(mm, bias, aux);
     set_epilogue(plan->operation, mm, bias, aux);
-    run_matmul(plan, d, 1.0f, a, b, mm.accumulate ? 1.0f : 0.0f, d, stream);
+    run_matmul(plan, d, {.a = a, .b = b, .beta = mm.accumulate ? 1.0f : 0.0f}, stream);
 }
 
-// y = x w + bias, if any; with aux: aux = x w + bias, y = gelu(aux)
+struct LinearSizes { int rows, C, OC; };
+
+// y = x w + bias; bias may be NULL
 static void linear_forward(floatX* y, const floatX* x, const floatX* w, const floatX* bias,
-                           floatX* aux, int rows, int C, int OC, cudaStream_t stream) {
-    Epilogue epilogue = aux != NULL ? ADD_BIAS_GELU : bias != NULL ? ADD_BIAS : PLAIN;
-    matmul(y, w, x, {false, false, OC, rows, C, false, epilogue}, bias, aux, stream);
+                           LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .epilogue = bias != NULL ? ADD_BIAS : PLAIN};
+    matmul(y, w, x, mm, stream, bias);
 }
 
-// dx = dy wᵀ; with aux: dx = dy wᵀ gelu'(aux)
-static void linear_backward_input(floatX* dx, const floatX* dy, const floatX* w, floatX* aux,
-                                  int rows, int C, int OC, cudaStream_t stream) {
-    Epilogue epilogue = aux != NULL ? TIMES_DGELU : PLAIN;
-    matmul(dx, w, dy, {true, false, C, rows, OC, false, epilogue}, NULL, aux, stream);
+// u = x w + bias, y = gelu(u)
+static void linear_gelu_forward(floatX* y, floatX* u, const floatX* x, const floatX* w,
+                                const floatX* bias, LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .epilogue = ADD_BIAS_GELU};
+    matmul(y, w, x, mm, stream, bias, u);
 }
 
-// dw += xᵀ dy    dbias += Σ_rows dy
+// dx = dy wᵀ
+static void linear_backward_input(floatX* dx, const floatX* dy, const floatX* w, LinearSizes n,
+                                  cudaStream_t stream) {
+    matmul(dx, w, dy, {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A}, stream);
+}
+
+// du = dy wᵀ gelu'(u): back through a linear layer, then through the GELU in front of it
+static void linear_gelu_backward_input(floatX* du, const floatX* dy, const floatX* w, floatX* u,
+                                       LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A,
+                 .epilogue = TIMES_DGELU};
+    matmul(du, w, dy, mm, stream, NULL, u);
+}
+
+// dw += xᵀ dy    dbias += Σ_rows dy; dbias may be NULL
 static void linear_backward_weight(float* dw, float* dbias, float* partials, const floatX* x,
-                                   const floatX* dy, int rows, int C, int OC, cudaStream_t stream) {
-    matmul(dw, dy, x, {false, true, OC, C, rows, true, PLAIN}, NULL, NULL, stream);
-    if (dbias != NULL) { bias_backward(dbias, partials, dy, rows, OC, stream); }
+                                   const floatX* dy, LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.OC, .n = n.C, .k = n.rows, .transpose = TRANSPOSE_B, .accumulate = true};
+    matmul(dw, dy, x, mm, stream);
+    if (dbias != NULL) { bias_backward(dbias, partials, dy, n.rows, n.OC, stream); }
 }
 
 // ---- §7 Attention -------------------------------------------------------------------------------
+//
+// For each head, with a sharpness of 1 in GPT-2:
 //
 //   S[t, s] = q[t]·k[s] sharpness / sqrt(HS) for t - window ≤ s ≤ t    P = softmax(S)
 //   y[t] = Σ_s P[t, s] v[s]    delta[t] = dy[t]·y[t]    dP[t, s] = dy[t]·v[s]
 //   dS = P (dP - delta[t]) sharpness
 //   dv[s] = Σ_t P[t, s] dy[t]    dq[t] = Σ_s dS[t, s] k[s] / sqrt(HS)    dk likewise with q
 //
-// qkv (B, T, 3, NH, HS), y (B, T, NH, HS). Of S, only lse (B, NH, T) is kept, the logarithm of the
-// softmax's denominator; both have base 2, which the GPU's exponential has: P = 2^(S/ln 2 - lse).
+// qkv (B, T, 3, NH, HS), y (B, T, NH, HS). S and P, (T, T) each, are never in memory: the forward
+// pass keeps only lse (B, NH, T), the logarithm of each softmax's denominator, from which the
+// backward pass computes P again. Both S and lse are in base 2, in which the GPU computes
+// exponentials: P = 2^(S / ln 2 - lse).
+//
+// Online softmax: a query takes its keys one after another (or a tile after another) and keeps the
+// highest score so far, the sum of 2^(score - highest), and Σ 2^(score - highest) v. When the
+// highest grows, both sums shrink by 2^(old highest - new highest).
+//
+// Below, the plain kernels say this in the shortest way. Head sizes of 64 and 128 in bf16 have fast
+// ones, FlashAttention-2, which compute the same on tensor cores.
 
 struct AttentionSizes {
     int B, T, NH, HS, window;
@@ -858,372 +1103,28 @@ struct AttentionSizes {
     }
 };
 
-// Where a head's q begins in qkv (k and v follow C and 2C later), or its y.
+// Where a head's first q is in qkv (its k and v follow after C and 2C), with width 3; or its first
+// row of y, with width 1.
 __device__ int64_t head_start(int b, int h, int T, int NH, int HS, int width) {
     return (int64_t)b * T * width * NH * HS + h * HS;
 }
 
-// One warp: delta of one token and head. Grid BT*NH/4 x 128. Reads 2 BTC; bound by memory.
-__global__ void attention_delta_kernel(float* delta, const floatX* y, const floatX* dy,
-                                       AttentionSizes sizes) {
-    int lane = threadIdx.x % WARP, T = sizes.T, NH = sizes.NH, HS = sizes.HS;
-    int64_t row = (int64_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;   // (B, T, NH)
-    if (row >= (int64_t)sizes.B * T * NH) { return; }
-    float sum = 0.0f;
-    for (int c = lane; c < HS; c += WARP) {
-        sum += (float)y[row * HS + c] * (float)dy[row * HS + c];
-    }
-    sum = warp_sum(sum);
-    int b = row / ((int64_t)T * NH), t = row / NH % T, h = row % NH;
-    if (lane == 0) { delta[((int64_t)b * NH + h) * T + t] = sum; }
-}
+// The plain kernels serve fp32, and head sizes other than 64 and 128. A warp has one query or key
+// of one head, a lane the channels lane, lane + 32, … of it, in registers. So each key is read once
+// by each query: these reads, most of which the L2 cache serves, bound the kernels.
 
-#ifndef FP32
-// A tile is rows of HS channels in shared memory, in chunks of 8 (16 bytes). Chunk i of row r lies
-// where chunk i ^ (r % 8) would: 8 rows' same chunks are then in different banks.
-const int TILE = 64, ATTENTION_THREADS = 128;      // rows of a tile; 4 warps of 16 rows each
+const int LANE_CHANNELS = 8;        // of a lane; so HS is at most 256
 
-template <int HS> __device__ floatX* chunk_at(floatX* tile, int row, int chunk) {
-    return tile + row * HS + (chunk ^ (row % 8)) * 8;
-}
-
-// Begins to copy rows first … first + ROWS - 1; those from T on are zeros.
-template <int HS, int ROWS>
-__device__ void load_tile(floatX* tile, const floatX* from, int64_t stride, int first, int T) {
-    for (int i = threadIdx.x; i < ROWS * HS / 8; i += ATTENTION_THREADS) {
-        int row = i / (HS / 8), chunk = i % (HS / 8), t = first + row;
-        const floatX* source = from + (t < T ? t * stride + chunk * 8 : 0);
-        cp_async16(chunk_at<HS>(tile, row, chunk), source, t < T ? 16 : 0);
-    }
-}
-
-// A warp's product (16, N) = a[row … row + 15] bᵀ of tiles a and b (N, HS). The lane holds, of each
-// 16 x 8 part, row lane/4, columns 2(lane%4) and +1 in [0] and [1], those 8 rows below in [2], [3].
-template <int HS, int N>
-__device__ void multiply_transposed(float (&product)[N / 8][4], floatX* a, int row, floatX* b) {
-    int lane = threadIdx.x % WARP;
-    for (auto& part : product) { part[0] = part[1] = part[2] = part[3] = 0.0f; }
-#pragma unroll
-    for (int k = 0; k < HS; k += 16) {
-        uint32_t left[4], right[4];
-        ldmatrix_x4(left, chunk_at<HS>(a, row + lane % 16, k / 8 + lane / 16));
-#pragma unroll
-        for (int n = 0; n < N; n += 16) {
-            ldmatrix_x4(right, chunk_at<HS>(b, n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
-            mma_m16n8k16_bf16(product[n / 8], left, right);
-            mma_m16n8k16_bf16(product[n / 8 + 1], left, right + 2);
-        }
-    }
-}
-
-__device__ uint32_t pack_bf16(float low, float high) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    uint32_t bits;
-    memcpy(&bits, &pair, 4);
-    return bits;
-}
-
-// sum (16, HS) += a (16, K) b: a as multiply_transposed left it, b a tile (K, HS).
-template <int HS, int K>
-__device__ void multiply_add(float (&sum)[HS / 8][4], const float (&a)[K / 8][4], floatX* b) {
-    int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int k = 0; k < K; k += 16) {
-        const float *near = a[k / 8], *far = a[k / 8 + 1];
-        uint32_t left[4] = {pack_bf16(near[0], near[1]), pack_bf16(near[2], near[3]),
-                            pack_bf16(far[0], far[1]), pack_bf16(far[2], far[3])}, right[4];
-#pragma unroll
-        for (int n = 0; n < HS; n += 16) {
-            ldmatrix_x4_trans(right, chunk_at<HS>(b, k + lane % 16, n / 8 + lane / 16));
-            mma_m16n8k16_bf16(sum[n / 8], left, right);
-            mma_m16n8k16_bf16(sum[n / 8 + 1], left, right + 2);
-        }
-    }
-}
-
-// Writes a warp's (16, HS) times `scale` of its two rows to rows first … of a matrix, up to T.
-template <int HS>
-__device__ void store_rows(floatX* to, int64_t stride, int first, int T,
-                           const float (&rows)[HS / 8][4], float scale_0, float scale_8) {
-    int lane = threadIdx.x % WARP, t = first + lane / 4;
-#pragma unroll
-    for (int n = 0; n < HS / 8; n++) {
-        int c = n * 8 + lane % 4 * 2;
-        if (t < T) {
-            *(uint32_t*)(to + t * stride + c) =
-                pack_bf16(rows[n][0] * scale_0, rows[n][1] * scale_0);
-        }
-        if (t + 8 < T) {
-            *(uint32_t*)(to + (t + 8) * stride + c) =
-                pack_bf16(rows[n][2] * scale_8, rows[n][3] * scale_8);
-        }
-    }
-}
-
-__device__ float quad_max(float value) {
-    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
-    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
-}
-
-__device__ float quad_sum(float value) {
-    value += __shfl_xor_sync(~0u, value, 1);
-    return value + __shfl_xor_sync(~0u, value, 2);
-}
-
-const float LOWEST = -1e30f;        // below each score, and finite: a row may see none of a tile
-
-__device__ bool sees(int query, int key, int window) {
-    return (unsigned)(query - key) <= (unsigned)window;     // of a later key this is a large number
-}
-
-// The first tile of keys that the queries from `query` on see; tiles before it are skipped.
-__device__ int first_key_tile(int query, int window) { return max(0, query - window) / TILE; }
-
-// Sends tile j of the keys and values of a head on its way, to where j - 2 was.
-template <int HS>
-__device__ void load_keys(floatX* k, floatX* v, const floatX* from, int64_t C, int j, int T) {
-    int half = j % 2 * TILE * HS;
-    load_tile<HS, TILE>(k + half, from + C, 3 * C, j * TILE, T);
-    load_tile<HS, TILE>(v + half, from + 2 * C, 3 * C, j * TILE, T);
-    cp_async_commit();
-}
-
-// One block: 64 queries of a head, 16 a warp; it walks over the keys before them, 64 at a time,
-// while the next 64 are on their way. Grid (T/64, NH, B) x 128. 2 BT²C FLOP; bound by tensor cores.
-template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
-attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSizes sizes) {
-    extern __shared__ float4 shared[];
-    floatX* q = (floatX*)shared;
-    floatX *k = q + TILE * HS, *v = k + 2 * TILE * HS;             // two tiles each
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = sizes.T, NH = sizes.NH;
-    int h = blockIdx.y, b = blockIdx.z, last = gridDim.x - 1 - blockIdx.x;     // long ones first
-    int64_t C = (int64_t)NH * HS;
-    const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
-    float sum[HS / 8][4] = {}, highest[2] = {LOWEST, LOWEST}, total[2] = {};
-    float to_base_2 = rsqrtf((float)HS) * 1.44269504f * sizes.sharpness;    // with 1 / ln 2
-    int query = last * TILE + warp * 16 + lane / 4;                // this lane's first of two
-    int first = first_key_tile(last * TILE, sizes.window);
-
-    load_tile<HS, TILE>(q, from, 3 * C, last * TILE, T);
-    load_keys<HS>(k, v, from, C, first, T);
-    for (int j = first; j <= last; j++) {
-        floatX *k_tile = k + j % 2 * TILE * HS, *v_tile = v + j % 2 * TILE * HS;
-        if (j < last) {
-            load_keys<HS>(k, v, from, C, j + 1, T);
-            cp_async_wait<1>();
-        } else {
-            cp_async_wait<0>();
-        }
-        __syncthreads();
-        float p[TILE / 8][4];
-        multiply_transposed<HS, TILE>(p, q, warp * 16, k_tile);
-        float new_highest[2] = {highest[0], highest[1]};
-#pragma unroll
-        for (int n = 0; n < TILE / 8; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int key = j * TILE + n * 8 + lane % 4 * 2 + i % 2;
-                bool seen = sees(query + i / 2 * 8, key, sizes.window);
-                p[n][i] = seen ? p[n][i] * to_base_2 : -INFINITY;
-                new_highest[i / 2] = fmaxf(new_highest[i / 2], p[n][i]);
-            }
-        }
-        for (int r = 0; r < 2; r++) {       // what was summed so far shrinks to the new maximum
-            new_highest[r] = quad_max(new_highest[r]);
-            float shrink = exp2f(highest[r] - new_highest[r]);
-            highest[r] = new_highest[r];
-            total[r] *= shrink;
-            for (auto& part : sum) { part[2 * r] *= shrink, part[2 * r + 1] *= shrink; }
-        }
-#pragma unroll
-        for (int n = 0; n < TILE / 8; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                p[n][i] = exp2f(p[n][i] - highest[i / 2]);
-                total[i / 2] += p[n][i];
-            }
-        }
-        multiply_add<HS, TILE>(sum, p, v_tile);
-        __syncthreads();
-    }
-    for (int r = 0; r < 2; r++) {
-        total[r] = quad_sum(total[r]);
-        int t = query + 8 * r;
-        if (lane % 4 == 0 && t < T) {
-            lse[((int64_t)b * NH + h) * T + t] = highest[r] + log2f(total[r]);
-        }
-    }
-    store_rows<HS>(y + head_start(b, h, T, NH, HS, 1), C, last * TILE + warp * 16, T, sum,
-                   1.0f / total[0], 1.0f / total[1]);
-}
-
-// Queries that the backward pass over keys takes at a time: what the registers hold
-template <int HS> constexpr int QUERY_TILE = HS == 64 ? 64 : 32;
-
-// dk and dv. One block: 64 keys of a head, 16 a warp; it walks over the queries behind them. All
-// products are transposed, keys by queries, so that P and dS stay in registers. Grid and block as
-// above. 4 BT²C FLOP; bound by tensor cores.
-template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
-attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy, const float* lse,
-                               const float* delta, AttentionSizes sizes) {
-    constexpr int QUERIES = QUERY_TILE<HS>;
-    extern __shared__ float4 shared[];
-    floatX* k = (floatX*)shared;
-    floatX *v = k + TILE * HS, *q = v + TILE * HS, *dy_tiles = q + 2 * QUERIES * HS;
-    float* lse_tiles = (float*)(dy_tiles + 2 * QUERIES * HS);
-    float* delta_tiles = lse_tiles + 2 * QUERIES;
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = sizes.T, NH = sizes.NH;
-    int h = blockIdx.y, b = blockIdx.z, key_0 = blockIdx.x * TILE;
-    int64_t C = (int64_t)NH * HS, row = ((int64_t)b * NH + h) * T;
-    const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
-    const floatX* dy_from = dy + head_start(b, h, T, NH, HS, 1);
-    float dk[HS / 8][4] = {}, dv[HS / 8][4] = {};
-    float scale = rsqrtf((float)HS) * sizes.sharpness, to_base_2 = scale * 1.44269504f;
-    int end = min(T, key_0 + TILE + sizes.window);      // from there on queries see none of them
-
-    auto load_queries = [&](int first, int which) {
-        load_tile<HS, QUERIES>(q + which * QUERIES * HS, from, 3 * C, first, T);
-        load_tile<HS, QUERIES>(dy_tiles + which * QUERIES * HS, dy_from, C, first, T);
-        cp_async_commit();
-        if (threadIdx.x < QUERIES) {        // behind T, P becomes 2^-inf = 0
-            int t = first + threadIdx.x, at = which * QUERIES + threadIdx.x;
-            lse_tiles[at] = t < T ? lse[row + t] : INFINITY;
-            delta_tiles[at] = t < T ? delta[row + t] : 0.0f;
-        }
-    };
-    load_tile<HS, TILE>(k, from + C, 3 * C, key_0, T);
-    load_tile<HS, TILE>(v, from + 2 * C, 3 * C, key_0, T);
-    load_queries(key_0, 0);
-    for (int first = key_0, which = 0; first < end; first += QUERIES, which ^= 1) {
-        if (first + QUERIES < end) {
-            load_queries(first + QUERIES, which ^ 1);
-            cp_async_wait<1>();
-        } else {
-            cp_async_wait<0>();
-        }
-        __syncthreads();
-        floatX *q_tile = q + which * QUERIES * HS, *dy_tile = dy_tiles + which * QUERIES * HS;
-        float p[QUERIES / 8][4], ds[QUERIES / 8][4];
-        multiply_transposed<HS, QUERIES>(p, k, warp * 16, q_tile);
-        multiply_transposed<HS, QUERIES>(ds, v, warp * 16, dy_tile);
-#pragma unroll
-        for (int n = 0; n < QUERIES / 8; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int column = n * 8 + lane % 4 * 2 + i % 2, at = which * QUERIES + column;
-                int key = key_0 + warp * 16 + lane / 4 + i / 2 * 8;
-                float power = p[n][i] * to_base_2 - lse_tiles[at];
-                p[n][i] = sees(first + column, key, sizes.window) ? exp2f(power) : 0.0f;
-                ds[n][i] = p[n][i] * (ds[n][i] - delta_tiles[at]);
-            }
-        }
-        multiply_add<HS, QUERIES>(dv, p, dy_tile);
-        multiply_add<HS, QUERIES>(dk, ds, q_tile);
-        __syncthreads();
-    }
-    floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
-    store_rows<HS>(to + C, 3 * C, key_0 + warp * 16, T, dk, scale, scale);
-    store_rows<HS>(to + 2 * C, 3 * C, key_0 + warp * 16, T, dv, 1.0f, 1.0f);
-}
-
-// dq. One block: 64 queries of a head, 16 a warp, as in the forward pass. 3 BT²C FLOP.
-template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
-attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy,
-                                  const float* lse, const float* delta, AttentionSizes sizes) {
-    extern __shared__ float4 shared[];
-    floatX* q = (floatX*)shared;
-    floatX *dy_tile = q + TILE * HS, *k = dy_tile + TILE * HS, *v = k + 2 * TILE * HS;
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = sizes.T, NH = sizes.NH;
-    int h = blockIdx.y, b = blockIdx.z, last = gridDim.x - 1 - blockIdx.x;
-    int64_t C = (int64_t)NH * HS, row = ((int64_t)b * NH + h) * T;
-    const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
-    float dq[HS / 8][4] = {}, lse_of[2], delta_of[2];
-    float scale = rsqrtf((float)HS) * sizes.sharpness, to_base_2 = scale * 1.44269504f;
-    int query = last * TILE + warp * 16 + lane / 4;
-    int first = first_key_tile(last * TILE, sizes.window);
-    for (int r = 0; r < 2; r++) {
-        int t = query + 8 * r;
-        lse_of[r] = t < T ? lse[row + t] : INFINITY;
-        delta_of[r] = t < T ? delta[row + t] : 0.0f;
-    }
-    load_tile<HS, TILE>(q, from, 3 * C, last * TILE, T);
-    load_tile<HS, TILE>(dy_tile, dy + head_start(b, h, T, NH, HS, 1), C, last * TILE, T);
-    load_keys<HS>(k, v, from, C, first, T);
-    for (int j = first; j <= last; j++) {
-        floatX *k_tile = k + j % 2 * TILE * HS, *v_tile = v + j % 2 * TILE * HS;
-        if (j < last) {
-            load_keys<HS>(k, v, from, C, j + 1, T);
-            cp_async_wait<1>();
-        } else {
-            cp_async_wait<0>();
-        }
-        __syncthreads();
-        float p[TILE / 8][4], ds[TILE / 8][4];
-        multiply_transposed<HS, TILE>(p, q, warp * 16, k_tile);
-        multiply_transposed<HS, TILE>(ds, dy_tile, warp * 16, v_tile);
-#pragma unroll
-        for (int n = 0; n < TILE / 8; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int key = j * TILE + n * 8 + lane % 4 * 2 + i % 2;
-                float power = p[n][i] * to_base_2 - lse_of[i / 2];
-                bool seen = sees(query + i / 2 * 8, key, sizes.window);
-                ds[n][i] = seen ? exp2f(power) * (ds[n][i] - delta_of[i / 2]) : 0.0f;
-            }
-        }
-        multiply_add<HS, TILE>(dq, ds, k_tile);
-        __syncthreads();
-    }
-    floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
-    store_rows<HS>(to, 3 * C, last * TILE + warp * 16, T, dq, scale, scale);
-}
-
-template <class Kernel> static void allow_shared_bytes(Kernel kernel, size_t bytes) {
-    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)bytes));
-}
-
-template <int HS> static void flash_forward(floatX* y, float* lse, const floatX* qkv,
-                                            AttentionSizes sizes, cudaStream_t stream) {
-    dim3 grid(ceil_div(sizes.T, TILE), sizes.NH, sizes.B);
-    size_t bytes = sizeof(floatX) * 5 * TILE * HS;
-    allow_shared_bytes(attention_forward_kernel<HS>, bytes);
-    begin_kernel("attention_forward", 4 * sizes.bytes(), 2 * sizes.flops(), stream);
-    attention_forward_kernel<HS><<<grid, ATTENTION_THREADS, bytes, stream>>>(y, lse, qkv, sizes);
-    CHECK_LAUNCH();
-}
-
-template <int HS> static void flash_backward(floatX* dqkv, const floatX* qkv, const floatX* dy,
-                                             const float* lse, const float* delta,
-                                             AttentionSizes sizes, cudaStream_t stream) {
-    dim3 grid(ceil_div(sizes.T, TILE), sizes.NH, sizes.B);
-    size_t queries = QUERY_TILE<HS>;
-    size_t bytes = sizeof(floatX) * HS * (2 * TILE + 4 * queries) + sizeof(float) * 4 * queries;
-    allow_shared_bytes(attention_backward_keys_kernel<HS>, bytes);
-    begin_kernel("attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops(), stream);
-    attention_backward_keys_kernel<HS><<<grid, ATTENTION_THREADS, bytes, stream>>>(
-        dqkv, qkv, dy, lse, delta, sizes);
-    CHECK_LAUNCH();
-    bytes = sizeof(floatX) * 6 * TILE * HS;
-    allow_shared_bytes(attention_backward_queries_kernel<HS>, bytes);
-    begin_kernel("attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops(), stream);
-    attention_backward_queries_kernel<HS><<<grid, ATTENTION_THREADS, bytes, stream>>>(
-        dqkv, qkv, dy, lse, delta, sizes);
-    CHECK_LAUNCH();
-}
-#endif
-
-// The slow twins: fp32, and head sizes other than 64 and 128. One warp a query or key, channels
-// lane, lane + 32, … in its registers. Grid B*NH*T/4 x 128.
-const int LANE_CHANNELS = 8;        // so HS is at most 256
-
-struct HeadRow {                    // which row of which head a warp has
+// Which row of which head a warp has
+struct HeadRow {
     int b, h, t;
     bool exists;
     __device__ HeadRow(AttentionSizes sizes) {
-        int64_t row = (int64_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+        int64_t row = thread_in_grid() / WARP;      // (B, NH, T)
         exists = row < (int64_t)sizes.B * sizes.NH * sizes.T;
-        b = row / ((int64_t)sizes.NH * sizes.T), h = row / sizes.T % sizes.NH, t = row % sizes.T;
+        b = row / ((int64_t)sizes.NH * sizes.T);
+        h = row / sizes.T % sizes.NH;
+        t = row % sizes.T;
     }
 };
 
@@ -1253,21 +1154,30 @@ __device__ void add_scaled(float (&sum)[LANE_CHANNELS], float factor,
     for (int i = 0; i < LANE_CHANNELS; i++) { sum[i] += factor * a[i]; }
 }
 
+const float LOG2_E = 1.44269504f;   // 1 / ln 2
+
+// One warp: y and lse of one query. Grid B*NH*T/4 x 128. 2 BT²C FLOP without a window.
 __global__ void plain_attention_forward_kernel(floatX* y, float* lse, const floatX* qkv,
                                                AttentionSizes sizes) {
     HeadRow at(sizes);
     if (!at.exists) { return; }
     int T = sizes.T, NH = sizes.NH, HS = sizes.HS, C = NH * HS;
     const floatX* from = qkv + head_start(at.b, at.h, T, NH, HS, 3);
-    float q[LANE_CHANNELS], k[LANE_CHANNELS], v[LANE_CHANNELS], sum[LANE_CHANNELS] = {};
-    float highest = -INFINITY, total = 0.0f;
-    float to_base_2 = rsqrtf((float)HS) * 1.44269504f * sizes.sharpness;
+    float q[LANE_CHANNELS];
+    float k[LANE_CHANNELS];
+    float v[LANE_CHANNELS];
+    float sum[LANE_CHANNELS] = {};
+    float highest = -INFINITY;
+    float total = 0.0f;
+    float to_base_2 = rsqrtf((float)HS) * LOG2_E * sizes.sharpness;
     load_channels(q, from + (int64_t)at.t * 3 * C, HS);
     for (int s = max(0, at.t - sizes.window); s <= at.t; s++) {
         load_channels(k, from + (int64_t)s * 3 * C + C, HS);
         load_channels(v, from + (int64_t)s * 3 * C + 2 * C, HS);
-        float score = dot(q, k) * to_base_2, new_highest = fmaxf(highest, score);
-        float shrink = exp2f(highest - new_highest), p = exp2f(score - new_highest);
+        float score = dot(q, k) * to_base_2;
+        float new_highest = fmaxf(highest, score);
+        float shrink = exp2f(highest - new_highest);
+        float p = exp2f(score - new_highest);
         highest = new_highest;
         total = total * shrink + p;
         for (int i = 0; i < LANE_CHANNELS; i++) { sum[i] = sum[i] * shrink + p * v[i]; }
@@ -1279,7 +1189,26 @@ __global__ void plain_attention_forward_kernel(floatX* y, float* lse, const floa
     }
 }
 
-// Of one warp: dq of its query when KEYS is false, dk and dv of its key when it is true.
+// One warp: delta of one token and head. Grid BT*NH/4 x 128. Reads 2 BTC; bound by memory.
+__global__ void attention_delta_kernel(float* delta, const floatX* y, const floatX* dy,
+                                       AttentionSizes sizes) {
+    int T = sizes.T, NH = sizes.NH, HS = sizes.HS;
+    int lane = threadIdx.x % WARP;
+    int64_t row = thread_in_grid() / WARP;          // (B, T, NH)
+    if (row >= (int64_t)sizes.B * T * NH) { return; }
+    float sum = 0.0f;
+    for (int c = lane; c < HS; c += WARP) {
+        sum += (float)y[row * HS + c] * (float)dy[row * HS + c];
+    }
+    sum = warp_sum(sum);
+    int b = row / ((int64_t)T * NH);
+    int t = row / NH % T;
+    int h = row % NH;
+    if (lane == 0) { delta[((int64_t)b * NH + h) * T + t] = sum; }
+}
+
+// One warp: dq of one query when KEYS is false; dk and dv of one key when it is true, from all the
+// queries that see the key. Grid B*NH*T/4 x 128.
 template <bool KEYS>
 __global__ void plain_attention_backward_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy,
                                                 const float* lse, const float* delta,
@@ -1287,15 +1216,23 @@ __global__ void plain_attention_backward_kernel(floatX* dqkv, const floatX* qkv,
     HeadRow at(sizes);
     if (!at.exists) { return; }
     int T = sizes.T, NH = sizes.NH, HS = sizes.HS, C = NH * HS;
-    int64_t start = head_start(at.b, at.h, T, NH, HS, 3), row = ((int64_t)at.b * NH + at.h) * T;
-    const floatX *from = qkv + start, *dy_from = dy + head_start(at.b, at.h, T, NH, HS, 1);
-    float q[LANE_CHANNELS], k[LANE_CHANNELS], v[LANE_CHANNELS], dy_row[LANE_CHANNELS];
-    float dq_or_dk[LANE_CHANNELS] = {}, dv[LANE_CHANNELS] = {};
-    float scale = rsqrtf((float)HS) * sizes.sharpness, to_base_2 = scale * 1.44269504f;
+    int64_t start = head_start(at.b, at.h, T, NH, HS, 3);
+    int64_t row = ((int64_t)at.b * NH + at.h) * T;
+    const floatX* from = qkv + start;
+    const floatX* dy_from = dy + head_start(at.b, at.h, T, NH, HS, 1);
+    float q[LANE_CHANNELS];
+    float k[LANE_CHANNELS];
+    float v[LANE_CHANNELS];
+    float dy_row[LANE_CHANNELS];
+    float dq_or_dk[LANE_CHANNELS] = {};
+    float dv[LANE_CHANNELS] = {};
+    float scale = rsqrtf((float)HS) * sizes.sharpness;
+    float to_base_2 = scale * LOG2_E;
     int begin = KEYS ? at.t : max(0, at.t - sizes.window);
     int end = KEYS ? min(T, at.t + sizes.window + 1) : at.t + 1;
     for (int other = begin; other < end; other++) {
-        int query = KEYS ? other : at.t, key = KEYS ? at.t : other;
+        int query = KEYS ? other : at.t;
+        int key = KEYS ? at.t : other;
         load_channels(q, from + (int64_t)query * 3 * C, HS);
         load_channels(k, from + (int64_t)key * 3 * C + C, HS);
         load_channels(v, from + (int64_t)key * 3 * C + 2 * C, HS);
@@ -1310,41 +1247,468 @@ __global__ void plain_attention_backward_kernel(floatX* dqkv, const floatX* qkv,
     if (KEYS) { store_channels(to + 2 * C, dv, 1.0f, HS); }
 }
 
+#ifndef FP32
+// The fast kernels. A block has 64 queries (or keys) of a head and walks over tiles of keys (or
+// queries), which its 4 warps share. So a tile is read from memory once for 64 rows.
+//
+// A tile is rows of HS channels in shared memory, in chunks of 8 channels, 16 bytes. Figure 2, the
+// swizzle: chunk i of row r lies in slot i ^ (r % 8) of its row. For HS = 64, the slots hold these
+// chunks:
+//
+//     slot     0  1  2  3  4  5  6  7      Shared memory has 32 banks of 4 bytes, and a slot covers
+//     row 0    0  1  2  3  4  5  6  7      4 of them. ldmatrix reads the same chunk of 8 rows at
+//     row 1    1  0  3  2  5  4  7  6      once. With the swizzle each row has it in another slot
+//     row 2    2  3  0  1  6  7  4  5      (chunk 0 goes down the diagonal), so the 8 reads use all
+//     row 3    3  2  1  0  7  6  5  4      32 banks. Without it they would all use the banks of one
+//     …                                    slot and wait for one another. When a tile is filled, 8
+//     row 7    7  6  5  4  3  2  1  0      threads write the 8 slots of a row: no conflict either.
+
+const int TILE = 64;                    // rows of a tile
+const int ATTENTION_THREADS = 128;      // 4 warps of 16 rows each
+
+template <int HS> __device__ floatX* chunk_at(floatX* tile, int row, int chunk) {
+    return tile + row * HS + (chunk ^ (row % 8)) * 8;
+}
+
+// Begins to copy rows first … first + ROWS - 1 of a matrix; those from T on are zeros. One thread:
+// every 128th chunk; 8 (or 16) neighbouring threads read a row, which is contiguous in memory.
+template <int HS, int ROWS>
+__device__ void load_tile(floatX* tile, const floatX* from, int64_t stride, int first, int T) {
+    for (int i = threadIdx.x; i < ROWS * HS / 8; i += ATTENTION_THREADS) {
+        int row = i / (HS / 8);
+        int chunk = i % (HS / 8);
+        int t = first + row;
+        const floatX* source = from + (t < T ? t * stride + chunk * 8 : 0);
+        cp_async16(chunk_at<HS>(tile, row, chunk), source, t < T ? 16 : 0);
+    }
+}
+
+// A warp's product (16, N) = a[row … row + 15] bᵀ of tiles a and b (N, HS). product[j] is columns
+// 8 j … 8 j + 7, spread over the lanes as C in Figure 1. A row of the tile b is a column of bᵀ. By
+// Figure 1 a lane holds neighbours of a column of B, so ldmatrix need not transpose.
+template <int HS, int N>
+__device__ void multiply_transposed(float (&product)[N / 8][4], floatX* a, int row, floatX* b) {
+    int lane = threadIdx.x % WARP;
+    for (auto& part : product) {
+        for (float& element : part) { element = 0.0f; }
+    }
+#pragma unroll
+    for (int k = 0; k < HS; k += 16) {
+        uint32_t left[4];
+        ldmatrix_x4(left, chunk_at<HS>(a, row + lane % 16, k / 8 + lane / 16));
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            uint32_t right[4];          // of 16 columns: two B's
+            ldmatrix_x4(right, chunk_at<HS>(b, n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+            mma_m16n8k16_bf16(product[n / 8], left, right);
+            mma_m16n8k16_bf16(product[n / 8 + 1], left, right + 2);
+        }
+    }
+}
+
+__device__ uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+
+// sum (16, HS) += a (16, K) b, where multiply_transposed left a in registers and b is a tile
+// (K, HS). By Figure 1, columns 0 … 7 of a C lie as the left half of an A, and columns 8 … 15, the
+// next part, as the right half: a only has to be rounded to bf16, and no lane needs another's part.
+template <int HS, int K>
+__device__ void multiply_add(float (&sum)[HS / 8][4], const float (&a)[K / 8][4], floatX* b) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+        const float* near = a[k / 8];
+        const float* far = a[k / 8 + 1];
+        uint32_t left[4] = {pack_bf16(near[0], near[1]), pack_bf16(near[2], near[3]),
+                            pack_bf16(far[0], far[1]), pack_bf16(far[2], far[3])};
+#pragma unroll
+        for (int n = 0; n < HS; n += 16) {
+            uint32_t right[4];
+            ldmatrix_x4_trans(right, chunk_at<HS>(b, k + lane % 16, n / 8 + lane / 16));
+            mma_m16n8k16_bf16(sum[n / 8], left, right);
+            mma_m16n8k16_bf16(sum[n / 8 + 1], left, right + 2);
+        }
+    }
+}
+
+// Writes a warp's (16, HS) to rows first … first + 15 of a matrix, but not beyond T. A lane has
+// parts of two rows, which it multiplies by scale_0 and scale_8.
+template <int HS>
+__device__ void store_rows(floatX* to, int64_t stride, int first, int T,
+                           const float (&rows)[HS / 8][4], float scale_0, float scale_8) {
+    int lane = threadIdx.x % WARP;
+    int t = first + lane / 4;
+#pragma unroll
+    for (int n = 0; n < HS / 8; n++) {
+        int c = n * 8 + lane % 4 * 2;
+        if (t < T) {
+            *(uint32_t*)(to + t * stride + c) =
+                pack_bf16(rows[n][0] * scale_0, rows[n][1] * scale_0);
+        }
+        if (t + 8 < T) {
+            *(uint32_t*)(to + (t + 8) * stride + c) =
+                pack_bf16(rows[n][2] * scale_8, rows[n][3] * scale_8);
+        }
+    }
+}
+
+// The maximum, the sum over a row of Figure 1's C, which lies in four neighbouring lanes
+__device__ float quad_max(float value) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+}
+
+__device__ float quad_sum(float value) {
+    value += __shfl_xor_sync(~0u, value, 1);
+    return value + __shfl_xor_sync(~0u, value, 2);
+}
+
+const float LOWEST = -1e30f;        // below each score, and finite: a row may see none of a tile
+
+// Whether key ≤ query ≤ key + window. The difference to a later key is negative, which as an
+// unsigned number is larger than any window.
+__device__ bool sees(int query, int key, int window) {
+    return (unsigned)(query - key) <= (unsigned)window;
+}
+
+// The first tile of keys that the queries from `query` on see; tiles before it are skipped.
+__device__ int first_key_tile(int query, int window) { return max(0, query - window) / TILE; }
+
+// Shared memory has room for two tiles of keys and two of values. Figure 3, the double buffer:
+// while the warps multiply by one tile, the copy of the next into the other half is on its way.
+//
+//     half 0   copy tile 0 │ multiply by 0 │ copy tile 2   │ multiply by 2 │ copy tile 4   │ …
+//     half 1               │ copy tile 1   │ multiply by 1 │ copy tile 3   │ multiply by 3 │ …
+//                          │ j = 0         │ j = 1         │ j = 2         │ j = 3         │ …
+//
+// Each iteration has two barriers. Before the first one, each thread waits for the copies that it
+// began itself, so that after it the whole of tile j is there. The second one comes after the
+// products: then no warp reads tile j any more, and the next iteration may copy over it.
+//
+// This begins to copy tile j of the keys and values of a head.
+template <int HS>
+__device__ void load_keys(floatX* k, floatX* v, const floatX* from, int64_t C, int j, int T) {
+    int half = j % 2 * TILE * HS;
+    load_tile<HS, TILE>(k + half, from + C, 3 * C, j * TILE, T);
+    load_tile<HS, TILE>(v + half, from + 2 * C, 3 * C, j * TILE, T);
+    cp_async_commit();
+}
+
+// What a lane knows of the softmax of its two rows, lane/4 and lane/4 + 8
+template <int HS> struct OnlineSoftmax {
+    float highest[2] = {LOWEST, LOWEST};    // of the row's scores so far
+    float total[2] = {};                    // Σ 2^(score - highest), over this lane's columns
+
+    // Turns q kᵀ, of 64 keys, into 2^(score - highest), and shrinks the sums where a row has a new
+    // highest score. `query` is the first of the lane's two.
+    __device__ void add_tile(float (&p)[TILE / 8][4], float (&sum)[HS / 8][4], int query,
+                             int first_key, float to_base_2, int window) {
+        float new_highest[2] = {highest[0], highest[1]};
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int key = first_key + n * 8 + threadIdx.x % 4 * 2 + i % 2;
+                bool seen = sees(query + i / 2 * 8, key, window);
+                p[n][i] = seen ? p[n][i] * to_base_2 : -INFINITY;
+                new_highest[i / 2] = fmaxf(new_highest[i / 2], p[n][i]);
+            }
+        }
+        for (int r = 0; r < 2; r++) {
+            new_highest[r] = quad_max(new_highest[r]);
+            float shrink = exp2f(highest[r] - new_highest[r]);
+            highest[r] = new_highest[r];
+            total[r] *= shrink;
+            for (auto& part : sum) {
+                part[2 * r] *= shrink;
+                part[2 * r + 1] *= shrink;
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                p[n][i] = exp2f(p[n][i] - highest[i / 2]);
+                total[i / 2] += p[n][i];
+            }
+        }
+    }
+};
+
+// One block: 64 queries of a head, 16 a warp, whose scores and sums are in its registers, laid out
+// as C in Figure 1: a lane has parts of rows lane/4 and lane/4 + 8. The block walks over the tiles
+// of keys that the queries see. Grid (T/64, NH, B) x 128; the blocks with the most keys come first,
+// so that the last ones to run are short. 2 BT²C FLOP; bound by tensor cores.
+template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
+attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSizes sizes) {
+    extern __shared__ float4 shared[];
+    floatX* q = (floatX*)shared;            // one tile
+    floatX* k = q + TILE * HS;              // two tiles
+    floatX* v = k + 2 * TILE * HS;          // two tiles
+    int T = sizes.T, NH = sizes.NH;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    int h = blockIdx.y;
+    int b = blockIdx.z;
+    int last = gridDim.x - 1 - blockIdx.x;  // the tile of queries, and the last tile of keys
+    int64_t C = (int64_t)NH * HS;
+    const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
+    float sum[HS / 8][4] = {};              // Σ 2^(score - highest) v
+    OnlineSoftmax<HS> softmax;
+    float to_base_2 = rsqrtf((float)HS) * LOG2_E * sizes.sharpness;
+    int query = last * TILE + warp * 16 + lane / 4;     // the first of this lane's two
+    int first = first_key_tile(last * TILE, sizes.window);
+
+    load_tile<HS, TILE>(q, from, 3 * C, last * TILE, T);
+    load_keys<HS>(k, v, from, C, first, T);
+    for (int j = first; j <= last; j++) {
+        floatX* k_tile = k + j % 2 * TILE * HS;
+        floatX* v_tile = v + j % 2 * TILE * HS;
+        if (j < last) {
+            load_keys<HS>(k, v, from, C, j + 1, T);
+            cp_async_wait<1>();
+        } else {
+            cp_async_wait<0>();
+        }
+        __syncthreads();
+        float p[TILE / 8][4];
+        multiply_transposed<HS, TILE>(p, q, warp * 16, k_tile);
+        softmax.add_tile(p, sum, query, j * TILE, to_base_2, sizes.window);
+        multiply_add<HS, TILE>(sum, p, v_tile);
+        __syncthreads();
+    }
+    for (int r = 0; r < 2; r++) {
+        softmax.total[r] = quad_sum(softmax.total[r]);
+        int t = query + 8 * r;
+        if (lane % 4 == 0 && t < T) {
+            lse[((int64_t)b * NH + h) * T + t] = softmax.highest[r] + log2f(softmax.total[r]);
+        }
+    }
+    store_rows<HS>(y + head_start(b, h, T, NH, HS, 1), C, last * TILE + warp * 16, T, sum,
+                   1.0f / softmax.total[0], 1.0f / softmax.total[1]);
+}
+
+// How many queries attention_backward_keys_kernel takes at a time: as many as the registers hold
+template <int HS> constexpr int QUERY_TILE = HS == 64 ? 64 : 32;
+
+// dk and dv. One block: 64 keys of a head, 16 a warp, with dk and dv in registers; it walks over
+// the tiles of queries from its own keys on, which are double-buffered as in Figure 3. All products
+// are transposed, (keys, queries), so that Pᵀ and dSᵀ can be the left factors of dv += Pᵀ dy and
+// dk += dSᵀ q without leaving the registers. Grid (T/64, NH, B) x 128. 4 BT²C FLOP; bound by tensor
+// cores.
+template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
+attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy, const float* lse,
+                               const float* delta, AttentionSizes sizes) {
+    constexpr int QUERIES = QUERY_TILE<HS>;
+    extern __shared__ float4 shared[];
+    floatX* k = (floatX*)shared;                                // one tile
+    floatX* v = k + TILE * HS;                                  // one tile
+    floatX* q = v + TILE * HS;                                  // two tiles of QUERIES rows
+    floatX* dy_tiles = q + 2 * QUERIES * HS;                    // two
+    float* lse_tiles = (float*)(dy_tiles + 2 * QUERIES * HS);   // two
+    float* delta_tiles = lse_tiles + 2 * QUERIES;               // two
+    int T = sizes.T, NH = sizes.NH;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    int h = blockIdx.y;
+    int b = blockIdx.z;
+    int key_0 = blockIdx.x * TILE;
+    int64_t C = (int64_t)NH * HS;
+    int64_t row = ((int64_t)b * NH + h) * T;
+    const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
+    const floatX* dy_from = dy + head_start(b, h, T, NH, HS, 1);
+    float dk[HS / 8][4] = {};
+    float dv[HS / 8][4] = {};
+    float scale = rsqrtf((float)HS) * sizes.sharpness;
+    float to_base_2 = scale * LOG2_E;
+    int end = min(T, key_0 + TILE + sizes.window);      // queries from there on see no key here
+
+    auto load_queries = [&](int first, int which) {
+        load_tile<HS, QUERIES>(q + which * QUERIES * HS, from, 3 * C, first, T);
+        load_tile<HS, QUERIES>(dy_tiles + which * QUERIES * HS, dy_from, C, first, T);
+        cp_async_commit();
+        if (threadIdx.x < QUERIES) {        // from T on, P becomes 2^-inf = 0
+            int t = first + threadIdx.x;
+            int at = which * QUERIES + threadIdx.x;
+            lse_tiles[at] = t < T ? lse[row + t] : INFINITY;
+            delta_tiles[at] = t < T ? delta[row + t] : 0.0f;
+        }
+    };
+    load_tile<HS, TILE>(k, from + C, 3 * C, key_0, T);
+    load_tile<HS, TILE>(v, from + 2 * C, 3 * C, key_0, T);
+    load_queries(key_0, 0);
+    int which = 0;                          // half of the double buffer
+    for (int first = key_0; first < end; first += QUERIES) {
+        if (first + QUERIES < end) {
+            load_queries(first + QUERIES, which ^ 1);
+            cp_async_wait<1>();
+        } else {
+            cp_async_wait<0>();
+        }
+        __syncthreads();
+        floatX* q_tile = q + which * QUERIES * HS;
+        floatX* dy_tile = dy_tiles + which * QUERIES * HS;
+        float p[QUERIES / 8][4];            // Sᵀ = k qᵀ, then Pᵀ
+        float ds[QUERIES / 8][4];           // dPᵀ = v dyᵀ, then dSᵀ
+        multiply_transposed<HS, QUERIES>(p, k, warp * 16, q_tile);
+        multiply_transposed<HS, QUERIES>(ds, v, warp * 16, dy_tile);
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int column = n * 8 + lane % 4 * 2 + i % 2;
+                int at = which * QUERIES + column;
+                int key = key_0 + warp * 16 + lane / 4 + i / 2 * 8;
+                float power = p[n][i] * to_base_2 - lse_tiles[at];
+                p[n][i] = sees(first + column, key, sizes.window) ? exp2f(power) : 0.0f;
+                ds[n][i] = p[n][i] * (ds[n][i] - delta_tiles[at]);
+            }
+        }
+        multiply_add<HS, QUERIES>(dv, p, dy_tile);
+        multiply_add<HS, QUERIES>(dk, ds, q_tile);
+        __syncthreads();
+        which ^= 1;
+    }
+    floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
+    store_rows<HS>(to + C, 3 * C, key_0 + warp * 16, T, dk, scale, scale);
+    store_rows<HS>(to + 2 * C, 3 * C, key_0 + warp * 16, T, dv, 1.0f, 1.0f);
+}
+
+// dq. One block: 64 queries of a head, 16 a warp, over the tiles of keys, as in the forward pass;
+// dq, and lse and delta of the lane's two rows, are in registers. Grid (T/64, NH, B) x 128.
+// 3 BT²C FLOP; bound by tensor cores.
+template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
+attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy,
+                                  const float* lse, const float* delta, AttentionSizes sizes) {
+    extern __shared__ float4 shared[];
+    floatX* q = (floatX*)shared;            // one tile
+    floatX* dy_tile = q + TILE * HS;        // one tile
+    floatX* k = dy_tile + TILE * HS;        // two tiles
+    floatX* v = k + 2 * TILE * HS;          // two tiles
+    int T = sizes.T, NH = sizes.NH;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    int h = blockIdx.y;
+    int b = blockIdx.z;
+    int last = gridDim.x - 1 - blockIdx.x;
+    int64_t C = (int64_t)NH * HS;
+    int64_t row = ((int64_t)b * NH + h) * T;
+    const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
+    float dq[HS / 8][4] = {};
+    float lse_of[2];
+    float delta_of[2];
+    float scale = rsqrtf((float)HS) * sizes.sharpness;
+    float to_base_2 = scale * LOG2_E;
+    int query = last * TILE + warp * 16 + lane / 4;
+    int first = first_key_tile(last * TILE, sizes.window);
+    for (int r = 0; r < 2; r++) {
+        int t = query + 8 * r;
+        lse_of[r] = t < T ? lse[row + t] : INFINITY;
+        delta_of[r] = t < T ? delta[row + t] : 0.0f;
+    }
+    load_tile<HS, TILE>(q, from, 3 * C, last * TILE, T);
+    load_tile<HS, TILE>(dy_tile, dy + head_start(b, h, T, NH, HS, 1), C, last * TILE, T);
+    load_keys<HS>(k, v, from, C, first, T);
+    for (int j = first; j <= last; j++) {
+        floatX* k_tile = k + j % 2 * TILE * HS;
+        floatX* v_tile = v + j % 2 * TILE * HS;
+        if (j < last) {
+            load_keys<HS>(k, v, from, C, j + 1, T);
+            cp_async_wait<1>();
+        } else {
+            cp_async_wait<0>();
+        }
+        __syncthreads();
+        float p[TILE / 8][4];               // S = q kᵀ
+        float ds[TILE / 8][4];              // dP = dy vᵀ, then dS
+        multiply_transposed<HS, TILE>(p, q, warp * 16, k_tile);
+        multiply_transposed<HS, TILE>(ds, dy_tile, warp * 16, v_tile);
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int key = j * TILE + n * 8 + lane % 4 * 2 + i % 2;
+                float power = p[n][i] * to_base_2 - lse_of[i / 2];
+                bool seen = sees(query + i / 2 * 8, key, sizes.window);
+                ds[n][i] = seen ? exp2f(power) * (ds[n][i] - delta_of[i / 2]) : 0.0f;
+            }
+        }
+        multiply_add<HS, TILE>(dq, ds, k_tile);
+        __syncthreads();
+    }
+    floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
+    store_rows<HS>(to, 3 * C, last * TILE + warp * 16, T, dq, scale, scale);
+}
+
+// A block may have more than 48 KB of dynamic shared memory only after this.
+template <class Kernel> static void allow_shared_bytes(Kernel kernel, size_t bytes) {
+    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    (int)bytes));
+}
+
+template <int HS> static void flash_forward(floatX* y, float* lse, const floatX* qkv,
+                                            AttentionSizes sizes, cudaStream_t stream) {
+    dim3 grid(ceil_div(sizes.T, TILE), sizes.NH, sizes.B);
+    size_t bytes = sizeof(floatX) * 5 * TILE * HS;
+    allow_shared_bytes(attention_forward_kernel<HS>, bytes);
+    launch({"attention_forward", 4 * sizes.bytes(), 2 * sizes.flops()},
+           {grid, ATTENTION_THREADS, stream, bytes}, attention_forward_kernel<HS>, y, lse, qkv,
+           sizes);
+}
+
+template <int HS> static void flash_backward(floatX* dqkv, const floatX* qkv, const floatX* dy,
+                                             const float* lse, const float* delta,
+                                             AttentionSizes sizes, cudaStream_t stream) {
+    dim3 grid(ceil_div(sizes.T, TILE), sizes.NH, sizes.B);
+    size_t queries = QUERY_TILE<HS>;
+    size_t bytes = sizeof(floatX) * HS * (2 * TILE + 4 * queries) + sizeof(float) * 4 * queries;
+    allow_shared_bytes(attention_backward_keys_kernel<HS>, bytes);
+    launch({"attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops()},
+           {grid, ATTENTION_THREADS, stream, bytes}, attention_backward_keys_kernel<HS>, dqkv, qkv,
+           dy, lse, delta, sizes);
+    bytes = sizeof(floatX) * 6 * TILE * HS;
+    allow_shared_bytes(attention_backward_queries_kernel<HS>, bytes);
+    launch({"attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops()},
+           {grid, ATTENTION_THREADS, stream, bytes}, attention_backward_queries_kernel<HS>, dqkv,
+           qkv, dy, lse, delta, sizes);
+}
+#endif
+
 static void attention_forward(floatX* y, float* lse, const floatX* qkv, AttentionSizes sizes,
                               cudaStream_t stream) {
 #ifndef FP32
     if (sizes.HS == 64) { return flash_forward<64>(y, lse, qkv, sizes, stream); }
     if (sizes.HS == 128) { return flash_forward<128>(y, lse, qkv, sizes, stream); }
 #endif
-    int blocks = ceil_div((int64_t)sizes.B * sizes.NH * sizes.T, (int64_t)4);
-    begin_kernel("plain_attention_forward", 4 * sizes.bytes(), 2 * sizes.flops(), stream);
-    plain_attention_forward_kernel<<<blocks, 128, 0, stream>>>(y, lse, qkv, sizes);
-    CHECK_LAUNCH();
+    Grid grid = {ceil_div(sizes.B * sizes.NH * sizes.T, 4), 4 * WARP, stream};
+    launch({"plain_attention_forward", 4 * sizes.bytes(), 2 * sizes.flops()}, grid,
+           plain_attention_forward_kernel, y, lse, qkv, sizes);
 }
 
+// Writes dqkv; delta (B, NH, T) is room to work in.
 static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, const floatX* y,
                                const float* lse, const floatX* qkv, AttentionSizes sizes,
                                cudaStream_t stream) {
-    int blocks = ceil_div((int64_t)sizes.B * sizes.NH * sizes.T, (int64_t)4);
-    begin_kernel("attention_delta", 2 * sizes.bytes(), 0, stream);
-    attention_delta_kernel<<<blocks, 128, 0, stream>>>(delta, y, dy, sizes);
-    CHECK_LAUNCH();
+    Grid grid = {ceil_div(sizes.B * sizes.NH * sizes.T, 4), 4 * WARP, stream};
+    launch({"attention_delta", 2 * sizes.bytes()}, grid, attention_delta_kernel, delta, y, dy,
+           sizes);
 #ifndef FP32
     if (sizes.HS == 64) { return flash_backward<64>(dqkv, qkv, dy, lse, delta, sizes, stream); }
     if (sizes.HS == 128) { return flash_backward<128>(dqkv, qkv, dy, lse, delta, sizes, stream); }
 #endif
-    begin_kernel("plain_attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops(), stream);
-    plain_attention_backward_kernel<false><<<blocks, 128, 0, stream>>>(dqkv, qkv, dy, lse, delta,
-                                                                       sizes);
-    CHECK_LAUNCH();
-    begin_kernel("plain_attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops(), stream);
-    plain_attention_backward_kernel<true><<<blocks, 128, 0, stream>>>(dqkv, qkv, dy, lse, delta,
-                                                                      sizes);
-    CHECK_LAUNCH();
+    launch({"plain_attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops()}, grid,
+           plain_attention_backward_kernel<false>, dqkv, qkv, dy, lse, delta, sizes);
+    launch({"plain_attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops()}, grid,
+           plain_attention_backward_kernel<true>, dqkv, qkv, dy, lse, delta, sizes);
 }
 
-// dN turns q and k by an angle that grows with their position and gives them unit length (times
-// sqrt(HS)); in every second layer a gate for each head adds a vector of the token, E, to v.
+// dN turns q and k by an angle that grows with their position and gives them unit length, times
+// sqrt(HS). In every second layer it adds to v a vector of the token, E[token], times a gate g for
+// each head.
 //
 //   r1 = q1 cos + q2 sin    r2 = q2 cos - q1 sin    q = r rstd
 //   rstd = 1 / sqrt(Σ r² / HS + 1.19e-7)
@@ -1352,35 +1716,45 @@ static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, con
 //   dr = (dq - q Σ (dq q) / HS) rstd    dq1 = dr1 cos - dr2 sin    dq2 = dr2 cos + dr1 sin
 //   dE[token] += g dv    dz = Σ (dv E) g (1 - g / 3)    dWg[h, j] += dz n[j]    dn[j] += Σ_h dz Wg
 //
-// q1, q2: channels i and i + HS/2 of a head, turned by t 100000^(-2i/HS). k likewise.
+// q1 and q2 are channels i and i + HS/2 of a head, turned by t 100000^(-2i/HS); k likewise. n is
+// the input of the attention, of which the gate reads the first 12 channels.
 
-const int GATE_INPUTS = 12, GATE_PARTIALS = 256;
+const int GATE_INPUTS = 12;
+const int GATE_PARTIALS = 256;
 
 struct Rotary { float *cosines, *sines, *rstd; };       // (T, HS/2) twice, (BT, 2, NH)
 
 struct ValueEmbed {
-    const floatX *table, *gate_weight, *n;      // (Vp, C), (NH, 12), (BT, C); table NULL: none
-    const int* tokens;
-    float* gate;                                // (BT, NH)
+    const floatX* table;                // E (Vp, C); NULL: this layer has none
+    const floatX* gate_weight;          // Wg (NH, 12)
+    const floatX* n;                    // (BT, C)
+    const int* tokens;                  // (BT)
+    float* gate;                        // (BT, NH)
 };
 
-// Which vector of which head a thread has a part of: Packs at `low` and half a head behind it
+// Which q, k or v a thread works on, and which of its channels. HS/2/PACK neighbouring threads
+// share a vector: each has the Pack at c and the one half a head later, which turn together.
 struct HeadVector {
     int64_t bt;
-    int part, h, c, lanes;                      // part: 0 q, 1 k, 2 v; lanes: threads of a vector
+    int part;                           // 0 q, 1 k, 2 v
+    int h, c;
+    int lanes;                          // threads of a vector, a power of two up to 32
     bool exists;
     __device__ HeadVector(AttentionSizes sizes, int parts) {
-        lanes = sizes.HS / 2 / W;
-        int64_t thread = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, vector = thread / lanes;
+        lanes = sizes.HS / 2 / PACK;
+        int64_t thread = thread_in_grid();
+        int64_t vector = thread / lanes;            // (BT, parts, NH)
         exists = vector < (int64_t)sizes.B * sizes.T * parts * sizes.NH;
-        vector = exists ? vector : 0;           // it takes part in sums
-        bt = vector / (parts * sizes.NH), part = vector / sizes.NH % parts, h = vector % sizes.NH;
-        c = thread % lanes * W;
+        if (!exists) { vector = 0; }    // the thread must take part in shuffles all the same
+        bt = vector / (parts * sizes.NH);
+        part = vector / sizes.NH % parts;
+        h = vector % sizes.NH;
+        c = thread % lanes * PACK;
     }
     __device__ int64_t in_qkv(AttentionSizes sizes) const {
         return ((bt * 3 + part) * sizes.NH + h) * sizes.HS + c;
     }
-    __device__ float sum(float value) const {
+    __device__ float sum(float value) const {       // over the vector's threads
         for (int offset = lanes / 2; offset > 0; offset /= 2) {
             value += __shfl_xor_sync(~0u, value, offset);
         }
@@ -1388,19 +1762,22 @@ struct HeadVector {
     }
 };
 
-// HS/2/W threads: q, k or v of a token and head, in place. Grid BT*NH*3*lanes/256 x 256. Moves
-// 4 BTC, or 7 with E; bound by memory.
+// HS/2/PACK threads: the q or k (with E also v) of one token and head, in place. Grid
+// BT*NH*2*lanes/256 x 256, with E 3 in place of 2. Moves 4 BTC, or 7 BTC with E; bound by memory.
 __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed embed,
                                       AttentionSizes sizes) {
     HeadVector at(sizes, embed.table != NULL ? 3 : 2);
     int NH = sizes.NH, HS = sizes.HS, half = HS / 2, C = NH * HS;
     floatX* to = qkv + at.in_qkv(sizes);
-    Pack low = load(to), high = load(to + half);
-    float r1[W], r2[W], square_sum = 0.0f;
+    Pack low = load(to);
+    Pack high = load(to + half);
+    float r1[PACK];
+    float r2[PACK];
+    float square_sum = 0.0f;
     if (at.part < 2) {
         const float* cosine = rotary.cosines + at.bt % sizes.T * half + at.c;
         const float* sine = rotary.sines + at.bt % sizes.T * half + at.c;
-        for (int i = 0; i < W; i++) {
+        for (int i = 0; i < PACK; i++) {
             r1[i] = low[i] * cosine[i] + high[i] * sine[i];
             r2[i] = high[i] * cosine[i] - low[i] * sine[i];
             square_sum += r1[i] * r1[i] + r2[i] * r2[i];
@@ -1412,60 +1789,78 @@ __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed emb
         }
         float gate = 3.0f / (1.0f + expf(-z));
         const floatX* e = embed.table + (int64_t)embed.tokens[at.bt] * C + at.h * HS + at.c;
-        Pack e_low = load(e), e_high = load(e + half);
-        for (int i = 0; i < W; i++) {
-            r1[i] = low[i] + gate * e_low[i], r2[i] = high[i] + gate * e_high[i];
+        Pack e_low = load(e);
+        Pack e_high = load(e + half);
+        for (int i = 0; i < PACK; i++) {
+            r1[i] = low[i] + gate * e_low[i];
+            r2[i] = high[i] + gate * e_high[i];
         }
         if (at.c == 0) { embed.gate[at.bt * NH + at.h] = gate; }
     }
-    float rstd = rsqrtf(at.sum(square_sum) / HS + RMS_EPSILON);
+    float rstd = rsqrtf(at.sum(square_sum) / HS + RMS_EPSILON);     // all lanes are here
     if (!at.exists) { return; }
     if (at.part == 2) {
         rstd = 1.0f;
     } else if (at.c == 0) {
         rotary.rstd[(at.bt * 2 + at.part) * NH + at.h] = rstd;
     }
-    for (int i = 0; i < W; i++) { low.set(i, r1[i] * rstd), high.set(i, r2[i] * rstd); }
-    store(to, low), store(to + half, high);
+    for (int i = 0; i < PACK; i++) {
+        low.set(i, r1[i] * rstd);
+        high.set(i, r2[i] * rstd);
+    }
+    store(to, low);
+    store(to + half, high);
 }
 
-// As above: dqkv in place, and of v dembed (BT, C), what goes to E, and dz (BT, NH). Moves 6 BTC,
-// or 9 with E.
+// Threads and grid as in rotary_forward_kernel. Of q and k, dqkv changes in place. Of v, dqkv stays
+// as it is (dv = dv'); what goes to E and to the gate is written: dembed (BT, C) and dz (BT, NH).
+// Moves 6 BTC, or 9 BTC with E; bound by memory.
 __global__ void rotary_backward_kernel(floatX* dqkv, floatX* dembed, float* dz, const floatX* qkv,
                                        Rotary rotary, ValueEmbed embed, AttentionSizes sizes) {
     HeadVector at(sizes, embed.table != NULL ? 3 : 2);
     int NH = sizes.NH, HS = sizes.HS, half = HS / 2, C = NH * HS;
     floatX* to = dqkv + at.in_qkv(sizes);
-    const floatX* other = qkv + at.in_qkv(sizes);       // what the gradient is multiplied with
+    const floatX* other = qkv + at.in_qkv(sizes);       // q or k, or E of v: what dq, dk, dv meet
     if (at.part == 2) { other = embed.table + (int64_t)embed.tokens[at.bt] * C + at.h * HS + at.c; }
-    Pack low = load(to), high = load(to + half), o_low = load(other), o_high = load(other + half);
+    Pack low = load(to);
+    Pack high = load(to + half);
+    Pack o_low = load(other);
+    Pack o_high = load(other + half);
     float product = 0.0f;
-    for (int i = 0; i < W; i++) { product += low[i] * o_low[i] + high[i] * o_high[i]; }
+    for (int i = 0; i < PACK; i++) { product += low[i] * o_low[i] + high[i] * o_high[i]; }
     product = at.sum(product);
     if (!at.exists) { return; }
     if (at.part == 2) {
         float gate = embed.gate[at.bt * NH + at.h];
-        for (int i = 0; i < W; i++) { low.set(i, gate * low[i]), high.set(i, gate * high[i]); }
+        for (int i = 0; i < PACK; i++) {
+            low.set(i, gate * low[i]);
+            high.set(i, gate * high[i]);
+        }
         to = dembed + at.bt * C + at.h * HS + at.c;
         if (at.c == 0) { dz[at.bt * NH + at.h] = product * gate * (1.0f - gate / 3.0f); }
     } else {
         const float* cosine = rotary.cosines + at.bt % sizes.T * half + at.c;
         const float* sine = rotary.sines + at.bt % sizes.T * half + at.c;
-        float rstd = rotary.rstd[(at.bt * 2 + at.part) * NH + at.h], mean = product / HS;
-        for (int i = 0; i < W; i++) {
+        float rstd = rotary.rstd[(at.bt * 2 + at.part) * NH + at.h];
+        float mean = product / HS;
+        for (int i = 0; i < PACK; i++) {
             float dr1 = (low[i] - o_low[i] * mean) * rstd;
             float dr2 = (high[i] - o_high[i] * mean) * rstd;
             low.set(i, dr1 * cosine[i] - dr2 * sine[i]);
             high.set(i, dr2 * cosine[i] + dr1 * sine[i]);
         }
     }
-    store(to, low), store(to + half, high);
+    store(to, low);
+    store(to + half, high);
 }
 
-// One thread: a weight of the gate over every n-th token. Grid (GATE_PARTIALS, NH*12/128) x 128.
+// One thread: one weight of the gates, over every 256th token; add_partials sums the 256. Grid
+// (GATE_PARTIALS, NH*12/128) x 128. Reads 12 of C channels of each token; bound by memory.
 __global__ void gate_backward_weight_kernel(float* partials, const float* dz, const floatX* n,
                                             int BT, int NH, int C) {
-    int i = blockIdx.y * blockDim.x + threadIdx.x, h = i / GATE_INPUTS, j = i % GATE_INPUTS;
+    int i = blockIdx.y * blockDim.x + threadIdx.x;
+    int h = i / GATE_INPUTS;
+    int j = i % GATE_INPUTS;
     if (h >= NH) { return; }
     float sum = 0.0f;
     for (int64_t bt = blockIdx.x; bt < BT; bt += gridDim.x) {
@@ -1474,10 +1869,12 @@ __global__ void gate_backward_weight_kernel(float* partials, const float* dz, co
     partials[blockIdx.x * NH * GATE_INPUTS + i] = sum;
 }
 
-// One thread: one of a token's 12 inputs of the gates. Grid BT*12/256 x 256.
+// One thread: one of the 12 channels of a token that the gates read, over all heads. Grid BT*12/256
+// x 256. Bound by memory.
 __global__ void gate_backward_input_kernel(floatX* dn, const float* dz, const floatX* gate_weight,
                                            int BT, int NH, int C) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, bt = i / GATE_INPUTS;
+    int64_t i = thread_in_grid();
+    int64_t bt = i / GATE_INPUTS;
     int j = i % GATE_INPUTS;
     if (bt >= BT) { return; }
     float sum = (float)dn[bt * C + j];
@@ -1487,122 +1884,104 @@ __global__ void gate_backward_input_kernel(floatX* dn, const float* dz, const fl
     dn[bt * C + j] = (floatX)sum;
 }
 
-static int rotary_blocks(ValueEmbed embed, AttentionSizes sizes) {
+static Grid rotary_grid(ValueEmbed embed, AttentionSizes sizes, cudaStream_t stream) {
     int64_t vectors = (int64_t)sizes.B * sizes.T * sizes.NH * (embed.table != NULL ? 3 : 2);
-    return ceil_div(vectors * (sizes.HS / 2 / W), (int64_t)256);
+    return one_thread_each(vectors * (sizes.HS / 2 / PACK), stream);
 }
 
 static void rotary_forward(floatX* qkv, Rotary rotary, ValueEmbed embed, AttentionSizes sizes,
                            cudaStream_t stream) {
     double moved = embed.table != NULL ? 7.0 : 4.0;
-    begin_kernel("rotary_forward", moved * sizes.bytes(), 0, stream);
-    rotary_forward_kernel<<<rotary_blocks(embed, sizes), 256, 0, stream>>>(qkv, rotary, embed,
-                                                                           sizes);
-    CHECK_LAUNCH();
+    launch({"rotary_forward", moved * sizes.bytes()}, rotary_grid(embed, sizes, stream),
+           rotary_forward_kernel, qkv, rotary, embed, sizes);
 }
 
 static void rotary_backward(floatX* dqkv, floatX* dembed, float* dz, const floatX* qkv,
                             Rotary rotary, ValueEmbed embed, AttentionSizes sizes,
                             cudaStream_t stream) {
     double moved = embed.table != NULL ? 9.0 : 6.0;
-    begin_kernel("rotary_backward", moved * sizes.bytes(), 0, stream);
-    rotary_backward_kernel<<<rotary_blocks(embed, sizes), 256, 0, stream>>>(
-        dqkv, dembed, dz, qkv, rotary, embed, sizes);
-    CHECK_LAUNCH();
+    launch({"rotary_backward", moved * sizes.bytes()}, rotary_grid(embed, sizes, stream),
+           rotary_backward_kernel, dqkv, dembed, dz, qkv, rotary, embed, sizes);
 }
 
-// dn += …, dgate_weight += …
+// dn += …, dgate_weight += …; partials (GATE_PARTIALS, NH, 12)
 static void gate_backward(floatX* dn, float* dgate_weight, float* partials, const float* dz,
                           ValueEmbed embed, AttentionSizes sizes, cudaStream_t stream) {
-    int BT = sizes.B * sizes.T, NH = sizes.NH, C = NH * sizes.HS, n_weights = NH * GATE_INPUTS;
+    int BT = sizes.B * sizes.T, NH = sizes.NH, C = NH * sizes.HS;
+    int n_weights = NH * GATE_INPUTS;
     dim3 grid(GATE_PARTIALS, ceil_div(n_weights, 128));
-    double tokens = (4.0 * NH + sizeof(floatX) * GATE_INPUTS) * BT;
-    begin_kernel("gate_backward_weight", tokens + 4.0 * GATE_PARTIALS * n_weights, 0, stream);
-    gate_backward_weight_kernel<<<grid, 128, 0, stream>>>(partials, dz, embed.n, BT, NH, C);
-    CHECK_LAUNCH();
+    double bytes = (4.0 * NH + sizeof(floatX) * GATE_INPUTS) * BT;      // of dz and n
+    launch({"gate_backward_weight", bytes + 4.0 * GATE_PARTIALS * n_weights}, {grid, 128, stream},
+           gate_backward_weight_kernel, partials, dz, embed.n, BT, NH, C);
     add_partials(dgate_weight, partials, GATE_PARTIALS, n_weights, n_weights, stream);
-    begin_kernel("gate_backward_input", tokens + sizeof(floatX) * GATE_INPUTS * BT, 0, stream);
-    gate_backward_input_kernel<<<ceil_div(BT * GATE_INPUTS, 256), 256, 0, stream>>>(
-        dn, dz, embed.gate_weight, BT, NH, C);
-    CHECK_LAUNCH();
+    launch({"gate_backward_input", bytes + sizeof(floatX) * GATE_INPUTS * BT},
+           one_thread_each(BT * GATE_INPUTS, stream), gate_backward_input_kernel, dn, dz,
+           embed.gate_weight, BT, NH, C);
 }
 
 // ---- §8 GELU, ReLU² -----------------------------------------------------------------------------
 //
-//   u = sqrt(2/π) (x + 0.044715 x³)    y = x (1 + tanh u) / 2
-//   dx = dy ((1 + tanh u) / 2 + x (1 - tanh² u) u' / 2)
-//
-// bf16 leaves both to cuBLASLt's epilogues. Alone they serve fp32, and what is recomputed.
+// In bf16, cuBLASLt computes GELU and its derivative in the epilogues of matmuls (§6). The kernels
+// here serve fp32, what --recompute computes again, and dN's ReLU².
 
-const float GELU_SCALE = 0.7978845608f;
+// GPT-2: u = sqrt(2/π) (x + 0.044715 x³)    y = x (1 + tanh u) / 2
+//        dx = dy ((1 + tanh u) / 2 + x (1 - tanh² u) u' / 2)
+struct Gelu {
+    static constexpr const char* FORWARD = "gelu_forward";
+    static constexpr const char* BACKWARD = "gelu_backward";
+    static constexpr float SCALE = 0.7978845608f;       // sqrt(2/π)
+    static __device__ float forward(float x) {
+        float u = SCALE * (x + 0.044715f * x * x * x);
+        return 0.5f * x * (1.0f + tanhf(u));
+    }
+    static __device__ float backward(float dy, float x) {
+        float t = tanhf(SCALE * (x + 0.044715f * x * x * x));
+        float du = SCALE * (1.0f + 3.0f * 0.044715f * x * x);
+        return dy * 0.5f * (1.0f + t + x * (1.0f - t * t) * du);
+    }
+};
 
-// One thread: one Pack. Grid n/W/256 x 256. Moves 2n; bound by memory.
-__global__ void gelu_forward_kernel(floatX* y, const floatX* x, int64_t n) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+// dN: y = relu(x)²    dx = 2 dy relu(x)
+struct Relu2 {
+    static constexpr const char* FORWARD = "relu2_forward";
+    static constexpr const char* BACKWARD = "relu2_backward";
+    static __device__ float forward(float x) { return fmaxf(x, 0.0f) * fmaxf(x, 0.0f); }
+    static __device__ float backward(float dy, float x) { return 2.0f * dy * fmaxf(x, 0.0f); }
+};
+
+// One thread: one Pack. Grid n/PACK/256 x 256. Moves 2n; bound by memory.
+template <class Activation>
+__global__ void activation_forward_kernel(floatX* y, const floatX* x, int64_t n) {
+    int64_t at = thread_in_grid() * PACK;
     if (at >= n) { return; }
     Pack value = load(x + at);
-    for (int i = 0; i < W; i++) {
-        float a = value[i], u = GELU_SCALE * (a + 0.044715f * a * a * a);
-        value.set(i, 0.5f * a * (1.0f + tanhf(u)));
-    }
+    for (int i = 0; i < PACK; i++) { value.set(i, Activation::forward(value[i])); }
     store(y + at, value);
 }
 
-// As above, in place on dy. Moves 3n.
-__global__ void gelu_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+// The same, in place on dy. Moves 3n; bound by memory.
+template <class Activation>
+__global__ void activation_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
+    int64_t at = thread_in_grid() * PACK;
     if (at >= n) { return; }
-    Pack gradient = load(dy + at), value = load(x + at);
-    for (int i = 0; i < W; i++) {
-        float a = value[i], t = tanhf(GELU_SCALE * (a + 0.044715f * a * a * a));
-        float du = GELU_SCALE * (1.0f + 3.0f * 0.044715f * a * a);
-        gradient.set(i, gradient[i] * 0.5f * (1.0f + t + a * (1.0f - t * t) * du));
+    Pack gradient = load(dy + at);
+    Pack value = load(x + at);
+    for (int i = 0; i < PACK; i++) {
+        gradient.set(i, Activation::backward(gradient[i], value[i]));
     }
     store(dy + at, gradient);
 }
 
-static void gelu_forward(floatX* y, const floatX* x, int64_t n, cudaStream_t stream) {
-    begin_kernel("gelu_forward", 2.0 * n * sizeof(floatX), 0, stream);
-    gelu_forward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(y, x, n);
-    CHECK_LAUNCH();
+template <class Activation>
+static void activation_forward(floatX* y, const floatX* x, int64_t n, cudaStream_t stream) {
+    launch({Activation::FORWARD, 2.0 * n * sizeof(floatX)}, one_thread_each(n / PACK, stream),
+           activation_forward_kernel<Activation>, y, x, n);
 }
 
-static void gelu_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
-    begin_kernel("gelu_backward", 3.0 * n * sizeof(floatX), 0, stream);
-    gelu_backward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(dy, x, n);
-    CHECK_LAUNCH();
-}
-
-//   dN: y = relu(x)²    dx = 2 dy relu(x)
-
-// One thread: one Pack. Grid n/W/256 x 256. Moves 2n; bound by memory.
-__global__ void relu2_forward_kernel(floatX* y, const floatX* x, int64_t n) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
-    if (at >= n) { return; }
-    Pack value = load(x + at);
-    for (int i = 0; i < W; i++) { value.set(i, fmaxf(value[i], 0.0f) * fmaxf(value[i], 0.0f)); }
-    store(y + at, value);
-}
-
-// As above, in place on dy. Moves 3n.
-__global__ void relu2_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
-    if (at >= n) { return; }
-    Pack gradient = load(dy + at), value = load(x + at);
-    for (int i = 0; i < W; i++) { gradient.set(i, 2.0f * gradient[i] * fmaxf(value[i], 0.0f)); }
-    store(dy + at, gradient);
-}
-
-static void relu2_forward(floatX* y, const floatX* x, int64_t n, cudaStream_t stream) {
-    begin_kernel("relu2_forward", 2.0 * n * sizeof(floatX), 0, stream);
-    relu2_forward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(y, x, n);
-    CHECK_LAUNCH();
-}
-
-static void relu2_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
-    begin_kernel("relu2_backward", 3.0 * n * sizeof(floatX), 0, stream);
-    relu2_backward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(dy, x, n);
-    CHECK_LAUNCH();
+template <class Activation>
+static void activation_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
+    launch({Activation::BACKWARD, 3.0 * n * sizeof(floatX)}, one_thread_each(n / PACK, stream),
+           activation_backward_kernel<Activation>, dy, x, n);
 }
 
 // ---- §9 Classifier ------------------------------------------------------------------------------
@@ -1610,39 +1989,45 @@ static void relu2_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t 
 //   loss = ln Σ exp(y) - y[target]    dz = (softmax(y) - onehot(target)) share dy/dz
 //   y = z, or with a softcap s: y = s tanh(z / s)    dy/dz = 1 - (y / s)²
 //
-// A target of -1 has no loss and no gradient; nor have the padding rows V … Vp - 1 of wte.
+// z are the logits. `share` is 1 / (tokens of the batch), since the loss is a mean. A target of -1
+// has no loss and no gradient, nor have the rows V … Vp - 1 that pad wte.
 
 __host__ __device__ float capped(float z, float softcap) {
     return softcap > 0.0f ? softcap * tanhf(z / softcap) : z;
 }
 
-// One block: a token's logits, overwritten by their gradient. Grid tokens x 512 at most. Reads Vp
-// twice (the second time from the L2 cache), writes it once; bound by memory.
+// One block: the logits of one token, which it overwrites by their gradient, so that memory never
+// holds both. The first pass is an online softmax in each thread (as in §7), joined over the block;
+// the second reads the row once more, from the L2 cache. Grid tokens x 512 at most. Moves 2 Vp a
+// token, or Vp without the gradient; bound by memory.
 __global__ void classifier_kernel(floatX* logits, float* losses, const int* targets, float share,
                                   float softcap, int V, int Vp, bool write_gradient) {
     floatX* row = logits + (int64_t)blockIdx.x * Vp;
     int target = targets[blockIdx.x];
     float of_target = target >= 0 ? capped((float)row[target], softcap) : 0.0f;
-    float highest = -INFINITY, sum = 0.0f;
-    for (int c = threadIdx.x * W; c < V; c += blockDim.x * W) {
+    float highest = -INFINITY;
+    float sum = 0.0f;                           // Σ exp(y - highest) over this thread's part
+    for (int c = threadIdx.x * PACK; c < V; c += blockDim.x * PACK) {
         Pack z = load(row + c);
-        float before = highest, y[W];
-        for (int i = 0; i < W; i++) { y[i] = capped(z[i], softcap); }
-        for (int i = 0; i < W && c + i < V; i++) { highest = fmaxf(highest, y[i]); }
+        float before = highest;
+        float y[PACK];
+        for (int i = 0; i < PACK; i++) { y[i] = capped(z[i], softcap); }
+        for (int i = 0; i < PACK && c + i < V; i++) { highest = fmaxf(highest, y[i]); }
         sum *= expf(before - highest);
-        for (int i = 0; i < W && c + i < V; i++) { sum += expf(y[i] - highest); }
+        for (int i = 0; i < PACK && c + i < V; i++) { sum += expf(y[i] - highest); }
     }
-    float top = block_max(highest);
+    float top = block_max(highest);             // -INFINITY: the thread had no logits
     sum = block_sum(highest == -INFINITY ? 0.0f : sum * expf(highest - top));
     if (threadIdx.x == 0) {
         losses[blockIdx.x] = target >= 0 ? logf(sum) + top - of_target : 0.0f;
     }
     if (!write_gradient) { return; }
-    for (int c = threadIdx.x * W; c < Vp; c += blockDim.x * W) {
+    for (int c = threadIdx.x * PACK; c < Vp; c += blockDim.x * PACK) {
         Pack z = load(row + c);
-        for (int i = 0; i < W; i++) {
+        for (int i = 0; i < PACK; i++) {
             float y = capped(z[i], softcap);
-            float dz = (expf(y - top) / sum - (c + i == target)) * share;
+            float onehot = c + i == target ? 1.0f : 0.0f;
+            float dz = (expf(y - top) / sum - onehot) * share;
             if (softcap > 0.0f) { dz *= 1.0f - (y / softcap) * (y / softcap); }
             z.set(i, target >= 0 && c + i < V ? dz : 0.0f);
         }
@@ -1650,7 +2035,8 @@ __global__ void classifier_kernel(floatX* logits, float* losses, const int* targ
     }
 }
 
-// One block sums all losses, in fp64 and always in the same order, onto *sum.
+// One block: the sum of all losses, in fp64 and always in the same order, is added to *sum. The
+// barrier lets the first thread read what the other 255 have summed. Grid 1 x 256.
 __global__ void loss_sum_kernel(double* sum, const float* losses, int n) {
     __shared__ double sums[256];
     double mine = 0.0;
@@ -1667,11 +2053,11 @@ __global__ void loss_sum_kernel(double* sum, const float* losses, int n) {
 //   m += (1 - β₁)(g - m)    v += (1 - β₂)(g² - v)
 //   p ← p (1 - lr decay) - lr m / (1 - β₁ᵗ) / (sqrt(v / (1 - β₂ᵗ)) + ε)
 
-// What a bucket of parameters is trained with; lr is in units of the run's
+// How AdamW trains a bucket of parameters; lr is a multiple of the run's lr.
 struct AdamGroup { float lr, beta_1, beta_2, epsilon, weight_decay; };
 const AdamGroup GPT2_ADAM = {1.0f, 0.9f, 0.95f, 1e-8f, 0.1f};
 
-// nanochat's, tuned at d12, where Muon's lr is .02
+// nanochat's values, tuned at d12, where Muon's lr is 0.02
 const AdamGroup LM_HEAD_ADAM = {0.008f / 0.02f, 0.8f, 0.96f, 1e-10f, 0.01f};
 const AdamGroup WTE_ADAM = {0.3f / 0.02f, 0.8f, 0.995f, 1e-10f, 0.001f};
 const AdamGroup VALUE_EMBED_ADAM = {0.15f / 0.02f, 0.8f, 0.995f, 1e-10f, 0.01f};
@@ -1679,9 +2065,11 @@ const AdamGroup RESID_ADAM = {0.005f / 0.02f, 0.8f, 0.95f, 1e-10f, 0.05f};
 const AdamGroup X0_ADAM = {0.5f / 0.02f, 0.96f, 0.95f, 1e-10f, 0.0f};
 const AdamGroup BACKOUT_ADAM = {0.2f / 0.02f, 0.8f, 0.95f, 1e-10f, 0.0f};
 
-// fp32 → floatX. bf16 drops 16 bits of mantissa: rounding up with the probability that they stand
-// for is right on average. The "random" bits depend on the step and the parameter alone, so that a
-// run repeats on any number of ranks. Before step 1 it is to nearest.
+// fp32 → floatX by stochastic rounding. bf16 keeps the upper 16 bits of an fp32 number. A random
+// number below 2¹⁶ is added before the lower 16 bits are dropped, so the result is the next higher
+// number with the probability that those bits stand for, and is right on average: small updates are
+// not lost. The "random" number depends on the step and the parameter alone, so that a run repeats
+// on any number of ranks. At step 0, before training, rounding is to nearest.
 __device__ floatX round_parameter(float value, int64_t index, unsigned step) {
     if (!BF16 || step == 0) { return (floatX)value; }
     unsigned bits = (unsigned)index * 0x9E3779B1u ^ (unsigned)(index >> 32) ^ step * 0x85EBCA77u;
@@ -1691,54 +2079,64 @@ __device__ floatX round_parameter(float value, int64_t index, unsigned step) {
     return (floatX)__uint_as_float(bits & 0xFFFF0000u);
 }
 
+// n parameters that this rank trains, and their states. `index` is the place of the first one among
+// all parameters of the model.
+struct Slice {
+    floatX* parameters;
+    float* masters;             // the parameters in fp32
+    float *m, *v;               // Adam's moments; Muon's momentum, and variance (lines)
+    const float* gradients;
+    int64_t n, index;
+};
+
 struct AdamStep {
     AdamGroup group;
     float lr, decay, grad_scale, correction_1, correction_2;    // corrections: 1 - βᵗ
     unsigned step;
 };
 
-// One thread: one parameter of this rank's shard of a bucket; `index` is its place in the whole
-// model. Moves 30 bytes a parameter (7 fp32, 1 bf16); bound by memory.
-__global__ void adamw_kernel(floatX* parameters, float* masters, float* m, float* v,
-                             const float* gradients, int64_t n, int64_t index, int64_t decay_end,
-                             AdamStep adam) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) { return; }
-    float g = gradients[i] * adam.grad_scale;
+// One thread: one parameter. Those from decay_end on do not decay. Grid n/256 x 256. Moves 30 bytes
+// a parameter (28 of fp32: masters, m, v twice, g once; 2 of bf16); bound by memory.
+__global__ void adamw_kernel(Slice slice, int64_t decay_end, AdamStep adam) {
+    int64_t i = thread_in_grid();
+    if (i >= slice.n) { return; }
+    float *masters = slice.masters, *m = slice.m, *v = slice.v;
+    float g = slice.gradients[i] * adam.grad_scale;
     m[i] += (1.0f - adam.group.beta_1) * (g - m[i]);
     v[i] += (1.0f - adam.group.beta_2) * (g * g - v[i]);
-    float m_hat = m[i] / adam.correction_1, v_hat = v[i] / adam.correction_2;
-    float decay = index + i < decay_end ? adam.decay : 0.0f;
+    float m_hat = m[i] / adam.correction_1;
+    float v_hat = v[i] / adam.correction_2;
+    float decay = slice.index + i < decay_end ? adam.decay : 0.0f;
     masters[i] = masters[i] * (1.0f - adam.lr * decay) -
                  adam.lr * m_hat / (sqrtf(v_hat) + adam.group.epsilon);
-    parameters[i] = round_parameter(masters[i], index + i, adam.step);
+    slice.parameters[i] = round_parameter(masters[i], slice.index + i, adam.step);
 }
 
-// masters → parameters, as adamw_kernel did at `step`
-__global__ void round_parameters_kernel(floatX* parameters, const float* masters, int64_t n,
-                                        int64_t index, unsigned step) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) { parameters[i] = round_parameter(masters[i], index + i, step); }
+// masters → parameters, rounded as adamw_kernel and muon_kernel did at `step`
+__global__ void round_parameters_kernel(Slice slice, unsigned step) {
+    int64_t i = thread_in_grid();
+    if (i >= slice.n) { return; }
+    slice.parameters[i] = round_parameter(slice.masters[i], slice.index + i, step);
 }
 
 const int NORM_BLOCKS = 128;
 
-// Block i: the sum of squares of its share of the gradients → sums[i]. Reads n once.
+// One block: the sum of squares of its share of n gradients → sums[block], which the CPU adds up in
+// order. Grid 128 x 256. Reads n once; bound by memory.
 __global__ void square_sum_kernel(float* sums, const float* gradients, int64_t n) {
     float sum = 0.0f;
     int64_t step = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
-        sum += gradients[i] * gradients[i];
-    }
+    for (int64_t i = thread_in_grid(); i < n; i += step) { sum += gradients[i] * gradients[i]; }
     sum = block_sum(sum);
     if (threadIdx.x == 0) { sums[blockIdx.x] = sum; }
 }
 
-// Muon: a matrix moves along the orthogonal factor of its momentum. With Polar Express's a, b, c:
+// Muon moves a matrix along the orthogonal factor of its momentum (of the SVD U S Vᵀ, U Vᵀ), which
+// five steps of an iteration approach. a, b, c are Polar Express's, and U below is the update:
 //
 //   m += (1 - μ)(g - m)    X = g + μ (m - g), divided by 1.01 ‖X‖
 //   five times X ← a X + (b A + c A²) X with A = X Xᵀ; or of a tall X, from the right with Xᵀ X
-//   NorMuon: v += .1 (Σ X² / n - v) for each line of n values across the longer side
+//   NorMuon: v += 0.1 (Σ X² / n - v) for each line of n values across the longer side
 //   U = X / sqrt(v), scaled to X's norm    w ← w - lr (U + decay w where U w ≥ 0)
 
 const float POLAR_EXPRESS[5][3] = {         // quintics that push every singular value towards 1
@@ -1748,11 +2146,11 @@ const float POLAR_EXPRESS[5][3] = {         // quintics that push every singular
     {3.285753657755655f, -2.3681294933425376f, 0.46449024233003106f},
     {2.3465413258596377f, -1.7097828382687081f, 0.42323551169305323f}};
 
-// n matrices side by side: c_attn is q, k and v. In X they lie behind one another, each padded with
-// zeros to multiples of 8. lines: of which NorMuon keeps the variance, rows or columns.
+// A tensor of n matrices side by side: c_attn is q, k and v. In X the matrices follow one another,
+// and each is padded with zeros to multiples of 8 rows and columns, which cuBLASLt likes.
 struct Matrices {
     int n, rows, columns;
-    bool by_row;
+    bool by_row;                // NorMuon's lines are rows; else columns
     __host__ __device__ int padded_rows() const { return ceil_div(rows, 8) * 8; }
     __host__ __device__ int padded_columns() const { return ceil_div(columns, 8) * 8; }
     __host__ __device__ int in_x(int which, int row, int column) const {
@@ -1765,16 +2163,21 @@ struct Matrices {
 
 struct MuonStep { float lr, decay, momentum, grad_scale; unsigned step; };
 
-// One thread: one element of X, or of its padding. Moves 14 bytes an element; bound by memory.
+// One thread: one element of X, or of its padding. Grid elements/256 x 256. Moves 14 bytes an
+// element; bound by memory.
 __global__ void momentum_kernel(floatX* X, float* momentum, const float* gradients, Matrices matrix,
                                 MuonStep muon) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x, size = matrix.padded_size();
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    int size = matrix.padded_size();
     if (i >= matrix.n * size) { return; }
-    int which = i / size, row = i % size / matrix.padded_columns(), c = i % matrix.padded_columns();
+    int which = i / size;
+    int row = i % size / matrix.padded_columns();
+    int c = i % matrix.padded_columns();
     float nesterov = 0.0f;
     if (row < matrix.rows && c < matrix.columns) {
         int at = (row * matrix.n + which) * matrix.columns + c;
-        float g = gradients[at] * muon.grad_scale, m = momentum[at];
+        float g = gradients[at] * muon.grad_scale;
+        float m = momentum[at];
         m += (1.0f - muon.momentum) * (g - m);
         momentum[at] = m;
         nesterov = g + muon.momentum * (m - g);
@@ -1782,11 +2185,13 @@ __global__ void momentum_kernel(floatX* X, float* momentum, const float* gradien
     X[i] = (floatX)nesterov;
 }
 
-// One block of 32 x 8: the sums of squares of 32 lines → sums (n, lines). Grid (lines/32, n). Reads
-// X once.
+// One block of 32 x 8: the sums of squares of 32 lines → sums (n, lines). Each of the 8 rows of
+// threads sums every 8th element of the lines, and the first row adds up the 8 sums. Grid
+// (lines/32, n). Reads X once; bound by memory.
 __global__ void line_square_sum_kernel(float* sums, const floatX* X, Matrices matrix) {
     __shared__ float of_part[8][WARP];
-    int line = blockIdx.x * WARP + threadIdx.x, which = blockIdx.y;
+    int line = blockIdx.x * WARP + threadIdx.x;
+    int which = blockIdx.y;
     float sum = 0.0f;
     if (line < matrix.lines()) {
         for (int i = threadIdx.y; i < matrix.line_size(); i += 8) {
@@ -1802,8 +2207,8 @@ __global__ void line_square_sum_kernel(float* sums, const floatX* X, Matrices ma
     sums[which * matrix.lines() + line] = sum;
 }
 
-// One block: a share of a matrix, X /= 1.01 ‖X‖, the norm from the lines' sums. Grid (up to 128, n)
-// x 256.
+// One block: a share of one matrix, X /= 1.01 ‖X‖; every block computes the norm again from the
+// sums of the lines. Grid (up to 128, n) x 256. Moves 2 X; bound by memory.
 __global__ void normalise_kernel(floatX* X, const float* sums, Matrices matrix) {
     float sum = 0.0f;
     for (int i = threadIdx.x; i < matrix.lines(); i += blockDim.x) {
@@ -1817,85 +2222,93 @@ __global__ void normalise_kernel(floatX* X, const float* sums, Matrices matrix) 
     }
 }
 
-// One block: a matrix. sums become the lines' factors; variance (n, lines) moves towards the sums.
+// One block: one matrix. In: sums (n, lines), each line's Σ X². Out: the factor of each line in
+// their place, and the variances (n, lines). Grid n x 1024. Bound by latency.
 __global__ void normuon_kernel(float* sums, float* variance, Matrices matrix) {
-    sums += blockIdx.x * matrix.lines(), variance += blockIdx.x * matrix.lines();
-    float before = 0.0f, after = 0.0f;
+    sums += blockIdx.x * matrix.lines();
+    variance += blockIdx.x * matrix.lines();
+    float before = 0.0f;
+    float after = 0.0f;
     for (int i = threadIdx.x; i < matrix.lines(); i += blockDim.x) {
         variance[i] += 0.1f * (sums[i] / matrix.line_size() - variance[i]);
-        before += sums[i], after += sums[i] / fmaxf(variance[i], 1e-10f);
+        before += sums[i];
+        after += sums[i] / fmaxf(variance[i], 1e-10f);
     }
-    before = block_sum(before), after = block_sum(after);
+    before = block_sum(before);
+    after = block_sum(after);
     float ratio = sqrtf(before) / fmaxf(sqrtf(after), 1e-12f);
     for (int i = threadIdx.x; i < matrix.lines(); i += blockDim.x) {
         sums[i] = ratio * rsqrtf(fmaxf(variance[i], 1e-10f));
     }
 }
 
-// One thread: a weight; `index` is where the first is in the whole model. Moves 12 bytes; bound by
-// memory.
-__global__ void muon_kernel(floatX* parameters, float* masters, const floatX* X,
-                            const float* factors, Matrices matrix, int64_t index, MuonStep muon) {
+// One thread: one weight. factors: normuon_kernel's (n, lines). Grid n/256 x 256. Moves 12 bytes a
+// weight; bound by memory.
+__global__ void muon_kernel(Slice slice, const floatX* X, const float* factors, Matrices matrix,
+                            MuonStep muon) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= matrix.n * matrix.rows * matrix.columns) { return; }
-    int c = i % matrix.columns, which = i / matrix.columns % matrix.n;
-    int row = i / matrix.columns / matrix.n, line = matrix.by_row ? row : c;
+    if (i >= slice.n) { return; }
+    int c = i % matrix.columns;
+    int which = i / matrix.columns % matrix.n;
+    int row = i / matrix.columns / matrix.n;
+    int line = matrix.by_row ? row : c;
     float u = (float)X[matrix.in_x(which, row, c)] * factors[which * matrix.lines() + line];
-    float w = masters[i];
+    float w = slice.masters[i];
     w -= muon.lr * (u + (u * w >= 0.0f ? muon.decay * w : 0.0f));
-    masters[i] = w;
-    parameters[i] = round_parameter(w, index + i, muon.step);
+    slice.masters[i] = w;
+    slice.parameters[i] = round_parameter(w, slice.index + i, muon.step);
 }
 
 struct MuonWorkspace { floatX *x, *next, *a, *b; float* sums; };
 
-// X (n, rows, columns) → its orthogonal factor, about; returned is where it lies, x or next.
+// X (n, rows, columns) in space.x → about its orthogonal factor. Returns where that lies, which is
+// space.x or space.next.
 static floatX* polar(MuonWorkspace space, Matrices matrix, cudaStream_t stream) {
-    int R = matrix.padded_rows(), Q = matrix.padded_columns(), small = min(R, Q), n = matrix.n;
-    bool tall = R > Q;                      // to cuBLAS X is (Q, R), and A = XXᵀ is Xᵀ X
-    floatX *x = space.x, *next = space.next;
+    int rows = matrix.padded_rows();
+    int columns = matrix.padded_columns();
+    int small = min(rows, columns);
+    bool tall = rows > columns;             // A is XᵀX; else XXᵀ. To cuBLAS, X is (columns, rows).
+    MatmulPlan* a_plan = plan_matmul({.m = small, .n = small, .k = max(rows, columns),
+                                      .transpose = tall ? TRANSPOSE_B : TRANSPOSE_A,
+                                      .batch = matrix.n});
+    MatmulPlan* b_plan = plan_matmul({.m = small, .n = small, .k = small, .batch = matrix.n});
+    MatmulPlan* x_plan = plan_matmul({.m = columns, .n = rows, .k = small, .batch = matrix.n});
+    floatX *x = space.x, *next = space.next, *A = space.a, *B = space.b;
     for (auto [a, b, c] : POLAR_EXPRESS) {
-        run_matmul(plan_matmul({!tall, tall, small, small, tall ? R : Q, false, PLAIN, n}, NULL,
-                               NULL), space.a, 1.0f, x, x, 0.0f, space.a, stream);
-        run_matmul(plan_matmul({false, false, small, small, small, false, PLAIN, n}, NULL, NULL),
-                   space.b, c, space.a, space.a, b, space.a, stream);
-        run_matmul(plan_matmul({false, false, Q, R, small, false, PLAIN, n}, NULL, NULL), next,
-                   1.0f, tall ? space.b : x, tall ? x : space.b, a, x, stream);
-        floatX* kept = x;
-        x = next, next = kept;
+        run_matmul(a_plan, A, {.a = x, .b = x}, stream);
+        run_matmul(b_plan, B, {.a = A, .b = A, .alpha = c, .c = A, .beta = b}, stream);
+        Operands update = {.a = x, .b = B, .c = x, .beta = a};
+        if (tall) { update = {.a = B, .b = x, .c = x, .beta = a}; }
+        run_matmul(x_plan, next, update, stream);
+        std::swap(x, next);
     }
     return x;
 }
 
 static void line_square_sum(float* sums, const floatX* X, Matrices matrix, cudaStream_t stream) {
-    dim3 grid(ceil_div(matrix.lines(), WARP), matrix.n), block(WARP, 8);
-    begin_kernel("line_square_sum", sizeof(floatX) * matrix.n * matrix.padded_size(), 0, stream);
-    line_square_sum_kernel<<<grid, block, 0, stream>>>(sums, X, matrix);
-    CHECK_LAUNCH();
+    dim3 grid(ceil_div(matrix.lines(), WARP), matrix.n);
+    double bytes = (double)sizeof(floatX) * matrix.n * matrix.padded_size();
+    launch({"line_square_sum", bytes}, {grid, dim3(WARP, 8), stream}, line_square_sum_kernel, sums,
+           X, matrix);
 }
 
-static void muon_update(floatX* parameters, float* masters, float* momentum, float* variance,
-                        const float* gradients, MuonWorkspace space, Matrices matrix, int64_t index,
-                        MuonStep muon, cudaStream_t stream) {
-    int size = matrix.n * matrix.rows * matrix.columns;
-    begin_kernel("momentum", (12.0 + sizeof(floatX)) * size, 0, stream);
-    momentum_kernel<<<ceil_div(matrix.n * matrix.padded_size(), 256), 256, 0, stream>>>(
-        space.x, momentum, gradients, matrix, muon);
-    CHECK_LAUNCH();
+// One step of Muon for one tensor
+static void muon_update(Slice slice, MuonWorkspace space, Matrices matrix, MuonStep muon,
+                        cudaStream_t stream) {
+    double n = slice.n;
+    launch({"momentum", (12.0 + sizeof(floatX)) * n},
+           one_thread_each(matrix.n * matrix.padded_size(), stream), momentum_kernel, space.x,
+           slice.m, slice.gradients, matrix, muon);
     line_square_sum(space.sums, space.x, matrix, stream);
-    begin_kernel("normalise", 2.0 * sizeof(floatX) * size, 0, stream);
     int blocks = min(128, ceil_div(matrix.padded_size(), 4096));
-    normalise_kernel<<<dim3(blocks, matrix.n), 256, 0, stream>>>(space.x, space.sums, matrix);
-    CHECK_LAUNCH();
+    launch({"normalise", 2.0 * sizeof(floatX) * n}, {dim3(blocks, matrix.n), 256, stream},
+           normalise_kernel, space.x, space.sums, matrix);
     floatX* U = polar(space, matrix, stream);
     line_square_sum(space.sums, U, matrix, stream);
-    begin_kernel("normuon", 16.0 * matrix.n * matrix.lines(), 0, stream);
-    normuon_kernel<<<matrix.n, 1024, 0, stream>>>(space.sums, variance, matrix);
-    CHECK_LAUNCH();
-    begin_kernel("muon", (8.0 + 2 * sizeof(floatX)) * size, 0, stream);
-    muon_kernel<<<ceil_div(size, 256), 256, 0, stream>>>(
-        parameters, masters, U, space.sums, matrix, index, muon);
-    CHECK_LAUNCH();
+    launch({"normuon", 16.0 * matrix.n * matrix.lines()}, {matrix.n, 1024, stream}, normuon_kernel,
+           space.sums, slice.v, matrix);
+    launch({"muon", (8.0 + 2 * sizeof(floatX)) * n}, one_thread_each(slice.n, stream), muon_kernel,
+           slice, U, space.sums, matrix, muon);
 }
 
 // ---- §11 Ranks: torchrun's environment, NCCL; a single process is rank 0 of 1 -------------------
@@ -2348,11 +2761,23 @@ static Part* make_parts(Table table, int rank, int world_size) {
 }
 
 // ---- §13 Model ----------------------------------------------------------------------------------
+//
+// A layer, of either recipe: x → norm → attention → + x → norm → MLP → + x_mid. Both sums are left
+// to the norm that follows, which has to read both summands anyway (§5).
 
+// What a layer's forward pass keeps for its backward pass
 struct LayerActivations {
-    floatX *x, *ln_1, *qkv, *y, *x_mid, *ln_2, *fc, *gelu;     // (BT, …); x: the residual stream
-    float *lse, *ln_1_mean, *ln_1_rstd, *ln_2_mean, *ln_2_rstd;
-    Mix mix;                                                    // dN's: λ x + μ x0
+    floatX* x;                  // (BT, C) the residual stream before the layer
+    floatX* ln_1;               // (BT, C)
+    floatX* qkv;                // (BT, 3C)
+    floatX* y;                  // (BT, C) attention's output
+    floatX* x_mid;              // (BT, C) the residual stream between attention and MLP
+    floatX* ln_2;               // (BT, C)
+    floatX* fc;                 // (BT, 4C)
+    floatX* act;                // (BT, 4C) GELU or ReLU² of fc
+    float* lse;                 // (B, NH, T)
+    float *ln_1_mean, *ln_1_rstd, *ln_2_mean, *ln_2_rstd;       // (BT)
+    Mix mix;                    // dN's three: λ x + μ x0, and attention's additions
     Rotary rotary;
     ValueEmbed embed;
 };
@@ -2361,24 +2786,33 @@ struct Model {
     Config config;
     int B, T, recompute;
     Table table;
+    cudaStream_t stream;
     floatX* parameters;                     // all of them, on each rank
-    float *gradients, *masters, *m, *v;     // the last three: this rank's part of each bucket
+    float* gradients;                       // likewise
+    float *masters, *m, *v;                 // of this rank's part of each bucket
     Part* parts;
     MuonWorkspace muon;
+
     LayerActivations* layers;
-    floatX *x_last, *ln_f, *logits;         // logits: of HEAD_ROWS tokens at a time
-    float *ln_f_mean, *ln_f_rstd, *losses;
-    floatX *branch, *dx, *dbranch, *dwide;  // dwide (BT, 4C); also dqkv, and behind it dembed
+    floatX *x_last, *ln_f;                  // (BT, C) the stream after all layers, and normalised
+    float *ln_f_mean, *ln_f_rstd;           // (BT)
+    floatX* logits;                         // (HEAD_ROWS, Vp)
+    float* losses;                          // (BT)
+    double* loss_sum;
+    int *inputs, *targets;                  // (BT)
+    int* index;                             // a TokenIndex, in three parts
+
+    floatX *branch, *dbranch;               // (BT, C) what a branch adds to the stream
+    floatX* dx;                             // (BT, C) the gradient of the residual stream
+    floatX* dwide;                          // (BT, 4C) dact; also dqkv, followed by dembed
+    float *partials, *delta, *square_sums;
+
     floatX *s, *dx0, *dmiddle;              // dN's: the stream in a layer; x0 is layers[0].x
     float *x0_rstd, *dgate;
     Mix backout;                            // what is subtracted before the head
-    float *partials, *delta, *square_sums;
-    double* loss_sum;
-    int *inputs, *targets, *index;          // index: a TokenIndex, in three parts
-    cudaStream_t stream;
 };
 
-const int HEAD_ROWS = 8192;
+const int HEAD_ROWS = 8192;                 // tokens whose logits are in memory at a time
 
 static floatX* global_parameter(Model* model, int which) {
     return model->parameters + model->table.tensors[which].offset;
@@ -2390,12 +2824,15 @@ static int64_t layer_offset(Model* model, int layer, int which) {
     return model->table.tensors[model->table.layer_tensors[layer] + which].offset;
 }
 
-// Bytes of a row's activations, and of what does not depend on the rows: an upper bound.
+// An upper bound of the bytes of one row's activations, and of everything else
 static void memory_bytes(Config config, int T, int recompute, int world_size, double* fixed,
                          double* row) {
-    double C = config.n_embd, N = make_table(config, world_size).size, L = config.n_layer;
-    double of_layer = recompute == 0 ? 16 : recompute == 1 ? 12 : 10;   // see allocate_activations
-    *row = T * (sizeof(floatX) * C * (of_layer * L + 18) + 4 * (4 * config.n_head + 4) * (L + 1));
+    double C = config.n_embd;
+    double L = config.n_layer;
+    double N = make_table(config, world_size).size;
+    const double widths[] = {16, 12, 10};       // of a layer, in C; see allocate_activations
+    double width = widths[min(recompute, 2)];
+    *row = T * (sizeof(floatX) * C * (width * L + 18) + 4 * (4 * config.n_head + 4) * (L + 1));
     *fixed = N * (sizeof(floatX) + 4 + 12.0 / world_size) + WORKSPACE_BYTES +
              (double)HEAD_ROWS * padded_vocab(config) * sizeof(floatX);
     if (config.modern) { *fixed += 14 * C * C * sizeof(floatX); }       // Muon's workspace
@@ -2403,65 +2840,90 @@ static void memory_bytes(Config config, int T, int recompute, int world_size, do
 
 static floatX* allocate_x(int64_t n) { return (floatX*)allocate(n * sizeof(floatX)); }
 static float* allocate_float(int64_t n) { return (float*)allocate(n * sizeof(float)); }
+static int* allocate_int(int64_t n) { return (int*)allocate(n * sizeof(int)); }
 
 static AttentionSizes attention_sizes(const Model* model, int l) {
     Config config = model->config;
-    float sharpness = config.modern ? 1.2f * 1.2f : 1.0f;           // dN: of q, and of k
+    float sharpness = config.modern ? 1.2f * 1.2f : 1.0f;       // dN multiplies q and k by 1.2
     return {model->B, model->T, config.n_head, config.n_embd / config.n_head,
             min(config.window(l), model->T), sharpness};
 }
 
-static void allocate_activations(Model* model) {
-    Config config = model->config;
-    int64_t BT = (int64_t)model->B * model->T, C = config.n_embd, L = config.n_layer;
-    model->layers = (LayerActivations*)calloc(L, sizeof(LayerActivations));
-    for (int l = 0; l < L; l++) {       // what is recomputed shares the first layer's memory
-        LayerActivations *a = &model->layers[l], *first = &model->layers[0];
-        bool own_gelu = l == 0 || model->recompute < 1, own_norms = l == 0 || model->recompute < 2;
-        a->x = allocate_x(BT * C), a->x_mid = allocate_x(BT * C);
-        a->ln_1 = own_norms ? allocate_x(BT * C) : first->ln_1;
-        a->ln_2 = own_norms ? allocate_x(BT * C) : first->ln_2;
-        a->qkv = allocate_x(BT * 3 * C), a->y = allocate_x(BT * C), a->fc = allocate_x(BT * 4 * C);
-        a->gelu = own_gelu ? allocate_x(BT * 4 * C) : first->gelu;
-        a->lse = allocate_float(BT * config.n_head);
-        a->ln_1_mean = allocate_float(BT), a->ln_1_rstd = allocate_float(BT);
-        a->ln_2_mean = allocate_float(BT), a->ln_2_rstd = allocate_float(BT);
+// --recompute 1 computes act again in the backward pass, 2 also the outputs of the norms: then all
+// layers share the memory that the first layer has for them.
+static void allocate_layer(Model* model, int l) {
+    int64_t BT = (int64_t)model->B * model->T;
+    int64_t C = model->config.n_embd;
+    LayerActivations* a = &model->layers[l];
+    *a = model->layers[0];                  // so that what is not allocated below is shared
+    a->x = allocate_x(BT * C);
+    a->qkv = allocate_x(BT * 3 * C);
+    a->y = allocate_x(BT * C);
+    a->x_mid = allocate_x(BT * C);
+    a->fc = allocate_x(BT * 4 * C);
+    if (l == 0 || model->recompute < 1) { a->act = allocate_x(BT * 4 * C); }
+    if (l == 0 || model->recompute < 2) {
+        a->ln_1 = allocate_x(BT * C);
+        a->ln_2 = allocate_x(BT * C);
     }
-    int64_t head_rows = BT < HEAD_ROWS ? BT : HEAD_ROWS;
-    model->x_last = allocate_x(BT * C), model->ln_f = allocate_x(BT * C);
-    model->logits = allocate_x(head_rows * padded_vocab(config));
-    model->ln_f_mean = allocate_float(BT), model->ln_f_rstd = allocate_float(BT);
-    model->losses = allocate_float(BT), model->delta = allocate_float(BT * config.n_head);
-    model->branch = allocate_x(BT * C), model->dx = allocate_x(BT * C);
-    model->dbranch = allocate_x(BT * C), model->dwide = allocate_x(BT * 4 * C);
-    model->partials = allocate_float(2 * max(NORM_PARTIALS * C, (int64_t)RMS_PARTIALS));
-    model->square_sums = allocate_float((int64_t)model->table.n_buckets * NORM_BLOCKS);
-    model->loss_sum = (double*)allocate(sizeof(double));
-    model->inputs = (int*)allocate(BT * sizeof(int)), model->targets = (int*)allocate(BT * 4);
-    model->index = (int*)allocate((3 * BT + 1) * sizeof(int));
+    a->lse = allocate_float(BT * model->config.n_head);
+    a->ln_1_mean = allocate_float(BT);
+    a->ln_1_rstd = allocate_float(BT);
+    a->ln_2_mean = allocate_float(BT);
+    a->ln_2_rstd = allocate_float(BT);
 }
 
-// RoPE's table, cosines and sines (T, HS/2)
+static void allocate_activations(Model* model) {
+    Config config = model->config;
+    int64_t BT = (int64_t)model->B * model->T;
+    int64_t C = config.n_embd;
+    model->layers = (LayerActivations*)calloc(config.n_layer, sizeof(LayerActivations));
+    for (int l = 0; l < config.n_layer; l++) { allocate_layer(model, l); }
+    model->x_last = allocate_x(BT * C);
+    model->ln_f = allocate_x(BT * C);
+    model->ln_f_mean = allocate_float(BT);
+    model->ln_f_rstd = allocate_float(BT);
+    model->logits = allocate_x(min(BT, (int64_t)HEAD_ROWS) * padded_vocab(config));
+    model->losses = allocate_float(BT);
+    model->loss_sum = (double*)allocate(sizeof(double));
+    model->inputs = allocate_int(BT);
+    model->targets = allocate_int(BT);
+    model->index = allocate_int(3 * BT + 1);
+    model->branch = allocate_x(BT * C);
+    model->dbranch = allocate_x(BT * C);
+    model->dx = allocate_x(BT * C);
+    model->dwide = allocate_x(BT * 4 * C);
+    model->partials = allocate_float(2 * max(NORM_PARTIALS * C, (int64_t)RMS_PARTIALS));
+    model->delta = allocate_float(BT * config.n_head);
+    model->square_sums = allocate_float((int64_t)model->table.n_buckets * NORM_BLOCKS);
+}
+
+// The cosines and sines (T, half) by which §7 turns q and k; half is HS/2
 static Rotary make_rotary(int T, int half) {
     size_t bytes = sizeof(float) * T * half;
-    Rotary rotary = {allocate_float(T * half), allocate_float(T * half)};
-    float *cosines = (float*)malloc(bytes), *sines = (float*)malloc(bytes);
+    Rotary rotary = {.cosines = allocate_float(T * half), .sines = allocate_float(T * half)};
+    float* cosines = (float*)malloc(bytes);
+    float* sines = (float*)malloc(bytes);
     for (int i = 0; i < T * half; i++) {
         float angle = i / half * powf(100000.0f, -(float)(i % half) / half);
-        cosines[i] = cosf(angle), sines[i] = sinf(angle);
+        cosines[i] = cosf(angle);
+        sines[i] = sinf(angle);
     }
     CHECK_CUDA(cudaMemcpy(rotary.cosines, cosines, bytes, cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaMemcpy(rotary.sines, sines, bytes, cudaMemcpyHostToDevice));
-    free(cosines), free(sines);
+    free(cosines);
+    free(sines);
     return rotary;
 }
 
-// What dN has besides: how each layer's stream is mixed, attention's additions, room for Muon.
+// What only dN has: how each layer's stream is mixed, attention's additions, and room for Muon
 static void allocate_modern(Model* model) {
     Config config = model->config;
-    int64_t BT = (int64_t)model->B * model->T, C = config.n_embd, NH = config.n_head;
-    int L = config.n_layer, HS = C / NH;
-    Rotary rotary = make_rotary(model->T, HS / 2);
+    int64_t BT = (int64_t)model->B * model->T;
+    int64_t C = config.n_embd;
+    int64_t NH = config.n_head;
+    int L = config.n_layer;
+    Rotary rotary = make_rotary(model->T, C / NH / 2);
     floatX* x0 = model->layers[0].x;
     auto scalars = [&](int which) { return model->masters + model->parts[which].state; };
     for (int l = 0; l < L; l++) {
@@ -2469,29 +2931,36 @@ static void allocate_modern(Model* model) {
         a->mix = {x0, scalars(RESID_SCALARS) + l, scalars(X0_SCALARS) + l, 1.0f};
         a->rotary = {rotary.cosines, rotary.sines, allocate_float(BT * 2 * NH)};
         if (!config.has_value_embed(l)) { continue; }
-        a->embed = {model->parameters + layer_offset(model, l, VALUE_EMBED),
-                    model->parameters + layer_offset(model, l, VALUE_GATE), a->ln_1, model->inputs,
-                    allocate_float(BT * NH)};
+        a->embed = {.table = model->parameters + layer_offset(model, l, VALUE_EMBED),
+                    .gate_weight = model->parameters + layer_offset(model, l, VALUE_GATE),
+                    .n = a->ln_1, .tokens = model->inputs, .gate = allocate_float(BT * NH)};
     }
-    floatX* behind_middle = L / 2 + 1 < L ? model->layers[L / 2 + 1].x : model->x_last;
-    model->backout = {behind_middle, NULL, scalars(BACKOUT_SCALAR), -1.0f};
-    model->s = allocate_x(BT * C), model->dx0 = allocate_x(BT * C);
-    model->dmiddle = allocate_x(BT * C), model->x0_rstd = allocate_float(BT);
+    floatX* after_middle = L / 2 + 1 < L ? model->layers[L / 2 + 1].x : model->x_last;
+    model->backout = {.e = after_middle, .mu = scalars(BACKOUT_SCALAR), .sign = -1.0f};
+    model->s = allocate_x(BT * C);
+    model->dx0 = allocate_x(BT * C);
+    model->dmiddle = allocate_x(BT * C);
+    model->x0_rstd = allocate_float(BT);
     model->dgate = allocate_float(BT * NH);
-    model->muon = {allocate_x(4 * C * C), allocate_x(4 * C * C), allocate_x(3 * C * C),
-                   allocate_x(3 * C * C), allocate_float(4 * C)};
+    model->muon = {.x = allocate_x(4 * C * C), .next = allocate_x(4 * C * C),
+                   .a = allocate_x(3 * C * C), .b = allocate_x(3 * C * C),
+                   .sums = allocate_float(4 * C)};
 }
 
 static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks) {
     Model model = {};
-    model.config = config, model.B = B, model.T = T, model.recompute = recompute;
+    model.config = config;
+    model.B = B;
+    model.T = T;
+    model.recompute = recompute;
     model.table = make_table(config, ranks->world_size);
     model.parts = make_parts(model.table, ranks->rank, ranks->world_size);
     Part all = model.parts[model.table.n_buckets];
-    int64_t size = model.table.size;
     CHECK_CUDA(cudaStreamCreateWithFlags(&model.stream, cudaStreamNonBlocking));
-    model.parameters = allocate_x(size), model.gradients = allocate_float(size);
-    model.masters = allocate_float(all.state), model.m = allocate_float(all.state);
+    model.parameters = allocate_x(model.table.size);
+    model.gradients = allocate_float(model.table.size);
+    model.masters = allocate_float(all.state);
+    model.m = allocate_float(all.state);
     model.v = allocate_float(all.v);
     allocate_activations(&model);
     if (config.modern) { allocate_modern(&model); }
@@ -2500,176 +2969,225 @@ static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks
     return model;
 }
 
-// ln_1 … x + attention → x_mid → ln_2 … x_mid + MLP; the last sum is left to the next norm.
+// GPT-2's layer. In: the stream, which is a->x, or where a branch is given, the x_mid of the layer
+// before plus that branch. Out: x_mid and model->branch, still to be added.
 static void layer_forward(Model* model, int l, const floatX* branch) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
-    int C = model->config.n_embd, BT = model->B * model->T;
+    int C = model->config.n_embd;
+    int BT = model->B * model->T;
     cudaStream_t stream = model->stream;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
     const floatX* before = branch != NULL ? model->layers[l - 1].x_mid : a->x;
-    layernorm_forward(a->ln_1, a->x, a->ln_1_mean, a->ln_1_rstd, before, branch, p(LN_1_W),
-                      p(LN_1_B), BT, C, stream);
-    linear_forward(a->qkv, a->ln_1, p(ATTN_W), p(ATTN_B), NULL, BT, C, 3 * C, stream);
+    layernorm_forward({.a = before, .b = branch, .weight = p(LN_1_W), .bias = p(LN_1_B),
+                       .x = a->x, .out = a->ln_1, .mean = a->ln_1_mean, .rstd = a->ln_1_rstd,
+                       .BT = BT, .C = C}, stream);
+    linear_forward(a->qkv, a->ln_1, p(ATTN_W), p(ATTN_B), {BT, C, 3 * C}, stream);
     attention_forward(a->y, a->lse, a->qkv, sizes, stream);
-    linear_forward(model->branch, a->y, p(ATTN_PROJ_W), p(ATTN_PROJ_B), NULL, BT, C, C, stream);
-    layernorm_forward(a->ln_2, a->x_mid, a->ln_2_mean, a->ln_2_rstd, a->x, model->branch,
-                      p(LN_2_W), p(LN_2_B), BT, C, stream);
+    linear_forward(model->branch, a->y, p(ATTN_PROJ_W), p(ATTN_PROJ_B), {BT, C, C}, stream);
+    layernorm_forward({.a = a->x, .b = model->branch, .weight = p(LN_2_W), .bias = p(LN_2_B),
+                       .x = a->x_mid, .out = a->ln_2, .mean = a->ln_2_mean, .rstd = a->ln_2_rstd,
+                       .BT = BT, .C = C}, stream);
     if (BF16) {
-        linear_forward(a->gelu, a->ln_2, p(FC_W), p(FC_B), a->fc, BT, C, 4 * C, stream);
+        linear_gelu_forward(a->act, a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream);
     } else {
-        linear_forward(a->fc, a->ln_2, p(FC_W), p(FC_B), NULL, BT, C, 4 * C, stream);
-        gelu_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream);
+        linear_forward(a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream);
+        activation_forward<Gelu>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
     }
-    linear_forward(model->branch, a->gelu, p(FC_PROJ_W), p(FC_PROJ_B), NULL, BT, 4 * C, C, stream);
+    linear_forward(model->branch, a->act, p(FC_PROJ_W), p(FC_PROJ_B), {BT, 4 * C, C}, stream);
 }
 
-// The same backwards: dx is the residual stream's gradient after the layer, then before it.
+// The same backwards. In and out: model->dx, the gradient of the stream after the layer, then of
+// the stream before it.
 static void layer_backward(Model* model, int l) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
-    int C = model->config.n_embd, BT = model->B * model->T;
+    int C = model->config.n_embd;
+    int BT = model->B * model->T;
     cudaStream_t stream = model->stream;
     floatX *dx = model->dx, *dbranch = model->dbranch, *dwide = model->dwide;
     float* partials = model->partials;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
     auto d = [&](int which) { return model->gradients + layer_offset(model, l, which); };
-    if (model->recompute >= 1) { gelu_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream); }
-    if (model->recompute >= 2) {
-        layernorm_forward(a->ln_1, NULL, a->ln_1_mean, a->ln_1_rstd, a->x, NULL, p(LN_1_W),
-                          p(LN_1_B), BT, C, stream);
-        layernorm_forward(a->ln_2, NULL, a->ln_2_mean, a->ln_2_rstd, a->x_mid, NULL, p(LN_2_W),
-                          p(LN_2_B), BT, C, stream);
+    if (model->recompute >= 1) {
+        activation_forward<Gelu>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
     }
-    linear_backward_weight(d(FC_PROJ_W), d(FC_PROJ_B), partials, a->gelu, dx, BT, 4 * C, C, stream);
-    linear_backward_input(dwide, dx, p(FC_PROJ_W), BF16 ? a->fc : NULL, BT, 4 * C, C, stream);
-    if (!BF16) { gelu_backward(dwide, a->fc, (int64_t)BT * 4 * C, stream); }
-    linear_backward_weight(d(FC_W), d(FC_B), partials, a->ln_2, dwide, BT, C, 4 * C, stream);
-    linear_backward_input(dbranch, dwide, p(FC_W), NULL, BT, C, 4 * C, stream);
-    layernorm_backward(dx, d(LN_2_W), d(LN_2_B), partials, dbranch, a->x_mid, p(LN_2_W),
-                       a->ln_2_mean, a->ln_2_rstd, BT, C, stream);
-    linear_backward_weight(d(ATTN_PROJ_W), d(ATTN_PROJ_B), partials, a->y, dx, BT, C, C, stream);
-    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), NULL, BT, C, C, stream);
+    if (model->recompute >= 2) {
+        layernorm_forward({.a = a->x, .weight = p(LN_1_W), .bias = p(LN_1_B), .out = a->ln_1,
+                           .mean = a->ln_1_mean, .rstd = a->ln_1_rstd, .BT = BT, .C = C}, stream);
+        layernorm_forward({.a = a->x_mid, .weight = p(LN_2_W), .bias = p(LN_2_B), .out = a->ln_2,
+                           .mean = a->ln_2_mean, .rstd = a->ln_2_rstd, .BT = BT, .C = C}, stream);
+    }
+    linear_backward_weight(d(FC_PROJ_W), d(FC_PROJ_B), partials, a->act, dx, {BT, 4 * C, C},
+                           stream);
+    if (BF16) {
+        linear_gelu_backward_input(dwide, dx, p(FC_PROJ_W), a->fc, {BT, 4 * C, C}, stream);
+    } else {
+        linear_backward_input(dwide, dx, p(FC_PROJ_W), {BT, 4 * C, C}, stream);
+        activation_backward<Gelu>(dwide, a->fc, (int64_t)BT * 4 * C, stream);
+    }
+    linear_backward_weight(d(FC_W), d(FC_B), partials, a->ln_2, dwide, {BT, C, 4 * C}, stream);
+    linear_backward_input(dbranch, dwide, p(FC_W), {BT, C, 4 * C}, stream);
+    layernorm_backward({.dout = dbranch, .x = a->x_mid, .weight = p(LN_2_W), .mean = a->ln_2_mean,
+                        .rstd = a->ln_2_rstd, .dx = dx, .dweight = d(LN_2_W), .dbias = d(LN_2_B),
+                        .partials = partials, .BT = BT, .C = C}, stream);
+    linear_backward_weight(d(ATTN_PROJ_W), d(ATTN_PROJ_B), partials, a->y, dx, {BT, C, C}, stream);
+    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream);
     attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, sizes, stream);
-    linear_backward_weight(d(ATTN_W), d(ATTN_B), partials, a->ln_1, dwide, BT, C, 3 * C, stream);
-    linear_backward_input(dbranch, dwide, p(ATTN_W), NULL, BT, C, 3 * C, stream);
-    layernorm_backward(dx, d(LN_1_W), d(LN_1_B), partials, dbranch, a->x, p(LN_1_W), a->ln_1_mean,
-                       a->ln_1_rstd, BT, C, stream);
+    linear_backward_weight(d(ATTN_W), d(ATTN_B), partials, a->ln_1, dwide, {BT, C, 3 * C}, stream);
+    linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream);
+    layernorm_backward({.dout = dbranch, .x = a->x, .weight = p(LN_1_W), .mean = a->ln_1_mean,
+                        .rstd = a->ln_1_rstd, .dx = dx, .dweight = d(LN_1_W), .dbias = d(LN_1_B),
+                        .partials = partials, .BT = BT, .C = C}, stream);
 }
 
-// dN's layer: x → s = λ x + μ x0 → ln_1 … s + attention → x_mid → ln_2 … x_mid + MLP
+// dN's layer: x → s = λ x + μ x0 → ln_1 → attention → x_mid = s + branch → ln_2 → MLP. In the first
+// layer x is there already; in the others it is the x_mid of the layer before plus its branch.
 static void modern_layer_forward(Model* model, int l) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
-    int C = model->config.n_embd, BT = model->B * model->T;
+    int C = model->config.n_embd;
+    int BT = model->B * model->T;
     cudaStream_t stream = model->stream;
     floatX *s = model->s, *branch = model->branch;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
-    if (l == 0) {
-        rmsnorm_forward(a->ln_1, NULL, s, a->ln_1_rstd, a->x, NULL, NULL, a->mix, BT, C, stream);
-    } else {
-        rmsnorm_forward(a->ln_1, a->x, s, a->ln_1_rstd, model->layers[l - 1].x_mid, NULL, branch,
-                        a->mix, BT, C, stream);
+    RmsNormForward ln_1 = {.a = a->x, .mix = a->mix, .s = s, .out = a->ln_1, .rstd = a->ln_1_rstd,
+                           .BT = BT, .C = C};
+    if (l > 0) {
+        ln_1.a = model->layers[l - 1].x_mid;
+        ln_1.b = branch;
+        ln_1.x = a->x;
     }
-    linear_forward(a->qkv, a->ln_1, p(ATTN_W), NULL, NULL, BT, C, 3 * C, stream);
+    rmsnorm_forward(ln_1, stream);
+    linear_forward(a->qkv, a->ln_1, p(ATTN_W), NULL, {BT, C, 3 * C}, stream);
     rotary_forward(a->qkv, a->rotary, a->embed, sizes, stream);
     attention_forward(a->y, a->lse, a->qkv, sizes, stream);
-    linear_forward(branch, a->y, p(ATTN_PROJ_W), NULL, NULL, BT, C, C, stream);
-    rmsnorm_forward(a->ln_2, a->x_mid, NULL, a->ln_2_rstd, s, NULL, branch, {}, BT, C, stream);
-    linear_forward(a->fc, a->ln_2, p(FC_W), NULL, NULL, BT, C, 4 * C, stream);
-    relu2_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream);
-    linear_forward(branch, a->gelu, p(FC_PROJ_W), NULL, NULL, BT, 4 * C, C, stream);
+    linear_forward(branch, a->y, p(ATTN_PROJ_W), NULL, {BT, C, C}, stream);
+    rmsnorm_forward({.a = s, .b = branch, .x = a->x_mid, .out = a->ln_2, .rstd = a->ln_2_rstd,
+                     .BT = BT, .C = C}, stream);
+    linear_forward(a->fc, a->ln_2, p(FC_W), NULL, {BT, C, 4 * C}, stream);
+    activation_forward<Relu2>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
+    linear_forward(branch, a->act, p(FC_PROJ_W), NULL, {BT, 4 * C, C}, stream);
 }
 
-// The same backwards: dx is the gradient of the stream behind the layer, then of x; dx0 grows.
-static void modern_layer_backward(Model* model, int l, TokenIndex index, int n_groups) {
+// The same backwards. In and out: model->dx, the gradient of the stream after the layer, then of x.
+// model->dx0 grows by what goes to the first embedding.
+static void modern_layer_backward(Model* model, int l, TokenIndex index) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
-    int C = model->config.n_embd, BT = model->B * model->T;
+    int C = model->config.n_embd;
+    int BT = model->B * model->T;
     cudaStream_t stream = model->stream;
     floatX *dx = model->dx, *dbranch = model->dbranch, *dwide = model->dwide;
-    floatX* dembed = dwide + (int64_t)BT * 3 * C;
+    floatX* dembed = dwide + (int64_t)BT * 3 * C;       // follows dqkv
     float* partials = model->partials;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
     auto d = [&](int which) { return model->gradients + layer_offset(model, l, which); };
-    auto weight = [&](int which, floatX* x, floatX* dy, int in, int out) {
-        linear_backward_weight(d(which), NULL, NULL, x, dy, BT, in, out, stream);
+    auto backward_weight = [&](int which, floatX* x, floatX* dy, LinearSizes n) {
+        linear_backward_weight(d(which), NULL, partials, x, dy, n, stream);
     };
-    if (model->recompute >= 1) { relu2_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream); }
+    if (model->recompute >= 1) {
+        activation_forward<Relu2>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
+    }
     if (model->recompute >= 2) {
-        rmsnorm_forward(a->ln_1, NULL, NULL, a->ln_1_rstd, a->x, NULL, NULL, a->mix, BT, C,
+        rmsnorm_forward({.a = a->x, .mix = a->mix, .out = a->ln_1, .rstd = a->ln_1_rstd, .BT = BT,
+                         .C = C}, stream);
+        rmsnorm_forward({.a = a->x_mid, .out = a->ln_2, .rstd = a->ln_2_rstd, .BT = BT, .C = C},
                         stream);
-        rmsnorm_forward(a->ln_2, NULL, NULL, a->ln_2_rstd, a->x_mid, NULL, NULL, {}, BT, C, stream);
     }
-    weight(FC_PROJ_W, a->gelu, dx, 4 * C, C);
-    linear_backward_input(dwide, dx, p(FC_PROJ_W), NULL, BT, 4 * C, C, stream);
-    relu2_backward(dwide, a->fc, (int64_t)BT * 4 * C, stream);
-    weight(FC_W, a->ln_2, dwide, C, 4 * C);
-    linear_backward_input(dbranch, dwide, p(FC_W), NULL, BT, C, 4 * C, stream);
-    rmsnorm_backward(dx, NULL, NULL, NULL, NULL, dbranch, a->x_mid, NULL, a->ln_2_rstd, {}, BT, C,
-                     stream);
-    weight(ATTN_PROJ_W, a->y, dx, C, C);
-    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), NULL, BT, C, C, stream);
+    backward_weight(FC_PROJ_W, a->act, dx, {BT, 4 * C, C});
+    linear_backward_input(dwide, dx, p(FC_PROJ_W), {BT, 4 * C, C}, stream);
+    activation_backward<Relu2>(dwide, a->fc, (int64_t)BT * 4 * C, stream);
+    backward_weight(FC_W, a->ln_2, dwide, {BT, C, 4 * C});
+    linear_backward_input(dbranch, dwide, p(FC_W), {BT, C, 4 * C}, stream);
+    rmsnorm_backward({.dout = dbranch, .x = a->x_mid, .rstd = a->ln_2_rstd, .dx = dx, .BT = BT,
+                      .C = C}, stream);
+    backward_weight(ATTN_PROJ_W, a->y, dx, {BT, C, C});
+    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream);
     attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, sizes, stream);
-    rotary_backward(dwide, dembed, model->dgate, a->qkv, a->rotary, a->embed, sizes,
-                    stream);
-    weight(ATTN_W, a->ln_1, dwide, C, 3 * C);
-    linear_backward_input(dbranch, dwide, p(ATTN_W), NULL, BT, C, 3 * C, stream);
+    rotary_backward(dwide, dembed, model->dgate, a->qkv, a->rotary, a->embed, sizes, stream);
+    backward_weight(ATTN_W, a->ln_1, dwide, {BT, C, 3 * C});
+    linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream);
     if (a->embed.table != NULL) {
-        wte_backward(d(VALUE_EMBED), dembed, index, n_groups, BT, C, stream);
-        gate_backward(dbranch, d(VALUE_GATE), partials, model->dgate, a->embed, sizes,
-                      stream);
+        wte_backward(d(VALUE_EMBED), dembed, index, BT, C, stream);
+        gate_backward(dbranch, d(VALUE_GATE), partials, model->dgate, a->embed, sizes, stream);
     }
-    rmsnorm_backward(dx, model->dx0, global_gradient(model, RESID_SCALARS) + l,
-                     global_gradient(model, X0_SCALARS) + l, partials, dbranch, a->x, NULL,
-                     a->ln_1_rstd, a->mix, BT, C, stream);
+    rmsnorm_backward({.dout = dbranch, .x = a->x, .rstd = a->ln_1_rstd, .mix = a->mix, .dx = dx,
+                      .de = model->dx0, .dlambda = global_gradient(model, RESID_SCALARS) + l,
+                      .dmu = global_gradient(model, X0_SCALARS) + l, .partials = partials,
+                      .BT = BT, .C = C}, stream);
 }
 
-// Head and loss, HEAD_ROWS tokens at a time: their logits turn into the gradient at once. Losses
-// (BT); with train, dbranch = d ln_f, and the head's gradient grows: GPT-2's is dwte.
+// Head and loss, HEAD_ROWS tokens at a time: memory never holds all logits, and with `train` their
+// gradient takes their place at once. Out: losses (BT); with train, dbranch = d ln_f, and the
+// head's gradient grows, which in GPT-2 is dwte.
 static void head(Model* model, bool train) {
-    int C = model->config.n_embd, V = model->config.vocab_size, Vp = padded_vocab(model->config);
-    int BT = model->B * model->T, threads = min(512, ceil_div(Vp, W * WARP) * WARP);
+    int C = model->config.n_embd;
+    int V = model->config.vocab_size;
+    int Vp = padded_vocab(model->config);
+    int BT = model->B * model->T;
+    int threads = min(512, ceil_div(Vp, PACK * WARP) * WARP);
     int tensor = model->config.modern ? (int)LM_HEAD : (int)WTE;
     floatX *weight = global_parameter(model, tensor), *logits = model->logits;
+    cudaStream_t stream = model->stream;
     for (int first = 0; first < BT; first += HEAD_ROWS) {
         int rows = min(HEAD_ROWS, BT - first);
-        floatX *x = model->ln_f + (int64_t)first * C, *dx = model->dbranch + (int64_t)first * C;
-        matmul(logits, weight, x, {true, false, Vp, rows, C, false, PLAIN}, NULL, NULL,
-               model->stream);
+        floatX* x = model->ln_f + (int64_t)first * C;
+        floatX* dx = model->dbranch + (int64_t)first * C;
+        matmul(logits, weight, x, {.m = Vp, .n = rows, .k = C, .transpose = TRANSPOSE_A}, stream);
         double bytes = (train ? 2.0 : 1.0) * rows * Vp * sizeof(floatX);
-        begin_kernel("classifier", bytes, 0, model->stream);
-        classifier_kernel<<<rows, threads, 0, model->stream>>>(
-            logits, model->losses + first, model->targets + first, 1.0f / BT,
-            model->config.softcap, V, Vp, train);
-        CHECK_LAUNCH();
-        if (train) {
-            matmul(dx, weight, logits, {false, false, C, rows, Vp, false, PLAIN}, NULL, NULL,
-                   model->stream);
-            matmul(global_gradient(model, tensor), x, logits,
-                   {false, true, C, Vp, rows, true, PLAIN}, NULL, NULL, model->stream);
-        }
+        launch({"classifier", bytes}, {rows, threads, stream}, classifier_kernel, logits,
+               model->losses + first, model->targets + first, 1.0f / BT, model->config.softcap, V,
+               Vp, train);
+        if (!train) { continue; }
+        matmul(dx, weight, logits, {.m = C, .n = rows, .k = Vp}, stream);
+        Matmul to_weight = {.m = C, .n = Vp, .k = rows, .transpose = TRANSPOSE_B,
+                            .accumulate = true};
+        matmul(global_gradient(model, tensor), x, logits, to_weight, stream);
     }
+}
+
+static void sum_losses(Model* model) {
+    int BT = model->B * model->T;
+    launch({"loss_sum", 4.0 * BT}, {1, 256, model->stream}, loss_sum_kernel, model->loss_sum,
+           model->losses, BT);
+}
+
+static void gpt2_forward(Model* model) {
+    int C = model->config.n_embd;
+    int L = model->config.n_layer;
+    int BT = model->B * model->T;
+    embedding_forward(model->layers[0].x, model->inputs, global_parameter(model, WTE),
+                      global_parameter(model, WPE), model->B, model->T, C, model->stream);
+    for (int l = 0; l < L; l++) { layer_forward(model, l, l > 0 ? model->branch : NULL); }
+    layernorm_forward({.a = model->layers[L - 1].x_mid, .b = model->branch,
+                       .weight = global_parameter(model, LN_F_W),
+                       .bias = global_parameter(model, LN_F_B), .x = model->x_last,
+                       .out = model->ln_f, .mean = model->ln_f_mean, .rstd = model->ln_f_rstd,
+                       .BT = BT, .C = C}, model->stream);
+}
+
+// The normalised embedding is x0, where the stream begins. The last norm subtracts what the stream
+// was after the middle layer, times a learned number (backout).
+static void modern_forward(Model* model) {
+    int C = model->config.n_embd;
+    int L = model->config.n_layer;
+    int BT = model->B * model->T;
+    rmsnorm_forward({.a = global_parameter(model, WTE), .tokens = model->inputs,
+                     .out = model->layers[0].x, .rstd = model->x0_rstd, .BT = BT, .C = C},
+                    model->stream);
+    for (int l = 0; l < L; l++) { modern_layer_forward(model, l); }
+    rmsnorm_forward({.a = model->layers[L - 1].x_mid, .b = model->branch, .mix = model->backout,
+                     .x = model->x_last, .out = model->ln_f, .rstd = model->ln_f_rstd, .BT = BT,
+                     .C = C}, model->stream);
 }
 
 // inputs, targets → losses
 static void forward(Model* model, bool train) {
-    int B = model->B, T = model->T, C = model->config.n_embd, L = model->config.n_layer, BT = B * T;
-    LayerActivations *first = &model->layers[0], *last = &model->layers[L - 1];
-    floatX *wte = global_parameter(model, WTE), *branch = model->branch;
     if (model->config.modern) {
-        rmsnorm_forward(first->x, NULL, NULL, model->x0_rstd, wte, model->inputs, NULL, {}, BT, C,
-                        model->stream);
-        for (int l = 0; l < L; l++) { modern_layer_forward(model, l); }
-        rmsnorm_forward(model->ln_f, model->x_last, NULL, model->ln_f_rstd, last->x_mid, NULL,
-                        branch, model->backout, BT, C, model->stream);
+        modern_forward(model);
     } else {
-        embedding_forward(first->x, model->inputs, wte, global_parameter(model, WPE), B, T, C,
-                          model->stream);
-        for (int l = 0; l < L; l++) { layer_forward(model, l, l > 0 ? branch : NULL); }
-        layernorm_forward(model->ln_f, model->x_last, model->ln_f_mean, model->ln_f_rstd,
-                          last->x_mid, branch, global_parameter(model, LN_F_W),
-                          global_parameter(model, LN_F_B), BT, C, model->stream);
+        gpt2_forward(model);
     }
     head(model, train);
 }
@@ -2682,64 +3200,95 @@ static void send_gradients(Model* model, Ranks* ranks, int first, int end) {
     }
 }
 
-// After forward(…, true): adds to all gradients. In the last micro-step each bucket goes to the
-// other ranks as soon as it is whole.
-static void backward(Model* model, int n_groups, bool last_micro_step, Ranks* ranks) {
-    int B = model->B, T = model->T, C = model->config.n_embd, L = model->config.n_layer, BT = B * T;
+static void zero(floatX* matrix, int64_t n, cudaStream_t stream) {
+    CHECK_CUDA(cudaMemsetAsync(matrix, 0, n * sizeof(floatX), stream));
+}
+
+// gpt2_forward backwards. `layer_is_done` is called after each layer's backward pass.
+template <class Callback>
+static void gpt2_backward(Model* model, TokenIndex index, Callback layer_is_done) {
+    int C = model->config.n_embd;
+    int BT = model->B * model->T;
+    cudaStream_t stream = model->stream;
+    zero(model->dx, (int64_t)BT * C, stream);
+    layernorm_backward({.dout = model->dbranch, .x = model->x_last,
+                        .weight = global_parameter(model, LN_F_W), .mean = model->ln_f_mean,
+                        .rstd = model->ln_f_rstd, .dx = model->dx,
+                        .dweight = global_gradient(model, LN_F_W),
+                        .dbias = global_gradient(model, LN_F_B), .partials = model->partials,
+                        .BT = BT, .C = C}, stream);
+    for (int l = model->config.n_layer - 1; l >= 0; l--) {
+        layer_backward(model, l);
+        layer_is_done(l);
+    }
+    wte_backward(global_gradient(model, WTE), model->dx, index, BT, C, stream);
+    wpe_backward(global_gradient(model, WPE), model->dx, model->B, model->T, C, stream);
+}
+
+// modern_forward backwards. dmiddle is what backout sends to the stream after the middle layer. x0
+// is where the stream begins and is mixed into each layer, so its gradient is dx0 + dx.
+template <class Callback>
+static void modern_backward(Model* model, TokenIndex index, Callback layer_is_done) {
+    int C = model->config.n_embd;
+    int L = model->config.n_layer;
+    int BT = model->B * model->T;
+    int64_t n = (int64_t)BT * C;
     floatX *dx = model->dx, *dx0 = model->dx0, *dmiddle = model->dmiddle;
     cudaStream_t stream = model->stream;
-    const int* of_layer = model->table.layer_buckets;
-    bool modern = model->config.modern;
-    TokenIndex index = {model->index, model->index + BT, model->index + 2 * BT + 1};
-    for (floatX* zeros : {dx, dx0, dmiddle}) {
-        if (zeros == NULL) { continue; }
-        CHECK_CUDA(cudaMemsetAsync(zeros, 0, (int64_t)BT * C * sizeof(floatX), stream));
-    }
-    if (modern) {
-        rmsnorm_backward(dx, dmiddle, NULL, global_gradient(model, BACKOUT_SCALAR), model->partials,
-                         model->dbranch, model->x_last, NULL, model->ln_f_rstd, model->backout, BT,
-                         C, stream);
-    } else {
-        layernorm_backward(dx, global_gradient(model, LN_F_W), global_gradient(model, LN_F_B),
-                           model->partials, model->dbranch, model->x_last,
-                           global_parameter(model, LN_F_W), model->ln_f_mean, model->ln_f_rstd, BT,
-                           C, stream);
-    }
+    zero(dx, n, stream);
+    zero(dx0, n, stream);
+    zero(dmiddle, n, stream);
+    rmsnorm_backward({.dout = model->dbranch, .x = model->x_last, .rstd = model->ln_f_rstd,
+                      .mix = model->backout, .dx = dx, .de = dmiddle,
+                      .dmu = global_gradient(model, BACKOUT_SCALAR), .partials = model->partials,
+                      .BT = BT, .C = C}, stream);
     for (int l = L - 1; l >= 0; l--) {
-        if (modern && l == L / 2) { add_to(dx, dmiddle, (int64_t)BT * C, stream); }
-        modern ? modern_layer_backward(model, l, index, n_groups) : layer_backward(model, l);
-        if (last_micro_step) { send_gradients(model, ranks, of_layer[l], of_layer[l + 1]); }
+        if (l == L / 2) { add_to(dx, dmiddle, n, stream); }
+        modern_layer_backward(model, l, index);
+        layer_is_done(l);
     }
-    if (modern) {           // x0 is where the stream begins, and is mixed into each layer
-        add_to(dx0, dx, (int64_t)BT * C, stream);
-        CHECK_CUDA(cudaMemsetAsync(dx, 0, (int64_t)BT * C * sizeof(floatX), stream));
-        rmsnorm_backward(dx, NULL, NULL, NULL, NULL, dx0, global_parameter(model, WTE),
-                         model->inputs, model->x0_rstd, {}, BT, C, stream);
-        wte_backward(global_gradient(model, WTE), dx, index, n_groups, BT, C, stream);
+    add_to(dx0, dx, n, stream);
+    zero(dx, n, stream);
+    rmsnorm_backward({.dout = dx0, .x = global_parameter(model, WTE), .tokens = model->inputs,
+                      .rstd = model->x0_rstd, .dx = dx, .BT = BT, .C = C}, stream);
+    wte_backward(global_gradient(model, WTE), dx, index, BT, C, stream);
+}
+
+// After forward(…, true): adds to all gradients. n_groups is of the TokenIndex in model->index. In
+// the last micro-step each bucket goes to the other ranks as soon as it is whole.
+static void backward(Model* model, int n_groups, bool last_micro_step, Ranks* ranks) {
+    int BT = model->B * model->T;
+    const int* of_layer = model->table.layer_buckets;
+    TokenIndex index = {.positions = model->index, .starts = model->index + BT,
+                        .tokens = model->index + 2 * BT + 1, .n_groups = n_groups};
+    auto send_layer = [&](int l) {
+        if (last_micro_step) { send_gradients(model, ranks, of_layer[l], of_layer[l + 1]); }
+    };
+    if (model->config.modern) {
+        modern_backward(model, index, send_layer);
     } else {
-        embedding_backward(global_gradient(model, WTE), global_gradient(model, WPE), dx, index,
-                           n_groups, B, T, C, stream);
+        gpt2_backward(model, index, send_layer);
     }
     if (last_micro_step) { send_gradients(model, ranks, 0, of_layer[0]); }
 }
 
-// The norm of the gradients' average over micro-steps and ranks.
+// The norm of the gradients' average over micro-steps and ranks. Of a bucket that every rank has,
+// only rank 0 counts its gradients.
 static double gradient_norm(Model* model, Ranks* ranks, int grad_accum_steps) {
     int n = model->table.n_buckets;
-    float* sums = (float*)malloc(sizeof(float) * n * NORM_BLOCKS);
-    wait_for_ranks(ranks, model->stream);
+    size_t bytes = sizeof(float) * n * NORM_BLOCKS;
+    float* sums = (float*)malloc(bytes);
+    cudaStream_t stream = model->stream;
+    wait_for_ranks(ranks, stream);
     for (int i = 0; i < n; i++) {
         Part part = model->parts[i];
         bool counted = model->table.buckets[i].owner != EVERY_RANK || ranks->rank == 0;
-        begin_kernel("square_sum", 4.0 * part.size, 0, model->stream);
-        square_sum_kernel<<<NORM_BLOCKS, 256, 0, model->stream>>>(
-            model->square_sums + i * NORM_BLOCKS, model->gradients + part.first,
-            counted ? part.size : 0);
-        CHECK_LAUNCH();
+        launch({"square_sum", 4.0 * part.size}, {NORM_BLOCKS, 256, stream}, square_sum_kernel,
+               model->square_sums + i * NORM_BLOCKS, model->gradients + part.first,
+               counted ? part.size : 0);
     }
-    CHECK_CUDA(cudaMemcpyAsync(sums, model->square_sums, sizeof(float) * n * NORM_BLOCKS,
-                               cudaMemcpyDeviceToHost, model->stream));
-    CHECK_CUDA(cudaStreamSynchronize(model->stream));
+    CHECK_CUDA(cudaMemcpyAsync(sums, model->square_sums, bytes, cudaMemcpyDeviceToHost, stream));
+    CHECK_CUDA(cudaStreamSynchronize(stream));
     double sum = 0.0;
     for (int i = 0; i < n * NORM_BLOCKS; i++) { sum += sums[i]; }
     free(sums);
@@ -2748,45 +3297,63 @@ static double gradient_norm(Model* model, Ranks* ranks, int grad_accum_steps) {
 }
 
 static void zero_gradients(Model* model) {
-    begin_kernel("zero_gradients", 4.0 * model->table.size, 0, model->stream);
+    Work work = {"zero_gradients", 4.0 * model->table.size};
+    begin_work(work, model->stream);
     CHECK_CUDA(cudaMemsetAsync(model->gradients, 0, model->table.size * sizeof(float),
                                model->stream));
-    CHECK_LAUNCH();
+    end_work(work, model->stream);
 }
 
-// What a step does; decay_scale is of the weight decay that a group has, muon_decay is Muon's.
+// What one step does. decay_scale multiplies the weight decay of each AdamGroup and muon_decay,
+// which is Muon's. `steps` counts this one.
 struct Update { double lr, grad_scale, momentum, decay_scale, muon_decay; int steps; };
+
+// What this rank owns of a bucket
+static Slice slice_of(Model* model, Part part) {
+    return {.parameters = model->parameters + part.first, .masters = model->masters + part.state,
+            .m = model->m + part.state, .v = model->v + part.v,
+            .gradients = model->gradients + part.first, .n = part.size, .index = part.first};
+}
 
 static void adamw_update(Model* model, Bucket bucket, Part part, Update update) {
     AdamGroup group = bucket.adam;
-    AdamStep adam = {group, (float)update.lr * group.lr,
-                     (float)update.decay_scale * group.weight_decay, (float)update.grad_scale,
-                     (float)(1 - pow(group.beta_1, update.steps)),
-                     (float)(1 - pow(group.beta_2, update.steps)), (unsigned)update.steps};
-    begin_kernel("adamw", (28.0 + sizeof(floatX)) * part.size, 0, model->stream);
-    adamw_kernel<<<ceil_div(part.size, (int64_t)256), 256, 0, model->stream>>>(
-        model->parameters + part.first, model->masters + part.state, model->m + part.state,
-        model->v + part.v, model->gradients + part.first, part.size, part.first, bucket.decay_end,
-        adam);
-    CHECK_LAUNCH();
+    AdamStep adam = {.group = group,
+                     .lr = (float)update.lr * group.lr,
+                     .decay = (float)update.decay_scale * group.weight_decay,
+                     .grad_scale = (float)update.grad_scale,
+                     .correction_1 = (float)(1 - pow(group.beta_1, update.steps)),
+                     .correction_2 = (float)(1 - pow(group.beta_2, update.steps)),
+                     .step = (unsigned)update.steps};
+    launch({"adamw", (28.0 + sizeof(floatX)) * part.size},
+           one_thread_each(part.size, model->stream), adamw_kernel, slice_of(model, part),
+           bucket.decay_end, adam);
 }
 
+// The tensors of a bucket that Muon trains lie one after another, as do their states; of `v` each
+// takes as much as it has lines.
 static void muon_bucket_update(Model* model, Bucket bucket, Part part, Update update) {
     for (int t = bucket.first_tensor; t < bucket.end_tensor; t++) {
         Tensor tensor = model->table.tensors[t];
         int which = t - bucket.first_tensor;
         Matrices matrix = matrices_of(tensor, which);
-        int64_t in_bucket = tensor.offset - bucket.offset, state = part.state + in_bucket;
         float out_by_in = (float)matrix.columns / matrix.rows;
-        out_by_in = which == VALUE_GATE ? 1 / out_by_in : out_by_in;
-        MuonStep muon = {(float)update.lr * sqrtf(fmaxf(1, out_by_in)),
-                         (float)(update.muon_decay * update.decay_scale), (float)update.momentum,
-                         (float)update.grad_scale, (unsigned)update.steps};
-        muon_update(model->parameters + tensor.offset, model->masters + state, model->m + state,
-                    model->v + part.v, model->gradients + tensor.offset, model->muon, matrix,
-                    tensor.offset, muon, model->stream);
+        if (which == VALUE_GATE) { out_by_in = 1 / out_by_in; }     // it is stored (out, in)
+        MuonStep muon = {.lr = (float)update.lr * sqrtf(fmaxf(1, out_by_in)),
+                         .decay = (float)(update.muon_decay * update.decay_scale),
+                         .momentum = (float)update.momentum,
+                         .grad_scale = (float)update.grad_scale,
+                         .step = (unsigned)update.steps};
+        Part of_tensor = {.first = tensor.offset, .size = tensor.file_size(),
+                          .state = part.state + tensor.offset - bucket.offset, .v = part.v};
+        muon_update(slice_of(model, of_tensor), model->muon, matrix, muon, model->stream);
         part.v += matrix.n * matrix.lines();
     }
+}
+
+// The rank that owns a bucket, or each its part, sends the parameters to the others.
+static void send_parameters(Model* model, Ranks* ranks, Bucket bucket) {
+    gather(ranks, model->parameters + bucket.offset, bucket.size * sizeof(floatX), bucket.owner,
+           model->stream);
 }
 
 // Updates this rank's part of each bucket and sends it to the others; the gradients become zero.
@@ -2799,27 +3366,22 @@ static void optimizer_step(Model* model, Ranks* ranks, Update update) {
         } else if (part.size > 0) {
             muon_bucket_update(model, bucket, part, update);
         }
-        gather(ranks, model->parameters + bucket.offset, bucket.size * sizeof(floatX), bucket.owner,
-               model->stream);
+        send_parameters(model, ranks, bucket);
     }
     wait_for_ranks(ranks, model->stream);
     zero_gradients(model);
 }
 
-// The bf16 parameters as they were after `steps` updates, from the masters.
+// Makes the bf16 parameters what they were after `steps` updates, from the masters.
 static void restore_parameters(Model* model, Ranks* ranks, int steps) {
     for (int i = 0; i < model->table.n_buckets; i++) {
-        Bucket bucket = model->table.buckets[i];
         Part part = model->parts[i];
         if (part.size > 0) {
-            begin_kernel("round_parameters", (4.0 + sizeof(floatX)) * part.size, 0, model->stream);
-            round_parameters_kernel<<<ceil_div(part.size, (int64_t)256), 256, 0, model->stream>>>(
-                model->parameters + part.first, model->masters + part.state, part.size, part.first,
-                steps);
-            CHECK_LAUNCH();
+            launch({"round_parameters", (4.0 + sizeof(floatX)) * part.size},
+                   one_thread_each(part.size, model->stream), round_parameters_kernel,
+                   slice_of(model, part), (unsigned)steps);
         }
-        gather(ranks, model->parameters + bucket.offset, bucket.size * sizeof(floatX), bucket.owner,
-               model->stream);
+        send_parameters(model, ranks, model->table.buckets[i]);
     }
     wait_for_ranks(ranks, model->stream);
 }
@@ -3771,9 +4333,9 @@ static void check_config(Config config, int V, int64_t T) {
             "got n_embd %d and n_head %d; try --config n_embd=768 n_head=12", C, NH);
     }
     bool is_power_of_two = (HS & (HS - 1)) == 0;
-    if (config.modern && (!is_power_of_two || HS < 2 * W)) {
+    if (config.modern && (!is_power_of_two || HS < 2 * PACK)) {
         die("in dN, n_embd / n_head must be a power of two from %d to 256, got %d / %d = %d; "
-            "try --config n_embd=768 n_head=6", 2 * W, C, NH, HS);
+            "try --config n_embd=768 n_head=6", 2 * PACK, C, NH, HS);
     }
     if (T < 1 || T > config.block_size) {
         die("--seq_len must be from 1 to the model's %d positions, got %lld; try --seq_len %d",
@@ -4796,9 +5358,7 @@ static double accumulate(Model* model, Loader* loader, Ranks* ranks, int64_t pos
         read_batch(loader, B, position);
         send_batch(loader, model);
         forward(model, true);
-        begin_kernel("loss_sum", 4.0 * BT, 0, model->stream);
-        loss_sum_kernel<<<1, 256, 0, model->stream>>>(model->loss_sum, model->losses, BT);
-        CHECK_LAUNCH();
+        sum_losses(model);
         backward(model, loader->n_groups, micro_step == grad_accum_steps - 1, ranks);
         position += ranks->world_size * B;
         read_batch(loader, B, position);
