@@ -14,10 +14,11 @@ STAGES = sorted(ROOT.glob("*.py"))
 SCRIPTS = [*STAGES, *sorted(ROOT.glob("demo/*.py"))]
 NAMES = {path.stem for path in STAGES}
 MODULES = {"torch", "numpy", "tiktoken", "requests", "safetensors", "tqdm", "protego", "w3lib",
-           "regex", "urllib3"}      # requirements.txt; tiktoken and requests bring the last two
+           "webencodings", "regex", "urllib3"}      # requirements.txt; tiktoken and requests bring the last two
 ALLOWED = {                         # which of the project's files each may import
-    "bpe": set(), "model": set(), "download": set(), "crawl": {"download"},
-    "shards": {"bpe", "download"}, "prepare_fineweb": {"bpe", "crawl", "download", "shards"},
+    "bpe": set(), "model": set(), "download": set(), "crawl": {"download"}, "filters": {"crawl"},
+    "shards": {"bpe", "download"},
+    "prepare_fineweb": {"bpe", "crawl", "download", "filters", "shards"},
     "training": {"model"}, "sample": {"bpe", "model"},
     "eval": {"bpe", "model", "sample", "training"}, "report": {"eval", "training"},
     **dict.fromkeys(("train_gpt2", "chat_sft", "rl_grpo"),
@@ -298,10 +299,45 @@ def test_files_and_names_of_the_readme_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
     assert links and [link for link in links if not (ROOT / link).exists()] == []
-    for name, symbol in re.findall(r"`(\w+)\.py: (\w+)", text):
+    for name, symbol in re.findall(r"`((?:\w+/)?\w+)\.py: (\w+)", text):
         source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
         defined = rf"^(?:(?:def|class) {symbol}\b|{symbol} *=)"
         assert re.search(defined, source, re.M), f"{name}.py defines no {symbol}"
+
+
+def test_the_readme_says_what_each_script_imports():
+    """A row: | [file](file) | step | in → out | imports, optional: those of single functions |."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\w+)\.py\].*\| ([^|]+) \|$", text, re.M)
+    assert {name for name, _ in rows} == NAMES
+    for name, cell in rows:
+        said, _, optional = cell.partition(", optional: ")
+        top = imported(ROOT / f"{name}.py", top_level=True) & NAMES
+        rest = imported(ROOT / f"{name}.py") & NAMES - top
+        assert (set(said.replace("–", "").split()), set(optional.split())) == (top, rest), name
+
+
+MEASURED = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?) ?(?:ms|s|min|minutes|MB|M|tok/s|%|×|points|"
+                      r"million|bits)(?!\w)")
+
+
+def check_measured(text, results):
+    """Each number with a unit, outside of code, stands in bench/RESULTS.md; → how many there are."""
+    prose = re.sub(r"```.*?```|`[^`]*`|\(http[^)]*\)|8×H100", "", text, flags=re.S)
+    numbers = MEASURED.findall(prose)
+    for number in numbers:
+        plain = number.replace(",", "")
+        assert re.search(rf"(?<![\d.]){re.escape(plain)}(?![\d])", results.replace(",", "")), (
+            f"{number} is not in bench/RESULTS.md")
+    return len(numbers)
+
+
+def test_numbers_of_the_readme_were_measured():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = (ROOT / "bench" / "RESULTS.md").read_text(encoding="utf-8")
+    assert check_measured(text, results) >= 10
+    with pytest.raises(AssertionError):
+        check_measured("It takes 123.45 ms a step.", results)
 
 
 @each_script
