@@ -194,7 +194,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name):
-        """Load a folder that save wrote, or a pretrained tokenizer by name, or end in SystemExit."""
+        """Load what save wrote, or a pretrained tokenizer by its name; SystemExit if neither."""
         folder = Path(name)
         if str(name) in PRETRAINED and not folder.is_dir():
             return cls.pretrained(str(name))
@@ -292,10 +292,10 @@ class Tokenizer:
     def render(self, messages, for_completion=False):
         """[{"role", "content"}, ...] -> (list of ids, list loss_mask of 0 and 1, equally long).
         content is a str, or a list of parts {"type", "text"}; only the assistant may have types
-        other than "text". loss_mask is 1 on what the assistant says: text, thoughts, tool calls
-        and its <|im_end|>. It is 0 on headers, other roles and what tools returned. The first
-        messages alone give the first ids. for_completion adds the header of an assistant's turn,
-        so that a model continues with the answer. ValueError if a role or type is unknown."""
+        other than "text". loss_mask is 1 on what the assistant says (text, thoughts, tool calls,
+        its <|im_end|>) and 0 on headers, other roles and what tools returned. for_completion adds
+        the header of an assistant's turn, for a model to continue. Messages that are added later
+        do not change the ids of those before. ValueError if a role or a type is unknown."""
         special = self.special
         ids = [self.eot]
         loss_mask = [0]
@@ -442,8 +442,7 @@ def cut_at_spaces(text):
     return (pieces[0] + b" " + pieces[-1]).decode().replace("\0", " "), pieces[1:-1]
 
 def count_chunks(texts, pattern, log, batch_chars=4_000_000):
-    """Iterable of str -> Counter {chunk as bytes: occurrences}, counted in batches on all cores, of
-    which at most two per core are in memory. SystemExit if there is no text."""
+    """Iterable of str -> Counter {chunk as bytes: occurrences}. SystemExit if there is no text."""
     counts = Counter()
     running = deque()
     batch, chars = [], 0
@@ -458,7 +457,7 @@ def count_chunks(texts, pattern, log, batch_chars=4_000_000):
             if chars >= batch_chars:
                 running.append(pool.submit(count_batch, batch, pattern))
                 batch, chars = [], 0
-            if len(running) == 2 * CORES:
+            if len(running) == 2 * CORES:           # no more batches are in memory at a time
                 collect()
         counts.update(count_batch(batch, pattern))  # if this is all, no process has been started
         while running:
@@ -543,7 +542,7 @@ class Merger:
             heapq.heappush(self.heap, (-count, pair))
 
     def step(self, wanted):
-        """Recount the pairs on top of the heap, merge those that surely come next; how many."""
+        """Recount the pairs on top of the heap and merge those that must come next: how many?"""
         width = min(self.width, len(self.heap))
         pairs = [heapq.heappop(self.heap)[1] for _ in range(width)]
         known = [self.where.pop(pair) for pair in pairs]
@@ -573,14 +572,14 @@ class Merger:
         which = np.repeat(np.arange(len(places)), [len(at) for at in places])       # N
         # Two pairs share a place if the right half of one is the left half of the other
         self.owner[at] = which
-        other = self.owner[self.next[at]]                       # N: the pair with b as its left
+        other = self.owner[self.next[at]]                       # N: the pair that begins with b
         self.owner[at] = NOBODY
         shared = other != NOBODY
         done = len(places)
         if shared.any():
-            first_shared = np.maximum(which, other)
-            first_shared[which == other] += 1                   # a run is the last to be merged
-            done = int(first_shared[shared].min())
+            worse = np.maximum(which, other)                    # N: of the two, it has to wait
+            worse[which == other] += 1                          # but a run only ends the sweep
+            done = int(worse[shared].min())
         end = np.searchsorted(which, done)
         at, which = at[:end], which[:end]                       # N shrinks to the pairs to merge
         # In a run like a a a a only the 1st, 3rd, ... place of (a, a) is merged
@@ -598,7 +597,7 @@ class Merger:
         self.next[at] = right
         self.prev[right] = at
         left = self.prev[at]                                    # when all links are right again
-        # New pairs are (left, new) and (new, right). Two new ids side by side are the latter only.
+        # New pairs are (left, new) and (new, right). Two new neighbours count only as the latter.
         has_left = (self.ids[left] >= 0) & (self.ids[left] < first_new)
         has_right = self.ids[right] >= 0
         if has_left.any() or has_right.any():

@@ -1,7 +1,7 @@
 """
-The tokenizer against its slow twin (recount all pairs after every merge), against tiktoken and
-against Hugging Face's tokenizers. A test that needs OpenAI's rank files is skipped where they are
-neither in ../shared/data nor in TIKTOKEN_CACHE_DIR.
+Compares the tokenizer with its specification (bpe_train and bpe_encode), with tiktoken and with
+Hugging Face's tokenizers. A test that needs OpenAI's rank files is skipped on a machine where
+TIKTOKEN_CACHE_DIR does not have them.
 """
 import base64
 import doctest
@@ -204,7 +204,7 @@ def test_ids_are_tiktokens_on_fuzzed_unicode(name):
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_ids_are_tiktokens_on_two_megabytes_of_prose(name):
     (tok, oracle), size = pretrained(name), 0
-    for path in sorted(SHARED.glob("prose/*.jsonl.gz")) or pytest.skip("no ../shared/data/prose"):
+    for path in sorted(SHARED.glob("prose/*.jsonl.gz")) or pytest.skip("no prose to read"):
         with gzip.open(path) as lines:
             text = "\n".join(json.loads(next(lines))["text"] for _ in range(75))[:400_000]
         want = oracle.encode_ordinary(text)
