@@ -11,8 +11,7 @@ encode a text means to apply the same merges to its chunks, in the order in whic
   python bpe.py merges "low lower lowest"             learn merges from a sentence, step by step
   python bpe.py compare --tokenizer data/tokenizer    bytes per token, beside OpenAI's tokenizers
   python bpe.py export --tokenizer data/tokenizer --out tokenizer.json    also: encode, decode
-in   .txt .jsonl .jsonl.gz .parquet (rows with a "text"), or folders of them, in which files named
-     val_* are skipped: validation text must not shape the tokenizer
+in   .txt .jsonl .jsonl.gz .parquet (rows with a "text"), or folders of them; val_* is left out
 out  DIR/tokenizer.tiktoken (base64 token, space, rank), DIR/tokenizer.json (pattern, specials)
 
 A toy example. In these three words "lo" and "ow" are the most frequent pairs, and the tie goes to
@@ -119,8 +118,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>", "
                   "<|search|>", "<|/search|>", "<|pad|>")
 ROLES = ("system", "user", "assistant", "tool")
 PARTS = ("text", "think", "python", "output", "search")     # only assistants use others than text
-# How Tokenizer.parse finds the parts: {(state, special token): next state}. A state is "role", one
-# of PARTS, or None outside of turns.
+# For parse: {(state, special token): next state}. A state is "role", a part, or None between turns.
 MOVES = {(None, "<|endoftext|>"): None, (None, "<|im_start|>"): "role",
          ("role", "<|im_sep|>"): "text"}
 MOVES |= {("text", f"<|{part}|>"): part for part in PARTS[1:]}
@@ -164,7 +162,7 @@ class Tokenizer:
         smallest = 256 + len(SPECIAL_TOKENS)
         if not smallest <= vocab_size <= ID_MASK:
             raise SystemExit(f"--vocab_size must be at least {smallest} (all bytes and special "
-                             f"tokens) and at most {ID_MASK}, got {vocab_size}")
+                             f"tokens) and at most {ID_MASK}, got {vocab_size}; try 32768")
         merges = Merger(count_chunks(texts, pattern, log)).run(vocab_size - smallest, log)
         tokens = [bytes([byte]) for byte in range(256)]
         for a, b in merges:
@@ -303,9 +301,11 @@ class Tokenizer:
         def append(tokens, learnt):
             ids.extend(tokens)
             loss_mask.extend([int(learnt)] * len(tokens))
+
         def append_header(role):
             name = self.encode_ordinary(role)
             append([special["<|im_start|>"], *name, special["<|im_sep|>"]], learnt=False)
+
         for message in messages:
             role, parts = checked(message)
             append_header(role)
@@ -361,12 +361,11 @@ class Tokenizer:
         merges = [[word_of[a], word_of[b]] for a, b, _ in self.merges]
         added = [dict(id=i, content=name, special=True, single_word=False, lstrip=False,
                       rstrip=False, normalized=False) for name, i in self.special.items()]
-        split = dict(type="Split", pattern={"Regex": self.pattern}, behavior="Isolated",
-                     invert=False)
+        cut = dict(type="Split", behavior="Isolated", invert=False, pattern={"Regex": self.pattern})
         level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
         write_whole(path, json.dumps({
             "added_tokens": added, "decoder": level,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, level]},
             "model": {"type": "BPE", "vocab": vocab, "merges": merges}}))
 
 def checked(message):
@@ -395,9 +394,9 @@ def write_whole(path, text):
     part.replace(path)
 
 def reason(error):
-    """What an exception found wrong, in words for a user."""
+    """The message of an exception in words for a user."""
     if isinstance(error, KeyError):
-        return f"there is no {error.args[0]}"
+        return f"not found: {error.args[0]}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
@@ -434,8 +433,8 @@ def count_batch(texts, pattern):
 def cut_at_spaces(text):
     """str -> (both ends of the text as one str, list of the pieces between them as bytes).
     A piece comes after a space and ends in a character that is not whitespace, so its chunks do
-    not depend on its neighbours. That is not true of the two ends, where the text begins and may
-    end in whitespace. NUL hides the spaces at which text is not cut."""
+    not depend on its neighbours. Those of the two ends do: no space comes before the first piece,
+    and the last may end in whitespace. NUL hides the spaces at which text is not cut."""
     pieces = LATER_SPACE.sub("\0", text).encode().split(b" ")
     if "\0" in text or len(pieces) < 3:
         return text, []
@@ -445,17 +444,19 @@ def count_chunks(texts, pattern, log, batch_chars=4_000_000):
     """Iterable of str -> Counter {chunk as bytes: occurrences}. SystemExit if there is no text."""
     counts = Counter()
     running = deque()
-    batch, chars = [], 0
+    batch, chars, total = [], 0, 0
 
     def collect():
         counts.update(running.popleft().result())
-        log(f"split into {len(counts)} different chunks so far")
+        log(f"split {total / 1e6:6.0f} M characters | {len(counts)} different chunks")
+
     with ProcessPoolExecutor(CORES) as pool:
         for text in texts:
             batch.append(text)
             chars += len(text)
             if chars >= batch_chars:
                 running.append(pool.submit(count_batch, batch, pattern))
+                total += chars
                 batch, chars = [], 0
             if len(running) == 2 * CORES:           # no more batches are in memory at a time
                 collect()
@@ -542,7 +543,7 @@ class Merger:
             heapq.heappush(self.heap, (-count, pair))
 
     def step(self, wanted):
-        """Recount the pairs on top of the heap and merge those that must come next: how many?"""
+        """Recount the pairs on top of the heap and merge those that must come next; how many."""
         width = min(self.width, len(self.heap))
         pairs = [heapq.heappop(self.heap)[1] for _ in range(width)]
         known = [self.where.pop(pair) for pair in pairs]
@@ -611,7 +612,7 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 WORD_END = re.compile(r"[^\W_](?=\s)")  # after a letter or digit, whitespace begins a chunk
 
 def input_files(paths):
-    """Files and folders -> files. Of a folder these are all with a known suffix but val_*."""
+    """Files and folders -> files. Validation text, val_*, must not shape the tokenizer."""
     for path in map(Path, paths):
         inside = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
         found = [file for file in inside if file.is_file() and file.name.endswith(SUFFIXES)
@@ -635,7 +636,7 @@ def read_texts(path):
     except ImportError:
         raise SystemExit(f"{path} cannot be read without pyarrow; pip install pyarrow")
     except (EOFError, KeyError, OSError, ValueError, zlib.error) as error:
-        raise SystemExit(f"{path} cannot be read ({reason(error)}); it must be whole and in UTF-8")
+        raise SystemExit(f"{path} cannot be read ({reason(error)}); give a whole file in UTF-8")
 
 def text_pieces(f):
     """Yield pieces of about a million characters, each cut where a chunk begins."""
@@ -657,8 +658,7 @@ def json_texts(lines):
             raise ValueError(f"line {number} is not a JSON object with a \"text\"")
         yield row["text"]
 
-# One thought in several scripts shows for which of them a vocabulary was made
-SAMPLES = {
+SAMPLES = {     # one thought in several scripts, to see which of them a vocabulary suits
     "English": "The baker opened her shop before sunrise, and by eight all the bread was sold.",
     "Russian": "Булочница открыла лавку до рассвета, и к восьми весь хлеб был продан.",
     "Chinese": "面包师在日出前就开了店，到八点钟所有的面包都卖完了。",
@@ -765,7 +765,7 @@ def main(argv=None):
     try:
         files = {Path(path).name: Path(path).read_bytes().decode() for path in args.file}
     except (OSError, ValueError) as error:
-        raise SystemExit(f"--file must be UTF-8 text; {reason(error)}")
+        raise SystemExit(f"--file cannot be read ({reason(error)}); give a text file in UTF-8")
     text = "".join(files.values()) or " ".join(args.text)
     if args.command == "train" or args.command == "export" and not args.out:
         parser.error("train needs --input and --out, and export needs --out")
