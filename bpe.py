@@ -537,13 +537,13 @@ class Merger:
         often = counts >= self.floor
         starts = starts[often]                                          # K shrinks
         pairs = (first[starts].astype(np.int64) << ID_BITS | second[starts]).tolist()
-        columns = pairs, counts[often].tolist(), starts.tolist(), ends[often].tolist()
-        for pair, count, start, end in zip(*columns):
+        rows = zip(pairs, counts[often].tolist(), starts.tolist(), ends[often].tolist())
+        for pair, count, start, end in rows:
             self.where[pair] = at[start:end]
             heapq.heappush(self.heap, (-count, pair))
 
     def step(self, wanted):
-        """Recount the pairs on top of the heap and merge those that must come next; how many."""
+        """Recount the pairs on top of the heap, merge those that come next, return how many."""
         width = min(self.width, len(self.heap))
         pairs = [heapq.heappop(self.heap)[1] for _ in range(width)]
         known = [self.where.pop(pair) for pair in pairs]
