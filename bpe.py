@@ -11,8 +11,7 @@ encode a text means to apply the same merges to its chunks, in the order in whic
   python bpe.py merges "low lower lowest"             learn merges from a sentence, step by step
   python bpe.py compare --tokenizer data/tokenizer    bytes per token, beside OpenAI's tokenizers
   python bpe.py export --tokenizer data/tokenizer --out tokenizer.json    also: encode, decode
-in   .txt .jsonl .jsonl.gz .parquet (rows with a "text"), or folders of them, in which files named
-     val_* are skipped: validation text must not shape the tokenizer
+in   .txt .jsonl .jsonl.gz .parquet (rows with a "text"), or folders of them; val_* is left out
 out  DIR/tokenizer.tiktoken (base64 token, space, rank), DIR/tokenizer.json (pattern, specials)
 
 A toy example. In these three words "lo" and "ow" are the most frequent pairs, and the tie goes to
@@ -119,8 +118,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>", "
                   "<|search|>", "<|/search|>", "<|pad|>")
 ROLES = ("system", "user", "assistant", "tool")
 PARTS = ("text", "think", "python", "output", "search")     # only assistants use others than text
-# How Tokenizer.parse finds the parts: {(state, special token): next state}. A state is "role", one
-# of PARTS, or None outside of turns.
+# For parse: {(state, special token): next state}. A state is "role", a part, or None between turns.
 MOVES = {(None, "<|endoftext|>"): None, (None, "<|im_start|>"): "role",
          ("role", "<|im_sep|>"): "text"}
 MOVES |= {("text", f"<|{part}|>"): part for part in PARTS[1:]}
@@ -164,7 +162,7 @@ class Tokenizer:
         smallest = 256 + len(SPECIAL_TOKENS)
         if not smallest <= vocab_size <= ID_MASK:
             raise SystemExit(f"--vocab_size must be at least {smallest} (all bytes and special "
-                             f"tokens) and at most {ID_MASK}, got {vocab_size}")
+                             f"tokens) and at most {ID_MASK}, got {vocab_size}; try 32768")
         merges = Merger(count_chunks(texts, pattern, log)).run(vocab_size - smallest, log)
         tokens = [bytes([byte]) for byte in range(256)]
         for a, b in merges:
@@ -194,7 +192,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name):
-        """Load a folder that save wrote, or a pretrained tokenizer by name, or end in SystemExit."""
+        """Load what save wrote, or a pretrained tokenizer by its name; SystemExit if neither."""
         folder = Path(name)
         if str(name) in PRETRAINED and not folder.is_dir():
             return cls.pretrained(str(name))
@@ -292,10 +290,10 @@ class Tokenizer:
     def render(self, messages, for_completion=False):
         """[{"role", "content"}, ...] -> (list of ids, list loss_mask of 0 and 1, equally long).
         content is a str, or a list of parts {"type", "text"}; only the assistant may have types
-        other than "text". loss_mask is 1 on what the assistant says: text, thoughts, tool calls
-        and its <|im_end|>. It is 0 on headers, other roles and what tools returned. The first
-        messages alone give the first ids. for_completion adds the header of an assistant's turn,
-        so that a model continues with the answer. ValueError if a role or type is unknown."""
+        other than "text". loss_mask is 1 on what the assistant says (text, thoughts, tool calls,
+        its <|im_end|>) and 0 on headers, other roles and what tools returned. for_completion adds
+        the header of an assistant's turn, for a model to continue. Messages that are added later
+        do not change the ids of those before. ValueError if a role or a type is unknown."""
         special = self.special
         ids = [self.eot]
         loss_mask = [0]
@@ -303,9 +301,11 @@ class Tokenizer:
         def append(tokens, learnt):
             ids.extend(tokens)
             loss_mask.extend([int(learnt)] * len(tokens))
+
         def append_header(role):
             name = self.encode_ordinary(role)
             append([special["<|im_start|>"], *name, special["<|im_sep|>"]], learnt=False)
+
         for message in messages:
             role, parts = checked(message)
             append_header(role)
@@ -361,12 +361,11 @@ class Tokenizer:
         merges = [[word_of[a], word_of[b]] for a, b, _ in self.merges]
         added = [dict(id=i, content=name, special=True, single_word=False, lstrip=False,
                       rstrip=False, normalized=False) for name, i in self.special.items()]
-        split = dict(type="Split", pattern={"Regex": self.pattern}, behavior="Isolated",
-                     invert=False)
+        cut = dict(type="Split", behavior="Isolated", invert=False, pattern={"Regex": self.pattern})
         level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
         write_whole(path, json.dumps({
             "added_tokens": added, "decoder": level,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, level]},
             "model": {"type": "BPE", "vocab": vocab, "merges": merges}}))
 
 def checked(message):
@@ -395,9 +394,9 @@ def write_whole(path, text):
     part.replace(path)
 
 def reason(error):
-    """What an exception found wrong, in words for a user."""
+    """The message of an exception in words for a user."""
     if isinstance(error, KeyError):
-        return f"there is no {error.args[0]}"
+        return f"not found: {error.args[0]}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
@@ -434,31 +433,32 @@ def count_batch(texts, pattern):
 def cut_at_spaces(text):
     """str -> (both ends of the text as one str, list of the pieces between them as bytes).
     A piece comes after a space and ends in a character that is not whitespace, so its chunks do
-    not depend on its neighbours. That is not true of the two ends, where the text begins and may
-    end in whitespace. NUL hides the spaces at which text is not cut."""
+    not depend on its neighbours. Those of the two ends do: no space comes before the first piece,
+    and the last may end in whitespace. NUL hides the spaces at which text is not cut."""
     pieces = LATER_SPACE.sub("\0", text).encode().split(b" ")
     if "\0" in text or len(pieces) < 3:
         return text, []
     return (pieces[0] + b" " + pieces[-1]).decode().replace("\0", " "), pieces[1:-1]
 
 def count_chunks(texts, pattern, log, batch_chars=4_000_000):
-    """Iterable of str -> Counter {chunk as bytes: occurrences}, counted in batches on all cores, of
-    which at most two per core are in memory. SystemExit if there is no text."""
+    """Iterable of str -> Counter {chunk as bytes: occurrences}. SystemExit if there is no text."""
     counts = Counter()
     running = deque()
-    batch, chars = [], 0
+    batch, chars, total = [], 0, 0
 
     def collect():
         counts.update(running.popleft().result())
-        log(f"split into {len(counts)} different chunks so far")
+        log(f"split {total / 1e6:6.0f} M characters | {len(counts)} different chunks")
+
     with ProcessPoolExecutor(CORES) as pool:
         for text in texts:
             batch.append(text)
             chars += len(text)
             if chars >= batch_chars:
                 running.append(pool.submit(count_batch, batch, pattern))
+                total += chars
                 batch, chars = [], 0
-            if len(running) == 2 * CORES:
+            if len(running) == 2 * CORES:           # no more batches are in memory at a time
                 collect()
         counts.update(count_batch(batch, pattern))  # if this is all, no process has been started
         while running:
@@ -537,13 +537,13 @@ class Merger:
         often = counts >= self.floor
         starts = starts[often]                                          # K shrinks
         pairs = (first[starts].astype(np.int64) << ID_BITS | second[starts]).tolist()
-        columns = pairs, counts[often].tolist(), starts.tolist(), ends[often].tolist()
-        for pair, count, start, end in zip(*columns):
+        rows = zip(pairs, counts[often].tolist(), starts.tolist(), ends[often].tolist())
+        for pair, count, start, end in rows:
             self.where[pair] = at[start:end]
             heapq.heappush(self.heap, (-count, pair))
 
     def step(self, wanted):
-        """Recount the pairs on top of the heap, merge those that surely come next; how many."""
+        """Recount the pairs on top of the heap, merge those that come next, return how many."""
         width = min(self.width, len(self.heap))
         pairs = [heapq.heappop(self.heap)[1] for _ in range(width)]
         known = [self.where.pop(pair) for pair in pairs]
@@ -573,14 +573,14 @@ class Merger:
         which = np.repeat(np.arange(len(places)), [len(at) for at in places])       # N
         # Two pairs share a place if the right half of one is the left half of the other
         self.owner[at] = which
-        other = self.owner[self.next[at]]                       # N: the pair with b as its left
+        other = self.owner[self.next[at]]                       # N: the pair that begins with b
         self.owner[at] = NOBODY
         shared = other != NOBODY
         done = len(places)
         if shared.any():
-            first_shared = np.maximum(which, other)
-            first_shared[which == other] += 1                   # a run is the last to be merged
-            done = int(first_shared[shared].min())
+            worse = np.maximum(which, other)                    # N: of the two, it has to wait
+            worse[which == other] += 1                          # but a run only ends the sweep
+            done = int(worse[shared].min())
         end = np.searchsorted(which, done)
         at, which = at[:end], which[:end]                       # N shrinks to the pairs to merge
         # In a run like a a a a only the 1st, 3rd, ... place of (a, a) is merged
@@ -598,7 +598,7 @@ class Merger:
         self.next[at] = right
         self.prev[right] = at
         left = self.prev[at]                                    # when all links are right again
-        # New pairs are (left, new) and (new, right). Two new ids side by side are the latter only.
+        # New pairs are (left, new) and (new, right). Two new neighbours count only as the latter.
         has_left = (self.ids[left] >= 0) & (self.ids[left] < first_new)
         has_right = self.ids[right] >= 0
         if has_left.any() or has_right.any():
@@ -612,7 +612,7 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 WORD_END = re.compile(r"[^\W_](?=\s)")  # after a letter or digit, whitespace begins a chunk
 
 def input_files(paths):
-    """Files and folders -> files. Of a folder these are all with a known suffix but val_*."""
+    """Files and folders -> files. Validation text, val_*, must not shape the tokenizer."""
     for path in map(Path, paths):
         inside = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
         found = [file for file in inside if file.is_file() and file.name.endswith(SUFFIXES)
@@ -636,7 +636,7 @@ def read_texts(path):
     except ImportError:
         raise SystemExit(f"{path} cannot be read without pyarrow; pip install pyarrow")
     except (EOFError, KeyError, OSError, ValueError, zlib.error) as error:
-        raise SystemExit(f"{path} cannot be read ({reason(error)}); it must be whole and in UTF-8")
+        raise SystemExit(f"{path} cannot be read ({reason(error)}); give a whole file in UTF-8")
 
 def text_pieces(f):
     """Yield pieces of about a million characters, each cut where a chunk begins."""
@@ -658,8 +658,7 @@ def json_texts(lines):
             raise ValueError(f"line {number} is not a JSON object with a \"text\"")
         yield row["text"]
 
-# One thought in several scripts shows for which of them a vocabulary was made
-SAMPLES = {
+SAMPLES = {     # one thought in several scripts, to see which of them a vocabulary suits
     "English": "The baker opened her shop before sunrise, and by eight all the bread was sold.",
     "Russian": "Булочница открыла лавку до рассвета, и к восьми весь хлеб был продан.",
     "Chinese": "面包师在日出前就开了店，到八点钟所有的面包都卖完了。",
@@ -766,7 +765,7 @@ def main(argv=None):
     try:
         files = {Path(path).name: Path(path).read_bytes().decode() for path in args.file}
     except (OSError, ValueError) as error:
-        raise SystemExit(f"--file must be UTF-8 text; {reason(error)}")
+        raise SystemExit(f"--file cannot be read ({reason(error)}); give a text file in UTF-8")
     text = "".join(files.values()) or " ".join(args.text)
     if args.command == "train" or args.command == "export" and not args.out:
         parser.error("train needs --input and --out, and export needs --out")
