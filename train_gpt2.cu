@@ -1813,14 +1813,14 @@ __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed emb
 }
 
 // Threads and grid as in rotary_forward_kernel. Of q and k, dqkv changes in place. Of v, dqkv stays
-// as it is (dv = dv'); what goes to E and to the gate is written: dembed (BT, C) and dz (BT, NH).
-// Moves 6 BTC, or 9 BTC with E; bound by memory.
+// as it is (dv = dv'); the sum is over dv E, and dembed (BT, C), which goes to E, and dz (BT, NH),
+// which goes to the gate, are written. Moves 6 BTC, or 9 BTC with E; bound by memory.
 __global__ void rotary_backward_kernel(floatX* dqkv, floatX* dembed, float* dz, const floatX* qkv,
                                        Rotary rotary, ValueEmbed embed, AttentionSizes sizes) {
     HeadVector at(sizes, embed.table != NULL ? 3 : 2);
     int NH = sizes.NH, HS = sizes.HS, half = HS / 2, C = NH * HS;
     floatX* to = dqkv + at.in_qkv(sizes);
-    const floatX* other = qkv + at.in_qkv(sizes);       // q or k, or E of v: what dq, dk, dv meet
+    const floatX* other = qkv + at.in_qkv(sizes);       // what the gradient is multiplied by
     if (at.part == 2) { other = embed.table + (int64_t)embed.tokens[at.bt] * C + at.h * HS + at.c; }
     Pack low = load(to);
     Pack high = load(to + half);
@@ -3223,8 +3223,8 @@ static void adamw_update(Model* model, Bucket bucket, Part part, Update update) 
            bucket.decay_end, adam);
 }
 
-// The tensors of a bucket that Muon trains lie one after another, as do their states; of `v` each
-// takes as much as it has lines.
+// A tensor's masters and momentum are where the tensor is, seen from the bucket's beginning. Of `v`,
+// each tensor takes one number for each of its lines.
 static void muon_bucket_update(Model* model, Bucket bucket, Part part, Update update) {
     for (int t = bucket.first_tensor; t < bucket.end_tensor; t++) {
         Tensor tensor = model->table.tensors[t];
@@ -3237,20 +3237,20 @@ static void muon_bucket_update(Model* model, Bucket bucket, Part part, Update up
                          .momentum = (float)update.momentum,
                          .grad_scale = (float)update.grad_scale,
                          .step = (unsigned)update.steps};
-        Part of_tensor = {.first = tensor.offset, .size = tensor.file_size(),
+        Part of_tensor = {.first = tensor.offset, .size = (int64_t)tensor.rows * tensor.columns,
                           .state = part.state + tensor.offset - bucket.offset, .v = part.v};
         muon_update(slice_of(model, of_tensor), model->muon, matrix, muon, model->stream);
         part.v += matrix.n * matrix.lines();
     }
 }
 
-// The rank that owns a bucket, or each its part, sends the parameters to the others.
+// Each rank sends the parameters that it owns, the bucket or a part of it, to the other ranks.
 static void send_parameters(Model* model, Ranks* ranks, Bucket bucket) {
     gather(ranks, model->parameters + bucket.offset, bucket.size * sizeof(floatX), bucket.owner,
            model->stream);
 }
 
-// Updates this rank's part of each bucket and sends it to the others; the gradients become zero.
+// Updates what this rank owns of each bucket, sends it to the others, and zeroes the gradients.
 static void optimizer_step(Model* model, Ranks* ranks, Update update) {
     for (int i = 0; i < model->table.n_buckets; i++) {
         Bucket bucket = model->table.buckets[i];
