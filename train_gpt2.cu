@@ -3223,8 +3223,8 @@ static void adamw_update(Model* model, Bucket bucket, Part part, Update update) 
            bucket.decay_end, adam);
 }
 
-// A tensor's masters and momentum are where the tensor is, seen from the bucket's beginning. Of `v`,
-// each tensor takes one number for each of its lines.
+// In this rank's state, masters and momentum are laid out as the tensors are in their bucket. `v`
+// has one number for each line of each tensor.
 static void muon_bucket_update(Model* model, Bucket bucket, Part part, Update update) {
     for (int t = bucket.first_tensor; t < bucket.end_tensor; t++) {
         Tensor tensor = model->table.tensors[t];
