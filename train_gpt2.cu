@@ -1953,17 +1953,17 @@ static void receive_id(ncclUniqueId* id, const addrinfo* address, const char* ho
                        const char* port) {
     const int TRIES = 1200;
     const int MICROSECONDS_APART = 50000;
-    int client = -1;
-    for (int i = 0; client < 0; i++) {
-        if (i == TRIES) {
+    int client = socket(AF_INET, SOCK_STREAM, 0);
+    int tries = 1;
+    while (connect(client, address->ai_addr, address->ai_addrlen) != 0) {
+        if (tries == TRIES) {
             die("rank 0 has not answered at %s:%s for a minute; look at what rank 0 printed", host,
                 port);
         }
-        client = socket(AF_INET, SOCK_STREAM, 0);
-        if (connect(client, address->ai_addr, address->ai_addrlen) == 0) { break; }
-        close(client);
-        client = -1;
+        close(client);                  // after a failure the socket cannot be used again
         usleep(MICROSECONDS_APART);
+        client = socket(AF_INET, SOCK_STREAM, 0);
+        tries++;
     }
     size_t have = 0;
     while (have < sizeof *id) {         // read may return a part
@@ -2077,7 +2077,7 @@ static void reduce(Ranks* ranks, float* gradients, int64_t n, int owner, cudaStr
 }
 
 // The way back: of n bytes, in place, each rank receives what their owner has. It may be the values
-// of parameters in any type. When it starts, and that it does not wait, is as in reduce.
+// of parameters in any type. It starts after `after` and does not wait, as reduce does.
 static void gather(Ranks* ranks, void* all, int64_t n_bytes, int owner, cudaStream_t after) {
 #ifdef MULTI_GPU
     if (ranks->world_size == 1 || owner == EVERY_RANK) { return; }
@@ -2273,19 +2273,18 @@ static void add_modern_tensors(Table* table) {
         {"attn.value_gate.weight", config.n_head, GATE_INPUTS, gate}};
     for (int l = 0; l < L; l++) {
         begin_layer(table, l);
-        int owner = l % table->world_size;
-        if (!config.has_value_embed(l)) {
-            add_bucket(table, owner, {}, l, layer, 4);
-            continue;
-        }
-        add_bucket(table, owner, {}, l, layer, 5);          // the fifth is the value gate
+        bool has_value_embed = config.has_value_embed(l);
+        int n = has_value_embed ? VALUE_GATE + 1 : VALUE_GATE;      // the gate is the last matrix
+        add_bucket(table, l % table->world_size, {}, l, layer, n);
+        if (!has_value_embed) { continue; }
         char name[64];
         snprintf(name, sizeof name, "value_embeds.%d.weight", l);
         add_single(table, {name, Vp, C, uniform}, SHARDED, VALUE_EMBED_ADAM);
     }
 }
 
-// The table for a number of ranks: sharded buckets are padded by it, Muon's are owned by it.
+// The table for a number of ranks, on which the padding of sharded buckets and the owners of Muon's
+// depend
 static Table make_table(Config config, int world_size) {
     int L = config.n_layer;
     Table table = {config, world_size};
@@ -3561,7 +3560,7 @@ struct Flag {
     const char** text;
     int64_t* integer;
     double* real;
-    bool* given;                // a flag without a value, like --resume
+    bool* is_on;                // a switch, which has no value, like --resume
 };
 
 static Flag text_flag(const char* name, const char** text, const char* help) {
@@ -3573,8 +3572,8 @@ static Flag integer_flag(const char* name, int64_t* integer, const char* help) {
 static Flag real_flag(const char* name, double* real, const char* help) {
     return {name, help, NULL, NULL, real, NULL};
 }
-static Flag given_flag(const char* name, bool* given, const char* help) {
-    return {name, help, NULL, NULL, NULL, given};
+static Flag switch_flag(const char* name, bool* is_on, const char* help) {
+    return {name, help, NULL, NULL, NULL, is_on};
 }
 
 // Set once, before anything else runs; plan_batch fills in the rest.
@@ -3585,7 +3584,7 @@ static const Flag FLAGS[] = {
     text_flag("config", &arguments.config, "other sizes: block_size=256 n_layer=2 n_head=2 …"),
     text_flag("data", &arguments.data, "folder with *_train_*.bin and *_val_*.bin"),
     text_flag("out", &arguments.out, "run folder"),
-    given_flag("resume", &arguments.resume, "continue from <out>/state, if there is one"),
+    switch_flag("resume", &arguments.resume, "continue from <out>/state, if there is one"),
     text_flag("init_from", &arguments.init_from,
               "begin with this model: a run's folder, or gpt2 … gpt2-xl"),
     integer_flag("max_steps", &arguments.max_steps, "steps (default: by the model's size)"),
@@ -3604,7 +3603,7 @@ static const Flag FLAGS[] = {
                  "to save memory, compute again in the backward pass: 1 GELU, 2 also the norms"),
     integer_flag("deterministic", &arguments.deterministic,
                  "1: the same run gives the same bits, which is always so here"),
-    given_flag("profile", &arguments.profile, "time each kernel of steps 10-12"),
+    switch_flag("profile", &arguments.profile, "time each kernel of steps 10-12"),
 };
 
 // The flag that a word like "--seed" names, or NULL
@@ -3659,8 +3658,8 @@ static void parse_arguments(int argc, char** argv) {
         }
         const Flag* flag = find_flag(argv[i]);
         if (flag == NULL) { die("%s is not a flag; see --help", argv[i]); }
-        if (flag->given != NULL) {
-            *flag->given = true;
+        if (flag->is_on != NULL) {
+            *flag->is_on = true;
             continue;
         }
         if (i + 1 == argc) { die("%s has no value; see --help", argv[i]); }
@@ -4685,8 +4684,8 @@ static void write_flags(FILE* file) {
             fprintf(file, "%lld", (long long)*flag.integer);
         } else if (flag.real != NULL) {
             fprintf(file, "%.15g", *flag.real);
-        } else if (flag.given != NULL) {
-            fprintf(file, "%d", *flag.given);
+        } else if (flag.is_on != NULL) {
+            fprintf(file, "%d", *flag.is_on);
         } else if (*flag.text != NULL) {
             write_json_string(file, *flag.text, strlen(*flag.text));
         } else {
