@@ -2836,7 +2836,7 @@ static char* read_file(const char* path, size_t* bytes = NULL) {
     fseek(file, 0, SEEK_END);
     long size = ftell(file);
     rewind(file);
-    char* text = (char*)calloc(1, size + 64);
+    char* text = (char*)calloc(1, size + 64);       // zeros also end a file that was cut short
     if (bytes != NULL) { *bytes = size; }
     if (fread(text, 1, size, file) != (size_t)size) {
         die("%s cannot be read to its end; check the disk, or copy the file again", path);
@@ -2845,7 +2845,8 @@ static char* read_file(const char* path, size_t* bytes = NULL) {
     return text;
 }
 
-// The text of the value that belongs to the first "key": of a JSON text, or NULL.
+// Where in a JSON text the value of the first "key": begins, or NULL. Nesting is ignored: the first
+// such key at any depth is taken.
 static const char* json_find(const char* text, const char* key) {
     char quoted[96];
     snprintf(quoted, sizeof quoted, "\"%s\"", key);
@@ -2876,6 +2877,7 @@ static const char* joined(const char* folder, const char* name) {
     return path;
 }
 
+// Like fopen, but a folder that cannot be written to is the user's mistake
 static FILE* create(const char* path) {
     FILE* file = fopen(path, "wb");
     if (file == NULL) {
@@ -2884,6 +2886,7 @@ static FILE* create(const char* path) {
     return file;
 }
 
+// The disk is full, nearly always.
 [[noreturn]] static void die_unwritten(const char* path) {
     die("%s cannot be written: %s; free disk space, then continue with --resume", path,
         strerror(errno));
@@ -2908,7 +2911,9 @@ static void finish(FILE* file, const char* path) {
     if (fclose(file) != 0 || rename(part, path) != 0) { die_unwritten(path); }
 }
 
-// safetensors: 8 bytes n, n bytes of JSON {"name": {"dtype", "shape", "data_offsets"}}, then data.
+// A safetensors file is 8 bytes with a number n, n bytes of JSON, and then the data:
+//   {"wpe.weight": {"dtype": "F32", "shape": [1024, 768], "data_offsets": [0, 3145728]}, …}
+// Offsets are bytes, counted from where the data begin.
 struct SafeTensors {
     const char* path;
     const char* header;         // the JSON, which ends with a zero
@@ -3175,7 +3180,7 @@ template <class EntryOf> static void write_header(FILE* file, int n, EntryOf ent
     size_t size = 0;
     char* header = to_string([&](FILE* text) {
         fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
-        int64_t begin = 0;
+        int64_t begin = 0;              // bytes
         for (int i = 0; i < n; i++) {
             Entry entry = entry_of(i);
             fprintf(text, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%lld", entry.name,
@@ -3325,8 +3330,8 @@ static void read_tokens(Shards shards, int64_t start, int count, int* tokens, in
 // What rows are sorted by. No two rows of an epoch have the same key, because mix64 is invertible.
 struct RowKey { uint64_t key; uint32_t row; };
 
-// The rows 0 … n - 1 in the order of an epoch: sorted by a hash of (seed, epoch, row), so that both
-// trainers read the same rows. It is shuffled_rows of train_gpt2.py, where the reasons stand.
+// The rows 0 … n - 1 in the order of an epoch: sorted by a hash of (seed, epoch, row). It equals
+// shuffled_rows of train_gpt2.py, so both trainers read the same rows.
 static void shuffle_rows(uint64_t seed, uint64_t epoch, uint32_t* order, uint32_t n) {
     uint64_t start = mix64(mix64(seed) + epoch);
     RowKey* keys = (RowKey*)malloc(n * sizeof(RowKey));
@@ -3339,9 +3344,10 @@ static void shuffle_rows(uint64_t seed, uint64_t epoch, uint32_t* order, uint32_
 }
 
 // Rows of T + 1 tokens in a seeded order, each once an epoch. A position is the number of rows read
-// before. While the GPU copies one staging buffer, the next batch is read into the other. A buffer
-// holds inputs (BT), targets (BT) and, for the embedding's backward pass (§3), the inputs' index:
-// positions (BT), starts (BT + 1) and tokens (BT) of the groups of equal tokens.
+// before, so one integer says where a run is. While the GPU copies one staging buffer, the next
+// batch is read into the other. A staging buffer is
+//   inputs (BT) | targets (BT) | positions (BT) | starts (BT + 1) | tokens (BT)
+// The last three are the index of the inputs, for the embedding's backward pass (§3).
 struct Loader {
     Shards shards;
     int T, V;
@@ -3379,8 +3385,11 @@ static Loader make_loader(Shards shards, int B, int T, int V, int64_t seed) {
     return loader;
 }
 
-// Groups the positions 0 … BT - 1 by their input, by counting: group g has the input tokens[g] and
-// the positions positions[starts[g]] … positions[starts[g + 1] - 1]. Returns the number of groups.
+// Groups the places of a batch by their input, with a counting sort: group g is of the input
+// tokens[g], and its places are positions[starts[g]] … positions[starts[g + 1] - 1].
+//   inputs 7 3 7  →  tokens 3 7, starts 0 1 3, positions 1 0 2
+// The backward pass of the embedding then adds up each group in one order, without atomics. Returns
+// the number of groups.
 static int index_tokens(const int* inputs, int BT, int* counts, int V, int* positions, int* starts,
                         int* tokens) {
     memset(counts, 0, V * sizeof(int));
@@ -3620,7 +3629,8 @@ static const Flag* find_flag(const char* word) {
     exit(0);
 }
 
-// --config takes all words up to the next flag. Returns the index of its last word.
+// --config takes all words up to the next flag, and joins them: "n_layer=2 n_head=2 ". Returns the
+// index of the last of them.
 static int parse_config(int argc, char** argv, int i) {
     static char config[1024];
     config[0] = '\0';
@@ -3635,7 +3645,7 @@ static int parse_config(int argc, char** argv, int i) {
 
 // Stores the word after a flag; a number must be a number to its last letter.
 static void parse_value(const Flag* flag, char* value) {
-    char* end = NULL;
+    char* end = NULL;           // where strtoll or strtod stopped
     if (flag->text != NULL) {
         *flag->text = value;
         return;
@@ -3721,7 +3731,7 @@ static Config preset(const char* name, int V) {
     return {2048, V, depth, NH, 128 * NH, true, 15.0, "SSSL"};
 }
 
-// --model, changed by --config
+// The config of a new model: --model, changed by --config
 static Config choose_config(int V) {
     Config config = preset(arguments.model, V);
     check_fields(arguments.config, config.modern);
@@ -3750,9 +3760,9 @@ static const char* init_folder() {
 }
 
 // Ends the run unless the kernels can compute this model. A load is 128 bits wide, so C is a
-// multiple of 8; a warp holds at most 256 channels of a head in registers (§7); norms hold four fp32
-// rows in 48 KB of shared memory, so C is at most 3072 (§5); rotary positions and qk norms of dN
-// share a head out among lanes, so its width is a power of two.
+// multiple of 8; a warp holds at most 256 channels of a head in registers (§7); norms hold four
+// fp32 rows in 48 KB of shared memory, so C is at most 3072 (§5); rotary positions and qk norms of
+// dN share a head out among lanes, so its width is a power of two (§7).
 // V is the size of the shards' vocabulary, T the length of a row.
 static void check_config(Config config, int V, int64_t T) {
     int C = config.n_embd, NH = config.n_head;
@@ -3782,9 +3792,13 @@ static void check_config(Config config, int V, int64_t T) {
 
 // ---- §17 The log and saved states ---------------------------------------------------------------
 //
-// The twin of RunLog, is_spike, save_state and load_state in training.py: the same lines and the
-// same <run>/log.jsonl. Saved states have another layout than Python's, because ranks own parts of
-// buckets here and whole parameters there, so each trainer resumes its own runs alone.
+// The twin of RunLog, save_state and load_state in training.py, and of is_spike in train_gpt2.py:
+//   <run>/log.jsonl                                  JSON lines: the header, steps, samples
+//   <run>/config.json, model.safetensors             the model, in fp32
+//   <run>/state/step_000250/rank_00000.safetensors   masters and moments of a rank's parts
+//   <run>/state/step_000250/state.json               step, position, settings, last losses
+// The log and the model are those that Python writes. States have a layout of their own, because
+// ranks own parts of buckets here and whole parameters there: a trainer resumes its own runs alone.
 
 // `started`: on the clock of seconds_now
 struct Log { FILE* file; int64_t max_steps; double started; bool is_main; };
@@ -3809,8 +3823,8 @@ static void make_folders(const char* path) {
     mkdir(part, 0777);
 }
 
-// Copies the old log's lines up to the resumed step; those after it are going to be written again.
-// Sets the clock back, so that seconds count from the run's first start.
+// Copies the old log's lines up to the resumed step; those after it will be written again. Then the
+// clock continues from the last line's seconds, so that they count time spent, not time passed.
 static void keep_old_lines(Log* log, char* old, int64_t resume_step) {
     char* line = old;
     char* end = strchr(line, '\n');
@@ -4088,7 +4102,7 @@ static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n
     barrier(ranks);
 }
 
-// The newest step that has a state.json, or -1
+// The newest step that has a state.json, or -1. glob sorts by name, and so by step.
 static int64_t newest_state() {
     char pattern[4096];
     snprintf(pattern, sizeof pattern, "%s/state/step_*/state.json", arguments.out);
@@ -4129,8 +4143,8 @@ static void copy_overlap(float* to, Table table, const Part* parts, const float*
     }
 }
 
-// Restores this rank's arrays from the shards of `old_ranks` ranks. If their number is the same now,
-// a rank reads its own shard alone, else all of them, one after another.
+// Restores this rank's arrays from the shards of `old_ranks` ranks. If there are as many ranks as
+// before, a rank reads its own shard alone, else all of them, one after another.
 static void load_shards(Model* model, Ranks* ranks, const char* folder, int old_ranks) {
     Table table = model->table;
     Table old = make_table(model->config, old_ranks);
@@ -4189,6 +4203,7 @@ static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_token
             "order of the rows has changed; train again in another --out", arguments.out, version,
             STATE_VERSION);
     }
+    // settings are compared as text: the same settings are written as the same bytes
     char* settings = to_string([&](FILE* file) { write_settings(file, model->config, n_tokens); });
     if (strstr(text, settings) == NULL) { die_changed(text, settings); }
     state->step = step;
@@ -4253,8 +4268,11 @@ static HellaSwag open_hellaswag(const char* core_dir, int V) {
     return questions;
 }
 
-// An answer's tokens → inputs (T) and targets (T), which are -1 outside of the answer itself. If it
-// is too long, the beginning of the question is left out.
+// An answer's tokens → inputs (T) and targets (T), which are -1 outside of the answer itself. With
+// two tokens q of a question, two of an answer, and E for <|endoftext|>, so n = 5 and begin = 3:
+//   inputs   E  q  q  a  0 …
+//   targets -1 -1  a  a -1 …
+// If the tokens are too many, the beginning of the question is left out.
 static void fill_row(const int* answer, int T, int* inputs, int* targets) {
     int cut = max(0, answer[0] - 1 - T);
     const int* ids = answer + 2 + cut;
@@ -4554,7 +4572,8 @@ const double D12_MATMUL_PARAMETERS = 110.1e6;   // where dN's decay and batch si
 const double GPT2_MATMUL_PARAMETERS = 12.0 * 12 * 768 * 768 + 50257.0 * 768;    // of the 124M
 const double TUNED_BATCH = 1 << 19;             // tokens a step, where dN's rates were tuned
 
-// The numbers of the update that follows `step` updates
+// What the step after `step` steps multiplies its update by: for GPT-2, schedule and clipping; for
+// dN, the schedules of rate, momentum and decay. The twin of schedule in train_gpt2.py.
 static Update plan_update(Config config, int64_t step, double norm) {
     const Arguments& a = arguments;
     int64_t n = a.max_steps;
@@ -4599,7 +4618,8 @@ static double default_lr(Config config, int64_t batch_tokens) {
     return 0.02 * fmax(sqrt(batch_tokens / TUNED_BATCH), sqrt(0.5));
 }
 
-// The most rows at a time, up to 32, that fit into 90 % of the free memory and divide a step's
+// The most rows at a time, up to 32, that fit into 90 % of the free memory and divide a step's rows
+// evenly
 static int64_t default_rows(Config config, int world_size) {
     const Arguments& a = arguments;
     size_t free_bytes = 0;
@@ -4616,7 +4636,9 @@ static int64_t default_rows(Config config, int world_size) {
     return found;
 }
 
-// Sets max_steps, total_batch_size, batch_size and lr where no flag did; returns grad_accum_steps.
+// Sets max_steps, total_batch_size, batch_size and lr where no flag did; returns grad_accum_steps:
+//   total_batch_size = batch_size · seq_len · world_size · grad_accum_steps      tokens a step
+// The first is a property of the model, the second is what fits in memory; the last follows.
 static int64_t plan_batch(Config config, int world_size) {
     Arguments* a = &arguments;
     if (a->total_batch_size == 0) { a->total_batch_size = default_batch(config); }
@@ -4846,8 +4868,8 @@ static char* join_words(int n, char** words) {
     });
 }
 
-// shards.py leaves the vocabulary's size in index.json. llm.c's shards have no such file; they are of
-// GPT-2's tokens.
+// shards.py leaves the vocabulary's size in index.json. llm.c's shards have no such file; they
+// consist of GPT-2's tokens.
 static int read_vocab_size(const char* data) {
     char* index = read_file(joined(data, "index.json"));
     int V = index != NULL ? (int)json_number(index, "n_vocab", 50257) : 50257;
