@@ -4898,7 +4898,7 @@ int main(int argc, char** argv) {
     Model model = make_model(config, a.batch_size, a.seq_len, a.recompute, &ranks);
     Loader loader = make_loader(train_shards, a.batch_size, a.seq_len, V, a.seed);
 
-    // weights: of a saved state, of another model, or random
+    // weights: from a saved state, from another model, or random
     make_folders(a.out);
     State state = {};
     bool resumed = load_state(&model, &ranks, &state, train_shards.n_tokens);
