@@ -2367,17 +2367,17 @@ static void receive_id(ncclUniqueId* id, const addrinfo* address, const char* ho
                        const char* port) {
     const int TRIES = 1200;
     const int MICROSECONDS_APART = 50000;
-    int client = -1;
-    for (int i = 0; client < 0; i++) {
-        if (i == TRIES) {
+    int client = socket(AF_INET, SOCK_STREAM, 0);
+    int tries = 1;
+    while (connect(client, address->ai_addr, address->ai_addrlen) != 0) {
+        if (tries == TRIES) {
             die("rank 0 has not answered at %s:%s for a minute; look at what rank 0 printed", host,
                 port);
         }
-        client = socket(AF_INET, SOCK_STREAM, 0);
-        if (connect(client, address->ai_addr, address->ai_addrlen) == 0) { break; }
-        close(client);
-        client = -1;
+        close(client);                  // after a failure the socket cannot be used again
         usleep(MICROSECONDS_APART);
+        client = socket(AF_INET, SOCK_STREAM, 0);
+        tries++;
     }
     size_t have = 0;
     while (have < sizeof *id) {         // read may return a part
@@ -2491,7 +2491,7 @@ static void reduce(Ranks* ranks, float* gradients, int64_t n, int owner, cudaStr
 }
 
 // The way back: of n bytes, in place, each rank receives what their owner has. It may be the values
-// of parameters in any type. When it starts, and that it does not wait, is as in reduce.
+// of parameters in any type. It starts after `after` and does not wait, as reduce does.
 static void gather(Ranks* ranks, void* all, int64_t n_bytes, int owner, cudaStream_t after) {
 #ifdef MULTI_GPU
     if (ranks->world_size == 1 || owner == EVERY_RANK) { return; }
@@ -2687,19 +2687,18 @@ static void add_modern_tensors(Table* table) {
         {"attn.value_gate.weight", config.n_head, GATE_INPUTS, gate}};
     for (int l = 0; l < L; l++) {
         begin_layer(table, l);
-        int owner = l % table->world_size;
-        if (!config.has_value_embed(l)) {
-            add_bucket(table, owner, {}, l, layer, 4);
-            continue;
-        }
-        add_bucket(table, owner, {}, l, layer, 5);          // the fifth is the value gate
+        bool has_value_embed = config.has_value_embed(l);
+        int n = has_value_embed ? VALUE_GATE + 1 : VALUE_GATE;      // the gate is the last matrix
+        add_bucket(table, l % table->world_size, {}, l, layer, n);
+        if (!has_value_embed) { continue; }
         char name[64];
         snprintf(name, sizeof name, "value_embeds.%d.weight", l);
         add_single(table, {name, Vp, C, uniform}, SHARDED, VALUE_EMBED_ADAM);
     }
 }
 
-// The table for a number of ranks: sharded buckets are padded by it, Muon's are owned by it.
+// The table for a number of ranks, on which the padding of sharded buckets and the owners of Muon's
+// depend
 static Table make_table(Config config, int world_size) {
     int L = config.n_layer;
     Table table = {config, world_size};
@@ -3400,7 +3399,7 @@ static char* read_file(const char* path, size_t* bytes = NULL) {
     fseek(file, 0, SEEK_END);
     long size = ftell(file);
     rewind(file);
-    char* text = (char*)calloc(1, size + 64);
+    char* text = (char*)calloc(1, size + 64);       // zeros also end a file that was cut short
     if (bytes != NULL) { *bytes = size; }
     if (fread(text, 1, size, file) != (size_t)size) {
         die("%s cannot be read to its end; check the disk, or copy the file again", path);
@@ -3409,7 +3408,8 @@ static char* read_file(const char* path, size_t* bytes = NULL) {
     return text;
 }
 
-// The text of the value that belongs to the first "key": of a JSON text, or NULL.
+// Where in a JSON text the value of the first "key": begins, or NULL. Nesting is ignored: the first
+// such key at any depth is taken.
 static const char* json_find(const char* text, const char* key) {
     char quoted[96];
     snprintf(quoted, sizeof quoted, "\"%s\"", key);
@@ -3440,6 +3440,7 @@ static const char* joined(const char* folder, const char* name) {
     return path;
 }
 
+// Like fopen, but a folder that cannot be written to is the user's mistake
 static FILE* create(const char* path) {
     FILE* file = fopen(path, "wb");
     if (file == NULL) {
@@ -3448,6 +3449,7 @@ static FILE* create(const char* path) {
     return file;
 }
 
+// The disk is full, nearly always.
 [[noreturn]] static void die_unwritten(const char* path) {
     die("%s cannot be written: %s; free disk space, then continue with --resume", path,
         strerror(errno));
@@ -3472,7 +3474,9 @@ static void finish(FILE* file, const char* path) {
     if (fclose(file) != 0 || rename(part, path) != 0) { die_unwritten(path); }
 }
 
-// safetensors: 8 bytes n, n bytes of JSON {"name": {"dtype", "shape", "data_offsets"}}, then data.
+// A safetensors file is 8 bytes with a number n, n bytes of JSON, and then the data:
+//   {"wpe.weight": {"dtype": "F32", "shape": [1024, 768], "data_offsets": [0, 3145728]}, …}
+// Offsets are bytes, counted from where the data begin.
 struct SafeTensors {
     const char* path;
     const char* header;         // the JSON, which ends with a zero
@@ -3739,7 +3743,7 @@ template <class EntryOf> static void write_header(FILE* file, int n, EntryOf ent
     size_t size = 0;
     char* header = to_string([&](FILE* text) {
         fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
-        int64_t begin = 0;
+        int64_t begin = 0;              // bytes
         for (int i = 0; i < n; i++) {
             Entry entry = entry_of(i);
             fprintf(text, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%lld", entry.name,
@@ -3889,8 +3893,8 @@ static void read_tokens(Shards shards, int64_t start, int count, int* tokens, in
 // What rows are sorted by. No two rows of an epoch have the same key, because mix64 is invertible.
 struct RowKey { uint64_t key; uint32_t row; };
 
-// The rows 0 … n - 1 in the order of an epoch: sorted by a hash of (seed, epoch, row), so that both
-// trainers read the same rows. It is shuffled_rows of train_gpt2.py, where the reasons stand.
+// The rows 0 … n - 1 in the order of an epoch: sorted by a hash of (seed, epoch, row). It equals
+// shuffled_rows of train_gpt2.py, so both trainers read the same rows.
 static void shuffle_rows(uint64_t seed, uint64_t epoch, uint32_t* order, uint32_t n) {
     uint64_t start = mix64(mix64(seed) + epoch);
     RowKey* keys = (RowKey*)malloc(n * sizeof(RowKey));
@@ -3903,9 +3907,10 @@ static void shuffle_rows(uint64_t seed, uint64_t epoch, uint32_t* order, uint32_
 }
 
 // Rows of T + 1 tokens in a seeded order, each once an epoch. A position is the number of rows read
-// before. While the GPU copies one staging buffer, the next batch is read into the other. A buffer
-// holds inputs (BT), targets (BT) and, for the embedding's backward pass (§3), the inputs' index:
-// positions (BT), starts (BT + 1) and tokens (BT) of the groups of equal tokens.
+// before, so one integer says where a run is. While the GPU copies one staging buffer, the next
+// batch is read into the other. A staging buffer is
+//   inputs (BT) | targets (BT) | positions (BT) | starts (BT + 1) | tokens (BT)
+// The last three are the index of the inputs, for the embedding's backward pass (§3).
 struct Loader {
     Shards shards;
     int T, V;
@@ -3943,8 +3948,11 @@ static Loader make_loader(Shards shards, int B, int T, int V, int64_t seed) {
     return loader;
 }
 
-// Groups the positions 0 … BT - 1 by their input, by counting: group g has the input tokens[g] and
-// the positions positions[starts[g]] … positions[starts[g + 1] - 1]. Returns the number of groups.
+// Groups the places of a batch by their input, with a counting sort: group g is of the input
+// tokens[g], and its places are positions[starts[g]] … positions[starts[g + 1] - 1].
+//   inputs 7 3 7  →  tokens 3 7, starts 0 1 3, positions 1 0 2
+// The backward pass of the embedding then adds up each group in one order, without atomics. Returns
+// the number of groups.
 static int index_tokens(const int* inputs, int BT, int* counts, int V, int* positions, int* starts,
                         int* tokens) {
     memset(counts, 0, V * sizeof(int));
@@ -4124,7 +4132,7 @@ struct Flag {
     const char** text;
     int64_t* integer;
     double* real;
-    bool* given;                // a flag without a value, like --resume
+    bool* is_on;                // a switch, which has no value, like --resume
 };
 
 static Flag text_flag(const char* name, const char** text, const char* help) {
@@ -4136,8 +4144,8 @@ static Flag integer_flag(const char* name, int64_t* integer, const char* help) {
 static Flag real_flag(const char* name, double* real, const char* help) {
     return {name, help, NULL, NULL, real, NULL};
 }
-static Flag given_flag(const char* name, bool* given, const char* help) {
-    return {name, help, NULL, NULL, NULL, given};
+static Flag switch_flag(const char* name, bool* is_on, const char* help) {
+    return {name, help, NULL, NULL, NULL, is_on};
 }
 
 // Set once, before anything else runs; plan_batch fills in the rest.
@@ -4148,7 +4156,7 @@ static const Flag FLAGS[] = {
     text_flag("config", &arguments.config, "other sizes: block_size=256 n_layer=2 n_head=2 …"),
     text_flag("data", &arguments.data, "folder with *_train_*.bin and *_val_*.bin"),
     text_flag("out", &arguments.out, "run folder"),
-    given_flag("resume", &arguments.resume, "continue from <out>/state, if there is one"),
+    switch_flag("resume", &arguments.resume, "continue from <out>/state, if there is one"),
     text_flag("init_from", &arguments.init_from,
               "begin with this model: a run's folder, or gpt2 … gpt2-xl"),
     integer_flag("max_steps", &arguments.max_steps, "steps (default: by the model's size)"),
@@ -4167,7 +4175,7 @@ static const Flag FLAGS[] = {
                  "to save memory, compute again in the backward pass: 1 GELU, 2 also the norms"),
     integer_flag("deterministic", &arguments.deterministic,
                  "1: the same run gives the same bits, which is always so here"),
-    given_flag("profile", &arguments.profile, "time each kernel of steps 10-12"),
+    switch_flag("profile", &arguments.profile, "time each kernel of steps 10-12"),
 };
 
 // The flag that a word like "--seed" names, or NULL
@@ -4184,7 +4192,8 @@ static const Flag* find_flag(const char* word) {
     exit(0);
 }
 
-// --config takes all words up to the next flag. Returns the index of its last word.
+// --config takes all words up to the next flag, and joins them: "n_layer=2 n_head=2 ". Returns the
+// index of the last of them.
 static int parse_config(int argc, char** argv, int i) {
     static char config[1024];
     config[0] = '\0';
@@ -4199,7 +4208,7 @@ static int parse_config(int argc, char** argv, int i) {
 
 // Stores the word after a flag; a number must be a number to its last letter.
 static void parse_value(const Flag* flag, char* value) {
-    char* end = NULL;
+    char* end = NULL;           // where strtoll or strtod stopped
     if (flag->text != NULL) {
         *flag->text = value;
         return;
@@ -4222,8 +4231,8 @@ static void parse_arguments(int argc, char** argv) {
         }
         const Flag* flag = find_flag(argv[i]);
         if (flag == NULL) { die("%s is not a flag; see --help", argv[i]); }
-        if (flag->given != NULL) {
-            *flag->given = true;
+        if (flag->is_on != NULL) {
+            *flag->is_on = true;
             continue;
         }
         if (i + 1 == argc) { die("%s has no value; see --help", argv[i]); }
@@ -4285,7 +4294,7 @@ static Config preset(const char* name, int V) {
     return {2048, V, depth, NH, 128 * NH, true, 15.0, "SSSL"};
 }
 
-// --model, changed by --config
+// The config of a new model: --model, changed by --config
 static Config choose_config(int V) {
     Config config = preset(arguments.model, V);
     check_fields(arguments.config, config.modern);
@@ -4314,9 +4323,9 @@ static const char* init_folder() {
 }
 
 // Ends the run unless the kernels can compute this model. A load is 128 bits wide, so C is a
-// multiple of 8; a warp holds at most 256 channels of a head in registers (§7); norms hold four fp32
-// rows in 48 KB of shared memory, so C is at most 3072 (§5); rotary positions and qk norms of dN
-// share a head out among lanes, so its width is a power of two.
+// multiple of 8; a warp holds at most 256 channels of a head in registers (§7); norms hold four
+// fp32 rows in 48 KB of shared memory, so C is at most 3072 (§5); rotary positions and qk norms of
+// dN share a head out among lanes, so its width is a power of two (§7).
 // V is the size of the shards' vocabulary, T the length of a row.
 static void check_config(Config config, int V, int64_t T) {
     int C = config.n_embd, NH = config.n_head;
@@ -4346,9 +4355,13 @@ static void check_config(Config config, int V, int64_t T) {
 
 // ---- §17 The log and saved states ---------------------------------------------------------------
 //
-// The twin of RunLog, is_spike, save_state and load_state in training.py: the same lines and the
-// same <run>/log.jsonl. Saved states have another layout than Python's, because ranks own parts of
-// buckets here and whole parameters there, so each trainer resumes its own runs alone.
+// The twin of RunLog, save_state and load_state in training.py, and of is_spike in train_gpt2.py:
+//   <run>/log.jsonl                                  JSON lines: the header, steps, samples
+//   <run>/config.json, model.safetensors             the model, in fp32
+//   <run>/state/step_000250/rank_00000.safetensors   masters and moments of a rank's parts
+//   <run>/state/step_000250/state.json               step, position, settings, last losses
+// The log and the model are those that Python writes. States have a layout of their own, because
+// ranks own parts of buckets here and whole parameters there: a trainer resumes its own runs alone.
 
 // `started`: on the clock of seconds_now
 struct Log { FILE* file; int64_t max_steps; double started; bool is_main; };
@@ -4373,8 +4386,8 @@ static void make_folders(const char* path) {
     mkdir(part, 0777);
 }
 
-// Copies the old log's lines up to the resumed step; those after it are going to be written again.
-// Sets the clock back, so that seconds count from the run's first start.
+// Copies the old log's lines up to the resumed step; those after it will be written again. Then the
+// clock continues from the last line's seconds, so that they count time spent, not time passed.
 static void keep_old_lines(Log* log, char* old, int64_t resume_step) {
     char* line = old;
     char* end = strchr(line, '\n');
@@ -4652,7 +4665,7 @@ static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n
     barrier(ranks);
 }
 
-// The newest step that has a state.json, or -1
+// The newest step that has a state.json, or -1. glob sorts by name, and so by step.
 static int64_t newest_state() {
     char pattern[4096];
     snprintf(pattern, sizeof pattern, "%s/state/step_*/state.json", arguments.out);
@@ -4693,8 +4706,8 @@ static void copy_overlap(float* to, Table table, const Part* parts, const float*
     }
 }
 
-// Restores this rank's arrays from the shards of `old_ranks` ranks. If their number is the same now,
-// a rank reads its own shard alone, else all of them, one after another.
+// Restores this rank's arrays from the shards of `old_ranks` ranks. If there are as many ranks as
+// before, a rank reads its own shard alone, else all of them, one after another.
 static void load_shards(Model* model, Ranks* ranks, const char* folder, int old_ranks) {
     Table table = model->table;
     Table old = make_table(model->config, old_ranks);
@@ -4753,6 +4766,7 @@ static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_token
             "order of the rows has changed; train again in another --out", arguments.out, version,
             STATE_VERSION);
     }
+    // settings are compared as text: the same settings are written as the same bytes
     char* settings = to_string([&](FILE* file) { write_settings(file, model->config, n_tokens); });
     if (strstr(text, settings) == NULL) { die_changed(text, settings); }
     state->step = step;
@@ -4817,8 +4831,11 @@ static HellaSwag open_hellaswag(const char* core_dir, int V) {
     return questions;
 }
 
-// An answer's tokens → inputs (T) and targets (T), which are -1 outside of the answer itself. If it
-// is too long, the beginning of the question is left out.
+// An answer's tokens → inputs (T) and targets (T), which are -1 outside of the answer itself. With
+// two tokens q of a question, two of an answer, and E for <|endoftext|>, so n = 5 and begin = 3:
+//   inputs   E  q  q  a  0 …
+//   targets -1 -1  a  a -1 …
+// If the tokens are too many, the beginning of the question is left out.
 static void fill_row(const int* answer, int T, int* inputs, int* targets) {
     int cut = max(0, answer[0] - 1 - T);
     const int* ids = answer + 2 + cut;
@@ -5118,7 +5135,8 @@ const double D12_MATMUL_PARAMETERS = 110.1e6;   // where dN's decay and batch si
 const double GPT2_MATMUL_PARAMETERS = 12.0 * 12 * 768 * 768 + 50257.0 * 768;    // of the 124M
 const double TUNED_BATCH = 1 << 19;             // tokens a step, where dN's rates were tuned
 
-// The numbers of the update that follows `step` updates
+// What the step after `step` steps multiplies its update by: for GPT-2, schedule and clipping; for
+// dN, the schedules of rate, momentum and decay. The twin of schedule in train_gpt2.py.
 static Update plan_update(Config config, int64_t step, double norm) {
     const Arguments& a = arguments;
     int64_t n = a.max_steps;
@@ -5163,7 +5181,8 @@ static double default_lr(Config config, int64_t batch_tokens) {
     return 0.02 * fmax(sqrt(batch_tokens / TUNED_BATCH), sqrt(0.5));
 }
 
-// The most rows at a time, up to 32, that fit into 90 % of the free memory and divide a step's
+// The most rows at a time, up to 32, that fit into 90 % of the free memory and divide a step's rows
+// evenly
 static int64_t default_rows(Config config, int world_size) {
     const Arguments& a = arguments;
     size_t free_bytes = 0;
@@ -5180,7 +5199,9 @@ static int64_t default_rows(Config config, int world_size) {
     return found;
 }
 
-// Sets max_steps, total_batch_size, batch_size and lr where no flag did; returns grad_accum_steps.
+// Sets max_steps, total_batch_size, batch_size and lr where no flag did; returns grad_accum_steps:
+//   total_batch_size = batch_size · seq_len · world_size · grad_accum_steps      tokens a step
+// The first is a property of the model, the second is what fits in memory; the last follows.
 static int64_t plan_batch(Config config, int world_size) {
     Arguments* a = &arguments;
     if (a->total_batch_size == 0) { a->total_batch_size = default_batch(config); }
@@ -5248,8 +5269,8 @@ static void write_flags(FILE* file) {
             fprintf(file, "%lld", (long long)*flag.integer);
         } else if (flag.real != NULL) {
             fprintf(file, "%.15g", *flag.real);
-        } else if (flag.given != NULL) {
-            fprintf(file, "%d", *flag.given);
+        } else if (flag.is_on != NULL) {
+            fprintf(file, "%d", *flag.is_on);
         } else if (*flag.text != NULL) {
             write_json_string(file, *flag.text, strlen(*flag.text));
         } else {
@@ -5408,8 +5429,8 @@ static char* join_words(int n, char** words) {
     });
 }
 
-// shards.py leaves the vocabulary's size in index.json. llm.c's shards have no such file; they are of
-// GPT-2's tokens.
+// shards.py leaves the vocabulary's size in index.json. llm.c's shards have no such file; they
+// consist of GPT-2's tokens.
 static int read_vocab_size(const char* data) {
     char* index = read_file(joined(data, "index.json"));
     int V = index != NULL ? (int)json_number(index, "n_vocab", 50257) : 50257;
@@ -5438,7 +5459,7 @@ int main(int argc, char** argv) {
     Model model = make_model(config, a.batch_size, a.seq_len, a.recompute, &ranks);
     Loader loader = make_loader(train_shards, a.batch_size, a.seq_len, V, a.seed);
 
-    // weights: of a saved state, of another model, or random
+    // weights: from a saved state, from another model, or random
     make_folders(a.out);
     State state = {};
     bool resumed = load_state(&model, &ranks, &state, train_shards.n_tokens);
