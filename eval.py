@@ -42,6 +42,7 @@ import sys
 from array import array
 from collections import Counter
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -60,25 +61,70 @@ GET_GSM8K = ("get test.jsonl from https://github.com/openai/grade-school-math, f
 
 # ---- What a right answer is ----------------------------------------------------------------------
 
-def final_answer(text):
-    """The rest of the line after the last ####, GSM8K's mark, in lower case and without $ and
-    commas; None if there is no mark or nothing after it.
+# 5, 05, .5, 5.0, 1e3, and 1,234: a comma only between groups of three digits
+NUMBER = r"(?:(?:(?!0)\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3})?"
+MINUS_SIGNS = str.maketrans("\u2212\u2013\ufe63\uff0d", "----")
+NOT_A_UNIT = r"^k\b|\b(?:and|or|dozen|hundred|thousand|million|billion|trillion)\b"
 
-    >>> final_answer("6 * 7 = 42\\n#### 42.")
-    '42'
+def final_answer(text):
+    """The rest of the line after the last ####, GSM8K's mark: in lower case, without the signs that
+    decorate an answer and without the commas in a number. None if nothing is left.
+
+    >>> final_answer("6 * 700 = 4,200\\n#### **$4,200.**")
+    '4200'
     """
     if "####" not in text:
         return None
-    line = text.rpartition("####")[2].split("\n")[0]
-    return line.replace(",", "").strip(" $").rstrip(" .").lower() or None
+    line = text.rpartition("####")[2].split("\n")[0].lower().translate(MINUS_SIGNS)
+    line = re.sub(r"\\+\$", "$", line)
+    if "\\boxed{" in line:
+        line = line.replace("\\boxed{", " ").replace("}", " ")
+    line = " ".join(line.split()).lstrip(" $*`").rstrip(" $*`.,")
+    if as_number(line) is not None:
+        number = re.search(NUMBER, line)[0]
+        line = line.replace(number, number.replace(",", ""), 1)
+    return line or None
+
+def as_number(text, with_words=False):
+    """A text → Decimal; None if the text is anything else than one number with signs like $ and %.
+
+    with_words: words may follow ("18 dollars a day"), but no second number, no "or", no "million".
+
+    >>> as_number("$1,234.50"), as_number("5 apples"), as_number("5 apples", with_words=True)
+    (Decimal('1234.50'), None, Decimal('5'))
+    """
+    text = re.sub(r"^([-+]?) ?[$€£¥] ?", r"\1", text)
+    found = re.match(rf"[-+]?{NUMBER}", text)
+    if not found:
+        return None
+    rest = text[found.end():]
+    if any(c.isnumeric() for c in rest) or re.search(NOT_A_UNIT, rest):
+        return None
+    if not with_words and any(c.isalpha() for c in rest):
+        return None
+    return Decimal(found[0].replace(",", ""))
 
 def is_final(reply, answer):
-    """The answer stands after the last ####."""
-    return final_answer(reply) == final_answer("#### " + answer) is not None
+    """The answer stands after the last ####. If it is a number, values are compared, else texts."""
+    said = final_answer(reply)
+    wanted = final_answer("#### " + answer)
+    if said is None or wanted is None:
+        return False
+    number = as_number(wanted)
+    if number is None:
+        return said == wanted
+    return as_number(said, with_words=True) == number
 
 def is_contained(reply, answer):
-    """The answer is a word of the reply, or several words in a row."""
-    return re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", reply.lower()) is not None
+    """The answer is a word or several words of the reply; a number is one of the reply's numbers.
+    """
+    reply = reply.lower().translate(MINUS_SIGNS)
+    answer = answer.lower().translate(MINUS_SIGNS)
+    number = as_number(answer)
+    if number is None:
+        return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply) is not None
+    found = re.findall(rf"(?<![\w.,])[-+]?{NUMBER}(?![\d.,]*\d|\w)", reply)
+    return any(as_number(text) == number for text in set(found))
 
 def overlaps(reply, answer):
     """At least 3 in 5 words are shared: F1 = 2 · shared / (words of both) ≥ 0.6."""

@@ -40,7 +40,9 @@ def test_docstring_examples_are_true():
     ("#### 72", "72"), ("7 + 8 = 15\n#### 1,234", "1234"), ("#### $18.00.", "18.00"), ("72", None),
     ("####", None), ("#### ", None), ("####\n72", None), ("#### 1 #### 2", "2"), ("#### -3", "-3"),
     ("#### 3\nand 4", "3"), ("####Even ", "even"), ("#### 4 or 5", "4 or 5"), ("### 5", None),
-    ("#### .5", ".5"), ("", None)])
+    ("#### .5", ".5"), ("", None), ("#### 1,2,3", "1,2,3"), ("#### 12,5", "12,5"),
+    ("#### 5\r\n", "5"), ("#### a\t b", "a b"), ("#### 5 $.", "5"), ("#### **5**", "5"),
+    ("#### $\\boxed{5}$.", "5"), ("#### \u22125", "-5"), ("#### 5 apples", "5 apples")])
 def test_final_answer_is_the_whole_line_after_the_last_mark(text, answer):
     assert final_answer(text) == answer
 
@@ -51,7 +53,24 @@ def test_final_answer_is_the_whole_line_after_the_last_mark(text, answer):
       "#### even #### odd", "even ####", "#### not even"]),
     ("final", "12", ["#### 12", "#### $12", "#### 12."], ["#### 1", "#### 112", "#### 1 2", "12",
                                                           "#### 12 13", "#### -12", "#### 12.5"]),
-    ("final", "5", ["#### 5"], ["#### .5", "#### 05", "#### 5%"]),
+    ("final", "5", ["#### 5", "#### 5 apples", "#### 5%", "#### 5 (five)", "#### 5€", "#### 5.0",
+                    "#### $5.00", "#### 05", "#### +5", "#### **5**", "#### \\boxed{5}", "#### €5",
+                    "#### 5 kg.", "#### \uff15", "#### 5 $.", "#### \\$5", "#### 6 #### 5"],
+     ["#### .5", "#### -5", "#### 5 or 6", "#### 5 or six", "#### 5, 6", "#### 6 5", "#### 5/6",
+      "#### 5 million", "#### 5k", "#### 5 hundred", "#### 5\u00b2", "#### 5\u00bd", "#### 5.0.0",
+      "#### 5 and a half", "#### not 5", "#### 1 2 3 4 5 6 7 8 9 10", "#### 5 #### 6", "#### 5:30",
+      "#### 5 \\boxed{6}", "####\n5", "#### 5,0", "#### \u00b2", "#### 5 + 1", "5"]),
+    ("final", "18", ["#### 18 dollars every day", "#### $18/day"], ["#### 1 8", "#### 1,8"]),
+    ("final", "-5", ["#### \u22125", "#### -$5.00", "#### $-5"], ["#### 5", "#### --5"]),
+    ("final", "1,234", ["#### 1234", "#### 1,234.0", "#### 1.234e3"], ["#### 1234,0", "#### 12,34"]),
+    ("final", "1,2,3", ["#### 1,2,3", "#### 1,2,3."], ["#### 123", "#### 1", "#### 1,23"]),
+    ("final", "(1,2)", ["#### (1,2)", "#### **(1,2)**"], ["#### (12)", "#### 12", "#### 1,2"]),
+    ("final", "12,5", ["#### 12,5"], ["#### 125", "#### 12.5", "#### 12"]),
+    ("final", "0,125", ["#### 0,125"], ["#### 125", "#### 0125"]),
+    ("final", "3 pm", ["#### 3 PM."], ["#### 3 am", "#### 3", "#### 3 pm or 4 pm"]),
+    ("final", "5e", ["#### 5E"], ["#### 5"]),
+    ("contains", "5", ["It is 5.", "5", "$5.00", "3-5", "(5)", "**5**", "so 5, 6"],
+     ["1.5", "15", "5.1", "-5", "1,5", "5th", "2.5.1", ".5", "5,000", "v5", "5\u00b2", "-\u22125"]),
     ("contains", "Ada", ["I am Ada.", "ada"], ["Adam", "I am Adams", "", "A d a", "Canada"]),
     ("contains", "C++", ["I like C++.", "c++"], ["C", "XC++", "C+"]),
     ("overlap", "Return the mean of the data.",
@@ -61,6 +80,16 @@ def test_replies_are_judged_as_a_person_would(check, answer, right, wrong):
     problem = dict(answer=answer, check=check)
     assert [reply for reply in right if not is_correct(reply, problem)] == []
     assert [reply for reply in wrong if is_correct(reply, problem)] == []
+
+
+def test_an_answer_stays_the_same_if_it_is_taken_again():
+    rng = random.Random(0)
+    pieces = ["5", "1,234", ".", "$", " ", "\r", "\t", "*", "`", "\\", "\\boxed{", "}", "####",
+              "#", "a", "\u0130", "\u2028", "\u2212", "-", "%", ",", "\u0665", "\u00b2", "e", "or"]
+    for _ in range(20_000):
+        answer = final_answer("#### " + "".join(rng.choices(pieces, k=rng.randint(1, 7))))
+        assert answer is None or final_answer("#### " + answer) == answer
+        assert answer is None or is_correct("#### " + answer, dict(answer=answer, check="final"))
 
 
 def write_lines(path, *rows):
