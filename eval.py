@@ -39,6 +39,7 @@ import random
 import re
 import runpy
 import sys
+import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bpe import checked
 from model import load_checkpoint, write_json
 from sample import Engine, find_run, load_tokenizer
 from training import Ranks, init_ranks
@@ -139,6 +141,70 @@ def is_correct(reply, problem):
     """True if the reply solves {"answer", "check"}; check is a name in CHECKS."""
     return CHECKS[problem["check"]](reply, problem["answer"])
 
+# ---- Files of problems and of questions ----------------------------------------------------------
+
+def read_lines(path, parse, remedy):
+    """The objects of a .jsonl or .jsonl.gz, each as parse(object) returns it. parse raises
+    ValueError for what it refuses; the SystemExit names file and line, and the remedy."""
+    opened = gzip.open if str(path).endswith(".gz") else open
+    rows = []
+    number = 0
+    try:
+        with opened(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                text = line.decode("utf-8-sig")     # a byte order mark may stand at the start
+                if text.strip():
+                    rows.append(parse(as_object(json.loads(text))))
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be read: {reason(error)}; {remedy}") from None
+    except (ValueError, KeyError, EOFError, zlib.error, RecursionError) as error:
+        where = max(1, number)
+        raise SystemExit(f"{path}, line {where}: {reason(error)}; {remedy}") from None
+    if not rows:
+        raise SystemExit(f"{path} is empty; {remedy}")
+    return rows
+
+def as_object(value):
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object is needed, got {quoted(value)}")
+    return value
+
+def reason(error):
+    """What an exception found wrong, in words for a user."""
+    if isinstance(error, KeyError):
+        return f"there is no {error.args[0]}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON: {error.msg} at column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1} is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "the JSON is nested too deeply"
+    if isinstance(error, gzip.BadGzipFile):
+        return "it is not a gzip file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)
+
+def quoted(value):
+    """A JSON value for an error message: as JSON writes it, and not too long."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + " …"
+
+def check_text(name, value):
+    """ValueError if the value is not a text with something in it."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be a text that is not empty, got {quoted(value)}")
+
+def check_messages(messages):
+    """ValueError if these are not the messages that Tokenizer.render takes."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages must be a list of at least one, got {quoted(messages)}")
+    for message in messages:
+        _, parts = checked(as_object(message))
+        for _, text in parts:
+            if not isinstance(text, str):
+                raise ValueError(f"content must be a text, got {quoted(text)}")
+
 def as_problem(row):
     """One row of a file of problems → the problem; ValueError says what is wrong with the row.
 
@@ -146,39 +212,80 @@ def as_problem(row):
     """
     problem = dict(row)
     if "messages" not in problem:
+        check_text("question", problem["question"])
         problem["messages"] = [dict(role="user", content=problem["question"])]
+    check_messages(problem["messages"])
     problem.setdefault("kind", "problems")
+    check_text("kind", problem["kind"])
     problem.setdefault("check", "final")
+    check_text("check", problem["check"])
     if problem["check"] not in CHECKS:
         raise ValueError(f"check must be one of {', '.join(CHECKS)}, got {problem['check']}")
+    answer = problem["answer"]
+    check_text("answer", answer)
     if problem["check"] == "final":
-        answer = problem["answer"]
         problem["answer"] = final_answer(answer) or final_answer("#### " + answer)
-    if not problem["answer"]:
-        raise ValueError("the answer is empty")
+        if problem["answer"] is None:
+            raise ValueError(f"the answer holds nothing after ####, got {quoted(answer)}")
     return problem
 
 def read_problems(path):
-    """A .jsonl of {"question", "answer"} → problems with `messages`, `answer`, `kind`, `check`."""
-    problems = []
-    number = 0
-    try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-            if line.strip():
-                problems.append(as_problem(json.loads(line)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path}, line {number}: {reason(error)}; a problem is one line "
-                         '{"question": …, "answer": …} in UTF-8; repair the file, or make one with '
-                         "python chat_sft.py make") from None
-    if not problems:
-        raise SystemExit(f"{path} holds no problem; make some with python chat_sft.py make")
-    return problems
+    """A .jsonl of {"question", "answer"} or {"messages", "answer"} → problems, as as_problem
+    completes them. "kind" and "check" are optional."""
+    return read_lines(path, as_problem, 'a problem is a line {"question": …, "answer": …}; repair '
+                      "the file, or make one with python chat_sft.py make")
 
-def reason(error):
-    """What an exception says, as a user may read it."""
-    if isinstance(error, KeyError):
-        return f"there is no {error.args[0]}"
-    return str(error) or type(error).__name__
+FIELDS = dict(multiple_choice=("query", "choices"), schema=("context_options", "continuation"),
+              language_modeling=("context", "continuation"), letters=("query", "choices"))
+LETTERS = "ABCDEFGHIJ"      # those of the kind "letters"
+
+def as_question(kind, row):
+    """One row of a test set → itself; ValueError if no task of this kind can ask it."""
+    for name in FIELDS[kind]:
+        value = row[name]
+        if name in ("choices", "context_options"):
+            check_options(name, value, row["gold"])
+        elif name == "continuation":
+            check_text(name, value)
+        elif not isinstance(value, str):        # a context may be empty
+            raise ValueError(f"{name} must be a text, got {quoted(value)}")
+    if kind == "letters" and len(row["choices"]) > len(LETTERS):
+        raise ValueError(f"choices must be at most {len(LETTERS)}, got {len(row['choices'])}")
+    return row
+
+def check_options(name, options, gold):
+    """ValueError if these are not texts with a right one at the place `gold`."""
+    if not isinstance(options, list) or not options:
+        raise ValueError(f"{name} must be a list of at least one text, got {quoted(options)}")
+    for option in options:
+        check_text(f"each of {name}", option)
+    if type(gold) is not int or not 0 <= gold < len(options):
+        raise ValueError(f"gold must be a whole number from 0 to {len(options) - 1}, the place of "
+                         f"the right one among {name}, got {quoted(gold)}")
+
+def read_rows(path, kind):
+    """The rows of a test set for tasks of this kind, shuffled with SEED."""
+    rows = read_lines(path, lambda row: as_question(kind, row), "get the file again")
+    random.Random(SEED).shuffle(rows)
+    return rows
+
+def read_json(path):
+    """A JSON object; {} if there is no file."""
+    if not Path(path).is_file():
+        return {}
+    try:
+        return as_object(json.loads(Path(path).read_bytes().decode("utf-8-sig")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SystemExit(f"{path} is damaged: {reason(error)}; delete it, or make it again"
+                         ) from None
+
+def existing(path):
+    """This file, with or without .gz; None if there is neither."""
+    name = str(path).removesuffix(".gz")
+    for found in (Path(name), Path(name + ".gz")):
+        if found.is_file():
+            return found
+    return None
 
 # ---- Log-likelihood ------------------------------------------------------------------------------
 
@@ -312,6 +419,10 @@ def candidates(task, row):
         return [(o + task.delimiter, row["continuation"]) for o in row["context_options"]]
     return [(row["context"].strip() + task.delimiter, row["continuation"])]
 
+def gold_of(task, row):
+    """The place of the right candidate; None in language modeling, which has one candidate."""
+    return None if task.kind == "language_modeling" else row["gold"]
+
 def core_questions(tokenizer, task, rows, n):
     """Yields the first n rows as (spans, gold); before each stand `shots` solved examples."""
     for i, row in enumerate(rows[:n]):
@@ -320,13 +431,9 @@ def core_questions(tokenizer, task, rows, n):
         for j in random.Random(1234 + i).sample(range(len(rows) - 1), shots):
             if j >= i:
                 j += 1          # never the row itself
-            right = rows[j].get("gold", 0)
-            prefix += "".join(candidates(task, rows[j])[right]) + "\n\n"
+            prefix += "".join(candidates(task, rows[j])[gold_of(task, rows[j]) or 0]) + "\n\n"
         pairs = [(prefix + context, answer) for context, answer in candidates(task, row)]
-        gold = None if task.kind == "language_modeling" else row["gold"]
-        yield token_spans(tokenizer, pairs), gold
-
-LETTERS = "ABCDEFGHIJ"
+        yield token_spans(tokenizer, pairs), gold_of(task, row)
 
 def letter_questions(tokenizer, task, rows, n):
     """Yields the first n rows as (spans, gold), in the chat prompt. The spans are the letters with
@@ -345,36 +452,10 @@ def letter_questions(tokenizer, task, rows, n):
 
 def run_task(engine, task, path, max_examples=None, ranks=Ranks()):
     """→ {"accuracy", "n", "cut"} of one task."""
-    rows = read_rows(path)
+    rows = read_rows(path, task.kind)
     n = min(max_examples or len(rows), len(rows))
     ask = letter_questions if task.kind == "letters" else core_questions
-    try:
-        return measure(engine, ask(engine.tokenizer, task, rows, n), n, task.label, ranks)
-    except KeyError as error:
-        raise SystemExit(f"{path}: a row has no {error.args[0]}, which every row of {task.kind} "
-                         "needs; get the file again") from None
-
-def existing(path):
-    """This file, with or without .gz; None if there is neither."""
-    name = str(path).removesuffix(".gz")
-    for found in (Path(name), Path(name + ".gz")):
-        if found.is_file():
-            return found
-    return None
-
-def read_rows(path):
-    """The rows of a .jsonl or .jsonl.gz, shuffled with SEED."""
-    opened = gzip.open if str(path).endswith(".gz") else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as lines:
-            rows = [dict(json.loads(line)) for line in lines if line.strip()]
-        if not rows:
-            raise ValueError("it is empty")
-    except (OSError, EOFError, ValueError, TypeError) as error:
-        raise SystemExit(f"{path}: {error}; a test set has one JSON object a line, in UTF-8; "
-                         "get it again") from None
-    random.Random(SEED).shuffle(rows)
-    return rows
+    return measure(engine, ask(engine.tokenizer, task, rows, n), n, task.label, ranks)
 
 # ---- CORE as a mean of tasks ---------------------------------------------------------------------
 
@@ -388,18 +469,45 @@ def centered(accuracy, baseline):
 
 def core_tasks(folder):
     """The tasks that core_tasks.csv lists; without it, those of the published core.yaml."""
-    table = Path(folder, "core_tasks.csv")
+    source = Path(folder, "core_tasks.csv")
     listed = Path(folder, "core.yaml")
     about = Path(folder, "eval_meta_data.csv")
-    if table.is_file():
-        rows = list(csv.DictReader(table.read_text("utf-8").splitlines()))
-    elif listed.is_file() and about.is_file():
-        rows = published_tasks(listed.read_text("utf-8"), about.read_text("utf-8"))
-    else:
-        raise SystemExit(f"{table} is missing; it lists the tasks of CORE; {GET_CORE}")
-    return [Task(row["label"], row["file"], row["type"], int(row["num_fewshot"]),
-                 json.loads(row["continuation_delimiter"]),
-                 float(row["random_baseline_percent"]) / 100) for row in rows]
+    tasks = []
+    try:
+        if source.is_file():
+            rows = csv.DictReader(source.read_text("utf-8-sig").splitlines())
+        elif listed.is_file() and about.is_file():
+            source = listed
+            rows = published_tasks(listed.read_text("utf-8-sig"), about.read_text("utf-8-sig"))
+        else:
+            raise SystemExit(f"{source} is missing; it lists the tasks of CORE; {GET_CORE}")
+        for row in rows:
+            tasks.append(as_task(row))
+    except (OSError, ValueError, KeyError, csv.Error, RecursionError) as error:
+        raise SystemExit(f"{source}, task {len(tasks) + 1}: {reason(error)}; repair the file, or "
+                         f"{GET_CORE}") from None
+    if not tasks:
+        raise SystemExit(f"{source} lists no task; {GET_CORE}")
+    return tasks
+
+def as_task(row):
+    """One row of core_tasks.csv → a Task; ValueError says what is wrong with the row."""
+    for name in ("label", "type", "num_fewshot", "continuation_delimiter",
+                 "random_baseline_percent"):
+        check_text(name, row[name])
+    kinds = [kind for kind in FIELDS if kind != "letters"]
+    if row["type"] not in kinds:
+        raise ValueError(f"type must be one of {', '.join(kinds)}, got {row['type']}")
+    if not re.fullmatch("[0-9]{1,4}", row["num_fewshot"]):
+        raise ValueError(f"num_fewshot must be a whole number, got {row['num_fewshot']}")
+    delimiter = row["continuation_delimiter"]
+    if not re.fullmatch(r'"(?:[^"\\]|\\.)*"', delimiter):
+        raise ValueError(f"continuation_delimiter must be a text in quotes, got {delimiter}")
+    baseline = row["random_baseline_percent"]
+    if not re.fullmatch(r"[0-9]{1,2}(?:\.[0-9]+)?", baseline):
+        raise ValueError(f"random_baseline_percent must be from 0 to 99, got {baseline}")
+    return Task(row["label"], row["file"] or "", row["type"], int(row["num_fewshot"]),
+                json.loads(delimiter), float(baseline) / 100)
 
 def published_tasks(listed, about):
     """core.yaml and eval_meta_data.csv of the evaluation bundle → the rows of core_tasks.csv."""
@@ -508,15 +616,6 @@ def figures(result):
     if result.get("left_out"):
         fields.append(f"left out: {', '.join(result['left_out'])}")
     return fields
-
-def read_json(path):
-    """A JSON object; {} if there is no file."""
-    if not Path(path).is_file():
-        return {}
-    try:
-        return json.loads(Path(path).read_text("utf-8"))
-    except ValueError as error:
-        raise SystemExit(f"{path} is damaged: {error}; delete it, or make it again") from None
 
 def digest(*paths):
     """12 hex digits that change with the content of these files."""
@@ -641,7 +740,7 @@ def write_hellaswag():
     if not path:
         raise SystemExit(f"{args.core_dir} holds no HellaSwag; {GET_CORE}")
     tokenizer = load_tokenizer(args.tokenizer)
-    rows = read_rows(path)[:args.max_examples]
+    rows = read_rows(path, HELLASWAG.kind)[:args.max_examples]
     questions = core_questions(tokenizer, HELLASWAG, rows, len(rows))
     words = hellaswag_words(questions, len(rows), tokenizer.n_vocab)
     out = Path(args.core_dir, "hellaswag.bin")

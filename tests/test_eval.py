@@ -2,7 +2,9 @@
 eval.py: replies that cheat do not pass, the scored span is the answer and nothing else (against a
 twin that feeds one token at a time), and tasks are right when a rigged model knows the answers.
 """
+import contextlib
 import doctest
+import gzip
 import json
 import random
 import shutil
@@ -107,23 +109,67 @@ def test_gsm8ks_rows_are_read_as_they_are(tmp_path):
     assert second["answer"] == "7" and second["question"] == "a\u2028b"
 
 
+SAID = [dict(role="user", content="?")]
+
+
 @pytest.mark.parametrize("row", [
-    "{", "[1, 2]", "3", '"text"', "null", dict(question="?"), dict(answer="1"),
-    dict(question="?", answer=""), dict(question="?", answer=5), dict(question="?", answer=None),
-    dict(question="?", answer="####"), dict(question="?", answer="1", check="never")], ids=str)
+    "{", "[1, 2]", "3", '"text"', "null", "[" * 200_000, '{"question": "?", "answer": ' + "9" * 5000,
+    "\0", dict(question="?"), dict(answer="1"), dict(question="?", answer=""),
+    dict(question="?", answer=5), dict(question="?", answer=None), dict(question="?", answer=["1"]),
+    dict(question="?", answer="####"), dict(question="?", answer="1", check="never"),
+    dict(question="?", answer="1", check=[]), dict(question="?", answer="1", kind=["a"]),
+    dict(question="?", answer="1", kind=None), dict(question=None, answer="1"),
+    dict(question=["?"], answer="1"), dict(question=" ", answer="1"),
+    dict(messages=3, answer="1"), dict(messages=[], answer="1"), dict(messages=["?"], answer="1"),
+    dict(messages=[dict(role="human", content="?")], answer="1"),
+    dict(messages=[dict(role=["user"], content="?")], answer="1"),
+    dict(messages=[dict(role="user", content=5)], answer="1"),
+    dict(messages=[dict(role="user")], answer="1"),
+    dict(messages=[dict(role="user", content=[dict(type="text")])], answer="1"),
+    dict(messages=[dict(role="user", content=[dict(type="text", text=5)])], answer="1"),
+    dict(messages=[*SAID, dict(role="user", content=[dict(type="think", text="?")])], answer="1")],
+    ids=lambda row: str(row)[:60])
 def test_a_bad_problem_is_one_line_with_its_number(row, tmp_path):
     path = write_lines(tmp_path / "x.jsonl", dict(question="1", answer="1"), row)
     with pytest.raises(SystemExit, match=r"x.jsonl, line 2: .*; repair the file") as error:
         read_problems(path)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_any_problem_that_is_accepted_can_be_rendered(tmp_path, tokenizer):
+    rng = random.Random(0)
+    values = [None, 5, "", "a", "user", "text", [], ["a"], {}, SAID, SAID[0], "####", 1.5, True,
+              dict(role="assistant", content=[dict(type="think", text="b")]), "\ud800"]
+    for _ in range(500):
+        row = {key: rng.choice(values) for key in ("question", "messages", "answer", "kind", "check")
+               if rng.random() < 0.6}
+        row = rng.choice([row, dict(row, messages=[rng.choice(values), rng.choice(values)])])
+        path = write_lines(tmp_path / "x.jsonl", dict(dict(question="?", answer="1"), **row))
+        with contextlib.suppress(SystemExit):
+            [problem] = read_problems(path)
+            tokenizer.render(problem["messages"], for_completion=True)
+            is_correct("#### 1", problem)
+            dict.fromkeys([problem["kind"]])
 
 
 def test_missing_empty_and_foreign_problem_files_are_one_line(tmp_path):
     (tmp_path / "latin1.jsonl").write_bytes(b'{"question": "\xe9"}')
     (tmp_path / "empty.jsonl").write_text("\n")
-    for name in ("latin1.jsonl", "empty.jsonl", "missing.jsonl"):
-        with pytest.raises(SystemExit, match=f"{name}.*;.*chat_sft.py make"):
+    (tmp_path / "plain.jsonl.gz").write_bytes(b"{}")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"question": "?"}\n' * 9)[:-9])
+    (tmp_path / "folder.jsonl").mkdir()
+    for name in ("latin1.jsonl", "empty.jsonl", "missing.jsonl", "plain.jsonl.gz", "cut.jsonl.gz",
+                 "folder.jsonl"):
+        with pytest.raises(SystemExit, match=f"{name}.*;.*chat_sft.py make") as error:
             read_problems(tmp_path / name)
+        assert "\n" not in str(error.value) and "b'" not in str(error.value)
+
+
+def test_problems_may_be_gzipped_and_begin_with_a_byte_order_mark(tmp_path):
+    text = b'\xef\xbb\xbf{"question": "?", "answer": "1"}\r\n'
+    (tmp_path / "x.jsonl").write_bytes(text)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text))
+    assert read_problems(tmp_path / "x.jsonl") == read_problems(tmp_path / "x.jsonl.gz")
 
 
 # ---- log-likelihood
@@ -339,12 +385,57 @@ def test_shots_are_seeded_and_never_the_question_itself(tokenizer):
 
 
 def test_rows_come_in_one_order_from_plain_and_gzipped_files(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [dict(n=n, text="a\u2028b") for n in range(20)])
-    rows = read_rows(path)
-    assert rows == read_rows(path) and sorted(row["n"] for row in rows) == list(range(20))
+    path = write_jsonl(tmp_path / "rows.jsonl", [
+        dict(n=n, context="a\u2028b", continuation="c") for n in range(20)])
+    rows = read_rows(path, "language_modeling")
+    assert rows == read_rows(path, "language_modeling") and sorted(row["n"] for row in rows) == list(range(20))
     assert [row["n"] for row in rows] != list(range(20))
-    (tmp_path / "rows.jsonl.gz").write_bytes(eval_module.gzip.compress(path.read_bytes()))
-    assert read_rows(tmp_path / "rows.jsonl.gz") == rows
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert read_rows(tmp_path / "rows.jsonl.gz", "language_modeling") == rows
+
+
+TWO = dict(query="a", choices=["b", "c"], gold=1)
+
+
+@pytest.mark.parametrize("kind, row, said", [
+    ("multiple_choice", dict(TWO, gold="1"), 'gold must be a whole number from 0 to 1, .* got "1"'),
+    ("multiple_choice", dict(TWO, gold=7), "got 7"), ("letters", dict(TWO, gold=2), "got 2"),
+    ("multiple_choice", dict(TWO, gold=-1), "got -1"), ("letters", dict(TWO, gold=1.0), "got 1.0"),
+    ("multiple_choice", dict(TWO, gold=True), "got true"),
+    ("multiple_choice", dict(TWO, choices=[]), r"choices must be a list .* got \[\]"),
+    ("multiple_choice", dict(TWO, choices="bc"), 'got "bc"'),
+    ("multiple_choice", dict(TWO, choices=["b", ""]), 'each of choices must be .* got ""'),
+    ("multiple_choice", dict(TWO, choices=["b", 5]), "got 5"),
+    ("letters", dict(TWO, choices=["b"] * 11), "choices must be at most 10, got 11"),
+    ("letters", dict(TWO, query=None), "query must be a text, got null"),
+    ("schema", dict(TWO, context_options=["a"], continuation="b"), "from 0 to 0"),
+    ("schema", TWO, "there is no context_options"),
+    ("language_modeling", dict(context="a", continuation=""), "continuation must be"),
+    ("language_modeling", dict(context=3, continuation="a"), "context must be a text, got 3")])
+def test_a_question_that_cannot_be_asked_is_refused_by_file_and_line(kind, row, said, tmp_path):
+    good = dict(TWO, context_options=["a", "b"], continuation="c", context="")
+    path = write_jsonl(tmp_path / "rows.jsonl", [good, row])
+    with pytest.raises(SystemExit, match=f"rows.jsonl, line 2: .*{said}.*; get the file again"):
+        read_rows(path, kind)
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ("schema,1,", "schema,-1,", "num_fewshot must be a whole number, got -1"),
+    ("schema,1,", "schema,x,", "num_fewshot must be a whole number, got x"),
+    (',""" """,50\nlm', ",,50\nlm", "continuation_delimiter must be a text"),
+    (',""" """,50\nlm', ",3,50\nlm", "continuation_delimiter must be a text in quotes, got 3"),
+    (',50\nlm', ",100\nlm", "random_baseline_percent must be from 0 to 99, got 100"),
+    (',50\nlm', ",nan\nlm", "random_baseline_percent must be from 0 to 99, got nan"),
+    (',50\nlm', ",-5\nlm", "random_baseline_percent must be from 0 to 99, got -5"),
+    ("schema,", "essay,", "type must be one of multiple_choice, schema, .* got essay"),
+    ('sc,a/sc.jsonl,schema,1,""" """,50', "sc", "type must be a text"),
+    ("label,file", "name,file", "there is no label")])
+def test_a_bad_list_of_tasks_is_one_line_with_the_number_of_the_task(old, new, said, core_folder):
+    assert TABLE.count(old) == 1
+    (core_folder / "core_tasks.csv").write_text(TABLE.replace(old, new))
+    with pytest.raises(SystemExit, match=f"core_tasks.csv, task [12]: {said}.*; repair") as error:
+        core_tasks(core_folder)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(not CORE.exists(), reason="the CORE files are not on this machine")
@@ -359,7 +450,7 @@ def test_core_runs_on_the_real_files_and_says_that_coqa_is_missing(base_run, tok
 def test_the_real_rows_make_three_types_of_questions(tokenizer):
     tasks = {task.label: task for task in core_tasks(CORE)}
     for label, spans_a_row in dict(winograd=2, jeopardy=1, arc_easy=4).items():
-        rows = read_rows(CORE / "eval_data" / tasks[label].file)
+        rows = read_rows(CORE / "eval_data" / tasks[label].file, tasks[label].kind)
         [(spans, gold)] = core_questions(tokenizer, tasks[label], rows, 1)
         ids, start = spans[gold or 0]
         answer = rows[0].get("continuation") or rows[0]["choices"][gold]
@@ -447,8 +538,8 @@ def test_a_base_model_is_asked_in_the_chat_prompt_and_that_is_said(base_run, tmp
     (["--tasks", "core"], "core_tasks.csv is missing; "),
     (["--tasks", "gsm8k", "--gsm8k", "no.jsonl"], "no.jsonl is missing; get test.jsonl"),
     (["--tasks", "broken.jsonl"], "broken.jsonl, line 1: "),
-    (["--tasks", "empty.jsonl"], "empty.jsonl holds no problem; make some"),
-    (["--tasks", "hellaswag", "--core_dir", "."], "a row has no choices, "),
+    (["--tasks", "empty.jsonl"], "empty.jsonl is empty; a problem is a line "),
+    (["--tasks", "hellaswag", "--core_dir", "."], "hellaswag.jsonl, line 1: there is no query; "),
     (["--tasks", "x", "--max_examples", "-1"], "--max_examples must be at least 1, got -1"),
     (["--tasks", "good.jsonl", "--model", "none"], "none is not a run's folder; "),
     (["report", "none"], "none is not a run's folder; ")])
