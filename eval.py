@@ -183,7 +183,11 @@ def reason(error):
         return "it is not a gzip file"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error)
+    return printable(str(error))
+
+def printable(text):
+    """A text from a file, with escapes for characters that would control the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 def quoted(value):
     """A JSON value for an error message: as JSON writes it, and not too long."""
@@ -372,8 +376,8 @@ def measure(engine, questions, n, name, ranks=Ranks()):
     cut = 0
     room = engine.model.config.block_size + 1
     mine = itertools.islice(questions, ranks.rank, None, ranks.world_size)
-    progress = tqdm(total=n // ranks.world_size, desc=name, unit="question", leave=False,
-                    disable=not ranks.is_main)
+    progress = tqdm(total=n // ranks.world_size, desc=printable(name), unit="question",
+                    leave=False, disable=not ranks.is_main)
     while chunk := list(itertools.islice(mine, 64)):
         found = score(engine.model, [span for spans, _ in chunk for span in spans])
         for spans, gold in chunk:
@@ -453,7 +457,7 @@ def letter_questions(tokenizer, task, rows, n):
 def run_task(engine, task, path, max_examples=None, ranks=Ranks()):
     """→ {"accuracy", "n", "cut"} of one task."""
     rows = read_rows(path, task.kind)
-    n = min(max_examples or len(rows), len(rows))
+    n = len(rows[:max_examples])
     ask = letter_questions if task.kind == "letters" else core_questions
     return measure(engine, ask(engine.tokenizer, task, rows, n), n, task.label, ranks)
 
@@ -540,7 +544,7 @@ def mean_of(name, results):
             left_out.append(label)
             continue
         tasks[label] = dict(result, centered=centered(result["accuracy"], baseline))
-        print(" | ".join([f"{label:32s}", *figures(tasks[label])]), flush=True)
+        say(f"{label:32s}", *figures(tasks[label]))
     if not tasks:
         raise SystemExit(f"{name} needs the file of at least one of {', '.join(left_out)}, and "
                          f"none is there; {GET_CORE}")
@@ -574,7 +578,7 @@ def solve(engine, path, max_examples=None, max_new_tokens=128):
     """
     problems = read_problems(path)
     random.Random(SEED).shuffle(problems)
-    problems = problems[:max_examples or None]
+    problems = problems[:max_examples]
     for p in problems:
         p["tokens"] = len(engine.tokenizer.render(p["messages"], for_completion=True)[0])
         p["right"] = False
@@ -617,9 +621,18 @@ def figures(result):
         fields.append(f"left out: {', '.join(result['left_out'])}")
     return fields
 
+def say(*fields):
+    """Prints fields as a line of the log."""
+    print(printable(" | ".join(fields)), flush=True)
+
 def digest(*paths):
-    """12 hex digits that change with the content of these files."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+    """12 hex digits that change with the content of these files, read in pieces of 1 MB."""
+    sha = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(2 ** 20):
+                sha.update(piece)
+    return sha.hexdigest()[:12]
 
 def files_of(name, args):
     """The files that a task reads; each may be missing, or be there with .gz."""
@@ -634,7 +647,9 @@ def files_of(name, args):
 def plan(args):
     """--tasks → [(name, its first file, arguments to remember)]; each needs at least one file."""
     jobs = []
-    for name in args.tasks.split(","):
+    for name in [name.strip() for name in args.tasks.split(",")]:
+        if not name:
+            raise SystemExit(f"--tasks {args.tasks}: a name is empty; remove the comma beside it")
         files = files_of(name, args)
         found = [path for path in map(existing, files) if path]
         if not found:
@@ -675,10 +690,15 @@ def parse_args():
     add("--max_new_tokens", type=int, help="tokens per reply, at most (128; gsm8k and chat: 256)")
     add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    if (args.max_examples or 0) < 0:
-        raise SystemExit(f"--max_examples must be at least 1, got {args.max_examples}; leave it "
-                         "out to ask all questions")
+    check_at_least_1(args, "max_examples", "max_new_tokens")
     return args
+
+def check_at_least_1(args, *names):
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise SystemExit(f"--{name} must be at least 1, got {value}; leave it out for the "
+                             "default")
 
 def measure_run():
     """Runs the tasks that --tasks names and adds each result to <run>/eval.json."""
@@ -692,21 +712,29 @@ def measure_run():
     # GPT-2 lacks the conversation tokens. Their rows start at the mean embedding, so by Jensen's
     # inequality they get at most 1.6e-4 of the probability.
     model, meta = load_checkpoint(run, init_ranks(args.device).device, tokenizer.n_vocab)
-    print(f"{run}: stage {meta['stage']}, step {meta['step']}, {model.num_params():,} parameters")
+    say(f"{run}: stage {meta['stage']}, step {meta['step']}, {model.num_params():,} parameters")
     engine = Engine(model.for_inference(), tokenizer)
     checkpoint = dict(stage=meta["stage"], step=meta["step"], seed=SEED,
                       weights=digest(run / "model.safetensors"))
     for name, path, arguments in jobs:
-        key = dict(checkpoint, arguments=arguments)
-        if key.items() <= results.get(name, {}).items():
-            print(f"{name}: skipped, {run}/eval.json has it for these weights and arguments")
+        asked = dict(checkpoint, arguments=arguments)
+        known = results.get(name)
+        if isinstance(known, dict) and all(known.get(key) == asked[key] for key in asked):
+            say(f"{name}: skipped, {run}/eval.json has it for these weights and arguments")
             continue
         if meta["stage"] == "pretrain" and arguments["max_new_tokens"]:
-            print(f"{name}: a base model is asked, which has never seen the chat prompt")
+            say(f"{name}: a base model is asked, which has never seen the chat prompt")
         result = measure_task(engine, name, path, arguments, args)
-        results[name] = {**result, **key}
-        write_json(run / "eval.json", results)
-        print(" | ".join([name, *figures(result)]), flush=True)
+        say(name, *figures(result))
+        results[name] = {**result, **asked}
+        try:
+            write_json(run / "eval.json", results)
+        except OSError as error:
+            raise cannot_write(run / "eval.json", error) from None
+
+def cannot_write(path, error):
+    return SystemExit(f"{path} cannot be written: {reason(error)}; free space or make its folder "
+                      "writable, and give the same command again")
 
 # ---- HellaSwag for train_gpt2.cu, which has no tokenizer -----------------------------------------
 
@@ -736,6 +764,7 @@ def write_hellaswag():
     add("--tokenizer", default="gpt2", help="folder of a tokenizer, or gpt2")
     add("--max_examples", type=int, default=500, help="questions, at most (train_gpt2.py asks 500)")
     args = parser.parse_args()
+    check_at_least_1(args, "max_examples")
     path = existing(Path(args.core_dir, "eval_data", HELLASWAG.file))
     if not path:
         raise SystemExit(f"{args.core_dir} holds no HellaSwag; {GET_CORE}")
@@ -745,8 +774,11 @@ def write_hellaswag():
     words = hellaswag_words(questions, len(rows), tokenizer.n_vocab)
     out = Path(args.core_dir, "hellaswag.bin")
     part = Path(f"{out}.part")
-    part.write_bytes(words.tobytes())
-    part.replace(out)
+    try:
+        part.write_bytes(words.tobytes())
+        part.replace(out)
+    except OSError as error:
+        raise cannot_write(out, error) from None
     print(f"{out}: {len(rows)} questions, {tokenizer.n_vocab} tokens")
 
 def main():
@@ -759,4 +791,8 @@ def main():
         measure_run()
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; eval.json holds the tasks that were finished", file=sys.stderr)
+        raise SystemExit(130) from None

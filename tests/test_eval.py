@@ -3,6 +3,7 @@ eval.py: replies that cheat do not pass, the scored span is the answer and nothi
 twin that feeds one token at a time), and tasks are right when a rigged model knows the answers.
 """
 import contextlib
+import dataclasses
 import doctest
 import gzip
 import json
@@ -519,6 +520,38 @@ def test_a_finished_task_is_skipped_until_weights_or_arguments_change(base_run, 
     assert "skipped" not in capsys.readouterr().out
 
 
+def test_results_are_shown_even_if_they_cannot_be_written(base_run, tmp_path, monkeypatch, capsys):
+    path = write_jsonl(tmp_path / "\x1b.jsonl", [dict(question="a?", answer="1", kind=kind)
+                                                 for kind in ("\x1b[2J", "\ud800")])
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(eval_module, "write_json", full)
+    with pytest.raises(SystemExit, match="eval.json cannot be written: No space left on device; "):
+        run_main(eval_module, "--model", base_run, "--tasks", path, "--max_new_tokens", 2)
+    out = capsys.readouterr().out
+    assert "accuracy 0.0000 | \\x1b[2J 0.0000 | \\ud800 0.0000 | n 2" in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize("stored", ["[]", "{", '{"%s": 3}', "[" * 200_000])
+def test_a_damaged_eval_json_is_named_or_measured_again(stored, base_run, tmp_path):
+    run = shutil.copytree(base_run, tmp_path / "run")
+    path = write_jsonl(tmp_path / "rows.jsonl", [dict(question="a?", answer="1")])
+    (run / "eval.json").write_text(stored.replace("%s", str(path)))
+    with contextlib.suppress(SystemExit):
+        run_main(eval_module, "--model", run, "--tasks", path, "--max_new_tokens", 2)
+        assert json.loads((run / "eval.json").read_text())[str(path)]["n"] == 1
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_a_model_of_almost_no_context_is_measured_all_the_same(block_size, tokenizer, core_folder):
+    config = dataclasses.replace(GPT2, block_size=block_size, vocab_size=tokenizer.n_vocab)
+    engine = Engine(noisy(config), tokenizer)
+    assert core(engine, core_folder)["n"] == 6
+    path = write_jsonl(core_folder / "p.jsonl", [dict(question="a?", answer="1")])
+    assert solve(engine, path) == dict(accuracy=0.0, n=1, cut=1,
+                                       kinds=dict(problems=dict(accuracy=0.0, n=1)))
+
+
 def test_a_base_model_is_asked_in_the_chat_prompt_and_that_is_said(base_run, tmp_path, capsys):
     run = shutil.copytree(base_run, tmp_path / "run")
     path = write_jsonl(tmp_path / "test.jsonl", [dict(question="a?", answer="1")])
@@ -541,6 +574,11 @@ def test_a_base_model_is_asked_in_the_chat_prompt_and_that_is_said(base_run, tmp
     (["--tasks", "empty.jsonl"], "empty.jsonl is empty; a problem is a line "),
     (["--tasks", "hellaswag", "--core_dir", "."], "hellaswag.jsonl, line 1: there is no query; "),
     (["--tasks", "x", "--max_examples", "-1"], "--max_examples must be at least 1, got -1"),
+    (["--tasks", "x", "--max_examples", "0"], "--max_examples must be at least 1, got 0"),
+    (["--tasks", "x", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
+    (["hellaswag", "--max_examples", "0"], "--max_examples must be at least 1, got 0"),
+    (["--tasks", "good.jsonl,"], "--tasks good.jsonl,: a name is empty"),
+    (["--tasks", ""], "--tasks : a name is empty"),
     (["--tasks", "good.jsonl", "--model", "none"], "none is not a run's folder; "),
     (["report", "none"], "none is not a run's folder; ")])
 def test_a_bad_input_ends_in_one_line_that_says_what_to_do(flags, said, base_run, tmp_path,
@@ -550,7 +588,9 @@ def test_a_bad_input_ends_in_one_line_that_says_what_to_do(flags, said, base_run
     write_jsonl(tmp_path / "good.jsonl", [dict(question="a?", answer="1")])
     for name, text in dict(broken='{"a": ', empty="\n").items():
         (tmp_path / f"{name}.jsonl").write_text(text)
-    model = ["--model", base_run] if not {"report", "--model"} & set(flags) else []
+    model = []
+    if flags[0] == "--tasks" and "--model" not in flags:
+        model = ["--model", base_run]
     with pytest.raises(SystemExit) as stopped:
         run_main(eval_module, *flags, *model)
     message = str(stopped.value)
