@@ -66,6 +66,7 @@ GET_GSM8K = ("get test.jsonl from https://github.com/openai/grade-school-math, f
 # 5, 05, .5, 5.0, 1e3, and 1,234: a comma only between groups of three digits
 NUMBER = r"(?:(?:(?!0)\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3})?"
 MINUS_SIGNS = str.maketrans("\u2212\u2013\ufe63\uff0d", "----")
+SQUARED = r"(?<=[mt])(?:\^?[23]|[²³])(?!\w)"       # of m², ft^2 or cm3
 NOT_A_UNIT = r"^k\b|\b(?:and|or|dozen|hundred|thousand|million|billion|trillion)\b"
 
 def final_answer(text):
@@ -81,14 +82,14 @@ def final_answer(text):
     line = re.sub(r"\\+\$", "$", line)
     if "\\boxed{" in line:
         line = line.replace("\\boxed{", " ").replace("}", " ")
-    line = " ".join(line.split()).lstrip(" $*`").rstrip(" $*`.,")
+    line = " ".join(line.split()).lstrip(" $*`:=").rstrip(" $*`.,")
     if as_number(line) is not None:
         number = re.search(NUMBER, line)[0]
         line = line.replace(number, number.replace(",", ""), 1)
     return line or None
 
 def as_number(text, with_words=False):
-    """A text → Decimal; None if the text is anything else than one number with signs like $ and %.
+    """A text → Decimal; None if the text is not just one number, perhaps with signs like $ and %.
 
     with_words: words may follow ("18 dollars a day"), but no second number, no "or", no "million".
 
@@ -99,7 +100,7 @@ def as_number(text, with_words=False):
     found = re.match(rf"[-+]?{NUMBER}", text)
     if not found:
         return None
-    rest = text[found.end():]
+    rest = re.sub(SQUARED, "", text[found.end():])
     if any(c.isnumeric() for c in rest) or re.search(NOT_A_UNIT, rest):
         return None
     if not with_words and any(c.isalpha() for c in rest):
@@ -143,71 +144,11 @@ def is_correct(reply, problem):
 
 # ---- Files of problems and of questions ----------------------------------------------------------
 
-def read_lines(path, parse, remedy):
-    """The objects of a .jsonl or .jsonl.gz, each as parse(object) returns it. parse raises
-    ValueError for what it refuses; the SystemExit names file and line, and the remedy."""
-    opened = gzip.open if str(path).endswith(".gz") else open
-    rows = []
-    number = 0
-    try:
-        with opened(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                text = line.decode("utf-8-sig")     # a byte order mark may stand at the start
-                if text.strip():
-                    rows.append(parse(as_object(json.loads(text))))
-    except OSError as error:
-        raise SystemExit(f"{path} cannot be read: {reason(error)}; {remedy}") from None
-    except (ValueError, KeyError, EOFError, zlib.error, RecursionError) as error:
-        where = max(1, number)
-        raise SystemExit(f"{path}, line {where}: {reason(error)}; {remedy}") from None
-    if not rows:
-        raise SystemExit(f"{path} is empty; {remedy}")
-    return rows
-
-def as_object(value):
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON object is needed, got {quoted(value)}")
-    return value
-
-def reason(error):
-    """What an exception found wrong, in words for a user."""
-    if isinstance(error, KeyError):
-        return f"there is no {error.args[0]}"
-    if isinstance(error, json.JSONDecodeError):
-        return f"it is not JSON: {error.msg} at column {error.colno}"
-    if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.start + 1} is not UTF-8"
-    if isinstance(error, RecursionError):
-        return "the JSON is nested too deeply"
-    if isinstance(error, gzip.BadGzipFile):
-        return "it is not a gzip file"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return printable(str(error))
-
-def printable(text):
-    """A text from a file, with escapes for characters that would control the terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-def quoted(value):
-    """A JSON value for an error message: as JSON writes it, and not too long."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + " …"
-
-def check_text(name, value):
-    """ValueError if the value is not a text with something in it."""
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} must be a text that is not empty, got {quoted(value)}")
-
-def check_messages(messages):
-    """ValueError if these are not the messages that Tokenizer.render takes."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages must be a list of at least one, got {quoted(messages)}")
-    for message in messages:
-        _, parts = checked(as_object(message))
-        for _, text in parts:
-            if not isinstance(text, str):
-                raise ValueError(f"content must be a text, got {quoted(text)}")
+def read_problems(path):
+    """A .jsonl of {"question", "answer"} or {"messages", "answer"} → problems, as as_problem
+    completes them. "kind" and "check" are optional."""
+    return read_lines(path, as_problem, 'a problem is a line {"question": …, "answer": …}; repair '
+                      "the file, or make one with python chat_sft.py make")
 
 def as_problem(row):
     """One row of a file of problems → the problem; ValueError says what is wrong with the row.
@@ -233,15 +174,25 @@ def as_problem(row):
             raise ValueError(f"the answer holds nothing after ####, got {quoted(answer)}")
     return problem
 
-def read_problems(path):
-    """A .jsonl of {"question", "answer"} or {"messages", "answer"} → problems, as as_problem
-    completes them. "kind" and "check" are optional."""
-    return read_lines(path, as_problem, 'a problem is a line {"question": …, "answer": …}; repair '
-                      "the file, or make one with python chat_sft.py make")
+def check_messages(messages):
+    """ValueError if these are not the messages that Tokenizer.render takes."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages must be a list of at least one, got {quoted(messages)}")
+    for message in messages:
+        _, parts = checked(as_object(message))
+        for _, text in parts:
+            if not isinstance(text, str):
+                raise ValueError(f"content must be a text, got {quoted(text)}")
 
 FIELDS = dict(multiple_choice=("query", "choices"), schema=("context_options", "continuation"),
               language_modeling=("context", "continuation"), letters=("query", "choices"))
 LETTERS = "ABCDEFGHIJ"      # those of the kind "letters"
+
+def read_rows(path, kind):
+    """The rows of a test set for tasks of this kind, shuffled with SEED."""
+    rows = read_lines(path, lambda row: as_question(kind, row), "get the file again")
+    random.Random(SEED).shuffle(rows)
+    return rows
 
 def as_question(kind, row):
     """One row of a test set → itself; ValueError if no task of this kind can ask it."""
@@ -267,10 +218,33 @@ def check_options(name, options, gold):
         raise ValueError(f"gold must be a whole number from 0 to {len(options) - 1}, the place of "
                          f"the right one among {name}, got {quoted(gold)}")
 
-def read_rows(path, kind):
-    """The rows of a test set for tasks of this kind, shuffled with SEED."""
-    rows = read_lines(path, lambda row: as_question(kind, row), "get the file again")
-    random.Random(SEED).shuffle(rows)
+def existing(path):
+    """This file, with or without .gz; None if there is neither."""
+    name = str(path).removesuffix(".gz")
+    for found in (Path(name), Path(name + ".gz")):
+        if found.is_file():
+            return found
+    return None
+
+def read_lines(path, parse, remedy):
+    """The objects of a .jsonl or .jsonl.gz, each as parse(object) returns it. parse raises
+    ValueError for what it refuses; the SystemExit names file and line, and the remedy."""
+    opened = gzip.open if str(path).endswith(".gz") else open
+    rows = []
+    number = 0
+    try:
+        with opened(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                text = line.decode("utf-8-sig")     # a byte order mark may stand at the start
+                if text.strip():
+                    rows.append(parse(as_object(json.loads(text))))
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be read: {reason(error)}; {remedy}") from None
+    except (ValueError, KeyError, EOFError, zlib.error, RecursionError) as error:
+        where = max(1, number)
+        raise SystemExit(f"{path}, line {where}: {reason(error)}; {remedy}") from None
+    if not rows:
+        raise SystemExit(f"{path} is empty; {remedy}")
     return rows
 
 def read_json(path):
@@ -283,13 +257,40 @@ def read_json(path):
         raise SystemExit(f"{path} is damaged: {reason(error)}; delete it, or make it again"
                          ) from None
 
-def existing(path):
-    """This file, with or without .gz; None if there is neither."""
-    name = str(path).removesuffix(".gz")
-    for found in (Path(name), Path(name + ".gz")):
-        if found.is_file():
-            return found
-    return None
+def as_object(value):
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object is needed, got {quoted(value)}")
+    return value
+
+def check_text(name, value):
+    """ValueError if the value is not a text with something in it."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be a text that is not empty, got {quoted(value)}")
+
+def reason(error):
+    """What an exception found wrong, in words for a user."""
+    if isinstance(error, KeyError):
+        return f"there is no {error.args[0]}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON: {error.msg} at column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1} is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "the JSON is nested too deeply"
+    if isinstance(error, gzip.BadGzipFile):
+        return "it is not a gzip file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return printable(str(error))
+
+def quoted(value):
+    """A JSON value for an error message: as JSON writes it, and not too long."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + " …"
+
+def printable(text):
+    """A text from a file, with escapes for characters that would control the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 # ---- Log-likelihood ------------------------------------------------------------------------------
 

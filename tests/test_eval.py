@@ -58,14 +58,17 @@ def test_final_answer_is_the_whole_line_after_the_last_mark(text, answer):
                                                           "#### 12 13", "#### -12", "#### 12.5"]),
     ("final", "5", ["#### 5", "#### 5 apples", "#### 5%", "#### 5 (five)", "#### 5€", "#### 5.0",
                     "#### $5.00", "#### 05", "#### +5", "#### **5**", "#### \\boxed{5}", "#### €5",
-                    "#### 5 kg.", "#### \uff15", "#### 5 $.", "#### \\$5", "#### 6 #### 5"],
+                    "#### 5 kg.", "#### \uff15", "#### 5 $.", "#### \\$5", "#### 6 #### 5",
+                    "####: 5", "#### =5", "#### 5 m\u00b2", "#### 5 ft^2."],
      ["#### .5", "#### -5", "#### 5 or 6", "#### 5 or six", "#### 5, 6", "#### 6 5", "#### 5/6",
       "#### 5 million", "#### 5k", "#### 5 hundred", "#### 5\u00b2", "#### 5\u00bd", "#### 5.0.0",
       "#### 5 and a half", "#### not 5", "#### 1 2 3 4 5 6 7 8 9 10", "#### 5 #### 6", "#### 5:30",
-      "#### 5 \\boxed{6}", "####\n5", "#### 5,0", "#### \u00b2", "#### 5 + 1", "5"]),
+      "#### 5 \\boxed{6}", "####\n5", "#### 5,0", "#### \u00b2", "#### 5 + 1", "#### 5x2",
+      "#### 5 m20", "5"]),
     ("final", "18", ["#### 18 dollars every day", "#### $18/day"], ["#### 1 8", "#### 1,8"]),
     ("final", "-5", ["#### \u22125", "#### -$5.00", "#### $-5"], ["#### 5", "#### --5"]),
-    ("final", "1,234", ["#### 1234", "#### 1,234.0", "#### 1.234e3"], ["#### 1234,0", "#### 12,34"]),
+    ("final", "1,234", ["#### 1234", "#### 1,234.0", "#### 1.234e3"],
+     ["#### 1234,0", "#### 12,34"]),
     ("final", "1,2,3", ["#### 1,2,3", "#### 1,2,3."], ["#### 123", "#### 1", "#### 1,23"]),
     ("final", "(1,2)", ["#### (1,2)", "#### **(1,2)**"], ["#### (12)", "#### 12", "#### 1,2"]),
     ("final", "12,5", ["#### 12,5"], ["#### 125", "#### 12.5", "#### 12"]),
@@ -114,8 +117,8 @@ SAID = [dict(role="user", content="?")]
 
 
 @pytest.mark.parametrize("row", [
-    "{", "[1, 2]", "3", '"text"', "null", "[" * 200_000, '{"question": "?", "answer": ' + "9" * 5000,
-    "\0", dict(question="?"), dict(answer="1"), dict(question="?", answer=""),
+    "{", "[1, 2]", "3", '"text"', "null", "[" * 200_000, "\0",
+    '{"question": "?", "answer": ' + "9" * 5000, dict(question="?"), dict(answer="1"), dict(question="?", answer=""),
     dict(question="?", answer=5), dict(question="?", answer=None), dict(question="?", answer=["1"]),
     dict(question="?", answer="####"), dict(question="?", answer="1", check="never"),
     dict(question="?", answer="1", check=[]), dict(question="?", answer="1", kind=["a"]),
@@ -142,8 +145,8 @@ def test_any_problem_that_is_accepted_can_be_rendered(tmp_path, tokenizer):
     values = [None, 5, "", "a", "user", "text", [], ["a"], {}, SAID, SAID[0], "####", 1.5, True,
               dict(role="assistant", content=[dict(type="think", text="b")]), "\ud800"]
     for _ in range(500):
-        row = {key: rng.choice(values) for key in ("question", "messages", "answer", "kind", "check")
-               if rng.random() < 0.6}
+        keys = ("question", "messages", "answer", "kind", "check")
+        row = {key: rng.choice(values) for key in keys if rng.random() < 0.6}
         row = rng.choice([row, dict(row, messages=[rng.choice(values), rng.choice(values)])])
         path = write_lines(tmp_path / "x.jsonl", dict(dict(question="?", answer="1"), **row))
         with contextlib.suppress(SystemExit):
@@ -389,7 +392,8 @@ def test_rows_come_in_one_order_from_plain_and_gzipped_files(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [
         dict(n=n, context="a\u2028b", continuation="c") for n in range(20)])
     rows = read_rows(path, "language_modeling")
-    assert rows == read_rows(path, "language_modeling") and sorted(row["n"] for row in rows) == list(range(20))
+    assert rows == read_rows(path, "language_modeling")
+    assert sorted(row["n"] for row in rows) == list(range(20))
     assert [row["n"] for row in rows] != list(range(20))
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     assert read_rows(tmp_path / "rows.jsonl.gz", "language_modeling") == rows
