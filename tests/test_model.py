@@ -1,7 +1,7 @@
 """
-model.py against its oracles: transformers' GPT-2, PyTorch's cross-entropy and AdamW, RECIPE.md's
-table, and slow twins in float64. At the end, mutants: wrong formulas that a check above must
-notice.
+model.py against its oracles: transformers' GPT-2, PyTorch's cross-entropy and AdamW, a table of
+the recipe's sizes, and slow twins in float64. The mutants at the end are wrong formulas that a
+check above them must notice.
 """
 import doctest
 import json
@@ -97,13 +97,13 @@ def test_checkpoint_round_trip_is_exact(config, tmp_path, tokenizer):
 def test_gpt2_presets_have_openais_parameter_counts(name, params):
     with torch.device("meta"):
         model = GPT(GPTConfig.preset(name))
-    L, C = model.config.n_layer, model.config.n_embd        # the padding rows are not counted
+    L, C = model.config.n_layer, model.config.n_embd        # padding rows do not count
     blocks = L * (12 * C ** 2 + 13 * C)
     assert model.num_params() == params == 50257 * C + 1024 * C + blocks + 2 * C
 
 
-# RECIPE.md, section 2. Per depth: millions of parameters in blocks and in all, GFLOP a token,
-# heads, learning rate scales for batch and width, Muon's weight decay; and the batch in tokens.
+# The recipe per depth: millions of parameters in the blocks and in all, GFLOP a token, heads,
+# learning rate scales for batch and width, Muon's weight decay, and the batch in tokens.
 RECIPE = {
     4: (3.1, 36.7, 0.080, 2, 0.707, 1.732, 1.890, 2**18),
     6: (10.6, 73.5, 0.168, 3, 0.707, 1.414, 0.940, 2**18),
@@ -132,9 +132,12 @@ def test_modern_presets_have_the_recipes_sizes_and_rates(depth):
 
 
 def twin_modern(model, idx):
-    """RECIPE.md's architecture in float64, from its formulas; positions turn complex numbers."""
-    config, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
-    (B, T), L, NH, HS = idx.shape, config.n_layer, config.n_head, config.n_embd // config.n_head
+    """dN's architecture in float64, from its formulas; RoPE rotates complex numbers."""
+    config = model.config
+    w = {name: p.detach().double() for name, p in model.named_parameters()}
+    B, T = idx.shape
+    L, NH = config.n_layer, config.n_head
+    HS = config.n_embd // NH
 
     def norm(x):
         return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
@@ -193,7 +196,8 @@ def test_unknown_preset_is_one_line(name):
     rope=False, qk_norm=False, relu2=False, tied_head=True, value_embeds=False, backout=False,
     residual_scalars=False, softcap=0.0, windows="L").items())
 def test_every_switch_of_the_recipe_changes_the_logits(field, value):
-    whole, other = noisy(MODERN), GPT(replace(MODERN, **{field: value})).eval()
+    whole = noisy(MODERN)
+    other = GPT(replace(MODERN, **{field: value})).eval()
     other.load_state_dict(whole.state_dict(), strict=False)
     assert (whole(TEXT) - other(TEXT)).abs().max() > 1e-3
 
@@ -229,7 +233,8 @@ def test_modern_model_begins_with_uniform_predictions_and_identity_blocks():
 # ---- causality, windows, cache
 
 def check_causality(config):
-    model, changed = noisy(config), TEXT.clone()
+    model = noisy(config)
+    changed = TEXT.clone()
     changed[:, 20] = (changed[:, 20] + 1) % 65
     before, after = model(TEXT), model(changed)
     torch.testing.assert_close(before[:, :20], after[:, :20], rtol=0, atol=1e-5)
@@ -237,26 +242,27 @@ def check_causality(config):
 
 
 def check_window(window):
-    """With the identity for values, attention gives its own probabilities."""
+    """With the identity as values, attention returns its probabilities."""
     S = 2 * window + 1
     q, k = torch.randn(2, 1, 3, S, 8)
     t, s = torch.arange(S)[:, None], torch.arange(S)
     v = torch.eye(S).expand(1, 3, S, S)
-    q_k_v = (x.transpose(1, 2) for x in (q, k, v))
-    found = model_module.sdpa(*q_k_v, window, scale=0.3).transpose(1, 2)
+    found = model_module.sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window,
+                              scale=0.3).transpose(1, 2)
     scores = (0.3 * q @ k.mT).masked_fill((s > t) | (s < t - window), -math.inf)
     assert torch.allclose(found, scores.softmax(-1), atol=1e-6)
     assert ((found > 0).sum(-1) == (t[:, 0] + 1).clamp(max=window + 1)).all()   # w + 1 keys
 
 
 def check_cache(config):
-    """Prefill of rows of different lengths, padded on the right; then one token, two, one …"""
-    model, lengths = noisy(config), [3, 11, 7]
+    """A prefill of rows of different lengths, padded on the right; then one token, two, one …"""
+    model = noisy(config)
+    lengths = [3, 11, 7]
     cache = KVCache(config, 3, T)
     rows = [TEXT[b, :n] for b, n in enumerate(lengths)]
     prompts = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     with torch.no_grad():
-        expected = model(TEXT)      # row b must go on as if it stood alone
+        expected = model(TEXT)      # row b must continue as if it were alone
         found = [[logits[:n]] for logits, n in zip(model(prompts, cache=cache), lengths)]
         cache.pos = torch.tensor(lengths)
         for count in [1, 2] * 7:
@@ -285,10 +291,13 @@ def test_cached_logits_equal_uncached_for_rows_of_any_length(config):
 
 @pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
 def test_cache_rows_can_be_copied_reordered_and_dropped(config):
-    model, cache, order = noisy(config), KVCache(config, 3, T), torch.tensor([2, 0, 0])
+    model = noisy(config)
+    cache = KVCache(config, 3, T)
+    order = torch.tensor([2, 0, 0])
     with torch.no_grad():
         model(TEXT[:, :12], cache=cache)
-        copy, expected = cache.rows(order), model(TEXT[order])
+        copy = cache.rows(order)
+        expected = model(TEXT[order])
         for t in range(12, 20):
             logits = model(TEXT[order, t:t + 1], cache=copy)
             torch.testing.assert_close(logits[:, 0], expected[:, t], rtol=0, atol=1e-4)
@@ -301,7 +310,9 @@ def test_cache_rows_can_be_copied_reordered_and_dropped(config):
     dict(windows="L")], ids=str)
 def test_any_part_of_the_recipe_can_be_left_out(change):
     torch.manual_seed(0)
-    model, losses, counting = GPT(replace(MODERN, **change)), [], torch.arange(T)[None] % 5
+    model = GPT(replace(MODERN, **change))
+    counting = torch.arange(T)[None] % 5
+    losses = []
     optimizer = make_optimizer(model, lr=0.005, batch_tokens=2 ** 8)
     for _ in range(20):
         loss = model(counting[:, :-1], counting[:, 1:])
@@ -323,11 +334,11 @@ def test_a_kernel_is_taken_only_if_it_gives_what_sdpa_gives():
     def right(q, k, v, window, scale):
         return sdpa(q, k, v, window, scale)
 
-    kernel, why = find_kernel("cpu", (missing, window_off_by_one, right))
-    assert kernel is right and why.startswith("missing: no such module; window_off_by_one: differs")
     def wordless(*args, **kwargs):
         raise AssertionError
 
+    kernel, why = find_kernel("cpu", (missing, window_off_by_one, right))
+    assert kernel is right and why.startswith("missing: no such module; window_off_by_one: differs")
     assert find_kernel("cpu", (wordless,)) == (sdpa, "wordless: AssertionError(); sdpa is used")
     kernel, why = find_kernel("cpu", (missing, window_off_by_one))
     assert kernel is sdpa and why.endswith("sdpa is used")
@@ -340,7 +351,7 @@ def test_kernels_that_need_a_gpu_are_refused_on_a_cpu_with_a_reason():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it works")
 def test_where_compiling_fails_functions_stay_as_they_are_and_it_is_said_why():
-    for device, reason in (("cpu", "eager: on a CPU"), ("cuda", "eager: torch.compile fails here: ")):
+    for device, reason in {"cpu": "eager: on a CPU", "cuda": "eager: torch.compile fails"}.items():
         compile, why = find_compiler(device)
         assert compile(sdpa) is sdpa and why.startswith(reason) and "\n" not in why
 
@@ -354,7 +365,7 @@ def test_frozen_in_16_bits_it_computes_the_same(config):
     assert model.wte.weight.dtype == torch.bfloat16 and not before.isnan().any()
 
 
-def test_dropout_and_a_cache_do_without_the_kernel():
+def test_dropout_and_a_cache_do_not_call_the_fast_kernel():
     model = noisy(replace(MODERN, dropout=0.5))
     for block in model.h:
         block.attn.kernel = None        # calling it would raise
@@ -367,7 +378,7 @@ def test_dropout_and_a_cache_do_without_the_kernel():
 @pytest.mark.parametrize("config, fp8", [(GPT2, 0), (MODERN, 0), (MODERN, 1)],
                          ids=["gpt2", "modern", "fp8"])
 def test_training_compiles_to_one_graph_once(config, fp8):
-    """Without an inductor, which takes a minute: breaks and recompilations are seen as well."""
+    """No inductor, which takes a minute: graph breaks and recompilations are seen without it."""
     torch._dynamo.reset()
     model = noisy(config).use("cpu", fp8=fp8).train()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -377,15 +388,17 @@ def test_training_compiles_to_one_graph_once(config, fp8):
         loss = model.loss(hidden(TEXT), TEXT)
         torch.testing.assert_close(loss, model(TEXT, TEXT), rtol=1e-4, atol=0)
         loss.backward()
-        optimizer.average_grads(), optimizer.step(0.1)
+        optimizer.average_grads()
+        optimizer.step(0.1)
     assert graphs.frame_count == 1
 
 
 def check_fp8(shape):
-    """Against fp32: e4m3 rounds to 1/16 at most, e5m2 to 1/8; over a sum the errors average out."""
+    """Against fp32: e4m3 rounds by up to 1/16, e5m2 by up to 1/8, and a sum averages the errors."""
     torch.manual_seed(0)
     M, K, N = shape
-    x, W = torch.randn(M, K, requires_grad=True), torch.randn(N, K, requires_grad=True)
+    x = torch.randn(M, K, requires_grad=True)
+    W = torch.randn(N, K, requires_grad=True)
     dy = torch.randn(M, N)
     found = torch.autograd.grad(Fp8Matmul.apply(x, W), (x, W), dy)
     for a, b in zip((Fp8Matmul.apply(x, W), *found), (x @ W.T, dy @ W, dy.T @ x)):
@@ -428,7 +441,8 @@ def test_fp8_reaches_the_large_matrices_and_trains(monkeypatch):
             loss = model(TEXT[:, :-1], TEXT[:, 1:])
             loss.backward()
             losses.append(loss.item())
-            optimizer.average_grads(), optimizer.step()
+            optimizer.average_grads()
+            optimizer.step()
     plain, in_8_bits = torch.tensor(losses).view(2, 8)
     assert in_8_bits[-1] < in_8_bits[0] - 0.3 and not torch.equal(plain, in_8_bits)
     torch.testing.assert_close(plain, in_8_bits, rtol=0.01, atol=0)
@@ -439,17 +453,21 @@ def test_fp8_reaches_the_large_matrices_and_trains(monkeypatch):
 def check_cross_entropy(softcap, chunk=17, masked=0.3):
     config = replace(GPT2, softcap=softcap)
     torch.manual_seed(0)
-    x, weight = 3 * torch.randn(100, 32), torch.randn(config.padded_vocab, 32)
+    x = 3 * torch.randn(100, 32)
+    weight = torch.randn(config.padded_vocab, 32)
     targets = torch.randint(0, 65, (100,)).masked_fill(torch.rand(100) < masked, -1)
-    x64, weight64 = (t.double().requires_grad_() for t in (x, weight))
+    x64 = x.double().requires_grad_()
+    weight64 = weight.double().requires_grad_()
     z = x64 @ weight64[:65].T
-    z = softcap * torch.tanh(z / softcap) if softcap else z
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
     expected = F.cross_entropy(z, targets, ignore_index=-1, reduction="sum")
     expected = expected / max(1, (targets >= 0).sum())
     (3 * expected).backward()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_module, "chunk_rows", lambda x, V: chunk)
-        x.requires_grad_(), weight.requires_grad_()
+        x.requires_grad_()
+        weight.requires_grad_()
         loss = CrossEntropy.apply(x, weight, targets, config)
         (3 * loss).backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
@@ -474,7 +492,8 @@ def test_all_masked_batch_has_loss_zero_and_no_gradient(config):
 
 @pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
 def test_mean_loss_is_the_mean_of_the_losses(config):
-    model, targets = noisy(config), TEXT.roll(-1, 1).masked_fill(TEXT < 20, -1)
+    model = noisy(config)
+    targets = TEXT.roll(-1, 1).masked_fill(TEXT < 20, -1)
     losses = model(TEXT, targets, reduction="none")
     assert losses.shape == TEXT.shape and (losses[targets < 0] == 0).all()
     mean = losses.sum().item() / (targets >= 0).sum().item()
@@ -560,8 +579,8 @@ def text_only(value):
     (model_module, "visible", "s <= t", "s <= t + 1", check_window, 4),
     (model_module, "sdpa", "window >= q.shape[2] - 1", "window >= 0", check_window, 4),
     (model_module, "sdpa", "is_causal=causal", "is_causal=False", check_causality, GPT2),
-    (KVCache, "append", "pos[:, None, :, None]", "self.used + 0 * pos[:, None, :, None]", check_cache,
-     GPT2),
+    (KVCache, "append", "pos[:, None, :, None]", "self.used + 0 * pos[:, None, :, None]",
+     check_cache, GPT2),
     (KVCache, "append", "device=k.device), window)", "device=k.device), 8)", check_cache, MODERN),
     (GPT, "hidden", "pos + cache.pos[:, None]", "pos + cache.used", check_cache, MODERN),
     (model_module, "loss_and_gradient", "dy.addcmul_(dy, t.square_(), value=-1)", "pass",
