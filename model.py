@@ -16,8 +16,8 @@ V tokens of the vocabulary, L layers, NH heads, HS channels per head (C = NH * H
 Papers: GPT-2 (Radford et al. 2019), RoPE (arXiv 2104.09864), RMSNorm (1910.07467), QK norm
 (2010.04245), ReLU² (2109.08668), value residuals (2410.17897), soft-cap (2408.00118),
 FlashAttention-3 (2407.08608), FP8 training (2209.05433).
-Differs from the papers: what a layer adds to its values is a vector per token, looked up in a table
-and gated; the value residuals of the paper are the first layer's values.
+Differs from the papers: a layer adds to its values a gated vector that it looks up by token; value
+residuals as in the paper would add the values of the first layer.
 """
 import functools
 import json
@@ -97,11 +97,11 @@ class GPTConfig:
 # ---- The layers ----------------------------------------------------------------------------------
 
 def cast(p, dtype):
-    """A parameter in this dtype, or None where a layer has none."""
+    """A parameter in this dtype; None, for a bias that a layer lacks, stays None."""
     return None if p is None else p.to(dtype)
 
 class Linear(nn.Linear):
-    """Master weights in fp32, multiplied in the dtype of the input (bf16 on a GPU), or in fp8."""
+    """Weights are fp32; they multiply in the dtype of the input (bf16 on a GPU), or in 8 bits."""
     fp8 = False         # GPT.use sets it
 
     def forward(self, x):
@@ -168,7 +168,7 @@ def sdpa(q, k, v, window, scale, mask=None, dropout=0.0):
     return y.transpose(1, 2)
 
 class Attention(nn.Module):
-    """x (B, T, C) → (B, T, C): each position takes a mean of the values of those it sees."""
+    """x (B, T, C) → (B, T, C): each position averages the values of the positions that it sees."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -194,7 +194,7 @@ class Attention(nn.Module):
             q = rotate(q, *rotary)
             k = rotate(k, *rotary)
         scale = HS ** -0.5
-        if self.config.qk_norm:         # 1.2 each: a little sharper than unit vectors would be
+        if self.config.qk_norm:         # the factors of 1.2 make attention a little sharper
             q = rms_norm(q)
             k = rms_norm(k)
             scale = 1.2 ** 2 * scale
@@ -578,6 +578,7 @@ def varlen_attention(q, k, v, window, scale):
     return y.view(q.shape)
 
 def first_line(problem):
+    """What an error says, short enough for a line of the log."""
     return (str(problem).strip() or repr(problem)).splitlines()[0][:90]
 
 @functools.cache
@@ -667,7 +668,8 @@ def compiled(function, device):
 CHUNK_LOGITS = {"cuda": 2 ** 27, "cpu": 2 ** 20}    # bf16: 256 MB; fp32: 4 MB, a CPU's cache
 
 def chunk_rows(x, V):
-    """Tokens whose logits exist at a time; below 256, matmuls would wait for the head's weights."""
+    """How many tokens have logits in memory at a time. With fewer than 256, reading the head's
+    weights would take longer than multiplying."""
     return max(256, CHUNK_LOGITS[x.device.type] // V)
 
 def loss_and_gradient(z, target, share, s):

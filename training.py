@@ -40,6 +40,7 @@ from model import FORMAT_VERSION, VOCABULARY, compiled, load_weights, save_weigh
 
 @dataclass(frozen=True)
 class Ranks:
+    """This process among those that torchrun started; is_main: it prints and writes files."""
     rank: int = 0
     world_size: int = 1
     device: str = "cpu"
