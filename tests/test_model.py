@@ -6,6 +6,7 @@ check above them must notice.
 import doctest
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as model_module
@@ -547,25 +549,118 @@ def edit_config(run, **changes):
     (run / "config.json").write_text(json.dumps(described))
 
 
+def edit_weights(run, **changes):
+    """Replaces tensors, or removes those that become None."""
+    tensors = load_file(run / "model.safetensors") | changes
+    save_file({name: t for name, t in tensors.items() if t is not None}, run / "model.safetensors")
+
+
+def edit_field(**changes):
+    return lambda run: edit_config(run, model=vars(GPT2) | changes)
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("damage", [
-    lambda run: cut(run / "model.safetensors"), lambda run: (run / "model.safetensors").unlink(),
-    lambda run: cut(run / "config.json"), lambda run: (run / "config.json").unlink(),
-    lambda run: edit_config(run, format_version=99),
-    lambda run: edit_config(run, model=vars(replace(GPT2, n_layer=5))),
-    lambda run: edit_config(run, model=vars(replace(GPT2, n_embd=64))),
-    lambda run: (run / "config.json").write_text('{"model_type": "llama"}')],
-    ids=["cut", "no weights", "cut config", "no config", "version", "layers", "width", "llama"])
-def test_bad_checkpoint_is_one_line(damage, tmp_path):
+LN = "transformer.ln_f.weight"
+DAMAGES = {
+    "cut": lambda run: cut(run / "model.safetensors"),
+    "no weights": lambda run: (run / "model.safetensors").unlink(),
+    "a pipe": lambda run: (cut(run / "model.safetensors"), (run / "model.safetensors").unlink(),
+                           os.mkfifo(run / "model.safetensors")),
+    "cut config": lambda run: cut(run / "config.json"),
+    "no config": lambda run: (run / "config.json").unlink(),
+    "deep config": lambda run: (run / "config.json").write_text("[" * 200_000),
+    "a list": lambda run: (run / "config.json").write_text("[]"),
+    "binary config": lambda run: (run / "config.json").write_bytes(b"\xff\xfe{}"),
+    "version": lambda run: edit_config(run, format_version=99),
+    "llama": lambda run: (run / "config.json").write_text('{"model_type": "llama"}'),
+    "no sizes": lambda run: (run / "config.json").write_text('{"model_type": "gpt2"}'),
+    "fewer layers": edit_field(n_layer=3), "more layers": edit_field(n_layer=5),
+    "width": edit_field(n_embd=64), "vocabulary": edit_field(vocab_size=66),
+    "no heads": edit_field(n_head=0), "a text": edit_field(n_head="2"),
+    "null": edit_field(n_head=None), "negative": edit_field(n_embd=-32),
+    "too many layers": edit_field(n_layer=10 ** 6), "too wide": edit_field(n_embd=2 ** 40),
+    "unknown field": edit_field(colour=1), "null bias": edit_field(bias=None),
+    "rope no": edit_field(rope="no"), "softcap": edit_field(softcap=-1), "odd": edit_field(n_head=3),
+    "nan softcap": edit_field(softcap=math.nan), "windows": edit_field(windows="XQ"),
+    "no windows": edit_field(windows=""), "odd rope": edit_field(rope=True, n_head=32),
+    "dropout": edit_field(dropout=1.5), "missing": lambda run: edit_weights(run, **{LN: None}),
+    "int64": lambda run: edit_weights(run, **{LN: torch.ones(32).long()}),
+    "bool": lambda run: edit_weights(run, **{LN: torch.ones(32).bool()}),
+    "complex": lambda run: edit_weights(run, **{LN: torch.ones(32).cfloat()}),
+    "nan": lambda run: edit_weights(run, **{LN: torch.full((32,), math.nan)})}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_bad_checkpoint_is_one_line_that_names_its_file(damage, tmp_path):
     save_checkpoint(tmp_path, GPT(GPT2))
     damage(tmp_path)
     with pytest.raises(SystemExit) as error:
         load_checkpoint(tmp_path)
-    assert str(tmp_path) in str(error.value) and str(error.value).count(";") == 2
-    assert "\n" not in str(error.value)
+    said = str(error.value)
+    assert said.startswith((f"{tmp_path}/config.json", f"{tmp_path}/model.safetensors"))
+    assert "; " in said and "\n" not in said and len(said) < 400
+
+
+@pytest.mark.parametrize("field, value", {
+    "activation_function": "relu", "layer_norm_epsilon": 1e-2, "scale_attn_weights": False,
+    "scale_attn_by_inverse_layer_idx": True, "n_inner": 64}.items())
+def test_a_field_of_hf_that_computes_something_else_is_refused_by_name(field, value, tmp_path):
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=101, n_positions=24, **small("gpt2"),
+                                        **{field: value}))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match=f"config.json: {field} is {value}, .*; "):
+        load_checkpoint(tmp_path)
+
+
+def test_an_untied_head_of_hf_is_read_and_written(tmp_path):
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=101, n_positions=24, **small("gpt2"),
+                                        tie_word_embeddings=False)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, _ = load_checkpoint(tmp_path / "theirs")
+    save_checkpoint(tmp_path / "ours", ours)
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "ours")
+    idx = torch.randint(0, 101, (2, 24))
+    with torch.no_grad():
+        for found in (ours.eval()(idx), again.eval()(idx).logits):
+            assert (found - theirs(idx).logits).abs().max() < 1e-4
+
+
+def test_a_checkpoint_of_hf_in_parts_is_read_and_a_missing_part_is_one_line(tmp_path):
+    theirs = hf_model("gpt2")
+    theirs.save_pretrained(tmp_path, max_shard_size="50KB")
+    parts = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(parts) > 2 and not (tmp_path / "model.safetensors").exists()
+    idx = torch.randint(0, 101, (2, 24))
+    with torch.no_grad():
+        assert (load_checkpoint(tmp_path)[0](idx) - theirs(idx).logits).abs().max() < 1e-4
+    parts[1].unlink()
+    with pytest.raises(SystemExit, match="is missing; .*; take"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    dict(rope=True), dict(rms_norm=True, bias=False), dict(qk_norm=True), dict(relu2=True),
+    dict(value_embeds=True), dict(residual_scalars=True), dict(backout=True), dict(softcap=15.0),
+    dict(windows="SSSL"), dict(bias=False)], ids=str)
+def test_only_a_gpt2_calls_itself_gpt2(change, tmp_path):
+    for config, kind in ((GPT2, "gpt2"), (replace(GPT2, **change), "deepdive")):
+        save_checkpoint(tmp_path, GPT(config))
+        assert json.loads((tmp_path / "config.json").read_text())["model_type"] == kind
+        assert load_checkpoint(tmp_path)[0].config == config
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    save_checkpoint(tmp_path, GPT(GPT2))
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model = GPT(GPT2)
+    model.h[1].mlp.c_fc.weight.data[3, 3] = math.inf
+    with pytest.raises(SystemExit, match="h.1.mlp.c_fc.weight is not finite"):
+        save_checkpoint(tmp_path, model)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 # ---- mutants: each must be caught by the check beside it
