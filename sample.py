@@ -142,13 +142,17 @@ class Row:
     """A row of the batch while it is being written."""
     number: int             # of its completion
     prompt_tokens: int
-    max_tokens: int         # how many it may write
+    max_tokens: int         # how many it may write, which depends on its own prompt alone
     ids: list = field(default_factory=list)
     forced: deque = field(default_factory=deque)    # what is left of a tool's output
     stopped: bool = False   # it wrote a stop token
 
     def is_done(self):
         return self.stopped or len(self.ids) >= self.max_tokens
+
+    def cached_tokens(self):
+        """Tokens in the cache before its next step: all but the one that was just written."""
+        return self.prompt_tokens + len(self.ids) - 1
 
 class Engine:
     """Batched generation with a KV cache: `generate` returns completions, `stream` yields text.
@@ -176,6 +180,7 @@ class Engine:
             return
         generator = torch.Generator(self.device()).manual_seed(seed)
         cache, logits = self.prefill(prompts, num_samples, max_new_tokens)
+        room = cache.k.shape[3]     # tokens per row
         while True:
             drawn = draw(next_token_probs(logits, **sampling), generator).tolist()
             emitted = []
@@ -186,27 +191,27 @@ class Engine:
             alive = [i for i, row in enumerate(rows) if not row.is_done()]
             if not alive:
                 return
-            if len(alive) <= len(rows) // 2:    # a finished row costs as much: drop them in bulk
+            # a finished row costs as much as another: drop them in bulk, or when the cache is full
+            if len(alive) <= len(rows) // 2 or cache.used == room:
                 rows = [rows[i] for i in alive]
                 cache = cache.rows(torch.tensor(alive, device=self.device()))
+                cache.used = max(row.cached_tokens() for row in rows)
             last_ids = torch.tensor([row.ids[-1] for row in rows], device=self.device())
             logits = self.model(last_ids[:, None], cache=cache)[:, -1]              # (rows, V)
 
     def new_rows(self, prompts, num_samples, max_new_tokens):
-        """num_samples empty rows for each prompt; none if there is nothing to write."""
+        """num_samples empty rows for each prompt; none if there is nothing to write. A row may fill
+        the context, however long the other prompts are."""
         block_size = self.model.config.block_size
+        rows = []
         for prompt in prompts:
             if not 1 <= len(prompt) < block_size:
                 raise ValueError(f"a prompt has {len(prompt)} tokens, but the model reads 1 to "
                                  f"{block_size - 1}; shorten it")
-        longest = max((len(prompt) for prompt in prompts), default=0)
-        max_tokens = min(max_new_tokens, block_size - longest)
-        rows = []
-        if max_tokens < 1:
-            return rows
-        for prompt in prompts:
+            max_tokens = min(max_new_tokens, block_size - len(prompt))
             for _ in range(num_samples):
-                rows.append(Row(len(rows), len(prompt), max_tokens))
+                if max_tokens > 0:
+                    rows.append(Row(len(rows), len(prompt), max_tokens))
         return rows
 
     def prefill(self, prompts, num_samples, max_new_tokens):
@@ -301,8 +306,8 @@ class Engine:
         yield None, decoder.decode(b"", final=True)
 
     def answer(self, conversations, batch_size=64, **sampling):
-        """Replies to conversations, as texts that include their tool calls. A conversation is a list
-        of messages, or a question as a plain string."""
+        """Replies to conversations, as texts that include tool calls. A conversation is a list of
+        messages, or a question as a plain string."""
         prompts = []
         for conversation in conversations:
             if isinstance(conversation, str):

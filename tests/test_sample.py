@@ -158,6 +158,29 @@ def test_rows_of_a_batch_equal_single_runs(engine):
     check_rows_equal_single_runs(engine)
 
 
+def check_each_row_has_its_own_end(engine):
+    """Prompts that leave 1, 4, 44 and 60 tokens of 64; the first to end are the longest ones."""
+    prompts = [list(range(1, n + 1)) for n in (63, 20, 60, 4)]
+    alone = [engine.generate([prompt], 99, temperature=0)[0] for prompt in prompts]
+    assert [len(completion.ids) for completion in alone] == [1, 44, 4, 60]
+    assert engine.generate(prompts, 99, temperature=0) == alone
+    assert engine.generate(prompts[1:], 50, 3, temperature=0) == [
+        engine.generate([prompt], 50, temperature=0)[0] for prompt in prompts[1:] for _ in range(3)]
+
+
+def test_a_long_prompt_does_not_cut_the_replies_of_its_batch(engine):
+    check_each_row_has_its_own_end(engine)
+
+
+def test_a_row_that_stops_early_may_wait_beside_others_until_the_cache_is_full(engine):
+    prompts = [[5] * 55, [7] * 6, [9] * 7, [11] * 8]
+    alone = [engine.generate([prompt], 99, temperature=0)[0] for prompt in prompts]
+    stop = {alone[0].ids[1]}
+    alone = [engine.generate([prompt], 99, temperature=0, stop=stop)[0] for prompt in prompts]
+    assert len(alone[0].ids) <= 2 and max(len(completion.ids) for completion in alone) > 9
+    assert engine.generate(prompts, 99, temperature=0, stop=stop) == alone
+
+
 def test_finished_rows_are_dropped_from_the_cache(engine, monkeypatch):
     kept, rows = [], KVCache.rows
     monkeypatch.setattr(KVCache, "rows", lambda cache, i: kept.append(len(i)) or rows(cache, i))
@@ -469,6 +492,10 @@ def test_the_command_writes_the_same_text_twice(base_run, tmp_path, capsys):
      check_rows_equal_single_runs),
     (Engine, "prefill", "repeat_interleave(num_samples)", "repeat(num_samples)",
      check_rows_equal_single_runs),
+    (Engine, "new_rows", "block_size - len(prompt))", "block_size - max(map(len, prompts)))",
+     check_each_row_has_its_own_end),
+    (Engine, "steps", " or cache.used == room", "", check_each_row_has_its_own_end),
+    (Engine, "steps", "cache.used = max(", "max(", check_each_row_has_its_own_end),
     (sample, "next_token_probs", "logits.argmax", "logits.argmin", check_greedy),
     (sample, "next_token_probs", "logits / temperature", "logits", check_frequencies)],
     ids=lambda value: value if isinstance(value, str) else "")
