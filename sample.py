@@ -20,13 +20,15 @@ Papers: nucleus sampling (arXiv 1904.09751), min-p (2407.01082), tool calls in t
 import argparse
 import codecs
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,27 +39,42 @@ from model import GPT2_SIZES, KVCache, load_checkpoint
 
 # ---- From logits to one token --------------------------------------------------------------------
 
+MIN_TEMPERATURE = 1e-5      # a lower one is greedy, and would only overflow
+
 def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """logits (B, V) → the distribution that the next token is drawn from, (B, V).
 
-    Temperature 0 gives all of it to the best token. top_k keeps the k best tokens, top_p the fewest
-    best tokens that hold a share p, and min_p those at least min_p times as probable as the best.
-    The tokens that are kept share the rest in proportion.
+    Temperature 0 gives all of it to the best token. top_k keeps the k best tokens. top_p keeps, of
+    these, the fewest best tokens that hold a share p. min_p keeps those that are at least min_p
+    times as probable as the best. The tokens that are kept share the rest in proportion. This is
+    also the order of transformers. None: no cut.
     """
-    if temperature == 0:
+    if temperature < MIN_TEMPERATURE:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
     probs = torch.softmax(logits / temperature, dim=-1)
-    if top_k:
+    if top_k is not None:
         kth = probs.topk(min(top_k, probs.shape[-1])).values[:, -1:]
         probs = probs.masked_fill(probs < kth, 0.0)
-    if top_p:
+    if top_p is not None and top_p < 1:     # all tokens hold a share 1, whatever rounding says
         ordered, order = probs.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered   # a token stays if the better ones hold less than p
-        cut = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, order, before >= top_p)
-        probs = probs.masked_fill(cut, 0.0)
-    if min_p:
+        ends = ordered.double().cumsum(-1)
+        before = ends - ordered             # a token stays if the better ones hold less than p
+        is_cut = before >= top_p * ends[:, -1:]
+        probs = probs.masked_fill(torch.zeros_like(is_cut).scatter_(1, order, is_cut), 0.0)
+    if min_p is not None:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
     return probs / probs.sum(-1, keepdim=True)
+
+def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """ValueError if an argument of next_token_probs is outside of its range."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}; leave it out for no cut")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be from 0 to 1, got {min_p}")
 
 def draw(probs, generator):
     """probs (B, V) → one token per row, (B,), by inverse-CDF sampling: the first token whose
@@ -163,6 +180,7 @@ class Engine:
     def __init__(self, model, tokenizer, python=run_python):
         self.model = model
         self.tokenizer = tokenizer
+        self.n_vocab = getattr(tokenizer, "n_vocab", None)
         self.tools = {}     # {closing token: (opening token, function)}
         if python:
             self.tools[tokenizer.special["<|/python|>"]] = tokenizer.special["<|python|>"], python
@@ -175,6 +193,7 @@ class Engine:
         prompts: lists of ids; each gets num_samples completions, numbered in this order.
         sampling: arguments of next_token_probs. stop: the ids that end a completion.
         """
+        check_sampling(**sampling)
         rows = self.new_rows(prompts, num_samples, max_new_tokens)
         if not rows:
             return
@@ -182,6 +201,9 @@ class Engine:
         cache, logits = self.prefill(prompts, num_samples, max_new_tokens)
         room = cache.k.shape[3]     # tokens per row
         while True:
+            logits = logits[:, :self.n_vocab]   # a checkpoint may have more ids than its tokenizer
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite; its weights are damaged")
             drawn = draw(next_token_probs(logits, **sampling), generator).tolist()
             emitted = []
             for row, token in zip(rows, drawn):
@@ -359,14 +381,64 @@ def check_run(run, others):
             raise SystemExit(f"{run} holds no model, because it has no {name}; {advice}")
     return run
 
+HF_TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
+
+def has_tokenizer(run):
+    """Whether a folder says which tokenizer its model was trained with."""
+    return any((Path(run) / name).exists() for name in ("tokenizer.tiktoken", *HF_TOKENIZER_FILES))
+
 def load_tokenizer(run):
-    """The tokenizer in a run's folder. A folder of OpenAI's GPT-2 has it in another format; bpe.py
-    brings the same one."""
-    if (Path(run) / "tokenizer.tiktoken").exists():
+    """The tokenizer in a run's folder; for OpenAI's weights, which come without ours, GPT-2's.
+    Raises SystemExit if a folder has another one in HF's format, which cannot be read."""
+    run = Path(run)
+    if (run / "tokenizer.tiktoken").exists():
         return Tokenizer.load(run)
-    return Tokenizer.pretrained("gpt2")
+    tokenizer = Tokenizer.pretrained("gpt2")
+    for name in HF_TOKENIZER_FILES:
+        if (run / name).exists() and not is_gpt2(hf_vocabulary(run / name), tokenizer):
+            raise SystemExit(f"{run / name} is not GPT-2's tokenizer, the only one of this format "
+                             "that can be read; put the model's tokenizer into the folder as "
+                             "bpe.py writes it, tokenizer.tiktoken and tokenizer.json")
+    return tokenizer
+
+def hf_vocabulary(path):
+    """{token: id} of a tokenizer file of HF; {} if it is none."""
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "tokenizer.json":
+            described = described["model"]["vocab"]
+        return dict(described)
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+def is_gpt2(vocabulary, tokenizer):
+    """Whether a vocabulary of HF holds the tokens of GPT-2's tokenizer under the same ids. HF
+    writes a byte as its own character if that is visible, and otherwise as one from U+0100 on."""
+    letters = [chr(byte) for byte in range(256)]
+    hidden = [byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "]
+    for n, byte in enumerate(hidden):
+        letters[byte] = chr(256 + n)
+    for token, i in tokenizer.ranks.items():
+        word = "".join(letters[byte] for byte in token)
+        if vocabulary.get(word) != i:
+            return False
+    return True
 
 # ---- The terminal --------------------------------------------------------------------------------
+
+def printable(text):
+    """A text that is safe to print: control characters, which could move the cursor or hide what
+    was written, are shown as \\x1b; lines and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]",
+                  lambda found: ascii(found[0])[1:-1], text)
+
+def show_token(tokenizer, i):
+    """A token on one line: 'text', or its bytes if it is not made of whole characters."""
+    data = tokenizer.decode_bytes([i])
+    try:
+        return repr(data.decode("utf-8"))       # which shows control characters as \x1b, too
+    except UnicodeDecodeError:
+        return "".join(f"<{byte:02x}>" for byte in data)
 
 def show_steps(engine, prompt, top, max_new_tokens, seed, sampling):
     """Prints for each step the `top` most probable tokens as bars, and marks the one drawn."""
@@ -375,15 +447,30 @@ def show_steps(engine, prompt, top, max_new_tokens, seed, sampling):
     for token in engine.generate([prompt], max_new_tokens, seed=seed, **sampling)[0].ids:
         with torch.inference_mode():
             logits = engine.model(torch.tensor([ids], device=engine.device()))[:, -1]
-        probs, order = next_token_probs(logits)[0].topk(top)
+        probs, order = next_token_probs(logits[:, :engine.n_vocab])[0].topk(top)
         print(f"\n… {tokenizer.decode(ids[-12:])!r}")
         for p, i in zip(probs.tolist(), order.tolist()):
             mark = "←" if i == token else ""
-            print(f"{i:8d}  {tokenizer.decode([i])!r:16s} {p:6.1%} {'█' * round(40 * p)} {mark}")
+            print(f"{i:8d}  {show_token(tokenizer, i):16s} {p:6.1%} {'█' * round(40 * p)} {mark}")
         ids.append(token)
 
+def fit_context(tokenizer, messages, most):
+    """Drops the oldest turns, each with its question and its replies, until the prompt has at most
+    `most` tokens → (messages, ids). The system message and the last question stay."""
+    messages = list(messages)
+    while True:
+        ids, _ = tokenizer.render(messages, for_completion=True)
+        questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if len(ids) <= most or len(questions) < 2:
+            return messages, ids
+        del messages[questions[0]:questions[1]]
+
 def chat(engine, system, max_new_tokens, seed, sampling):
-    """A conversation in the terminal; an empty line or Ctrl-D ends it."""
+    """A conversation in the terminal. An empty line, Ctrl-D or Ctrl-C ends it. When it outgrows the
+    context, the oldest turns are forgotten, so that a quarter stays free for the reply."""
+    block_size = engine.model.config.block_size
+    most = block_size - min(max_new_tokens, max(1, block_size // 4))
+    has_forgotten = False
     messages = []
     if system:
         messages.append(dict(role="system", content=system))
@@ -394,14 +481,22 @@ def chat(engine, system, max_new_tokens, seed, sampling):
             return
         if not question:
             return
-        messages.append(dict(role="user", content=question))
-        ids, _ = engine.tokenizer.render(messages, for_completion=True)
-        print("assistant: ", end="")
+        asked = [*messages, dict(role="user", content=question)]
+        kept, ids = fit_context(engine.tokenizer, asked, most)
+        if len(ids) > most:
+            print(f"(That is too long: with it the prompt has {len(ids)} tokens, and the model can "
+                  f"read {most}. Ask something shorter.)")
+            continue
+        if len(kept) < len(asked) and not has_forgotten:
+            print(f"(The model can read {block_size} tokens; from now on it forgets the oldest "
+                  "turns.)")
+            has_forgotten = True
+        print("assistant: ", end="", flush=True)
         reply = []
         for token, text in engine.stream(ids, max_new_tokens, seed=seed, **sampling):
             if token is not None:
                 reply.append(token)
-            print(text, end="", flush=True)
+            print(printable(text), end="", flush=True)
         print()
         messages = engine.tokenizer.parse([*ids, *reply])
         seed += 1
@@ -409,10 +504,41 @@ def chat(engine, system, max_new_tokens, seed, sampling):
 def show_samples(engine, prompt, num_samples, max_new_tokens, seed, sampling):
     """Prints several continuations of a prompt, token by token, as they are written."""
     for i in range(num_samples):
-        print("-" * 80 + f"\n{prompt}", end="")
+        print("-" * 80 + f"\n{printable(prompt)}", end="")
         for _, text in engine.stream(prompt, max_new_tokens, seed=seed + i, **sampling):
-            print(text, end="", flush=True)
+            print(printable(text), end="", flush=True)
         print()
+
+def check_at_least(least, args, *names):
+    """Stops at a flag below `least`; one that was not given is None and passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise SystemExit(f"--{name} must be at least {least}, got {value}")
+
+def choose_device(name):
+    """--device → a device of torch, for auto the GPU if there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
+        raise SystemExit(f"--device must be auto, cpu or cuda, got {name}")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {name}: this machine has no CUDA GPU that torch can use; try "
+                         "--device cpu")
+    return name
+
+@contextmanager
+def quiet_end():
+    """Ends the command without a traceback if the user presses Ctrl-C, or if the reader of a pipe
+    has gone, as in `sample.py | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        raise SystemExit(141) from None     # as a program that SIGPIPE ends
 
 def parse_args():
     parser = argparse.ArgumentParser(description="write with a trained model")
@@ -434,37 +560,51 @@ def parse_args():
     return parser.parse_args()
 
 def read_prompt(args):
-    if args.file:
+    """--prompt, or the text of --file."""
+    if args.file is None:
+        return args.prompt
+    try:
         return Path(args.file).read_text(encoding="utf-8").rstrip("\n")
-    return args.prompt
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"--file {args.file} cannot be read as UTF-8 text: {error}") from None
 
 def main():
     args = parse_args()
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    stages = ("sft", "rl") if args.chat and not args.allow_base else ("pretrain", "sft", "rl")
+    check_at_least(1, args, "num_samples", "max_new_tokens", "top")
+    check_at_least(0, args, "seed")
+    sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p")}
+    try:
+        check_sampling(**sampling)
+    except ValueError as error:
+        raise SystemExit(f"--{error}") from None
+    device = choose_device(args.device)
+    prompt = read_prompt(args)
+    stages = ("pretrain", "sft", "rl")
+    if args.chat and not args.allow_base:
+        stages = ("sft", "rl")
     run = find_run(args.model, stages)
     tokenizer = load_tokenizer(run)
     model, meta = load_checkpoint(run, device, tokenizer.n_vocab)
     print(f"{meta['run']}: stage {meta['stage']}, step {meta['step']}, "
           f"{model.num_params():,} parameters", flush=True)
+    if args.top and args.top > tokenizer.n_vocab:
+        raise SystemExit(f"--top must be at most {tokenizer.n_vocab}, the model's tokens, got "
+                         f"{args.top}")
     if args.chat and meta["stage"] == "pretrain" and not args.allow_base:
         raise SystemExit(f"{run} is a base model, which continues documents and does not answer; "
                          "name a model of chat_sft.py with --model, or see for yourself with "
                          "--allow_base")
     engine = Engine(model.for_inference(), tokenizer)
-    sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p")}
     if args.chat:
         chat(engine, args.system, args.max_new_tokens, args.seed, sampling)
     elif args.top:
-        show_steps(engine, read_prompt(args), args.top, args.max_new_tokens, args.seed, sampling)
+        show_steps(engine, prompt, args.top, args.max_new_tokens, args.seed, sampling)
     else:
-        show_samples(engine, read_prompt(args), args.num_samples, args.max_new_tokens, args.seed,
-                     sampling)
+        show_samples(engine, prompt, args.num_samples, args.max_new_tokens, args.seed, sampling)
 
 if __name__ == "__main__":
     try:
-        main()
-    except (ValueError, FileNotFoundError, UnicodeDecodeError) as error:
+        with quiet_end():
+            main()
+    except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None

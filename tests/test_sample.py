@@ -7,13 +7,16 @@ import json
 import math
 import os
 import re
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 import sample
-from conftest import mutate, noisy, run_main
+from conftest import ROOT, mutate, noisy, run_main
 from eval import final_answer, is_correct, read_problems
 from model import GPTConfig, KVCache, load_checkpoint, save_checkpoint
 from sample import Engine, find_run, next_token_probs, run_python
@@ -105,12 +108,14 @@ def test_a_draw_at_the_wrong_end_would_be_noticed(old, new, monkeypatch):
 
 
 def twin_probs(logits, temperature, top_k, top_p, min_p):
-    """One row, from the definitions: a token stays if it passes each cut."""
+    """One row, from the definitions: a token stays if it passes each cut; p is a share of what k
+    left."""
     weights = [math.exp(z / temperature) for z in logits.double().tolist()]
     p = [w / sum(weights) for w in weights]
     order, kept, before = sorted(range(len(p)), key=lambda i: -p[i]), [0.0] * len(p), 0.0
+    left = sum(sorted(p, reverse=True)[:top_k])
     for rank, i in enumerate(order):
-        if not (top_k and rank >= top_k or top_p and before >= top_p
+        if not (top_k and rank >= top_k or top_p and before >= top_p * left
                 or min_p and p[i] < min_p * p[order[0]]):
             kept[i] = p[i]
         before += p[i]
@@ -133,6 +138,52 @@ def check_cuts(**cut):
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_top_k_top_p_and_min_p_equal_their_slow_twin(cut):
     check_cuts(**cut)
+
+
+@pytest.mark.parametrize("cut", [cut for cut in CUTS if cut.get("temperature") is None], ids=str)
+def test_cuts_keep_what_transformers_keeps(cut):
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = 2 * torch.randn(200, 500, generator=torch.Generator().manual_seed(1))
+    expected = logits
+    for name, warper in dict(top_k="TopK", top_p="TopP", min_p="MinP").items():
+        if name in cut:
+            expected = getattr(process, f"{warper}LogitsWarper")(cut[name])(None, expected)
+    assert torch.equal(next_token_probs(logits, **cut) > 0, expected > -math.inf)
+
+
+def test_top_p_1_keeps_every_token_and_a_tiny_temperature_is_greedy():
+    logits = torch.randn(3, 100_000, generator=torch.Generator().manual_seed(0))
+    assert (next_token_probs(logits, top_p=1.0) > 0).all()
+    assert torch.equal(next_token_probs(logits, 1e-45), next_token_probs(logits, 0))
+
+
+@pytest.mark.parametrize("given, said", [
+    (dict(temperature=-1.0), "temperature must be at least 0, got -1"),
+    (dict(temperature=math.nan), "temperature must be at least 0, got nan"),
+    (dict(top_k=0), "top_k must be at least 1, got 0"), (dict(top_k=-1), "top_k must be"),
+    (dict(top_p=0.0), "top_p must be above 0"), (dict(top_p=-0.5), "top_p must be above 0"),
+    (dict(top_p=1.5), "top_p must be above 0 and at most 1, got 1.5"), (dict(min_p=1.5), "min_p must be from 0 to 1, got 1.5")], ids=str)
+def test_sampling_out_of_range_is_refused_before_anything_is_written(given, said, engine, base_run):
+    with pytest.raises(ValueError, match=said):
+        engine.generate(["a"], 1, **given)
+    (name, value), = given.items()
+    with pytest.raises(SystemExit, match=f"^--{said}"):
+        run_main(sample, "--model", base_run, f"--{name}", value)
+
+
+def test_a_model_with_damaged_weights_is_named(tokenizer, engine):
+    for temperature in (0.0, 1.0):
+        broken = noisy(engine.model.config)
+        broken.wte.weight.data[:] = math.nan
+        with pytest.raises(ValueError, match="not finite; its weights are damaged"):
+            Engine(broken, tokenizer).generate(["a"], 1, temperature=temperature)
+
+
+def test_ids_that_only_pad_the_vocabulary_are_never_written(tokenizer):
+    config = GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab + 300, n_layer=1, n_head=1,
+                       n_embd=16)
+    ids = Engine(noisy(config), tokenizer).generate(["a"], 40, 4, temperature=3.0)[0].ids
+    assert max(ids) < tokenizer.n_vocab
 
 
 # ---- the loop
@@ -460,6 +511,69 @@ def test_chat_goes_on_from_what_was_said(tokenizer, monkeypatch, capsys):
     assert prompts == [first, second] and capsys.readouterr().out.count("assistant: .") == 2
 
 
+def test_a_long_chat_forgets_its_oldest_turns_and_says_so_once(tokenizer, monkeypatch, capsys):
+    engine, _ = writing(tokenizer, *"?" * 200, "<|im_end|>")        # 200 tokens do not fit in 256
+    questions = iter([*(f"Question {n}?" for n in range(9)), "x" * 900, "Again?", ""])
+    seen = []
+
+    def stream(ids, *args, **kwargs):
+        seen.append(engine.tokenizer.parse(ids))
+        yield from [(i, "") for i in tokenizer.encode_ordinary("Yes. " * 9)] + [(None, "")]
+
+    monkeypatch.setattr(builtins, "input", lambda _: next(questions))
+    monkeypatch.setattr(engine, "stream", stream)
+    sample.chat(engine, "Be brief.", 64, 0, {})
+    out = capsys.readouterr().out
+    assert out.count("forgets the oldest turns") == 1 and out.count("too long") == 1
+    assert all(messages[0]["role"] == "system" and messages[1]["role"] == "user" for messages in seen)
+    assert "Question 8?" in str(seen[8]) and "Question 0?" not in str(seen[8])
+    assert "Question 8?" in str(seen[9]) and "xxx" not in str(seen[9])
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("a\tb\n", "a\tb\n"), ("\x1b[2J", r"\x1b[2J"), ("\r\x07\x9b\x7f", r"\r\x07\x9b\x7f"),
+    ("é中😀", "é中😀"), ("\u202egnp", r"\u202egnp")])
+def test_control_characters_never_reach_the_terminal(text, shown):
+    assert sample.printable(text) == shown
+
+
+def test_what_a_prompt_and_a_model_write_is_shown_printable(tokenizer, capsys):
+    ids = [*b"a\x1b[31mb\xe4\xb8\xad", tokenizer.special["<|im_end|>"]]
+    engine = Engine(Scripted(ids, tokenizer.n_vocab), tokenizer)
+    sample.show_samples(engine, "\x1b", 1, 50, 0, {})
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and r"\x1b\x1b[31mb中" in out      # one of the prompt, one of the model
+
+
+def test_a_token_that_is_not_a_whole_character_is_shown_as_bytes(tokenizer):
+    shown = [sample.show_token(tokenizer, i) for i in (*"é".encode(), ord("a"), 27)]
+    assert shown == ["<c3>", "<a9>", "'a'", r"'\x1b'"]
+
+
+def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(base_run):
+    command = [sys.executable, "sample.py", "--model", base_run, "--num_samples", "500"]
+    for end in ("signal", "pipe"):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.readline()
+        if end == "signal":
+            process.send_signal(signal.SIGINT)
+        else:
+            process.stdout.close()
+        assert process.wait(60) in (130, 141) and process.stderr.read() == b"", end
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--top", "0"], "--top must be at least 1, got 0"), (["--top", "5000"], "--top must be at most 400"),
+    (["--num_samples", "0"], "--num_samples must be at least 1"),
+    (["--max_new_tokens", "-1"], "--max_new_tokens must be at least 1, got -1"),
+    (["--seed", "-1"], "--seed must be at least 0"), (["--device", "foo"], "--device must be auto"),
+    (["--file", "nothing.txt"], "--file nothing.txt cannot be read")])
+def test_a_bad_flag_is_one_line(flags, said, base_run):
+    with pytest.raises(SystemExit, match=f"^{said}") as error:
+        run_main(sample, "--model", base_run, *flags)
+    assert "\n" not in str(error.value)
+
+
 def test_bars_show_the_models_probabilities_and_the_drawn_token(engine, capsys):
     sample.show_steps(engine, "Return", 5, 2, 0, dict(temperature=0))
     rows = re.findall(r"^ *(\d+)  .* +([\d.]+)% █* (←?)", capsys.readouterr().out, re.M)
@@ -517,8 +631,9 @@ def test_check_of_the_tool_notices_a_mutant(old, new, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("before >= top_p", "before + ordered >= top_p"), (":, -1:]", ":, :1]"),
-    ("min_p * probs.amax(-1, keepdim=True)", "min_p"), (".scatter_(1, order, ", ".logical_or_(")],
+    ("before >= top_p", "ends >= top_p"), (".values[:, -1:]", ".values[:, :1]"),
+    ("top_p * ends[:, -1:]", "top_p"), ("min_p * probs.amax(-1, keepdim=True)", "min_p"),
+    (".scatter_(1, order, ", ".logical_or_(")],
     ids=lambda value: value)
 def test_twin_of_the_cuts_notices_a_mutant(old, new, monkeypatch):
     mutate(monkeypatch, sample, "next_token_probs", old, new)
