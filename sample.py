@@ -19,10 +19,13 @@ Papers: nucleus sampling (arXiv 1904.09751), min-p (2407.01082), tool calls in t
 """
 import argparse
 import codecs
+import ctypes
+import functools
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,65 +88,100 @@ def draw(probs, generator):
 
 # ---- The Python tool -----------------------------------------------------------------------------
 
-PYTHON_TOOL = """
-import sys
-code, home = sys.stdin.read(), sys.base_prefix
-def guard(event, args):
-    name = event.split(".")[0]
-    writes = event == "open" and (set(str(args[1])) & set("wax+") or (args[2] or 0) & 0o103)
-    outside = event == "open" and (".." in str(args[0]) or not str(args[0]).startswith(home))
-    forbidden = name in ("socket", "subprocess", "os", "shutil", "ctypes", "signal", "sqlite3",
-                         "resource")
-    if writes or outside or forbidden and event not in ("os.listdir", "os.scandir"):
-        raise PermissionError(f"{event} is not allowed in the Python tool")
-sys.addaudithook(guard)
-names = {"__name__": "__main__"}
-try:
-    expression = compile(code.strip(), "<python>", "eval")
-except SyntaxError:
-    exec(compile(code, "<python>", "exec"), names)
-else:
-    value = eval(expression, names)
-    if value is not None:
-        print(value)
-"""
-
 def run_python(code, timeout=5.0, max_output=400):
-    """Runs a model's code → what it printed, an expression's value, or its error's last line.
+    """Runs a model's code → what it printed and the value of a last line that is an expression;
+    if it failed, then the last line of its error.
 
     The code runs in a fresh process with an empty environment, an empty folder and no input, with
-    limits on processor time, memory, output and open files. Files outside of Python's own library,
-    the network and other processes are refused. The process and its children are killed after
-    `timeout` seconds. This keeps accidents small. It is NOT a sandbox: run models that you do not
-    trust in a container.
+    limits on processor time, memory, output and open files. python_tool.py refuses files outside of
+    Python's library, the network and other processes, and encloses itself as well as this machine
+    can; enclosure() says how. The process and its children end with this one, and after `timeout`
+    seconds.
     """
-    command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", PYTHON_TOOL]
+    command, _ = enclosure()
+    return run_tool(command, code, timeout, max_output)
+
+@functools.cache
+def enclosure():
+    """How the Python tool is enclosed on this machine → (its command, a line for the log). The line
+    is also printed to stderr, once."""
+    tool = Path(__file__).with_name("python_tool.py").read_text(encoding="utf-8")
+    plain = [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", "-c", tool]
+    in_bubblewrap = bubblewrap() + plain
+    missing = run_tool([*plain, "--probe"], "", timeout=60)
+    locks = "Landlock and seccomp"
+    if missing:
+        locks = f"its own guard alone, because {missing}"
+    if bubblewrap() and run_tool(in_bubblewrap, "6 * 7", timeout=60) == "42":
+        found = in_bubblewrap, f"Python tool: enclosed by bubblewrap, and in it by {locks}"
+    elif not missing:
+        found = plain, f"Python tool: enclosed by {locks}"
+    else:
+        found = plain, (f"Python tool: enclosed by {locks}; it stops accidents, not attacks: run "
+                        "models that you do not trust in a container")
+    print(found[1], file=sys.stderr, flush=True)
+    return found
+
+def bubblewrap():
+    """The beginning of a command that runs another one with Python and its libraries alone, without
+    network, in an empty folder; [] if bubblewrap is not installed."""
+    program = shutil.which("bwrap")
+    if not program:
+        return []
+    command = [program, "--unshare-all", "--die-with-parent", "--cap-drop", "ALL"]
+    for path in (sys.base_prefix, "/usr/lib", "/usr/share/zoneinfo", "/lib", "/lib64"):
+        command += ["--ro-bind-try", path, path]
+    return [*command, "--dev", "/dev", "--tmpfs", "/empty", "--chdir", "/empty"]
+
+def run_tool(command, code, timeout=5.0, max_output=400):
+    """Runs a command with the code as its input → what run_python returns."""
+    limit = functools.partial(limit_process, timeout, os.getpid())
     with (tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out,
           tempfile.TemporaryFile() as err):
         process = subprocess.Popen(command, cwd=folder, env={}, stdin=subprocess.PIPE, stdout=out,
-                                   stderr=err, preexec_fn=lambda: limit_process(timeout),
-                                   start_new_session=True)
-        error = b""
+                                   stderr=err, start_new_session=True, preexec_fn=limit)
+        error = None
         try:
             process.communicate(code.encode(errors="replace"), timeout=timeout)
         except subprocess.TimeoutExpired:
-            error = b"TimeoutError: no result after %g s" % timeout
+            error = f"TimeoutError: no result after {timeout:g} s"
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        for file in (out, err):
-            file.seek(0)
-        result = error or out.read(4 * max_output).strip() or err.read().strip().split(b"\n")[-1]
-    return result.decode(errors="replace").strip()[:max_output]
+        out.seek(0)
+        err.seek(0)
+        printed = out.read(4 * max_output).decode(errors="replace").strip()
+        said = err.read().decode(errors="replace").strip().split("\n")[-1][:max_output]
+    if error is None:
+        error = failure(process.returncode, said, printed)
+    if not error:
+        return printed[:max_output]
+    room = max(0, max_output - len(error) - 1)      # much output must not hide the error
+    return f"{printed[:room]}\n{error}".strip()
 
-def limit_process(timeout):
-    """Limits this process, which is about to become the Python tool."""
+def failure(returncode, said, printed):
+    """The last line of an error; "" if the code did not fail. said: the last line on stderr."""
+    if returncode < 0:
+        return f"Error: killed by {signal.Signals(-returncode).name}"
+    if returncode > 0:
+        return said or f"Error: exit status {returncode}"
+    if printed:
+        return ""
+    return said
+
+def limit_process(timeout, parent):
+    """Limits this process, which is about to become the Python tool, and lets it end with its
+    parent, even if that is killed."""
     import resource
     limits = {resource.RLIMIT_CPU: int(timeout) + 1, resource.RLIMIT_AS: 2 ** 28,
               resource.RLIMIT_FSIZE: 2 ** 16, resource.RLIMIT_NOFILE: 16, resource.RLIMIT_CORE: 0}
     for what, most in limits.items():
         resource.setrlimit(what, (most, most))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
 
 # ---- The engine ----------------------------------------------------------------------------------
 

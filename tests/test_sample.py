@@ -321,7 +321,11 @@ def test_a_call_runs_from_the_last_opening_token(tokenizer):
 @pytest.mark.parametrize("code, expected", [
     ("6 * 7", "42"), ("print('a')\nprint('b')", "a\nb"), ("'éü'", "éü"), (" 1 + 1 ", "2"),
     ("import math\nprint(math.factorial(20))", "2432902008176640000"), ("x = 3", ""), ("None", ""),
-    ("sum(i for i in range(5))", "10"), ("", ""), ("def f(n):\n    return n\nprint(f(3))", "3"),
+    ("sum(i for i in range(5))", "10"), ("", ""), ("a = 5\na * 2", "10"), ("a = 5\nNone", ""),
+    ("print(1)\n1 / 0", "1\nZeroDivisionError: division by zero"), ("#", ""),
+    ("import sys; sys.exit(3)", "Error: exit status 3"), ("import sys; sys.exit(0)", ""),
+    ("import os; os._exit(7)", "Error: exit status 7"), ("print(1); print(2)\n3", "1\n2\n3"),
+ ("def f(n):\n    return n\nprint(f(3))", "3"),
     ("1 / 0", "ZeroDivisionError: division by zero"), ("{}[7]", "KeyError: 7"),
     ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
     ("raise KeyError('k')", "KeyError: 'k'"), ("import sys; sys.exit('bye')", "bye"),
@@ -343,7 +347,8 @@ def test_python_tool_survives_code_of_any_shape():
     ("import time; time.sleep(99)", "TimeoutError: no result after 1 s"),
     ("'x' * 10 ** 10", "MemoryError"), ("x = []\nwhile True: x.append('x' * 10 ** 6 + str(len(x)))",
                                         "MemoryError"),
-    ("while True: print('y' * 99)", "y" * 99), ("print('y' * 10 ** 7)", "y" * 400),
+    ("while True: print('y' * 99)", "y" * 99), ("print('y' * 10 ** 4)", "y" * 400),
+    ("print('y' * 10 ** 7)", "y" * 300),
     ("import sys\nwhile True: sys.stderr.write('e' * 99)", "e" * 99)])
 def test_python_tool_is_bounded_in_time_memory_and_output(code, expected):
     started = time.time()
@@ -370,6 +375,91 @@ def test_python_tool_refuses_files_network_and_processes(code):
     "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))"])
 def test_python_tool_refuses_ways_around_its_guard(code):
     assert re.search("not allowed|ImportError|ModuleNotFound", run_python(code))
+
+
+def test_much_output_hides_no_error_and_a_crash_does_not_look_like_success():
+    said = run_python("print('y' * 999)\n1 / 0")
+    assert len(said) == 400 and said.endswith("y\nZeroDivisionError: division by zero")
+    crash = "import sys; sys.setrecursionlimit(10 ** 9)\nf = lambda: f()\nprint('a', flush=True); f()"
+    assert re.fullmatch("a\n(Error: .*|.*Error.*)", run_python(crash))
+    assert sample.failure(-9, "", "") == "Error: killed by SIGKILL"
+
+
+GUARD_OFF = """
+import sys
+main = sys.modules["__main__"]
+main.guard.__code__ = (lambda event, args: None).__code__
+import os, ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+def call(*args):
+    if libc.syscall(*args) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+"""
+ATTEMPTS = [        # each would be done if only the guard were there
+    "open('/etc/passwd').read()", "open('x', 'w')", "open('/proc/self/environ').read()",
+    "open(f'/proc/{os.getppid()}/cmdline').read()", "os.open('/etc/passwd', os.O_RDONLY)",
+    "os.listdir('/')", "os.mkdir('x')", "os.symlink('a', 'b')", "os.mkfifo('x')", "os.mknod('x')",
+    "os.unlink('/etc/hostname')", "os.chmod('.', 0o777)", "os.utime('.')", "os.chown('.', 1, 1)",
+    "os.rename('/etc/hostname', 'x')", "os.truncate('/etc/hostname', 0)", "os.setxattr('.', 'user.a', b'b')",
+    "import socket; socket.create_connection(('127.0.0.1', 80))",
+    "import _socket; _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)",
+    "import socket; socket.socket(socket.AF_UNIX)", "import socket; socket.socketpair()",
+    "os.fork()", "os.posix_spawn('/bin/true', ['true'], {})", "os.execv('/bin/true', ['true'])",
+    "import subprocess; subprocess.run(['true'])", "assert os.system('true') == 0, 'not permitted'",
+    "import multiprocessing; p = multiprocessing.Process(); p.start()",
+    "os.kill(os.getppid(), 9)", "os.killpg(os.getpgid(os.getppid()), 9)", "os.pidfd_open(os.getppid())",
+    "import signal; signal.pidfd_send_signal(0, 9)", "os.setsid()", "os.setpriority(0, 0, 1)",
+    "os.sched_setaffinity(0, {0})", "os.chroot('.')", "os.memfd_create('x')", "os.setuid(0)",
+    "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+    "import resource; resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
+    "import _xxsubinterpreters as s; s.run_string(s.create(), 'open(\"/etc/passwd\")')",
+    "import readline; readline.write_history_file('x')", "import sqlite3; sqlite3.connect('x').execute('create table t (a)')",
+    "import pwd; pwd.getpwall()[0]", "call(425, 8, None)", "call(435, None, 0)", "call(0x40000000 | 41, 2, 1, 0)",
+    "call(9999)", "call(157, 1, 0, 0, 0, 0)", "call(101, 0, 0, 0, 0)"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the locks are Linux's")
+@pytest.mark.parametrize("code", ATTEMPTS)
+def test_the_kernel_refuses_what_the_guard_would_if_it_were_still_on(code):
+    if "guard alone" in sample.enclosure()[1]:
+        pytest.skip(sample.enclosure()[1])
+    refused = ("Error: |denied|permitted|No such file|not implemented|No module|NotFound|unable to open|"
+               "index out of range|Resource temporarily|Read-only")
+    said = run_python(f"{GUARD_OFF}\n{code}\nprint('done')")
+    assert "done" not in said and re.search(refused, said), said
+
+
+def test_the_same_code_runs_without_the_locks_so_that_the_test_can_fail(tmp_path):
+    code = f"{GUARD_OFF}\nprint(len(open('/etc/passwd').read()) > 0, call(39))"
+    source = (ROOT / "python_tool.py").read_text().replace("    problem = lock()", "    problem = ''")
+    said = sample.run_tool([sys.executable, "-I", "-S", "-c", source], code)
+    assert said == "True None"
+
+
+def test_useful_modules_and_threads_work_inside_the_locks():
+    found = run_python("import math, json, re, random, datetime, fractions, decimal, statistics\n"
+                       "import itertools, collections, functools, threading, zoneinfo, hashlib, time\n"
+                       "t = threading.Thread(target=lambda: print('thread'))\nt.start(); t.join()\n"
+                       "time.sleep(0.01); random.random(); math.comb(50, 3)")
+    assert found == "thread\n19600"
+
+
+def test_the_tool_dies_with_its_parent():
+    code = "from sample import run_python; run_python('import time; time.sleep(50)', timeout=60)"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    children = []
+    deadline = time.time() + 60
+    while time.time() < deadline and not any("sleep" in name or "python" in name for name in children):
+        time.sleep(0.3)
+        tasks = open(f"/proc/{parent.pid}/task/{parent.pid}/children").read().split()
+        started = [pid for pid in tasks if time.time() - os.stat(f"/proc/{pid}").st_ctime > 2]
+        children = [open(f"/proc/{pid}/cmdline").read() for pid in started]
+    parent.kill()
+    parent.wait()
+    time.sleep(1)
+    alive = [pid for pid in started if os.path.exists(f"/proc/{pid}")
+             and "(zombie)" not in open(f"/proc/{pid}/status").read()]
+    assert children and not alive
 
 
 def test_parents_environment_is_invisible_to_the_tool(monkeypatch):
