@@ -19,14 +19,19 @@ Papers: nucleus sampling (arXiv 1904.09751), min-p (2407.01082), tool calls in t
 """
 import argparse
 import codecs
+import ctypes
+import functools
 import json
+import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,27 +42,42 @@ from model import GPT2_SIZES, KVCache, load_checkpoint
 
 # ---- From logits to one token --------------------------------------------------------------------
 
+MIN_TEMPERATURE = 1e-5      # a lower one is greedy, and would only overflow
+
 def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """logits (B, V) → the distribution that the next token is drawn from, (B, V).
 
-    Temperature 0 gives all of it to the best token. top_k keeps the k best tokens, top_p the fewest
-    best tokens that hold a share p, and min_p those at least min_p times as probable as the best.
-    The tokens that are kept share the rest in proportion.
+    Temperature 0 gives all of it to the best token. top_k keeps the k best tokens. top_p keeps, of
+    these, the fewest best tokens that hold a share p. min_p keeps those that are at least min_p
+    times as probable as the best. The tokens that are kept share the rest in proportion. This is
+    also the order of transformers. None: no cut.
     """
-    if temperature == 0:
+    if temperature < MIN_TEMPERATURE:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
     probs = torch.softmax(logits / temperature, dim=-1)
-    if top_k:
+    if top_k is not None:
         kth = probs.topk(min(top_k, probs.shape[-1])).values[:, -1:]
         probs = probs.masked_fill(probs < kth, 0.0)
-    if top_p:
+    if top_p is not None and top_p < 1:     # all tokens hold a share 1, whatever rounding says
         ordered, order = probs.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered   # a token stays if the better ones hold less than p
-        cut = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, order, before >= top_p)
-        probs = probs.masked_fill(cut, 0.0)
-    if min_p:
+        ends = ordered.double().cumsum(-1)
+        before = ends - ordered             # a token stays if the better ones hold less than p
+        is_cut = before >= top_p * ends[:, -1:]
+        probs = probs.masked_fill(torch.zeros_like(is_cut).scatter_(1, order, is_cut), 0.0)
+    if min_p is not None:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
     return probs / probs.sum(-1, keepdim=True)
+
+def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """ValueError if an argument of next_token_probs is outside of its range."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}; leave it out for no cut")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be from 0 to 1, got {min_p}")
 
 def draw(probs, generator):
     """probs (B, V) → one token per row, (B,), by inverse-CDF sampling: the first token whose
@@ -68,65 +88,100 @@ def draw(probs, generator):
 
 # ---- The Python tool -----------------------------------------------------------------------------
 
-PYTHON_TOOL = """
-import sys
-code, home = sys.stdin.read(), sys.base_prefix
-def guard(event, args):
-    name = event.split(".")[0]
-    writes = event == "open" and (set(str(args[1])) & set("wax+") or (args[2] or 0) & 0o103)
-    outside = event == "open" and (".." in str(args[0]) or not str(args[0]).startswith(home))
-    forbidden = name in ("socket", "subprocess", "os", "shutil", "ctypes", "signal", "sqlite3",
-                         "resource")
-    if writes or outside or forbidden and event not in ("os.listdir", "os.scandir"):
-        raise PermissionError(f"{event} is not allowed in the Python tool")
-sys.addaudithook(guard)
-names = {"__name__": "__main__"}
-try:
-    expression = compile(code.strip(), "<python>", "eval")
-except SyntaxError:
-    exec(compile(code, "<python>", "exec"), names)
-else:
-    value = eval(expression, names)
-    if value is not None:
-        print(value)
-"""
-
 def run_python(code, timeout=5.0, max_output=400):
-    """Runs a model's code → what it printed, an expression's value, or its error's last line.
+    """Runs a model's code → what it printed and the value of a last line that is an expression;
+    if it failed, then the last line of its error.
 
     The code runs in a fresh process with an empty environment, an empty folder and no input, with
-    limits on processor time, memory, output and open files. Files outside of Python's own library,
-    the network and other processes are refused. The process and its children are killed after
-    `timeout` seconds. This keeps accidents small. It is NOT a sandbox: run models that you do not
-    trust in a container.
+    limits on processor time, memory, output and open files. python_tool.py refuses files outside of
+    Python's library, the network and other processes, and encloses itself as well as this machine
+    can; enclosure() says how. The process and its children end with this one, and after `timeout`
+    seconds.
     """
-    command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", PYTHON_TOOL]
+    command, _ = enclosure()
+    return run_tool(command, code, timeout, max_output)
+
+@functools.cache
+def enclosure():
+    """How the Python tool is enclosed on this machine → (its command, a line for the log). The line
+    is also printed to stderr, once."""
+    tool = Path(__file__).with_name("python_tool.py").read_text(encoding="utf-8")
+    plain = [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", "-c", tool]
+    in_bubblewrap = bubblewrap() + plain
+    missing = run_tool([*plain, "--probe"], "", timeout=60)
+    locks = "Landlock and seccomp"
+    if missing:
+        locks = f"its own guard alone, because {missing}"
+    if bubblewrap() and run_tool(in_bubblewrap, "6 * 7", timeout=60) == "42":
+        found = in_bubblewrap, f"Python tool: enclosed by bubblewrap, and in it by {locks}"
+    elif not missing:
+        found = plain, f"Python tool: enclosed by {locks}"
+    else:
+        found = plain, (f"Python tool: enclosed by {locks}; it stops accidents, not attacks: run "
+                        "models that you do not trust in a container")
+    print(found[1], file=sys.stderr, flush=True)
+    return found
+
+def bubblewrap():
+    """The beginning of a command that runs another one with Python and its libraries alone, without
+    network, in an empty folder; [] if bubblewrap is not installed."""
+    program = shutil.which("bwrap")
+    if not program:
+        return []
+    command = [program, "--unshare-all", "--die-with-parent", "--cap-drop", "ALL"]
+    for path in (sys.base_prefix, "/usr/lib", "/usr/share/zoneinfo", "/lib", "/lib64"):
+        command += ["--ro-bind-try", path, path]
+    return [*command, "--dev", "/dev", "--tmpfs", "/empty", "--chdir", "/empty"]
+
+def run_tool(command, code, timeout=5.0, max_output=400):
+    """Runs a command with the code as its input → what run_python returns."""
+    limit = functools.partial(limit_process, timeout, os.getpid())
     with (tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out,
           tempfile.TemporaryFile() as err):
         process = subprocess.Popen(command, cwd=folder, env={}, stdin=subprocess.PIPE, stdout=out,
-                                   stderr=err, preexec_fn=lambda: limit_process(timeout),
-                                   start_new_session=True)
-        error = b""
+                                   stderr=err, start_new_session=True, preexec_fn=limit)
+        error = None
         try:
             process.communicate(code.encode(errors="replace"), timeout=timeout)
         except subprocess.TimeoutExpired:
-            error = b"TimeoutError: no result after %g s" % timeout
+            error = f"TimeoutError: no result after {timeout:g} s"
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        for file in (out, err):
-            file.seek(0)
-        result = error or out.read(4 * max_output).strip() or err.read().strip().split(b"\n")[-1]
-    return result.decode(errors="replace").strip()[:max_output]
+        out.seek(0)
+        err.seek(0)
+        printed = out.read(4 * max_output).decode(errors="replace").strip()
+        said = err.read().decode(errors="replace").strip().split("\n")[-1][:max_output]
+    if error is None:
+        error = failure(process.returncode, said, printed)
+    if not error:
+        return printed[:max_output]
+    room = max(0, max_output - len(error) - 1)      # much output must not hide the error
+    return f"{printed[:room]}\n{error}".strip()
 
-def limit_process(timeout):
-    """Limits this process, which is about to become the Python tool."""
+def failure(returncode, said, printed):
+    """The last line of an error; "" if the code did not fail. said: the last line on stderr."""
+    if returncode < 0:
+        return f"Error: killed by {signal.Signals(-returncode).name}"
+    if returncode > 0:
+        return said or f"Error: exit status {returncode}"
+    if printed:
+        return ""
+    return said
+
+def limit_process(timeout, parent):
+    """Limits this process, which is about to become the Python tool, and lets it end with its
+    parent, even if that is killed."""
     import resource
     limits = {resource.RLIMIT_CPU: int(timeout) + 1, resource.RLIMIT_AS: 2 ** 28,
               resource.RLIMIT_FSIZE: 2 ** 16, resource.RLIMIT_NOFILE: 16, resource.RLIMIT_CORE: 0}
     for what, most in limits.items():
         resource.setrlimit(what, (most, most))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
 
 # ---- The engine ----------------------------------------------------------------------------------
 
@@ -142,13 +197,17 @@ class Row:
     """A row of the batch while it is being written."""
     number: int             # of its completion
     prompt_tokens: int
-    max_tokens: int         # how many it may write
+    max_tokens: int         # how many it may write, which depends on its own prompt alone
     ids: list = field(default_factory=list)
     forced: deque = field(default_factory=deque)    # what is left of a tool's output
     stopped: bool = False   # it wrote a stop token
 
     def is_done(self):
         return self.stopped or len(self.ids) >= self.max_tokens
+
+    def cached_tokens(self):
+        """Tokens in the cache before its next step: all but the one that was just written."""
+        return self.prompt_tokens + len(self.ids) - 1
 
 class Engine:
     """Batched generation with a KV cache: `generate` returns completions, `stream` yields text.
@@ -159,6 +218,7 @@ class Engine:
     def __init__(self, model, tokenizer, python=run_python):
         self.model = model
         self.tokenizer = tokenizer
+        self.n_vocab = getattr(tokenizer, "n_vocab", None)
         self.tools = {}     # {closing token: (opening token, function)}
         if python:
             self.tools[tokenizer.special["<|/python|>"]] = tokenizer.special["<|python|>"], python
@@ -171,12 +231,17 @@ class Engine:
         prompts: lists of ids; each gets num_samples completions, numbered in this order.
         sampling: arguments of next_token_probs. stop: the ids that end a completion.
         """
+        check_sampling(**sampling)
         rows = self.new_rows(prompts, num_samples, max_new_tokens)
         if not rows:
             return
         generator = torch.Generator(self.device()).manual_seed(seed)
         cache, logits = self.prefill(prompts, num_samples, max_new_tokens)
+        room = cache.k.shape[3]     # tokens per row
         while True:
+            logits = logits[:, :self.n_vocab]   # a checkpoint may have more ids than its tokenizer
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite; its weights are damaged")
             drawn = draw(next_token_probs(logits, **sampling), generator).tolist()
             emitted = []
             for row, token in zip(rows, drawn):
@@ -186,27 +251,27 @@ class Engine:
             alive = [i for i, row in enumerate(rows) if not row.is_done()]
             if not alive:
                 return
-            if len(alive) <= len(rows) // 2:    # a finished row costs as much: drop them in bulk
+            # a finished row costs as much as another: drop them in bulk, or when the cache is full
+            if len(alive) <= len(rows) // 2 or cache.used == room:
                 rows = [rows[i] for i in alive]
                 cache = cache.rows(torch.tensor(alive, device=self.device()))
+                cache.used = max(row.cached_tokens() for row in rows)
             last_ids = torch.tensor([row.ids[-1] for row in rows], device=self.device())
             logits = self.model(last_ids[:, None], cache=cache)[:, -1]              # (rows, V)
 
     def new_rows(self, prompts, num_samples, max_new_tokens):
-        """num_samples empty rows for each prompt; none if there is nothing to write."""
+        """num_samples empty rows for each prompt; none if there is nothing to write. A row may fill
+        the context, however long the other prompts are."""
         block_size = self.model.config.block_size
+        rows = []
         for prompt in prompts:
             if not 1 <= len(prompt) < block_size:
                 raise ValueError(f"a prompt has {len(prompt)} tokens, but the model reads 1 to "
                                  f"{block_size - 1}; shorten it")
-        longest = max((len(prompt) for prompt in prompts), default=0)
-        max_tokens = min(max_new_tokens, block_size - longest)
-        rows = []
-        if max_tokens < 1:
-            return rows
-        for prompt in prompts:
+            max_tokens = min(max_new_tokens, block_size - len(prompt))
             for _ in range(num_samples):
-                rows.append(Row(len(rows), len(prompt), max_tokens))
+                if max_tokens > 0:
+                    rows.append(Row(len(rows), len(prompt), max_tokens))
         return rows
 
     def prefill(self, prompts, num_samples, max_new_tokens):
@@ -301,8 +366,8 @@ class Engine:
         yield None, decoder.decode(b"", final=True)
 
     def answer(self, conversations, batch_size=64, **sampling):
-        """Replies to conversations, as texts that include their tool calls. A conversation is a list
-        of messages, or a question as a plain string."""
+        """Replies to conversations, as texts that include tool calls. A conversation is a list of
+        messages, or a question as a plain string."""
         prompts = []
         for conversation in conversations:
             if isinstance(conversation, str):
@@ -354,14 +419,64 @@ def check_run(run, others):
             raise SystemExit(f"{run} holds no model, because it has no {name}; {advice}")
     return run
 
+HF_TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
+
+def has_tokenizer(run):
+    """Whether a folder says which tokenizer its model was trained with."""
+    return any((Path(run) / name).exists() for name in ("tokenizer.tiktoken", *HF_TOKENIZER_FILES))
+
 def load_tokenizer(run):
-    """The tokenizer in a run's folder. A folder of OpenAI's GPT-2 has it in another format; bpe.py
-    brings the same one."""
-    if (Path(run) / "tokenizer.tiktoken").exists():
+    """The tokenizer in a run's folder; for OpenAI's weights, which come without ours, GPT-2's.
+    Raises SystemExit if a folder has another one in HF's format, which cannot be read."""
+    run = Path(run)
+    if (run / "tokenizer.tiktoken").exists():
         return Tokenizer.load(run)
-    return Tokenizer.pretrained("gpt2")
+    tokenizer = Tokenizer.pretrained("gpt2")
+    for name in HF_TOKENIZER_FILES:
+        if (run / name).exists() and not is_gpt2(hf_vocabulary(run / name), tokenizer):
+            raise SystemExit(f"{run / name} is not GPT-2's tokenizer, the only one of this format "
+                             "that can be read; put the model's tokenizer into the folder as "
+                             "bpe.py writes it, tokenizer.tiktoken and tokenizer.json")
+    return tokenizer
+
+def hf_vocabulary(path):
+    """{token: id} of a tokenizer file of HF; {} if it is none."""
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "tokenizer.json":
+            described = described["model"]["vocab"]
+        return dict(described)
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+def is_gpt2(vocabulary, tokenizer):
+    """Whether a vocabulary of HF holds the tokens of GPT-2's tokenizer under the same ids. HF
+    writes a byte as its own character if that is visible, and otherwise as one from U+0100 on."""
+    letters = [chr(byte) for byte in range(256)]
+    hidden = [byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "]
+    for n, byte in enumerate(hidden):
+        letters[byte] = chr(256 + n)
+    for token, i in tokenizer.ranks.items():
+        word = "".join(letters[byte] for byte in token)
+        if vocabulary.get(word) != i:
+            return False
+    return True
 
 # ---- The terminal --------------------------------------------------------------------------------
+
+def printable(text):
+    """A text that is safe to print: control characters, which could move the cursor or hide what
+    was written, are shown as \\x1b; lines and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]",
+                  lambda found: ascii(found[0])[1:-1], text)
+
+def show_token(tokenizer, i):
+    """A token on one line: 'text', or its bytes if it is not made of whole characters."""
+    data = tokenizer.decode_bytes([i])
+    try:
+        return repr(data.decode("utf-8"))       # which shows control characters as \x1b, too
+    except UnicodeDecodeError:
+        return "".join(f"<{byte:02x}>" for byte in data)
 
 def show_steps(engine, prompt, top, max_new_tokens, seed, sampling):
     """Prints for each step the `top` most probable tokens as bars, and marks the one drawn."""
@@ -370,15 +485,30 @@ def show_steps(engine, prompt, top, max_new_tokens, seed, sampling):
     for token in engine.generate([prompt], max_new_tokens, seed=seed, **sampling)[0].ids:
         with torch.inference_mode():
             logits = engine.model(torch.tensor([ids], device=engine.device()))[:, -1]
-        probs, order = next_token_probs(logits)[0].topk(top)
+        probs, order = next_token_probs(logits[:, :engine.n_vocab])[0].topk(top)
         print(f"\n… {tokenizer.decode(ids[-12:])!r}")
         for p, i in zip(probs.tolist(), order.tolist()):
             mark = "←" if i == token else ""
-            print(f"{i:8d}  {tokenizer.decode([i])!r:16s} {p:6.1%} {'█' * round(40 * p)} {mark}")
+            print(f"{i:8d}  {show_token(tokenizer, i):16s} {p:6.1%} {'█' * round(40 * p)} {mark}")
         ids.append(token)
 
+def fit_context(tokenizer, messages, most):
+    """Drops the oldest turns, each with its question and its replies, until the prompt has at most
+    `most` tokens → (messages, ids). The system message and the last question stay."""
+    messages = list(messages)
+    while True:
+        ids, _ = tokenizer.render(messages, for_completion=True)
+        questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if len(ids) <= most or len(questions) < 2:
+            return messages, ids
+        del messages[questions[0]:questions[1]]
+
 def chat(engine, system, max_new_tokens, seed, sampling):
-    """A conversation in the terminal; an empty line or Ctrl-D ends it."""
+    """A conversation in the terminal. An empty line, Ctrl-D or Ctrl-C ends it. When it outgrows the
+    context, the oldest turns are forgotten, so that a quarter stays free for the reply."""
+    block_size = engine.model.config.block_size
+    most = block_size - min(max_new_tokens, max(1, block_size // 4))
+    has_forgotten = False
     messages = []
     if system:
         messages.append(dict(role="system", content=system))
@@ -389,14 +519,22 @@ def chat(engine, system, max_new_tokens, seed, sampling):
             return
         if not question:
             return
-        messages.append(dict(role="user", content=question))
-        ids, _ = engine.tokenizer.render(messages, for_completion=True)
-        print("assistant: ", end="")
+        asked = [*messages, dict(role="user", content=question)]
+        kept, ids = fit_context(engine.tokenizer, asked, most)
+        if len(ids) > most:
+            print(f"(That is too long: with it the prompt has {len(ids)} tokens, and the model can "
+                  f"read {most}. Ask something shorter.)")
+            continue
+        if len(kept) < len(asked) and not has_forgotten:
+            print(f"(The model can read {block_size} tokens; from now on it forgets the oldest "
+                  "turns.)")
+            has_forgotten = True
+        print("assistant: ", end="", flush=True)
         reply = []
         for token, text in engine.stream(ids, max_new_tokens, seed=seed, **sampling):
             if token is not None:
                 reply.append(token)
-            print(text, end="", flush=True)
+            print(printable(text), end="", flush=True)
         print()
         messages = engine.tokenizer.parse([*ids, *reply])
         seed += 1
@@ -404,10 +542,41 @@ def chat(engine, system, max_new_tokens, seed, sampling):
 def show_samples(engine, prompt, num_samples, max_new_tokens, seed, sampling):
     """Prints several continuations of a prompt, token by token, as they are written."""
     for i in range(num_samples):
-        print("-" * 80 + f"\n{prompt}", end="")
+        print("-" * 80 + f"\n{printable(prompt)}", end="")
         for _, text in engine.stream(prompt, max_new_tokens, seed=seed + i, **sampling):
-            print(text, end="", flush=True)
+            print(printable(text), end="", flush=True)
         print()
+
+def check_at_least(least, args, *names):
+    """Stops at a flag below `least`; one that was not given is None and passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise SystemExit(f"--{name} must be at least {least}, got {value}")
+
+def choose_device(name):
+    """--device → a device of torch, for auto the GPU if there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
+        raise SystemExit(f"--device must be auto, cpu or cuda, got {name}")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {name}: this machine has no CUDA GPU that torch can use; try "
+                         "--device cpu")
+    return name
+
+@contextmanager
+def quiet_end():
+    """Ends the command without a traceback if the user presses Ctrl-C, or if the reader of a pipe
+    has gone, as in `sample.py | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        raise SystemExit(141) from None     # as a program that SIGPIPE ends
 
 def parse_args():
     parser = argparse.ArgumentParser(description="write with a trained model")
@@ -429,37 +598,51 @@ def parse_args():
     return parser.parse_args()
 
 def read_prompt(args):
-    if args.file:
+    """--prompt, or the text of --file."""
+    if args.file is None:
+        return args.prompt
+    try:
         return Path(args.file).read_text(encoding="utf-8").rstrip("\n")
-    return args.prompt
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"--file {args.file} cannot be read as UTF-8 text: {error}") from None
 
 def main():
     args = parse_args()
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    stages = ("sft", "rl") if args.chat and not args.allow_base else ("pretrain", "sft", "rl")
+    check_at_least(1, args, "num_samples", "max_new_tokens", "top")
+    check_at_least(0, args, "seed")
+    sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p")}
+    try:
+        check_sampling(**sampling)
+    except ValueError as error:
+        raise SystemExit(f"--{error}") from None
+    device = choose_device(args.device)
+    prompt = read_prompt(args)
+    stages = ("pretrain", "sft", "rl")
+    if args.chat and not args.allow_base:
+        stages = ("sft", "rl")
     run = find_run(args.model, stages)
     tokenizer = load_tokenizer(run)
     model, meta = load_checkpoint(run, device, tokenizer.n_vocab)
     print(f"{meta['run']}: stage {meta['stage']}, step {meta['step']}, "
           f"{model.num_params():,} parameters", flush=True)
+    if args.top and args.top > tokenizer.n_vocab:
+        raise SystemExit(f"--top must be at most {tokenizer.n_vocab}, the model's tokens, got "
+                         f"{args.top}")
     if args.chat and meta["stage"] == "pretrain" and not args.allow_base:
         raise SystemExit(f"{run} is a base model, which continues documents and does not answer; "
                          "name a model of chat_sft.py with --model, or see for yourself with "
                          "--allow_base")
     engine = Engine(model.for_inference(), tokenizer)
-    sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p")}
     if args.chat:
         chat(engine, args.system, args.max_new_tokens, args.seed, sampling)
     elif args.top:
-        show_steps(engine, read_prompt(args), args.top, args.max_new_tokens, args.seed, sampling)
+        show_steps(engine, prompt, args.top, args.max_new_tokens, args.seed, sampling)
     else:
-        show_samples(engine, read_prompt(args), args.num_samples, args.max_new_tokens, args.seed,
-                     sampling)
+        show_samples(engine, prompt, args.num_samples, args.max_new_tokens, args.seed, sampling)
 
 if __name__ == "__main__":
     try:
-        main()
-    except (ValueError, FileNotFoundError, UnicodeDecodeError) as error:
+        with quiet_end():
+            main()
+    except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None

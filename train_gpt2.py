@@ -9,7 +9,7 @@ Pretraining: token shards → a base model that continues documents.
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
         train_gpt2.py --model d24 --data data/fineweb --out runs/d24                       # 2 nodes
 
-    in:  <data>/*_train_*.bin, *_val_*.bin (llm.c's shards too), <data>/tokenizer
+    in:  <data>/*_train_000001.bin, *_val_000000.bin (llm.c's shards too), index.json, tokenizer/
     out: <run>/model.safetensors, config.json, tokenizer, log.jsonl, state/ for --resume
 
 A step has total_batch_size tokens, which is a property of the model. Each of the world_size ranks
@@ -28,11 +28,14 @@ Differs from the papers: the constants are nanochat's for dN and llm.c's for gpt
 import argparse
 import gc
 import gzip
+import hashlib
+import json
 import lzma
 import math
 import os
+import re
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,9 +44,10 @@ import torch
 
 from bpe import Tokenizer
 from eval import scores
-from model import (GPT, GPTConfig, find_compiler, find_kernel, load_checkpoint, save_checkpoint,
-                   sdpa)
-from sample import Engine, find_run
+from model import (GPT, GPT2_SIZES, GPTConfig, find_compiler, find_kernel, load_checkpoint,
+                   save_checkpoint, sdpa)
+from sample import (Engine, check_at_least, choose_device, find_run, has_tokenizer, load_tokenizer,
+                    quiet_end)
 from training import (D12_MATMUL_PARAMS, RunLog, catch_signals, check_finite, finish, init_ranks,
                       load_state, make_optimizer, save_state)
 
@@ -53,25 +57,54 @@ MAGIC = 20240520
 TOKEN_TYPES = {1: np.uint16, 2: np.uint32}      # by the version in a shard's header
 HEADER_BYTES = 1024                             # 256 int32: magic, version, token count, zeros
 
+def read_index(data):
+    """index.json of a folder that shards.py wrote: its tokenizer, and the split, tokens and SHA-256
+    of each shard. {}: there is none; llm.c writes shards without it."""
+    path = Path(data) / "index.json"
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"{path}: {error}; remove it and run python shards.py again") from None
+
+def shard_files(data, split):
+    """The files of a split: those that index.json lists for it. Without an index they are those
+    whose name ends in _{split}_DIGITS.bin, or in _{split}.bin, as in llm.c's small data sets."""
+    data = Path(data)
+    listed = read_index(data).get("shards")
+    if listed:
+        return [data / shard["file"] for shard in listed if shard["split"] == split]
+    name = re.compile(rf"(.+_)?{split}(_[0-9]+)?\.bin")
+    return sorted(path for path in data.glob("*.bin") if name.fullmatch(path.name))
+
 class Shards:
     """All tokens of a split as one long sequence, read from memory-mapped .bin files.
 
     data: a folder of token shards, written by shards.py or by llm.c. split: "train" or "val".
-    Raises SystemExit if the split has no shard or if a shard is damaged.
+    vocab_size: no id may be as large; None: it is not known. Raises SystemExit if the split has no
+    shard, if a shard is damaged, or, as soon as it is read, if an id is too large.
     """
 
-    def __init__(self, data, split):
-        self.files = sorted(Path(data).glob(f"*{split}_*.bin"))
+    def __init__(self, data, split, vocab_size=None):
+        self.vocab_size = vocab_size
+        self.files = shard_files(data, split)
         if not self.files:
-            raise SystemExit(f"{data} holds no token shards named *{split}_*.bin; make them with "
-                             f"python shards.py --data {data} --tokenizer DIR")
+            raise SystemExit(f"{data} holds no shards of the {split} split, *_{split}_000000.bin; "
+                             f"make them with python shards.py --data {data} --tokenizer DIR")
         self.maps = [self.open(path) for path in self.files]
         self.ends = np.cumsum([len(tokens) for tokens in self.maps])
         self.n_tokens = int(self.ends[-1])
+        if self.n_tokens < 2:
+            raise SystemExit(f"the {split} split in {data} holds {self.n_tokens} tokens, but one "
+                             "must predict another; prepare more text")
 
     @staticmethod
     def open(path):
         """One file → its tokens, which stay on the disk until they are read."""
+        if not path.exists():
+            raise SystemExit(f"{path} is missing, but index.json lists it; run python shards.py "
+                             "again")
         size = path.stat().st_size
         if size < HEADER_BYTES:
             raise SystemExit(f"{path} has {size} bytes, less than the header of a shard; delete it "
@@ -94,8 +127,12 @@ class Shards:
         while count > 0:
             tokens = self.maps[shard]
             begin = start - (self.ends[shard] - len(tokens))
-            piece = tokens[begin:begin + count]
-            pieces.append(piece.astype(np.int64))
+            piece = tokens[begin:begin + count].astype(np.int64)
+            if self.vocab_size and len(piece) and piece.max() >= self.vocab_size:
+                raise SystemExit(f"{self.files[shard]} holds token {piece.max()}, but the "
+                                 f"tokenizer has {self.vocab_size}; tokenize the text again, with "
+                                 "the tokenizer that you train with")
+            pieces.append(piece)
             start += len(piece)
             count -= len(piece)
             shard += 1
@@ -151,12 +188,47 @@ class Loader:
             rows = rows.pin_memory().to(device, non_blocking=True)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
+HASHED_BYTES = 2 ** 30      # of shards at the start, which takes seconds; larger ones are trusted
+
 def data_tokenizer(data):
-    """The tokenizer beside the shards. llm.c's shards have none, and their tokens are GPT-2's."""
+    """The tokenizer beside the shards. llm.c's shards have none, and their tokens are GPT-2's.
+    Raises SystemExit if index.json says that another one made the shards."""
     folder = Path(data) / "tokenizer"
     if folder.exists():
-        return Tokenizer.load(folder)
-    return Tokenizer.pretrained("gpt2")
+        tokenizer = Tokenizer.load(folder)
+    else:
+        tokenizer = Tokenizer.pretrained("gpt2")
+    made_by = read_index(data).get("tokenizer") or {}
+    if made_by.get("sha256", tokenizer.sha256) != tokenizer.sha256:
+        raise SystemExit(f"{data}/index.json: tokenizer {made_by['sha256'][:8]} made the shards, "
+                         f"but {folder} is {tokenizer.sha256[:8]}; run python shards.py --data "
+                         f"{data} --tokenizer {folder}")
+    return tokenizer
+
+def check_shards(data):
+    """Compares shards with the SHA-256 of index.json, in its order, up to HASHED_BYTES."""
+    n_bytes = 0
+    for shard in read_index(data).get("shards") or []:
+        path = Path(data) / shard["file"]
+        n_bytes += path.stat().st_size
+        if "sha256" not in shard or n_bytes > HASHED_BYTES:
+            continue
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shard["sha256"]:
+            raise SystemExit(f"{path} is not the file that index.json describes (its SHA-256 is "
+                             f"{found[:8]}, not {shard['sha256'][:8]}); run python shards.py again")
+
+def check_same_tokenizer(run, name, tokenizer):
+    """Stops if a checkpoint was trained with another tokenizer than the data's, so that its rows of
+    the embedding would mean other tokens. A folder that holds weights alone does not say."""
+    if not (name in GPT2_SIZES or has_tokenizer(run)):
+        return
+    theirs = load_tokenizer(run)
+    if theirs.sha256 != tokenizer.sha256:
+        raise SystemExit(f"--init_from {name} has the tokenizer {theirs.name} {theirs.sha256[:8]}, "
+                         f"but the data has {tokenizer.name} {tokenizer.sha256[:8]}; tokenize the "
+                         f"data with the model's: python shards.py --data DATA --tokenizer {run}")
 
 # ---- Validation ----------------------------------------------------------------------------------
 
@@ -183,7 +255,7 @@ def evaluate(model, shards, token_bytes, T, batch_size, ranks, max_tokens=None):
 
     val_loss is in nats per token. val_bpb is in bits per byte of text:
         val_bpb = total nats / (ln 2 · total bytes), excluding <|endoftext|>, which is not text
-    It compares models with different tokenizers with each other, and with gzip.
+    It compares models with different tokenizers with each other, and with gzip. None: no text.
 
     token_bytes: int64 (V,), the bytes of text that each token stands for; 0: not text.
     max_tokens: how much of the split is read, from its beginning; default: all of it.
@@ -206,10 +278,13 @@ def evaluate(model, shards, token_bytes, T, batch_size, ranks, max_tokens=None):
         text_bytes += n_bytes.sum().item()
     model.train()
     nats, n_tokens, text_nats, text_bytes = ranks.sum(nats, n_tokens, text_nats, text_bytes)
-    return nats / max(1, n_tokens), text_nats / math.log(2) / max(1, text_bytes)
+    val_bpb = None
+    if text_bytes:
+        val_bpb = text_nats / math.log(2) / text_bytes
+    return nats / n_tokens, val_bpb
 
 def compressors_bpb(shards, tokenizer):
-    """Bits per byte of gzip -9 and xz -9e on the text of a split: {"gzip", "xz"}."""
+    """Bits per byte of gzip -9 and xz -9e on the text of a split, which must not be empty."""
     ids = [i for i in shards.read(0, shards.n_tokens).tolist() if i != tokenizer.eot]
     text = tokenizer.decode_bytes(ids)
     gzipped = gzip.compress(text, 9)
@@ -218,27 +293,32 @@ def compressors_bpb(shards, tokenizer):
 
 def show_compressors(log, step, val_shards, tokenizer, val_bpb):
     """Logs the model's bits per byte beside those of gzip and xz."""
-    if val_shards.n_tokens >= COMPRESSED_TOKENS:
+    if val_bpb is None or val_shards.n_tokens >= COMPRESSED_TOKENS:
         return
     others = compressors_bpb(val_shards, tokenizer)
     log.say(f"val bits per byte: this model {val_bpb:.4f}, gzip -9 {others['gzip']:.4f}, "
             f"xz -9e {others['xz']:.4f}", step=step, val_bpb=val_bpb, **others)
 
 def show_samples(log, step, engine):
-    """Logs how the model continues each of SAMPLE_PROMPTS."""
+    """Logs how the model continues each of SAMPLE_PROMPTS that leaves room in its context."""
     for seed, prompt in enumerate(SAMPLE_PROMPTS):
+        if len(engine.prompt_ids(prompt)) >= engine.model.config.block_size:
+            continue
         completion = engine.generate([prompt], 48, temperature=0.8, seed=seed)[0]
         text = engine.tokenizer.decode(completion.ids)
         log.say(f"  sample: {prompt}{text!r}", step=step, sample=prompt + text)
 
-def check_first_loss(val_loss, vocab_size):
-    """Stops a new model whose first loss shows that the code is broken: it knows nothing yet, so
-    each of the V tokens should get about the same probability."""
-    expected = math.log(vocab_size)
+def check_first_loss(val_loss, config):
+    """Stops a new model whose first loss shows that the code is broken. The model knows nothing, so
+    its logits are noise of some variance v, and its loss is ln V + v / 2. GPT-2's logits sum over C
+    channels of variance 1 times weights of standard deviation 0.02; those of dN are near 0."""
+    expected = math.log(config.vocab_size)
+    if not config.rms_norm:
+        expected += 0.02 ** 2 * config.n_embd / 2
     if not 0.95 < val_loss / expected < 1.05:
         raise SystemExit(f"val_loss is {val_loss:.4f} before step 1, but an untrained model's is "
-                         f"ln({vocab_size}) = {expected:.4f}; the model or the loss is broken: run "
-                         "make test")
+                         f"{expected:.4f}, about ln({config.vocab_size}); the model or the loss is "
+                         "broken: run make test")
 
 # ---- The recipe: learning rates, their schedule, the batch size ----------------------------------
 
@@ -370,10 +450,18 @@ def parse_args():
     parser.add_argument("--gpu_hour_usd", type=float, help="price of a GPU hour, to show the cost")
     parser.add_argument("--seed", type=int, default=1337, help="seed of weights and row order")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--fp8", type=int, default=0, help="1: multiply in 8 bits (H100 or later)")
-    parser.add_argument("--deterministic", type=int, default=0, help="1: repeatable bits on a GPU")
+    parser.add_argument("--fp8", type=int, default=0, choices=(0, 1),
+                        help="1: multiply in 8 bits (H100 or later)")
+    parser.add_argument("--deterministic", type=int, default=0, choices=(0, 1),
+                        help="1: repeatable bits on a GPU")
     parser.add_argument("--profile", action="store_true", help="trace steps 10-12 into <out>")
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_at_least(1, args, "total_batch_size", "batch_size", "seq_len", "eval_every", "save_every")
+    check_at_least(0, args, "max_steps", "gpu_hour_usd", "seed")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise SystemExit(f"--lr must be above 0, got {args.lr}")
+    choose_device(args.device)
+    return args
 
 def parse_config(given):
     """--config KEY=VALUE … → {field of GPTConfig: value of its type}."""
@@ -386,14 +474,44 @@ def parse_config(given):
                              f"one of {', '.join(names)}")
         kind = type(getattr(GPTConfig, name))
         try:
-            fields[name] = parse_bool(value) if kind is bool else kind(value)
+            fields[name] = parse_field(kind, value)
         except ValueError:
-            raise SystemExit(f"--config {text}: {value} is not of type {kind.__name__}; try "
-                             f"--config {name}={getattr(GPTConfig, name)}") from None
+            wanted = {bool: "1 or 0", int: "an integer", float: "a number"}[kind]
+            raise SystemExit(f"--config {text}: {name} must be {wanted}; try --config "
+                             f"{name}={getattr(GPTConfig, name):g}") from None
     return fields
 
-def parse_bool(text):
-    return text in ("1", "True", "true")
+YES_OR_NO = {"1": True, "true": True, "yes": True, "on": True,
+             "0": False, "false": False, "no": False, "off": False}
+
+def parse_field(kind, text):
+    """A text as bool, int, float or str; ValueError if it is not one."""
+    if kind is not bool:
+        return kind(text)
+    if text.lower() not in YES_OR_NO:
+        raise ValueError
+    return YES_OR_NO[text.lower()]
+
+def check_config(config):
+    """Stops at a shape that no model can have."""
+    C = config.n_embd
+    NH = config.n_head
+    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        if getattr(config, name) < 1:
+            raise SystemExit(f"--config {name} must be at least 1, got {getattr(config, name)}")
+    if C % NH:
+        raise SystemExit(f"n_embd {C} is not a multiple of n_head {NH}; try --config "
+                         f"n_embd={max(1, C // NH) * NH}")
+    if config.rope and C // NH % 2:
+        raise SystemExit(f"n_embd {C} over n_head {NH} makes heads of {C // NH} channels, but rope "
+                         f"needs an even number; try --config n_embd={C + NH}")
+    if not 0 <= config.dropout < 1:
+        raise SystemExit(f"--config dropout must be at least 0 and below 1, got {config.dropout}")
+    if not 0 <= config.softcap < math.inf:
+        raise SystemExit(f"--config softcap must be at least 0, got {config.softcap}")
+    if not config.windows or set(config.windows) - set("SL"):
+        raise SystemExit("--config windows must be one or more of the letters S and L, got "
+                         f"{config.windows or 'nothing'}; try --config windows=SSSL")
 
 def build_model(args, tokenizer, device):
     """The model that --init_from names, or a new one as --model and --config describe it."""
@@ -401,17 +519,15 @@ def build_model(args, tokenizer, device):
         raise SystemExit(f"--config {args.config[0]} cannot be combined with --init_from, which "
                          "brings its own shape; leave --config out (--seq_len makes rows shorter)")
     if args.init_from:
-        return load_checkpoint(find_run(args.init_from), vocab_size=tokenizer.n_vocab)[0]
+        run = find_run(args.init_from)
+        check_same_tokenizer(run, args.init_from, tokenizer)
+        return load_checkpoint(run, vocab_size=tokenizer.n_vocab)[0]
     fields = {"vocab_size": tokenizer.n_vocab}
     if find_kernel(device)[0] is sdpa:  # only the other kernels skip the keys outside of a window
         fields["windows"] = "L"
     fields |= parse_config(args.config)
     config = GPTConfig.preset(args.model, **fields)
-    C = config.n_embd
-    NH = config.n_head
-    if C % NH:
-        raise SystemExit(f"n_embd {C} is not a multiple of n_head {NH}; try --config "
-                         f"n_embd={C // NH * NH}")
+    check_config(config)
     return GPT(config)
 
 def row_tokens(args, config):
@@ -518,10 +634,10 @@ def make_profiler(run, ranks, log):
 def main():
     args = parse_args()
     run = Path(args.out)
-    train_shards = Shards(args.data, "train")
-    val_shards = Shards(args.data, "val")
     tokenizer = data_tokenizer(args.data)
-    signals = catch_signals()
+    train_shards = Shards(args.data, "train", tokenizer.n_vocab)
+    val_shards = Shards(args.data, "val", tokenizer.n_vocab)
+    check_shards(args.data)
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
@@ -570,6 +686,7 @@ def main():
         return loader.batch(first, B, ranks.device)
 
     first_step = progress.step
+    signals = catch_signals()       # from here on they end the run after a step, with a saved state
     stop = False
     val_bpb = None
     with named_failures(ranks, first_step, "the first collective"):
@@ -593,7 +710,7 @@ def main():
                     figures |= scores(engine, args.core_dir, CORE_EXAMPLES, ranks)
                 log(step, **figures)
                 if step == 0 and not args.init_from:
-                    check_first_loss(val_loss, config.vocab_size)
+                    check_first_loss(val_loss, config)
                 if ranks.is_main:
                     show_samples(log, step, engine)
                     if is_last:
@@ -643,5 +760,5 @@ def main():
     finish(log, run, "pretrain", step, started, stopped=stop and not is_last)
 
 if __name__ == "__main__":
-    with suppress(BrokenPipeError):
+    with quiet_end():
         main()

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_gpt2
+from bpe import Tokenizer
 from conftest import (GPT2, ROOT, assert_same_files, in_fp64, mutate, noisy, run_main, run_ranks,
                       stop_at, write_shard)
 from model import GPT, GPTConfig, load_checkpoint
@@ -61,9 +63,9 @@ def logged(run, key):
 @pytest.fixture
 def counting(tmp_path):
     """Tokens 0 … 999 in three shards of both versions."""
-    parts = dict(a=(range(10), 1), b=(range(10, 700), 2), c=(range(700, 1000), 1))
-    for name, (part, version) in parts.items():
-        write_shard(tmp_path / f"x_train_{name}.bin", list(part), version=version)
+    parts = [(range(10), 1), (range(10, 700), 2), (range(700, 1000), 1)]
+    for number, (part, version) in enumerate(parts):
+        write_shard(tmp_path / f"x_train_{number}.bin", list(part), version=version)
     return Shards(tmp_path, "train")
 
 
@@ -157,6 +159,85 @@ def test_missing_empty_and_too_short_shards_are_one_line(tmp_path):
     write_shard(tmp_path / "x_train_0.bin", range(8))
     with pytest.raises(SystemExit, match="lower --seq_len"):
         Loader(Shards(tmp_path, "train"), 8, seed=0)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "my_train", "train_data", "eval", "val", "retrieval",
+                                  "medieval", "x"])
+def test_no_name_of_a_data_set_mixes_its_splits(name, tmp_path):
+    for number, split in enumerate(["val", "train", "train"]):
+        write_shard(tmp_path / f"{name}_{split}_{number:06d}.bin", [number] * 10)
+    assert set(Shards(tmp_path, "val").read(0, 10)) == {0}
+    train = Shards(tmp_path, "train")
+    assert train.n_tokens == 20 and set(train.read(0, 20)) == {1, 2}
+
+
+def test_llm_cs_names_without_digits_are_found_and_an_index_has_the_last_word(tmp_path):
+    write_shard(tmp_path / "tiny_shakespeare_train.bin", range(10))
+    write_shard(tmp_path / "tiny_shakespeare_val.bin", range(3))
+    assert (Shards(tmp_path, "train").n_tokens, Shards(tmp_path, "val").n_tokens) == (10, 3)
+    rows = [dict(file="tiny_shakespeare_train.bin", split="val")]
+    (tmp_path / "index.json").write_text(json.dumps(dict(shards=rows)))
+    assert Shards(tmp_path, "val").n_tokens == 10
+    with pytest.raises(SystemExit, match="no shards of the train split"):
+        Shards(tmp_path, "train")
+
+
+def indexed(tmp_path, tokenizer, ids=range(300)):
+    """A folder as shards.py writes it: both splits hold `ids`."""
+    tokenizer.save(tmp_path / "tokenizer")
+    rows = []
+    for split in ("train", "val"):
+        path = tmp_path / f"x_{split}_0.bin"
+        write_shard(path, list(ids))
+        rows.append(dict(file=path.name, split=split,
+                         sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+    index = dict(tokenizer=dict(sha256=tokenizer.sha256), shards=rows)
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def test_shards_that_another_tokenizer_made_or_that_were_changed_are_refused(tokenizer, tmp_path):
+    data = indexed(tmp_path / "data", tokenizer)
+    run_main(train_gpt2, *flags(data, tmp_path / "run", max_steps=1))
+    with open(data / "x_train_0.bin", "r+b") as file:
+        file.seek(1030)
+        file.write(b"\1\1")
+    with pytest.raises(SystemExit, match="x_train_0.bin is not the file that index.json describes"):
+        run_main(train_gpt2, *flags(data, tmp_path / "other"))
+    Tokenizer.train(["another text"] * 9, 300).save(data / "tokenizer")
+    with pytest.raises(SystemExit, match="made the shards, but .*; run python shards.py"):
+        run_main(train_gpt2, *flags(data, tmp_path / "other"))
+
+
+def test_a_token_beyond_the_vocabulary_names_its_shard(tokenizer, tmp_path):
+    data = indexed(tmp_path / "data", tokenizer, [*range(200), 400, *range(100)])
+    with pytest.raises(SystemExit, match="x_(val|train)_0.bin holds token 400, .* has 400;"):
+        run_main(train_gpt2, *flags(data, tmp_path / "run", max_steps=3))
+
+
+def test_init_from_a_run_with_another_tokenizer_is_refused(data, base_run, tmp_path):
+    run = shutil.copytree(base_run, tmp_path / "run")
+    Tokenizer.train(["another text"] * 9, 300).save(run)
+    with pytest.raises(SystemExit, match="--init_from .* has the tokenizer .*; tokenize the data"):
+        run_main(train_gpt2, *shapeless(flags(data, tmp_path / "out")), "--init_from", run)
+
+
+@pytest.mark.parametrize("split, ids, said", [
+    ("val", [], "holds 0 tokens"), ("val", [1], "holds 1 tokens"), ("train", [1], "holds 1 tokens")])
+def test_a_split_too_short_to_predict_anything_is_named(split, ids, said, tmp_path):
+    write_shard(tmp_path / f"x_{split}_0.bin", ids)
+    with pytest.raises(SystemExit, match=said):
+        Shards(tmp_path, split)
+
+
+def test_a_val_split_without_text_and_a_tiny_context_do_not_end_a_run(tokenizer, tmp_path):
+    data = indexed(tmp_path / "data", tokenizer)
+    write_shard(data / "x_val_0.bin", [tokenizer.eot] * 20)
+    (data / "index.json").unlink()
+    for block_size in (1, 4):
+        run = tmp_path / str(block_size)
+        run_main(train_gpt2, *flags(data, run, block_size=block_size, max_steps=1))
+        assert logged(run, "val_loss") and not logged(run, "val_bpb")
 
 
 # ---- validation
@@ -533,8 +614,51 @@ def test_memory_of_d24_on_8_ranks_is_what_its_parameters_need():
 
 def test_a_model_that_does_not_begin_at_ln_v_is_stopped(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt2, "evaluate", lambda *args, **kwargs: (5.5, 2.0))
-    with pytest.raises(SystemExit, match=r"5.5000 before step 1, .*ln\(400\) = 5.9915;"):
+    with pytest.raises(SystemExit, match=r"5.5000 before step 1, .* 5.9915, about ln\(400\);"):
         run_main(train_gpt2, *flags(data, tmp_path))
+
+
+@pytest.mark.parametrize("C, V", [(64, 400), (1024, 400), (1600, 50257)])
+def test_the_first_loss_of_a_wide_gpt2_is_expected(C, V):
+    torch.manual_seed(0)
+    config = GPTConfig(n_embd=C, n_layer=1, n_head=2, vocab_size=V, block_size=64)
+    ids = torch.randint(0, V, (4, 65))
+    loss = GPT(config).eval()(ids[:, :-1], ids[:, 1:]).item()
+    expected = math.log(V) + 0.0002 * C
+    assert loss == pytest.approx(expected, rel=0.01)
+    train_gpt2.check_first_loss(loss, config)
+    with pytest.raises(SystemExit, match="broken"):
+        train_gpt2.check_first_loss(1.06 * expected, config)
+
+
+@pytest.mark.parametrize("flag, value, said", [
+    ("eval_every", 0, "at least 1, got 0"), ("eval_every", -1, "at least 1"),
+    ("save_every", 0, "at least 1"), ("batch_size", 0, "at least 1"), ("seq_len", 0, "at least 1"),
+    ("total_batch_size", 0, "at least 1"), ("lr", 0, "above 0, got 0"), ("lr", "nan", "above 0"),
+    ("seed", -1, "at least 0"), ("max_steps", -1, "at least 0"), ("device", "foo", "auto, cpu or"),
+    ("gpu_hour_usd", -1, "at least 0")])
+def test_a_flag_out_of_range_is_one_line_and_0_is_not_the_default(flag, value, said, data, tmp_path):
+    with pytest.raises(SystemExit, match=f"^--{flag} must be {said}"):
+        run_main(train_gpt2, *flags(data, tmp_path), f"--{flag}", value)
+
+
+@pytest.mark.parametrize("given", [
+    "n_layer=0", "n_head=0", "n_head=-2", "n_embd=0", "block_size=0", "dropout=1.5", "dropout=nan",
+    "softcap=-1", "windows=", "windows=XQ", "rope=maybe", "rope=2", "rope=", "n_embd=6", "n_embd"])
+def test_a_shape_that_no_model_has_is_one_line(given, data, tmp_path):
+    with pytest.raises(SystemExit, match=given.split("=")[0]) as error:
+        run_main(train_gpt2, "--model", "d2", "--data", data, "--out", tmp_path, "--config",
+                 "n_embd=32", "n_head=2", given)
+    assert "\n" not in str(error.value) and "must be" in str(error.value) or "rope" in str(error.value)
+
+
+@pytest.mark.parametrize("text, value", [
+    ("1", True), ("yes", True), ("TRUE", True), ("On", True), ("0", False), ("no", False),
+    ("False", False), ("off", False)])
+def test_every_spelling_of_yes_and_no_is_understood(text, value):
+    for name, field in GPTConfig.__dataclass_fields__.items():
+        if isinstance(field.default, bool):
+            assert train_gpt2.parse_config([f"{name}={text}"]) == {name: value}
 
 
 def test_profile_writes_a_trace_and_names_the_longest(data, tmp_path, capsys):
@@ -545,7 +669,7 @@ def test_profile_writes_a_trace_and_names_the_longest(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("given, words", [
     (["n_embed=3"], "no such field"), (["vocab_size=3"], "no such field"),
-    (["n_head=two"], "two is not of type int"), (["n_embd=31"], "not a multiple")])
+    (["n_head=two"], "n_head must be an integer"), (["n_embd=31"], "not a multiple")])
 def test_bad_config_is_one_line(data, tmp_path, given, words):
     with pytest.raises(SystemExit, match=words) as error:
         run_main(train_gpt2, "--data", data, "--out", tmp_path, "--config", *given)
