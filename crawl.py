@@ -46,7 +46,7 @@ from w3lib.html import get_base_url
 from w3lib.url import canonicalize_url, safe_url_string
 
 from download import one_line_when_full, whole_file
-from warc import parse_headers, read_warc, warc_record
+from warc import BLANK_LINE, MAX_HEADER_BYTES, parse_headers, read_warc, warc_record
 
 MAX_PAGE_BYTES = 8 << 20      # of a page's HTML after decompression; this also stops zip bombs
 PAGES_PER_WARC = 250          # lost when a crawl is killed; also one task of prepare_fineweb.py
@@ -96,7 +96,9 @@ def unzip(body, encoding):
 
 def parse_answer(answer):
     """A stored HTTP answer → (status or "", headers, decoded body or None)."""
-    head, _, body = answer.partition(b"\r\n\r\n")
+    blank = BLANK_LINE.search(answer, 0, MAX_HEADER_BYTES)
+    at = blank.end() if blank else MAX_HEADER_BYTES
+    head, body = answer[:at], answer[at:]
     status = re.match(rb"HTTP/\S+ +(\d{3})", head)
     headers = parse_headers(head)
     if "chunked" in headers.get("transfer-encoding", "").lower():

@@ -4,9 +4,15 @@ A record is "WARC/1.0", header lines, an empty line, Content-Length bytes, and a
 .warc.gz each record is a gzip member of its own, so damage to one record does not reach the next.
 
     for record, reason in read_warc("data/site/warc/crawl_00000.warc.gz"):
-        headers, payload = record       # or None, and reason says what was wrong
+        headers, payload = record       # or record is None, and reason says what was wrong
+
+Beyond the standard, what damaged and foreign files hold is read as far as possible: lines that end
+in LF only, rubbish between records, a .warc.zst where a module can read it.
 """
+import contextlib
 import gzip
+import importlib
+import os
 import re
 import time
 import uuid
@@ -14,10 +20,15 @@ import zlib
 
 MAX_RECORD_BYTES = 32 << 20   # a longer record is skipped
 MAX_HEADER_BYTES = 64 << 10   # of a record
+MAX_BAD_RECORDS = 10_000      # in a row; the rest of such a file is not read
 PIECE_BYTES = 128 << 10       # read at a time; decompression makes at most 32 times as much of it
 
-VERSION_LINE = re.compile(rb"WARC/\d\.\d+\r\n")
+VERSION_LINE = re.compile(rb"WARC/\d\.\d{1,3}\r?\n")
+BLANK_LINE = re.compile(rb"\n\r?\n")  # after the last header line
+CONTENT_LENGTH = re.compile(rb"\ncontent-length:\s*([0-9]{1,15})[ \t]*\r?\n", re.I)
 GZIP_MAGIC = b"\x1f\x8b\x08"
+SMALLEST_MEMBER = 20  # bytes of an empty gzip member; fewer between two members are rubbish
+ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # of a frame, or one to skip
 
 def warc_record(kind, url, payload, content_type="application/http; msgtype=response"):
     """One record as a gzip member. Its id is derived from the URL, so two crawls agree on it."""
@@ -27,13 +38,7 @@ def warc_record(kind, url, payload, content_type="application/http; msgtype=resp
             f"Content-Type: {content_type}\r\nContent-Length: {len(payload)}\r\n\r\n")
     return gzip.compress(head.encode() + payload + b"\r\n\r\n", 6, mtime=0)
 
-def parse_headers(head):
-    """Header lines as {lower-case name: value}, without the first (version or status) line."""
-    headers = {}
-    for line in head.decode("utf-8", "replace").splitlines()[1:]:
-        name, _, value = line.partition(":")
-        headers[name.strip().lower()] = value.strip()
-    return headers
+# ---- Files → pieces of decompressed bytes --------------------------------------------------------
 
 def plain_pieces(file):
     """Yield (bytes, None) for each piece of an uncompressed file."""
@@ -44,96 +49,178 @@ def gzip_pieces(file):
     """Yield (bytes, None) for each decompressed piece of a file of gzip members, and
     (b"", "broken_gzip") where a member is damaged; the next member is then found by its magic.
     """
-    data = file.read(PIECE_BYTES)
-    member = None
-    while data:
-        if member is None:
-            start = data.find(GZIP_MAGIC)
+    data = b""           # compressed bytes
+    at = 0               # those before it are done
+    member = None        # the decompressor of the member that holds data[at]
+    skipped = 0          # bytes since the last member
+    is_reported = False  # whether they are known to be broken
+    n_members = 0
+    while True:
+        if at == len(data):
+            data = file.read(PIECE_BYTES)
+            at = 0
+            if not data:
+                break
+        is_new = member is None
+        if is_new:
+            start = data.find(GZIP_MAGIC, at)
             if start < 0:
+                rest = data[at:][-2:]  # a magic may lie across two pieces
                 more = file.read(PIECE_BYTES)
+                skipped += len(data) - at - len(rest)
                 if not more:
-                    return
-                data = data[-2:] + more  # the magic may lie across two pieces
+                    break
+                data = rest + more
+                at = 0
                 continue
-            data = data[start:]
+            if skipped + start - at >= SMALLEST_MEMBER and not is_reported:
+                yield b"", "broken_gzip"
+            at = start
+            skipped = 0
+            is_reported = False
+            n_members += 1
             member = zlib.decompressobj(wbits=31)
-            is_first_piece = True
         try:
-            yield member.decompress(data, 32 * PIECE_BYTES), None
+            piece = member.decompress(memoryview(data)[at:], 32 * PIECE_BYTES)
         except zlib.error:
             yield b"", "broken_gzip"
             member = None
-            if is_first_piece:
-                data = data[1:]  # so that the same magic is not found again
+            is_reported = True
+            if is_new:
+                at += 1  # so that the same magic is not found again
+            continue
+        yield piece, None
+        if member.eof:
+            at = len(data) - len(member.unused_data)
+            member = None
         else:
-            if member.eof:
-                data = member.unused_data
-                member = None
-            else:
-                data = member.unconsumed_tail
-            is_first_piece = False
-        data = data or file.read(PIECE_BYTES)
+            at = len(data) - len(member.unconsumed_tail)
+    if n_members and skipped >= SMALLEST_MEMBER and not is_reported:
+        yield b"", "broken_gzip"
 
-def unzipped(path):
+def zstd_file(file):
+    """A file object that decompresses another one, or None where no module can."""
+    for name in ("compression.zstd", "backports.zstd", "pyzstd"):  # the first is Python 3.14's own
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name).ZstdFile(file)
+    with contextlib.suppress(ImportError):
+        import zstandard
+        return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+    return None
+
+def zstd_pieces(file):
+    """As gzip_pieces for a .warc.zst; after damage, nothing more can be read."""
+    unzipped = zstd_file(file)
+    if unzipped is None:
+        yield b"", "zstd_is_not_installed"
+        return
+    try:
+        yield from plain_pieces(unzipped)
+    except Exception:  # each module has an error of its own
+        yield b"", "broken_zstd"
+
+def pieces_of(path):
     """Yield (bytes, None) for each piece of a file, compressed or not, and (b"", why) where the
-    stream breaks off: "broken_gzip", after which it resumes, or "end".
+    stream breaks off: "broken_gzip" and the like, or "end".
     """
     with open(path, "rb") as file:
-        is_gzip = file.read(2) == GZIP_MAGIC[:2]
+        start = file.read(MAX_HEADER_BYTES)
         file.seek(0)
-        yield from gzip_pieces(file) if is_gzip else plain_pieces(file)
+        if ZSTD_MAGIC.match(start):
+            yield from zstd_pieces(file)
+        elif VERSION_LINE.search(start) and not start.startswith(GZIP_MAGIC):
+            yield from plain_pieces(file)
+        else:  # even if the magic of the first member is damaged
+            yield from gzip_pieces(file)
     yield b"", "end"
 
-def record_at(buffer, start, is_last):
-    """The record that begins at `start` → ((headers, payload), None, its end) or (None, reason,
-    where to search for the next one). The reason "truncated_record" asks for more bytes, unless the
-    buffer holds the last ones.
+# ---- Pieces → records ----------------------------------------------------------------------------
+
+def parse_headers(head):
+    """Header lines as {lower-case name: value}, without the first (version or status) line. A line
+    that begins with a space continues the one before it (RFC 9112, 5.2).
     """
-    resume = start + 7
-    window = buffer[start:start + MAX_HEADER_BYTES]
-    head, blank, _ = window.partition(b"\r\n\r\n")
-    if not blank:
-        if is_last or len(window) == MAX_HEADER_BYTES:
-            return None, "broken_header", resume
-        return None, "truncated_record", resume
-    headers = parse_headers(head)
-    length = headers.get("content-length", "")
-    if not re.fullmatch(r"[0-9]{1,15}", length):
-        return None, "broken_header", resume
-    body = start + len(head) + 4
-    end = body + int(length)
+    text = re.sub(rb"\r?\n[ \t]+", b" ", head).decode("utf-8", "replace")
+    headers = {}
+    for line in text.split("\n")[1:]:
+        name, _, value = line.partition(":")
+        headers[name.strip().lower()] = value.strip()
+    return headers
+
+def record_at(buffer, start, after_version, body, is_last):
+    """The record that begins at `start` → ((headers, payload), None, its end) or (None, reason,
+    None). The reason "truncated_record" comes with the length that the buffer should have.
+
+    Its headers begin at `after_version`; `body` is the end of the next blank line.
+    """
+    if body > len(buffer) and len(buffer) - start < MAX_HEADER_BYTES:  # no blank line yet
+        return None, "truncated_record", start + (len(buffer) - start) * 5 // 4
+    if body - start > MAX_HEADER_BYTES or VERSION_LINE.search(buffer, after_version, body):
+        return None, "broken_header", None
+    length = CONTENT_LENGTH.search(buffer, after_version - 1, body)
+    if not length:
+        return None, "broken_header", None
+    end = body + int(length[1])
     if end - body > MAX_RECORD_BYTES:
-        return None, "huge_record", resume
+        return None, "huge_record", None
     needed = end if is_last else end + 16  # what follows shows whether the length is right
     if needed > len(buffer):
-        return None, "truncated_record", resume
+        return None, "truncated_record", needed
     following = buffer[end:end + 16].lstrip(b"\r\n")[:5]
     if not b"WARC/".startswith(following):
-        return None, "wrong_length", resume
-    return (headers, bytes(buffer[body:end])), None, end
+        return None, "wrong_length", None
+    return (parse_headers(buffer[start:body]), bytes(buffer[body:end])), None, end
+
+def records_of(path):
+    """Yield ((headers, payload), None) for every record of a WARC file, or (None, reason). Memory
+    holds one record. Time is linear: the next blank line is searched once, and a buffer is looked
+    at again when it has grown enough, or by a quarter.
+    """
+    buffer = bytearray()
+    wanted = 0  # the length below which looking at the buffer again is of no use
+    for piece, stop in pieces_of(path):
+        buffer += piece
+        if len(buffer) < wanted and not stop:
+            continue
+        wanted = 0
+        at = 0    # where the next version line is searched
+        body = 0  # the end of the next blank line
+        while begins := VERSION_LINE.search(buffer, at):
+            start, at = begins.span()
+            if body <= at:
+                blank = BLANK_LINE.search(buffer, at - 1)
+                body = blank.end() if blank else len(buffer) + 1
+            record, reason, end = record_at(buffer, start, at, body, is_last=bool(stop))
+            if reason == "truncated_record" and not stop:
+                at = start
+                wanted = end - start
+                break
+            if record:
+                at = end
+            yield record, reason
+        else:
+            at = max(at, len(buffer) - 12)  # a version line may lie across two pieces
+        del buffer[:at]
+        if stop:
+            buffer.clear()
+            if stop != "end":
+                yield None, stop
 
 def read_warc(path):
     """Yield ((headers, payload), None) for every record of a WARC file, or (None, reason).
 
     Nothing in the file is fatal. After a bad record, resume at the next WARC/1.0 header, because a
-    wrong length may span good records. Memory holds one record.
+    wrong length may span good records. A file that holds neither good nor bad records yields the
+    reason "no_record", unless it is empty.
     """
-    buffer = bytearray()
-    for piece, stop in unzipped(path):
-        buffer += piece
-        at = 0
-        while begins := VERSION_LINE.search(buffer, at):
-            record, reason, resume = record_at(buffer, begins.start(), is_last=bool(stop))
-            if reason == "truncated_record" and not stop:
-                at = begins.start()
-                break
-            at = resume
-            yield record, reason
-        else:
-            at = max(at, len(buffer) - 12)  # a version line may lie across two pieces
-        if stop:
-            buffer.clear()
-        else:
-            del buffer[:at]
-        if stop == "broken_gzip":
-            yield None, stop
+    n_bad = 0  # in a row
+    is_silent = os.path.getsize(path) > 0  # nothing was said of a file that holds something
+    for record, reason in records_of(path):
+        yield record, reason
+        is_silent = False
+        n_bad = 0 if record else n_bad + 1
+        if n_bad == MAX_BAD_RECORDS:
+            yield None, "too_many_bad_records"
+            return
+    if is_silent:
+        yield None, "no_record"

@@ -164,6 +164,44 @@ def test_encoded_bodies_are_decoded_and_decoded_ones_left(tmp_path, body, head):
     (tmp_path / "x.warc.gz").write_bytes(html(body, head=f"Content-Type: text/html\r\n{head}"))
     assert read(tmp_path / "x.warc.gz")[0][0]["html"] == "<p>hello"
 
+def damaged(data, at):
+    return data[:at] + bytes([data[at] ^ 255]) + data[at + 1:]
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 10])
+@pytest.mark.parametrize("member", [0, 1, 2])
+def test_a_gzip_member_whose_first_bytes_are_damaged_is_counted(tmp_path, member, at):
+    members = [html("first"), html("second"), html("third")]
+    members[member] = damaged(members[member], at)
+    (tmp_path / "x.warc.gz").write_bytes(b"".join(members))
+    assert [len(found) for found in read(tmp_path / "x.warc.gz")] == [2, 1]
+
+@pytest.mark.parametrize("data, why", [
+    (b"Not an archive.\n" * 99, "no_record"), (gzip.compress(b"filedesc://a.arc\n"), "no_record"),
+    (b"\xfd7zXZ\0" + bytes(99), "no_record"), (gzip.compress(b""), "no_record"), (b"", None),
+    (b"\x28\xb5\x2f\xfd" + bytes(99), "zstd_is_not_installed")])
+def test_a_file_without_records_says_so(tmp_path, monkeypatch, data, why):
+    monkeypatch.setattr(warc, "zstd_file", lambda file: None)
+    (tmp_path / "x.warc.gz").write_bytes(data)
+    assert read(tmp_path / "x.warc.gz") == ([], [why] if why else [])
+
+def test_lines_that_end_in_lf_and_folded_headers_are_read(tmp_path):
+    body = b"HTTP/1.1 200 OK\nContent-Type:\n text/html;\n\tcharset=cp1252\n\n<p>\xfc\n\n<p>b\r\n\r\nc"
+    head = f"WARC/1.0\nWARC-Type: response\nContent-Length:\n {len(body)}\n\n".encode()
+    (tmp_path / "x.warc").write_bytes((head + body + b"\n\n") * 2)
+    pages, reasons = read(tmp_path / "x.warc")
+    assert [page["html"] for page in pages] == ["<p>ü\n\n<p>b\r\n\r\nc"] * 2 and not reasons
+
+@pytest.mark.parametrize("piece", [
+    b"WARC/1.0\r\n", b"xWARC/1.0\r\n", b"WARC/1.0\r\nA: b\r\n", b"WARC/1.0\r\n\r\n", b"\r\n\r\n",
+    b"WARC/1.0\r\nContent-Length: 9\r\n\r\n", b"WARC/1.0\r\nContent-Length: 99999\r\n\r\n"])
+def test_files_made_to_hang_the_reader_do_not(tmp_path, piece):
+    for name, data in (("x.warc", piece * (400_000 // len(piece))),
+                       ("y.warc.gz", gzip.compress(piece * (40_000_000 // len(piece))))):
+        (tmp_path / name).write_bytes(data)
+        started = time.process_time()
+        assert sum(1 for _ in warc.read_warc(tmp_path / name)) <= warc.MAX_BAD_RECORDS + 1
+        assert time.process_time() - started < 2
+
 # ---- text of a page ------------------------------------------------------------------------------
 
 def test_plain_extraction_keeps_text_and_drops_layout():
