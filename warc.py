@@ -1,23 +1,32 @@
-"""The format of web archives: read and write WARC 1.0 files (ISO 28500).
+"""Web archives: write WARC 1.0 files (ISO 28500), and read them back as pages of HTML.
+
+    for record, reason in read_warc("data/site/warc/crawl_00000.warc.gz"):
+        if record:
+            page, reason = parse_record(*record)     # page["html"], or None and a reason
 
 A record is "WARC/1.0", header lines, an empty line, Content-Length bytes, and an empty line. In a
 .warc.gz each record is a gzip member of its own, so damage to one record does not reach the next.
+Most payloads are HTTP answers as they came from the server.
 
-    for record, reason in read_warc("data/site/warc/crawl_00000.warc.gz"):
-        headers, payload = record       # or record is None, and reason says what was wrong
-
-Beyond the standard, what damaged and foreign files hold is read as far as possible: lines that end
-in LF only, rubbish between records, a .warc.zst where a module can read it.
+Beyond the standard, damaged and foreign files are read as far as possible: lines that end in LF
+only, rubbish between records, a .warc.zst where a module can read it. Charsets and HTTP headers are
+understood as browsers do. Nothing in a file is fatal: what is not a page is given with a reason.
 """
 import contextlib
 import gzip
 import importlib
+import io
 import os
 import re
 import time
 import uuid
 import zlib
+from html.parser import HTMLParser
 
+import webencodings
+from w3lib.encoding import read_bom, to_unicode
+
+MAX_PAGE_BYTES = 8 << 20      # of a page's HTML after decompression; this also stops zip bombs
 MAX_RECORD_BYTES = 32 << 20   # a longer record is skipped
 MAX_HEADER_BYTES = 64 << 10   # of a record
 MAX_BAD_RECORDS = 10_000      # in a row; the rest of such a file is not read
@@ -224,3 +233,200 @@ def read_warc(path):
             return
     if is_silent:
         yield None, "no_record"
+
+# ---- HTTP answers → pages ------------------------------------------------------------------------
+
+CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,8})[^\r\n]*\r\n")
+
+def dechunk(body):
+    """Undo Transfer-Encoding: chunked (RFC 9112, 7.1): hexadecimal size, line end, bytes, line end.
+
+    A body without chunks is returned as it is: archives often store the decoded body but keep the
+    header.
+    """
+    out, at = [], 0
+    while size := CHUNK_SIZE.match(body, at):
+        at = size.end() + int(size[1], 16) + 2
+        out.append(body[size.end():at - 2])
+    return b"".join(out) or body
+
+def inflate(body, wbits):
+    """Undo gzip (wbits 31), deflate (15) or deflate without a header (-15), up to a little more
+    than MAX_PAGE_BYTES; raises zlib.error. A gzip body may have several members (RFC 1952, 2.2).
+    """
+    pieces, n_bytes, at = [], 0, 0
+    member = zlib.decompressobj(wbits=wbits)
+    while at < len(body) and n_bytes <= MAX_PAGE_BYTES:
+        if member.eof:
+            if wbits != 31 or not body.startswith(GZIP_MAGIC, at):
+                break
+            member = zlib.decompressobj(wbits=wbits)
+        window = body[at:at + 4096]  # short: what a member leaves of it is copied
+        pieces.append(member.decompress(window))
+        n_bytes += len(pieces[-1])
+        at += len(window) - len(member.unused_data)
+    return b"".join(pieces)
+
+def unzip_once(body, coding):
+    """Undo one Content-Encoding; raises an exception if that is not possible."""
+    if coding in ("gzip", "x-gzip"):
+        return inflate(body, 31)
+    if coding == "deflate":
+        try:
+            return inflate(body, 15)
+        except zlib.error:
+            return inflate(body, -15)
+    if coding == "zstd":
+        return zstd_file(io.BytesIO(body)).read(MAX_PAGE_BYTES + 1)
+    if coding == "br":
+        import brotli  # an extra, of version 1.2 or later
+        return brotli.Decompressor().process(body, output_buffer_limit=MAX_PAGE_BYTES + 1)
+    raise ValueError(coding)
+
+def unzip(body, codings):
+    """Undo the codings of a Content-Encoding header; None if that fails.
+
+    A body that is not compressed is returned as it is, for the same reason as in dechunk.
+    """
+    for coding in reversed(codings.split(",")):
+        if coding.strip() in ("", "identity"):
+            continue
+        try:
+            body = unzip_once(body, coding.strip())
+        except Exception:  # each module has an error of its own
+            is_text = not re.search(rb"[\x00-\x08]", body[:1024])
+            return body if is_text else None
+    return body
+
+def parse_answer(answer):
+    """A stored HTTP answer → (status or "", headers, decoded body or None)."""
+    blank = BLANK_LINE.search(answer, 0, MAX_HEADER_BYTES)
+    at = blank.end() if blank else MAX_HEADER_BYTES
+    head, body = answer[:at], answer[at:]
+    status = re.match(rb"HTTP/\S+ +(\d{3})", head)
+    headers = parse_headers(head)
+    if "chunked" in headers.get("transfer-encoding", "").lower():
+        body = dechunk(body)
+    body = unzip(body, headers.get("content-encoding", "").lower())
+    return status[1].decode() if status else "", headers, body
+
+def is_html(mime, text):
+    """Whether a Content-Type says HTML, or, where there is none, whether the text looks like it."""
+    if mime:
+        return re.match(r"\s*(text/html|application/xhtml\+xml)\b", mime, re.I) is not None
+    return "<html" in text[:4096].lower()
+
+class TagReader(HTMLParser):
+    """html.parser, made to take linear time and to raise no error on any input, in all versions."""
+
+    def read(self, html):
+        """Call the handle_… methods for a page. A tag that the end of the page cuts is ignored."""
+        end = html.rfind(">") + 1
+        rest = re.split("<[a-zA-Z/!?]", html[end:], maxsplit=1)[0]
+        # int() refuses thousands of digits; more than 20 are no character
+        self.feed(re.sub("&#[0-9]{20,};?", "\ufffd", html[:end] + rest))
+        self.close()
+
+    def parse_comment(self, i, report=1):
+        """Skip <!-- … -->; one that is not closed lasts to the end, as in browsers."""
+        end = self.rawdata.find("-->", i + 2)
+        return end + 3 if end >= 0 else len(self.rawdata)
+
+    def parse_html_declaration(self, i):
+        """Skip <!DOCTYPE …> and <![CDATA[ … ]]> up to the next ">", as browsers do."""
+        return self.rawdata.find(">", i) + 1
+
+class MetaCharset(TagReader):
+    """The charset that the beginning of a page names: <meta charset=…>, <meta
+    http-equiv=content-type content="…; charset=…">, or <?xml encoding="…">."""
+    label = None
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        if tag != "meta" or self.label:
+            return
+        self.label = values.get("charset")
+        if (values.get("http-equiv") or "").lower() == "content-type":
+            self.label = self.label or charset_label(values.get("content"))
+
+    def handle_pi(self, text):
+        named = re.search(r"encoding=[\"']([^\"']+)", text)
+        if named and not self.label:
+            self.label = named[1]
+
+def charset_label(content_type):
+    """The charset that a Content-Type names, or None."""
+    named = re.search(r"charset\s*=\s*[\"']?\s*([^\s\"';,]+)", content_type or "", re.I)
+    return named and named[1]
+
+def charset_of(body, content_type):
+    """The codec of a page, chosen as browsers do (WHATWG Encoding): a byte order mark, the charset
+    in the Content-Type, the one in <meta>, else UTF-8 if the bytes are valid, or windows-1252.
+    """
+    codec, _ = read_bom(body)
+    if codec:
+        return codec
+    encoding = webencodings.lookup(charset_label(content_type) or "")
+    if not encoding:
+        reader = MetaCharset()
+        reader.read(body[:4096].decode("latin-1"))
+        encoding = webencodings.lookup(reader.label or "")
+        if encoding and encoding.name.startswith("utf-16"):  # the bytes of <meta> were ASCII
+            return "utf-8"
+    if encoding:
+        return encoding.codec_info.name
+    try:
+        body.decode()
+        return "utf-8"
+    except UnicodeDecodeError:
+        return "cp1252"
+
+def decode(body, content_type):
+    """Bytes → text. Bytes that the charset does not have become U+FFFD, as in browsers."""
+    _, mark = read_bom(body)
+    return to_unicode(body[len(mark or b""):], charset_of(body, content_type))
+
+def parse_record(headers, payload):
+    """A WARC record → (page, None) or (None, reason); page: {"id", "url", "date", "html"}.
+
+    Kept are answers with status 200 that are HTML according to the type that the archive found, the
+    Content-Type, or, where both are missing, an <html> tag; and "resource" records of HTML, which
+    have no HTTP headers. A "conversion" record, as in Common Crawl's WET files, gives a page with
+    "text" instead of "html". Nothing in a record is fatal: an error is a reason too.
+    """
+    try:
+        return page_of(headers, payload)
+    except Exception as error:
+        return None, f"error_{type(error).__name__}"
+
+def page_of(headers, payload):
+    """parse_record without its guard against errors."""
+    kind = headers.get("warc-type", "nameless")
+    page = {"id": headers.get("warc-record-id", ""), "date": headers.get("warc-date", ""),
+            "url": headers.get("warc-target-uri", "").strip("<>")}
+    if kind == "conversion":
+        return page | {"text": payload.decode("utf-8", "replace")}, None
+    if kind == "resource":
+        content_type, body = headers.get("content-type", ""), payload
+    elif kind == "response":
+        status, http, body = parse_answer(payload)
+        content_type = http.get("content-type", "")
+        if not status:
+            return None, "not_http"
+        if status != "200":
+            return None, f"status_{status}"
+    else:
+        return None, f"{kind}_record"
+    mime = headers.get("warc-identified-payload-type") or content_type
+    if mime and not is_html(mime, ""):
+        return None, "not_html"
+    if body is None:
+        return None, "content_encoding"
+    if len(body) > MAX_PAGE_BYTES:
+        return None, "page_too_large"
+    html = decode(body, content_type)
+    if html.count("\ufffd") * 10 > len(html):
+        return None, "unknown_charset"
+    if not is_html(mime, html):
+        return None, "not_html"
+    return page | {"html": html}, None
