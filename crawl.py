@@ -289,7 +289,7 @@ def clean_url(url, charset="utf-8"):
     """
     try:
         return safe_url_string(urldefrag(url).url, encoding=charset)
-    except UnicodeEncodeError:
+    except (UnicodeEncodeError, LookupError):
         return safe_url_string(urldefrag(url).url)
 
 @functools.lru_cache(1 << 16)
@@ -312,7 +312,8 @@ def links_in(url, answer):
     html = decode(body or b"", content_type)
     if is_html(content_type, html):
         charset = charset_of(body, content_type)
-        base = get_base_url(html, url, charset)
+        with contextlib.suppress(ValueError):  # <base href="http://[">
+            base = get_base_url(html, url, charset)
         reader = LinkReader()
         # in href="?a=1&copy=2", &copy is not ©
         reader.read(re.sub("&(?=[a-zA-Z0-9]++(?!;))", "&amp;", html))

@@ -265,6 +265,8 @@ def inflate(body, wbits):
         pieces.append(member.decompress(window))
         n_bytes += len(pieces[-1])
         at += len(window) - len(member.unused_data)
+    if wbits == -15 and not member.eof and n_bytes <= MAX_PAGE_BYTES:
+        raise zlib.error("most bytes begin like such a stream, so it must have an end")
     return b"".join(pieces)
 
 def unzip_once(body, coding):
@@ -310,11 +312,15 @@ def parse_answer(answer):
     body = unzip(body, headers.get("content-encoding", "").lower())
     return status[1].decode() if status else "", headers, body
 
+# a page of HTML that does not say so begins with one of these (WHATWG MIME Sniffing, 7.1)
+FIRST_TAG = re.compile(r"\s*(<!--|<(!doctype html|head|script|iframe|h1|div|font|table|a|style|title"
+                       r"|b|body|br|p)[ >])", re.I)
+
 def is_html(mime, text):
     """Whether a Content-Type says HTML, or, where there is none, whether the text looks like it."""
     if mime:
         return re.match(r"\s*(text/html|application/xhtml\+xml)\b", mime, re.I) is not None
-    return "<html" in text[:4096].lower()
+    return "<html" in text[:4096].lower() or FIRST_TAG.match(text) is not None
 
 class TagReader(HTMLParser):
     """html.parser, made to take linear time and to raise no error on any input, in all versions."""
@@ -359,9 +365,17 @@ def charset_label(content_type):
     named = re.search(r"charset\s*=\s*[\"']?\s*([^\s\"';,]+)", content_type or "", re.I)
     return named and named[1]
 
+def is_utf8(body):
+    """Whether more of the bytes beyond ASCII are valid UTF-8 than not; also if there are none."""
+    text = body.decode("utf-8", "replace")
+    n_bad = text.count("\ufffd")
+    n_good = len(text) - len(text.encode("ascii", "ignore")) - n_bad
+    return n_bad == 0 or n_bad < n_good
+
 def charset_of(body, content_type):
     """The codec of a page, chosen as browsers do (WHATWG Encoding): a byte order mark, the charset
-    in the Content-Type, the one in <meta>, else UTF-8 if the bytes are valid, or windows-1252.
+    in the Content-Type, the one in <meta>, else UTF-8 if the bytes look like it, or windows-1252.
+    It is "replacement" for the charsets that browsers refuse to read.
     """
     codec, _ = read_bom(body)
     if codec:
@@ -373,18 +387,19 @@ def charset_of(body, content_type):
         encoding = webencodings.lookup(reader.label or "")
         if encoding and encoding.name.startswith("utf-16"):  # the bytes of <meta> were ASCII
             return "utf-8"
-    if encoding:
-        return encoding.codec_info.name
-    try:
-        body.decode()
-        return "utf-8"
-    except UnicodeDecodeError:
+    if not encoding:
+        return "utf-8" if is_utf8(body) else "cp1252"
+    if encoding.name == "x-user-defined":  # for which Python has no codec
         return "cp1252"
+    return encoding.codec_info.name
 
 def decode(body, content_type):
     """Bytes → text. Bytes that the charset does not have become U+FFFD, as in browsers."""
     _, mark = read_bom(body)
-    return to_unicode(body[len(mark or b""):], charset_of(body, content_type))
+    codec = charset_of(body, content_type)
+    if codec == "replacement":
+        return "\ufffd"
+    return to_unicode(body[len(mark or b""):], codec)
 
 def parse_record(headers, payload):
     """A WARC record → (page, None) or (None, reason); page: {"id", "url", "date", "html"}.

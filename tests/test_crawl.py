@@ -146,18 +146,61 @@ def test_a_huge_record_is_passed_over(tmp_path, monkeypatch):
         pages, reasons = read(tmp_path / name)
         assert len(pages) == 1 and reasons == ["huge_record"]
 
-@pytest.mark.parametrize("body, head", [
-    ("Grüße".encode("cp1252"), "text/html; charset=ISO-8859-1"), ("Grüße".encode(), "text/html"),
-    ('<meta charset="windows-1252">'.encode() + "Grüße".encode("cp1252"), "text/html"),
-    ("\ufeffGrüße".encode(), "text/html; charset=nonsense"),
-    ("Grüße".encode("utf-16"), "text/html; charset=utf-16")])
-def test_charsets_come_from_header_meta_or_the_bytes(body, head):
-    assert crawl.decode(body, head).removeprefix('<meta charset="windows-1252">') == "Grüße"
+GERMAN = "Die Bäckerin öffnete früh. " * 40
+
+@pytest.mark.parametrize("body, head, text", [
+    ("Grüße".encode("cp1252"), "; charset=ISO-8859-1", "Grüße"), ("Grüße".encode(), "", "Grüße"),
+    (b'<meta charset="windows-1252">\xfc', "", '<meta charset="windows-1252">ü'),
+    ("\ufeffGrüße".encode(), "; charset=nonsense", "Grüße"), (b"caf\xe9", "", "café"),
+    ("\ufeffGrüße".encode(), "; charset=iso-8859-1", "Grüße"),
+    ("Grüße".encode("utf-16"), "; charset=utf-16", "Grüße"),
+    (GERMAN.encode() + b"\xa0", "; charset=utf-8", GERMAN + "\ufffd"),
+    (GERMAN.encode() + b"\xa0", "", GERMAN + "\ufffd"),
+    (b"caf\xe9 \x81", "; charset=cp1252", "café \ufffd"),
+    (b"<meta charset=utf-16>\xc3\xbc", "", "<meta charset=utf-16>ü"),
+    (b"<!-- <meta charset=utf-8> --><meta http-equiv=content-type content='a; charset=cp1251'>\xcf",
+     "", "<!-- <meta charset=utf-8> --><meta http-equiv=content-type content='a; charset=cp1251'>П"),
+    (b"<?xml encoding='iso-8859-2'?>\xb1", "", "<?xml encoding='iso-8859-2'?>ą"),
+    *((b"abc", f"; charset={name}", "abc") for name in ("undefined", "punycode", "hex", "utf-7"))])
+def test_charsets_are_those_that_a_browser_takes(body, head, text):
+    assert crawl.decode(body, f"text/html{head}") == text
+
+@pytest.mark.parametrize("codec, labels", [
+    ("cp1252", "iso8859-1 l1 cp819 latin-1 ascii x-cp1252"), ("cp1254", "iso-8859-9 latin5"),
+    ("cp874", "tis-620 dos-874"), ("cp932", "shift_jis windows-31j x-sjis"),
+    ("mac-roman", "x-mac-roman"), ("gbk", "gb2312 x-gbk"), ("cp949", "euc-kr ks_c_5601-1987")])
+def test_labels_of_charsets_are_those_of_the_whatwg(codec, labels):
+    for label in labels.split():
+        assert warc.charset_of(b"\xe9", f"text/html; charset={label}") == codec
+        assert warc.charset_of(f"<meta charset={label}>\xe9".encode("latin-1"), "") == codec
+
+def test_a_charset_that_browsers_refuse_and_pages_of_garbage_are_dropped(tmp_path):
+    (tmp_path / "x.warc.gz").write_bytes(html(b"\x1b$)Cabc", head="Content-Type: text/html; "
+        "charset=iso-2022-kr") + html(bytes(range(128, 256)), head="Content-Type: text/html; "
+        "charset=utf-8"))
+    assert read(tmp_path / "x.warc.gz") == ([], ["unknown_charset"] * 2)
+
+def test_no_record_is_fatal(tmp_path, monkeypatch):
+    monkeypatch.setattr(warc, "decode", lambda *_: 1 / 0)
+    (tmp_path / "x.warc.gz").write_bytes(html(b"worse") * 2)
+    assert read(tmp_path / "x.warc.gz") == ([], ["error_ZeroDivisionError"] * 2)
+
+def test_resource_records_of_html_are_pages(tmp_path):
+    records = [warc.warc_record("resource", f"https://a.org/{i}", b"<p>hello", mime)
+               for i, mime in enumerate(("text/html; charset=utf-8", "text/plain", "TEXT/HTML"))]
+    (tmp_path / "x.warc.gz").write_bytes(b"".join(records))
+    pages, reasons = read(tmp_path / "x.warc.gz")
+    assert [page["html"] for page in pages] == ["<p>hello"] * 2 and reasons == ["not_html"]
 
 @pytest.mark.parametrize("body, head", [
     (gzip.compress(b"<p>hello", mtime=0), "Content-Encoding: gzip"),
     (zlib.compress(b"<p>hello"), "Content-Encoding: deflate"),
-    (b"<p>hello", "Content-Encoding: gzip"),
+    (gzip.compress(b"<p>he") + gzip.compress(b"llo") + b"rubbish", "Content-Encoding: gzip"),
+    (gzip.compress(gzip.compress(b"<p>hello")), "Content-Encoding: gzip, gzip"),
+    (zlib.compress(gzip.compress(b"<p>hello")), "Content-Encoding: gzip, identity,Deflate"),
+    (zlib.compress(b"<p>hello")[2:-4], "Content-Encoding: deflate"),
+    (b"<p>hello", "Content-Encoding: gzip"), (b"<p>hello", "Content-Encoding: br"),
+    (b"<p>hello", "Content-Encoding: utf-8"),
     (b"4\r\n<p>h\r\n4\r\nello\r\n0\r\n\r\n", "Transfer-Encoding: chunked"),
     (b"<p>hello", "Transfer-Encoding: chunked")])
 def test_encoded_bodies_are_decoded_and_decoded_ones_left(tmp_path, body, head):
@@ -201,6 +244,22 @@ def test_files_made_to_hang_the_reader_do_not(tmp_path, piece):
         started = time.process_time()
         assert sum(1 for _ in warc.read_warc(tmp_path / name)) <= warc.MAX_BAD_RECORDS + 1
         assert time.process_time() - started < 2
+
+@pytest.mark.parametrize("coding, module", [("br", "brotli"), ("zstd", "backports.zstd")])
+def test_bodies_of_other_codings_are_read_where_the_module_is_there(tmp_path, coding, module):
+    compress = pytest.importorskip(module, reason="an extra").compress
+    for body, page in ((compress(b"<p>hello"), "<p>hello"), (compress(b"<p>" + bytes(99 << 20)), 0)):
+        head = f"Content-Type: text/html\r\nContent-Encoding: {coding}"
+        (tmp_path / "x.warc.gz").write_bytes(html(body, head=head))
+        pages, reasons = read(tmp_path / "x.warc.gz")
+        assert pages[0]["html"] == page if page else reasons == ["page_too_large"]
+
+def test_compressed_bodies_that_cannot_be_read_are_dropped(tmp_path):
+    noise = random.Random(0).randbytes(999)
+    (tmp_path / "x.warc.gz").write_bytes(b"".join(
+        html(noise, head=f"Content-Type: text/html\r\nContent-Encoding: {coding}")
+        for coding in ("gzip", "deflate", "br", "zstd", "compress")))
+    assert read(tmp_path / "x.warc.gz") == ([], ["content_encoding"] * 5)
 
 # ---- text of a page ------------------------------------------------------------------------------
 
