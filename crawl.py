@@ -55,7 +55,8 @@ BODY_TRIES = 3                # for a body that is cut short
 MAX_DELAY_SECONDS = 60        # a host whose robots.txt asks for a longer Crawl-delay is left out
 MAX_URL_CHARS = 8000          # a longer link is ignored (RFC 9110, 4.1)
 AGENT = "deepdive-crawler"    # our name in robots.txt
-USER_AGENT = f"{AGENT}/1.0 (educational; obeys robots.txt)"
+VERSION = "1.0"
+USER_AGENT = f"{AGENT}/{VERSION} (educational; obeys robots.txt)"
 MANUAL = "http://manual.localhost"  # stands for demo/web.py, whose port changes with every run
 
 def verdict(page, **broken):
@@ -348,13 +349,27 @@ def warn(text):
     """Print a line, above the progress bar if there is one."""
     tqdm.write(text, file=sys.stderr)
 
+class Robots:
+    """A robots.txt. Its group for AGENT counts if there is one, else that for "*"; protego alone
+    would also take a group for "deep" as ours.
+    """
+
+    def __init__(self, text):
+        names_us = re.search(rf"(?im)^[ \t]*user-?agent[ \t]*:[ \t]*{AGENT}(?![\w-])", text)
+        self.agent = f"{AGENT}/{VERSION}" if names_us else "*"
+        self.rules = Protego.parse(text)
+        self.delay = self.rules.crawl_delay(self.agent) or 0
+
+    def allows(self, url):
+        return self.rules.can_fetch(url, self.agent)
+
 class Host:
     """What a crawl knows of one origin: its robots.txt, and when the next request may be sent."""
 
     def __init__(self, delay):
         self.delay = delay  # seconds before each request
         self.turn = threading.Lock()
-        self.rules = None   # its robots.txt, once it is read
+        self.robots = None  # once it is read
         self.is_open = True
 
 class Fetcher:
@@ -408,15 +423,14 @@ class Fetcher:
         link, except that of robots.txt (RFC 9309, 2.3.1.2). The body is read only if it is text; it
         is asked for again if it was cut short.
         """
-        why = ""
         for _ in range(BODY_TRIES):
             try:
                 return self.ask_once(url), None
-            except (urllib3.exceptions.ProtocolError, urllib3.exceptions.ReadTimeoutError) as error:
-                why = why_of(error)
+            except (urllib3.exceptions.ProtocolError, urllib3.exceptions.ReadTimeoutError):
+                continue  # requests has errors of its own for all but the body
             except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
                 return b"", why_of(error)
-        return b"", why
+        return b"", f"the body was cut short {BODY_TRIES} times"
 
     def fetch(self, url):
         """ask(url) when the delay allows it, given up after FETCH_SECONDS.
@@ -442,7 +456,7 @@ class Fetcher:
         return warc_record("response", url, answer), links_of(url, answer)
 
     def read_robots(self, origin):
-        """→ (the robots.txt of an origin, None) or (None, why no page may be fetched).
+        """→ (the Robots of an origin, None) or (None, why no page may be fetched).
 
         One that does not exist (status 4xx) allows everything, one that the server fails to send
         (5xx, silence) nothing (RFC 9309, 2.3.1).
@@ -454,27 +468,26 @@ class Fetcher:
         if not "200" <= status < "500":
             return None, f"cannot be read (status {status})"
         if status != "200":
-            return Protego.parse(""), None
+            return Robots(""), None
         if body is None:
             return None, "cannot be read (unknown Content-Encoding)"
-        rules = Protego.parse(decode(body, "text/plain; charset=utf-8"))
-        delay = rules.crawl_delay(AGENT) or 0
-        if delay > MAX_DELAY_SECONDS:
-            return None, (f"asks for {delay:.0f} s between two requests, and a crawl waits at most "
-                          f"{MAX_DELAY_SECONDS} s")
-        return rules, None
+        robots = Robots(decode(body, "text/plain; charset=utf-8"))
+        if robots.delay > MAX_DELAY_SECONDS:
+            return None, (f"asks for {robots.delay:.0f} s between two requests, and a crawl waits "
+                          f"at most {MAX_DELAY_SECONDS} s")
+        return robots, None
 
     def allowed(self, url):
         """Whether robots.txt allows a URL. A host that allows none is named in one line."""
         host = self.host(url)
-        if host.is_open and host.rules is None:
-            host.rules, why = self.read_robots(origin_of(url))
+        if host.is_open and host.robots is None:
+            host.robots, why = self.read_robots(origin_of(url))
             if why:
                 host.is_open = False
                 warn(f"{origin_of(url)}/robots.txt {why}, so no page of this host is fetched")
             else:
-                host.delay = max(host.delay, host.rules.crawl_delay(AGENT) or 0)
-        return host.is_open and host.rules.can_fetch(url, AGENT)
+                host.delay = max(host.delay, host.robots.delay)
+        return host.is_open and host.robots.allows(url)
 
 class Crawl:
     """The state of a crawl: which URLs were fetched, and which are next, in breadth-first order.

@@ -282,7 +282,11 @@ def unzip_once(body, coding):
         return zstd_file(io.BytesIO(body)).read(MAX_PAGE_BYTES + 1)
     if coding == "br":
         import brotli  # an extra, of version 1.2 or later
-        return brotli.Decompressor().process(body, output_buffer_limit=MAX_PAGE_BYTES + 1)
+        stream = brotli.Decompressor()
+        page = stream.process(body, output_buffer_limit=MAX_PAGE_BYTES + 1)
+        if len(page) <= MAX_PAGE_BYTES and not stream.is_finished():
+            raise ValueError("the stream has no end")
+        return page
     raise ValueError(coding)
 
 def unzip(body, codings):
