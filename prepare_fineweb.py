@@ -229,10 +229,23 @@ def match_probability(jaccard):
     return 1 - (1 - jaccard ** HASHES) ** BUCKETS
 
 def simplify(text):
-    """The words of a text without case, accents, digits and punctuation."""
-    text = unicodedata.normalize("NFD", re.sub(r"\d+", "0", text.lower()))
-    text = "".join(c for c in text if not unicodedata.combining(c))
+    """The words of a text without case, accents and punctuation; every number is 0."""
+    text = re.sub(r"\d+([.,،٫⎖⎗⎘]\d+)?", "0", text.lower()).translate(WITHOUT_ACCENTS)
     return re.sub(r"[^\w\s]|_", " ", text).split()
+
+class WithoutAccents(dict):
+    """For str.translate: a character → itself without combining marks.
+
+    Characters are decomposed (NFD) one by one, because to decompose a text puts its marks into
+    order, which takes quadratic time for a long run of them.
+    """
+
+    def __missing__(self, code):
+        decomposed = unicodedata.normalize("NFD", chr(code))
+        self[code] = "".join(c for c in decomposed if not unicodedata.combining(c))
+        return self[code]
+
+WITHOUT_ACCENTS = WithoutAccents()
 
 def shingles(text):
     """uint64 hashes of the different 5-word runs of a text, in no particular order.

@@ -83,7 +83,9 @@ def write_warc(path, texts):
     ("https://example.org/river", None), ("https://www.bet365.com/", "domain"),
     ("https://notbet365.com/", None), ("https://a.org/CASINO/x", "hard_word"),
     ("https://a.org/adult-education", None), ("https://a.org/adult-dating", "soft_words"),
-    ("https://a.org/free-spins-today", "part_of_word"), ("https://sussex.ac.uk/", None)])
+    ("https://a.org/free-spins-today", "part_of_word"), ("https://sussex.ac.uk/", None),
+    ("https://onlyfans.com./", "domain"), ("https://ONLYFANS.com.:443/x", "domain"),
+    ("https://notonlyfans.com./", None), (f"https://{'a.' * 32_000}org/", "long_host")])
 def test_url_filter_drops_by_domain_words_and_parts(url, why):
     assert filters.url_filter(page("", url))[1] == why
 
@@ -105,7 +107,7 @@ def test_without_a_model_no_foreign_text_passes_and_english_does():
     assert len(rows) == 159 and sorted(passed) == ["bn"] * 3 + ["en"] * 3 + ["pcm"] * 2
 
 @pytest.mark.parametrize("text, why", [
-    (PROSE, None), (f"{PROSE}\n\nsame\n\nsame\n\nsame", "repeated_paragraphs"),
+    (PROSE, None), ("", "empty"), (f"{PROSE}\n\nsame\n\nsame\n\nsame", "repeated_paragraphs"),
     (f"{PROSE}\nsame\nsame\nsame", "repeated_lines"), (PROSE + "good day " * 30, "top_2_gram"),
     (PROSE + "a fine clear day " * 7, "top_4_gram"),
     (PROSE + PROSE[:90] + PROSE[:90].upper() + PROSE[95:185], "repeated_5_grams"),
@@ -154,14 +156,21 @@ def test_fineweb_quality_has_a_reason_for_each_rule(text, why):
     ("x@y.org, z@y.org, q@y.org", ", ".join([*filters.SAFE_EMAILS, filters.SAFE_EMAILS[0]])),
     ("8.8.8.8 and 151.101.1.69.", "22.214.171.124 and 126.96.36.199."),
     ("127.0.0.1 192.168.1.20 10.0.0.7",) * 2,
-    ("999.1.1.1", "999.1.1.1"), ("1.2.3.4.5", "1.2.3.4.5"), ("version 1.2.3", "version 1.2.3")])
+    ("999.1.1.1", "999.1.1.1"), ("1.2.3.4.5", "1.2.3.4.5"), ("version 1.2.3", "version 1.2.3"),
+    (".3.3.3.0 and 1.3.3.3.0",) * 2, ("user@example", "user@example"),
+    *((f"({address})", "(email@example.com)") for address in (
+        "o'brien@x.org", "o’brien@x.org", "müller@x.org", "mu\u0308ller@x.org", "a/b=c@x.org",
+        f"{'long.' * 20}name@x.org", "иван@почта.рф", "joe@xn--mnchen-3ya.xn--p1ai", "a@a.b.c.d.e.f.g.h.i.j.com",
+        "email@123.123.123.123", "joe@[8.8.8.8]")),
+    ("'joe@x.org'", "'email@example.com'"), ("发user@x.com请", "发email@example.com请")])
 def test_public_addresses_are_replaced_and_private_ones_kept(before, after):
     assert filters.pii(page(before))[0]["text"] == after
 
 @pytest.mark.parametrize("step", [filters.url_filter, filters.language, filters.gopher_repetition,
     filters.gopher_quality, filters.c4_quality, filters.fineweb_quality, filters.pii])
 def test_no_step_takes_more_than_linear_time(step):
-    for piece in ("!", "a", "a@", "1.", "a.b ", "\n", "[", "é", "- ", "!)", "a-"):
+    for piece in ("!", "a", "a@", "1.", "a.b ", "\n", "[", "é", "- ", "!)", "a-",
+                  "a@b.co ", "@b.co", "\u0301\u0327"):
         url = f"http://a.org/{piece * 100}"
         text = piece * (200_000 // len(piece))
         started = time.process_time()

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,6 +47,14 @@ def test_matches_of_planted_copies_follow_the_s_curve():
 def test_case_digits_accents_and_punctuation_do_not_matter():
     keys = pf.minhash("Cafés No. 17 in the Old Town, open daily")
     assert (keys == pf.minhash("cafes no 9 in the old town open daily!")).all()
+
+def test_a_price_is_one_word_as_datatrove_has_it():
+    assert pf.simplify("$17.56 or 1,000 or ١٢٫٥") == ["0", "or", "0", "or", "0"]
+
+def test_combining_marks_take_linear_time():
+    started = time.process_time()
+    assert pf.simplify("e" + "\u0301\u0327" * 200_000) == ["e"]
+    assert time.process_time() - started < 2
 
 def test_copies_are_joined_through_a_chain_and_the_first_stays(tmp_path):
     keys = np.arange(6 * 14, dtype=np.uint64).reshape(6, 14)
@@ -240,8 +249,8 @@ FIT = (test_rows_take_what_fits_best_then_the_beginning_of_the_shortest, [3, 7, 
     ("match_probability", "** BUCKETS", "** HASHES", CURVE),
     ("minhash", "reshape(BUCKETS, HASHES)", "reshape(HASHES, BUCKETS)[[0] * BUCKETS]", PLANTED),
     ("shingles", "i:i + SHINGLE", "i:i + 1", PLANTED),
-    ("simplify", 'r"\\d+", "0"', 'r"x+", "0"', ALIKE),
-    ("simplify", "not unicodedata.combining(c)", "c", ALIKE),
+    ("simplify", 'r"\\d+(', 'r"x+(', ALIKE),
+    ("simplify", ".translate(WITHOUT_ACCENTS)", "", ALIKE),
     ("simplify", "text.lower()", "text", ALIKE),
     ("pack_rows", "bisect_right", "bisect_left", FIT),
     ("pack_rows", "n_fitting - 1", "n_fitting - 2", FIT),
