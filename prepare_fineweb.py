@@ -66,8 +66,9 @@ from tqdm import tqdm
 
 import filters
 import shards
-from crawl import Extractor, crawl, parse_record, read_warc
+from crawl import Extractor, crawl, parse_record
 from download import fetch, find_files, one_line_when_full, whole_file
+from warc import read_warc
 
 FILE_BYTES = 256 << 20    # text in one documents file, which is sorted in memory
 MAX_FILES = 512           # open at once; more than 128 GB of text makes the files larger

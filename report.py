@@ -358,13 +358,11 @@ def html_changes(before, after):
 
 def html_extraction(source, text):
     """Everything that a browser shows of an HTML source, with what is not in text struck out."""
-    from crawl import LAYOUT, NOT_TEXT, SCRIPTS, cut_blocks
+    from crawl import HIDDEN, blocks_of
 
     def letters(text):
         return re.sub(r"\W+", "", text)
 
-    visible = re.sub(NOT_TEXT.format(SCRIPTS), " ", source)
-    visible = re.sub(rf"</?(?:{LAYOUT})\b[^>]*>", "<p>", visible)
     lines = {letters(line) for line in text.split("\n")}
     whole = letters(text)
 
@@ -374,8 +372,8 @@ def html_extraction(source, text):
         return key in lines or (len(key) > 20 and key in whole)
 
     out = []
-    blocks = [block[1] for block in cut_blocks(visible)]
-    for kept, run in itertools.groupby(blocks, is_kept):
+    visible = (block.text for block in blocks_of(source, HIDDEN))
+    for kept, run in itertools.groupby(visible, is_kept):
         run = map(escape, run)
         if kept:
             out.append("\n".join(run))

@@ -22,6 +22,7 @@ import crawl  # noqa: E402
 import filters  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
 import shards  # noqa: E402
+import warc  # noqa: E402
 
 WEB = ROOT.parent / "shared" / "data" / "web"
 NEEDED = ("datatrove", "spacy", "tldextract", "ahocorasick", "fasteners", "nltk")
@@ -53,7 +54,7 @@ def real_texts(extractor):
         extract = functools.partial(trafilatura.extract, favor_precision=True,
                                     include_comments=False)
     files = [*sorted((WEB / "warc").iterdir()), *sorted(WEB.glob("pages-*.warc.gz"))]
-    records = [record for path in files for record, _ in crawl.read_warc(path) if record]
+    records = [record for path in files for record, _ in warc.read_warc(path) if record]
     pages = [page for record in records for page, _ in [crawl.parse_record(*record)] if page]
     texts = ((page["url"], page.get("text") or extract(page["html"]) or "") for page in pages)
     return [(url, text.strip()) for url, text in texts if text.strip()]

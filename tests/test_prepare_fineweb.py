@@ -22,6 +22,7 @@ import download  # noqa: E402
 import filters  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
 import shards  # noqa: E402
+import warc  # noqa: E402
 from bpe import Tokenizer  # noqa: E402
 from conftest import mutate, run_main  # noqa: E402
 from test_download import add_hub, server  # noqa: E402, F401
@@ -73,7 +74,7 @@ def ended(out, seconds=5):
 def write_warc(path, texts):
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html><meta charset=utf-8><p>"
     path.write_bytes(b"".join(
-        crawl.warc_record("response", f"https://example.org/{i}", head + text.encode())
+        warc.warc_record("response", f"https://example.org/{i}", head + text.encode())
         for i, text in enumerate(texts)))
     return path
 
@@ -195,7 +196,7 @@ def small_site(tmp_path_factory):
 
 def test_a_crawl_follows_links_and_robots_and_drops_what_it_should(small_site):
     out, _ = small_site
-    records = crawl.read_warc(out / "warc" / "crawl_00000.warc.gz")
+    records = warc.read_warc(out / "warc" / "crawl_00000.warc.gz")
     fetched = "\n".join(headers["warc-target-uri"] for (headers, _), _ in records)
     assert "/json.decoder.html" in fetched and "/private" not in fetched
     kept = {row["url"].split("/", 3)[3]: row for row in documents(out)}
@@ -363,14 +364,14 @@ def test_bad_input_of_every_kind_is_counted_and_the_good_pages_are_kept(tmp_path
         html.removeprefix("<html>"), lambda: plain(html))())
     bodies = [*(f"<html>{name}".encode() for name in extracts), b"<html>" + bytes(9 << 20),
               b"<meta charset=utf-16>\xff\xfe\x00\xd8" + bytes(range(128, 256)) * 9]
-    bad = [crawl.warc_record("response", f"https://a.org/{i}", head + b"\r\n" + body)
+    bad = [warc.warc_record("response", f"https://a.org/{i}", head + b"\r\n" + body)
            for i, body in enumerate(bodies)]
     bomb = head + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(99 << 20))
     good = [write_warc(tmp_path / "x", [text]).read_bytes() for text in distinct_prose(9)]
     damaged = good[0][:40] + bytes(60) + good[0][100:]
     huge = b"WARC/1.0\r\nContent-Length: 100000000\r\n\r\n" + bytes(100_000_000)
     (tmp_path / "a.warc.gz").write_bytes(b"".join([
-        good[1], damaged, good[2], *bad, crawl.warc_record("response", "https://a.org/", bomb),
+        good[1], damaged, good[2], *bad, warc.warc_record("response", "https://a.org/", bomb),
         good[3], gzip.compress(huge, 1), good[4], good[5][:-30]]))
     tracemalloc.start()
     pf.run_task(tmp_path / "a.warc.gz", tmp_path / "0", plain_settings(), None)
@@ -408,7 +409,7 @@ def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(tmp_path, until):
     command = [sys.executable, "-c", FULL_DISK, until, *arguments, str(tmp_path / "full")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("no space is left on the disk; ")
+    assert done.returncode == 1 and last.startswith("the disk is full; ")
     assert not list((tmp_path / "full").rglob("*.part"))
     for name in ("full", "whole"):
         run(*arguments, tmp_path / name)
@@ -465,7 +466,7 @@ def test_common_crawl_s_files_are_filtered_like_local_ones_and_go(server, tmp_pa
 def test_a_download_that_ends_in_nothing_is_one_line_of_a_worker(server, tmp_path,  # noqa: F811
                                                                  monkeypatch):
     server.files["/crawl-data/CC-MAIN-2024-10/warc.paths.gz"] = gzip.compress(b"x/0.warc.gz\n")
-    with pytest.raises(SystemExit, match="0.warc.gz answers with status 404; it must be"):
+    with pytest.raises(SystemExit, match="0.warc.gz gives status 404, so there is no such"):
         run_main(pf, "--source", "commoncrawl", "CC-MAIN-2024-10", "--mirror", server.url,
                  "--out", tmp_path / "a")
     assert not (tmp_path / "a" / "pages").exists()
@@ -504,9 +505,11 @@ def test_an_input_that_changed_but_not_in_size_is_refused(tmp_path):
     (("tokenize", "--out", "x"), "tokenize needs --tokenizer"),
     (("tokenize", "--out", "x", "--tokenizer", "gpt2"), "lists no documents"),
     (("--source", "commoncrawl", "--out", "x"), "takes the name of one crawl"),
-    (("--source", "finewebb", "--out", "x"), "finewebb is no source"),
-    (("--source", "text", __file__, "--out", "x", "--row_tokens", "1"), "at most --shard_tokens 100000000, got 1"),
-    (("--source", "text", __file__, "--out", "x", "--val_fraction", "2"), "at least 0 and below 1, got 2.0")])
+    (("--source", "finewebb", "--out", "x"), "finewebb is not a known source"),
+    (("--source", "text", __file__, "--out", "x", "--row_tokens", "1"),
+     "at most --shard_tokens 100000000, got 1"),
+    (("--source", "text", __file__, "--out", "x", "--val_fraction", "2"),
+     "at least 0 and below 1, got 2.0")])
 def test_a_user_s_mistake_ends_in_one_line(tmp_path, monkeypatch, capsys, arguments, found):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["prepare_fineweb.py", *arguments])

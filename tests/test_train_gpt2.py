@@ -3,15 +3,12 @@ train_gpt2.py: the loader gives every token once, a run that was killed goes on 
 ranks train what one does. Runs are of 12 steps on the manuals of conftest.py.
 """
 import gzip
-import hashlib
-import http.server
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +19,6 @@ from safetensors.torch import load_file
 import train_gpt2
 from conftest import (GPT2, ROOT, assert_same_files, mutate, noisy, run_main, run_ranks, stop_at,
                       write_shard)
-from download import download_gpt2
 from model import GPT, GPTConfig, load_checkpoint
 from test_model import RECIPE, text_only
 from train_gpt2 import (Loader, Shards, compressors_bpb, evaluate, is_spike, memory_bytes,
@@ -521,67 +517,6 @@ def test_hellaswag_and_core_are_logged_beside_val_loss(data, tmp_path, monkeypat
     run_ranks(train_gpt2, *flags(data, two), "--core_dir", tmp_path / "bundle")
     for key in ("hellaswag", "core"):
         assert set(logged(one, key)) == {0, 6, 12} and logged(one, key) == logged(two, key)
-
-
-# ---- OpenAI's weights
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A server of one file on loopback; `hub.cut` bytes are sent at first, then all the rest."""
-    content = np.random.default_rng(0).bytes(100_000)
-
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self, body=b"", status=302, **headers):
-            self.send_response(status)
-            for name, value in {"X-Linked-ETag": f'"{Hub.sha256}"', "X-Linked-Size": len(content),
-                                "Content-Length": len(body), **headers}.items():
-                self.send_header(name, str(value))
-            self.end_headers()
-
-        def do_GET(self):
-            start = int(self.headers["Range"][6:-1])
-            Hub.ranges.append(start)
-            body = content[start:]
-            self.do_HEAD(body, 206 if start else 200)
-            self.wfile.write(body[:Hub.cut if not start else None])
-
-        def log_message(self, *args):
-            pass
-
-    Hub.content, Hub.cut, Hub.ranges = content, None, []
-    Hub.sha256 = hashlib.sha256(content).hexdigest()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield Hub
-    server.shutdown()
-
-
-def test_download_goes_on_where_it_was_cut(hub, tmp_path):
-    hub.cut = 30_000
-    with pytest.raises(SystemExit, match="30000") as error:
-        download_gpt2("gpt2", tmp_path)
-    assert "run the same command again" in str(error.value)
-    assert not (tmp_path / "model.safetensors").exists()
-    hub.cut = None
-    download_gpt2("gpt2", tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == hub.content
-    assert hub.ranges == [0, 2 ** 14, 0]      # the last is config.json's
-    download_gpt2("gpt2", tmp_path)
-    assert len(hub.ranges) == 3             # nothing is fetched twice
-
-
-def test_download_with_another_sha256_is_refused_and_removed(hub, tmp_path):
-    hub.sha256 = 64 * "0"
-    with pytest.raises(SystemExit, match="the hub states 000"):
-        download_gpt2("gpt2", tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_unreachable_hub_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(SystemExit, match=f";.*put the file into {tmp_path}"):
-        download_gpt2("gpt2-xl", tmp_path)
 
 
 # ---- mutants
