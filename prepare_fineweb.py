@@ -50,9 +50,11 @@ import importlib
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import unicodedata
@@ -99,16 +101,10 @@ def steps_of_a_page(settings, extract_text):
             ("fineweb_quality", filters.fineweb_quality)]
 
 def filter_page(page, steps, annotate, funnel):
-    """Send a page through steps, [(name, function)]; returns it, or None if one dropped it.
-
-    A step that raises drops its page, because one odd page must not end a run.
-    """
+    """Send a page through steps, [(name, function)]; returns it, or None if one dropped it."""
     for name, step in steps:
         started = time.perf_counter()
-        try:
-            kept, reason = step(page)
-        except Exception as error:
-            kept, reason = None, f"error_{type(error).__name__}"
+        kept, reason = guarded(step, page)
         if annotate and name in QUALITY:
             kept = page
             if reason:
@@ -118,6 +114,22 @@ def filter_page(page, steps, annotate, funnel):
             return None
         page = kept
     return page
+
+def guarded(function, *arguments):
+    """function(…) → (page or None, reason or None); an exception becomes a reason to drop the page.
+
+    Everything that is done with a single record goes through here, because one odd record must not
+    end a run. Lone surrogates, which no encoding can write, are replaced in the text.
+    """
+    try:
+        page, reason = function(*arguments)
+        if page and "text" in page:
+            text = page["text"].encode("utf-8", "replace").decode()
+            if text != page["text"]:
+                page = page | {"text": text}
+    except Exception as error:
+        return None, f"error_{type(error).__name__}"
+    return page, reason
 
 class Funnel:
     """What index.json says of the steps: how many pages each took, kept, dropped and noted, and why.
@@ -165,14 +177,22 @@ class Funnel:
 # ---- Tasks: one input file → one file of pages ---------------------------------------------------
 
 def read_pages(path, is_filtered):
-    """Yield (page, None) or (None, reason) for all that an input file holds."""
+    """Yield (page, None) or (None, reason) for every record or row of an input file."""
     if is_filtered:
         for record, reason in read_warc(path):
-            yield parse_record(*record) if record else (None, reason)
+            if record:
+                yield guarded(parse_record, *record)
+            else:
+                yield None, reason
         return
     for i, row in enumerate(shards.read_documents(path)):
-        text = row["text"].encode("utf-8", "replace").decode()  # no lone surrogates
-        yield {"id": f"{path.name}/{i}", "url": ""} | row | {"text": text}, None
+        yield guarded(page_of_row, f"{path.name}/{i}", row)
+
+def page_of_row(name, row):
+    """A row of a documents file → (page, None); raises if it cannot be written as JSON."""
+    page = {"id": name, "url": ""} | row
+    json_line(page)
+    return page, None
 
 @contextlib.contextmanager
 def gzip_file(path, level=6):
@@ -181,8 +201,8 @@ def gzip_file(path, level=6):
         yield zipped
 
 def json_line(row):
-    """A row of a .jsonl file as bytes."""
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    """A row of a .jsonl file as bytes, in which "?" stands for lone surrogates."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 def run_task(file, stem, settings, mirror):
     """One input file → stem.jsonl.gz (its pages), stem.npy (MinHash), stem.json (counts, samples).
@@ -283,7 +303,7 @@ def find_pairs(key_files, bucket, part, n_parts):
     keys, documents = [], []
     n_before = 0
     for path in key_files:
-        row = np.load(path, mmap_mode="r")[bucket]
+        row = load_keys(path)[bucket]
         its_part = (row >> np.uint64(32)) * n_parts >> np.uint64(32)  # by the upper 32 bits
         here = np.flatnonzero(its_part == part)
         keys.append(row[here])
@@ -295,6 +315,17 @@ def find_pairs(key_files, bucket, part, n_parts):
     documents = np.concatenate(documents)[order]
     same = keys[1:] == keys[:-1]
     return np.stack([documents[:-1][same], documents[1:][same]], axis=1)
+
+def load_keys(path):
+    """A task's MinHash keys: uint64 [BUCKETS, documents], which stay on the disk until used."""
+    try:
+        keys = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        keys = None
+    if keys is None or keys.dtype != np.uint64 or keys.ndim != 2 or len(keys) != BUCKETS:
+        raise SystemExit(f"{path} is damaged; remove {path.with_suffix('')}.* and repeat the "
+                         "command")
+    return keys
 
 def find_originals(n_documents, pairs):
     """Arrays of pairs → int64 [documents]: the first document of each one's cluster (union-find).
@@ -319,7 +350,7 @@ def find_originals(n_documents, pairs):
 def near_duplicates(stems, args):
     """For each page of all tasks the first one of its cluster; [] if there are no MinHash keys."""
     key_files = [Path(f"{stem}.npy") for stem in stems]
-    n_documents = sum(np.load(path, mmap_mode="r").shape[1] for path in key_files)
+    n_documents = sum(load_keys(path).shape[1] for path in key_files)
     if not n_documents:
         return []
     n_parts = 1 + n_documents // SORTED_AT_ONCE
@@ -423,14 +454,19 @@ KILLED = ("a worker was killed, most likely for want of memory; finished files a
 def in_processes(function, tasks, args):
     """Yield the outcome of each task from a pool of processes."""
     n_workers = max(1, min(args.workers, len(tasks)))
-    with ProcessPoolExecutor(n_workers, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(n_workers, initializer=prepare_worker) as pool:
         try:
             yield from pool.map(functools.partial(outcome, function), *zip(*tasks))
         except BrokenProcessPool:
             raise SystemExit(KILLED) from None
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.kill()  # the pool would wait for the end of its task
+            raise
 
-def end_with_parent():
-    """Ask the kernel to kill this worker when its parent dies, so that it does not write on."""
+def prepare_worker():
+    """Let Ctrl-C and the death of the parent end this worker at once and without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: man 2 prctl
 
@@ -514,7 +550,7 @@ def pages_to_inspect(files, text, urls):
             url = record[0].get("warc-target-uri", "")
             is_wanted = text in url if urls is None else url in urls
             if is_wanted:
-                page, _ = parse_record(*record)
+                page, _ = guarded(parse_record, *record)
                 if page:
                     yield page | {"file": file.name}
 
@@ -578,7 +614,7 @@ def choose_settings(args, files):
                 "blocklist": {str(folder): folder_fingerprint(folder) for folder in args.blocklist}}
     path = args.out / "settings.json"
     if path.exists():
-        shards.refuse_changes(json.loads(path.read_bytes()), settings, args.out,
+        shards.refuse_changes(shards.read_json(path), settings, args.out,
                               remedy=f"remove {args.out} or choose another --out")
     shards.write_json(path, settings)
     return settings
@@ -627,7 +663,7 @@ def filter_and_gather(files, stems, settings, args):
         pass
     funnel = Funnel()
     for stem in stems:
-        funnel.add(json.loads(Path(f"{stem}.json").read_bytes()))
+        funnel.add(shards.read_json(Path(f"{stem}.json")))
     started = time.perf_counter()
     originals = near_duplicates(stems, args)
     funnel.rows["near_duplicates"]["seconds"] += time.perf_counter() - started
@@ -723,4 +759,8 @@ def main():
     print(f"{args.out}/index.json is complete after {time.perf_counter() - started:.1f} s")
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; finished files are kept; repeat the command to continue", file=sys.stderr)
+        raise SystemExit(130) from None

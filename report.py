@@ -14,6 +14,7 @@ import argparse
 import difflib
 import itertools
 import math
+import multiprocessing
 import re
 import sys
 from datetime import timedelta
@@ -301,6 +302,8 @@ class Trace:
         else:
             self.page = after
 
+SHOW_SECONDS = 20  # for one page, whose steps are not shown if it takes longer
+
 def write_inspection(path, traces):
     """Traces → one HTML file with a chapter for every ending, the pages that were kept first."""
     chapters = {}
@@ -312,10 +315,27 @@ def write_inspection(path, traces):
     parts = [f"{INSPECTION_HEAD}<ul>{contents}</ul>"]
     for i, ending in enumerate(endings):
         parts.append(f"<h1 id='{i}'>{escape(ending)}</h1>")
-        parts += map(html_of_a_page, chapters[ending])
+        for trace in chapters[ending]:
+            parts.append(within(SHOW_SECONDS, html_of_a_page, trace)
+                         or f"<h2>{escape(trace.page['url'])}</h2>It is too large to be shown.")
     part = Path(f"{path}.part")
     part.write_text("".join(parts), encoding="utf-8", errors="replace")
     part.replace(path)
+
+def within(seconds, function, argument):
+    """function(argument), a str, from a forked process; None if that fails or takes longer."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    child = fork.Process(target=lambda: theirs.send(function(argument)), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(seconds) else None
+    except EOFError:
+        return None
+    finally:
+        child.kill()
+        child.join()
 
 def html_of_a_page(trace):
     """One page: its HTML, a list of the steps, and the text that the last one left."""

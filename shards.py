@@ -2,6 +2,7 @@
 
     python shards.py --data data/demo --tokenizer gpt2
     python shards.py --data data/demo --tokenizer data/demo/tokenizer --row_tokens 1024
+    python shards.py --data data/demo --check
 
 in:  DATA/documents/{train,val}_00000.jsonl.gz … and DATA/index.json, from prepare_fineweb.py
 out: DATA/NAME_val_000000.bin, DATA/NAME_train_000001.bin …  256 int32 (magic 20240520, version 1
@@ -24,6 +25,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -202,9 +204,7 @@ def adopt(out, paths, name):
     for path in tqdm(paths, "check", unit="shard"):
         data = path.read_bytes()
         tokens = parse_bin(data, path)
-        if len(tokens) and tokens.max() >= tokenizer.n_vocab:
-            raise SystemExit(f"{path} has token {tokens.max()}, but the tokenizer {name} has only "
-                             f"{tokenizer.n_vocab}; give the one that made it as --tokenizer")
+        check_tokens(path, tokens, tokenizer)
         split = "val" if "_val_" in path.name else "train"
         shards.append({"file": path.name, "split": split, "tokens": len(tokens),
                        "documents": int((tokens == tokenizer.eot).sum()),
@@ -224,22 +224,79 @@ def parse_bin(data, path):
                          "number of tokens; remove it and repeat the command")
     return np.frombuffer(data, dtype, offset=1024)
 
+# ---- Do tokenizer and shards belong together? ----------------------------------------------------
+
+def check_data(out):
+    """Stop if a shard in OUT is damaged, or if OUT/tokenizer is not the one that made the shards.
+
+    A tokenizer that was trained again gives other meanings to the same ids: a model that is trained
+    on them learns nonsense, and no error tells. Reads every shard once.
+    """
+    index = read_index(out)
+    made_by = index.get("tokenizer")
+    if not isinstance(made_by, dict) or not index["shards"]:
+        raise SystemExit(f"{out}/index.json lists no shards; make some with python shards.py "
+                         f"--data {out} --tokenizer DIR")
+    tokenizer = Tokenizer.load(out / "tokenizer")
+    if made_by.get("sha256") != tokenizer.sha256:
+        raise SystemExit(f"{out}/tokenizer is not the tokenizer that made the shards; put that one "
+                         f"there, or remove {out}/index.json and prepare the data again")
+    for shard in tqdm(index["shards"], "check", unit="shard"):
+        path = out / shard["file"]
+        data = path.read_bytes() if path.exists() else b""
+        if sha256(data) != shard["sha256"]:
+            raise SystemExit(f"{path} is missing or damaged; python shards.py --data {out} "
+                             f"--tokenizer {out}/tokenizer makes it again")
+        check_tokens(path, parse_bin(data, path), tokenizer)
+
+def check_tokens(path, tokens, tokenizer):
+    """Stop if the tokens of a shard cannot be those of a tokenizer."""
+    if len(tokens) and tokens.max() >= tokenizer.n_vocab:
+        raise SystemExit(f"{path} has token {tokens.max()}, but tokenizer {tokenizer.name} has only "
+                         f"{tokenizer.n_vocab}; give the tokenizer that made it")
+    if len(tokens) and tokenizer.eot not in tokens:
+        raise SystemExit(f"{path} has no end-of-text token {tokenizer.eot} of tokenizer "
+                         f"{tokenizer.name}; give the tokenizer that made it")
+
 # ---- index.json ----------------------------------------------------------------------------------
+
+INDEX_LISTS = {"documents": ("file", "split", "documents", "bytes"),
+               "shards": ("file", "split", "tokens", "documents", "bytes", "sha256"),
+               "funnel": ("step", "in", "kept", "dropped", "flagged", "bytes", "docs_per_s")}
 
 def read_index(out):
     """index.json of a folder; {} if there is none."""
     path = out / "index.json"
     if not path.exists():
         return {}
-    index = json.loads(path.read_bytes())
+    index = read_json(path)
     if (index.get("format"), index.get("version")) != ("deepdive data", 1):
         raise SystemExit(f"{path} has format {index.get('format')} version {index.get('version')}, "
                          f"not deepdive data version 1; remove {out} and prepare the data again")
+    for name, fields in INDEX_LISTS.items():
+        rows = index.get(name)
+        if not isinstance(rows, list) or not all(has_fields(row, fields) for row in rows):
+            raise SystemExit(f"{path} is damaged: {name} is not a list of objects with "
+                             f"{', '.join(fields)}; remove {out} and prepare the data again")
     return index
+
+def has_fields(row, fields):
+    return isinstance(row, dict) and all(field in row for field in fields)
+
+def read_json(path):
+    """The object in a JSON file; SystemExit if there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):  # RecursionError: too many brackets
+        value = None
+    if not isinstance(value, dict):
+        raise SystemExit(f"{path} is damaged: it is not a JSON object; remove it and repeat the "
+                         "command that wrote it")
+    return value
 
 def write_json(path, value):
     with whole_file(path) as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
+        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
 
 def refuse_changes(before, now, out, remedy):
     """Stop if a folder was made with other settings than this run has."""
@@ -321,7 +378,7 @@ def check_sizes(shard_tokens, row_tokens):
     if shard_tokens < 1:
         raise SystemExit(f"--shard_tokens must be at least 1, got {shard_tokens}")
     if row_tokens and not 2 <= row_tokens <= shard_tokens:
-        raise SystemExit(f"--row_tokens must be 0, or at least 2 and at most --shard_tokens "
+        raise SystemExit("--row_tokens must be 0, or at least 2 and at most --shard_tokens "
                          f"{shard_tokens}, got {row_tokens}; try 1024")
 
 def main():
@@ -329,15 +386,27 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder that prepare_fineweb.py has made")
-    add("--tokenizer", required=True, help="its folder, or gpt2, cl100k_base, o200k_base")
+    add("--tokenizer", help="its folder, or gpt2, cl100k_base, o200k_base")
     add("--shard_tokens", type=int, default=100_000_000, help="largest number of tokens in a shard")
     add("--row_tokens", type=int, default=0,
         help="pack train shards into rows of so many tokens that begin with a document (0: no)")
+    add("--check", action="store_true", help="only check that the shards are whole, and that "
+        "DATA/tokenizer made them")
     args = parser.parse_args()
+    if args.check:
+        check_data(args.data)
+        print(f"{args.data} holds whole shards of its tokenizer")
+        return
+    if not args.tokenizer:
+        parser.error("--tokenizer is missing; give a folder, or gpt2, cl100k_base, o200k_base")
     check_sizes(args.shard_tokens, args.row_tokens)
     with one_line_when_full():
         tokenize(args.data, args.tokenizer, args.shard_tokens, args.row_tokens)
     print_funnel(read_index(args.data))
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; finished files are kept; repeat the command to continue", file=sys.stderr)
+        raise SystemExit(130) from None

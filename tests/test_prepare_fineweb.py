@@ -21,6 +21,7 @@ import crawl  # noqa: E402
 import download  # noqa: E402
 import filters  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
+import report  # noqa: E402
 import shards  # noqa: E402
 import warc  # noqa: E402
 from bpe import Tokenizer  # noqa: E402
@@ -238,6 +239,12 @@ def test_inspect_shows_what_each_step_did_and_runs_nothing_of_a_page(inspected):
     assert "<ins>Write to email@example.com. It works.</ins>" in shown
     assert "<script>" not in shown and "&lt;script&gt;" in shown
 
+def test_a_page_that_takes_too_long_to_show_has_a_note_instead(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "SHOW_SECONDS", 0.2)
+    monkeypatch.setattr(report, "html_of_a_page", lambda trace: time.sleep(60))
+    report.write_inspection(tmp_path / "a.html", [report.Trace(page("text"), [])])
+    assert "https://example.org/a</h2>It is too large" in (tmp_path / "a.html").read_text()
+
 def test_inspect_has_pages_of_every_file_for_every_way_to_end(inspected):
     ends = re.findall(r"<li><a href='#\d'>(.*?)</a>, (\d) pages", inspected[0])
     assert dict(ends) == {"kept": "3", "language: is_de": "1", "extract_text: no_text": "1",
@@ -384,6 +391,43 @@ def test_bad_input_of_every_kind_is_counted_and_the_good_pages_are_kept(tmp_path
         "error_TimeoutError": 1, "error_EOFError": 1, "error_MemoryError": 1,
         "unknown_charset": 1}
 
+def test_a_record_or_row_that_makes_a_function_fail_is_counted(tmp_path, monkeypatch):
+    def failing(headers, payload):
+        if headers["warc-target-uri"].endswith("1"):
+            raise RecursionError
+        return parse_record(headers, payload)
+    parse_record = pf.parse_record
+    monkeypatch.setattr(pf, "parse_record", failing)
+    path = write_warc(tmp_path / "a.warc.gz", distinct_prose(3))
+    pf.run_task(path, tmp_path / "0", plain_settings(), None)
+    rows = json.loads((tmp_path / "0.json").read_text())["rows"]
+    assert rows["read"]["dropped"] == {"error_RecursionError": 1} and rows["read"]["kept"] == 2
+
+def test_lone_surrogates_in_any_field_of_a_row_are_replaced(tmp_path):
+    row = {"text": "a \ud83d b", "title": "\ud83d", "more": [{"\udc00": "\ud83d"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    pf.run_task(tmp_path / "a.jsonl", tmp_path / "0", plain_settings(is_filtered=False), None)
+    kept, = shards.read_documents(tmp_path / "0.jsonl.gz")
+    assert (kept["text"], kept["title"], kept["more"]) == ("a ? b", "?", [{"?": "?"}])
+
+SLEEPING = """
+import runpy, time, filters
+filters.language = lambda page, model: time.sleep(60)
+runpy.run_path("prepare_fineweb.py", run_name="__main__")"""
+
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])  # one process; all, as the terminal does
+def test_ctrl_c_ends_a_run_and_its_workers_in_one_line(tmp_path, kill):
+    paths = [write_warc(tmp_path / f"{i}.warc.gz", TEXTS[:2]) for i in range(3)]
+    child = subprocess.Popen([sys.executable, "-c", SLEEPING, "--source", "warc", *paths, "--out",
+                              tmp_path / "o", "--workers", "2"], cwd=ROOT, start_new_session=True,
+                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not list(tmp_path.rglob("00001_1.jsonl.gz.part")):
+        time.sleep(0.05)
+    kill(child.pid, signal.SIGINT)
+    errors = child.communicate(timeout=20)[1]
+    assert errors.splitlines()[-1].startswith("stopped; finished files are kept; repeat")
+    assert child.returncode == 130 and "Traceback" not in errors and ended(tmp_path / "o")
+
 FULL_DISK = """
 import builtins, sys, prepare_fineweb
 until, opened = sys.argv.pop(1), builtins.open
@@ -525,6 +569,22 @@ def test_an_index_of_another_format_names_what_to_remove(tmp_path):
     shards.write_json(tmp_path / "index.json", {"format": "deepdive data", "version": 7})
     with pytest.raises(SystemExit, match="version 7.*remove"):
         shards.read_index(tmp_path)
+
+@pytest.mark.parametrize("data", [b"[" * 200_000, b"[]", b"null", b"\xff", b"{", json.dumps({
+    "format": "deepdive data", "version": 1, "documents": [{"file": "a"}]}).encode()])
+def test_a_damaged_index_ends_in_one_line(tmp_path, data):
+    (tmp_path / "index.json").write_bytes(data)
+    with pytest.raises(SystemExit, match="index.json is damaged: .*; remove [^\n]*$"):
+        shards.read_index(tmp_path)
+
+@pytest.mark.parametrize("keys", [None, np.zeros((3, 2)), np.zeros((14, 2)), np.uint64(7)])
+def test_damaged_minhash_keys_end_in_one_line(tmp_path, keys):
+    if keys is None:
+        (tmp_path / "0.npy").write_bytes(b"\x93NUMPY damaged")
+    else:
+        np.save(tmp_path / "0.npy", keys)
+    with pytest.raises(SystemExit, match="0.npy is damaged; remove"):
+        pf.load_keys(tmp_path / "0.npy")
 
 def test_a_file_that_could_not_be_finished_never_gets_its_name(tmp_path):
     with pytest.raises(OSError):

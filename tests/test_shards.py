@@ -131,6 +131,20 @@ def test_another_tokenizer_or_shard_size_is_refused(text_data):
         check=False)
     assert done.returncode and "shard_tokens 4000, but this run has 5000" in done.stderr
 
+def test_shards_are_checked_against_their_hashes_and_their_tokenizer(text_data):
+    out, arguments = text_data
+    run(*arguments)
+    shards.check_data(out)
+    first = out / "toy_train_000001.bin"
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-2] + b"\0\0")
+    with pytest.raises(SystemExit, match="toy_train_000001.bin is missing or damaged"):
+        shards.check_data(out)
+    first.write_bytes(whole)
+    Tokenizer.train(TEXTS[20:40], vocab_size=400, pattern="gpt4").save(out / "tokenizer")
+    with pytest.raises(SystemExit, match="is not the tokenizer that made the shards"):
+        shards.check_data(out)
+
 def test_large_vocabularies_are_stored_in_32_bits(tmp_path):
     class Wide:
         eot = 100_257
@@ -222,7 +236,8 @@ def test_ready_shards_come_with_an_index_and_gpt_2_s_tokenizer(server, tmp_path,
 
 @pytest.mark.parametrize("data, found", [
     (shard_bytes([1, 2], 3), "begins with"), (shard_bytes([1], magic=7), "begins with"),
-    (b"short", "has 5 bytes"), (shard_bytes([401]), "has token 401")])
+    (b"short", "has 5 bytes"), (shard_bytes([401]), "has token 401"),
+    (shard_bytes([5, 6]), "has no end-of-text token")])
 def test_ready_shards_that_are_none_end_in_one_line(tmp_path, data, found):
     Tokenizer.train(TEXTS[:20], vocab_size=400, pattern="gpt4").save(tmp_path / "tokenizer")
     (tmp_path / "a_train_1.bin").write_bytes(data)
