@@ -66,8 +66,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import corpus
 import filters
-import shards
 from crawl import Extractor, crawl, parse_record
 from download import fetch, find_files, one_line_when_full, whole_file
 from warc import read_warc
@@ -185,8 +185,11 @@ def read_pages(path, is_filtered):
             else:
                 yield None, reason
         return
-    for i, row in enumerate(shards.read_documents(path)):
-        yield guarded(page_of_row, f"{path.name}/{i}", row)
+    for i, (row, reason) in enumerate(corpus.read_rows(path)):
+        if row:
+            yield guarded(page_of_row, f"{path.name}/{i}", row)
+        else:
+            yield None, reason
 
 def page_of_row(name, row):
     """A row of a documents file → (page, None); raises if it cannot be written as JSON."""
@@ -201,8 +204,12 @@ def gzip_file(path, level=6):
         yield zipped
 
 def json_line(row):
-    """A row of a .jsonl file as bytes, in which "?" stands for lone surrogates."""
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    """A row of a .jsonl as bytes, in which "?" stands for lone surrogates; ValueError for NaN."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+
+def write_json(path, value):
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
 
 def run_task(file, stem, settings, mirror):
     """One input file → stem.jsonl.gz (its pages), stem.npy (MinHash), stem.json (counts, samples).
@@ -236,7 +243,7 @@ def run_task(file, stem, settings, mirror):
             started = time.perf_counter()
         with whole_file(f"{stem}.npy") as keys_file:
             np.save(keys_file, np.array(keys, dtype=np.uint64).reshape(-1, BUCKETS).T.copy())
-        shards.write_json(f"{stem}.json", vars(funnel))
+        write_json(f"{stem}.json", vars(funnel))
         if not is_local:
             path.unlink()  # before the pages get their name, so that no download is left over
 
@@ -361,7 +368,7 @@ def near_duplicates(stems, args):
 
 def unique_pages(stems, originals, settings, funnel):
     """Yield the pages of all tasks that are the first of their cluster, without personal data."""
-    pages = (page for stem in stems for page in shards.read_documents(Path(f"{stem}.jsonl.gz")))
+    pages = (page for stem in stems for page in corpus.read_documents(Path(f"{stem}.jsonl.gz")))
     steps = [("pii", filters.pii)] if settings["is_filtered"] else []
     for i, page in enumerate(tqdm(pages, desc="documents", unit="doc")):
         if len(originals) and originals[i] != i:
@@ -514,7 +521,7 @@ def inspect_pages(files, stems, settings, args):
     --inspect N shows up to N pages for every way that pages ended, --inspect TEXT the pages whose
     URL contains TEXT.
     """
-    from report import Trace, write_inspection
+    import report
 
     urls = urls_to_inspect(args)
     steps_after = [("near_duplicates", mark_near_duplicates(stems, args)), ("pii", filters.pii)]
@@ -522,10 +529,10 @@ def inspect_pages(files, stems, settings, args):
     with contextlib.closing(Extractor(settings["extractor"])) as extract_text:
         steps = steps_of_a_page(settings, extract_text) + steps_after
         for page in itertools.islice(pages_to_inspect(files, args.inspect, urls), MAX_INSPECTED):
-            trace = Trace(page, [name for name, _ in steps])
+            trace = report.Trace(page, [name for name, _ in steps])
             filter_page(page, steps, settings["quality"] == "annotate", trace)
             traces.append(trace)
-    write_inspection(args.out / "inspect.html", traces)
+    report.write_inspection(args.out / "inspect.html", traces)
     print(f"{args.out}/inspect.html shows what each step did to {len(traces)} pages")
 
 def urls_to_inspect(args):
@@ -534,9 +541,9 @@ def urls_to_inspect(args):
     if not args.inspect.isdigit():
         return None
     n_each = int(args.inspect)
-    index = shards.read_index(args.out)
+    index = corpus.read_index(args.out)
     kept = itertools.chain.from_iterable(
-        shards.read_documents(args.out / file["file"]) for file in index["documents"])
+        corpus.read_documents(args.out / file["file"]) for file in index["documents"])
     urls = {row["url"] for row in itertools.islice(kept, n_each)}
     for samples in index["samples"].values():
         urls.update(sample["url"] for sample in samples[:n_each])
@@ -558,7 +565,7 @@ def pages_to_inspect(files, text, urls):
 def mark_near_duplicates(stems, args):
     """The step near_duplicates for a single page; its reason names the page that is kept."""
     passed = [(page["file"], page["id"], page["url"]) for stem in stems
-              for page in shards.read_documents(Path(f"{stem}.jsonl.gz"))]
+              for page in corpus.read_documents(Path(f"{stem}.jsonl.gz"))]
     twins = {}
     for i, first in enumerate(near_duplicates(stems, args)):
         if i != first:
@@ -615,25 +622,26 @@ def choose_settings(args, files):
                 "blocklist": {str(folder): folder_fingerprint(folder) for folder in args.blocklist}}
     path = args.out / "settings.json"
     if path.exists():
-        shards.refuse_changes(shards.read_json(path), settings, args.out,
+        corpus.refuse_changes(corpus.read_json(path), settings, args.out,
                               remedy=f"remove {args.out} or choose another --out")
-    shards.write_json(path, settings)
+    write_json(path, settings)
     return settings
 
 def make_documents(args):
-    """From the source to OUT/documents and OUT/index.json; finished parts are kept."""
+    """From the source to OUT/documents and OUT/index.json; finished parts are kept.
+
+    If the source is a data set of token shards, it is only downloaded, and their paths are returned.
+    """
     out = args.out
     if args.dataset:
         files = find_files(args.dataset, args.num_shards, out / "downloads", args.mirror)
         names = [file["name"] for file in files]
         if names[0].endswith(".bin"):
-            paths = [fetch(file, args.dataset, out, args.mirror) for file in files]
-            shards.adopt(out, paths, args.tokenizer or "gpt2")
-            return
+            return [fetch(file, args.dataset, out, args.mirror) for file in files]
     else:
         files = [Path(path) for path in args.inputs]
     settings = choose_settings(args, files)
-    index = shards.read_index(out)
+    index = corpus.read_index(out)
     is_finished = index and all((out / file["file"]).exists() for file in index["documents"])
     if args.source == "crawl":
         if is_finished:
@@ -652,6 +660,7 @@ def make_documents(args):
     if not any(file["documents"] for file in index["documents"] if file["split"] == "train"):
         raise SystemExit(f"{out} has no document left for training; see why in {out}/index.json, "
                          "then give more input or --quality annotate")
+    return []
 
 def filter_and_gather(files, stems, settings, args):
     """Run all tasks, then join their pages: writes OUT/documents and OUT/index.json."""
@@ -664,7 +673,7 @@ def filter_and_gather(files, stems, settings, args):
         pass
     funnel = Funnel()
     for stem in stems:
-        funnel.add(shards.read_json(Path(f"{stem}.json")))
+        funnel.add(corpus.read_json(Path(f"{stem}.json")))
     started = time.perf_counter()
     originals = near_duplicates(stems, args)
     funnel.rows["near_duplicates"]["seconds"] += time.perf_counter() - started
@@ -678,7 +687,7 @@ def filter_and_gather(files, stems, settings, args):
             rows.append({"step": step} | row | {"docs_per_s": speed})
     index = {"format": "deepdive data", "version": 1, "settings": settings, "tokenizer": None,
              "shards": [], "documents": documents, "funnel": rows, "samples": funnel.samples}
-    shards.write_json(args.out / "index.json", index)
+    write_json(args.out / "index.json", index)
     return index
 
 def check_flags(args):
@@ -713,7 +722,6 @@ def check_flags(args):
     for flag in ("max_pages", "num_shards", "workers"):
         if getattr(args, flag) < 1:
             raise SystemExit(f"--{flag} must be at least 1, got {getattr(args, flag)}")
-    shards.check_sizes(args.shard_tokens, args.row_tokens)
 
 def main():
     parser = argparse.ArgumentParser(
@@ -742,7 +750,9 @@ def main():
     add("--row_tokens", type=int, default=0,
         help="pack train shards into rows of so many tokens that begin with a document (0: no)")
     args = parser.parse_intermixed_args()
+    import shards  # here, because the filters do not need tiktoken
     check_flags(args)
+    shards.check_sizes(args.shard_tokens, args.row_tokens)
     args.out = Path(os.path.normpath(args.out))
     args.dataset = None  # what download.py is asked for
     if args.source == "commoncrawl":
@@ -751,12 +761,13 @@ def main():
         args.dataset = args.source
     started = time.perf_counter()
     with one_line_when_full():
-        if args.source:
-            make_documents(args)
-        is_ready = shards.read_index(args.out).get("documents") == []  # a data set of shards
-        if args.tokenizer and not is_ready:
+        ready_shards = make_documents(args) if args.source else []
+        if ready_shards:
+            shards.adopt(args.out, ready_shards, args.tokenizer or "gpt2")
+        # an empty list of documents means that the shards came ready
+        elif args.tokenizer and corpus.read_index(args.out).get("documents") != []:
             shards.tokenize(args.out, args.tokenizer, args.shard_tokens, args.row_tokens)
-    shards.print_funnel(shards.read_index(args.out))
+    corpus.print_funnel(corpus.read_index(args.out))
     print(f"{args.out}/index.json is complete after {time.perf_counter() - started:.1f} s")
 
 if __name__ == "__main__":

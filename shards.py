@@ -21,25 +21,23 @@ Differs from llm.c's shards: a shard ends with the end of a document or of a row
 """
 import argparse
 import bisect
-import gzip
 import hashlib
 import itertools
 import json
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from bpe import Tokenizer
+from corpus import print_funnel, read_documents, read_index, refuse_changes
 from download import one_line_when_full, whole_file
 
 MAGIC = 20240520          # the first int32 of a shard
 DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # version of a shard: type of its tokens
 WAITING = 1000            # documents from which pack_rows chooses the one that fits best
-COLUMNS = ("text", "id", "url", "date", "dump", "language", "language_score")  # used of a .parquet
 
 # ---- Documents → shards --------------------------------------------------------------------------
 
@@ -258,118 +256,12 @@ def check_tokens(path, tokens, tokenizer):
         raise SystemExit(f"{path} has no end-of-text token {tokenizer.eot} of tokenizer "
                          f"{tokenizer.name}; give the tokenizer that made it")
 
-# ---- index.json ----------------------------------------------------------------------------------
-
-INDEX_LISTS = {"documents": ("file", "split", "documents", "bytes"),
-               "shards": ("file", "split", "tokens", "documents", "bytes", "sha256"),
-               "funnel": ("step", "in", "kept", "dropped", "flagged", "bytes", "docs_per_s")}
-
-def read_index(out):
-    """index.json of a folder; {} if there is none."""
-    path = out / "index.json"
-    if not path.exists():
-        return {}
-    index = read_json(path)
-    if (index.get("format"), index.get("version")) != ("deepdive data", 1):
-        raise SystemExit(f"{path} has format {index.get('format')} version {index.get('version')}, "
-                         f"not deepdive data version 1; remove {out} and prepare the data again")
-    for name, fields in INDEX_LISTS.items():
-        rows = index.get(name)
-        if not isinstance(rows, list) or not all(has_fields(row, fields) for row in rows):
-            raise SystemExit(f"{path} is damaged: {name} is not a list of objects with "
-                             f"{', '.join(fields)}; remove {out} and prepare the data again")
-    return index
-
-def has_fields(row, fields):
-    return isinstance(row, dict) and all(field in row for field in fields)
-
-def read_json(path):
-    """The object in a JSON file; SystemExit if there is none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):  # RecursionError: too many brackets
-        value = None
-    if not isinstance(value, dict):
-        raise SystemExit(f"{path} is damaged: it is not a JSON object; remove it and repeat the "
-                         "command that wrote it")
-    return value
-
 def write_json(path, value):
     with whole_file(path) as file:
         file.write(json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
 
-def refuse_changes(before, now, out, remedy):
-    """Stop if a folder was made with other settings than this run has."""
-    for key in now:
-        if before.get(key) != now[key]:
-            raise SystemExit(f"{out} was made with {key} {before.get(key)}, but this run has "
-                             f"{now[key]}; {remedy}")
-
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
-
-def print_funnel(index):
-    """Print what each step received, kept and dropped, and what the splits hold."""
-    print(f"{'step':<18}{'in':>9}{'kept':>9}{'MB kept':>9}{'docs/s':>9}   dropped (? only noted)")
-    for row in index["funnel"]:
-        reasons = [(n, f"{reason} {n}") for reason, n in row["dropped"].items()]
-        reasons += [(n, f"?{reason} {n}") for reason, n in row["flagged"].items()]
-        why = ", ".join(text for _, text in sorted(reasons, reverse=True)[:6])
-        print(f"{row['step']:<18}{row['in']:>9}{row['kept']:>9}{row['bytes'] / 1e6:>9.2f}"
-              f"{row['docs_per_s']:>9.0f}   {why}")
-    for split in ("val", "train"):
-        files = [file for file in index["documents"] if file["split"] == split]
-        n_documents = sum(file["documents"] for file in files)
-        megabytes = sum(file["bytes"] for file in files) / 1e6
-        tokens = sum(shard["tokens"] for shard in index["shards"] if shard["split"] == split)
-        print(f"{split:<5} {n_documents} documents, {megabytes:.2f} MB, {tokens} tokens")
-
-# ---- Readers of documents ------------------------------------------------------------------------
-
-def read_documents(path):
-    """Yield the rows {"text", …} of a .txt (one document), .jsonl, .jsonl.gz or .parquet file."""
-    if path.suffix == ".txt":
-        yield {"text": path.read_text(encoding="utf-8", errors="replace")}
-        return
-    rows = read_parquet(path) if path.suffix == ".parquet" else read_json_lines(path)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise SystemExit(f'{path} row {number} is not an object with a string "text"; correct or '
-                             "remove the row")
-        yield row
-
-def read_json_lines(path):
-    """Yield the objects of a .jsonl or .jsonl.gz; SystemExit names the first line that has none."""
-    open_file = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with open_file(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield json.loads(line)
-    except ValueError as error:
-        raise SystemExit(f"{path} line {number} is not a JSON object ({error}); correct or remove "
-                         "the line") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise SystemExit(f"{path} is damaged after line {number} ({error}); replace it by a whole "
-                         "copy") from None
-
-def read_parquet(path):
-    """Yield the rows of a .parquet, with the columns in COLUMNS only."""
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise SystemExit(f"{path} needs the package pyarrow, which is not installed; run pip "
-                         "install -r requirements-extra.txt") from None
-    try:
-        file = ParquetFile(path)
-        columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-        for batch in file.iter_batches(1024, columns=columns):
-            yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
-        raise SystemExit(f"{path} is not a whole .parquet file: {str(error).splitlines()[0]}; "
-                         "download it again") from None
 
 # ---- Command line --------------------------------------------------------------------------------
 

@@ -18,10 +18,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import corpus  # noqa: E402
 import crawl  # noqa: E402
 import filters  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
-import shards  # noqa: E402
 import warc  # noqa: E402
 
 WEB = ROOT.parent / "shared" / "data" / "web"
@@ -135,7 +135,7 @@ def test_languages_are_decided_as_datatrove_decides_by_the_same_model(monkeypatc
     other = LanguageFilter("en")
     other.model._model = Model()
     texts = [text for _, text in real_texts("plain")] + [
-        row["text"] for row in shards.read_documents(WEB / "multilang.jsonl.gz")]
+        row["text"] for row in corpus.read_documents(WEB / "multilang.jsonl.gz")]
     for text in texts:
         assert other.filter(Document(text=text, id="")) == (
             filters.language({"text": text}, model=model)[0] is not None), text[:80]

@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import corpus  # noqa: E402
 import crawl  # noqa: E402
 import download  # noqa: E402
 import filters  # noqa: E402
@@ -51,7 +52,7 @@ def run(*arguments, check=True):
 
 def documents(out, split="*"):
     files = sorted((out / "documents").glob(f"{split}_*.jsonl.gz"))
-    return [row for file in files for row in shards.read_documents(file)]
+    return [row for file in files for row in corpus.read_documents(file)]
 
 def distinct_prose(n, seed=0):
     """n English documents of which no two are near duplicates."""
@@ -103,7 +104,7 @@ def test_function_words_tell_english(text, is_english):
 
 @needs_web
 def test_without_a_model_no_foreign_text_passes_and_english_does():
-    rows = list(shards.read_documents(WEB / "multilang.jsonl.gz"))
+    rows = list(corpus.read_documents(WEB / "multilang.jsonl.gz"))
     passed = [row["lang"] for row in rows if filters.language(page(row["text"]))[1] is None]
     # five of them are English articles, in the folders of languages that lack a translation
     assert len(rows) == 159 and sorted(passed) == ["bn"] * 3 + ["en"] * 3 + ["pcm"] * 2
@@ -334,7 +335,7 @@ def test_a_mistake_on_a_ray_cluster_ends_in_one_line_too(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\nbroken')
     done = run("--source", "text", tmp_path / "a.jsonl", "--out", tmp_path / "o", "--ray", "local",
                check=False)
-    assert done.returncode == 1 and "a.jsonl line 2 is not a JSON object" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "a.jsonl cannot be read: line 2 is not JSON" in done.stderr.splitlines()[-1]
 
 @pytest.mark.parametrize("name", ["trafilatura", "resiliparse"])
 def test_other_extractors_give_the_main_text_and_not_the_navigation(tmp_path, name):
@@ -385,7 +386,7 @@ def test_bad_input_of_every_kind_is_counted_and_the_good_pages_are_kept(tmp_path
     assert tracemalloc.get_traced_memory()[1] < 200 << 20
     tracemalloc.stop()
     rows = json.loads((tmp_path / "0.json").read_text())["rows"]
-    assert len(list(shards.read_documents(tmp_path / "0.jsonl.gz"))) == 4
+    assert len(list(corpus.read_documents(tmp_path / "0.jsonl.gz"))) == 4
     assert rows["read"]["dropped"] | rows["extract_text"]["dropped"] == {
         "broken_gzip": 1, "page_too_large": 2, "huge_record": 1, "truncated_record": 1,
         "error_TimeoutError": 1, "error_EOFError": 1, "error_MemoryError": 1,
@@ -407,7 +408,7 @@ def test_lone_surrogates_in_any_field_of_a_row_are_replaced(tmp_path):
     row = {"text": "a \ud83d b", "title": "\ud83d", "more": [{"\udc00": "\ud83d"}]}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     pf.run_task(tmp_path / "a.jsonl", tmp_path / "0", plain_settings(is_filtered=False), None)
-    kept, = shards.read_documents(tmp_path / "0.jsonl.gz")
+    kept, = corpus.read_documents(tmp_path / "0.jsonl.gz")
     assert (kept["text"], kept["title"], kept["more"]) == ("a ? b", "?", [{"?": "?"}])
 
 SLEEPING = """
@@ -518,12 +519,17 @@ def test_a_download_that_ends_in_nothing_is_one_line_of_a_worker(server, tmp_pat
 # ---- mistakes ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, data, found", [
-    ("a.jsonl", b'{"text": "x"}\n\n{"text": ', "a.jsonl line 3 is not a JSON object"),
-    ("a.jsonl", b'{"text": "x"}\n\xff\n', "a.jsonl line 2 is not "),
-    ("a.jsonl", b'{"text": "x"}\n["y"]\n', "row 2 is not an object with"),
-    ("a.jsonl", b'{"txt": "x"}\n', "row 1 is not an object with"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n', mtime=0)[:-9], "a.jsonl.gz is damaged after line "),
-    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz is damaged after line 0 (Not a gzipped file"),
+    ("a.jsonl", b'{"text": "x"}\n\n{"text": ', "a.jsonl cannot be read: line 3 is not JSON"),
+    ("a.jsonl", b'{"text": "x"}\n\xff\n', "line 2 is not JSON"),
+    ("a.jsonl", b'{"text": "x"}\n["y"]\n', "line 2 is not a JSON object"),
+    ("a.jsonl", b'{"txt": "x"}\n', 'row 1 has no string "text"'),
+    ("a.jsonl", b'{"text": 7}\n', 'row 1 has no string "text"'),
+    ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1 is not JSON (maximum recursion"),
+    ("a.jsonl", b'{"text": "x", "score": -Infinity}', "-Infinity is not a number of JSON"),
+    ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "line 1 is not JSON"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n', mtime=0)[:-9], "a.jsonl.gz cannot be read: "),
+    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz cannot be read: Not a gzipped file"),
+    ("a.csv", b"text\nx\n", "a.csv is none of .txt .jsonl .jsonl.gz .parquet"),
     ("a.parquet", b"PAR1 no parquet", "a.parquet")])
 def test_a_bad_documents_file_ends_in_one_line(tmp_path, name, data, found):
     if name == "a.parquet":
@@ -566,16 +572,16 @@ def test_a_crawl_that_reaches_nothing_ends_in_one_line(tmp_path):
     assert "has no document left for training; " in done.stderr.splitlines()[-1]
 
 def test_an_index_of_another_format_names_what_to_remove(tmp_path):
-    shards.write_json(tmp_path / "index.json", {"format": "deepdive data", "version": 7})
+    pf.write_json(tmp_path / "index.json", {"format": "deepdive data", "version": 7})
     with pytest.raises(SystemExit, match="version 7.*remove"):
-        shards.read_index(tmp_path)
+        corpus.read_index(tmp_path)
 
 @pytest.mark.parametrize("data", [b"[" * 200_000, b"[]", b"null", b"\xff", b"{", json.dumps({
     "format": "deepdive data", "version": 1, "documents": [{"file": "a"}]}).encode()])
 def test_a_damaged_index_ends_in_one_line(tmp_path, data):
     (tmp_path / "index.json").write_bytes(data)
     with pytest.raises(SystemExit, match="index.json is damaged: .*; remove [^\n]*$"):
-        shards.read_index(tmp_path)
+        corpus.read_index(tmp_path)
 
 @pytest.mark.parametrize("keys", [None, np.zeros((3, 2)), np.zeros((14, 2)), np.uint64(7)])
 def test_damaged_minhash_keys_end_in_one_line(tmp_path, keys):

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import corpus  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
 import shards  # noqa: E402
 from bpe import Tokenizer  # noqa: E402
@@ -176,7 +177,7 @@ def test_a_trainer_with_rows_of_that_length_reads_none_without_its_beginning(tex
     out, arguments = text_data
     run(*arguments, "--row_tokens", 64)
     loader = Loader(Shards(out, "train"), 64, seed=0)
-    eot = shards.read_index(out)["tokenizer"]["eot"]
+    eot = corpus.read_index(out)["tokenizer"]["eot"]
     assert loader.n_rows > 50 and all(loader.row(i)[0] == eot for i in range(loader.n_rows))
 
 def pieces(lengths, T):
@@ -227,7 +228,7 @@ def test_ready_shards_come_with_an_index_and_gpt_2_s_tokenizer(server, tmp_path,
         f"fineweb_{name}.bin": shard_bytes([50256, 15496, 995])
         for name in ("train_000001", "train_000002", "val_000000")})
     run("--source", "kjj0/fineweb10B-gpt2", "--out", tmp_path / "a", "--mirror", server.url)
-    index = shards.read_index(tmp_path / "a")
+    index = corpus.read_index(tmp_path / "a")
     found = [(s["file"], s["split"], s["tokens"], s["documents"], s["bytes"])
              for s in index["shards"]]
     assert found == [("fineweb_val_000000.bin", "val", 3, 1, 11),
