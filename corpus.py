@@ -7,8 +7,8 @@ A row must have a "text". A row whose text is null or empty is no document: read
 continue. Anything else that is wrong with a file ends in one line with its name, because it is
 cheaper to correct a file than to find out later what is missing.
 
-A .txt is UTF-8, or UTF-16, or Windows-1252 if more of its characters are wrong than right in UTF-8.
-Single wrong bytes become U+FFFD. Line ends become \\n. JSON is that of RFC 8259, without NaN.
+A .txt is UTF-8, or UTF-16 or UTF-32 if it looks so; another encoding would have to be guessed, and
+is refused. Line ends stay as they are. JSON is that of RFC 8259, in UTF-8 and without NaN.
 """
 import codecs
 import datetime
@@ -58,7 +58,8 @@ def read_rows(path):
                 yield row, None
     except (ValueError, ArithmeticError, OSError, EOFError, zlib.error) as error:
         why = str(error).splitlines() or ["it ends too early"]
-        raise SystemExit(f"{path} cannot be read: {why[0]}; correct or replace the file") from None
+        raise SystemExit(f"{path} cannot be read: {why[0]}; correct the file, or replace it by a "
+                         "whole one") from None
 
 def read_json_lines(path):
     """Yield the objects of a .jsonl or .jsonl.gz; ValueError names the first line without one."""
@@ -78,7 +79,7 @@ def read_json_lines(path):
 def parse_line(line, number):
     """A line of a .jsonl → its object; ValueError."""
     try:
-        row = json.loads(line, parse_constant=refuse_constant)
+        row = DECODER.decode(line.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"line {number} is not JSON ({error})") from None
     if not isinstance(row, dict):
@@ -87,6 +88,8 @@ def parse_line(line, number):
 
 def refuse_constant(name):
     raise ValueError(f"{name} is not a number of JSON")
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)  # NaN, Infinity
 
 def read_parquet(path):
     """Yield the rows of a .parquet with those of COLUMNS that it has, as JSON has them."""
@@ -131,15 +134,21 @@ def read_txt(path):
     yield {"text": "".join(text_blocks(path))}
 
 def text_blocks(path):
-    """Yield the text of a .txt in blocks of up to a million characters."""
-    with open(path, "rb") as file:
-        encoding = guess_encoding(file.read(BLOCK_BYTES))
-    with open(path, encoding=encoding, errors="replace") as file:
-        while block := file.read(BLOCK_BYTES):
-            yield block
+    """Yield the text of a .txt in blocks of up to a million characters; SystemExit."""
+    try:
+        with open(path, "rb") as file:
+            encoding = encoding_of(file.read(BLOCK_BYTES))
+        with open(path, encoding=encoding, newline="") as file:
+            while block := file.read(BLOCK_BYTES):
+                yield block
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be read: {error.strerror}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path} is not {error.encoding.upper()} text; convert it to UTF-8, e.g. "
+                         "with iconv -f WINDOWS-1252 -t UTF-8") from None
 
-def guess_encoding(head):
-    """The first bytes of a text → the name of its encoding."""
+def encoding_of(head):
+    """The first bytes of a text → the name of its encoding, UTF-8 unless it looks like another."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -148,11 +157,7 @@ def guess_encoding(head):
         return "utf-16-le"
     if head[::2].count(0) > len(head) // 4:
         return "utf-16-be"
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # the last character may be cut
-    text = decoder.decode(head)
-    n_wrong = text.count("\ufffd")
-    n_not_ascii = len(text) - len(text.encode("ascii", "ignore"))
-    return "cp1252" if n_wrong > n_not_ascii - n_wrong else "utf-8-sig"
+    return "utf-8-sig"  # without the mark that some programs write
 
 # ---- index.json, settings.json -------------------------------------------------------------------
 
