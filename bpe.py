@@ -30,7 +30,6 @@ bytes). Differs from the papers: ties, which they leave open, go to the smallest
 import argparse
 import base64
 import functools
-import gzip
 import hashlib
 import heapq
 import html
@@ -40,7 +39,6 @@ import os
 import re
 import sys
 import time
-import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -608,14 +606,14 @@ class Merger:
         return done
 
 # ---- the command line ---------------------------------------------------------------------------
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 WORD_END = re.compile(r"[^\W_](?=\s)")  # after a letter or digit, whitespace begins a chunk
 
 def input_files(paths):
     """Files and folders -> files. Validation text, val_*, must not shape the tokenizer."""
+    from corpus import SUFFIXES
     for path in map(Path, paths):
         inside = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
-        found = [file for file in inside if file.is_file() and file.name.endswith(SUFFIXES)
+        found = [file for file in inside if file.is_file() and file.name.lower().endswith(SUFFIXES)
                  and (file == path or not file.name.startswith("val_"))]
         if not found:
             raise SystemExit(f"{path} holds no training text; --input takes files "
@@ -624,39 +622,28 @@ def input_files(paths):
 
 def read_texts(path):
     """Yield the documents of a file as str, a .txt in pieces. SystemExit if it cannot be read."""
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow.parquet import ParquetFile
-            for rows in ParquetFile(path).iter_batches(1024, columns=["text"]):
-                yield from filter(None, rows.column("text").to_pylist())
-            return
-        open_text = gzip.open if path.suffix == ".gz" else open
-        with open_text(path, "rt", encoding="utf-8", newline="") as f:  # newline="": \r\n stays
-            yield from text_pieces(f) if path.suffix == ".txt" else json_texts(f)
-    except ImportError:
-        raise SystemExit(f"{path} cannot be read without pyarrow; pip install pyarrow")
-    except (EOFError, KeyError, OSError, ValueError, zlib.error) as error:
-        raise SystemExit(f"{path} cannot be read ({reason(error)}); give a whole file in UTF-8")
+    from corpus import read_rows, text_blocks
+    if path.name.lower().endswith(".txt"):
+        yield from cut_where_chunks_begin(text_blocks(path))
+        return
+    skipped = 0
+    for row, _ in read_rows(path):
+        if row:
+            yield row["text"]
+        else:
+            skipped += 1
+    if skipped:
+        print(f"{path}: {skipped} rows without text are skipped")
 
-def text_pieces(f):
-    """Yield pieces of about a million characters, each cut where a chunk begins."""
+def cut_where_chunks_begin(blocks):
+    """Join blocks of a text and cut them again, so that no chunk lies across two pieces."""
     rest = ""
-    while block := f.read(1 << 20):
+    for block in blocks:
         rest += block
         cut = max((word.end() for word in WORD_END.finditer(rest, len(rest) - 9999)), default=0)
         yield rest[:cut]
         rest = rest[cut:]
     yield rest
-
-def json_texts(lines):
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else {"text": ""}
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ValueError(f"line {number} is not a JSON object with a \"text\"")
-        yield row["text"]
 
 SAMPLES = {     # one thought in several scripts, to see which of them a vocabulary suits
     "English": "The baker opened her shop before sunrise, and by eight all the bread was sold.",

@@ -16,6 +16,7 @@ import argparse
 import difflib
 import itertools
 import math
+import multiprocessing
 import re
 import sys
 from dataclasses import dataclass
@@ -574,6 +575,8 @@ class Trace:
         else:
             self.page = after
 
+SHOW_SECONDS = 20  # for one page, whose steps are not shown if it takes longer
+
 def write_inspection(path, traces):
     """Traces → one HTML file with a chapter for every ending, the pages that were kept first."""
     chapters = {}
@@ -585,10 +588,27 @@ def write_inspection(path, traces):
     parts = [f"{INSPECTION_HEAD}<ul>{contents}</ul>"]
     for i, ending in enumerate(endings):
         parts.append(f"<h1 id='{i}'>{escape(ending)}</h1>")
-        parts += map(html_of_a_page, chapters[ending])
+        for trace in chapters[ending]:
+            parts.append(within(SHOW_SECONDS, html_of_a_page, trace)
+                         or f"<h2>{escape(trace.page['url'])}</h2>It is too large to be shown.")
     part = Path(f"{path}.part")
     part.write_text("".join(parts), encoding="utf-8", errors="replace")
     part.replace(path)
+
+def within(seconds, function, argument):
+    """function(argument), a str, from a forked process; None if that fails or takes longer."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    child = fork.Process(target=lambda: theirs.send(function(argument)), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(seconds) else None
+    except EOFError:
+        return None
+    finally:
+        child.kill()
+        child.join()
 
 def html_of_a_page(trace):
     """One page: its HTML, a list of the steps, and the text that the last one left."""
@@ -645,8 +665,8 @@ def html_extraction(source, text):
         return key in lines or (len(key) > 20 and key in whole)
 
     out = []
-    blocks = [block.text for block in blocks_of(source, HIDDEN)]
-    for kept, run in itertools.groupby(blocks, is_kept):
+    visible = (block.text for block in blocks_of(source, HIDDEN))
+    for kept, run in itertools.groupby(visible, is_kept):
         run = map(escape, run)
         if kept:
             out.append("\n".join(run))

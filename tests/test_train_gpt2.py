@@ -3,6 +3,7 @@ train_gpt2.py: the loader gives every token once, a run that was killed goes on 
 ranks train what one does. Runs are of 12 steps on the manuals of conftest.py.
 """
 import gzip
+import hashlib
 import json
 import math
 import os
