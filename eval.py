@@ -38,6 +38,7 @@ import os
 import random
 import re
 import runpy
+import signal
 import sys
 import zlib
 from array import array
@@ -45,6 +46,9 @@ from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+
+if __name__ == "__main__":      # Ctrl-C during the slow imports below ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from tqdm import tqdm
@@ -241,8 +245,7 @@ def read_lines(path, parse, remedy):
     except OSError as error:
         raise SystemExit(f"{path} cannot be read: {reason(error)}; {remedy}") from None
     except (ValueError, KeyError, EOFError, zlib.error, RecursionError) as error:
-        where = max(1, number)
-        raise SystemExit(f"{path}, line {where}: {reason(error)}; {remedy}") from None
+        raise SystemExit(f"{path}, line {max(1, number)}: {reason(error)}; {remedy}") from None
     if not rows:
         raise SystemExit(f"{path} is empty; {remedy}")
     return rows
@@ -254,8 +257,7 @@ def read_json(path):
     try:
         return as_object(json.loads(Path(path).read_bytes().decode("utf-8-sig")))
     except (OSError, ValueError, RecursionError) as error:
-        raise SystemExit(f"{path} is damaged: {reason(error)}; delete it, or make it again"
-                         ) from None
+        raise SystemExit(f"{path} is damaged: {reason(error)}; make it again") from None
 
 def as_object(value):
     if not isinstance(value, dict):
@@ -372,9 +374,7 @@ def measure(engine, questions, n, name, ranks=Ranks()):
 
     cut counts the questions whose beginning did not fit into the model's context.
     """
-    right = 0
-    done = 0
-    cut = 0
+    right = done = cut = 0
     room = engine.model.config.block_size + 1
     mine = itertools.islice(questions, ranks.rank, None, ranks.world_size)
     progress = tqdm(total=n // ranks.world_size, desc=printable(name), unit="question",
@@ -739,16 +739,14 @@ def cannot_write(path, error):
 
 # ---- HellaSwag for train_gpt2.cu, which has no tokenizer -----------------------------------------
 
-HELLASWAG_MAGIC = 20251121
-
 def hellaswag_words(questions, n_questions, n_vocab):
     """(spans, gold) pairs → the int32s of hellaswag.bin:
 
-        magic, version, n_vocab, int32s in the file, n_questions
+        magic 20251121, version, n_vocab, int32s in the file, n_questions
         for each question: gold, n_answers
         for each of its answers: n_ids, index of the first id that is scored, the ids
     """
-    words = array("i", [HELLASWAG_MAGIC, 1, n_vocab, 0, n_questions])
+    words = array("i", [20251121, 1, n_vocab, 0, n_questions])
     for spans, gold in questions:
         words.extend([gold, len(spans)])
         for ids, start in spans:
@@ -792,6 +790,7 @@ def main():
         measure_run()
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

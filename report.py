@@ -17,11 +17,15 @@ import difflib
 import itertools
 import math
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from html import escape
 from pathlib import Path
+
+if __name__ == "__main__":      # Ctrl-C during the slow imports below ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from eval import STAGES, cannot_write, figures, printable, read_json, reason
 from training import read_log
@@ -648,6 +652,7 @@ def main():
         write_report(runs, funnel, args.out or runs[-1].path / "report.html")
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
