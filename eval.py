@@ -260,6 +260,7 @@ def read_json(path):
         raise SystemExit(f"{path} is damaged: {reason(error)}; make it again") from None
 
 def as_object(value):
+    """The value; ValueError if it is not a JSON object."""
     if not isinstance(value, dict):
         raise ValueError(f"a JSON object is needed, got {quoted(value)}")
     return value
@@ -342,7 +343,7 @@ def score(model, spans):
     batch_tokens = 2 ** 15 if device.type == "cuda" else 2 ** 12
     training = model.training
     model.eval()
-    scores = [None] * len(spans)
+    found = [None] * len(spans)
     for rows, x, y in batches(spans, model.config.block_size, batch_tokens):
         scored = y >= 0
         hidden = model.hidden(x.to(device))[scored.to(device)]  # (N, C): only what is scored
@@ -357,9 +358,9 @@ def score(model, spans):
         logprobs = torch.cat(logprobs).split(lengths)
         greedy = torch.cat(greedy).split(lengths)
         for i, p, g in zip(rows, logprobs, greedy):
-            scores[i] = (p.mean().item(), bool(g.all()))
+            found[i] = (p.mean().item(), bool(g.all()))
     model.train(training)
-    return scores
+    return found
 
 def is_right(scores, gold):
     """The best of a question's scores is the gold one; without gold, greedy decoding must write the
@@ -377,20 +378,19 @@ def measure(engine, questions, n, name, ranks=Ranks()):
     right = done = cut = 0
     room = engine.model.config.block_size + 1
     mine = itertools.islice(questions, ranks.rank, None, ranks.world_size)
-    progress = tqdm(total=n // ranks.world_size, desc=printable(name), unit="question",
-                    leave=False, disable=not ranks.is_main)
-    while chunk := list(itertools.islice(mine, 64)):
-        found = score(engine.model, [span for spans, _ in chunk for span in spans])
-        for spans, gold in chunk:
-            if is_right(found[:len(spans)], gold):
-                right += 1
-            if any(len(ids) > room for ids, _ in spans):
-                cut += 1
-            found = found[len(spans):]
-        done += len(chunk)
-        progress.update(len(chunk))
-        progress.set_postfix_str(f"accuracy {right / done:.3f}")
-    progress.close()
+    with tqdm(total=n // ranks.world_size, desc=printable(name), unit="question", leave=False,
+              disable=not ranks.is_main) as progress:
+        while chunk := list(itertools.islice(mine, 64)):
+            found = score(engine.model, [span for spans, _ in chunk for span in spans])
+            for spans, gold in chunk:
+                if is_right(found[:len(spans)], gold):
+                    right += 1
+                if any(len(ids) > room for ids, _ in spans):
+                    cut += 1
+                found = found[len(spans):]
+            done += len(chunk)
+            progress.update(len(chunk))
+            progress.set_postfix_str(f"accuracy {right / done:.3f}")
     right, done, cut = map(int, ranks.sum(right, done, cut))
     return dict(accuracy=right / done, n=done, cut=cut)
 
@@ -585,7 +585,8 @@ def solve(engine, path, max_examples=None, max_new_tokens=128):
         p["right"] = False
     problems.sort(key=lambda p: p["tokens"])    # similar lengths share a batch: little padding
     fitting = [p for p in problems if p["tokens"] < engine.model.config.block_size]
-    for i in tqdm(range(0, len(fitting), 64), desc=Path(path).name, unit="batch", leave=False):
+    for i in tqdm(range(0, len(fitting), 64), desc=printable(Path(path).name), unit="batch",
+                  leave=False):
         batch = fitting[i:i + 64]
         replies = engine.answer([p["messages"] for p in batch], max_new_tokens=max_new_tokens,
                                 temperature=0)

@@ -92,7 +92,9 @@ def is_price(value):
 def is_size(value):
     return type(value) is int and 1 < value < 2 ** 31
 
-ANY = ""        # as a key: every key
+# The shapes of what the stages write; see misfit for what a shape is. Only what the report reads is
+# listed, so that a stage may log more.
+ANY = ""        # as a key of a shape: every key
 FUNNEL_ROW = {"step": is_text, "in": is_finite, "kept": is_finite, "bytes?": is_finite,
               "docs_per_s?": is_finite, "seconds?": is_finite, "dropped?": {ANY: is_finite},
               "flagged?": {ANY: is_finite}}
@@ -291,7 +293,7 @@ def plot(lines, levels, W, H):
     W x H pixels. The classes c0 … c3 are the colours of the lines."""
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points] + list(levels.values())
-    pad = 0.05 * (max(ys) - min(ys)) or 0.5
+    pad = 0.05 * (max(ys) - min(ys)) or 0.5     # 0.5 if all values are equal
     left = 56
     right = W - 16
     X = Scale(min(xs), max(max(xs), min(xs) + 1), left, right)
@@ -309,7 +311,7 @@ def plot(lines, levels, W, H):
         points = thinned(points)
         path = " ".join(f"{X(x)},{Y(y)}" for x, y in points)
         svg.append(f"<polyline class='c{i % 4}' points='{path}'/>")
-        if len(points) < 50:
+        if len(points) < 50:        # more would run together
             svg += [f"<circle class='c{i % 4}' cx='{X(x)}' cy='{Y(y)}' r='2'/>" for x, y in points]
     return "".join(svg)
 
@@ -426,6 +428,7 @@ def bpb_curves(runs):
         yield curve(f"{run.path}, val bits a byte", dict(model=run.points("val_bpb")), levels)
 
 def rl_curves(runs):
+    """Replies become longer and rewards higher together: that is the thinking which emerges."""
     for run in runs:
         held_out = run.held_out()
         chance = {f"chance, {kind}": CHANCE[kind] for kind in held_out if kind in CHANCE}
@@ -486,6 +489,7 @@ def results_table(runs):
     return table(("run", "task", "figures"), rows) if rows else ""
 
 def duration(seconds):
+    """Seconds as h:mm:ss."""
     return str(timedelta(seconds=int(seconds)))
 
 def cost_table(runs, funnel):
@@ -639,6 +643,8 @@ def main():
     if words and words[0] in ("report", "summary"):
         command = words.pop(0)
     args = parser.parse_args(words)
+    if command == "summary" and (args.svg or args.out):
+        raise SystemExit("the summary writes no file; leave out --out and --svg, or the command")
     runs = [Run(path) for path in args.runs]
     funnel = []
     if args.data:
