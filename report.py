@@ -391,9 +391,11 @@ STYLE = """
 .c0 { color: light-dark(#0b62c4, #6ab0ff) } .c1 { color: light-dark(#c4530b, #ff9d5c) }
 .c2 { color: light-dark(#1c7f3c, #6fd08c) } .c3 { color: light-dark(#8a3fc0, #c99bf2) }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } td:first-child { white-space: nowrap } .wide { overflow-x: auto; margin: 1rem 0 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+.wide { overflow-x: auto; margin: 1rem 0 }
 th, td { text-align: left; vertical-align: top; padding: .2rem .7rem; white-space: pre-wrap;
   border-bottom: 1px solid #8886 }
+td:first-child { white-space: nowrap }
 svg { width: 100%; font-size: 12px }
 """
 
