@@ -38,6 +38,7 @@ import os
 import random
 import re
 import runpy
+import signal
 import sys
 import zlib
 from array import array
@@ -45,6 +46,9 @@ from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+
+if __name__ == "__main__":      # Ctrl-C during the slow imports below ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from tqdm import tqdm
@@ -241,8 +245,7 @@ def read_lines(path, parse, remedy):
     except OSError as error:
         raise SystemExit(f"{path} cannot be read: {reason(error)}; {remedy}") from None
     except (ValueError, KeyError, EOFError, zlib.error, RecursionError) as error:
-        where = max(1, number)
-        raise SystemExit(f"{path}, line {where}: {reason(error)}; {remedy}") from None
+        raise SystemExit(f"{path}, line {max(1, number)}: {reason(error)}; {remedy}") from None
     if not rows:
         raise SystemExit(f"{path} is empty; {remedy}")
     return rows
@@ -254,10 +257,10 @@ def read_json(path):
     try:
         return as_object(json.loads(Path(path).read_bytes().decode("utf-8-sig")))
     except (OSError, ValueError, RecursionError) as error:
-        raise SystemExit(f"{path} is damaged: {reason(error)}; delete it, or make it again"
-                         ) from None
+        raise SystemExit(f"{path} is damaged: {reason(error)}; make it again") from None
 
 def as_object(value):
+    """The value; ValueError if it is not a JSON object."""
     if not isinstance(value, dict):
         raise ValueError(f"a JSON object is needed, got {quoted(value)}")
     return value
@@ -340,7 +343,7 @@ def score(model, spans):
     batch_tokens = 2 ** 15 if device.type == "cuda" else 2 ** 12
     training = model.training
     model.eval()
-    scores = [None] * len(spans)
+    found = [None] * len(spans)
     for rows, x, y in batches(spans, model.config.block_size, batch_tokens):
         scored = y >= 0
         hidden = model.hidden(x.to(device))[scored.to(device)]  # (N, C): only what is scored
@@ -355,9 +358,9 @@ def score(model, spans):
         logprobs = torch.cat(logprobs).split(lengths)
         greedy = torch.cat(greedy).split(lengths)
         for i, p, g in zip(rows, logprobs, greedy):
-            scores[i] = (p.mean().item(), bool(g.all()))
+            found[i] = (p.mean().item(), bool(g.all()))
     model.train(training)
-    return scores
+    return found
 
 def is_right(scores, gold):
     """The best of a question's scores is the gold one; without gold, greedy decoding must write the
@@ -372,25 +375,22 @@ def measure(engine, questions, n, name, ranks=Ranks()):
 
     cut counts the questions whose beginning did not fit into the model's context.
     """
-    right = 0
-    done = 0
-    cut = 0
+    right = done = cut = 0
     room = engine.model.config.block_size + 1
     mine = itertools.islice(questions, ranks.rank, None, ranks.world_size)
-    progress = tqdm(total=n // ranks.world_size, desc=printable(name), unit="question",
-                    leave=False, disable=not ranks.is_main)
-    while chunk := list(itertools.islice(mine, 64)):
-        found = score(engine.model, [span for spans, _ in chunk for span in spans])
-        for spans, gold in chunk:
-            if is_right(found[:len(spans)], gold):
-                right += 1
-            if any(len(ids) > room for ids, _ in spans):
-                cut += 1
-            found = found[len(spans):]
-        done += len(chunk)
-        progress.update(len(chunk))
-        progress.set_postfix_str(f"accuracy {right / done:.3f}")
-    progress.close()
+    with tqdm(total=n // ranks.world_size, desc=printable(name), unit="question", leave=False,
+              disable=not ranks.is_main) as progress:
+        while chunk := list(itertools.islice(mine, 64)):
+            found = score(engine.model, [span for spans, _ in chunk for span in spans])
+            for spans, gold in chunk:
+                if is_right(found[:len(spans)], gold):
+                    right += 1
+                if any(len(ids) > room for ids, _ in spans):
+                    cut += 1
+                found = found[len(spans):]
+            done += len(chunk)
+            progress.update(len(chunk))
+            progress.set_postfix_str(f"accuracy {right / done:.3f}")
     right, done, cut = map(int, ranks.sum(right, done, cut))
     return dict(accuracy=right / done, n=done, cut=cut)
 
@@ -585,7 +585,8 @@ def solve(engine, path, max_examples=None, max_new_tokens=128):
         p["right"] = False
     problems.sort(key=lambda p: p["tokens"])    # similar lengths share a batch: little padding
     fitting = [p for p in problems if p["tokens"] < engine.model.config.block_size]
-    for i in tqdm(range(0, len(fitting), 64), desc=Path(path).name, unit="batch", leave=False):
+    for i in tqdm(range(0, len(fitting), 64), desc=printable(Path(path).name), unit="batch",
+                  leave=False):
         batch = fitting[i:i + 64]
         replies = engine.answer([p["messages"] for p in batch], max_new_tokens=max_new_tokens,
                                 temperature=0)
@@ -739,16 +740,14 @@ def cannot_write(path, error):
 
 # ---- HellaSwag for train_gpt2.cu, which has no tokenizer -----------------------------------------
 
-HELLASWAG_MAGIC = 20251121
-
 def hellaswag_words(questions, n_questions, n_vocab):
     """(spans, gold) pairs → the int32s of hellaswag.bin:
 
-        magic, version, n_vocab, int32s in the file, n_questions
+        magic 20251121, version, n_vocab, int32s in the file, n_questions
         for each question: gold, n_answers
         for each of its answers: n_ids, index of the first id that is scored, the ids
     """
-    words = array("i", [HELLASWAG_MAGIC, 1, n_vocab, 0, n_questions])
+    words = array("i", [20251121, 1, n_vocab, 0, n_questions])
     for spans, gold in questions:
         words.extend([gold, len(spans)])
         for ids, start in spans:
@@ -792,6 +791,7 @@ def main():
         measure_run()
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

@@ -18,11 +18,15 @@ import itertools
 import math
 import multiprocessing
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from html import escape
 from pathlib import Path
+
+if __name__ == "__main__":      # Ctrl-C during the slow imports below ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from eval import STAGES, cannot_write, figures, printable, read_json, reason
 from training import read_log
@@ -89,7 +93,9 @@ def is_price(value):
 def is_size(value):
     return type(value) is int and 1 < value < 2 ** 31
 
-ANY = ""        # as a key: every key
+# The shapes of what the stages write; see misfit for what a shape is. Only what the report reads is
+# listed, so that a stage may log more.
+ANY = ""        # as a key of a shape: every key
 FUNNEL_ROW = {"step": is_text, "in": is_finite, "kept": is_finite, "bytes?": is_finite,
               "docs_per_s?": is_finite, "seconds?": is_finite, "dropped?": {ANY: is_finite},
               "flagged?": {ANY: is_finite}}
@@ -288,7 +294,7 @@ def plot(lines, levels, W, H):
     W x H pixels. The classes c0 … c3 are the colours of the lines."""
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points] + list(levels.values())
-    pad = 0.05 * (max(ys) - min(ys)) or 0.5
+    pad = 0.05 * (max(ys) - min(ys)) or 0.5     # 0.5 if all values are equal
     left = 56
     right = W - 16
     X = Scale(min(xs), max(max(xs), min(xs) + 1), left, right)
@@ -306,7 +312,7 @@ def plot(lines, levels, W, H):
         points = thinned(points)
         path = " ".join(f"{X(x)},{Y(y)}" for x, y in points)
         svg.append(f"<polyline class='c{i % 4}' points='{path}'/>")
-        if len(points) < 50:
+        if len(points) < 50:        # more would run together
             svg += [f"<circle class='c{i % 4}' cx='{X(x)}' cy='{Y(y)}' r='2'/>" for x, y in points]
     return "".join(svg)
 
@@ -323,7 +329,7 @@ def curve(title, lines, levels={}, W=640, H=240):
 def ln_vocab(run):
     """The level of a model that finds all tokens equally likely, where training starts."""
     V = run.config.get("vocab_size")
-    return {f"ln {V}, guessing:": math.log(V)} if V else {}
+    return {f"random guess, ln {V} =": math.log(V)} if V else {}
 
 def story_panels(runs):
     """[(title, lines, levels)]: the base model's loss, and RL's reward and held-out accuracy."""
@@ -386,9 +392,11 @@ STYLE = """
 .c0 { color: light-dark(#0b62c4, #6ab0ff) } .c1 { color: light-dark(#c4530b, #ff9d5c) }
 .c2 { color: light-dark(#1c7f3c, #6fd08c) } .c3 { color: light-dark(#8a3fc0, #c99bf2) }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+.wide { overflow-x: auto; margin: 1rem 0 }
 th, td { text-align: left; vertical-align: top; padding: .2rem .7rem; white-space: pre-wrap;
   border-bottom: 1px solid #8886 }
+td:first-child { white-space: nowrap }
 svg { width: 100%; font-size: 12px }
 """
 
@@ -423,6 +431,7 @@ def bpb_curves(runs):
         yield curve(f"{run.path}, val bits a byte", dict(model=run.points("val_bpb")), levels)
 
 def rl_curves(runs):
+    """Replies become longer and rewards higher together: that is the thinking which emerges."""
     for run in runs:
         held_out = run.held_out()
         chance = {f"chance, {kind}": CHANCE[kind] for kind in held_out if kind in CHANCE}
@@ -483,6 +492,7 @@ def results_table(runs):
     return table(("run", "task", "figures"), rows) if rows else ""
 
 def duration(seconds):
+    """Seconds as h:mm:ss."""
     return str(timedelta(seconds=int(seconds)))
 
 def cost_table(runs, funnel):
@@ -690,6 +700,8 @@ def main():
     if words and words[0] in ("report", "summary"):
         command = words.pop(0)
     args = parser.parse_args(words)
+    if command == "summary" and (args.svg or args.out):
+        raise SystemExit("the summary writes no file; leave out --out and --svg, or the command")
     runs = [Run(path) for path in args.runs]
     funnel = []
     if args.data:
@@ -703,6 +715,7 @@ def main():
         write_report(runs, funnel, args.out or runs[-1].path / "report.html")
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
