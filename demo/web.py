@@ -1,10 +1,11 @@
-"""The web of the demo: a documentation site for the Python software that requirements.txt brings.
+"""The web of the demo: a documentation site for the Python software that requirements.txt installs.
 
-A page for every public module of it and of the standard library: docstrings, and signatures as
-headings, read with `ast`; nothing is imported or run. As on the real web there are also pages to
-drop: a translation, mirrors, an advertisement, dead links, a private folder.
+    python demo/web.py textwrap heapq    prints its address, then serves the pages of these two only
 
-    python tests/manual_site.py textwrap heapq    prints its address, then serves these two only
+There is a page for every public module of that software and of the standard library: docstrings,
+with signatures as headings. They are read with `ast`; nothing is imported or run. As on the real
+web, there are also pages that should be dropped: a translation, mirrors, an advertisement, dead
+links, and a private folder.
 """
 import ast
 import contextlib
@@ -29,11 +30,16 @@ WRITTEN = {  # the pages that do not come from a docstring
 MIRRORED = "textwrap heapq bisect csv fractions statistics shelve sched queue graphlib".split()
 LINKED = [*WRITTEN, "/missing.html", *(f"/mirror/{name}.html" for name in MIRRORED)]
 
+# ---- Modules → pages -----------------------------------------------------------------------------
+
 def required_packages():
-    """Top names of what requirements.txt installs, so that other packages change nothing."""
+    """Top-level names of what requirements.txt installs, so that other packages on the machine do
+    not change the site.
+    """
     requirements = Path(__file__).parents[1] / "requirements.txt"
-    todo, tops = re.findall(r"(?m)^[\w.-]+", requirements.read_text()), set()
-    for name in todo:  # grows while it is walked
+    todo = re.findall(r"(?m)^[\w.-]+", requirements.read_text())
+    tops = set()
+    for name in todo:  # the list grows while it is walked
         with contextlib.suppress(metadata.PackageNotFoundError):
             package = metadata.distribution(name)
             tops |= {path.parts[0].removesuffix(".py") for path in package.files or ()}
@@ -41,68 +47,103 @@ def required_packages():
             todo += [need for need in needs if need not in todo]
     return tops
 
+def is_public(parts):
+    """Whether the parts of a dotted module name say that it is neither private nor a test."""
+    return bool(parts) and not SKIPPED & set(parts) and all(
+        part.isidentifier() and not part.startswith(("_", "test_")) for part in parts)
+
 def find_modules(packages):
     """{dotted name: source path} of public modules, sorted; `packages` limits the top names."""
-    found, wanted = {}, packages or required_packages()
+    wanted = packages or required_packages()
+    found = {}
     for key in ("stdlib", "purelib", "platlib"):
-        for path in Path(root := sysconfig.get_path(key)).rglob("*.py"):
+        root = Path(sysconfig.get_path(key))
+        for path in root.rglob("*.py"):
             parts = path.relative_to(root).with_suffix("").parts
-            parts = parts[:-1] if parts[-1] == "__init__" else parts
-            is_public = parts and not SKIPPED & set(parts) and all(
-                part.isidentifier() and not part.startswith(("_", "test_")) for part in parts)
-            if is_public and (parts[0] in wanted or (key == "stdlib" and not packages)):
+            if parts[-1] == "__init__":
+                parts = parts[:-1]
+            if not is_public(parts):
+                continue
+            if parts[0] in wanted or (key == "stdlib" and not packages):
                 found[".".join(parts)] = path
     return dict(sorted(found.items()))
 
+def paragraphs(lines, indents):
+    """The lines of a block of prose → a <p> for each group of lines. Lines that are indented below
+    "name : type" or "Args:" belong to that line's group.
+    """
+    hangs = max(indents) > min(indents)
+    groups = []
+    for i, line in enumerate(lines):
+        if i == 0 or (hangs and indents[i] == min(indents)):
+            groups.append([])
+        groups[-1].append(line)
+    return [f"<p>{escape(' '.join(' '.join(group).split()))}</p>" for group in groups]
+
 def prose(docstring):
-    """A docstring as HTML: <p> for a paragraph or an argument's lines, <pre> for code, tables."""
+    """A docstring as HTML: <p> for a paragraph or for one argument, <pre> for code and tables."""
     out, in_code = [], False
-    for block in filter(str.strip, re.split(r"\n\s*\n", inspect.cleandoc(docstring or ""))):
+    for block in re.split(r"\n\s*\n", inspect.cleandoc(docstring or "")):
+        if not block.strip():
+            continue
         lines = [line for line in block.split("\n") if not re.fullmatch(r"\s*[-=~^*]{3,}\s*", line)]
-        indents = [len(line) - len(line.lstrip()) for line in lines] or [0]
-        in_code = in_code and indents[0] > 0  # what is indented below "Example::"
+        indents = [len(line) - len(line.lstrip()) for line in lines]
+        in_code = in_code and bool(indents) and indents[0] > 0  # what is indented below "Example::"
         letters = sum(c.isalpha() or c in " ,." for c in block) / len(block)
         if in_code or letters < 0.75 or re.search(r"^\s*>>>|\S {3,}\S", block):
+            # cleandoc leaves the indent of a first line, so there is an empty one before it
             out.append(f"<pre>{escape(inspect.cleandoc(chr(10) + block))}</pre>")
         else:
-            # lines that hang under "name : type" or "Args:" belong to it; each such group is a <p>
-            hangs = max(indents) > min(indents)
-            starts = [i for i, n in enumerate(indents) if i == 0 or (hangs and n == min(indents))]
-            out += [f"<p>{escape(' '.join(' '.join(lines[i:j]).split()))}</p>"
-                    for i, j in zip(starts, [*starts[1:], len(lines)])]
+            out += paragraphs(lines, indents)
         in_code = in_code or block.rstrip().endswith("::")
     return "\n".join(out)
+
+def signature(name, node):
+    """name(arguments) of a class or function, without annotations and without self."""
+    arguments = getattr(node, "args", None)
+    for child in node.body:
+        if isinstance(node, ast.ClassDef) and getattr(child, "name", "") == "__init__":
+            arguments = getattr(child, "args", None)
+            break
+    if arguments is None:
+        return f"{name}()"
+    for argument in ast.walk(arguments):
+        argument.annotation = None
+    return f"{name}({re.sub(r'^(self|cls)(, /)?(, |$)', '', ast.unparse(arguments))})"
 
 def entries(prefix, body, level=2):
     """HTML of every public, documented class, function and method, in source order."""
     for node in body:
         if isinstance(node, (ast.If, ast.Try)):
             yield from entries(prefix, node.body, level)
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) \
-                and not node.name.startswith("_"):
-            name, is_class = f"{prefix}.{node.name}", isinstance(node, ast.ClassDef)
-            inits = [child for child in node.body if getattr(child, "name", "") == "__init__"]
-            arguments = getattr(inits[0] if is_class and inits else node, "args", None)
-            if docstring := ast.get_docstring(node):
-                for argument in ast.walk(arguments) if arguments else ():
-                    argument.annotation = None
-                listed = re.sub(r"^(self|cls)(, /)?(, |$)", "", ast.unparse(arguments or []))
-                yield f"<h{level}>{escape(f'{name}({listed})')}</h{level}>\n{prose(docstring)}"
-            yield from entries(name, node.body, min(level + 1, 6)) if is_class else ()
+        if not isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) \
+                or node.name.startswith("_"):
+            continue
+        name = f"{prefix}.{node.name}"
+        docstring = ast.get_docstring(node)
+        if docstring:
+            yield f"<h{level}>{escape(signature(name, node))}</h{level}>\n{prose(docstring)}"
+        if isinstance(node, ast.ClassDef):
+            yield from entries(name, node.body, min(level + 1, 6))
 
 class Site:
-    """`page(path)` → (HTTP status, content type, text), built anew each time it is asked for."""
+    """`page(path)` → (HTTP status, content type, text), made anew each time it is asked for."""
+
     def __init__(self, packages=()):
-        self.modules, self.children = find_modules(packages), defaultdict(list)
+        self.modules = find_modules(packages)
+        self.children = defaultdict(list)
         for name in self.modules:
             self.children[self.parent(name)].append(name)
 
     def parent(self, name):
-        """The nearest package above a module that has a page; "" is the site's first page."""
+        """The nearest package above a module that has a page; "" means the site's first page."""
         up = name.rpartition(".")[0]
-        return up if up in self.modules or not up else self.parent(up)
+        if not up or up in self.modules:
+            return up
+        return self.parent(up)
 
     def frame(self, title, body, near=(), status=200):
+        """A whole page, with links to the pages of the modules in `near`."""
         links = " ".join(f'<a href="/{name}.html">{name}</a>' for name in near)
         return status, "text/html; charset=utf-8", (
             f'<!DOCTYPE html><html><head><meta charset="utf-8"><title>{title}</title><script>var '
@@ -124,13 +165,19 @@ class Site:
         except (KeyError, SyntaxError, ValueError, RecursionError):  # some only look like modules
             return self.frame("404 Not Found", f"<p>There is no {escape(path)}.</p>", status=404)
         up, near = self.parent(name), self.children[name]
-        near = [*near, up, *self.children[up][:200]] if up else near
+        if up:
+            near = [*near, up, *self.children[up][:200]]
+        title = f"{name} (a copy)" if path.startswith("/mirror/") else name
         body = "\n".join([prose(ast.get_docstring(tree)), *entries(name, tree.body)])
-        return self.frame(name + " (a copy)" * path.startswith("/mirror/"), body, near)
+        return self.frame(title, body, near)
+
+# ---- The server ----------------------------------------------------------------------------------
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # keeps the connection open between pages
-    log_message = lambda *_: None
+
+    def log_message(self, *_):
+        pass
 
     def do_GET(self):
         status, mime, text = self.server.site.page(self.path.partition("?")[0])
@@ -141,12 +188,23 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+class Server(ThreadingHTTPServer):
+    """A server that ends when the process that started it does: a parent that is killed cannot stop
+    its child.
+    """
+
+    def __init__(self, site):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.site = site
+        self.parent = os.getppid()
+
+    def service_actions(self):
+        if os.getppid() != self.parent:
+            os._exit(0)
+
 def main():
-    server, parent = ThreadingHTTPServer(("127.0.0.1", 0), Handler), os.getppid()
-    server.site = Site(sys.argv[1:])
+    server = Server(Site(sys.argv[1:]))
     print(f"http://127.0.0.1:{server.server_port}/", flush=True)
-    # a parent that is killed cannot stop its child, so the child looks whether it is still there
-    server.service_actions = lambda: os.getppid() == parent or os._exit(0)
     server.serve_forever()
 
 if __name__ == "__main__":

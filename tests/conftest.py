@@ -4,6 +4,7 @@ stage's main() in this process or on two forked ranks, and mutants. Everything i
 the CPU, and on one thread, so that sums are added in one order and two runs can be compared bit by
 bit.
 """
+import contextlib
 import inspect
 import multiprocessing
 import os
@@ -121,6 +122,18 @@ def run_ranks(module, *flags, world_size=2, exit_code=0, seconds=60):
     for process in ranks:
         process.kill()
     assert codes == [exit_code] * world_size, codes
+
+
+@contextlib.contextmanager
+def in_fp64():
+    """Everything that is computed in fp32 is computed in fp64 here, in forked ranks too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def stop_at(monkeypatch, module, name, call, number=signal.SIGTERM):

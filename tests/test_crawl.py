@@ -1,4 +1,4 @@
-"""crawl.py: WARC files that are whole or damaged, charsets, text of pages, odd servers."""
+"""crawl.py, warc.py: WARC files that are whole or damaged, charsets, text of pages, odd servers."""
 import ctypes
 import gzip
 import http.server
@@ -18,6 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import crawl  # noqa: E402
+import download  # noqa: E402
+import warc  # noqa: E402
 from demo import web  # noqa: E402
 from conftest import run_main  # noqa: E402
 
@@ -81,7 +83,7 @@ def test_good_records_are_found_behind_a_broken_one(tmp_path, damage, expected, 
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_file_of_one_gzip_member_is_streamed(tmp_path, monkeypatch, whole):
-    monkeypatch.setattr(crawl, "MAX_RECORD_BYTES", 100_000)
+    monkeypatch.setattr(warc, "MAX_RECORD_BYTES", 100_000)
     noise = random.Random(0).randbytes(40_000).hex()
     data = b"".join(gzip.decompress(html(noise, f"https://example.org/{i}")) for i in range(99))
     zipped = gzip.compress(data, 1)
@@ -113,7 +115,7 @@ def test_where_a_file_is_cut_into_pieces_does_not_matter(tmp_path, monkeypatch, 
     (tmp_path / "x.warc").write_bytes(data)
     found = []
     for n in (1, 2, 7, 64, 1 << 17):
-        monkeypatch.setattr(crawl, "PIECE_BYTES", n)
+        monkeypatch.setattr(warc, "PIECE_BYTES", n)
         found.append([record for record in crawl.read_warc(tmp_path / "x.warc") if record[0]])
     assert len(found[0]) >= 1 and all(one == found[0] for one in found)
 
@@ -137,7 +139,7 @@ def test_a_zip_bomb_is_dropped_without_being_unzipped(tmp_path):
     tracemalloc.stop()
 
 def test_a_huge_record_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(crawl, "MAX_RECORD_BYTES", 10_000)
+    monkeypatch.setattr(warc, "MAX_RECORD_BYTES", 10_000)
     data = html("a " * 9000) + html("second")
     for name, content in (("x.warc.gz", data), ("x.warc", gzip.decompress(data))):
         (tmp_path / name).write_bytes(content)
@@ -307,13 +309,13 @@ def test_a_full_disk_ends_a_crawl_in_one_line(monkeypatch, tmp_path, site):
         def write(self, data):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(crawl, "open", lambda *_: Full(), raising=False)
-    with pytest.raises(SystemExit, match="no space is left on the disk; .*; make room"):
+    monkeypatch.setattr(download, "open", lambda *_: Full(), raising=False)
+    with pytest.raises(SystemExit, match="the disk is full; .*; free some space"):
         run_main(crawl, site, "--max_pages", 3, "--out", tmp_path)
     assert not list(tmp_path.rglob("*.gz"))
 
 def test_a_seed_that_is_no_url_ends_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["crawl.py", "example.org", "--out", str(tmp_path / "x")])
-    with pytest.raises(SystemExit, match="no URL.*begins at.*write https://example.org"):
+    with pytest.raises(SystemExit, match="not a URL.*begin at.*write https://example.org"):
         crawl.main()
     assert not list(tmp_path.iterdir())

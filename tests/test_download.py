@@ -40,6 +40,15 @@ class Server(http.server.BaseHTTPRequestHandler):
             return self.answer(206, data[start:], head, mood)
         self.answer(200, data, head, mood)
 
+    def do_HEAD(self):
+        """The redirect to the store of large files, with what the Hub states of them."""
+        self.server.heads_asked.append(self.path)
+        data = self.server.files.get(self.path)
+        head = {}
+        if self.path.endswith(".safetensors"):
+            head = {"X-Linked-Size": len(data or b""), "X-Linked-ETag": f'"{self.server.sha256}"'}
+        self.answer(404 if data is None else 302, b"", head)
+
     def answer(self, status, body, head, mood="well"):
         self.send_response(status)
         for name, value in (head | {"Content-Length": len(body)}).items():
@@ -59,6 +68,7 @@ def server(monkeypatch):
     monkeypatch.setattr(dl, "PIECE_BYTES", 1000)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.files, server.moods, server.asked, server.heads = {"/f": DATA}, {}, [], {}
+    server.heads_asked, server.sha256 = [], SHA256
     server.released, server.handle_error = threading.Event(), lambda *_: None
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -103,12 +113,14 @@ def test_a_file_that_changes_in_the_middle_is_never_mixed(server, tmp_path):
 
 def test_a_pinned_file_of_another_size_ends_in_one_line(server, tmp_path):
     server.moods["/f"] = ["cut", "changed"]
-    with pytest.raises(SystemExit, match="has 300003 bytes, not 300000; a file of a pinned"):
+    with pytest.raises(SystemExit, match="has 300003 bytes, expected 300000; a file of a pinned"):
         dl.download(f"{server.url}/f", tmp_path / "a", **PINNED)
 
 @pytest.mark.parametrize("moods, why", [
-    ([404], "status 404; it must be"), ([500] * 5, "failed 5 times, at last with: status 500"),
-    (["stall"] * 2 + [503] * 6, "failed 5 times"), (["garbled"] * 6, "another SHA-256")])
+    ([404], "gives status 404, so there is no such public file; check the name"),
+    ([500] * 5, "failed 5 times, the last time with: status 500"),
+    (["stall"] * 2 + [503] * 6, "failed 5 times"),
+    (["garbled"] * 6, "has the SHA-256 .*, expected")])
 def test_what_does_not_get_better_ends_in_one_line(server, tmp_path, moods, why):
     server.moods["/f"] = moods
     with pytest.raises(SystemExit, match=why) as stop:
@@ -117,7 +129,7 @@ def test_what_does_not_get_better_ends_in_one_line(server, tmp_path, moods, why)
 
 def test_a_server_that_goes_away_leaves_a_part_from_which_the_next_run_goes_on(server, tmp_path):
     server.moods["/f"] = ["cut"] + [500] * 9
-    with pytest.raises(SystemExit, match="goes on from here"):
+    with pytest.raises(SystemExit, match="run the same command again to continue"):
         dl.download(f"{server.url}/f", tmp_path / "a", **PINNED)
     server.moods["/f"] = []
     dl.download(f"{server.url}/f", tmp_path / "a", **PINNED)
@@ -139,8 +151,47 @@ def test_a_full_disk_is_no_reason_to_try_again_and_ends_in_one_line(server, tmp_
     add_hub(server, "a/b", {"0.parquet": DATA})
     monkeypatch.setattr(dl.Part, "receive", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     monkeypatch.setattr(dl.time, "sleep", None)
-    with pytest.raises(SystemExit, match="no space is left on the disk; .*; make room"):
+    with pytest.raises(SystemExit, match="the disk is full; .*; free some space"):
         run_main(dl, "a/b", "--out", tmp_path, "--mirror", server.url)
+
+# ---- OpenAI's weights ----------------------------------------------------------------------------
+
+WEIGHTS = "/openai-community/gpt2/resolve/main/model.safetensors"
+
+@pytest.fixture
+def hub(server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    server.files |= {WEIGHTS: DATA, WEIGHTS.replace("model.safetensors", "config.json"): b"{}"}
+    return server
+
+def test_a_download_of_weights_that_was_cut_continues_and_nothing_is_fetched_twice(hub, tmp_path):
+    hub.moods[WEIGHTS] = ["cut"] + [503] * 9
+    with pytest.raises(SystemExit, match="run the same command again"):
+        dl.download_gpt2("gpt2", tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    hub.moods[WEIGHTS] = []
+    hub.asked.clear()
+    dl.download_gpt2("gpt2", tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == DATA
+    assert [r for _, r in hub.asked] == ["bytes=150000-", None]  # the second is config.json's
+    dl.download_gpt2("gpt2", tmp_path)
+    assert len(hub.asked) == 2
+
+def test_weights_with_another_sha256_are_refused_and_removed(hub, tmp_path):
+    hub.sha256 = 64 * "0"
+    with pytest.raises(SystemExit, match="expected 000"):
+        dl.download_gpt2("gpt2", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+def test_an_unreachable_hub_is_one_line_that_says_what_to_do(hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit, match=f";.*put the file into {tmp_path}"):
+        dl.download_gpt2("gpt2-xl", tmp_path)
+
+def test_weights_that_do_not_exist_end_at_once(hub, tmp_path):
+    with pytest.raises(SystemExit, match="status 404"):
+        dl.download_gpt2("gpt2-xxl", tmp_path)
+    assert len(hub.heads_asked) == 1 and not hub.asked
 
 # ---- what there is -------------------------------------------------------------------------------
 
@@ -188,7 +239,8 @@ def test_a_crawl_s_warc_files_are_those_of_its_list(server, tmp_path):
     assert path == tmp_path / "1.gz" and path.read_bytes() == DATA
 
 @pytest.mark.parametrize("source, shards, found", [
-    ("finewebb", 1, "is no source"), ("fineweb", 0, "below 1"), ("a/empty", 1, "has none of"),
+    ("finewebb", 1, "is not a known source"), ("fineweb", 0, "at least 1, got 0"),
+    ("a/empty", 1, "no file of the kinds"),
     ("a/missing", 1, "status 404"), ("CC-MAIN-1999-01", 1, "status 404")])
 def test_an_odd_source_ends_in_one_line(server, tmp_path, monkeypatch, source, shards, found):
     add_hub(server, "a/empty", {"README.md": b""})
@@ -201,7 +253,7 @@ def test_an_odd_source_ends_in_one_line(server, tmp_path, monkeypatch, source, s
 def test_another_source_in_the_same_folder_is_refused(server, tmp_path):
     add_hub(server, "a/b", {"0.parquet": b"a"})
     dl.find_files("a/b", 1, tmp_path, server.url)
-    with pytest.raises(SystemExit, match="is of a/b, this run of a/c"):
+    with pytest.raises(SystemExit, match="lists files of a/b, but a/c was asked for"):
         dl.find_files("a/c", 1, tmp_path, server.url)
 
 def test_a_process_killed_in_a_download_leaves_no_half_file(server, tmp_path):

@@ -1,9 +1,10 @@
-"""The filters against datatrove's own classes, document by document, and against real blocklists.
+"""The filters compared with datatrove's own classes, document by document, and real blocklists.
 
-datatrove is in requirements-extra.txt (`# parity`), with what its classes need. Its words are
-spaCy's; ours come from one regular expression. So there are two questions: are the rules the same,
-given the same words? And how often do the words themselves make a difference?
+datatrove and what its classes need are in requirements-extra.txt (`# parity`). It gets its words
+from spaCy; ours come from one regular expression. So there are two questions: are the rules the
+same, given the same words? And how often do other words lead to another decision?
 """
+import doctest
 import functools
 import gzip
 import hashlib
@@ -18,16 +19,27 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import crawl  # noqa: E402
+import filters  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
+import shards  # noqa: E402
 
 WEB = ROOT.parent / "shared" / "data" / "web"
 NEEDED = ("datatrove", "spacy", "tldextract", "ahocorasick", "fasteners", "nltk")
 needs_web = pytest.mark.skipif(not WEB.exists(), reason="no ../shared/data/web here")
 needs_datatrove = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, NEEDED)), reason=f"not all installed: {NEEDED}")
-parity = lambda test: needs_web(needs_datatrove(test))
 RULES = {"gopher_repetition": "GopherRepetitionFilter", "gopher_quality": "GopherQualityFilter",
          "c4_quality": "C4QualityFilter", "fineweb_quality": "FineWebQualityFilter"}
+
+def test_the_docstring_s_example_is_true():
+    result = doctest.testmod(filters)
+    assert result.attempted == 3 and result.failed == 0
+
+def parity(test):
+    return needs_web(needs_datatrove(test))
+
+def url_reason(url, lists):
+    return filters.url_filter({"url": url}, lists)[1]
 
 # ---- datatrove -----------------------------------------------------------------------------------
 
@@ -50,9 +62,9 @@ def real_texts(extractor):
 def theirs(extractor):
     """[(datatrove's words, {rule: (whether it keeps the text, the text it leaves)})]."""
     from datatrove.data import Document
-    from datatrove.pipeline import filters
+    from datatrove.pipeline import filters as datatrove_filters
     from datatrove.utils.text import split_into_words
-    rules = {name: getattr(filters, kind)(
+    rules = {name: getattr(datatrove_filters, kind)(
         **{"filter_no_terminal_punct": False} if name == "c4_quality" else {})
         for name, kind in RULES.items()}
     found = []
@@ -64,20 +76,20 @@ def theirs(extractor):
     return found
 
 def decision(rule, text):
-    page, _ = getattr(pf, rule)({"text": text})
+    page, _ = getattr(filters, rule)({"text": text})
     return page is not None, page["text"] if page else text
 
 @parity
 @pytest.mark.parametrize("extractor", ["plain", "trafilatura"])
 def test_given_the_same_words_every_document_is_decided_as_datatrove_s(monkeypatch, extractor):
     for (url, text), (words, decisions) in zip(real_texts(extractor), theirs(extractor)):
-        monkeypatch.setattr(pf, "split_words", lambda text: words)
+        monkeypatch.setattr(filters, "split_words", lambda text: words)
         for rule in ("gopher_repetition", "gopher_quality", "fineweb_quality"):
             assert decision(rule, text) == decisions[rule], (rule, url)
 
 # Where our words decide otherwise. gopher_quality: shares of words with a letter within 0.004 of
 # the limit 0.8, where spaCy knows emoticons, "cannot" as two words, or 9to5 as one. c4_quality: a
-# Chinese page, whose sentences spaCy does not find, as no space is behind their full stops.
+# Chinese page, whose sentences spaCy does not find: no space follows their full stops.
 DIFFERENT = {
     "plain": {"gopher_quality": {"www.semanticscholar.org", "www.slashgear.com", "9to5mac.com",
                                  "lemire.me"}},
@@ -102,16 +114,16 @@ def test_what_c4_s_rules_leave_of_a_text_is_what_datatrove_leaves():
 
 @parity
 def test_words_are_datatrove_s_but_for_one_in_a_hundred():
-    pairs = [(pf.split_words(text), words) for (_, text), (words, _) in
+    pairs = [(filters.split_words(text), words) for (_, text), (words, _) in
              zip(real_texts("plain"), theirs("plain"))]
-    missing = sum((pf.Counter(b) - pf.Counter(a)).total() for a, b in pairs)
+    missing = sum((filters.Counter(b) - filters.Counter(a)).total() for a, b in pairs)
     assert missing < 0.01 * sum(len(b) for _, b in pairs)
 
 @parity
 def test_languages_are_decided_as_datatrove_decides_by_the_same_model(monkeypatch):
     from datatrove.data import Document
     from datatrove.pipeline.filters import LanguageFilter
-    model = pf.fasttext_model() or pytest.skip("lid.176 is an extra")
+    model = filters.fasttext_model() or pytest.skip("lid.176 is an extra")
     monkeypatch.setattr(LanguageFilter, "_requires_dependencies", [])  # of the package fasttext
 
     class Model:  # as that package answers
@@ -122,10 +134,10 @@ def test_languages_are_decided_as_datatrove_decides_by_the_same_model(monkeypatc
     other = LanguageFilter("en")
     other.model._model = Model()
     texts = [text for _, text in real_texts("plain")] + [
-        row["text"] for row in pf.read_documents(WEB / "multilang.jsonl.gz")]
+        row["text"] for row in shards.read_documents(WEB / "multilang.jsonl.gz")]
     for text in texts:
         assert other.filter(Document(text=text, id="")) == (
-            pf.language({"text": text}, model=model)[0] is not None), text[:80]
+            filters.language({"text": text}, model=model)[0] is not None), text[:80]
 
 @parity
 def test_urls_are_dropped_as_datatrove_drops_them_by_fineweb_s_own_words(monkeypatch):
@@ -138,23 +150,23 @@ def test_urls_are_dropped_as_datatrove_drops_them_by_fineweb_s_own_words(monkeyp
     other = URLFilter(use_integrated_lists=False, **words)
     other.tldextractor = TLDExtract(suffix_list_urls=())  # no download
     for name in ("BLOCKED_DOMAINS", "HARD_WORDS", "SOFT_WORDS", "WORD_PARTS"):
-        monkeypatch.setattr(pf, name, set())
-    lists, n_dropped = pf.blocklists.__wrapped__((str(ASSETS_PATH),)), 0
+        monkeypatch.setattr(filters, name, set())
+    lists, n_dropped = filters.blocklists.__wrapped__((str(ASSETS_PATH),)), 0
     for url in real_urls():
         dropped = other.filter(Document(text="", id="", metadata={"url": url})) is not True
         n_dropped += dropped
-        # it forgets to lower the case of a URL for words, though not for parts of words
+        # it does not lower the case of a URL before it looks for whole words
         if url == url.lower() or dropped:
-            assert dropped == (pf.url_filter({"url": url}, lists)[0] is None), url
+            assert dropped == (filters.url_filter({"url": url}, lists)[0] is None), url
     assert n_dropped > 300
 
 @parity
 def test_personal_data_gives_way_as_datatrove_s_formatter_has_it():
     from datatrove.pipeline.formatters.pii import PIIFormatter
     found = [url for url, text in real_texts("plain")
-             if pf.pii({"text": text})[0]["text"] != PIIFormatter().format(text)]
-    # it takes the first four numbers of the object identifier 1.3.6.1.1 for an address, and leaves
-    # an address that Chinese writing touches
+             if filters.pii({"text": text})[0]["text"] != PIIFormatter().format(text)]
+    # it replaces the first four numbers of the object identifier 1.3.6.1.1, and keeps an address
+    # that touches Chinese characters
     assert len(found) <= 2
 
 @parity
@@ -188,25 +200,25 @@ def real_urls():
 
 @needs_web
 def test_every_domain_and_url_of_a_ut1_category_is_dropped_and_their_neighbours_are_not():
-    lists = pf.blocklists((str(WEB / "ut1" / "warez"), str(WEB / "ut1" / "adult")))
-    reason = lambda url: pf.url_filter({"url": url}, lists)[1]
+    lists = filters.blocklists((str(WEB / "ut1" / "warez"), str(WEB / "ut1" / "adult")))
     domains = gzip.open(WEB / "ut1" / "warez" / "domains.gz", "rt").read().split()
-    assert all(reason(f"https://www.{domain}/page") for domain in domains) and len(domains) > 100
+    assert all(url_reason(f"https://www.{domain}/page", lists) for domain in domains)
+    assert len(domains) > 100
     urls = gzip.open(WEB / "ut1" / "warez" / "urls.gz", "rt").read().split()
-    assert all(reason(f"http://{url}") for url in urls)
-    assert reason("http://abclan.com/") is None and reason("https://example.org/a") is None
+    assert all(url_reason(f"http://{url}", lists) for url in urls)
+    assert url_reason("http://abclan.com/", lists) is None
+    assert url_reason("https://example.org/a", lists) is None
 
 def test_blocklist_folders_are_read_plain_or_zipped_and_add_to_our_own(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "domains").write_text("# a comment\nBad.example\n")
     (tmp_path / "urls.gz").write_bytes(gzip.compress(b"ok.example/bad/\n"))
     (tmp_path / "banned_words.txt").write_text("forbidden\n")
-    lists = pf.blocklists((str(tmp_path),))
-    reason = lambda url: pf.url_filter({"url": url}, lists)[1]
-    assert reason("https://x.bad.example/") == "domain"
-    assert reason("https://www.ok.example/bad") == "url"
-    assert reason("https://notbad.example/") is reason("https://ok.example/") is None
-    assert reason("https://a.org/forbidden") == reason("https://a.org/casino") == "hard_word"
+    lists = filters.blocklists((str(tmp_path),))
+    reasons = {"https://x.bad.example/": "domain", "https://www.ok.example/bad": "url",
+               "https://notbad.example/": None, "https://ok.example/": None,
+               "https://a.org/forbidden": "hard_word", "https://a.org/casino": "hard_word"}
+    assert {url: url_reason(url, lists) for url in reasons} == reasons
 
 @pytest.mark.parametrize("text, words", [
     ("Don't, it's well-known.", "Do n't , it 's well - known ."),
@@ -215,4 +227,4 @@ def test_blocklist_folders_are_read_plain_or_zipped_and_add_to_our_own(tmp_path)
     ("word.Next 10-20 1,000 5pm", "word . Next 10 - 20 1,000 5 pm"),
     ("a@b.com #tag", "a@b.com # tag")])
 def test_words_are_cut_as_spacy_cuts_them(text, words):
-    assert " ".join(pf.split_words(text)) == words
+    assert " ".join(filters.split_words(text)) == words

@@ -3,7 +3,6 @@ sample.py against slow twins: one token at a time without a cache, probabilities
 definitions. The Python tool meets code that means ill, the answer checker replies that cheat.
 """
 import builtins
-import json
 import math
 import os
 import re
@@ -17,7 +16,6 @@ import torch
 
 import sample
 from conftest import ROOT, mutate, noisy, run_main
-from eval import final_answer, is_correct, read_problems
 from model import GPTConfig, KVCache, load_checkpoint, save_checkpoint
 from sample import Engine, find_run, next_token_probs, run_python
 
@@ -382,7 +380,7 @@ def test_much_output_hides_no_error_and_a_crash_does_not_look_like_success():
     assert len(said) == 400 and said.endswith("y\nZeroDivisionError: division by zero")
     crash = "import sys; sys.setrecursionlimit(10 ** 9)\nf = lambda: f()\nprint('a', flush=True); f()"
     assert re.fullmatch("a\n(Error: .*|.*Error.*)", run_python(crash))
-    assert sample.failure(-9, "", "") == "Error: killed by SIGKILL"
+    assert sample.failure(-9, "", "") == "Error: killed by signal 9"
 
 
 GUARD_OFF = """
@@ -484,69 +482,6 @@ def test_streaming_joins_characters_split_over_tokens(tokenizer):
 def test_streaming_writes_what_generate_does(engine):
     ids = [token for token, _ in engine.stream("Return", 20, temperature=0.9, seed=4)]
     assert ids == [*engine.generate(["Return"], 20, temperature=0.9, seed=4)[0].ids, None]
-
-
-# ---- problems and their answers
-
-@pytest.mark.parametrize("text, answer", [
-    ("#### 72", "72"), ("7 + 8 = 15\n#### 1,234", "1234"), ("#### $18.00.", "18.00"), ("72", None),
-    ("####", None), ("#### ", None), ("####\n72", None), ("#### 1 #### 2", "2"), ("#### -3", "-3"),
-    ("#### 3\nand 4", "3"), ("####Even ", "even"), ("#### 4 or 5", "4 or 5"), ("### 5", None),
-    ("#### .5", ".5"), ("", None)])
-def test_final_answer_is_the_whole_line_behind_the_last_mark(text, answer):
-    assert final_answer(text) == answer
-
-
-@pytest.mark.parametrize("check, answer, right, wrong", [
-    ("final", "even", ["0 even #### even", "#### odd\n#### even", "#### Even."],
-     ["even", "#### even odd", "#### odd even", "#### even or odd", "####", "", "#### eve",
-      "#### even #### odd", "even ####", "#### not even"]),
-    ("final", "12", ["#### 12", "#### $12", "#### 12."], ["#### 1", "#### 112", "#### 1 2", "12",
-                                                          "#### 12 13", "#### -12", "#### 12.5"]),
-    ("final", "5", ["#### 5"], ["#### .5", "#### 05", "#### 5%"]),
-    ("contains", "Ada", ["I am Ada.", "ada"], ["Adam", "I am Adams", "", "A d a", "Canada"]),
-    ("contains", "C++", ["I like C++.", "c++"], ["C", "XC++", "C+"]),
-    ("overlap", "Return the mean of the data.",
-     ["Return the mean of the data.", "It is to return the mean of data"],
-     ["", "the the the the", "the", "Return", "Return the mode, or raise if data is empty."])])
-def test_replies_are_judged_as_a_person_would(check, answer, right, wrong):
-    problem = dict(answer=answer, check=check)
-    assert [reply for reply in right if not is_correct(reply, problem)] == []
-    assert [reply for reply in wrong if is_correct(reply, problem)] == []
-
-
-def write_lines(path, *rows):
-    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def test_gsm8ks_rows_are_read_as_they_are(tmp_path):
-    worked = dict(question="How many?", answer="She has 48/2 = <<48/2=24>>24.\n#### 1,024")
-    path = write_lines(tmp_path / "x.jsonl", worked, "", dict(question="a\u2028b", answer="7"))
-    first, second = read_problems(path)
-    assert first["answer"] == "1024" and first["check"] == "final"
-    assert first["messages"] == [dict(role="user", content="How many?")]
-    assert second["answer"] == "7" and second["question"] == "a\u2028b"
-
-
-@pytest.mark.parametrize("row", [
-    "{", "[1, 2]", "3", '"text"', "null", dict(question="?"), dict(answer="1"),
-    dict(question="?", answer=""), dict(question="?", answer=5), dict(question="?", answer=None),
-    dict(question="?", answer="####"), dict(question="?", answer="1", check="never")], ids=str)
-def test_a_bad_problem_is_one_line_with_its_number(row, tmp_path):
-    path = write_lines(tmp_path / "x.jsonl", dict(question="1", answer="1"), row)
-    with pytest.raises(SystemExit, match=r"x.jsonl, line 2: .*;.*;") as error:
-        read_problems(path)
-    assert "\n" not in str(error.value)
-
-
-def test_missing_empty_and_foreign_problem_files_are_one_line(tmp_path):
-    (tmp_path / "latin1.jsonl").write_bytes(b'{"question": "\xe9"}')
-    (tmp_path / "empty.jsonl").write_text("\n")
-    for name in ("latin1.jsonl", "empty.jsonl", "missing.jsonl"):
-        with pytest.raises(SystemExit, match=f"{name}.*;.*;.*chat_sft.py make"):
-            read_problems(tmp_path / name)
 
 
 # ---- the terminal

@@ -1,5 +1,6 @@
 """
-training.py against PyTorch's AdamW and a slow Muon in float64; the state that a resumed run needs.
+training.py: the optimizers equal PyTorch's AdamW and a slow Muon in float64, the saved state is
+all that a resumed run needs, and the run log keeps its grammar.
 """
 import json
 from dataclasses import replace
@@ -10,7 +11,8 @@ import torch
 import training
 from conftest import GPT2, MODERN, mutate, noisy
 from model import GPT
-from training import Optimizer, Ranks, as_matrices, load_state, make_optimizer, polar, save_state
+from training import (Optimizer, Ranks, RunLog, as_matrices, load_state, make_optimizer, polar,
+                      read_log, save_state)
 from test_model import TEXT, text_only
 
 
@@ -191,7 +193,7 @@ def load(tmp_path):
 def test_state_of_another_version_is_one_line(load, tmp_path):
     path = tmp_path / "state" / "step_000002" / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(format_version=99)))
-    with pytest.raises(SystemExit, match="another format_version;.*;"):
+    with pytest.raises(SystemExit, match="state of format 99;.*;"):
         load(True, SETTINGS)
 
 
@@ -208,6 +210,30 @@ def test_only_a_complete_state_counts_and_it_is_not_written_over(load, tmp_path)
         load(False, SETTINGS)
     (tmp_path / "state" / "step_000002").rename(tmp_path / "state" / "step_000002.part")
     assert load(True, SETTINGS) is None and load(False, SETTINGS) is None
+
+
+# ---- the run log
+
+def test_log_line_has_the_one_grammar(tmp_path, capsys):
+    RunLog(tmp_path, 19073)(1200, loss=3.421875, lr=5.98e-4, norm=0.2871, ms=512.3, tok_s=1023400.0,
+                            mfu=0.412, usd=0.42, eta=4323.9, kl=None)
+    assert capsys.readouterr().out.split() == (
+        "step 1200/19073 | loss 3.421875 | lr 5.98e-04 | norm 0.2871 | 512.3 ms | 1023400 tok/s | "
+        "mfu 41.2% | $0.42 | eta 1:12:03").split()
+    assert read_log(tmp_path)[0]["loss"] == 3.421875
+
+
+def test_resumed_log_drops_what_comes_again_and_a_cut_last_line(tmp_path):
+    log = RunLog(tmp_path, 20)
+    for step in range(1, 13):
+        log(step, loss=float(step))
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 13, "lo')
+    assert [row["step"] for row in read_log(tmp_path)] == list(range(1, 13))
+    RunLog(tmp_path, 20, resume_step=10)(11, loss=0.0)
+    rows = [(row["step"], row["loss"]) for row in read_log(tmp_path)]
+    assert rows[-2:] == [(10, 10.0), (11, 0.0)]
+
 
 # ---- mutants
 
