@@ -11,8 +11,7 @@ encode a text means to apply the same merges to its chunks, in the order in whic
   python bpe.py merges "low lower lowest"             learn merges from a sentence, step by step
   python bpe.py compare --tokenizer data/tokenizer    bytes per token, beside OpenAI's tokenizers
   python bpe.py export --tokenizer data/tokenizer --out tokenizer.json    also: encode, decode
-in   .txt .jsonl .jsonl.gz .parquet (rows with a "text"), or folders of them, in which files named
-     val_* are skipped: validation text must not shape the tokenizer
+in   .txt .jsonl .jsonl.gz .parquet (rows with a "text"), or folders of them; val_* is left out
 out  DIR/tokenizer.tiktoken (base64 token, space, rank), DIR/tokenizer.json (pattern, specials)
 
 A toy example. In these three words "lo" and "ow" are the most frequent pairs, and the tie goes to
@@ -31,7 +30,6 @@ bytes). Differs from the papers: ties, which they leave open, go to the smallest
 import argparse
 import base64
 import functools
-import gzip
 import hashlib
 import heapq
 import html
@@ -41,7 +39,6 @@ import os
 import re
 import sys
 import time
-import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -119,8 +116,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>", "
                   "<|search|>", "<|/search|>", "<|pad|>")
 ROLES = ("system", "user", "assistant", "tool")
 PARTS = ("text", "think", "python", "output", "search")     # only assistants use others than text
-# How Tokenizer.parse finds the parts: {(state, special token): next state}. A state is "role", one
-# of PARTS, or None outside of turns.
+# For parse: {(state, special token): next state}. A state is "role", a part, or None between turns.
 MOVES = {(None, "<|endoftext|>"): None, (None, "<|im_start|>"): "role",
          ("role", "<|im_sep|>"): "text"}
 MOVES |= {("text", f"<|{part}|>"): part for part in PARTS[1:]}
@@ -164,7 +160,7 @@ class Tokenizer:
         smallest = 256 + len(SPECIAL_TOKENS)
         if not smallest <= vocab_size <= ID_MASK:
             raise SystemExit(f"--vocab_size must be at least {smallest} (all bytes and special "
-                             f"tokens) and at most {ID_MASK}, got {vocab_size}")
+                             f"tokens) and at most {ID_MASK}, got {vocab_size}; try 32768")
         merges = Merger(count_chunks(texts, pattern, log)).run(vocab_size - smallest, log)
         tokens = [bytes([byte]) for byte in range(256)]
         for a, b in merges:
@@ -194,7 +190,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name):
-        """Load a folder that save wrote, or a pretrained tokenizer by name, or end in SystemExit."""
+        """Load what save wrote, or a pretrained tokenizer by its name; SystemExit if neither."""
         folder = Path(name)
         if str(name) in PRETRAINED and not folder.is_dir():
             return cls.pretrained(str(name))
@@ -292,10 +288,10 @@ class Tokenizer:
     def render(self, messages, for_completion=False):
         """[{"role", "content"}, ...] -> (list of ids, list loss_mask of 0 and 1, equally long).
         content is a str, or a list of parts {"type", "text"}; only the assistant may have types
-        other than "text". loss_mask is 1 on what the assistant says: text, thoughts, tool calls
-        and its <|im_end|>. It is 0 on headers, other roles and what tools returned. The first
-        messages alone give the first ids. for_completion adds the header of an assistant's turn,
-        so that a model continues with the answer. ValueError if a role or type is unknown."""
+        other than "text". loss_mask is 1 on what the assistant says (text, thoughts, tool calls,
+        its <|im_end|>) and 0 on headers, other roles and what tools returned. for_completion adds
+        the header of an assistant's turn, for a model to continue. Messages that are added later
+        do not change the ids of those before. ValueError if a role or a type is unknown."""
         special = self.special
         ids = [self.eot]
         loss_mask = [0]
@@ -303,9 +299,11 @@ class Tokenizer:
         def append(tokens, learnt):
             ids.extend(tokens)
             loss_mask.extend([int(learnt)] * len(tokens))
+
         def append_header(role):
             name = self.encode_ordinary(role)
             append([special["<|im_start|>"], *name, special["<|im_sep|>"]], learnt=False)
+
         for message in messages:
             role, parts = checked(message)
             append_header(role)
@@ -361,12 +359,11 @@ class Tokenizer:
         merges = [[word_of[a], word_of[b]] for a, b, _ in self.merges]
         added = [dict(id=i, content=name, special=True, single_word=False, lstrip=False,
                       rstrip=False, normalized=False) for name, i in self.special.items()]
-        split = dict(type="Split", pattern={"Regex": self.pattern}, behavior="Isolated",
-                     invert=False)
+        cut = dict(type="Split", behavior="Isolated", invert=False, pattern={"Regex": self.pattern})
         level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
         write_whole(path, json.dumps({
             "added_tokens": added, "decoder": level,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, level]},
             "model": {"type": "BPE", "vocab": vocab, "merges": merges}}))
 
 def checked(message):
@@ -395,9 +392,9 @@ def write_whole(path, text):
     part.replace(path)
 
 def reason(error):
-    """What an exception found wrong, in words for a user."""
+    """The message of an exception in words for a user."""
     if isinstance(error, KeyError):
-        return f"there is no {error.args[0]}"
+        return f"not found: {error.args[0]}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
@@ -434,31 +431,32 @@ def count_batch(texts, pattern):
 def cut_at_spaces(text):
     """str -> (both ends of the text as one str, list of the pieces between them as bytes).
     A piece comes after a space and ends in a character that is not whitespace, so its chunks do
-    not depend on its neighbours. That is not true of the two ends, where the text begins and may
-    end in whitespace. NUL hides the spaces at which text is not cut."""
+    not depend on its neighbours. Those of the two ends do: no space comes before the first piece,
+    and the last may end in whitespace. NUL hides the spaces at which text is not cut."""
     pieces = LATER_SPACE.sub("\0", text).encode().split(b" ")
     if "\0" in text or len(pieces) < 3:
         return text, []
     return (pieces[0] + b" " + pieces[-1]).decode().replace("\0", " "), pieces[1:-1]
 
 def count_chunks(texts, pattern, log, batch_chars=4_000_000):
-    """Iterable of str -> Counter {chunk as bytes: occurrences}, counted in batches on all cores, of
-    which at most two per core are in memory. SystemExit if there is no text."""
+    """Iterable of str -> Counter {chunk as bytes: occurrences}. SystemExit if there is no text."""
     counts = Counter()
     running = deque()
-    batch, chars = [], 0
+    batch, chars, total = [], 0, 0
 
     def collect():
         counts.update(running.popleft().result())
-        log(f"split into {len(counts)} different chunks so far")
+        log(f"split {total / 1e6:6.0f} M characters | {len(counts)} different chunks")
+
     with ProcessPoolExecutor(CORES) as pool:
         for text in texts:
             batch.append(text)
             chars += len(text)
             if chars >= batch_chars:
                 running.append(pool.submit(count_batch, batch, pattern))
+                total += chars
                 batch, chars = [], 0
-            if len(running) == 2 * CORES:
+            if len(running) == 2 * CORES:           # no more batches are in memory at a time
                 collect()
         counts.update(count_batch(batch, pattern))  # if this is all, no process has been started
         while running:
@@ -537,13 +535,13 @@ class Merger:
         often = counts >= self.floor
         starts = starts[often]                                          # K shrinks
         pairs = (first[starts].astype(np.int64) << ID_BITS | second[starts]).tolist()
-        columns = pairs, counts[often].tolist(), starts.tolist(), ends[often].tolist()
-        for pair, count, start, end in zip(*columns):
+        rows = zip(pairs, counts[often].tolist(), starts.tolist(), ends[often].tolist())
+        for pair, count, start, end in rows:
             self.where[pair] = at[start:end]
             heapq.heappush(self.heap, (-count, pair))
 
     def step(self, wanted):
-        """Recount the pairs on top of the heap, merge those that surely come next; how many."""
+        """Recount the pairs on top of the heap, merge those that come next, return how many."""
         width = min(self.width, len(self.heap))
         pairs = [heapq.heappop(self.heap)[1] for _ in range(width)]
         known = [self.where.pop(pair) for pair in pairs]
@@ -573,14 +571,14 @@ class Merger:
         which = np.repeat(np.arange(len(places)), [len(at) for at in places])       # N
         # Two pairs share a place if the right half of one is the left half of the other
         self.owner[at] = which
-        other = self.owner[self.next[at]]                       # N: the pair with b as its left
+        other = self.owner[self.next[at]]                       # N: the pair that begins with b
         self.owner[at] = NOBODY
         shared = other != NOBODY
         done = len(places)
         if shared.any():
-            first_shared = np.maximum(which, other)
-            first_shared[which == other] += 1                   # a run is the last to be merged
-            done = int(first_shared[shared].min())
+            worse = np.maximum(which, other)                    # N: of the two, it has to wait
+            worse[which == other] += 1                          # but a run only ends the sweep
+            done = int(worse[shared].min())
         end = np.searchsorted(which, done)
         at, which = at[:end], which[:end]                       # N shrinks to the pairs to merge
         # In a run like a a a a only the 1st, 3rd, ... place of (a, a) is merged
@@ -598,7 +596,7 @@ class Merger:
         self.next[at] = right
         self.prev[right] = at
         left = self.prev[at]                                    # when all links are right again
-        # New pairs are (left, new) and (new, right). Two new ids side by side are the latter only.
+        # New pairs are (left, new) and (new, right). Two new neighbours count only as the latter.
         has_left = (self.ids[left] >= 0) & (self.ids[left] < first_new)
         has_right = self.ids[right] >= 0
         if has_left.any() or has_right.any():
@@ -608,14 +606,14 @@ class Merger:
         return done
 
 # ---- the command line ---------------------------------------------------------------------------
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 WORD_END = re.compile(r"[^\W_](?=\s)")  # after a letter or digit, whitespace begins a chunk
 
 def input_files(paths):
-    """Files and folders -> files. Of a folder these are all with a known suffix but val_*."""
+    """Files and folders -> files. Validation text, val_*, must not shape the tokenizer."""
+    from corpus import SUFFIXES
     for path in map(Path, paths):
         inside = sorted(path.glob("[!.]*")) if path.is_dir() else [path]
-        found = [file for file in inside if file.is_file() and file.name.endswith(SUFFIXES)
+        found = [file for file in inside if file.is_file() and file.name.lower().endswith(SUFFIXES)
                  and (file == path or not file.name.startswith("val_"))]
         if not found:
             raise SystemExit(f"{path} holds no training text; --input takes files "
@@ -624,42 +622,30 @@ def input_files(paths):
 
 def read_texts(path):
     """Yield the documents of a file as str, a .txt in pieces. SystemExit if it cannot be read."""
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow.parquet import ParquetFile
-            for rows in ParquetFile(path).iter_batches(1024, columns=["text"]):
-                yield from filter(None, rows.column("text").to_pylist())
-            return
-        open_text = gzip.open if path.suffix == ".gz" else open
-        with open_text(path, "rt", encoding="utf-8", newline="") as f:  # newline="": \r\n stays
-            yield from text_pieces(f) if path.suffix == ".txt" else json_texts(f)
-    except ImportError:
-        raise SystemExit(f"{path} cannot be read without pyarrow; pip install pyarrow")
-    except (EOFError, KeyError, OSError, ValueError, zlib.error) as error:
-        raise SystemExit(f"{path} cannot be read ({reason(error)}); it must be whole and in UTF-8")
+    from corpus import read_rows, text_blocks
+    if path.name.lower().endswith(".txt"):
+        yield from cut_where_chunks_begin(text_blocks(path))
+        return
+    skipped = 0
+    for row, _ in read_rows(path):
+        if row:
+            yield row["text"]
+        else:
+            skipped += 1
+    if skipped:
+        print(f"{path}: {skipped} rows without text are skipped")
 
-def text_pieces(f):
-    """Yield pieces of about a million characters, each cut where a chunk begins."""
+def cut_where_chunks_begin(blocks):
+    """Join blocks of a text and cut them again, so that no chunk lies across two pieces."""
     rest = ""
-    while block := f.read(1 << 20):
+    for block in blocks:
         rest += block
         cut = max((word.end() for word in WORD_END.finditer(rest, len(rest) - 9999)), default=0)
         yield rest[:cut]
         rest = rest[cut:]
     yield rest
 
-def json_texts(lines):
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else {"text": ""}
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ValueError(f"line {number} is not a JSON object with a \"text\"")
-        yield row["text"]
-
-# One thought in several scripts shows for which of them a vocabulary was made
-SAMPLES = {
+SAMPLES = {     # one thought in several scripts, to see which of them a vocabulary suits
     "English": "The baker opened her shop before sunrise, and by eight all the bread was sold.",
     "Russian": "Булочница открыла лавку до рассвета, и к восьми весь хлеб был продан.",
     "Chinese": "面包师在日出前就开了店，到八点钟所有的面包都卖完了。",
@@ -766,7 +752,7 @@ def main(argv=None):
     try:
         files = {Path(path).name: Path(path).read_bytes().decode() for path in args.file}
     except (OSError, ValueError) as error:
-        raise SystemExit(f"--file must be UTF-8 text; {reason(error)}")
+        raise SystemExit(f"--file cannot be read ({reason(error)}); give a text file in UTF-8")
     text = "".join(files.values()) or " ".join(args.text)
     if args.command == "train" or args.command == "export" and not args.out:
         parser.error("train needs --input and --out, and export needs --out")

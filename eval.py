@@ -39,14 +39,17 @@ import random
 import re
 import runpy
 import sys
+import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from bpe import checked
 from model import load_checkpoint, write_json
 from sample import Engine, find_run, load_tokenizer
 from training import Ranks, init_ranks
@@ -60,25 +63,71 @@ GET_GSM8K = ("get test.jsonl from https://github.com/openai/grade-school-math, f
 
 # ---- What a right answer is ----------------------------------------------------------------------
 
-def final_answer(text):
-    """The rest of the line after the last ####, GSM8K's mark, in lower case and without $ and
-    commas; None if there is no mark or nothing after it.
+# 5, 05, .5, 5.0, 1e3, and 1,234: a comma only between groups of three digits
+NUMBER = r"(?:(?:(?!0)\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3})?"
+MINUS_SIGNS = str.maketrans("\u2212\u2013\ufe63\uff0d", "----")
+SQUARED = r"(?<=[mt])(?:\^?[23]|[²³])(?!\w)"       # of m², ft^2 or cm3
+NOT_A_UNIT = r"^k\b|\b(?:and|or|dozen|hundred|thousand|million|billion|trillion)\b"
 
-    >>> final_answer("6 * 7 = 42\\n#### 42.")
-    '42'
+def final_answer(text):
+    """The rest of the line after the last ####, GSM8K's mark: in lower case, without the signs that
+    decorate an answer and without the commas in a number. None if nothing is left.
+
+    >>> final_answer("6 * 700 = 4,200\\n#### **$4,200.**")
+    '4200'
     """
     if "####" not in text:
         return None
-    line = text.rpartition("####")[2].split("\n")[0]
-    return line.replace(",", "").strip(" $").rstrip(" .").lower() or None
+    line = text.rpartition("####")[2].split("\n")[0].lower().translate(MINUS_SIGNS)
+    line = re.sub(r"\\+\$", "$", line)
+    if "\\boxed{" in line:
+        line = line.replace("\\boxed{", " ").replace("}", " ")
+    line = " ".join(line.split()).lstrip(" $*`:=").rstrip(" $*`.,")
+    if as_number(line) is not None:
+        number = re.search(NUMBER, line)[0]
+        line = line.replace(number, number.replace(",", ""), 1)
+    return line or None
+
+def as_number(text, with_words=False):
+    """A text → Decimal; None if the text is not just one number, perhaps with signs like $ and %.
+
+    with_words: words may follow ("18 dollars a day"), but no second number, no "or", no "million".
+
+    >>> as_number("$1,234.50"), as_number("5 apples"), as_number("5 apples", with_words=True)
+    (Decimal('1234.50'), None, Decimal('5'))
+    """
+    text = re.sub(r"^([-+]?) ?[$€£¥] ?", r"\1", text)
+    found = re.match(rf"[-+]?{NUMBER}", text)
+    if not found:
+        return None
+    rest = re.sub(SQUARED, "", text[found.end():])
+    if any(c.isnumeric() for c in rest) or re.search(NOT_A_UNIT, rest):
+        return None
+    if not with_words and any(c.isalpha() for c in rest):
+        return None
+    return Decimal(found[0].replace(",", ""))
 
 def is_final(reply, answer):
-    """The answer stands after the last ####."""
-    return final_answer(reply) == final_answer("#### " + answer) is not None
+    """The answer stands after the last ####. If it is a number, values are compared, else texts."""
+    said = final_answer(reply)
+    wanted = final_answer("#### " + answer)
+    if said is None or wanted is None:
+        return False
+    number = as_number(wanted)
+    if number is None:
+        return said == wanted
+    return as_number(said, with_words=True) == number
 
 def is_contained(reply, answer):
-    """The answer is a word of the reply, or several words in a row."""
-    return re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", reply.lower()) is not None
+    """The answer is a word or several words of the reply; a number is one of the reply's numbers.
+    """
+    reply = reply.lower().translate(MINUS_SIGNS)
+    answer = answer.lower().translate(MINUS_SIGNS)
+    number = as_number(answer)
+    if number is None:
+        return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply) is not None
+    found = re.findall(rf"(?<![\w.,])[-+]?{NUMBER}(?![\d.,]*\d|\w)", reply)
+    return any(as_number(text) == number for text in set(found))
 
 def overlaps(reply, answer):
     """At least 3 in 5 words are shared: F1 = 2 · shared / (words of both) ≥ 0.6."""
@@ -93,6 +142,14 @@ def is_correct(reply, problem):
     """True if the reply solves {"answer", "check"}; check is a name in CHECKS."""
     return CHECKS[problem["check"]](reply, problem["answer"])
 
+# ---- Files of problems and of questions ----------------------------------------------------------
+
+def read_problems(path):
+    """A .jsonl of {"question", "answer"} or {"messages", "answer"} → problems, as as_problem
+    completes them. "kind" and "check" are optional."""
+    return read_lines(path, as_problem, 'a problem is a line {"question": …, "answer": …}; repair '
+                      "the file, or make one with python chat_sft.py make")
+
 def as_problem(row):
     """One row of a file of problems → the problem; ValueError says what is wrong with the row.
 
@@ -100,39 +157,140 @@ def as_problem(row):
     """
     problem = dict(row)
     if "messages" not in problem:
+        check_text("question", problem["question"])
         problem["messages"] = [dict(role="user", content=problem["question"])]
+    check_messages(problem["messages"])
     problem.setdefault("kind", "problems")
+    check_text("kind", problem["kind"])
     problem.setdefault("check", "final")
+    check_text("check", problem["check"])
     if problem["check"] not in CHECKS:
         raise ValueError(f"check must be one of {', '.join(CHECKS)}, got {problem['check']}")
+    answer = problem["answer"]
+    check_text("answer", answer)
     if problem["check"] == "final":
-        answer = problem["answer"]
         problem["answer"] = final_answer(answer) or final_answer("#### " + answer)
-    if not problem["answer"]:
-        raise ValueError("the answer is empty")
+        if problem["answer"] is None:
+            raise ValueError(f"the answer holds nothing after ####, got {quoted(answer)}")
     return problem
 
-def read_problems(path):
-    """A .jsonl of {"question", "answer"} → problems with `messages`, `answer`, `kind`, `check`."""
-    problems = []
+def check_messages(messages):
+    """ValueError if these are not the messages that Tokenizer.render takes."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages must be a list of at least one, got {quoted(messages)}")
+    for message in messages:
+        _, parts = checked(as_object(message))
+        for _, text in parts:
+            if not isinstance(text, str):
+                raise ValueError(f"content must be a text, got {quoted(text)}")
+
+FIELDS = dict(multiple_choice=("query", "choices"), schema=("context_options", "continuation"),
+              language_modeling=("context", "continuation"), letters=("query", "choices"))
+LETTERS = "ABCDEFGHIJ"      # those of the kind "letters"
+
+def read_rows(path, kind):
+    """The rows of a test set for tasks of this kind, shuffled with SEED."""
+    rows = read_lines(path, lambda row: as_question(kind, row), "get the file again")
+    random.Random(SEED).shuffle(rows)
+    return rows
+
+def as_question(kind, row):
+    """One row of a test set → itself; ValueError if no task of this kind can ask it."""
+    for name in FIELDS[kind]:
+        value = row[name]
+        if name in ("choices", "context_options"):
+            check_options(name, value, row["gold"])
+        elif name == "continuation":
+            check_text(name, value)
+        elif not isinstance(value, str):        # a context may be empty
+            raise ValueError(f"{name} must be a text, got {quoted(value)}")
+    if kind == "letters" and len(row["choices"]) > len(LETTERS):
+        raise ValueError(f"choices must be at most {len(LETTERS)}, got {len(row['choices'])}")
+    return row
+
+def check_options(name, options, gold):
+    """ValueError if these are not texts with a right one at the place `gold`."""
+    if not isinstance(options, list) or not options:
+        raise ValueError(f"{name} must be a list of at least one text, got {quoted(options)}")
+    for option in options:
+        check_text(f"each of {name}", option)
+    if type(gold) is not int or not 0 <= gold < len(options):
+        raise ValueError(f"gold must be a whole number from 0 to {len(options) - 1}, the place of "
+                         f"the right one among {name}, got {quoted(gold)}")
+
+def existing(path):
+    """This file, with or without .gz; None if there is neither."""
+    name = str(path).removesuffix(".gz")
+    for found in (Path(name), Path(name + ".gz")):
+        if found.is_file():
+            return found
+    return None
+
+def read_lines(path, parse, remedy):
+    """The objects of a .jsonl or .jsonl.gz, each as parse(object) returns it. parse raises
+    ValueError for what it refuses; the SystemExit names file and line, and the remedy."""
+    opened = gzip.open if str(path).endswith(".gz") else open
+    rows = []
     number = 0
     try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-            if line.strip():
-                problems.append(as_problem(json.loads(line)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path}, line {number}: {reason(error)}; a problem is one line "
-                         '{"question": …, "answer": …} in UTF-8; repair the file, or make one with '
-                         "python chat_sft.py make") from None
-    if not problems:
-        raise SystemExit(f"{path} holds no problem; make some with python chat_sft.py make")
-    return problems
+        with opened(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                text = line.decode("utf-8-sig")     # a byte order mark may stand at the start
+                if text.strip():
+                    rows.append(parse(as_object(json.loads(text))))
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be read: {reason(error)}; {remedy}") from None
+    except (ValueError, KeyError, EOFError, zlib.error, RecursionError) as error:
+        where = max(1, number)
+        raise SystemExit(f"{path}, line {where}: {reason(error)}; {remedy}") from None
+    if not rows:
+        raise SystemExit(f"{path} is empty; {remedy}")
+    return rows
+
+def read_json(path):
+    """A JSON object; {} if there is no file."""
+    if not Path(path).is_file():
+        return {}
+    try:
+        return as_object(json.loads(Path(path).read_bytes().decode("utf-8-sig")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SystemExit(f"{path} is damaged: {reason(error)}; delete it, or make it again"
+                         ) from None
+
+def as_object(value):
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object is needed, got {quoted(value)}")
+    return value
+
+def check_text(name, value):
+    """ValueError if the value is not a text with something in it."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be a text that is not empty, got {quoted(value)}")
 
 def reason(error):
-    """What an exception says, as a user may read it."""
+    """What an exception found wrong, in words for a user."""
     if isinstance(error, KeyError):
         return f"there is no {error.args[0]}"
-    return str(error) or type(error).__name__
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON: {error.msg} at column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1} is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "the JSON is nested too deeply"
+    if isinstance(error, gzip.BadGzipFile):
+        return "it is not a gzip file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return printable(str(error))
+
+def quoted(value):
+    """A JSON value for an error message: as JSON writes it, and not too long."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + " …"
+
+def printable(text):
+    """A text from a file, with escapes for characters that would control the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 # ---- Log-likelihood ------------------------------------------------------------------------------
 
@@ -219,8 +377,8 @@ def measure(engine, questions, n, name, ranks=Ranks()):
     cut = 0
     room = engine.model.config.block_size + 1
     mine = itertools.islice(questions, ranks.rank, None, ranks.world_size)
-    progress = tqdm(total=n // ranks.world_size, desc=name, unit="question", leave=False,
-                    disable=not ranks.is_main)
+    progress = tqdm(total=n // ranks.world_size, desc=printable(name), unit="question",
+                    leave=False, disable=not ranks.is_main)
     while chunk := list(itertools.islice(mine, 64)):
         found = score(engine.model, [span for spans, _ in chunk for span in spans])
         for spans, gold in chunk:
@@ -266,6 +424,10 @@ def candidates(task, row):
         return [(o + task.delimiter, row["continuation"]) for o in row["context_options"]]
     return [(row["context"].strip() + task.delimiter, row["continuation"])]
 
+def gold_of(task, row):
+    """The place of the right candidate; None in language modeling, which has one candidate."""
+    return None if task.kind == "language_modeling" else row["gold"]
+
 def core_questions(tokenizer, task, rows, n):
     """Yields the first n rows as (spans, gold); before each stand `shots` solved examples."""
     for i, row in enumerate(rows[:n]):
@@ -274,13 +436,9 @@ def core_questions(tokenizer, task, rows, n):
         for j in random.Random(1234 + i).sample(range(len(rows) - 1), shots):
             if j >= i:
                 j += 1          # never the row itself
-            right = rows[j].get("gold", 0)
-            prefix += "".join(candidates(task, rows[j])[right]) + "\n\n"
+            prefix += "".join(candidates(task, rows[j])[gold_of(task, rows[j]) or 0]) + "\n\n"
         pairs = [(prefix + context, answer) for context, answer in candidates(task, row)]
-        gold = None if task.kind == "language_modeling" else row["gold"]
-        yield token_spans(tokenizer, pairs), gold
-
-LETTERS = "ABCDEFGHIJ"
+        yield token_spans(tokenizer, pairs), gold_of(task, row)
 
 def letter_questions(tokenizer, task, rows, n):
     """Yields the first n rows as (spans, gold), in the chat prompt. The spans are the letters with
@@ -299,36 +457,10 @@ def letter_questions(tokenizer, task, rows, n):
 
 def run_task(engine, task, path, max_examples=None, ranks=Ranks()):
     """→ {"accuracy", "n", "cut"} of one task."""
-    rows = read_rows(path)
-    n = min(max_examples or len(rows), len(rows))
+    rows = read_rows(path, task.kind)
+    n = len(rows[:max_examples])
     ask = letter_questions if task.kind == "letters" else core_questions
-    try:
-        return measure(engine, ask(engine.tokenizer, task, rows, n), n, task.label, ranks)
-    except KeyError as error:
-        raise SystemExit(f"{path}: a row has no {error.args[0]}, which every row of {task.kind} "
-                         "needs; get the file again") from None
-
-def existing(path):
-    """This file, with or without .gz; None if there is neither."""
-    name = str(path).removesuffix(".gz")
-    for found in (Path(name), Path(name + ".gz")):
-        if found.is_file():
-            return found
-    return None
-
-def read_rows(path):
-    """The rows of a .jsonl or .jsonl.gz, shuffled with SEED."""
-    opened = gzip.open if str(path).endswith(".gz") else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as lines:
-            rows = [dict(json.loads(line)) for line in lines if line.strip()]
-        if not rows:
-            raise ValueError("it is empty")
-    except (OSError, EOFError, ValueError, TypeError) as error:
-        raise SystemExit(f"{path}: {error}; a test set has one JSON object a line, in UTF-8; "
-                         "get it again") from None
-    random.Random(SEED).shuffle(rows)
-    return rows
+    return measure(engine, ask(engine.tokenizer, task, rows, n), n, task.label, ranks)
 
 # ---- CORE as a mean of tasks ---------------------------------------------------------------------
 
@@ -342,18 +474,45 @@ def centered(accuracy, baseline):
 
 def core_tasks(folder):
     """The tasks that core_tasks.csv lists; without it, those of the published core.yaml."""
-    table = Path(folder, "core_tasks.csv")
+    source = Path(folder, "core_tasks.csv")
     listed = Path(folder, "core.yaml")
     about = Path(folder, "eval_meta_data.csv")
-    if table.is_file():
-        rows = list(csv.DictReader(table.read_text("utf-8").splitlines()))
-    elif listed.is_file() and about.is_file():
-        rows = published_tasks(listed.read_text("utf-8"), about.read_text("utf-8"))
-    else:
-        raise SystemExit(f"{table} is missing; it lists the tasks of CORE; {GET_CORE}")
-    return [Task(row["label"], row["file"], row["type"], int(row["num_fewshot"]),
-                 json.loads(row["continuation_delimiter"]),
-                 float(row["random_baseline_percent"]) / 100) for row in rows]
+    tasks = []
+    try:
+        if source.is_file():
+            rows = csv.DictReader(source.read_text("utf-8-sig").splitlines())
+        elif listed.is_file() and about.is_file():
+            source = listed
+            rows = published_tasks(listed.read_text("utf-8-sig"), about.read_text("utf-8-sig"))
+        else:
+            raise SystemExit(f"{source} is missing; it lists the tasks of CORE; {GET_CORE}")
+        for row in rows:
+            tasks.append(as_task(row))
+    except (OSError, ValueError, KeyError, csv.Error, RecursionError) as error:
+        raise SystemExit(f"{source}, task {len(tasks) + 1}: {reason(error)}; repair the file, or "
+                         f"{GET_CORE}") from None
+    if not tasks:
+        raise SystemExit(f"{source} lists no task; {GET_CORE}")
+    return tasks
+
+def as_task(row):
+    """One row of core_tasks.csv → a Task; ValueError says what is wrong with the row."""
+    for name in ("label", "type", "num_fewshot", "continuation_delimiter",
+                 "random_baseline_percent"):
+        check_text(name, row[name])
+    kinds = [kind for kind in FIELDS if kind != "letters"]
+    if row["type"] not in kinds:
+        raise ValueError(f"type must be one of {', '.join(kinds)}, got {row['type']}")
+    if not re.fullmatch("[0-9]{1,4}", row["num_fewshot"]):
+        raise ValueError(f"num_fewshot must be a whole number, got {row['num_fewshot']}")
+    delimiter = row["continuation_delimiter"]
+    if not re.fullmatch(r'"(?:[^"\\]|\\.)*"', delimiter):
+        raise ValueError(f"continuation_delimiter must be a text in quotes, got {delimiter}")
+    baseline = row["random_baseline_percent"]
+    if not re.fullmatch(r"[0-9]{1,2}(?:\.[0-9]+)?", baseline):
+        raise ValueError(f"random_baseline_percent must be from 0 to 99, got {baseline}")
+    return Task(row["label"], row["file"] or "", row["type"], int(row["num_fewshot"]),
+                json.loads(delimiter), float(baseline) / 100)
 
 def published_tasks(listed, about):
     """core.yaml and eval_meta_data.csv of the evaluation bundle → the rows of core_tasks.csv."""
@@ -386,7 +545,7 @@ def mean_of(name, results):
             left_out.append(label)
             continue
         tasks[label] = dict(result, centered=centered(result["accuracy"], baseline))
-        print(" | ".join([f"{label:32s}", *figures(tasks[label])]), flush=True)
+        say(f"{label:32s}", *figures(tasks[label]))
     if not tasks:
         raise SystemExit(f"{name} needs the file of at least one of {', '.join(left_out)}, and "
                          f"none is there; {GET_CORE}")
@@ -420,7 +579,7 @@ def solve(engine, path, max_examples=None, max_new_tokens=128):
     """
     problems = read_problems(path)
     random.Random(SEED).shuffle(problems)
-    problems = problems[:max_examples or None]
+    problems = problems[:max_examples]
     for p in problems:
         p["tokens"] = len(engine.tokenizer.render(p["messages"], for_completion=True)[0])
         p["right"] = False
@@ -463,18 +622,18 @@ def figures(result):
         fields.append(f"left out: {', '.join(result['left_out'])}")
     return fields
 
-def read_json(path):
-    """A JSON object; {} if there is no file."""
-    if not Path(path).is_file():
-        return {}
-    try:
-        return json.loads(Path(path).read_text("utf-8"))
-    except ValueError as error:
-        raise SystemExit(f"{path} is damaged: {error}; delete it, or make it again") from None
+def say(*fields):
+    """Prints fields as a line of the log."""
+    print(printable(" | ".join(fields)), flush=True)
 
 def digest(*paths):
-    """12 hex digits that change with the content of these files."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+    """12 hex digits that change with the content of these files, read in pieces of 1 MB."""
+    sha = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(2 ** 20):
+                sha.update(piece)
+    return sha.hexdigest()[:12]
 
 def files_of(name, args):
     """The files that a task reads; each may be missing, or be there with .gz."""
@@ -489,7 +648,9 @@ def files_of(name, args):
 def plan(args):
     """--tasks → [(name, its first file, arguments to remember)]; each needs at least one file."""
     jobs = []
-    for name in args.tasks.split(","):
+    for name in [name.strip() for name in args.tasks.split(",")]:
+        if not name:
+            raise SystemExit(f"--tasks {args.tasks}: a name is empty; remove the comma beside it")
         files = files_of(name, args)
         found = [path for path in map(existing, files) if path]
         if not found:
@@ -530,10 +691,15 @@ def parse_args():
     add("--max_new_tokens", type=int, help="tokens per reply, at most (128; gsm8k and chat: 256)")
     add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    if (args.max_examples or 0) < 0:
-        raise SystemExit(f"--max_examples must be at least 1, got {args.max_examples}; leave it "
-                         "out to ask all questions")
+    check_at_least_1(args, "max_examples", "max_new_tokens")
     return args
+
+def check_at_least_1(args, *names):
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise SystemExit(f"--{name} must be at least 1, got {value}; leave it out for the "
+                             "default")
 
 def measure_run():
     """Runs the tasks that --tasks names and adds each result to <run>/eval.json."""
@@ -547,21 +713,29 @@ def measure_run():
     # GPT-2 lacks the conversation tokens. Their rows start at the mean embedding, so by Jensen's
     # inequality they get at most 1.6e-4 of the probability.
     model, meta = load_checkpoint(run, init_ranks(args.device).device, tokenizer.n_vocab)
-    print(f"{run}: stage {meta['stage']}, step {meta['step']}, {model.num_params():,} parameters")
+    say(f"{run}: stage {meta['stage']}, step {meta['step']}, {model.num_params():,} parameters")
     engine = Engine(model.for_inference(), tokenizer)
     checkpoint = dict(stage=meta["stage"], step=meta["step"], seed=SEED,
                       weights=digest(run / "model.safetensors"))
     for name, path, arguments in jobs:
-        key = dict(checkpoint, arguments=arguments)
-        if key.items() <= results.get(name, {}).items():
-            print(f"{name}: skipped, {run}/eval.json has it for these weights and arguments")
+        asked = dict(checkpoint, arguments=arguments)
+        known = results.get(name)
+        if isinstance(known, dict) and all(known.get(key) == asked[key] for key in asked):
+            say(f"{name}: skipped, {run}/eval.json has it for these weights and arguments")
             continue
         if meta["stage"] == "pretrain" and arguments["max_new_tokens"]:
-            print(f"{name}: a base model is asked, which has never seen the chat prompt")
+            say(f"{name}: a base model is asked, which has never seen the chat prompt")
         result = measure_task(engine, name, path, arguments, args)
-        results[name] = {**result, **key}
-        write_json(run / "eval.json", results)
-        print(" | ".join([name, *figures(result)]), flush=True)
+        say(name, *figures(result))
+        results[name] = {**result, **asked}
+        try:
+            write_json(run / "eval.json", results)
+        except OSError as error:
+            raise cannot_write(run / "eval.json", error) from None
+
+def cannot_write(path, error):
+    return SystemExit(f"{path} cannot be written: {reason(error)}; free space or make its folder "
+                      "writable, and give the same command again")
 
 # ---- HellaSwag for train_gpt2.cu, which has no tokenizer -----------------------------------------
 
@@ -591,17 +765,21 @@ def write_hellaswag():
     add("--tokenizer", default="gpt2", help="folder of a tokenizer, or gpt2")
     add("--max_examples", type=int, default=500, help="questions, at most (train_gpt2.py asks 500)")
     args = parser.parse_args()
+    check_at_least_1(args, "max_examples")
     path = existing(Path(args.core_dir, "eval_data", HELLASWAG.file))
     if not path:
         raise SystemExit(f"{args.core_dir} holds no HellaSwag; {GET_CORE}")
     tokenizer = load_tokenizer(args.tokenizer)
-    rows = read_rows(path)[:args.max_examples]
+    rows = read_rows(path, HELLASWAG.kind)[:args.max_examples]
     questions = core_questions(tokenizer, HELLASWAG, rows, len(rows))
     words = hellaswag_words(questions, len(rows), tokenizer.n_vocab)
     out = Path(args.core_dir, "hellaswag.bin")
     part = Path(f"{out}.part")
-    part.write_bytes(words.tobytes())
-    part.replace(out)
+    try:
+        part.write_bytes(words.tobytes())
+        part.replace(out)
+    except OSError as error:
+        raise cannot_write(out, error) from None
     print(f"{out}: {len(rows)} questions, {tokenizer.n_vocab} tokens")
 
 def main():
@@ -614,4 +792,8 @@ def main():
         measure_run()
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; eval.json holds the tasks that were finished", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -2,8 +2,7 @@
 The Transformer, its cache for generation, and its checkpoints.
 
 GPTConfig.preset("gpt2" … "gpt2-xl") is exactly OpenAI's GPT-2. preset("d12"), preset("d24") … is a
-modern recipe in which depth is the only dial. The model comes first. The fast versions of its slow
-parts come last, after the checkpoints: attention kernels, 8-bit matmuls, the loss in chunks.
+modern recipe in which depth is the only dial. The fast versions of slow parts come last.
 
     >>> model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=2, n_head=2, n_embd=16))
     >>> idx = torch.zeros(1, 8, dtype=torch.long)
@@ -16,8 +15,8 @@ V tokens of the vocabulary, L layers, NH heads, HS channels per head (C = NH * H
 Papers: GPT-2 (Radford et al. 2019), RoPE (arXiv 2104.09864), RMSNorm (1910.07467), QK norm
 (2010.04245), ReLU² (2109.08668), value residuals (2410.17897), soft-cap (2408.00118),
 FlashAttention-3 (2407.08608), FP8 training (2209.05433).
-Differs from the papers: what a layer adds to its values is a vector per token, looked up in a table
-and gated; the value residuals of the paper are the first layer's values.
+Differs from the papers: a layer adds to its values a gated vector that it looks up by token; value
+residuals as in the paper would add the values of the first layer.
 """
 import functools
 import json
@@ -25,7 +24,7 @@ import math
 import os
 import re
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -60,6 +59,9 @@ class GPTConfig:
     softcap: float = 0.0            # logits = s tanh(logits / s); 0 switches it off
     windows: str = "L"              # per layer, repeated: L sees all before it, S block_size / 4
 
+    def __post_init__(self):
+        check_config(self)
+
     @classmethod
     def preset(cls, name, **overrides):
         """"gpt2" … "gpt2-xl", or "dN": N layers, and 64·N channels rounded up to heads of 128."""
@@ -74,8 +76,8 @@ class GPTConfig:
                          relu2=True, tied_head=False, value_embeds=True, residual_scalars=True,
                          backout=True, softcap=15.0, windows="SSSL")
         else:
-            raise SystemExit(f"{name} is not a preset; they are {', '.join(GPT2_SIZES)} and dN with "
-                             "N layers; try --model d12")
+            raise SystemExit(f"{name} is not a preset; they are {', '.join(GPT2_SIZES)} and d1, d2 "
+                             "…; try --model d12")
         return replace(config, **overrides)
 
     @property
@@ -94,14 +96,14 @@ class GPTConfig:
             return self.block_size // 4
         return self.block_size
 
-# ---- The layers ----------------------------------------------------------------------------------
+# ---- The model -----------------------------------------------------------------------------------
 
 def cast(p, dtype):
-    """A parameter in this dtype, or None where a layer has none."""
+    """A parameter in this dtype; None, for a bias that a layer lacks, stays None."""
     return None if p is None else p.to(dtype)
 
 class Linear(nn.Linear):
-    """Master weights in fp32, multiplied in the dtype of the input (bf16 on a GPU), or in fp8."""
+    """Weights are fp32; they multiply in the dtype of the input (bf16 on a GPU), or in 8 bits."""
     fp8 = False         # GPT.use sets it
 
     def forward(self, x):
@@ -118,7 +120,6 @@ def rms_norm(x):
 
 class Norm(nn.Module):
     """GPT-2's LayerNorm, or RMSNorm without parameters."""
-
     def __init__(self, config):
         super().__init__()
         self.weight = self.bias = None
@@ -153,9 +154,8 @@ def visible(t, s, window):
 def sdpa(q, k, v, window, scale, mask=None, dropout=0.0):
     """PyTorch's causal attention, which runs everywhere; the faster kernels are in find_kernel.
 
-    q, k, v (B, T, NH, HS) → (B, T, NH, HS). A query sees itself and `window` positions before it. A
-    cache brings its own mask (B, 1, T, S), and k and v (B, S, NH, HS).
-    """
+    q, k, v (B, T, NH, HS) → (B, T, NH, HS). A query sees itself and `window` positions before it.
+    With a cache, k and v are (B, S, NH, HS), and it gives the mask (B, 1, T, S)."""
     q = q.transpose(1, 2)                                                   # (B, NH, T, HS)
     k = k.transpose(1, 2)                                                   # (B, NH, S, HS)
     v = v.transpose(1, 2)
@@ -168,8 +168,7 @@ def sdpa(q, k, v, window, scale, mask=None, dropout=0.0):
     return y.transpose(1, 2)
 
 class Attention(nn.Module):
-    """x (B, T, C) → (B, T, C): each position takes a mean of the values of those it sees."""
-
+    """x (B, T, C) → (B, T, C): each position averages the values of the positions that it sees."""
     def __init__(self, config, layer):
         super().__init__()
         C = config.n_embd
@@ -194,7 +193,7 @@ class Attention(nn.Module):
             q = rotate(q, *rotary)
             k = rotate(k, *rotary)
         scale = HS ** -0.5
-        if self.config.qk_norm:         # 1.2 each: a little sharper than unit vectors would be
+        if self.config.qk_norm:         # the factors of 1.2 make attention a little sharper
             q = rms_norm(q)
             k = rms_norm(k)
             scale = 1.2 ** 2 * scale
@@ -232,15 +231,12 @@ class Block(nn.Module):
         x = x + self.dropout(self.attn(self.ln_1(x), pos, rotary, value_embed, cache))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
-# ---- The model -----------------------------------------------------------------------------------
-
 class GPT(nn.Module):
     """model(idx) → logits (B, T, V); model(idx, targets) → mean loss in nats per token.
 
     idx, targets: int64 (B, T), ids below vocab_size; targets of -1 are left out of the mean.
     reduction="none" returns each token's loss (B, T). With a cache, idx continues its rows.
     """
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -309,12 +305,11 @@ class GPT(nn.Module):
         """idx (B, T) → what the head reads, (B, T, C) after the last norm."""
         config = self.config
         T = idx.shape[1]
-        end = T
         pos = torch.arange(T, device=idx.device)[None]                               # (1, T)
         if cache is not None:
-            end = cache.used + T
             pos = pos + cache.pos[:, None]                                           # (B, T)
-        assert end <= config.block_size, (end, config.block_size)
+        longest = T if cache is None else cache.used + T
+        assert longest <= config.block_size, (longest, config.block_size)
         x = self.wte(idx).to(self.compute_dtype)
         rotary = None
         if config.rope:
@@ -409,11 +404,8 @@ class GPT(nn.Module):
 # ---- The cache of generation ---------------------------------------------------------------------
 
 class KVCache:
-    """Keys and values (L, B, NH, max_tokens, HS) of the tokens so far, one row per sequence.
-
-    `pos` (B,) counts the tokens of each row; no query sees the entries after them.
-    """
-
+    """Keys and values (L, B, NH, max_tokens, HS) of the tokens so far, one row per sequence. `pos`
+    (B,) counts the tokens of each row; no query sees the entries after them."""
     def __init__(self, config, batch_size, max_tokens, device="cpu", dtype=torch.float32):
         HS = config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, config.n_head, max_tokens, HS)
@@ -435,10 +427,8 @@ class KVCache:
     def append(self, layer, k, v, pos, window):
         """Writes k, v (B, T, NH, HS) at pos (B, T), after each row's last token.
 
-        Returns the keys and values up to the longest row's end, (B, S, NH, HS), and the mask
-        (B, 1, T, S) of those that each token sees. In a prefill, when the cache is empty, S is T
-        and the mask is None: plain causal attention.
-        """
+        Returns all keys and values up to the longest row's end, (B, S, NH, HS), and the mask
+        (B, 1, T, S) of those that each token sees; None, for causal, if the cache was empty."""
         T = k.shape[1]
         k_heads = k.transpose(1, 2)                                         # (B, NH, T, HS)
         v_heads = v.transpose(1, 2)
@@ -465,8 +455,32 @@ class KVCache:
 # ---- Checkpoints: <run>/config.json + model.safetensors, named as HF's GPT-2 names them ----------
 
 FORMAT_VERSION = 1
+LIMITS = dict(block_size=(1, 2 ** 20), vocab_size=(1, 2 ** 22), n_layer=(1, 1000),
+              n_head=(1, 2 ** 12), n_embd=(1, 2 ** 16), dropout=(0, 0.99), softcap=(0, 1e6))
+HF_VALUES = {       # fields of HF's GPT-2 that change what it computes, and what they are here
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "layer_norm_epsilon": [1e-5],
+    "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
 VOCABULARY = ("wte", "lm_head", "value_embeds")                         # these have a row per token
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")          # HF keeps these (in, out)
+
+def check_config(config):
+    """Ends the program with a line that names the first field whose value cannot be used."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        least, most = LIMITS.get(field.name, (0, 0))
+        is_number = type(value) in (int, field.type)
+        if field.name in LIMITS and not (is_number and least <= value <= most):
+            raise SystemExit(f"{field.name} must be from {least} to {most}, got {value}")
+        if field.type is bool and not isinstance(value, bool):
+            raise SystemExit(f"{field.name} must be true or false, got {value}")
+    if not re.fullmatch("[SL]+", str(config.windows)):
+        raise SystemExit(f"windows must be letters S and L, got {config.windows}")
+    HS, rest = divmod(config.n_embd, config.n_head)
+    if rest:
+        raise SystemExit(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}; all "
+                         f"heads are equally wide; try n_embd={max(1, HS) * config.n_head}")
+    if config.rope and HS % 2:
+        raise SystemExit(f"rope needs heads with an even number of channels, got {HS}")
 
 def file_tensor(name, p, vocab_size):
     """A parameter as it is in the file: HF's name, matrices (in, out), no padding rows."""
@@ -482,83 +496,141 @@ def file_tensors(model):
     V = model.config.vocab_size
     return [file_tensor(name, p, V) for name, p in model.named_parameters()]
 
-def save_weights(path, model):
-    """Writes to <path>.part, then renames it: a reader never sees half a file."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in file_tensors(model)}
-    save_file(tensors, f"{path}.part", metadata={"format": "pt"})
-    os.replace(f"{path}.part", path)
+def put_in_place(part, path):
+    """Gives a finished file its name once its bytes are on the disk: neither a reader nor a power
+    cut ever finds half a file under that name."""
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
 
 def write_json(path, value):
-    """Writes to <path>.part, then renames it: a reader never sees half a file."""
     Path(f"{path}.part").write_text(json.dumps(value, indent=1))
-    os.replace(f"{path}.part", path)
+    put_in_place(f"{path}.part", path)
+
+def read_json(path, advice):
+    """The object in a JSON file. Where there is none, a line ends the program, with `advice`."""
+    try:
+        if not Path(path).is_file():
+            raise ValueError("there is no such file")
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("this is not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise SystemExit(f"{path}: {error}; {advice}") from None
+    return value
+
+def save_weights(path, model):
+    tensors = {}
+    for name, tensor in file_tensors(model):
+        if not tensor.isfinite().all():
+            raise SystemExit(f"{path}: {name} is not finite, so it is not saved; what was saved "
+                             "before is kept; try a lower --lr in another --out")
+        tensors[name] = tensor.cpu().contiguous()
+    save_file(tensors, f"{path}.part", metadata={"format": "pt"})
+    put_in_place(f"{path}.part", path)
+
+def read_tensors(path):
+    """{name without "transformer.": tensor} of a model.safetensors, or of its parts in the same
+    folder: transformers splits models over 5 GB."""
+    parts = [Path(path)]
+    if not parts[0].exists():
+        parts = sorted(parts[0].parent.glob("model-*-of-*.safetensors")) or parts
+    tensors = {}
+    for part in parts:
+        try:
+            if not part.is_file():
+                raise OSError("there is no such file")
+            tensors |= load_file(part)
+        except (SafetensorError, OSError) as error:
+            raise SystemExit(f"{part}: {error}; weights must be one whole safetensors file; copy "
+                             "it again or train the model again") from None
+    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+
+def find_tensor(tensors, key, shape, path):
+    """The tensor of this name, if it has this shape and is fit to be a weight."""
+    tensor = tensors.get(key.removeprefix("transformer."))
+    found = "missing" if tensor is None else tuple(tensor.shape)
+    if found != tuple(shape):
+        raise SystemExit(f"{path}: {key} is {found}; config.json asks for {tuple(shape)}; take "
+                         "both files from one checkpoint")
+    if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+        raise SystemExit(f"{path}: {key} has values that are not finite numbers; the file is "
+                         "damaged; copy it again or train the model again")
+    return tensor
 
 @torch.no_grad()
-def load_weights(path, model, file_vocab=None):
-    """Fills the model from a file of ours or of HF's GPT-2, whose names may lack "transformer.".
-
-    file_vocab: tokens in the file, if the model has more; new tokens begin at the mean of the old.
-    """
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise SystemExit(f"{path}: {error}; weights must be one whole safetensors file; copy it or "
-                         "train it again") from None
-    file_vocab = file_vocab or model.config.vocab_size
+def load_weights(path, model, tensors, file_vocab=None):
+    """Fills the model with the tensors that read_tensors(path) returned. file_vocab: tokens in the
+    file, if the model has more; the new ones begin at the mean of the old."""
+    V = model.config.vocab_size
     for name, p in model.named_parameters():
-        key, ours = file_tensor(name, p, model.config.vocab_size)
-        wanted = tuple(file_tensor(name, p, file_vocab)[1].shape)
-        tensor = tensors.get(key, tensors.get(key.removeprefix("transformer.")))
-        found = "missing" if tensor is None else tuple(tensor.shape)
-        if found != wanted:
-            raise SystemExit(f"{path}: {key} is {found}; config.json asks for {wanted}; take both "
-                             "files from one checkpoint")
+        key, ours = file_tensor(name, p, V)
+        shape = file_tensor(name, p, file_vocab or V)[1].shape
+        tensor = find_tensor(tensors, key, shape, path)
         ours[:len(tensor)] = tensor
         if len(ours) > len(tensor):
             ours[len(tensor):] = tensor.float().mean(0)
 
 def save_checkpoint(run, model, tokenizer=None, stage="pretrain", step=0, **extra):
     """Writes <run>/model.safetensors, config.json and the tokenizer; `extra` joins the metadata."""
-    run, config = Path(run), model.config
+    config = model.config
+    run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
     save_weights(run / "model.safetensors", model)
     if tokenizer is not None:
         tokenizer.save(run)
-    described = dict(                   # these fields are what transformers reads
-        model_type="deepdive" if config.rope else "gpt2", architectures=["GPT2LMHeadModel"],
+    # transformers refuses a model of type deepdive: it would leave the modern parts out
+    plain = GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head,
+                      config.n_embd, config.dropout, tied_head=config.tied_head)
+    write_json(run / "config.json", dict(
+        model_type="gpt2" if config == plain else "deepdive", architectures=["GPT2LMHeadModel"],
         vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head,
         n_embd=config.n_embd, n_positions=config.block_size, activation_function="gelu_new",
         layer_norm_epsilon=1e-5, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
         resid_pdrop=config.dropout, tie_word_embeddings=config.tied_head,
-        eos_token_id=getattr(tokenizer, "eot", 50256))
-    described["deepdive"] = dict(extra, format_version=FORMAT_VERSION, stage=stage, step=step,
-                                 model=asdict(config))
-    write_json(run / "config.json", described)
+        eos_token_id=getattr(tokenizer, "eot", 50256),
+        deepdive=dict(extra, format_version=FORMAT_VERSION, stage=stage, step=step,
+                      model=asdict(config))))
+
+def config_from_hf(described):
+    """HF's config.json of a GPT-2 → GPTConfig. Its dropout is not taken over."""
+    sizes = {name: described.get(name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    config = GPTConfig(**sizes, block_size=described.get("n_positions"),
+                       tied_head=described.get("tie_word_embeddings", True))
+    for name, values in (HF_VALUES | {"n_inner": [None, 4 * config.n_embd]}).items():
+        value = described.get(name, values[0])
+        if value not in values:
+            raise SystemExit(f"{name} is {value}, but here it is always {values[-1]}")
+    return config
+
+def read_config(path):
+    """config.json, ours or HF's → (GPTConfig, metadata)."""
+    described = read_json(path, "a model is a folder with config.json and model.safetensors; train "
+                          "one, or name another with --model")
+    meta = described.get("deepdive", dict(format_version=FORMAT_VERSION, stage="pretrain", step=0))
+    kind = described.get("model_type")
+    try:
+        if kind not in ("gpt2", "deepdive") or meta["format_version"] != FORMAT_VERSION:
+            raise SystemExit(f"a {kind} model of format {meta['format_version']}; only gpt2 and "
+                             f"deepdive of format {FORMAT_VERSION} can be read")
+        config = GPTConfig(**meta["model"]) if "model" in meta else config_from_hf(described)
+    except (SystemExit, TypeError, KeyError) as error:
+        raise SystemExit(f"{path}: {error}; train this model again, or name another") from None
+    return config, meta
 
 def load_checkpoint(run, device="cpu", vocab_size=None):
     """A run of ours, or a folder with HF's GPT-2 → (model, meta); meta: run, stage, step, …
-
-    vocab_size: grows the vocabulary to this, for special tokens that the model has never seen.
-    """
-    run = Path(run)
-    try:
-        described = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{run}/config.json: {error}; a model is a folder with config.json and "
-                         "model.safetensors; train one, or name another with --model") from None
-    meta = described.get("deepdive", dict(format_version=FORMAT_VERSION, stage="pretrain", step=0))
-    kind, version = described.get("model_type"), meta["format_version"]
-    if kind not in ("gpt2", "deepdive") or version != FORMAT_VERSION:
-        raise SystemExit(f"{run} holds a {kind} model of format {version}; gpt2 and deepdive of "
-                         f"format {FORMAT_VERSION} can be read; train it again, or name another")
-    if "model" in meta:
-        config = GPTConfig(**meta["model"])
-    else:
-        config = GPTConfig(block_size=described["n_positions"], vocab_size=described["vocab_size"],
-                           n_layer=described["n_layer"], n_head=described["n_head"],
-                           n_embd=described["n_embd"])
+    vocab_size: grows the vocabulary to this, for special tokens that the model has never seen."""
+    config, meta = read_config(Path(run) / "config.json")
+    path = Path(run) / "model.safetensors"
+    tensors = read_tensors(path)
+    find_tensor(tensors, "transformer.wte.weight", (config.vocab_size, config.n_embd), path)
+    layers = {name.split(".")[1] for name in tensors if name.startswith("h.")}
+    if len(layers) != config.n_layer:
+        raise SystemExit(f"{path} has {len(layers)} layers; config.json asks for {config.n_layer}; "
+                         "take both files from one checkpoint")
     model = GPT(replace(config, vocab_size=max(config.vocab_size, vocab_size or 0)))
-    load_weights(run / "model.safetensors", model, file_vocab=config.vocab_size)
+    load_weights(path, model, tensors, file_vocab=config.vocab_size)
     return model.use(device), {"run": str(run), **meta}
 
 # ---- Fast attention: kernels (q, k, v, window, scale) → y, all (B, T, NH, HS). Unlike sdpa's mask,
@@ -578,12 +650,13 @@ def varlen_attention(q, k, v, window, scale):
     return y.view(q.shape)
 
 def first_line(problem):
+    """What an error says, short enough for a line of the log."""
     return (str(problem).strip() or repr(problem)).splitlines()[0][:90]
 
 @functools.cache
 def find_kernel(device, kernels=(flash_attention_3, varlen_attention)):
-    """The first kernel that agrees with sdpa on this device, forward and backward, or sdpa itself.
-    Returns it and a line for the log that says why."""
+    """The first kernel that agrees with sdpa on this device, forward and backward, or sdpa itself;
+    and a line for the log that says why."""
     generator = torch.Generator(device).manual_seed(0)
     inputs = torch.randn(3, 2, 256, 2, 128, device=device, generator=generator)
     inputs = inputs.bfloat16().requires_grad_().unbind()
@@ -603,8 +676,7 @@ def find_kernel(device, kernels=(flash_attention_3, varlen_attention)):
         tried.append(f"{kernel.__name__}: differs from sdpa by {error:.1%}")
         if error < 0.02:                # bf16 rounds to 0.4 %
             return kernel, "; ".join(tried)
-    tried.append("sdpa is used")
-    return sdpa, "; ".join(tried)
+    return sdpa, "; ".join([*tried, "sdpa is used"])
 
 # ---- Fast matmuls: 8 bits ------------------------------------------------------------------------
 
@@ -624,7 +696,6 @@ class Fp8Matmul(torch.autograd.Function):
     x (M, K), W (N, K); M, K and N are multiples of 16. e4m3 has 3 bits of mantissa; gradients need
     the range of e5m2. Backward keeps the 8-bit x, which takes half of bf16's memory.
     """
-
     @staticmethod
     def forward(ctx, x, weight):
         x8 = to_fp8(x, torch.float8_e4m3fn)
@@ -643,20 +714,17 @@ class Fp8Matmul(torch.autograd.Function):
 
 # ---- torch.compile, and the loss in chunks -------------------------------------------------------
 
-def leave_eager(function):
-    return function
-
 @functools.cache
 def find_compiler(device):
     """torch.compile where it works, which takes a GPU, Triton and a C compiler; elsewhere a
-    function that changes nothing. Returns it and a line for the log that says why."""
+    function that changes nothing; and a line for the log that says why."""
     if "cuda" not in device:
-        return leave_eager, "eager: on a CPU compiling takes longer than it saves"
+        return lambda f: f, "eager: on a CPU compiling takes longer than it saves"
     compiler = functools.partial(torch.compile, dynamic=False)
     try:
         compiler(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as problem:        # an old GPU, no Triton, no C compiler: train without
-        return leave_eager, f"eager: torch.compile fails here: {first_line(problem)}"
+        return lambda f: f, f"eager: torch.compile fails here: {first_line(problem)}"
     return compiler, "torch.compile; TORCH_COMPILE_DISABLE=1 switches it off"
 
 @functools.cache
@@ -667,7 +735,7 @@ def compiled(function, device):
 CHUNK_LOGITS = {"cuda": 2 ** 27, "cpu": 2 ** 20}    # bf16: 256 MB; fp32: 4 MB, a CPU's cache
 
 def chunk_rows(x, V):
-    """Tokens whose logits exist at a time; below 256, matmuls would wait for the head's weights."""
+    """Tokens with logits in memory at a time; below 256, reading the weights would dominate."""
     return max(256, CHUNK_LOGITS[x.device.type] // V)
 
 def loss_and_gradient(z, target, share, s):
@@ -700,7 +768,6 @@ class CrossEntropy(torch.autograd.Function):
         z = W x    y = s tanh(z / s)    loss = ln Σ exp(y) - y[target]
         dz = (softmax(y) - onehot(target)) (1 - (y/s)²) / count    dx = Wᵀ dz    dW = dz xᵀ
     """
-
     @staticmethod
     def forward(ctx, x, weight, targets, config):
         V, s = config.vocab_size, config.softcap

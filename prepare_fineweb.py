@@ -50,9 +50,11 @@ import importlib
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import unicodedata
@@ -64,10 +66,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import corpus
 import filters
-import shards
-from crawl import Extractor, crawl, parse_record, read_warc
+from crawl import Extractor, crawl, parse_record
 from download import fetch, find_files, one_line_when_full, whole_file
+from warc import read_warc
 
 FILE_BYTES = 256 << 20    # text in one documents file, which is sorted in memory
 MAX_FILES = 512           # open at once; more than 128 GB of text makes the files larger
@@ -98,16 +101,10 @@ def steps_of_a_page(settings, extract_text):
             ("fineweb_quality", filters.fineweb_quality)]
 
 def filter_page(page, steps, annotate, funnel):
-    """Send a page through steps, [(name, function)]; returns it, or None if one dropped it.
-
-    A step that raises drops its page, because one odd page must not end a run.
-    """
+    """Send a page through steps, [(name, function)]; returns it, or None if one dropped it."""
     for name, step in steps:
         started = time.perf_counter()
-        try:
-            kept, reason = step(page)
-        except Exception as error:
-            kept, reason = None, f"error_{type(error).__name__}"
+        kept, reason = guarded(step, page)
         if annotate and name in QUALITY:
             kept = page
             if reason:
@@ -117,6 +114,22 @@ def filter_page(page, steps, annotate, funnel):
             return None
         page = kept
     return page
+
+def guarded(function, *arguments):
+    """function(…) → (page or None, reason or None); an exception becomes a reason to drop the page.
+
+    Everything that is done with a single record goes through here, because one odd record must not
+    end a run. Lone surrogates, which no encoding can write, are replaced in the text.
+    """
+    try:
+        page, reason = function(*arguments)
+        if page and "text" in page:
+            text = page["text"].encode("utf-8", "replace").decode()
+            if text != page["text"]:
+                page = page | {"text": text}
+    except Exception as error:
+        return None, f"error_{type(error).__name__}"
+    return page, reason
 
 class Funnel:
     """What index.json says of the steps: how many pages each took, kept, dropped and noted, and why.
@@ -164,14 +177,25 @@ class Funnel:
 # ---- Tasks: one input file → one file of pages ---------------------------------------------------
 
 def read_pages(path, is_filtered):
-    """Yield (page, None) or (None, reason) for all that an input file holds."""
+    """Yield (page, None) or (None, reason) for every record or row of an input file."""
     if is_filtered:
         for record, reason in read_warc(path):
-            yield parse_record(*record) if record else (None, reason)
+            if record:
+                yield guarded(parse_record, *record)
+            else:
+                yield None, reason
         return
-    for i, row in enumerate(shards.read_documents(path)):
-        text = row["text"].encode("utf-8", "replace").decode()  # no lone surrogates
-        yield {"id": f"{path.name}/{i}", "url": ""} | row | {"text": text}, None
+    for i, (row, reason) in enumerate(corpus.read_rows(path)):
+        if row:
+            yield guarded(page_of_row, f"{path.name}/{i}", row)
+        else:
+            yield None, reason
+
+def page_of_row(name, row):
+    """A row of a documents file → (page, None); raises if it cannot be written as JSON."""
+    page = {"id": name, "url": ""} | row
+    json_line(page)
+    return page, None
 
 @contextlib.contextmanager
 def gzip_file(path, level=6):
@@ -180,8 +204,12 @@ def gzip_file(path, level=6):
         yield zipped
 
 def json_line(row):
-    """A row of a .jsonl file as bytes."""
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    """A row of a .jsonl as bytes, in which "?" stands for lone surrogates; ValueError for NaN."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
+
+def write_json(path, value):
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
 
 def run_task(file, stem, settings, mirror):
     """One input file → stem.jsonl.gz (its pages), stem.npy (MinHash), stem.json (counts, samples).
@@ -215,7 +243,7 @@ def run_task(file, stem, settings, mirror):
             started = time.perf_counter()
         with whole_file(f"{stem}.npy") as keys_file:
             np.save(keys_file, np.array(keys, dtype=np.uint64).reshape(-1, BUCKETS).T.copy())
-        shards.write_json(f"{stem}.json", vars(funnel))
+        write_json(f"{stem}.json", vars(funnel))
         if not is_local:
             path.unlink()  # before the pages get their name, so that no download is left over
 
@@ -229,10 +257,23 @@ def match_probability(jaccard):
     return 1 - (1 - jaccard ** HASHES) ** BUCKETS
 
 def simplify(text):
-    """The words of a text without case, accents, digits and punctuation."""
-    text = unicodedata.normalize("NFD", re.sub(r"\d+", "0", text.lower()))
-    text = "".join(c for c in text if not unicodedata.combining(c))
+    """The words of a text without case, accents and punctuation; every number is 0."""
+    text = re.sub(r"\d+([.,،٫⎖⎗⎘]\d+)?", "0", text.lower()).translate(WITHOUT_ACCENTS)
     return re.sub(r"[^\w\s]|_", " ", text).split()
+
+class WithoutAccents(dict):
+    """For str.translate: a character → itself without combining marks.
+
+    Characters are decomposed (NFD) one by one, because to decompose a text puts its marks into
+    order, which takes quadratic time for a long run of them.
+    """
+
+    def __missing__(self, code):
+        decomposed = unicodedata.normalize("NFD", chr(code))
+        self[code] = "".join(c for c in decomposed if not unicodedata.combining(c))
+        return self[code]
+
+WITHOUT_ACCENTS = WithoutAccents()
 
 def shingles(text):
     """uint64 hashes of the different 5-word runs of a text, in no particular order.
@@ -269,7 +310,7 @@ def find_pairs(key_files, bucket, part, n_parts):
     keys, documents = [], []
     n_before = 0
     for path in key_files:
-        row = np.load(path, mmap_mode="r")[bucket]
+        row = load_keys(path)[bucket]
         its_part = (row >> np.uint64(32)) * n_parts >> np.uint64(32)  # by the upper 32 bits
         here = np.flatnonzero(its_part == part)
         keys.append(row[here])
@@ -281,6 +322,17 @@ def find_pairs(key_files, bucket, part, n_parts):
     documents = np.concatenate(documents)[order]
     same = keys[1:] == keys[:-1]
     return np.stack([documents[:-1][same], documents[1:][same]], axis=1)
+
+def load_keys(path):
+    """A task's MinHash keys: uint64 [BUCKETS, documents], which stay on the disk until used."""
+    try:
+        keys = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        keys = None
+    if keys is None or keys.dtype != np.uint64 or keys.ndim != 2 or len(keys) != BUCKETS:
+        raise SystemExit(f"{path} is damaged; remove {path.with_suffix('')}.* and repeat the "
+                         "command")
+    return keys
 
 def find_originals(n_documents, pairs):
     """Arrays of pairs → int64 [documents]: the first document of each one's cluster (union-find).
@@ -305,7 +357,7 @@ def find_originals(n_documents, pairs):
 def near_duplicates(stems, args):
     """For each page of all tasks the first one of its cluster; [] if there are no MinHash keys."""
     key_files = [Path(f"{stem}.npy") for stem in stems]
-    n_documents = sum(np.load(path, mmap_mode="r").shape[1] for path in key_files)
+    n_documents = sum(load_keys(path).shape[1] for path in key_files)
     if not n_documents:
         return []
     n_parts = 1 + n_documents // SORTED_AT_ONCE
@@ -316,7 +368,7 @@ def near_duplicates(stems, args):
 
 def unique_pages(stems, originals, settings, funnel):
     """Yield the pages of all tasks that are the first of their cluster, without personal data."""
-    pages = (page for stem in stems for page in shards.read_documents(Path(f"{stem}.jsonl.gz")))
+    pages = (page for stem in stems for page in corpus.read_documents(Path(f"{stem}.jsonl.gz")))
     steps = [("pii", filters.pii)] if settings["is_filtered"] else []
     for i, page in enumerate(tqdm(pages, desc="documents", unit="doc")):
         if len(originals) and originals[i] != i:
@@ -409,14 +461,20 @@ KILLED = ("a worker was killed, most likely for want of memory; finished files a
 def in_processes(function, tasks, args):
     """Yield the outcome of each task from a pool of processes."""
     n_workers = max(1, min(args.workers, len(tasks)))
-    with ProcessPoolExecutor(n_workers, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(n_workers, initializer=prepare_worker) as pool:
         try:
             yield from pool.map(functools.partial(outcome, function), *zip(*tasks))
         except BrokenProcessPool:
             raise SystemExit(KILLED) from None
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.kill()  # the pool would wait for the end of its task
+            raise
 
-def end_with_parent():
-    """Ask the kernel to kill this worker when its parent dies, so that it does not write on."""
+def prepare_worker():
+    """Let Ctrl-C and the death of the parent end this worker at once and without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: man 2 prctl
 
@@ -463,7 +521,7 @@ def inspect_pages(files, stems, settings, args):
     --inspect N shows up to N pages for every way that pages ended, --inspect TEXT the pages whose
     URL contains TEXT.
     """
-    from report import Trace, write_inspection
+    import report
 
     urls = urls_to_inspect(args)
     steps_after = [("near_duplicates", mark_near_duplicates(stems, args)), ("pii", filters.pii)]
@@ -471,10 +529,10 @@ def inspect_pages(files, stems, settings, args):
     with contextlib.closing(Extractor(settings["extractor"])) as extract_text:
         steps = steps_of_a_page(settings, extract_text) + steps_after
         for page in itertools.islice(pages_to_inspect(files, args.inspect, urls), MAX_INSPECTED):
-            trace = Trace(page, [name for name, _ in steps])
+            trace = report.Trace(page, [name for name, _ in steps])
             filter_page(page, steps, settings["quality"] == "annotate", trace)
             traces.append(trace)
-    write_inspection(args.out / "inspect.html", traces)
+    report.write_inspection(args.out / "inspect.html", traces)
     print(f"{args.out}/inspect.html shows what each step did to {len(traces)} pages")
 
 def urls_to_inspect(args):
@@ -483,9 +541,9 @@ def urls_to_inspect(args):
     if not args.inspect.isdigit():
         return None
     n_each = int(args.inspect)
-    index = shards.read_index(args.out)
+    index = corpus.read_index(args.out)
     kept = itertools.chain.from_iterable(
-        shards.read_documents(args.out / file["file"]) for file in index["documents"])
+        corpus.read_documents(args.out / file["file"]) for file in index["documents"])
     urls = {row["url"] for row in itertools.islice(kept, n_each)}
     for samples in index["samples"].values():
         urls.update(sample["url"] for sample in samples[:n_each])
@@ -500,14 +558,14 @@ def pages_to_inspect(files, text, urls):
             url = record[0].get("warc-target-uri", "")
             is_wanted = text in url if urls is None else url in urls
             if is_wanted:
-                page, _ = parse_record(*record)
+                page, _ = guarded(parse_record, *record)
                 if page:
                     yield page | {"file": file.name}
 
 def mark_near_duplicates(stems, args):
     """The step near_duplicates for a single page; its reason names the page that is kept."""
     passed = [(page["file"], page["id"], page["url"]) for stem in stems
-              for page in shards.read_documents(Path(f"{stem}.jsonl.gz"))]
+              for page in corpus.read_documents(Path(f"{stem}.jsonl.gz"))]
     twins = {}
     for i, first in enumerate(near_duplicates(stems, args)):
         if i != first:
@@ -564,25 +622,26 @@ def choose_settings(args, files):
                 "blocklist": {str(folder): folder_fingerprint(folder) for folder in args.blocklist}}
     path = args.out / "settings.json"
     if path.exists():
-        shards.refuse_changes(json.loads(path.read_bytes()), settings, args.out,
+        corpus.refuse_changes(corpus.read_json(path), settings, args.out,
                               remedy=f"remove {args.out} or choose another --out")
-    shards.write_json(path, settings)
+    write_json(path, settings)
     return settings
 
 def make_documents(args):
-    """From the source to OUT/documents and OUT/index.json; finished parts are kept."""
+    """From the source to OUT/documents and OUT/index.json; finished parts are kept.
+
+    If the source is a data set of token shards, it is only downloaded, and their paths are returned.
+    """
     out = args.out
     if args.dataset:
         files = find_files(args.dataset, args.num_shards, out / "downloads", args.mirror)
         names = [file["name"] for file in files]
         if names[0].endswith(".bin"):
-            paths = [fetch(file, args.dataset, out, args.mirror) for file in files]
-            shards.adopt(out, paths, args.tokenizer or "gpt2")
-            return
+            return [fetch(file, args.dataset, out, args.mirror) for file in files]
     else:
         files = [Path(path) for path in args.inputs]
     settings = choose_settings(args, files)
-    index = shards.read_index(out)
+    index = corpus.read_index(out)
     is_finished = index and all((out / file["file"]).exists() for file in index["documents"])
     if args.source == "crawl":
         if is_finished:
@@ -601,6 +660,7 @@ def make_documents(args):
     if not any(file["documents"] for file in index["documents"] if file["split"] == "train"):
         raise SystemExit(f"{out} has no document left for training; see why in {out}/index.json, "
                          "then give more input or --quality annotate")
+    return []
 
 def filter_and_gather(files, stems, settings, args):
     """Run all tasks, then join their pages: writes OUT/documents and OUT/index.json."""
@@ -613,7 +673,7 @@ def filter_and_gather(files, stems, settings, args):
         pass
     funnel = Funnel()
     for stem in stems:
-        funnel.add(json.loads(Path(f"{stem}.json").read_bytes()))
+        funnel.add(corpus.read_json(Path(f"{stem}.json")))
     started = time.perf_counter()
     originals = near_duplicates(stems, args)
     funnel.rows["near_duplicates"]["seconds"] += time.perf_counter() - started
@@ -627,7 +687,7 @@ def filter_and_gather(files, stems, settings, args):
             rows.append({"step": step} | row | {"docs_per_s": speed})
     index = {"format": "deepdive data", "version": 1, "settings": settings, "tokenizer": None,
              "shards": [], "documents": documents, "funnel": rows, "samples": funnel.samples}
-    shards.write_json(args.out / "index.json", index)
+    write_json(args.out / "index.json", index)
     return index
 
 def check_flags(args):
@@ -662,7 +722,6 @@ def check_flags(args):
     for flag in ("max_pages", "num_shards", "workers"):
         if getattr(args, flag) < 1:
             raise SystemExit(f"--{flag} must be at least 1, got {getattr(args, flag)}")
-    shards.check_sizes(args.shard_tokens, args.row_tokens)
 
 def main():
     parser = argparse.ArgumentParser(
@@ -691,7 +750,9 @@ def main():
     add("--row_tokens", type=int, default=0,
         help="pack train shards into rows of so many tokens that begin with a document (0: no)")
     args = parser.parse_intermixed_args()
+    import shards  # here, because the filters do not need tiktoken
     check_flags(args)
+    shards.check_sizes(args.shard_tokens, args.row_tokens)
     args.out = Path(os.path.normpath(args.out))
     args.dataset = None  # what download.py is asked for
     if args.source == "commoncrawl":
@@ -700,13 +761,18 @@ def main():
         args.dataset = args.source
     started = time.perf_counter()
     with one_line_when_full():
-        if args.source:
-            make_documents(args)
-        is_ready = shards.read_index(args.out).get("documents") == []  # a data set of shards
-        if args.tokenizer and not is_ready:
+        ready_shards = make_documents(args) if args.source else []
+        if ready_shards:
+            shards.adopt(args.out, ready_shards, args.tokenizer or "gpt2")
+        # an empty list of documents means that the shards came ready
+        elif args.tokenizer and corpus.read_index(args.out).get("documents") != []:
             shards.tokenize(args.out, args.tokenizer, args.shard_tokens, args.row_tokens)
-    shards.print_funnel(shards.read_index(args.out))
+    corpus.print_funnel(corpus.read_index(args.out))
     print(f"{args.out}/index.json is complete after {time.perf_counter() - started:.1f} s")
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; finished files are kept; repeat the command to continue", file=sys.stderr)
+        raise SystemExit(130) from None

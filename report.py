@@ -16,6 +16,7 @@ import argparse
 import difflib
 import itertools
 import math
+import multiprocessing
 import re
 import sys
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from datetime import timedelta
 from html import escape
 from pathlib import Path
 
-from eval import STAGES, figures, read_json
+from eval import STAGES, cannot_write, figures, printable, read_json, reason
 from training import read_log
 
 # ---- What runs left on disk ----------------------------------------------------------------------
@@ -35,9 +36,9 @@ class Run:
         self.path = Path(path)
         if not self.path.is_dir():
             raise SystemExit(f"{path} is not a run's folder; name the --out of a training")
-        self.log = read_log(path)
-        self.results = read_json(self.path / "eval.json")
-        self.config = read_json(self.path / "config.json")
+        self.log = read_checked_log(self.path)
+        self.results = read_checked(self.path / "eval.json", {ANY: RESULT})
+        self.config = read_checked(self.path / "config.json", CONFIG)
         self.stage = STAGES.get(self.stage_name(), self.stage_name())
         self.header = {}
         for row in self.rows("header"):
@@ -61,7 +62,7 @@ class Run:
     def points(self, key, *also):
         """[(step, value)] of the rows that have these keys, where the value is a finite number."""
         return [(row["step"], row[key]) for row in self.rows("step", key, *also)
-                if isinstance(row[key], (int, float)) and math.isfinite(row[key])]
+                if is_finite(row[key])]
 
     def held_out(self):
         """{kind: [(step, accuracy)]} of RL's held-out problems."""
@@ -69,6 +70,89 @@ class Run:
         for row in self.rows("step", "kind", "accuracy"):
             points.setdefault(row["kind"], []).append((row["step"], row["accuracy"]))
         return points
+
+# ---- What these files must look like -------------------------------------------------------------
+
+def is_text(value):
+    return isinstance(value, str)
+
+def is_number(value):
+    """A float may be NaN or infinite; an int must be one that a float can hold."""
+    return isinstance(value, float) or is_finite(value)
+
+def is_finite(value):
+    return type(value) in (int, float) and abs(value) < 1e18
+
+def is_price(value):
+    return value is None or is_finite(value)
+
+def is_size(value):
+    return type(value) is int and 1 < value < 2 ** 31
+
+ANY = ""        # as a key: every key
+FUNNEL_ROW = {"step": is_text, "in": is_finite, "kept": is_finite, "bytes?": is_finite,
+              "docs_per_s?": is_finite, "seconds?": is_finite, "dropped?": {ANY: is_finite},
+              "flagged?": {ANY: is_finite}}
+CONFIG = {"vocab_size?": is_size, "deepdive?": {"stage?": is_text}}
+RESULT = {"left_out?": [is_text], "arguments?": {}, "kinds?": {ANY: {"accuracy": is_finite}},
+          "tasks?": {ANY: {}}}
+LOG_ROW = {"step?": is_finite, "seconds?": is_finite, "loss?": is_number, "val_loss?": is_number,
+           "val_bpb?": is_number, "gzip?": is_finite, "xz?": is_finite, "reward?": is_number,
+           "reply_tokens?": is_number, "usd?": is_finite, "sample?": is_text, "kind?": is_text,
+           "when?": is_text, "header?": {"flags?": {"gpu_hour_usd?": is_price}},
+           "accuracy?": is_finite}
+SFT_ROW = {**LOG_ROW, "accuracy?": {ANY: is_finite}}
+
+def misfit(value, shape, place="the file"):
+    """The place where a JSON value does not have a shape; None if it has. A shape is a test of the
+    value; [shape], a list; or {key: shape}, where a "key?" may be missing."""
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return place
+        inside = [(f"{place}[{i}]", item, shape[0]) for i, item in enumerate(value)]
+    elif isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return place
+        inside = []
+        for key, inner in shape.items():
+            name = key.removesuffix("?")
+            if key == ANY:
+                inside += [(f"{place}, {name}", item, inner) for name, item in value.items()]
+            elif name in value:
+                inside.append((f"{place}, {name}", value[name], inner))
+            elif key == name:
+                return f"{place}, {name}"
+    else:
+        return None if shape(value) else place
+    for inner_place, item, inner in inside:
+        found = misfit(item, inner, inner_place)
+        if found:
+            return found
+    return None
+
+def read_checked(path, shape):
+    """A JSON object of this shape; {} if there is no file."""
+    value = read_json(path)
+    place = misfit(value, shape)
+    if place:
+        raise SystemExit(f"{path} is damaged: {printable(place)}, is missing or of a wrong type; "
+                         "delete the file, or make it again")
+    return value
+
+def read_checked_log(run):
+    """The rows of <run>/log.jsonl."""
+    path = run / "log.jsonl"
+    try:
+        rows = read_log(run)
+    except (OSError, ValueError, RecursionError) as error:
+        raise SystemExit(f"{path} is damaged: {reason(error)}; remove the broken line") from None
+    for number, row in enumerate(rows, 1):
+        is_sft = isinstance(row, dict) and "when" in row
+        place = misfit(row, SFT_ROW if is_sft else LOG_ROW, f"row {number}")
+        if place:
+            raise SystemExit(f"{path} is damaged: {printable(place)}, is missing or of a wrong "
+                             "type; remove the row")
+    return rows
 
 # ---- The demo's verdicts -------------------------------------------------------------------------
 
@@ -82,9 +166,10 @@ def eval_accuracies(runs):
         for name, result in run.results.items():
             if "kinds" not in result:
                 continue
-            asked = result["arguments"]
-            source = (f"eval.json: {result['n']} of {Path(name).name} (hash {asked['files']}), "
-                      f"replies of {asked['max_new_tokens']} tokens at most")
+            asked = result.get("arguments", {})
+            source = (f"eval.json: {result.get('n')} of {Path(name).name} (hash "
+                      f"{asked.get('files')}), replies of {asked.get('max_new_tokens')} tokens at "
+                      "most")
             shares = {kind: task["accuracy"] for kind, task in result["kinds"].items()}
             sources.setdefault(source, {})[run.stage] = shares
     return sources
@@ -152,7 +237,8 @@ def print_summary(runs, funnel, strict):
     """Prints the verdicts; returns the exit status, which is 1 only if a strict one falls short."""
     if funnel:
         last = funnel[-1]
-        print(f"data: {last['kept']} documents, {last['bytes'] / 1e6:.2f} MB of text")
+        megabytes = last.get("bytes", 0) / 1e6
+        print(f"data: {last['kept']} documents, {megabytes:.2f} MB of text")
     judged = verdicts(runs)
     for verdict, claim, text in judged:
         print(f"{verdict:10s} | {claim:32s} | {text}")
@@ -160,6 +246,12 @@ def print_summary(runs, funnel, strict):
     return 1 if strict and fall_short else 0
 
 # ---- Curves: SVG, for the report and for a file of its own ---------------------------------------
+
+NOT_XML = re.compile("[^\\t\\n\\x20-\\x7e\\xa0-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
+
+def shown(text):
+    """A text from a run → HTML and XML: escaped, with U+FFFD for what neither can hold."""
+    return escape(NOT_XML.sub("\ufffd", str(text)))
 
 def ticks(low, high, most):
     """Round numbers between low and high: 0, 9.3, 5 → 0, 2, 4, 6, 8."""
@@ -208,7 +300,7 @@ def plot(lines, levels, W, H):
     for x in ticks(X.low, X.high, W // 80):
         svg.append(f"<text x='{X(x)}' y='{H - 10}' class='mid'>{x:.6g}</text>")
     for i, (name, y) in enumerate(levels.items()):
-        svg.append(f"<text x='{right - 2 - 110 * i}' y='{Y(y) - 4}' class='end'>{escape(name)} "
+        svg.append(f"<text x='{right - 2 - 110 * i}' y='{Y(y) - 4}' class='end'>{shown(name)} "
                    f"{y:.4g}</text><path class='level' d='M{left} {Y(y)}H{right}'/>")
     for i, points in enumerate(lines.values()):
         points = thinned(points)
@@ -223,9 +315,9 @@ def curve(title, lines, levels={}, W=640, H=240):
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return ""
-    names = " ".join(f"<span class=c{i % 4}>● {escape(name)}</span>"
+    names = " ".join(f"<span class=c{i % 4}>● {shown(name)}</span>"
                      for i, name in enumerate(lines))
-    return (f"<figure><figcaption>{escape(title)}, by step: {names}</figcaption>"
+    return (f"<figure><figcaption>{shown(title)}, by step: {names}</figcaption>"
             f"<svg viewBox='0 0 {W} {H}'>{plot(lines, levels, W, H)}</svg></figure>")
 
 def ln_vocab(run):
@@ -252,10 +344,10 @@ def story_panels(runs):
 def panel(title, lines, levels, W, H):
     """A title, a legend and a plot → SVG elements in W x H pixels."""
     lines = {name: points for name, points in lines.items() if points}
-    svg = [f"<text x='20' y='30' class='title'>{escape(title)}</text>"]
+    svg = [f"<text x='20' y='30' class='title'>{shown(title)}</text>"]
     x = 20
     for i, name in enumerate(lines):
-        svg.append(f"<text x='{x}' y='52' class='c{i % 4}'>● {escape(name)}</text>")
+        svg.append(f"<text x='{x}' y='52' class='c{i % 4}'>● {shown(name)}</text>")
         x += 30 + 7 * len(name)     # a letter is about 7 pixels wide
     svg.append(f"<g transform='translate(0 60)'>{plot(lines, levels, W, H - 84)}</g>")
     svg.append(f"<text x='{W // 2 + 20}' y='{H - 14}' class='mid'>training step</text>")
@@ -302,8 +394,8 @@ svg { width: 100%; font-size: 12px }
 
 def table(head, rows):
     """Column names and rows of anything → HTML; every cell is escaped."""
-    lines = ["".join(f"<th>{escape(str(cell))}</th>" for cell in head)]
-    lines += ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
+    lines = ["".join(f"<th>{shown(cell)}</th>" for cell in head)]
+    lines += ["".join(f"<td>{shown(cell)}</td>" for cell in row) for row in rows]
     return "<div class=wide><table><tr>" + "</tr>\n<tr>".join(lines) + "</tr></table></div>"
 
 def section(name, title, parts):
@@ -311,7 +403,7 @@ def section(name, title, parts):
     body = "\n".join(part for part in parts if part)
     if not body:
         body = "<p>Nothing of this is recorded here.</p>"
-    return f"<section id={name}>\n<h2>{escape(title)}</h2>\n{body}\n</section>"
+    return f"<section id={name}>\n<h2>{shown(title)}</h2>\n{body}\n</section>"
 
 def loss_curves(runs):
     """RL's runs have no curve here, because on fresh samples the loss says nothing, see rl_grpo.py.
@@ -421,7 +513,7 @@ def runs_table(runs):
 
 def write_report(runs, funnel, out):
     """Writes one HTML file: no script, no image, no font, nothing to load."""
-    title = escape("deepdive: " + ", ".join(run.path.name for run in runs))
+    title = shown("deepdive: " + ", ".join(run.path.name for run in runs))
     promises = table(("", "claim", "figures"), verdicts(runs))
     sections = [
         section("verdicts", "The demo's promises", [promises]),
@@ -442,9 +534,12 @@ def write_report(runs, funnel, out):
 def write_whole(out, text):
     """Writes under another name, then renames: the file is there whole or not at all."""
     part = Path(f"{out}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(text, encoding="utf-8", errors="replace")
-    part.replace(out)
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(out)
+    except OSError as error:
+        raise cannot_write(out, error) from None
     print(f"{out}: {len(text) / 1e3:.0f} kB, open it in a browser")
 
 # ---- The filters' page: what each step did to some pages ------------------------------------------
@@ -480,6 +575,8 @@ class Trace:
         else:
             self.page = after
 
+SHOW_SECONDS = 20  # for one page, whose steps are not shown if it takes longer
+
 def write_inspection(path, traces):
     """Traces → one HTML file with a chapter for every ending, the pages that were kept first."""
     chapters = {}
@@ -491,10 +588,27 @@ def write_inspection(path, traces):
     parts = [f"{INSPECTION_HEAD}<ul>{contents}</ul>"]
     for i, ending in enumerate(endings):
         parts.append(f"<h1 id='{i}'>{escape(ending)}</h1>")
-        parts += map(html_of_a_page, chapters[ending])
+        for trace in chapters[ending]:
+            parts.append(within(SHOW_SECONDS, html_of_a_page, trace)
+                         or f"<h2>{escape(trace.page['url'])}</h2>It is too large to be shown.")
     part = Path(f"{path}.part")
     part.write_text("".join(parts), encoding="utf-8", errors="replace")
     part.replace(path)
+
+def within(seconds, function, argument):
+    """function(argument), a str, from a forked process; None if that fails or takes longer."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    child = fork.Process(target=lambda: theirs.send(function(argument)), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(seconds) else None
+    except EOFError:
+        return None
+    finally:
+        child.kill()
+        child.join()
 
 def html_of_a_page(trace):
     """One page: its HTML, a list of the steps, and the text that the last one left."""
@@ -551,8 +665,8 @@ def html_extraction(source, text):
         return key in lines or (len(key) > 20 and key in whole)
 
     out = []
-    blocks = [block.text for block in blocks_of(source, HIDDEN)]
-    for kept, run in itertools.groupby(blocks, is_kept):
+    visible = (block.text for block in blocks_of(source, HIDDEN))
+    for kept, run in itertools.groupby(visible, is_kept):
         run = map(escape, run)
         if kept:
             out.append("\n".join(run))
@@ -579,7 +693,8 @@ def main():
     runs = [Run(path) for path in args.runs]
     funnel = []
     if args.data:
-        funnel = read_json(Path(args.data, "index.json")).get("funnel", [])
+        index = read_checked(Path(args.data, "index.json"), {"funnel?": [FUNNEL_ROW]})
+        funnel = index.get("funnel", [])
     if command == "summary":
         raise SystemExit(print_summary(runs, funnel, args.strict))
     if args.svg:
@@ -588,4 +703,8 @@ def main():
         write_report(runs, funnel, args.out or runs[-1].path / "report.html")
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -2,6 +2,7 @@
 
     python shards.py --data data/demo --tokenizer gpt2
     python shards.py --data data/demo --tokenizer data/demo/tokenizer --row_tokens 1024
+    python shards.py --data data/demo --check
 
 in:  DATA/documents/{train,val}_00000.jsonl.gz … and DATA/index.json, from prepare_fineweb.py
 out: DATA/NAME_val_000000.bin, DATA/NAME_train_000001.bin …  256 int32 (magic 20240520, version 1
@@ -20,24 +21,23 @@ Differs from llm.c's shards: a shard ends with the end of a document or of a row
 """
 import argparse
 import bisect
-import gzip
 import hashlib
 import itertools
 import json
+import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from bpe import Tokenizer
+from corpus import print_funnel, read_documents, read_index, refuse_changes
 from download import one_line_when_full, whole_file
 
 MAGIC = 20240520          # the first int32 of a shard
 DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # version of a shard: type of its tokens
 WAITING = 1000            # documents from which pack_rows chooses the one that fits best
-COLUMNS = ("text", "id", "url", "date", "dump", "language", "language_score")  # used of a .parquet
 
 # ---- Documents → shards --------------------------------------------------------------------------
 
@@ -202,9 +202,7 @@ def adopt(out, paths, name):
     for path in tqdm(paths, "check", unit="shard"):
         data = path.read_bytes()
         tokens = parse_bin(data, path)
-        if len(tokens) and tokens.max() >= tokenizer.n_vocab:
-            raise SystemExit(f"{path} has token {tokens.max()}, but the tokenizer {name} has only "
-                             f"{tokenizer.n_vocab}; give the one that made it as --tokenizer")
+        check_tokens(path, tokens, tokenizer)
         split = "val" if "_val_" in path.name else "train"
         shards.append({"file": path.name, "split": split, "tokens": len(tokens),
                        "documents": int((tokens == tokenizer.eot).sum()),
@@ -224,95 +222,46 @@ def parse_bin(data, path):
                          "number of tokens; remove it and repeat the command")
     return np.frombuffer(data, dtype, offset=1024)
 
-# ---- index.json ----------------------------------------------------------------------------------
+# ---- Do tokenizer and shards belong together? ----------------------------------------------------
 
-def read_index(out):
-    """index.json of a folder; {} if there is none."""
-    path = out / "index.json"
-    if not path.exists():
-        return {}
-    index = json.loads(path.read_bytes())
-    if (index.get("format"), index.get("version")) != ("deepdive data", 1):
-        raise SystemExit(f"{path} has format {index.get('format')} version {index.get('version')}, "
-                         f"not deepdive data version 1; remove {out} and prepare the data again")
-    return index
+def check_data(out):
+    """Stop if a shard in OUT is damaged, or if OUT/tokenizer is not the one that made the shards.
+
+    A tokenizer that was trained again gives other meanings to the same ids: a model that is trained
+    on them learns nonsense, and no error tells. Reads every shard once.
+    """
+    index = read_index(out)
+    made_by = index.get("tokenizer")
+    if not isinstance(made_by, dict) or not index["shards"]:
+        raise SystemExit(f"{out}/index.json lists no shards; make some with python shards.py "
+                         f"--data {out} --tokenizer DIR")
+    tokenizer = Tokenizer.load(out / "tokenizer")
+    if made_by.get("sha256") != tokenizer.sha256:
+        raise SystemExit(f"{out}/tokenizer is not the tokenizer that made the shards; put that one "
+                         f"there, or remove {out}/index.json and prepare the data again")
+    for shard in tqdm(index["shards"], "check", unit="shard"):
+        path = out / shard["file"]
+        data = path.read_bytes() if path.exists() else b""
+        if sha256(data) != shard["sha256"]:
+            raise SystemExit(f"{path} is missing or damaged; python shards.py --data {out} "
+                             f"--tokenizer {out}/tokenizer makes it again")
+        check_tokens(path, parse_bin(data, path), tokenizer)
+
+def check_tokens(path, tokens, tokenizer):
+    """Stop if the tokens of a shard cannot be those of a tokenizer."""
+    if len(tokens) and tokens.max() >= tokenizer.n_vocab:
+        raise SystemExit(f"{path} has token {tokens.max()}, but tokenizer {tokenizer.name} has only "
+                         f"{tokenizer.n_vocab}; give the tokenizer that made it")
+    if len(tokens) and tokenizer.eot not in tokens:
+        raise SystemExit(f"{path} has no end-of-text token {tokenizer.eot} of tokenizer "
+                         f"{tokenizer.name}; give the tokenizer that made it")
 
 def write_json(path, value):
     with whole_file(path) as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
-
-def refuse_changes(before, now, out, remedy):
-    """Stop if a folder was made with other settings than this run has."""
-    for key in now:
-        if before.get(key) != now[key]:
-            raise SystemExit(f"{out} was made with {key} {before.get(key)}, but this run has "
-                             f"{now[key]}; {remedy}")
+        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
 
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
-
-def print_funnel(index):
-    """Print what each step received, kept and dropped, and what the splits hold."""
-    print(f"{'step':<18}{'in':>9}{'kept':>9}{'MB kept':>9}{'docs/s':>9}   dropped (? only noted)")
-    for row in index["funnel"]:
-        reasons = [(n, f"{reason} {n}") for reason, n in row["dropped"].items()]
-        reasons += [(n, f"?{reason} {n}") for reason, n in row["flagged"].items()]
-        why = ", ".join(text for _, text in sorted(reasons, reverse=True)[:6])
-        print(f"{row['step']:<18}{row['in']:>9}{row['kept']:>9}{row['bytes'] / 1e6:>9.2f}"
-              f"{row['docs_per_s']:>9.0f}   {why}")
-    for split in ("val", "train"):
-        files = [file for file in index["documents"] if file["split"] == split]
-        n_documents = sum(file["documents"] for file in files)
-        megabytes = sum(file["bytes"] for file in files) / 1e6
-        tokens = sum(shard["tokens"] for shard in index["shards"] if shard["split"] == split)
-        print(f"{split:<5} {n_documents} documents, {megabytes:.2f} MB, {tokens} tokens")
-
-# ---- Readers of documents ------------------------------------------------------------------------
-
-def read_documents(path):
-    """Yield the rows {"text", …} of a .txt (one document), .jsonl, .jsonl.gz or .parquet file."""
-    if path.suffix == ".txt":
-        yield {"text": path.read_text(encoding="utf-8", errors="replace")}
-        return
-    rows = read_parquet(path) if path.suffix == ".parquet" else read_json_lines(path)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise SystemExit(f'{path} row {number} is not an object with a string "text"; correct or '
-                             "remove the row")
-        yield row
-
-def read_json_lines(path):
-    """Yield the objects of a .jsonl or .jsonl.gz; SystemExit names the first line that has none."""
-    open_file = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with open_file(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield json.loads(line)
-    except ValueError as error:
-        raise SystemExit(f"{path} line {number} is not a JSON object ({error}); correct or remove "
-                         "the line") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise SystemExit(f"{path} is damaged after line {number} ({error}); replace it by a whole "
-                         "copy") from None
-
-def read_parquet(path):
-    """Yield the rows of a .parquet, with the columns in COLUMNS only."""
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise SystemExit(f"{path} needs the package pyarrow, which is not installed; run pip "
-                         "install -r requirements-extra.txt") from None
-    try:
-        file = ParquetFile(path)
-        columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-        for batch in file.iter_batches(1024, columns=columns):
-            yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
-        raise SystemExit(f"{path} is not a whole .parquet file: {str(error).splitlines()[0]}; "
-                         "download it again") from None
 
 # ---- Command line --------------------------------------------------------------------------------
 
@@ -321,7 +270,7 @@ def check_sizes(shard_tokens, row_tokens):
     if shard_tokens < 1:
         raise SystemExit(f"--shard_tokens must be at least 1, got {shard_tokens}")
     if row_tokens and not 2 <= row_tokens <= shard_tokens:
-        raise SystemExit(f"--row_tokens must be 0, or at least 2 and at most --shard_tokens "
+        raise SystemExit("--row_tokens must be 0, or at least 2 and at most --shard_tokens "
                          f"{shard_tokens}, got {row_tokens}; try 1024")
 
 def main():
@@ -329,15 +278,27 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder that prepare_fineweb.py has made")
-    add("--tokenizer", required=True, help="its folder, or gpt2, cl100k_base, o200k_base")
+    add("--tokenizer", help="its folder, or gpt2, cl100k_base, o200k_base")
     add("--shard_tokens", type=int, default=100_000_000, help="largest number of tokens in a shard")
     add("--row_tokens", type=int, default=0,
         help="pack train shards into rows of so many tokens that begin with a document (0: no)")
+    add("--check", action="store_true", help="only check that the shards are whole, and that "
+        "DATA/tokenizer made them")
     args = parser.parse_args()
+    if args.check:
+        check_data(args.data)
+        print(f"{args.data} holds whole shards of its tokenizer")
+        return
+    if not args.tokenizer:
+        parser.error("--tokenizer is missing; give a folder, or gpt2, cl100k_base, o200k_base")
     check_sizes(args.shard_tokens, args.row_tokens)
     with one_line_when_full():
         tokenize(args.data, args.tokenizer, args.shard_tokens, args.row_tokens)
     print_funnel(read_index(args.data))
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; finished files are kept; repeat the command to continue", file=sys.stderr)
+        raise SystemExit(130) from None

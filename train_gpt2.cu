@@ -321,9 +321,10 @@ __device__ float block_max(float value) {
 //     B's transpose (8, 16) is spread like the upper half of A: b[0] is in the place of a[0], and
 //     b[1] in that of a[2].
 //
-// So lane L owns, of the result, two neighbours in row L / 4 and two in row L / 4 + 8. A row is in
-// four neighbouring lanes, a quad. And two C's side by side lie as one A does: a result can be the
-// left factor of the next multiply without leaving its registers (multiply_add in §7).
+// So lane L owns two neighbours in row L / 4 of the result and two in row L / 4 + 8. Each row is
+// spread over four neighbouring lanes, a quad. Two C's side by side are spread as one A is, so that
+// a result can be the left factor of the next multiply without leaving its registers (multiply_add
+// in §7).
 
 // The only inline PTX. On the CPU, the emulator in tests/cuda_emulator has the same names.
 #if !defined(CUEMU) && !defined(FP32)
@@ -534,18 +535,18 @@ static void bias_backward(float* dbias, float* partials, const floatX* dout, int
 
 // ---- §5 Residual + norms ------------------------------------------------------------------------
 //
-// LayerNorm, GPT-2's. Each norm also adds what the branch before it computed, b, to the residual
-// stream, a: the sum x is written once, and normalised while it is still on the chip.
+// GPT-2 has LayerNorm. Each norm first adds b, the output of the branch before it, to the residual
+// stream a. One kernel does both, so that the sum x need not be read again.
 //
 //   x = a + b    mean = Σ x / C    rstd = 1 / sqrt(Σ (x - mean)² / C + 1e-5)
 //   n = (x - mean) rstd    out = n weight + bias
 //   dn = dout weight    dx += (dn - Σ dn / C - n Σ (dn n) / C) rstd
 //   dweight += Σ_rows dout n    dbias += Σ_rows dout
 
-const int NORM_WARPS = 4;                        // of a block; each has a row
+const int NORM_WARPS = 4;                        // of a block, each with a row of its own
 const float RMS_EPSILON = 1.1920929e-7f;         // fp32's epsilon, which PyTorch's rms_norm takes
 
-// Shapes are (BT, C) unless said otherwise. A pointer that may be NULL stands as NULL here.
+// Shapes are (BT, C) unless a comment says otherwise. A pointer may be NULL if its default is NULL.
 struct LayerNormForward {
     const floatX* a;
     const floatX* b = NULL;             // NULL: x is a, and is not written
@@ -556,9 +557,10 @@ struct LayerNormForward {
     int BT, C;
 };
 
-// One warp: one row, which it keeps in shared memory, so that the sum of squares is taken after the
-// mean is known (one pass over Σ x² would cancel) and memory is read once. No barrier: a lane
-// reads only what it wrote. Grid BT/4 x 128. Moves 4 BTC, or 2 BTC without b; bound by memory.
+// One warp: one row. The row stays in shared memory, so that memory is read once, and yet the
+// squares are summed after the mean is known (Σ x² / C - mean², in one pass, would lose digits). No
+// barrier is needed, because a lane reads only what it wrote itself. Grid BT/4 x 128. Moves 4 BTC,
+// or 2 BTC without b; bound by memory.
 __global__ void layernorm_forward_kernel(LayerNormForward norm) {
     extern __shared__ float rows[];     // (NORM_WARPS, C)
     int C = norm.C;
@@ -611,13 +613,12 @@ struct LayerNormBackward {
 };
 
 const int NORM_PARTIALS = 256;  // blocks at most
-const int NORM_ROWS = 2;        // of an iteration, so that two rows share a barrier
+const int NORM_ROWS = 2;        // rows of an iteration; they share its two barriers
 
-// One block: all C channels, a Pack a thread, of every gridDim-th pair of rows: so a thread can sum
-// dweight and dbias of its channels in registers. Grid n_partials x C/PACK. Moves 4 BTC; bound by
-// memory.
-// The sums over a row pass through of_warp. The first barrier: every warp's sums are there. The
-// second: every warp has read them before the next rows' sums are written.
+// One block: every gridDim-th pair of rows. One thread: a Pack of channels, whose dweight and dbias
+// it sums over all these rows in registers. Grid n_partials x C/PACK. Moves 4 BTC; bound by memory.
+// The sums over a row go through of_warp. After the first barrier every warp's sums are there. The
+// second barrier keeps a fast warp from writing those of the next rows before all have read these.
 __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
     __shared__ float of_warp[2][NORM_ROWS][WARP];       // Σ dn and Σ (dn n) of each warp
     int C = norm.C;
@@ -701,8 +702,8 @@ static void layernorm_backward(LayerNormBackward norm, cudaStream_t stream) {
     add_partials(norm.dbias, norm.partials + C, blocks, 2 * C, C, stream);
 }
 
-// RMSNorm, dN's, has no mean, weight or bias. Before it, the residual stream x is mixed with the
-// first embedding, e, by two learned numbers a layer, λ and μ. Without e, s is x.
+// dN has RMSNorm, without a mean, a weight or a bias. Before the norm, two learned numbers for each
+// layer, λ and μ, mix the residual stream x with the first embedding e. Without e, s is x.
 //
 //   x = a + b    s = λ x + μ e    rstd = 1 / sqrt(Σ s² / C + 1.19e-7)    out = n = s rstd
 //   ds = dx + (dout - n Σ (dout n) / C) rstd
@@ -715,7 +716,7 @@ struct Mix {
     float sign;                         // 1 or -1, which μ is multiplied by
 };
 
-// s of the Pack x that lies at `at`
+// s for the Pack of x at offset `at`
 __device__ Pack mixed(Pack x, Mix mix, int64_t at) {
     if (mix.e == NULL) { return x; }
     float lambda = mix.lambda != NULL ? *mix.lambda : 1.0f;
@@ -726,7 +727,7 @@ __device__ Pack mixed(Pack x, Mix mix, int64_t at) {
     return s;
 }
 
-// Shapes are (BT, C) unless said otherwise; x and s are only written where they are not NULL.
+// Shapes are (BT, C) unless a comment says otherwise. x and s are written if they are not NULL.
 struct RmsNormForward {
     const floatX* a;                    // with tokens: a table (Vp, C)
     const int* tokens = NULL;           // (BT), the rows of a to take
@@ -780,7 +781,7 @@ struct RmsNormBackward {
     const int* tokens = NULL;           // (BT), the rows of x
     const float* rstd;                  // (BT)
     Mix mix = {};
-    floatX* dx;                         // in: the gradient of s from elsewhere; out: that of x
+    floatX* dx;                         // in: what else adds to ds; out: the gradient of x
     floatX* de = NULL;                  // added to
     float* dlambda = NULL;              // one number each, added to
     float* dmu = NULL;
@@ -790,8 +791,8 @@ struct RmsNormBackward {
 
 const int RMS_PARTIALS = 1024;  // blocks at most
 
-// One warp: every n-th row, read twice, the second time from the L1 cache. Grid up to RMS_PARTIALS
-// x 128. Moves 4 BTC, or 7 BTC with a mix; bound by memory.
+// One warp: every n-th row, n being the number of warps. It reads a row twice, the second time from
+// the L1 cache. Grid up to RMS_PARTIALS x 128. Moves 4 BTC, or 7 BTC with a mix; bound by memory.
 __global__ void rmsnorm_backward_kernel(RmsNormBackward norm) {
     Mix mix = norm.mix;
     int C = norm.C;
@@ -883,9 +884,9 @@ static void add_to(floatX* sum, const floatX* other, int64_t n, cudaStream_t str
 //   y = x w + bias            x (rows, C), w (C, OC), y (rows, OC)
 //   dx = dy wᵀ                dw += xᵀ dy
 //
-// cuBLAS stores a matrix column after column: what is (rows, C) to us is (C, rows), the transpose,
-// to it. So each product is computed as its own transpose, yᵀ = wᵀ xᵀ: A is w, B is x, D is y, and
-// no matrix is ever moved.
+// cuBLAS stores matrices by columns. What is (rows, C) to us is the transpose, (C, rows), to it. So
+// each product is computed as its own transpose, yᵀ = wᵀ xᵀ: A is w, B is x, D is y, and no matrix
+// is ever moved.
 
 enum Transpose { NEITHER, TRANSPOSE_A, TRANSPOSE_B };
 enum Epilogue { PLAIN, ADD_BIAS, ADD_BIAS_GELU, TIMES_DGELU };
@@ -896,7 +897,7 @@ struct Matmul {
     Transpose transpose = NEITHER;
     bool accumulate = false;    // D is fp32 and is added to
     Epilogue epilogue = PLAIN;
-    int batch = 1;              // so many products, whose matrices follow one another in memory
+    int batch = 1;              // number of products; their matrices follow one another in memory
     bool operator==(const Matmul&) const = default;
 };
 
@@ -1075,7 +1076,7 @@ static void linear_backward_weight(float* dw, float* dbias, float* partials, con
 
 // ---- §7 Attention -------------------------------------------------------------------------------
 //
-// For each head, with a sharpness of 1 in GPT-2:
+// For each head (sharpness is 1 in GPT-2 and 1.44 in dN):
 //
 //   S[t, s] = q[t]·k[s] sharpness / sqrt(HS) for t - window ≤ s ≤ t    P = softmax(S)
 //   y[t] = Σ_s P[t, s] v[s]    delta[t] = dy[t]·y[t]    dP[t, s] = dy[t]·v[s]
@@ -1084,15 +1085,15 @@ static void linear_backward_weight(float* dw, float* dbias, float* partials, con
 //
 // qkv (B, T, 3, NH, HS), y (B, T, NH, HS). S and P, (T, T) each, are never in memory: the forward
 // pass keeps only lse (B, NH, T), the logarithm of each softmax's denominator, from which the
-// backward pass computes P again. Both S and lse are in base 2, in which the GPU computes
-// exponentials: P = 2^(S / ln 2 - lse).
+// backward pass computes P again. Powers have base 2, as in the GPU's instruction, and lse is a
+// logarithm to base 2: P = 2^(S / ln 2 - lse).
 //
 // Online softmax: a query takes its keys one after another (or a tile after another) and keeps the
 // highest score so far, the sum of 2^(score - highest), and Σ 2^(score - highest) v. When the
 // highest grows, both sums shrink by 2^(old highest - new highest).
 //
-// Below, the plain kernels say this in the shortest way. Head sizes of 64 and 128 in bf16 have fast
-// ones, FlashAttention-2, which compute the same on tensor cores.
+// The plain kernels come first: they are the specification. In bf16, heads of 64 and 128 channels
+// use the fast kernels, FlashAttention-2, which compute the same on tensor cores.
 
 struct AttentionSizes {
     int B, T, NH, HS, window;
@@ -1115,7 +1116,7 @@ __device__ int64_t head_start(int b, int h, int T, int NH, int HS, int width) {
 
 const int LANE_CHANNELS = 8;        // of a lane; so HS is at most 256
 
-// Which row of which head a warp has
+// The row of a head that a warp works on
 struct HeadRow {
     int b, h, t;
     bool exists;
@@ -1398,7 +1399,7 @@ __device__ void load_keys(floatX* k, floatX* v, const floatX* from, int64_t C, i
     cp_async_commit();
 }
 
-// What a lane knows of the softmax of its two rows, lane/4 and lane/4 + 8
+// The state of the softmax of a lane's two rows, lane/4 and lane/4 + 8
 template <int HS> struct OnlineSoftmax {
     float highest[2] = {LOWEST, LOWEST};    // of the row's scores so far
     float total[2] = {};                    // Σ 2^(score - highest), over this lane's columns
@@ -1732,8 +1733,8 @@ struct ValueEmbed {
     float* gate;                        // (BT, NH)
 };
 
-// Which q, k or v a thread works on, and which of its channels. HS/2/PACK neighbouring threads
-// share a vector: each has the Pack at c and the one half a head later, which turn together.
+// The vector, a q, k or v of one token and head, that a thread works on. HS/2/PACK neighbouring
+// threads share a vector: each has the Pack at c and the one HS/2 later, which turn together.
 struct HeadVector {
     int64_t bt;
     int part;                           // 0 q, 1 k, 2 v
@@ -1745,7 +1746,7 @@ struct HeadVector {
         int64_t thread = thread_in_grid();
         int64_t vector = thread / lanes;            // (BT, parts, NH)
         exists = vector < (int64_t)sizes.B * sizes.T * parts * sizes.NH;
-        if (!exists) { vector = 0; }    // the thread must take part in shuffles all the same
+        if (!exists) { vector = 0; }    // the thread still has to take part in shuffles
         bt = vector / (parts * sizes.NH);
         part = vector / sizes.NH % parts;
         h = vector % sizes.NH;
@@ -1813,14 +1814,14 @@ __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed emb
 }
 
 // Threads and grid as in rotary_forward_kernel. Of q and k, dqkv changes in place. Of v, dqkv stays
-// as it is (dv = dv'); what goes to E and to the gate is written: dembed (BT, C) and dz (BT, NH).
-// Moves 6 BTC, or 9 BTC with E; bound by memory.
+// as it is (dv = dv'); the sum is over dv E, and dembed (BT, C), which goes to E, and dz (BT, NH),
+// which goes to the gate, are written. Moves 6 BTC, or 9 BTC with E; bound by memory.
 __global__ void rotary_backward_kernel(floatX* dqkv, floatX* dembed, float* dz, const floatX* qkv,
                                        Rotary rotary, ValueEmbed embed, AttentionSizes sizes) {
     HeadVector at(sizes, embed.table != NULL ? 3 : 2);
     int NH = sizes.NH, HS = sizes.HS, half = HS / 2, C = NH * HS;
     floatX* to = dqkv + at.in_qkv(sizes);
-    const floatX* other = qkv + at.in_qkv(sizes);       // q or k, or E of v: what dq, dk, dv meet
+    const floatX* other = qkv + at.in_qkv(sizes);       // what the gradient is multiplied by
     if (at.part == 2) { other = embed.table + (int64_t)embed.tokens[at.bt] * C + at.h * HS + at.c; }
     Pack low = load(to);
     Pack high = load(to + half);
@@ -1997,9 +1998,9 @@ __host__ __device__ float capped(float z, float softcap) {
 }
 
 // One block: the logits of one token, which it overwrites by their gradient, so that memory never
-// holds both. The first pass is an online softmax in each thread (as in §7), joined over the block;
-// the second reads the row once more, from the L2 cache. Grid tokens x 512 at most. Moves 2 Vp a
-// token, or Vp without the gradient; bound by memory.
+// holds both. In the first pass each thread computes an online softmax of its part (as in §7); the
+// block then combines them. The second pass reads the row once more, from the L2 cache. Grid tokens
+// x 512 at most. Moves 2 Vp a token, or Vp without the gradient; bound by memory.
 __global__ void classifier_kernel(floatX* logits, float* losses, const int* targets, float share,
                                   float softcap, int V, int Vp, bool write_gradient) {
     floatX* row = logits + (int64_t)blockIdx.x * Vp;
@@ -2065,11 +2066,11 @@ const AdamGroup RESID_ADAM = {0.005f / 0.02f, 0.8f, 0.95f, 1e-10f, 0.05f};
 const AdamGroup X0_ADAM = {0.5f / 0.02f, 0.96f, 0.95f, 1e-10f, 0.0f};
 const AdamGroup BACKOUT_ADAM = {0.2f / 0.02f, 0.8f, 0.95f, 1e-10f, 0.0f};
 
-// fp32 → floatX by stochastic rounding. bf16 keeps the upper 16 bits of an fp32 number. A random
-// number below 2¹⁶ is added before the lower 16 bits are dropped, so the result is the next higher
-// number with the probability that those bits stand for, and is right on average: small updates are
-// not lost. The "random" number depends on the step and the parameter alone, so that a run repeats
-// on any number of ranks. At step 0, before training, rounding is to nearest.
+// fp32 → floatX by stochastic rounding. bf16 keeps the upper 16 bits of an fp32 number. Before the
+// lower 16 bits are dropped, a random number below 2¹⁶ is added. So the value is rounded up with a
+// probability equal to the fraction that is dropped, and is right on average: small updates are not
+// lost. The "random" number depends on the step and the parameter alone, so that a run repeats on
+// any number of ranks. At step 0, before training, values are rounded to nearest.
 __device__ floatX round_parameter(float value, int64_t index, unsigned step) {
     if (!BF16 || step == 0) { return (floatX)value; }
     unsigned bits = (unsigned)index * 0x9E3779B1u ^ (unsigned)(index >> 32) ^ step * 0x85EBCA77u;
@@ -2131,8 +2132,8 @@ __global__ void square_sum_kernel(float* sums, const float* gradients, int64_t n
     if (threadIdx.x == 0) { sums[blockIdx.x] = sum; }
 }
 
-// Muon moves a matrix along the orthogonal factor of its momentum (of the SVD U S Vᵀ, U Vᵀ), which
-// five steps of an iteration approach. a, b, c are Polar Express's, and U below is the update:
+// Muon moves a matrix along the orthogonal factor of its momentum: P Qᵀ, if the SVD is P S Qᵀ. Five
+// steps of an iteration approximate it, with the coefficients a, b, c of Polar Express:
 //
 //   m += (1 - μ)(g - m)    X = g + μ (m - g), divided by 1.01 ‖X‖
 //   five times X ← a X + (b A + c A²) X with A = X Xᵀ; or of a tall X, from the right with Xᵀ X
@@ -2147,10 +2148,10 @@ const float POLAR_EXPRESS[5][3] = {         // quintics that push every singular
     {2.3465413258596377f, -1.7097828382687081f, 0.42323551169305323f}};
 
 // A tensor of n matrices side by side: c_attn is q, k and v. In X the matrices follow one another,
-// and each is padded with zeros to multiples of 8 rows and columns, which cuBLASLt likes.
+// and each is padded with zeros to multiples of 8 rows and columns, for which cuBLASLt is fast.
 struct Matrices {
     int n, rows, columns;
-    bool by_row;                // NorMuon's lines are rows; else columns
+    bool by_row;                // whether NorMuon's lines are the rows; else the columns
     __host__ __device__ int padded_rows() const { return ceil_div(rows, 8) * 8; }
     __host__ __device__ int padded_columns() const { return ceil_div(columns, 8) * 8; }
     __host__ __device__ int in_x(int which, int row, int column) const {
@@ -2261,8 +2262,8 @@ __global__ void muon_kernel(Slice slice, const floatX* X, const float* factors, 
 
 struct MuonWorkspace { floatX *x, *next, *a, *b; float* sums; };
 
-// X (n, rows, columns) in space.x → about its orthogonal factor. Returns where that lies, which is
-// space.x or space.next.
+// Approximates the orthogonal factor of X (n, rows, columns), which is in space.x. The result is in
+// space.x or space.next; returns which.
 static floatX* polar(MuonWorkspace space, Matrices matrix, cudaStream_t stream) {
     int rows = matrix.padded_rows();
     int columns = matrix.padded_columns();
@@ -2366,17 +2367,17 @@ static void receive_id(ncclUniqueId* id, const addrinfo* address, const char* ho
                        const char* port) {
     const int TRIES = 1200;
     const int MICROSECONDS_APART = 50000;
-    int client = -1;
-    for (int i = 0; client < 0; i++) {
-        if (i == TRIES) {
+    int client = socket(AF_INET, SOCK_STREAM, 0);
+    int tries = 1;
+    while (connect(client, address->ai_addr, address->ai_addrlen) != 0) {
+        if (tries == TRIES) {
             die("rank 0 has not answered at %s:%s for a minute; look at what rank 0 printed", host,
                 port);
         }
-        client = socket(AF_INET, SOCK_STREAM, 0);
-        if (connect(client, address->ai_addr, address->ai_addrlen) == 0) { break; }
-        close(client);
-        client = -1;
+        close(client);                  // after a failure the socket cannot be used again
         usleep(MICROSECONDS_APART);
+        client = socket(AF_INET, SOCK_STREAM, 0);
+        tries++;
     }
     size_t have = 0;
     while (have < sizeof *id) {         // read may return a part
@@ -2490,7 +2491,7 @@ static void reduce(Ranks* ranks, float* gradients, int64_t n, int owner, cudaStr
 }
 
 // The way back: of n bytes, in place, each rank receives what their owner has. It may be the values
-// of parameters in any type. When it starts, and that it does not wait, is as in reduce.
+// of parameters in any type. It starts after `after` and does not wait, as reduce does.
 static void gather(Ranks* ranks, void* all, int64_t n_bytes, int owner, cudaStream_t after) {
 #ifdef MULTI_GPU
     if (ranks->world_size == 1 || owner == EVERY_RANK) { return; }
@@ -2686,19 +2687,18 @@ static void add_modern_tensors(Table* table) {
         {"attn.value_gate.weight", config.n_head, GATE_INPUTS, gate}};
     for (int l = 0; l < L; l++) {
         begin_layer(table, l);
-        int owner = l % table->world_size;
-        if (!config.has_value_embed(l)) {
-            add_bucket(table, owner, {}, l, layer, 4);
-            continue;
-        }
-        add_bucket(table, owner, {}, l, layer, 5);          // the fifth is the value gate
+        bool has_value_embed = config.has_value_embed(l);
+        int n = has_value_embed ? VALUE_GATE + 1 : VALUE_GATE;      // the gate is the last matrix
+        add_bucket(table, l % table->world_size, {}, l, layer, n);
+        if (!has_value_embed) { continue; }
         char name[64];
         snprintf(name, sizeof name, "value_embeds.%d.weight", l);
         add_single(table, {name, Vp, C, uniform}, SHARDED, VALUE_EMBED_ADAM);
     }
 }
 
-// The table for a number of ranks: sharded buckets are padded by it, Muon's are owned by it.
+// The table for a number of ranks, on which the padding of sharded buckets and the owners of Muon's
+// depend
 static Table make_table(Config config, int world_size) {
     int L = config.n_layer;
     Table table = {config, world_size};
@@ -2777,7 +2777,7 @@ struct LayerActivations {
     floatX* act;                // (BT, 4C) GELU or ReLU² of fc
     float* lse;                 // (B, NH, T)
     float *ln_1_mean, *ln_1_rstd, *ln_2_mean, *ln_2_rstd;       // (BT)
-    Mix mix;                    // dN's three: λ x + μ x0, and attention's additions
+    Mix mix;                    // in dN: λ x + μ x0; the next two are attention's additions
     Rotary rotary;
     ValueEmbed embed;
 };
@@ -3304,8 +3304,8 @@ static void zero_gradients(Model* model) {
     end_work(work, model->stream);
 }
 
-// What one step does. decay_scale multiplies the weight decay of each AdamGroup and muon_decay,
-// which is Muon's. `steps` counts this one.
+// What one step does. decay_scale multiplies the weight decay of each AdamGroup, and muon_decay,
+// which is that of Muon. `steps` is the number of this step, from 1.
 struct Update { double lr, grad_scale, momentum, decay_scale, muon_decay; int steps; };
 
 // What this rank owns of a bucket
@@ -3329,8 +3329,8 @@ static void adamw_update(Model* model, Bucket bucket, Part part, Update update) 
            bucket.decay_end, adam);
 }
 
-// The tensors of a bucket that Muon trains lie one after another, as do their states; of `v` each
-// takes as much as it has lines.
+// In this rank's state, masters and momentum are laid out as the tensors are in their bucket. `v`
+// has one number for each line of each tensor.
 static void muon_bucket_update(Model* model, Bucket bucket, Part part, Update update) {
     for (int t = bucket.first_tensor; t < bucket.end_tensor; t++) {
         Tensor tensor = model->table.tensors[t];
@@ -3343,20 +3343,20 @@ static void muon_bucket_update(Model* model, Bucket bucket, Part part, Update up
                          .momentum = (float)update.momentum,
                          .grad_scale = (float)update.grad_scale,
                          .step = (unsigned)update.steps};
-        Part of_tensor = {.first = tensor.offset, .size = tensor.file_size(),
+        Part of_tensor = {.first = tensor.offset, .size = (int64_t)tensor.rows * tensor.columns,
                           .state = part.state + tensor.offset - bucket.offset, .v = part.v};
         muon_update(slice_of(model, of_tensor), model->muon, matrix, muon, model->stream);
         part.v += matrix.n * matrix.lines();
     }
 }
 
-// The rank that owns a bucket, or each its part, sends the parameters to the others.
+// Each rank sends the parameters that it owns, the bucket or a part of it, to the other ranks.
 static void send_parameters(Model* model, Ranks* ranks, Bucket bucket) {
     gather(ranks, model->parameters + bucket.offset, bucket.size * sizeof(floatX), bucket.owner,
            model->stream);
 }
 
-// Updates this rank's part of each bucket and sends it to the others; the gradients become zero.
+// Updates what this rank owns of each bucket, sends it to the others, and zeroes the gradients.
 static void optimizer_step(Model* model, Ranks* ranks, Update update) {
     for (int i = 0; i < model->table.n_buckets; i++) {
         Bucket bucket = model->table.buckets[i];
@@ -3399,7 +3399,7 @@ static char* read_file(const char* path, size_t* bytes = NULL) {
     fseek(file, 0, SEEK_END);
     long size = ftell(file);
     rewind(file);
-    char* text = (char*)calloc(1, size + 64);
+    char* text = (char*)calloc(1, size + 64);       // zeros also end a file that was cut short
     if (bytes != NULL) { *bytes = size; }
     if (fread(text, 1, size, file) != (size_t)size) {
         die("%s cannot be read to its end; check the disk, or copy the file again", path);
@@ -3408,7 +3408,8 @@ static char* read_file(const char* path, size_t* bytes = NULL) {
     return text;
 }
 
-// The text of the value that belongs to the first "key": of a JSON text, or NULL.
+// Where in a JSON text the value of the first "key": begins, or NULL. Nesting is ignored: the first
+// such key at any depth is taken.
 static const char* json_find(const char* text, const char* key) {
     char quoted[96];
     snprintf(quoted, sizeof quoted, "\"%s\"", key);
@@ -3439,6 +3440,7 @@ static const char* joined(const char* folder, const char* name) {
     return path;
 }
 
+// Like fopen, but a folder that cannot be written to is the user's mistake
 static FILE* create(const char* path) {
     FILE* file = fopen(path, "wb");
     if (file == NULL) {
@@ -3447,6 +3449,7 @@ static FILE* create(const char* path) {
     return file;
 }
 
+// The disk is full, nearly always.
 [[noreturn]] static void die_unwritten(const char* path) {
     die("%s cannot be written: %s; free disk space, then continue with --resume", path,
         strerror(errno));
@@ -3471,7 +3474,9 @@ static void finish(FILE* file, const char* path) {
     if (fclose(file) != 0 || rename(part, path) != 0) { die_unwritten(path); }
 }
 
-// safetensors: 8 bytes n, n bytes of JSON {"name": {"dtype", "shape", "data_offsets"}}, then data.
+// A safetensors file is 8 bytes with a number n, n bytes of JSON, and then the data:
+//   {"wpe.weight": {"dtype": "F32", "shape": [1024, 768], "data_offsets": [0, 3145728]}, …}
+// Offsets are bytes, counted from where the data begin.
 struct SafeTensors {
     const char* path;
     const char* header;         // the JSON, which ends with a zero
@@ -3738,7 +3743,7 @@ template <class EntryOf> static void write_header(FILE* file, int n, EntryOf ent
     size_t size = 0;
     char* header = to_string([&](FILE* text) {
         fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
-        int64_t begin = 0;
+        int64_t begin = 0;              // bytes
         for (int i = 0; i < n; i++) {
             Entry entry = entry_of(i);
             fprintf(text, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%lld", entry.name,
@@ -3888,8 +3893,8 @@ static void read_tokens(Shards shards, int64_t start, int count, int* tokens, in
 // What rows are sorted by. No two rows of an epoch have the same key, because mix64 is invertible.
 struct RowKey { uint64_t key; uint32_t row; };
 
-// The rows 0 … n - 1 in the order of an epoch: sorted by a hash of (seed, epoch, row), so that both
-// trainers read the same rows. It is shuffled_rows of train_gpt2.py, where the reasons stand.
+// The rows 0 … n - 1 in the order of an epoch: sorted by a hash of (seed, epoch, row). It equals
+// shuffled_rows of train_gpt2.py, so both trainers read the same rows.
 static void shuffle_rows(uint64_t seed, uint64_t epoch, uint32_t* order, uint32_t n) {
     uint64_t start = mix64(mix64(seed) + epoch);
     RowKey* keys = (RowKey*)malloc(n * sizeof(RowKey));
@@ -3902,9 +3907,10 @@ static void shuffle_rows(uint64_t seed, uint64_t epoch, uint32_t* order, uint32_
 }
 
 // Rows of T + 1 tokens in a seeded order, each once an epoch. A position is the number of rows read
-// before. While the GPU copies one staging buffer, the next batch is read into the other. A buffer
-// holds inputs (BT), targets (BT) and, for the embedding's backward pass (§3), the inputs' index:
-// positions (BT), starts (BT + 1) and tokens (BT) of the groups of equal tokens.
+// before, so one integer says where a run is. While the GPU copies one staging buffer, the next
+// batch is read into the other. A staging buffer is
+//   inputs (BT) | targets (BT) | positions (BT) | starts (BT + 1) | tokens (BT)
+// The last three are the index of the inputs, for the embedding's backward pass (§3).
 struct Loader {
     Shards shards;
     int T, V;
@@ -3942,8 +3948,11 @@ static Loader make_loader(Shards shards, int B, int T, int V, int64_t seed) {
     return loader;
 }
 
-// Groups the positions 0 … BT - 1 by their input, by counting: group g has the input tokens[g] and
-// the positions positions[starts[g]] … positions[starts[g + 1] - 1]. Returns the number of groups.
+// Groups the places of a batch by their input, with a counting sort: group g is of the input
+// tokens[g], and its places are positions[starts[g]] … positions[starts[g + 1] - 1].
+//   inputs 7 3 7  →  tokens 3 7, starts 0 1 3, positions 1 0 2
+// The backward pass of the embedding then adds up each group in one order, without atomics. Returns
+// the number of groups.
 static int index_tokens(const int* inputs, int BT, int* counts, int V, int* positions, int* starts,
                         int* tokens) {
     memset(counts, 0, V * sizeof(int));
@@ -4123,7 +4132,7 @@ struct Flag {
     const char** text;
     int64_t* integer;
     double* real;
-    bool* given;                // a flag without a value, like --resume
+    bool* is_on;                // a switch, which has no value, like --resume
 };
 
 static Flag text_flag(const char* name, const char** text, const char* help) {
@@ -4135,8 +4144,8 @@ static Flag integer_flag(const char* name, int64_t* integer, const char* help) {
 static Flag real_flag(const char* name, double* real, const char* help) {
     return {name, help, NULL, NULL, real, NULL};
 }
-static Flag given_flag(const char* name, bool* given, const char* help) {
-    return {name, help, NULL, NULL, NULL, given};
+static Flag switch_flag(const char* name, bool* is_on, const char* help) {
+    return {name, help, NULL, NULL, NULL, is_on};
 }
 
 // Set once, before anything else runs; plan_batch fills in the rest.
@@ -4147,7 +4156,7 @@ static const Flag FLAGS[] = {
     text_flag("config", &arguments.config, "other sizes: block_size=256 n_layer=2 n_head=2 …"),
     text_flag("data", &arguments.data, "folder with *_train_*.bin and *_val_*.bin"),
     text_flag("out", &arguments.out, "run folder"),
-    given_flag("resume", &arguments.resume, "continue from <out>/state, if there is one"),
+    switch_flag("resume", &arguments.resume, "continue from <out>/state, if there is one"),
     text_flag("init_from", &arguments.init_from,
               "begin with this model: a run's folder, or gpt2 … gpt2-xl"),
     integer_flag("max_steps", &arguments.max_steps, "steps (default: by the model's size)"),
@@ -4166,7 +4175,7 @@ static const Flag FLAGS[] = {
                  "to save memory, compute again in the backward pass: 1 GELU, 2 also the norms"),
     integer_flag("deterministic", &arguments.deterministic,
                  "1: the same run gives the same bits, which is always so here"),
-    given_flag("profile", &arguments.profile, "time each kernel of steps 10-12"),
+    switch_flag("profile", &arguments.profile, "time each kernel of steps 10-12"),
 };
 
 // The flag that a word like "--seed" names, or NULL
@@ -4183,7 +4192,8 @@ static const Flag* find_flag(const char* word) {
     exit(0);
 }
 
-// --config takes all words up to the next flag. Returns the index of its last word.
+// --config takes all words up to the next flag, and joins them: "n_layer=2 n_head=2 ". Returns the
+// index of the last of them.
 static int parse_config(int argc, char** argv, int i) {
     static char config[1024];
     config[0] = '\0';
@@ -4198,7 +4208,7 @@ static int parse_config(int argc, char** argv, int i) {
 
 // Stores the word after a flag; a number must be a number to its last letter.
 static void parse_value(const Flag* flag, char* value) {
-    char* end = NULL;
+    char* end = NULL;           // where strtoll or strtod stopped
     if (flag->text != NULL) {
         *flag->text = value;
         return;
@@ -4221,8 +4231,8 @@ static void parse_arguments(int argc, char** argv) {
         }
         const Flag* flag = find_flag(argv[i]);
         if (flag == NULL) { die("%s is not a flag; see --help", argv[i]); }
-        if (flag->given != NULL) {
-            *flag->given = true;
+        if (flag->is_on != NULL) {
+            *flag->is_on = true;
             continue;
         }
         if (i + 1 == argc) { die("%s has no value; see --help", argv[i]); }
@@ -4284,7 +4294,7 @@ static Config preset(const char* name, int V) {
     return {2048, V, depth, NH, 128 * NH, true, 15.0, "SSSL"};
 }
 
-// --model, changed by --config
+// The config of a new model: --model, changed by --config
 static Config choose_config(int V) {
     Config config = preset(arguments.model, V);
     check_fields(arguments.config, config.modern);
@@ -4313,9 +4323,9 @@ static const char* init_folder() {
 }
 
 // Ends the run unless the kernels can compute this model. A load is 128 bits wide, so C is a
-// multiple of 8; a warp holds at most 256 channels of a head in registers (§7); norms hold four fp32
-// rows in 48 KB of shared memory, so C is at most 3072 (§5); rotary positions and qk norms of dN
-// share a head out among lanes, so its width is a power of two.
+// multiple of 8; a warp holds at most 256 channels of a head in registers (§7); norms hold four
+// fp32 rows in 48 KB of shared memory, so C is at most 3072 (§5); rotary positions and qk norms of
+// dN share a head out among lanes, so its width is a power of two (§7).
 // V is the size of the shards' vocabulary, T the length of a row.
 static void check_config(Config config, int V, int64_t T) {
     int C = config.n_embd, NH = config.n_head;
@@ -4345,9 +4355,13 @@ static void check_config(Config config, int V, int64_t T) {
 
 // ---- §17 The log and saved states ---------------------------------------------------------------
 //
-// The twin of RunLog, is_spike, save_state and load_state in training.py: the same lines and the
-// same <run>/log.jsonl. Saved states have another layout than Python's, because ranks own parts of
-// buckets here and whole parameters there, so each trainer resumes its own runs alone.
+// The twin of RunLog, save_state and load_state in training.py, and of is_spike in train_gpt2.py:
+//   <run>/log.jsonl                                  JSON lines: the header, steps, samples
+//   <run>/config.json, model.safetensors             the model, in fp32
+//   <run>/state/step_000250/rank_00000.safetensors   masters and moments of a rank's parts
+//   <run>/state/step_000250/state.json               step, position, settings, last losses
+// The log and the model are those that Python writes. States have a layout of their own, because
+// ranks own parts of buckets here and whole parameters there: a trainer resumes its own runs alone.
 
 // `started`: on the clock of seconds_now
 struct Log { FILE* file; int64_t max_steps; double started; bool is_main; };
@@ -4372,8 +4386,8 @@ static void make_folders(const char* path) {
     mkdir(part, 0777);
 }
 
-// Copies the old log's lines up to the resumed step; those after it are going to be written again.
-// Sets the clock back, so that seconds count from the run's first start.
+// Copies the old log's lines up to the resumed step; those after it will be written again. Then the
+// clock continues from the last line's seconds, so that they count time spent, not time passed.
 static void keep_old_lines(Log* log, char* old, int64_t resume_step) {
     char* line = old;
     char* end = strchr(line, '\n');
@@ -4651,7 +4665,7 @@ static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n
     barrier(ranks);
 }
 
-// The newest step that has a state.json, or -1
+// The newest step that has a state.json, or -1. glob sorts by name, and so by step.
 static int64_t newest_state() {
     char pattern[4096];
     snprintf(pattern, sizeof pattern, "%s/state/step_*/state.json", arguments.out);
@@ -4692,8 +4706,8 @@ static void copy_overlap(float* to, Table table, const Part* parts, const float*
     }
 }
 
-// Restores this rank's arrays from the shards of `old_ranks` ranks. If their number is the same now,
-// a rank reads its own shard alone, else all of them, one after another.
+// Restores this rank's arrays from the shards of `old_ranks` ranks. If there are as many ranks as
+// before, a rank reads its own shard alone, else all of them, one after another.
 static void load_shards(Model* model, Ranks* ranks, const char* folder, int old_ranks) {
     Table table = model->table;
     Table old = make_table(model->config, old_ranks);
@@ -4752,6 +4766,7 @@ static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_token
             "order of the rows has changed; train again in another --out", arguments.out, version,
             STATE_VERSION);
     }
+    // settings are compared as text: the same settings are written as the same bytes
     char* settings = to_string([&](FILE* file) { write_settings(file, model->config, n_tokens); });
     if (strstr(text, settings) == NULL) { die_changed(text, settings); }
     state->step = step;
@@ -4816,8 +4831,11 @@ static HellaSwag open_hellaswag(const char* core_dir, int V) {
     return questions;
 }
 
-// An answer's tokens → inputs (T) and targets (T), which are -1 outside of the answer itself. If it
-// is too long, the beginning of the question is left out.
+// An answer's tokens → inputs (T) and targets (T), which are -1 outside of the answer itself. With
+// two tokens q of a question, two of an answer, and E for <|endoftext|>, so n = 5 and begin = 3:
+//   inputs   E  q  q  a  0 …
+//   targets -1 -1  a  a -1 …
+// If the tokens are too many, the beginning of the question is left out.
 static void fill_row(const int* answer, int T, int* inputs, int* targets) {
     int cut = max(0, answer[0] - 1 - T);
     const int* ids = answer + 2 + cut;
@@ -5117,7 +5135,8 @@ const double D12_MATMUL_PARAMETERS = 110.1e6;   // where dN's decay and batch si
 const double GPT2_MATMUL_PARAMETERS = 12.0 * 12 * 768 * 768 + 50257.0 * 768;    // of the 124M
 const double TUNED_BATCH = 1 << 19;             // tokens a step, where dN's rates were tuned
 
-// The numbers of the update that follows `step` updates
+// What the step after `step` steps multiplies its update by: for GPT-2, schedule and clipping; for
+// dN, the schedules of rate, momentum and decay. The twin of schedule in train_gpt2.py.
 static Update plan_update(Config config, int64_t step, double norm) {
     const Arguments& a = arguments;
     int64_t n = a.max_steps;
@@ -5162,7 +5181,8 @@ static double default_lr(Config config, int64_t batch_tokens) {
     return 0.02 * fmax(sqrt(batch_tokens / TUNED_BATCH), sqrt(0.5));
 }
 
-// The most rows at a time, up to 32, that fit into 90 % of the free memory and divide a step's
+// The most rows at a time, up to 32, that fit into 90 % of the free memory and divide a step's rows
+// evenly
 static int64_t default_rows(Config config, int world_size) {
     const Arguments& a = arguments;
     size_t free_bytes = 0;
@@ -5179,7 +5199,9 @@ static int64_t default_rows(Config config, int world_size) {
     return found;
 }
 
-// Sets max_steps, total_batch_size, batch_size and lr where no flag did; returns grad_accum_steps.
+// Sets max_steps, total_batch_size, batch_size and lr where no flag did; returns grad_accum_steps:
+//   total_batch_size = batch_size · seq_len · world_size · grad_accum_steps      tokens a step
+// The first is a property of the model, the second is what fits in memory; the last follows.
 static int64_t plan_batch(Config config, int world_size) {
     Arguments* a = &arguments;
     if (a->total_batch_size == 0) { a->total_batch_size = default_batch(config); }
@@ -5247,8 +5269,8 @@ static void write_flags(FILE* file) {
             fprintf(file, "%lld", (long long)*flag.integer);
         } else if (flag.real != NULL) {
             fprintf(file, "%.15g", *flag.real);
-        } else if (flag.given != NULL) {
-            fprintf(file, "%d", *flag.given);
+        } else if (flag.is_on != NULL) {
+            fprintf(file, "%d", *flag.is_on);
         } else if (*flag.text != NULL) {
             write_json_string(file, *flag.text, strlen(*flag.text));
         } else {
@@ -5407,8 +5429,8 @@ static char* join_words(int n, char** words) {
     });
 }
 
-// shards.py leaves the vocabulary's size in index.json. llm.c's shards have no such file; they are of
-// GPT-2's tokens.
+// shards.py leaves the vocabulary's size in index.json. llm.c's shards have no such file; they
+// consist of GPT-2's tokens.
 static int read_vocab_size(const char* data) {
     char* index = read_file(joined(data, "index.json"));
     int V = index != NULL ? (int)json_number(index, "n_vocab", 50257) : 50257;
@@ -5437,7 +5459,7 @@ int main(int argc, char** argv) {
     Model model = make_model(config, a.batch_size, a.seq_len, a.recompute, &ranks);
     Loader loader = make_loader(train_shards, a.batch_size, a.seq_len, V, a.seed);
 
-    // weights: of a saved state, of another model, or random
+    // weights: from a saved state, from another model, or random
     make_folders(a.out);
     State state = {};
     bool resumed = load_state(&model, &ranks, &state, train_shards.n_tokens);

@@ -34,12 +34,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.optim.adamw import adamw
 
-from model import VOCABULARY, compiled, load_weights, save_weights, write_json
+from model import (VOCABULARY, compiled, load_weights, put_in_place, read_json,
+                   read_tensors, save_checkpoint, save_weights, write_json)
 
 # ---- Ranks: a single process is rank 0 of 1, and no code below asks which case it is -------------
 
 @dataclass(frozen=True)
 class Ranks:
+    """This process among those that torchrun started; is_main: it prints and writes files."""
     rank: int = 0
     world_size: int = 1
     device: str = "cpu"
@@ -413,7 +415,8 @@ def load_state(run, resume, ranks, optimizer, model, settings):
     if changed:
         raise SystemExit(f"{run} was begun with another {' and '.join(changed)}; a resumed run "
                          "keeps its settings; give the same flags, or choose another --out")
-    load_weights(folder / "model.safetensors", model)
+    weights = folder / "model.safetensors"
+    load_weights(weights, model, read_tensors(weights))
     for number in range(state["world_size"]):
         tensors = load_file(folder / f"rank_{number:05d}.safetensors", device=ranks.device)
         generators = {name: tensors.pop(name).cpu() for name in list(tensors)

@@ -162,7 +162,8 @@ def read_tasks(n):
     tasks = []
     for label in TASKS:
         task = replace(found[label], shots=min(found[label].shots, n - 1))
-        tasks.append((task, read_rows(existing(CORE / "eval_data" / task.file))[:n]))
+        path = existing(CORE / "eval_data" / task.file)
+        tasks.append((task, read_rows(path, task.kind)[:n]))
     return tasks
 
 def texts_of(rows):

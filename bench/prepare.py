@@ -52,10 +52,11 @@ FILTERS = {"gopher_repetition": "GopherRepetitionFilter", "gopher_quality": "Gop
 def read_pages(n_pages):
     """Up to n_pages HTML pages of the WARC files, evenly spread over them."""
     import crawl
+    import warc
     files = [*sorted(WEB.glob("pages-*.warc.gz")), *sorted((WEB / "warc").iterdir())]
     pages = []
     for path in files:
-        for record, _ in crawl.read_warc(path):
+        for record, _ in warc.read_warc(path):
             page = crawl.parse_record(*record)[0] if record else None
             if page and "html" in page:
                 pages.append(page)
@@ -212,10 +213,11 @@ def runs_of_words(text):
 def extraction():
     """Mean F1 on the pages whose text was written down by hand, for every extractor."""
     import crawl
+    import warc
     with gzip.open(WEB / "gold-aeb.jsonl.gz", "rt") as file:
         gold = {row["url"]: row["articleBody"] for row in map(json.loads, file)}
     pages = {}
-    for record, _ in crawl.read_warc(WEB / "pages-aeb.warc.gz"):
+    for record, _ in warc.read_warc(WEB / "pages-aeb.warc.gz"):
         page = crawl.parse_record(*record)[0] if record else None
         if page:
             pages[page["url"]] = page

@@ -2,7 +2,10 @@
 eval.py: replies that cheat do not pass, the scored span is the answer and nothing else (against a
 twin that feeds one token at a time), and tasks are right when a rigged model knows the answers.
 """
+import contextlib
+import dataclasses
 import doctest
+import gzip
 import json
 import random
 import shutil
@@ -40,7 +43,9 @@ def test_docstring_examples_are_true():
     ("#### 72", "72"), ("7 + 8 = 15\n#### 1,234", "1234"), ("#### $18.00.", "18.00"), ("72", None),
     ("####", None), ("#### ", None), ("####\n72", None), ("#### 1 #### 2", "2"), ("#### -3", "-3"),
     ("#### 3\nand 4", "3"), ("####Even ", "even"), ("#### 4 or 5", "4 or 5"), ("### 5", None),
-    ("#### .5", ".5"), ("", None)])
+    ("#### .5", ".5"), ("", None), ("#### 1,2,3", "1,2,3"), ("#### 12,5", "12,5"),
+    ("#### 5\r\n", "5"), ("#### a\t b", "a b"), ("#### 5 $.", "5"), ("#### **5**", "5"),
+    ("#### $\\boxed{5}$.", "5"), ("#### \u22125", "-5"), ("#### 5 apples", "5 apples")])
 def test_final_answer_is_the_whole_line_after_the_last_mark(text, answer):
     assert final_answer(text) == answer
 
@@ -51,7 +56,27 @@ def test_final_answer_is_the_whole_line_after_the_last_mark(text, answer):
       "#### even #### odd", "even ####", "#### not even"]),
     ("final", "12", ["#### 12", "#### $12", "#### 12."], ["#### 1", "#### 112", "#### 1 2", "12",
                                                           "#### 12 13", "#### -12", "#### 12.5"]),
-    ("final", "5", ["#### 5"], ["#### .5", "#### 05", "#### 5%"]),
+    ("final", "5", ["#### 5", "#### 5 apples", "#### 5%", "#### 5 (five)", "#### 5€", "#### 5.0",
+                    "#### $5.00", "#### 05", "#### +5", "#### **5**", "#### \\boxed{5}", "#### €5",
+                    "#### 5 kg.", "#### \uff15", "#### 5 $.", "#### \\$5", "#### 6 #### 5",
+                    "####: 5", "#### =5", "#### 5 m\u00b2", "#### 5 ft^2."],
+     ["#### .5", "#### -5", "#### 5 or 6", "#### 5 or six", "#### 5, 6", "#### 6 5", "#### 5/6",
+      "#### 5 million", "#### 5k", "#### 5 hundred", "#### 5\u00b2", "#### 5\u00bd", "#### 5.0.0",
+      "#### 5 and a half", "#### not 5", "#### 1 2 3 4 5 6 7 8 9 10", "#### 5 #### 6", "#### 5:30",
+      "#### 5 \\boxed{6}", "####\n5", "#### 5,0", "#### \u00b2", "#### 5 + 1", "#### 5x2",
+      "#### 5 m20", "5"]),
+    ("final", "18", ["#### 18 dollars every day", "#### $18/day"], ["#### 1 8", "#### 1,8"]),
+    ("final", "-5", ["#### \u22125", "#### -$5.00", "#### $-5"], ["#### 5", "#### --5"]),
+    ("final", "1,234", ["#### 1234", "#### 1,234.0", "#### 1.234e3"],
+     ["#### 1234,0", "#### 12,34"]),
+    ("final", "1,2,3", ["#### 1,2,3", "#### 1,2,3."], ["#### 123", "#### 1", "#### 1,23"]),
+    ("final", "(1,2)", ["#### (1,2)", "#### **(1,2)**"], ["#### (12)", "#### 12", "#### 1,2"]),
+    ("final", "12,5", ["#### 12,5"], ["#### 125", "#### 12.5", "#### 12"]),
+    ("final", "0,125", ["#### 0,125"], ["#### 125", "#### 0125"]),
+    ("final", "3 pm", ["#### 3 PM."], ["#### 3 am", "#### 3", "#### 3 pm or 4 pm"]),
+    ("final", "5e", ["#### 5E"], ["#### 5"]),
+    ("contains", "5", ["It is 5.", "5", "$5.00", "3-5", "(5)", "**5**", "so 5, 6"],
+     ["1.5", "15", "5.1", "-5", "1,5", "5th", "2.5.1", ".5", "5,000", "v5", "5\u00b2", "-\u22125"]),
     ("contains", "Ada", ["I am Ada.", "ada"], ["Adam", "I am Adams", "", "A d a", "Canada"]),
     ("contains", "C++", ["I like C++.", "c++"], ["C", "XC++", "C+"]),
     ("overlap", "Return the mean of the data.",
@@ -61,6 +86,16 @@ def test_replies_are_judged_as_a_person_would(check, answer, right, wrong):
     problem = dict(answer=answer, check=check)
     assert [reply for reply in right if not is_correct(reply, problem)] == []
     assert [reply for reply in wrong if is_correct(reply, problem)] == []
+
+
+def test_an_answer_stays_the_same_if_it_is_taken_again():
+    rng = random.Random(0)
+    pieces = ["5", "1,234", ".", "$", " ", "\r", "\t", "*", "`", "\\", "\\boxed{", "}", "####",
+              "#", "a", "\u0130", "\u2028", "\u2212", "-", "%", ",", "\u0665", "\u00b2", "e", "or"]
+    for _ in range(20_000):
+        answer = final_answer("#### " + "".join(rng.choices(pieces, k=rng.randint(1, 7))))
+        assert answer is None or final_answer("#### " + answer) == answer
+        assert answer is None or is_correct("#### " + answer, dict(answer=answer, check="final"))
 
 
 def write_lines(path, *rows):
@@ -78,23 +113,67 @@ def test_gsm8ks_rows_are_read_as_they_are(tmp_path):
     assert second["answer"] == "7" and second["question"] == "a\u2028b"
 
 
+SAID = [dict(role="user", content="?")]
+
+
 @pytest.mark.parametrize("row", [
-    "{", "[1, 2]", "3", '"text"', "null", dict(question="?"), dict(answer="1"),
-    dict(question="?", answer=""), dict(question="?", answer=5), dict(question="?", answer=None),
-    dict(question="?", answer="####"), dict(question="?", answer="1", check="never")], ids=str)
+    "{", "[1, 2]", "3", '"text"', "null", "[" * 200_000, "\0",
+    '{"question": "?", "answer": ' + "9" * 5000, dict(question="?"), dict(answer="1"), dict(question="?", answer=""),
+    dict(question="?", answer=5), dict(question="?", answer=None), dict(question="?", answer=["1"]),
+    dict(question="?", answer="####"), dict(question="?", answer="1", check="never"),
+    dict(question="?", answer="1", check=[]), dict(question="?", answer="1", kind=["a"]),
+    dict(question="?", answer="1", kind=None), dict(question=None, answer="1"),
+    dict(question=["?"], answer="1"), dict(question=" ", answer="1"),
+    dict(messages=3, answer="1"), dict(messages=[], answer="1"), dict(messages=["?"], answer="1"),
+    dict(messages=[dict(role="human", content="?")], answer="1"),
+    dict(messages=[dict(role=["user"], content="?")], answer="1"),
+    dict(messages=[dict(role="user", content=5)], answer="1"),
+    dict(messages=[dict(role="user")], answer="1"),
+    dict(messages=[dict(role="user", content=[dict(type="text")])], answer="1"),
+    dict(messages=[dict(role="user", content=[dict(type="text", text=5)])], answer="1"),
+    dict(messages=[*SAID, dict(role="user", content=[dict(type="think", text="?")])], answer="1")],
+    ids=lambda row: str(row)[:60])
 def test_a_bad_problem_is_one_line_with_its_number(row, tmp_path):
     path = write_lines(tmp_path / "x.jsonl", dict(question="1", answer="1"), row)
     with pytest.raises(SystemExit, match=r"x.jsonl, line 2: .*; repair the file") as error:
         read_problems(path)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_any_problem_that_is_accepted_can_be_rendered(tmp_path, tokenizer):
+    rng = random.Random(0)
+    values = [None, 5, "", "a", "user", "text", [], ["a"], {}, SAID, SAID[0], "####", 1.5, True,
+              dict(role="assistant", content=[dict(type="think", text="b")]), "\ud800"]
+    for _ in range(500):
+        keys = ("question", "messages", "answer", "kind", "check")
+        row = {key: rng.choice(values) for key in keys if rng.random() < 0.6}
+        row = rng.choice([row, dict(row, messages=[rng.choice(values), rng.choice(values)])])
+        path = write_lines(tmp_path / "x.jsonl", dict(dict(question="?", answer="1"), **row))
+        with contextlib.suppress(SystemExit):
+            [problem] = read_problems(path)
+            tokenizer.render(problem["messages"], for_completion=True)
+            is_correct("#### 1", problem)
+            dict.fromkeys([problem["kind"]])
 
 
 def test_missing_empty_and_foreign_problem_files_are_one_line(tmp_path):
     (tmp_path / "latin1.jsonl").write_bytes(b'{"question": "\xe9"}')
     (tmp_path / "empty.jsonl").write_text("\n")
-    for name in ("latin1.jsonl", "empty.jsonl", "missing.jsonl"):
-        with pytest.raises(SystemExit, match=f"{name}.*;.*chat_sft.py make"):
+    (tmp_path / "plain.jsonl.gz").write_bytes(b"{}")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"question": "?"}\n' * 9)[:-9])
+    (tmp_path / "folder.jsonl").mkdir()
+    for name in ("latin1.jsonl", "empty.jsonl", "missing.jsonl", "plain.jsonl.gz", "cut.jsonl.gz",
+                 "folder.jsonl"):
+        with pytest.raises(SystemExit, match=f"{name}.*;.*chat_sft.py make") as error:
             read_problems(tmp_path / name)
+        assert "\n" not in str(error.value) and "b'" not in str(error.value)
+
+
+def test_problems_may_be_gzipped_and_begin_with_a_byte_order_mark(tmp_path):
+    text = b'\xef\xbb\xbf{"question": "?", "answer": "1"}\r\n'
+    (tmp_path / "x.jsonl").write_bytes(text)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text))
+    assert read_problems(tmp_path / "x.jsonl") == read_problems(tmp_path / "x.jsonl.gz")
 
 
 # ---- log-likelihood
@@ -310,12 +389,58 @@ def test_shots_are_seeded_and_never_the_question_itself(tokenizer):
 
 
 def test_rows_come_in_one_order_from_plain_and_gzipped_files(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [dict(n=n, text="a\u2028b") for n in range(20)])
-    rows = read_rows(path)
-    assert rows == read_rows(path) and sorted(row["n"] for row in rows) == list(range(20))
+    path = write_jsonl(tmp_path / "rows.jsonl", [
+        dict(n=n, context="a\u2028b", continuation="c") for n in range(20)])
+    rows = read_rows(path, "language_modeling")
+    assert rows == read_rows(path, "language_modeling")
+    assert sorted(row["n"] for row in rows) == list(range(20))
     assert [row["n"] for row in rows] != list(range(20))
-    (tmp_path / "rows.jsonl.gz").write_bytes(eval_module.gzip.compress(path.read_bytes()))
-    assert read_rows(tmp_path / "rows.jsonl.gz") == rows
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert read_rows(tmp_path / "rows.jsonl.gz", "language_modeling") == rows
+
+
+TWO = dict(query="a", choices=["b", "c"], gold=1)
+
+
+@pytest.mark.parametrize("kind, row, said", [
+    ("multiple_choice", dict(TWO, gold="1"), 'gold must be a whole number from 0 to 1, .* got "1"'),
+    ("multiple_choice", dict(TWO, gold=7), "got 7"), ("letters", dict(TWO, gold=2), "got 2"),
+    ("multiple_choice", dict(TWO, gold=-1), "got -1"), ("letters", dict(TWO, gold=1.0), "got 1.0"),
+    ("multiple_choice", dict(TWO, gold=True), "got true"),
+    ("multiple_choice", dict(TWO, choices=[]), r"choices must be a list .* got \[\]"),
+    ("multiple_choice", dict(TWO, choices="bc"), 'got "bc"'),
+    ("multiple_choice", dict(TWO, choices=["b", ""]), 'each of choices must be .* got ""'),
+    ("multiple_choice", dict(TWO, choices=["b", 5]), "got 5"),
+    ("letters", dict(TWO, choices=["b"] * 11), "choices must be at most 10, got 11"),
+    ("letters", dict(TWO, query=None), "query must be a text, got null"),
+    ("schema", dict(TWO, context_options=["a"], continuation="b"), "from 0 to 0"),
+    ("schema", TWO, "there is no context_options"),
+    ("language_modeling", dict(context="a", continuation=""), "continuation must be"),
+    ("language_modeling", dict(context=3, continuation="a"), "context must be a text, got 3")])
+def test_a_question_that_cannot_be_asked_is_refused_by_file_and_line(kind, row, said, tmp_path):
+    good = dict(TWO, context_options=["a", "b"], continuation="c", context="")
+    path = write_jsonl(tmp_path / "rows.jsonl", [good, row])
+    with pytest.raises(SystemExit, match=f"rows.jsonl, line 2: .*{said}.*; get the file again"):
+        read_rows(path, kind)
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ("schema,1,", "schema,-1,", "num_fewshot must be a whole number, got -1"),
+    ("schema,1,", "schema,x,", "num_fewshot must be a whole number, got x"),
+    (',""" """,50\nlm', ",,50\nlm", "continuation_delimiter must be a text"),
+    (',""" """,50\nlm', ",3,50\nlm", "continuation_delimiter must be a text in quotes, got 3"),
+    (',50\nlm', ",100\nlm", "random_baseline_percent must be from 0 to 99, got 100"),
+    (',50\nlm', ",nan\nlm", "random_baseline_percent must be from 0 to 99, got nan"),
+    (',50\nlm', ",-5\nlm", "random_baseline_percent must be from 0 to 99, got -5"),
+    ("schema,", "essay,", "type must be one of multiple_choice, schema, .* got essay"),
+    ('sc,a/sc.jsonl,schema,1,""" """,50', "sc", "type must be a text"),
+    ("label,file", "name,file", "there is no label")])
+def test_a_bad_list_of_tasks_is_one_line_with_the_number_of_the_task(old, new, said, core_folder):
+    assert TABLE.count(old) == 1
+    (core_folder / "core_tasks.csv").write_text(TABLE.replace(old, new))
+    with pytest.raises(SystemExit, match=f"core_tasks.csv, task [12]: {said}.*; repair") as error:
+        core_tasks(core_folder)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(not CORE.exists(), reason="the CORE files are not on this machine")
@@ -330,7 +455,7 @@ def test_core_runs_on_the_real_files_and_says_that_coqa_is_missing(base_run, tok
 def test_the_real_rows_make_three_types_of_questions(tokenizer):
     tasks = {task.label: task for task in core_tasks(CORE)}
     for label, spans_a_row in dict(winograd=2, jeopardy=1, arc_easy=4).items():
-        rows = read_rows(CORE / "eval_data" / tasks[label].file)
+        rows = read_rows(CORE / "eval_data" / tasks[label].file, tasks[label].kind)
         [(spans, gold)] = core_questions(tokenizer, tasks[label], rows, 1)
         ids, start = spans[gold or 0]
         answer = rows[0].get("continuation") or rows[0]["choices"][gold]
@@ -399,6 +524,38 @@ def test_a_finished_task_is_skipped_until_weights_or_arguments_change(base_run, 
     assert "skipped" not in capsys.readouterr().out
 
 
+def test_results_are_shown_even_if_they_cannot_be_written(base_run, tmp_path, monkeypatch, capsys):
+    path = write_jsonl(tmp_path / "\x1b.jsonl", [dict(question="a?", answer="1", kind=kind)
+                                                 for kind in ("\x1b[2J", "\ud800")])
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(eval_module, "write_json", full)
+    with pytest.raises(SystemExit, match="eval.json cannot be written: No space left on device; "):
+        run_main(eval_module, "--model", base_run, "--tasks", path, "--max_new_tokens", 2)
+    out = capsys.readouterr().out
+    assert "accuracy 0.0000 | \\x1b[2J 0.0000 | \\ud800 0.0000 | n 2" in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize("stored", ["[]", "{", '{"%s": 3}', "[" * 200_000])
+def test_a_damaged_eval_json_is_named_or_measured_again(stored, base_run, tmp_path):
+    run = shutil.copytree(base_run, tmp_path / "run")
+    path = write_jsonl(tmp_path / "rows.jsonl", [dict(question="a?", answer="1")])
+    (run / "eval.json").write_text(stored.replace("%s", str(path)))
+    with contextlib.suppress(SystemExit):
+        run_main(eval_module, "--model", run, "--tasks", path, "--max_new_tokens", 2)
+        assert json.loads((run / "eval.json").read_text())[str(path)]["n"] == 1
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_a_model_of_almost_no_context_is_measured_all_the_same(block_size, tokenizer, core_folder):
+    config = dataclasses.replace(GPT2, block_size=block_size, vocab_size=tokenizer.n_vocab)
+    engine = Engine(noisy(config), tokenizer)
+    assert core(engine, core_folder)["n"] == 6
+    path = write_jsonl(core_folder / "p.jsonl", [dict(question="a?", answer="1")])
+    assert solve(engine, path) == dict(accuracy=0.0, n=1, cut=1,
+                                       kinds=dict(problems=dict(accuracy=0.0, n=1)))
+
+
 def test_a_base_model_is_asked_in_the_chat_prompt_and_that_is_said(base_run, tmp_path, capsys):
     run = shutil.copytree(base_run, tmp_path / "run")
     path = write_jsonl(tmp_path / "test.jsonl", [dict(question="a?", answer="1")])
@@ -418,9 +575,14 @@ def test_a_base_model_is_asked_in_the_chat_prompt_and_that_is_said(base_run, tmp
     (["--tasks", "core"], "core_tasks.csv is missing; "),
     (["--tasks", "gsm8k", "--gsm8k", "no.jsonl"], "no.jsonl is missing; get test.jsonl"),
     (["--tasks", "broken.jsonl"], "broken.jsonl, line 1: "),
-    (["--tasks", "empty.jsonl"], "empty.jsonl holds no problem; make some"),
-    (["--tasks", "hellaswag", "--core_dir", "."], "a row has no choices, "),
+    (["--tasks", "empty.jsonl"], "empty.jsonl is empty; a problem is a line "),
+    (["--tasks", "hellaswag", "--core_dir", "."], "hellaswag.jsonl, line 1: there is no query; "),
     (["--tasks", "x", "--max_examples", "-1"], "--max_examples must be at least 1, got -1"),
+    (["--tasks", "x", "--max_examples", "0"], "--max_examples must be at least 1, got 0"),
+    (["--tasks", "x", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
+    (["hellaswag", "--max_examples", "0"], "--max_examples must be at least 1, got 0"),
+    (["--tasks", "good.jsonl,"], "--tasks good.jsonl,: a name is empty"),
+    (["--tasks", ""], "--tasks : a name is empty"),
     (["--tasks", "good.jsonl", "--model", "none"], "none is not a run's folder; "),
     (["report", "none"], "none is not a run's folder; ")])
 def test_a_bad_input_ends_in_one_line_that_says_what_to_do(flags, said, base_run, tmp_path,
@@ -430,7 +592,9 @@ def test_a_bad_input_ends_in_one_line_that_says_what_to_do(flags, said, base_run
     write_jsonl(tmp_path / "good.jsonl", [dict(question="a?", answer="1")])
     for name, text in dict(broken='{"a": ', empty="\n").items():
         (tmp_path / f"{name}.jsonl").write_text(text)
-    model = ["--model", base_run] if not {"report", "--model"} & set(flags) else []
+    model = []
+    if flags[0] == "--tasks" and "--model" not in flags:
+        model = ["--model", base_run]
     with pytest.raises(SystemExit) as stopped:
         run_main(eval_module, *flags, *model)
     message = str(stopped.value)

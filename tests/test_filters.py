@@ -18,10 +18,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import corpus  # noqa: E402
 import crawl  # noqa: E402
 import filters  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
-import shards  # noqa: E402
+import warc  # noqa: E402
 
 WEB = ROOT.parent / "shared" / "data" / "web"
 NEEDED = ("datatrove", "spacy", "tldextract", "ahocorasick", "fasteners", "nltk")
@@ -53,7 +54,7 @@ def real_texts(extractor):
         extract = functools.partial(trafilatura.extract, favor_precision=True,
                                     include_comments=False)
     files = [*sorted((WEB / "warc").iterdir()), *sorted(WEB.glob("pages-*.warc.gz"))]
-    records = [record for path in files for record, _ in crawl.read_warc(path) if record]
+    records = [record for path in files for record, _ in warc.read_warc(path) if record]
     pages = [page for record in records for page, _ in [crawl.parse_record(*record)] if page]
     texts = ((page["url"], page.get("text") or extract(page["html"]) or "") for page in pages)
     return [(url, text.strip()) for url, text in texts if text.strip()]
@@ -134,7 +135,7 @@ def test_languages_are_decided_as_datatrove_decides_by_the_same_model(monkeypatc
     other = LanguageFilter("en")
     other.model._model = Model()
     texts = [text for _, text in real_texts("plain")] + [
-        row["text"] for row in shards.read_documents(WEB / "multilang.jsonl.gz")]
+        row["text"] for row in corpus.read_documents(WEB / "multilang.jsonl.gz")]
     for text in texts:
         assert other.filter(Document(text=text, id="")) == (
             filters.language({"text": text}, model=model)[0] is not None), text[:80]

@@ -17,11 +17,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import corpus  # noqa: E402
 import crawl  # noqa: E402
 import download  # noqa: E402
 import filters  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
+import report  # noqa: E402
 import shards  # noqa: E402
+import warc  # noqa: E402
 from bpe import Tokenizer  # noqa: E402
 from conftest import mutate, run_main  # noqa: E402
 from test_download import add_hub, server  # noqa: E402, F401
@@ -49,7 +52,7 @@ def run(*arguments, check=True):
 
 def documents(out, split="*"):
     files = sorted((out / "documents").glob(f"{split}_*.jsonl.gz"))
-    return [row for file in files for row in shards.read_documents(file)]
+    return [row for file in files for row in corpus.read_documents(file)]
 
 def distinct_prose(n, seed=0):
     """n English documents of which no two are near duplicates."""
@@ -73,7 +76,7 @@ def ended(out, seconds=5):
 def write_warc(path, texts):
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html><meta charset=utf-8><p>"
     path.write_bytes(b"".join(
-        crawl.warc_record("response", f"https://example.org/{i}", head + text.encode())
+        warc.warc_record("response", f"https://example.org/{i}", head + text.encode())
         for i, text in enumerate(texts)))
     return path
 
@@ -83,7 +86,9 @@ def write_warc(path, texts):
     ("https://example.org/river", None), ("https://www.bet365.com/", "domain"),
     ("https://notbet365.com/", None), ("https://a.org/CASINO/x", "hard_word"),
     ("https://a.org/adult-education", None), ("https://a.org/adult-dating", "soft_words"),
-    ("https://a.org/free-spins-today", "part_of_word"), ("https://sussex.ac.uk/", None)])
+    ("https://a.org/free-spins-today", "part_of_word"), ("https://sussex.ac.uk/", None),
+    ("https://onlyfans.com./", "domain"), ("https://ONLYFANS.com.:443/x", "domain"),
+    ("https://notonlyfans.com./", None), (f"https://{'a.' * 32_000}org/", "long_host")])
 def test_url_filter_drops_by_domain_words_and_parts(url, why):
     assert filters.url_filter(page("", url))[1] == why
 
@@ -99,13 +104,13 @@ def test_function_words_tell_english(text, is_english):
 
 @needs_web
 def test_without_a_model_no_foreign_text_passes_and_english_does():
-    rows = list(shards.read_documents(WEB / "multilang.jsonl.gz"))
+    rows = list(corpus.read_documents(WEB / "multilang.jsonl.gz"))
     passed = [row["lang"] for row in rows if filters.language(page(row["text"]))[1] is None]
     # five of them are English articles, in the folders of languages that lack a translation
     assert len(rows) == 159 and sorted(passed) == ["bn"] * 3 + ["en"] * 3 + ["pcm"] * 2
 
 @pytest.mark.parametrize("text, why", [
-    (PROSE, None), (f"{PROSE}\n\nsame\n\nsame\n\nsame", "repeated_paragraphs"),
+    (PROSE, None), ("", "empty"), (f"{PROSE}\n\nsame\n\nsame\n\nsame", "repeated_paragraphs"),
     (f"{PROSE}\nsame\nsame\nsame", "repeated_lines"), (PROSE + "good day " * 30, "top_2_gram"),
     (PROSE + "a fine clear day " * 7, "top_4_gram"),
     (PROSE + PROSE[:90] + PROSE[:90].upper() + PROSE[95:185], "repeated_5_grams"),
@@ -154,14 +159,21 @@ def test_fineweb_quality_has_a_reason_for_each_rule(text, why):
     ("x@y.org, z@y.org, q@y.org", ", ".join([*filters.SAFE_EMAILS, filters.SAFE_EMAILS[0]])),
     ("8.8.8.8 and 151.101.1.69.", "22.214.171.124 and 126.96.36.199."),
     ("127.0.0.1 192.168.1.20 10.0.0.7",) * 2,
-    ("999.1.1.1", "999.1.1.1"), ("1.2.3.4.5", "1.2.3.4.5"), ("version 1.2.3", "version 1.2.3")])
+    ("999.1.1.1", "999.1.1.1"), ("1.2.3.4.5", "1.2.3.4.5"), ("version 1.2.3", "version 1.2.3"),
+    (".3.3.3.0 and 1.3.3.3.0",) * 2, ("user@example", "user@example"),
+    *((f"({address})", "(email@example.com)") for address in (
+        "o'brien@x.org", "o’brien@x.org", "müller@x.org", "mu\u0308ller@x.org", "a/b=c@x.org",
+        f"{'long.' * 20}name@x.org", "иван@почта.рф", "joe@xn--mnchen-3ya.xn--p1ai", "a@a.b.c.d.e.f.g.h.i.j.com",
+        "email@123.123.123.123", "joe@[8.8.8.8]")),
+    ("'joe@x.org'", "'email@example.com'"), ("发user@x.com请", "发email@example.com请")])
 def test_public_addresses_are_replaced_and_private_ones_kept(before, after):
     assert filters.pii(page(before))[0]["text"] == after
 
 @pytest.mark.parametrize("step", [filters.url_filter, filters.language, filters.gopher_repetition,
     filters.gopher_quality, filters.c4_quality, filters.fineweb_quality, filters.pii])
 def test_no_step_takes_more_than_linear_time(step):
-    for piece in ("!", "a", "a@", "1.", "a.b ", "\n", "[", "é", "- ", "!)", "a-"):
+    for piece in ("!", "a", "a@", "1.", "a.b ", "\n", "[", "é", "- ", "!)", "a-",
+                  "a@b.co ", "@b.co", "\u0301\u0327"):
         url = f"http://a.org/{piece * 100}"
         text = piece * (200_000 // len(piece))
         started = time.process_time()
@@ -186,7 +198,7 @@ def small_site(tmp_path_factory):
 
 def test_a_crawl_follows_links_and_robots_and_drops_what_it_should(small_site):
     out, _ = small_site
-    records = crawl.read_warc(out / "warc" / "crawl_00000.warc.gz")
+    records = warc.read_warc(out / "warc" / "crawl_00000.warc.gz")
     fetched = "\n".join(headers["warc-target-uri"] for (headers, _), _ in records)
     assert "/json.decoder.html" in fetched and "/private" not in fetched
     kept = {row["url"].split("/", 3)[3]: row for row in documents(out)}
@@ -227,6 +239,12 @@ def test_inspect_shows_what_each_step_did_and_runs_nothing_of_a_page(inspected):
     assert "<del>Home</del>" in shown and "<del>The site uses cookies.</del>" in shown
     assert "<ins>Write to email@example.com. It works.</ins>" in shown
     assert "<script>" not in shown and "&lt;script&gt;" in shown
+
+def test_a_page_that_takes_too_long_to_show_has_a_note_instead(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "SHOW_SECONDS", 0.2)
+    monkeypatch.setattr(report, "html_of_a_page", lambda trace: time.sleep(60))
+    report.write_inspection(tmp_path / "a.html", [report.Trace(page("text"), [])])
+    assert "https://example.org/a</h2>It is too large" in (tmp_path / "a.html").read_text()
 
 def test_inspect_has_pages_of_every_file_for_every_way_to_end(inspected):
     ends = re.findall(r"<li><a href='#\d'>(.*?)</a>, (\d) pages", inspected[0])
@@ -317,7 +335,7 @@ def test_a_mistake_on_a_ray_cluster_ends_in_one_line_too(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\nbroken')
     done = run("--source", "text", tmp_path / "a.jsonl", "--out", tmp_path / "o", "--ray", "local",
                check=False)
-    assert done.returncode == 1 and "a.jsonl line 2 is not a JSON object" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "a.jsonl cannot be read: line 2 is not JSON" in done.stderr.splitlines()[-1]
 
 @pytest.mark.parametrize("name", ["trafilatura", "resiliparse"])
 def test_other_extractors_give_the_main_text_and_not_the_navigation(tmp_path, name):
@@ -354,25 +372,62 @@ def test_bad_input_of_every_kind_is_counted_and_the_good_pages_are_kept(tmp_path
         html.removeprefix("<html>"), lambda: plain(html))())
     bodies = [*(f"<html>{name}".encode() for name in extracts), b"<html>" + bytes(9 << 20),
               b"<meta charset=utf-16>\xff\xfe\x00\xd8" + bytes(range(128, 256)) * 9]
-    bad = [crawl.warc_record("response", f"https://a.org/{i}", head + b"\r\n" + body)
+    bad = [warc.warc_record("response", f"https://a.org/{i}", head + b"\r\n" + body)
            for i, body in enumerate(bodies)]
     bomb = head + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(99 << 20))
     good = [write_warc(tmp_path / "x", [text]).read_bytes() for text in distinct_prose(9)]
     damaged = good[0][:40] + bytes(60) + good[0][100:]
     huge = b"WARC/1.0\r\nContent-Length: 100000000\r\n\r\n" + bytes(100_000_000)
     (tmp_path / "a.warc.gz").write_bytes(b"".join([
-        good[1], damaged, good[2], *bad, crawl.warc_record("response", "https://a.org/", bomb),
+        good[1], damaged, good[2], *bad, warc.warc_record("response", "https://a.org/", bomb),
         good[3], gzip.compress(huge, 1), good[4], good[5][:-30]]))
     tracemalloc.start()
     pf.run_task(tmp_path / "a.warc.gz", tmp_path / "0", plain_settings(), None)
     assert tracemalloc.get_traced_memory()[1] < 200 << 20
     tracemalloc.stop()
     rows = json.loads((tmp_path / "0.json").read_text())["rows"]
-    assert len(list(shards.read_documents(tmp_path / "0.jsonl.gz"))) == 4
+    assert len(list(corpus.read_documents(tmp_path / "0.jsonl.gz"))) == 4
     assert rows["read"]["dropped"] | rows["extract_text"]["dropped"] == {
         "broken_gzip": 1, "page_too_large": 2, "huge_record": 1, "truncated_record": 1,
         "error_TimeoutError": 1, "error_EOFError": 1, "error_MemoryError": 1,
         "unknown_charset": 1}
+
+def test_a_record_or_row_that_makes_a_function_fail_is_counted(tmp_path, monkeypatch):
+    def failing(headers, payload):
+        if headers["warc-target-uri"].endswith("1"):
+            raise RecursionError
+        return parse_record(headers, payload)
+    parse_record = pf.parse_record
+    monkeypatch.setattr(pf, "parse_record", failing)
+    path = write_warc(tmp_path / "a.warc.gz", distinct_prose(3))
+    pf.run_task(path, tmp_path / "0", plain_settings(), None)
+    rows = json.loads((tmp_path / "0.json").read_text())["rows"]
+    assert rows["read"]["dropped"] == {"error_RecursionError": 1} and rows["read"]["kept"] == 2
+
+def test_lone_surrogates_in_any_field_of_a_row_are_replaced(tmp_path):
+    row = {"text": "a \ud83d b", "title": "\ud83d", "more": [{"\udc00": "\ud83d"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    pf.run_task(tmp_path / "a.jsonl", tmp_path / "0", plain_settings(is_filtered=False), None)
+    kept, = corpus.read_documents(tmp_path / "0.jsonl.gz")
+    assert (kept["text"], kept["title"], kept["more"]) == ("a ? b", "?", [{"?": "?"}])
+
+SLEEPING = """
+import runpy, time, filters
+filters.language = lambda page, model: time.sleep(60)
+runpy.run_path("prepare_fineweb.py", run_name="__main__")"""
+
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])  # one process; all, as the terminal does
+def test_ctrl_c_ends_a_run_and_its_workers_in_one_line(tmp_path, kill):
+    paths = [write_warc(tmp_path / f"{i}.warc.gz", TEXTS[:2]) for i in range(3)]
+    child = subprocess.Popen([sys.executable, "-c", SLEEPING, "--source", "warc", *paths, "--out",
+                              tmp_path / "o", "--workers", "2"], cwd=ROOT, start_new_session=True,
+                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not list(tmp_path.rglob("00001_1.jsonl.gz.part")):
+        time.sleep(0.05)
+    kill(child.pid, signal.SIGINT)
+    errors = child.communicate(timeout=20)[1]
+    assert errors.splitlines()[-1].startswith("stopped; finished files are kept; repeat")
+    assert child.returncode == 130 and "Traceback" not in errors and ended(tmp_path / "o")
 
 FULL_DISK = """
 import builtins, sys, prepare_fineweb
@@ -464,12 +519,17 @@ def test_a_download_that_ends_in_nothing_is_one_line_of_a_worker(server, tmp_pat
 # ---- mistakes ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, data, found", [
-    ("a.jsonl", b'{"text": "x"}\n\n{"text": ', "a.jsonl line 3 is not a JSON object"),
-    ("a.jsonl", b'{"text": "x"}\n\xff\n', "a.jsonl line 2 is not "),
-    ("a.jsonl", b'{"text": "x"}\n["y"]\n', "row 2 is not an object with"),
-    ("a.jsonl", b'{"txt": "x"}\n', "row 1 is not an object with"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n', mtime=0)[:-9], "a.jsonl.gz is damaged after line "),
-    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz is damaged after line 0 (Not a gzipped file"),
+    ("a.jsonl", b'{"text": "x"}\n\n{"text": ', "a.jsonl cannot be read: line 3 is not JSON"),
+    ("a.jsonl", b'{"text": "x"}\n\xff\n', "line 2 is not JSON"),
+    ("a.jsonl", b'{"text": "x"}\n["y"]\n', "line 2 is not a JSON object"),
+    ("a.jsonl", b'{"txt": "x"}\n', 'row 1 has no string "text"'),
+    ("a.jsonl", b'{"text": 7}\n', 'row 1 has no string "text"'),
+    ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1 is not JSON (maximum recursion"),
+    ("a.jsonl", b'{"text": "x", "score": -Infinity}', "-Infinity is not a number of JSON"),
+    ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "line 1 is not JSON"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n', mtime=0)[:-9], "a.jsonl.gz cannot be read: "),
+    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz cannot be read: Not a gzipped file"),
+    ("a.csv", b"text\nx\n", "a.csv is none of .txt .jsonl .jsonl.gz .parquet"),
     ("a.parquet", b"PAR1 no parquet", "a.parquet")])
 def test_a_bad_documents_file_ends_in_one_line(tmp_path, name, data, found):
     if name == "a.parquet":
@@ -496,8 +556,10 @@ def test_an_input_that_changed_but_not_in_size_is_refused(tmp_path):
     (("tokenize", "--out", "x", "--tokenizer", "gpt2"), "lists no documents"),
     (("--source", "commoncrawl", "--out", "x"), "takes the name of one crawl"),
     (("--source", "finewebb", "--out", "x"), "finewebb is not a known source"),
-    (("--source", "text", __file__, "--out", "x", "--row_tokens", "1"), "at most --shard_tokens 100000000, got 1"),
-    (("--source", "text", __file__, "--out", "x", "--val_fraction", "2"), "at least 0 and below 1, got 2.0")])
+    (("--source", "text", __file__, "--out", "x", "--row_tokens", "1"),
+     "at most --shard_tokens 100000000, got 1"),
+    (("--source", "text", __file__, "--out", "x", "--val_fraction", "2"),
+     "at least 0 and below 1, got 2.0")])
 def test_a_user_s_mistake_ends_in_one_line(tmp_path, monkeypatch, capsys, arguments, found):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["prepare_fineweb.py", *arguments])
@@ -510,9 +572,25 @@ def test_a_crawl_that_reaches_nothing_ends_in_one_line(tmp_path):
     assert "has no document left for training; " in done.stderr.splitlines()[-1]
 
 def test_an_index_of_another_format_names_what_to_remove(tmp_path):
-    shards.write_json(tmp_path / "index.json", {"format": "deepdive data", "version": 7})
+    pf.write_json(tmp_path / "index.json", {"format": "deepdive data", "version": 7})
     with pytest.raises(SystemExit, match="version 7.*remove"):
-        shards.read_index(tmp_path)
+        corpus.read_index(tmp_path)
+
+@pytest.mark.parametrize("data", [b"[" * 200_000, b"[]", b"null", b"\xff", b"{", json.dumps({
+    "format": "deepdive data", "version": 1, "documents": [{"file": "a"}]}).encode()])
+def test_a_damaged_index_ends_in_one_line(tmp_path, data):
+    (tmp_path / "index.json").write_bytes(data)
+    with pytest.raises(SystemExit, match="index.json is damaged: .*; remove [^\n]*$"):
+        corpus.read_index(tmp_path)
+
+@pytest.mark.parametrize("keys", [None, np.zeros((3, 2)), np.zeros((14, 2)), np.uint64(7)])
+def test_damaged_minhash_keys_end_in_one_line(tmp_path, keys):
+    if keys is None:
+        (tmp_path / "0.npy").write_bytes(b"\x93NUMPY damaged")
+    else:
+        np.save(tmp_path / "0.npy", keys)
+    with pytest.raises(SystemExit, match="0.npy is damaged; remove"):
+        pf.load_keys(tmp_path / "0.npy")
 
 def test_a_file_that_could_not_be_finished_never_gets_its_name(tmp_path):
     with pytest.raises(OSError):

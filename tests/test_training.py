@@ -19,8 +19,9 @@ from test_model import TEXT, text_only
 # ---- the optimizer
 
 def test_adamw_equals_pytorchs():
-    ours, theirs = noisy(GPT2), noisy(GPT2)
-    optimizer, params = make_optimizer(ours, lr=3e-3), list(theirs.parameters())
+    ours = noisy(GPT2)
+    optimizer = make_optimizer(ours, lr=3e-3)
+    params = list(noisy(GPT2).parameters())
     oracle = torch.optim.AdamW([dict(params=[p for p in params if p.ndim > 1], weight_decay=0.1),
                                 dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)],
                                lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
@@ -50,22 +51,26 @@ def test_polar_pushes_singular_values_to_one_and_keeps_directions(shape):
 
 def twin_muon(W, grads, lr, decay, momentum):
     """Muon for one matrix in float64, from the papers' formulas: the weights after all steps."""
-    W, (m, n) = W.double().clone(), W.shape
-    buffer, variance = torch.zeros(m, n).double(), torch.zeros(m if m >= n else n).double()
+    m, n = W.shape
+    W = W.double().clone()
+    buffer = torch.zeros(m, n).double()
+    variance = torch.zeros(max(m, n)).double()
+    along = 1 if m >= n else 0
     for grad in grads:
         buffer = momentum * buffer + (1 - momentum) * grad.double()
         X = (1 - momentum) * grad.double() + momentum * buffer
         X = X / (1.01 * X.square().sum().sqrt() + 1e-6)
         for a, b, c in training.POLAR_EXPRESS:
             X = a * X + b * X @ X.T @ X + c * X @ X.T @ X @ X.T @ X
-        along = 1 if m >= n else 0
         variance = 0.9 * variance + 0.1 * X.square().mean(along)
         scaled = X / variance.unsqueeze(along).sqrt()
         u = scaled * X.norm() / scaled.norm()
         for i in range(m):
             for j in range(n):
-                cautious = decay * W[i, j] if u[i, j] * W[i, j] >= 0 else 0.0
-                W[i, j] -= lr * max(1, m / n) ** 0.5 * (u[i, j] + cautious)
+                update = u[i, j]
+                if u[i, j] * W[i, j] >= 0:
+                    update = update + decay * W[i, j]
+                W[i, j] -= lr * max(1, m / n) ** 0.5 * update
     return W
 
 
@@ -76,9 +81,9 @@ def check_muon():
     grads = {name: torch.randn(3, *shape) for name, shape in shapes.items()}
     expected = {}
     for name, p in params.items():
-        W, g = ([t.detach().chunk(3, -2) if name == "c_attn" else [t.detach()]
-                 for t in (p, grads[name])])
-        expected[name] = torch.cat([twin_muon(*pair, 0.02, 0.5, 0.9) for pair in zip(W, g)])
+        K = 3 if name == "c_attn" else 1        # queries, keys and values are matrices of their own
+        parts = zip(p.detach().chunk(K, -2), grads[name].chunk(K, -2))
+        expected[name] = torch.cat([twin_muon(W, g, 0.02, 0.5, 0.9) for W, g in parts])
     optimizer = Optimizer([dict(kind="muon", params=params, lr=0.01, weight_decay=1.0)])
     for step in range(3):
         for name, p in params.items():
@@ -95,10 +100,11 @@ def test_muon_equals_its_slow_twin():
 def test_muon_is_compiled_once_whatever_the_rates():
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters["stats"]
-    compiled, before = torch.compile(training.muon, dynamic=False, backend="eager"), dict(counters)
+    before = dict(counters)
+    compiled = torch.compile(training.muon, dynamic=False, backend="eager")
     stacks = [*torch.randn(3, 2, 4, 6), torch.rand(2, 1, 6)]
     for lr in (0.1, 0.2, 0.3):
-        numbers = torch.tensor(lr), torch.tensor(lr / 2), torch.tensor(1 - lr)
+        numbers = [torch.tensor(lr), torch.tensor(lr / 2), torch.tensor(1 - lr)]
         for found, wanted in zip(compiled(*stacks, *numbers), training.muon(*stacks, *numbers)):
             torch.testing.assert_close(found, wanted)
     assert counters["unique_graphs"] - before.get("unique_graphs", 0) == 1
@@ -115,10 +121,12 @@ def test_weights_decay_only_where_the_update_shrinks_them():
     for decay in (0.0, 0.3):
         torch.manual_seed(0)
         p = torch.nn.Parameter(torch.randn(6, 5))
-        p.grad, before = torch.randn(6, 5), p.detach().clone()
+        p.grad = torch.randn(6, 5)
+        before = p.detach().clone()
         Optimizer([dict(kind="muon", params={"w": p}, lr=0.1, weight_decay=decay)]).step()
         moved.append(p.detach() - before)
-    update, decayed = moved[0], moved[1] - moved[0]
+    update = moved[0]
+    decayed = moved[1] - moved[0]
     shrinks = update * before < 0
     torch.testing.assert_close(decayed, -0.1 * (6 / 5) ** 0.5 * 0.3 * before * shrinks)
     assert 0.2 < shrinks.float().mean() < 0.8
