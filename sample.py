@@ -35,6 +35,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+if __name__ == "__main__":      # Ctrl-C during the slow imports below ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 
 from bpe import Tokenizer
@@ -569,6 +572,7 @@ def choose_device(name):
 def quiet_end():
     """Ends the command without a traceback if the user presses Ctrl-C, or if the reader of a pipe
     has gone, as in `sample.py | head`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
         sys.stdout.flush()
