@@ -301,6 +301,10 @@ def crawl_files(source, mirror):
     return [{"name": path.rsplit("/", 1)[1], "path": path, "size": None, "sha256": None}
             for path in gzip.decompress(answer).decode().split()]
 
+def is_val_shard(name):
+    """Whether a name ends as that of a shard of the val split: only its end tells."""
+    return re.search(r"(^|_)val(_[0-9]+)?\.bin$", name.rsplit("/", 1)[-1]) is not None
+
 def find_files(source, num_shards, out, mirror=None):
     """The first num_shards files of a source and all its val shards, as a list of
     {"name", "path", "size", "sha256"}.
@@ -319,7 +323,7 @@ def find_files(source, num_shards, out, mirror=None):
             revision, files = None, crawl_files(source, mirror)
         else:
             revision, files = hub_files(source, known.get("revision"), mirror)
-        val = [file for file in files if file["name"].endswith(".bin") and "_val_" in file["name"]]
+        val = [file for file in files if is_val_shard(file["name"])]
         train = [file for file in files if file not in val]
         known = {"source": source, "revision": revision, "num_shards": num_shards,
                  "files": val + train[:num_shards]}

@@ -35,6 +35,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+if __name__ == "__main__":      # Ctrl-C during the slow imports below ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 
 from bpe import Tokenizer
@@ -163,7 +166,7 @@ def run_tool(command, code, timeout=5.0, max_output=400):
 def failure(returncode, said, printed):
     """The last line of an error; "" if the code did not fail. said: the last line on stderr."""
     if returncode < 0:
-        return f"Error: killed by {signal.Signals(-returncode).name}"
+        return f"Error: killed by signal {-returncode}"
     if returncode > 0:
         return said or f"Error: exit status {returncode}"
     if printed:
@@ -569,6 +572,7 @@ def choose_device(name):
 def quiet_end():
     """Ends the command without a traceback if the user presses Ctrl-C, or if the reader of a pipe
     has gone, as in `sample.py | head`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
         sys.stdout.flush()

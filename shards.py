@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from bpe import Tokenizer
 from corpus import print_funnel, read_documents, read_index, refuse_changes
-from download import one_line_when_full, whole_file
+from download import is_val_shard, one_line_when_full, whole_file
 
 MAGIC = 20240520          # the first int32 of a shard
 DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # version of a shard: type of its tokens
@@ -203,7 +203,7 @@ def adopt(out, paths, name):
         data = path.read_bytes()
         tokens = parse_bin(data, path)
         check_tokens(path, tokens, tokenizer)
-        split = "val" if "_val_" in path.name else "train"
+        split = "val" if is_val_shard(path.name) else "train"
         shards.append({"file": path.name, "split": split, "tokens": len(tokens),
                        "documents": int((tokens == tokenizer.eot).sum()),
                        "bytes": count_bytes(tokens, token_bytes), "sha256": sha256(data)})

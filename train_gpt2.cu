@@ -3841,21 +3841,40 @@ static Shard open_shard(const char* path) {
     return {strdup(path), map + SHARD_HEADER_BYTES, header[2], width};
 }
 
+// Whether a file's name ends in _{split}_DIGITS.bin or, as in llm.c's small data sets, in
+// _{split}.bin. Only the end counts: the name of a data set may hold "train" or "val" itself.
+static bool is_of_split(const char* path, const char* split) {
+    const char* slash = strrchr(path, '/');
+    const char* name = slash != NULL ? slash + 1 : path;
+    size_t end = strlen(name);
+    size_t length = strlen(split);
+    if (end < 4 || strcmp(name + end - 4, ".bin") != 0) { return false; }
+    end -= 4;
+    size_t digits = end;            // where the digits at the end begin
+    while (digits > 0 && name[digits - 1] >= '0' && name[digits - 1] <= '9') { digits--; }
+    if (digits < end && digits > 0 && name[digits - 1] == '_') { end = digits - 1; }
+    if (end < length || strncmp(name + end - length, split, length) != 0) { return false; }
+    return end == length || name[end - length - 1] == '_';
+}
+
 // All shards of a split, "train" or "val", in the order of their names
 static Shards open_shards(const char* data, const char* split) {
-    char pattern[4096];
-    snprintf(pattern, sizeof pattern, "%s/*%s_*.bin", data, split);
     glob_t found;
-    if (glob(pattern, 0, NULL, &found) != 0) {
-        die("%s holds no shards *%s_*.bin; run python prepare_fineweb.py tokenize --out %s "
-            "--tokenizer DIR", data, split, data);
+    int error = glob(joined(data, "*.bin"), 0, NULL, &found);
+    size_t n_files = error == 0 ? found.gl_pathc : 0;
+    Shards shards = {(Shard*)calloc(n_files + 1, sizeof(Shard)), 0, 0};
+    for (size_t i = 0; i < n_files; i++) {
+        if (!is_of_split(found.gl_pathv[i], split)) { continue; }
+        shards.files[shards.n] = open_shard(found.gl_pathv[i]);
+        shards.n_tokens += shards.files[shards.n].n_tokens;
+        shards.n++;
     }
-    Shards shards = {(Shard*)calloc(found.gl_pathc, sizeof(Shard)), (int)found.gl_pathc, 0};
-    for (int i = 0; i < shards.n; i++) {
-        shards.files[i] = open_shard(found.gl_pathv[i]);
-        shards.n_tokens += shards.files[i].n_tokens;
+    if (error == 0) { globfree(&found); }
+    if (shards.n_tokens < 2) {
+        die("%s holds %lld tokens of the %s split, in %d shards named *_%s_000000.bin; run python "
+            "shards.py --data %s --tokenizer DIR", data, (long long)shards.n_tokens, split,
+            shards.n, split, data);
     }
-    globfree(&found);
     return shards;
 }
 
@@ -5338,12 +5357,16 @@ static Validation open_validation(int V) {
     return validation;
 }
 
-// A new model guesses: its loss is ln V. Any other loss means that a kernel is wrong.
-static void check_first_loss(double val_loss, int V) {
-    double expected = log(V);
+// A new model knows nothing, so its logits are noise of some variance v, and its loss is
+// ln V + v / 2. GPT-2's logits sum over C channels of variance 1 times weights of standard
+// deviation 0.02; those of dN are near 0. Any other loss means that a kernel is wrong.
+static void check_first_loss(double val_loss, Config config) {
+    double expected = log(config.vocab_size);
+    if (!config.modern) { expected += 0.02 * 0.02 * config.n_embd / 2; }
     if (fabs(val_loss / expected - 1) <= 0.05) { return; }
-    die("val_loss is %.4f before step 1, but an untrained model's is ln(%d) = %.4f, so a kernel is "
-        "wrong on this GPU; run make test_train_gpt2cu", val_loss, V, expected);
+    die("val_loss is %.4f before step 1, but an untrained model's is %.4f, about ln(%d), so a "
+        "kernel is wrong on this GPU; run make test_train_gpt2cu", val_loss, expected,
+        config.vocab_size);
 }
 
 // Logs val loss, HellaSwag and samples; returns bits per byte.
@@ -5361,7 +5384,7 @@ static double log_evaluation(Log* log, Model* model, Loader* loader, Ranks* rank
     }
     say(log, row.line, row.row);
     if (step == 0 && arguments.init_from == NULL) {
-        check_first_loss(val.val_loss, model->config.vocab_size);
+        check_first_loss(val.val_loss, model->config);
     }
     if (ranks->rank == 0 && validation->vocabulary.n > 0) {
         say_samples(log, model, loader, &validation->vocabulary, step);

@@ -34,10 +34,14 @@ import lzma
 import math
 import os
 import re
+import signal
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if __name__ == "__main__":      # Ctrl-C during the slow imports below ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -56,27 +60,6 @@ from training import (D12_MATMUL_PARAMS, RunLog, catch_signals, check_finite, fi
 MAGIC = 20240520
 TOKEN_TYPES = {1: np.uint16, 2: np.uint32}      # by the version in a shard's header
 HEADER_BYTES = 1024                             # 256 int32: magic, version, token count, zeros
-
-def read_index(data):
-    """index.json of a folder that shards.py wrote: its tokenizer, and the split, tokens and SHA-256
-    of each shard. {}: there is none; llm.c writes shards without it."""
-    path = Path(data) / "index.json"
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise SystemExit(f"{path}: {error}; remove it and run python shards.py again") from None
-
-def shard_files(data, split):
-    """The files of a split: those that index.json lists for it. Without an index they are those
-    whose name ends in _{split}_DIGITS.bin, or in _{split}.bin, as in llm.c's small data sets."""
-    data = Path(data)
-    listed = read_index(data).get("shards")
-    if listed:
-        return [data / shard["file"] for shard in listed if shard["split"] == split]
-    name = re.compile(rf"(.+_)?{split}(_[0-9]+)?\.bin")
-    return sorted(path for path in data.glob("*.bin") if name.fullmatch(path.name))
 
 class Shards:
     """All tokens of a split as one long sequence, read from memory-mapped .bin files.
@@ -188,7 +171,33 @@ class Loader:
             rows = rows.pin_memory().to(device, non_blocking=True)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-HASHED_BYTES = 2 ** 30      # of shards at the start, which takes seconds; larger ones are trusted
+# ---- Which files belong together? ----------------------------------------------------------------
+
+HASHED_BYTES = 2 ** 30      # of shards at the start, which takes seconds; the others are trusted
+
+def read_index(data):
+    """index.json of a folder that shards.py wrote: its tokenizer, and the split, tokens and SHA-256
+    of each shard. {}: there is none; llm.c writes shards without it."""
+    path = Path(data) / "index.json"
+    if not path.exists():
+        return {}
+    try:
+        index = dict(json.loads(path.read_bytes()))
+        index["shards"] = [dict(shard, path=Path(data, shard["file"]), split=shard["split"])
+                           for shard in index.get("shards") or []]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise SystemExit(f"{path} is not an index of shards ({error}); remove it and run python "
+                         "shards.py again") from None
+    return index
+
+def shard_files(data, split):
+    """The files of a split: those that index.json lists for it. Without an index they are those
+    whose name ends in _{split}_DIGITS.bin, or in _{split}.bin, as in llm.c's small data sets."""
+    listed = read_index(data).get("shards")
+    if listed:
+        return [shard["path"] for shard in listed if shard["split"] == split]
+    name = re.compile(rf"(.+_)?{split}(_[0-9]+)?\.bin")
+    return sorted(path for path in Path(data).glob("*.bin") if name.fullmatch(path.name))
 
 def data_tokenizer(data):
     """The tokenizer beside the shards. llm.c's shards have none, and their tokens are GPT-2's.
@@ -208,16 +217,15 @@ def data_tokenizer(data):
 def check_shards(data):
     """Compares shards with the SHA-256 of index.json, in its order, up to HASHED_BYTES."""
     n_bytes = 0
-    for shard in read_index(data).get("shards") or []:
-        path = Path(data) / shard["file"]
-        n_bytes += path.stat().st_size
+    for shard in read_index(data).get("shards", []):
+        n_bytes += shard["path"].stat().st_size
         if "sha256" not in shard or n_bytes > HASHED_BYTES:
             continue
-        with open(path, "rb") as file:
+        with open(shard["path"], "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != shard["sha256"]:
-            raise SystemExit(f"{path} is not the file that index.json describes (its SHA-256 is "
-                             f"{found[:8]}, not {shard['sha256'][:8]}); run python shards.py again")
+            raise SystemExit(f"{shard['path']} is not the file that index.json describes; its "
+                             f"SHA-256 begins with {found[:8]}; run python shards.py again")
 
 def check_same_tokenizer(run, name, tokenizer):
     """Stops if a checkpoint was trained with another tokenizer than the data's, so that its rows of
@@ -458,6 +466,8 @@ def parse_args():
     args = parser.parse_args()
     check_at_least(1, args, "total_batch_size", "batch_size", "seq_len", "eval_every", "save_every")
     check_at_least(0, args, "max_steps", "gpu_hour_usd", "seed")
+    if args.seed >= 2 ** 63:
+        raise SystemExit(f"--seed must be below {2 ** 63}, got {args.seed}")
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise SystemExit(f"--lr must be above 0, got {args.lr}")
     choose_device(args.device)

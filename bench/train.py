@@ -21,7 +21,6 @@ import argparse
 import gc
 import statistics
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from bpe import Tokenizer
-from contenders import PEERS, Shape, arms
+from contenders import Shape, arms
 from measure import (Clock, chosen_shapes, finish, missing, ratio, shape_flags, spread,
                      table)
 from train_gpt2 import Loader, Shards, evaluate, peak_flops

@@ -226,6 +226,14 @@ def test_a_branch_is_looked_up_once_and_then_stays(server, tmp_path):
     assert [REVISION in file["path"] for file in dl.find_files("a/b", 2, tmp_path, server.url)] == \
         [True, True]
 
+@pytest.mark.parametrize("name, is_val", [
+    ("fineweb_val_000000.bin", True), ("a/tiny_val.bin", True), ("val_0.bin", True),
+    ("my_val_train_000001.bin", False), ("medieval_000001.bin", False), ("eval.bin", False),
+    ("val_train_000001.bin", False), ("x_val_000000.parquet", False)])
+def test_only_the_end_of_a_name_makes_a_val_shard(name, is_val):
+    assert dl.is_val_shard(name) is is_val
+
+
 def test_val_shards_come_whatever_the_number_of_train_shards(server, tmp_path):
     add_hub(server, "a/b", {f"w_{n}.bin": b"x" for n in ("train_000001", "train_000002", "val_0")})
     names = [file["name"] for file in dl.find_files("a/b", 1, tmp_path, server.url)]

@@ -381,7 +381,7 @@ def test_much_output_hides_no_error_and_a_crash_does_not_look_like_success():
     assert len(said) == 400 and said.endswith("y\nZeroDivisionError: division by zero")
     crash = "import sys; sys.setrecursionlimit(10 ** 9)\nf = lambda: f()\nprint('a', flush=True); f()"
     assert re.fullmatch("a\n(Error: .*|.*Error.*)", run_python(crash))
-    assert sample.failure(-9, "", "") == "Error: killed by SIGKILL"
+    assert sample.failure(-9, "", "") == "Error: killed by signal 9"
 
 
 GUARD_OFF = """
@@ -674,3 +674,18 @@ def test_openais_gpt2_is_read_with_gpt2s_tokenizer(base_run, tmp_path, monkeypat
     monkeypatch.setattr(sample.Tokenizer, "pretrained", asked.append)
     assert sample.load_tokenizer(tmp_path) is None and asked == ["gpt2"]
     assert sample.load_tokenizer(base_run).n_vocab == 400
+
+
+def test_a_checkpoint_in_hfs_format_with_another_tokenizer_than_gpt2s_is_refused(
+        tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample.Tokenizer, "pretrained", lambda name: tokenizer)     # takes GPT-2's place
+    tokenizer.export_hf(tmp_path / "tokenizer.json")
+    assert sample.has_tokenizer(tmp_path) and sample.load_tokenizer(tmp_path) is tokenizer
+    vocab = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    assert sample.load_tokenizer(tmp_path) is tokenizer
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    for text in (json.dumps(vocab), "[]", "no json"):
+        (tmp_path / "vocab.json").write_text(text)
+        with pytest.raises(SystemExit, match="vocab.json is not GPT-2's tokenizer, .*; put the"):
+            sample.load_tokenizer(tmp_path)

@@ -25,7 +25,7 @@ ALLOWED = {                         # which of the project's files each may impo
     "report": {"eval", "training"},
     **dict.fromkeys(("train_gpt2", "chat_sft", "rl_grpo"),
                     {"bpe", "eval", "model", "sample", "training"}),
-    "web": set(), "conversations": set()}
+    "python_tool": set(), "web": set(), "conversations": set()}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
     "bpe": {"corpus"}, "sample": {"download", "python_tool"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}

@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -183,6 +185,18 @@ def test_llm_cs_names_without_digits_are_found_and_an_index_has_the_last_word(tm
         Shards(tmp_path, "train")
 
 
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"shards": [3]}', '{"shards": [{}]}',
+                                  '{"shards": 5}'])
+def test_a_damaged_index_is_one_line(text, tmp_path):
+    (tmp_path / "index.json").write_text(text)
+    write_shard(tmp_path / "x_train_0.bin", range(9))
+    if text == "[]":
+        assert Shards(tmp_path, "train").n_tokens == 9
+        return
+    with pytest.raises(SystemExit, match="index.json is not an index of shards .*; remove it"):
+        Shards(tmp_path, "train")
+
+
 def indexed(tmp_path, tokenizer, ids=range(300)):
     """A folder as shards.py writes it: both splits hold `ids`."""
     tokenizer.save(tmp_path / "tokenizer")
@@ -203,7 +217,7 @@ def test_shards_that_another_tokenizer_made_or_that_were_changed_are_refused(tok
     with open(data / "x_train_0.bin", "r+b") as file:
         file.seek(1030)
         file.write(b"\1\1")
-    with pytest.raises(SystemExit, match="x_train_0.bin is not the file that index.json describes"):
+    with pytest.raises(SystemExit, match="x_train_0.bin is not the file that index.json describes;"):
         run_main(train_gpt2, *flags(data, tmp_path / "other"))
     Tokenizer.train(["another text"] * 9, 300).save(data / "tokenizer")
     with pytest.raises(SystemExit, match="made the shards, but .*; run python shards.py"):
@@ -660,6 +674,20 @@ def test_every_spelling_of_yes_and_no_is_understood(text, value):
     for name, field in GPTConfig.__dataclass_fields__.items():
         if isinstance(field.default, bool):
             assert train_gpt2.parse_config([f"{name}={text}"]) == {name: value}
+
+
+@pytest.mark.parametrize("moment", ["imports", "header"])
+def test_ctrl_c_before_the_first_step_ends_without_a_traceback(moment, data, tmp_path):
+    command = [str(f) for f in flags(data, tmp_path)]
+    process = subprocess.Popen([sys.executable, "train_gpt2.py", *command], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while moment == "imports" and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.05)
+    while moment == "header" and b"tokens a step" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT) and said == b""
 
 
 def test_profile_writes_a_trace_and_names_the_longest(data, tmp_path, capsys):

@@ -513,6 +513,30 @@ def test_a_mistake_ends_in_one_line_that_names_the_remedy(bf16, init, cuda_data,
     assert found in error and error.count("\n") == 1 and error.count(";") == 1
 
 
+@pytest.mark.parametrize("name", ["pretrain_{}_{}", "eval_{}_{}", "my_train_{}_{}", "val_{}_{}"])
+def test_no_name_of_a_data_set_mixes_its_splits(name, bf16, init, cuda_data, tmp_path):
+    folder = shutil.copytree(cuda_data, tmp_path / "data")
+    for path in folder.glob("demo_*.bin"):
+        _, split, number = path.stem.split("_")
+        path.rename(folder / (name.format(split, number) + ".bin"))
+    start = "--init_from", init, *SHORT, *FLAGS
+    expected = train(bf16, cuda_data, tmp_path / "expected", *start)
+    found = train(bf16, folder, tmp_path / "run", *start)
+    for key in ("loss", "val_loss"):
+        assert column(found, key).tolist() == column(expected, key).tolist()
+
+
+def test_shards_named_without_digits_are_found_and_a_missing_split_is_named(bf16, init, cuda_data,
+                                                                            tmp_path):
+    folder = shutil.copytree(cuda_data, tmp_path / "data")
+    (folder / "demo_val_000.bin").rename(folder / "tiny_shakespeare_val.bin")
+    start = "--init_from", init, *SHORT, *FLAGS
+    assert len(column(train(bf16, folder, tmp_path / "run", *start), "val_loss"))
+    (folder / "tiny_shakespeare_val.bin").rename(folder / "medieval.bin")
+    error = train(bf16, folder, tmp_path / "other", *start, code=1)
+    assert "holds 0 tokens of the val split" in error and error.count("\n") == 1
+
+
 def test_a_truncated_checkpoint_is_refused(bf16, init, cuda_data, tmp_path):
     broken = shutil.copytree(init, tmp_path / "init")
     with open(broken / "model.safetensors", "r+b") as file:
