@@ -337,6 +337,13 @@ class TagReader(HTMLParser):
         self.feed(re.sub("&#[0-9]{20,};?", "\ufffd", html[:end] + rest))
         self.close()
 
+    def parse_starttag(self, i):
+        """A tag that cannot be read, as <a href='x> is, ends at the next ">"."""
+        end = super().parse_starttag(i)
+        if end < 0:
+            end = self.rawdata.find(">", i) + 1
+        return end or -1
+
     def parse_comment(self, i, report=1):
         """Skip <!-- … -->; one that is not closed lasts to the end, as in browsers."""
         end = self.rawdata.find("-->", i + 2)
