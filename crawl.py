@@ -377,7 +377,8 @@ def crawl(seeds, folder, max_pages, delay=None):
             seeds = [f"{MANUAL}/"]
         if delay is None:
             delay = default_delay(seeds)
-        state, paths = Crawl(seeds, Fetcher(delay, moved)), []
+        state = Crawl(seeds, Fetcher(delay, moved))
+        paths = []
         while (path := folder / f"crawl_{len(paths):05d}.warc.gz").exists():
             state.replay(path)
             paths.append(path)
@@ -611,7 +612,8 @@ def verdict(page, **broken):
 
 def count_pages(paths):
     """WARC files → (how many pages they hold, {reason: how many other records})."""
-    n_pages, reasons = 0, Counter()
+    n_pages = 0
+    reasons = Counter()
     for path in paths:
         for record, reason in read_warc(path):
             if record:

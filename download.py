@@ -143,7 +143,8 @@ def persist(url, attempt, bytes_here=nothing_here,
     The pauses between tries grow. After TRIES tries in a row that did not increase bytes_here(),
     SystemExit gives the last error and the remedy.
     """
-    tries, furthest = 0, bytes_here()
+    tries = 0
+    furthest = bytes_here()
     while True:
         try:
             return attempt()
@@ -167,7 +168,8 @@ class Part:
     """
 
     def __init__(self, url, path, size, sha256):
-        self.url, self.sha256 = url, sha256
+        self.url = url
+        self.sha256 = sha256
         self.path = Path(f"{path}.part")
         self.pinned_size = size  # known beforehand
         self.size = size         # or stated by the server
@@ -180,9 +182,8 @@ class Part:
 
     def receive(self, progress):
         """One try to get the bytes that are missing; raises Unfit or requests' errors."""
-        have, headers = 0, {}
-        if self.sha256 or self.etag:
-            have = self.bytes_here()
+        have = self.bytes_here() if self.sha256 or self.etag else 0
+        headers = {}
         if have:
             headers["Range"] = f"bytes={have}-"
             if self.etag:
@@ -259,7 +260,8 @@ def download_gpt2(name, folder):
     """
     base = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
     for file in ("model.safetensors", "config.json"):
-        url, path = f"{base}/openai-community/{name}/resolve/main/{file}", folder / file
+        url = f"{base}/openai-community/{name}/resolve/main/{file}"
+        path = folder / file
         remedy = f"check the network, or set HF_ENDPOINT to a mirror, or put the file into {folder}"
         if not path.exists():
             size, digest = persist(url, lambda: stated(url), remedy=remedy)
@@ -284,7 +286,8 @@ def listing(url, parse):
     """GET a small answer → (parse(its bytes), the URL of the next page or None)."""
     def attempt():
         with ask(url) as answer:
-            content, following = answer.content, answer.links.get("next", {}).get("url")
+            content = answer.content
+            following = answer.links.get("next", {}).get("url")
         try:
             return parse(content), following
         except Exception:  # of whatever parser
@@ -342,7 +345,8 @@ def hub_files(source, revision, mirror):
     if not re.fullmatch("[0-9a-f]{40}", revision):  # a branch, which moves
         revision, _ = listing(f"{base}/api/datasets/{repo}/revision/{revision}", parse_revision)
     tree = f"{base}/api/datasets/{repo}/tree/{revision}/{folder}".rstrip("/")
-    page, rows = f"{tree}?recursive=true", []
+    page = f"{tree}?recursive=true"
+    rows = []
     while page:
         found, following = listing(page, parse_tree)
         rows += found
@@ -392,7 +396,8 @@ def find_files(source, num_shards, out, mirror=None):
                          "give another --out for it")
     if known.get("num_shards") != num_shards:
         if is_crawl(source):
-            revision, files = None, crawl_files(source, mirror)
+            revision = None
+            files = crawl_files(source, mirror)
         else:
             revision, files = hub_files(source, known.get("revision"), mirror)
         val = [file for file in files if file["name"].endswith(".bin") and "_val_" in file["name"]]

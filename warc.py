@@ -75,8 +75,9 @@ def gzip_pieces(file):
     """Yield (bytes, None) for each decompressed piece of a file of gzip members, and
     (b"", "broken_gzip") where a member is damaged; the next member is then found by its magic.
     """
-    data, at = file.read(PIECE_BYTES), 0  # compressed bytes; those before `at` are done
-    is_damaged = False  # the last member; then what follows it belongs to it
+    data = file.read(PIECE_BYTES)  # compressed bytes
+    at = 0                         # those before it are done
+    is_damaged = False             # the last member; what follows then belongs to it
     n_members = 0
     while True:
         data, at, skipped = find_member(file, data, at)
@@ -101,7 +102,8 @@ def gzip_pieces(file):
             is_new = False
             at = len(data) - len(member.unused_data if member.eof else member.unconsumed_tail)
             if at == len(data):
-                data, at = file.read(PIECE_BYTES), 0
+                data = file.read(PIECE_BYTES)
+                at = 0
 
 def zstd_file(file):
     """A file object that decompresses another one, or None where no module can."""
@@ -305,17 +307,17 @@ def parse_answer(answer):
     """A stored HTTP answer → (status or "", headers, decoded body or None)."""
     blank = BLANK_LINE.search(answer, 0, MAX_HEADER_BYTES)
     at = blank.end() if blank else MAX_HEADER_BYTES
-    head, body = answer[:at], answer[at:]
-    status = re.match(rb"HTTP/\S+ +(\d{3})", head)
-    headers = parse_headers(head)
+    body = answer[at:]
+    status = re.match(rb"HTTP/\S+ +(\d{3})", answer)
+    headers = parse_headers(answer[:at])
     if "chunked" in headers.get("transfer-encoding", "").lower():
         body = dechunk(body)
     body = unzip(body, headers.get("content-encoding", "").lower())
     return status[1].decode() if status else "", headers, body
 
 # a page of HTML that does not say so begins with one of these (WHATWG MIME Sniffing, 7.1)
-FIRST_TAG = re.compile(r"\s*(<!--|<(!doctype html|head|script|iframe|h1|div|font|table|a|style|title"
-                       r"|b|body|br|p)[ >])", re.I)
+FIRST_TAG = re.compile(r"\s*(<!--|<(!doctype html|head|script|iframe|h1|div|font|table|a|style"
+                       r"|title|b|body|br|p)[ >])", re.I)
 
 def is_html(mime, text):
     """Whether a Content-Type says HTML, or, where there is none, whether the text looks like it."""
@@ -430,7 +432,8 @@ def page_of(headers, payload):
     if kind == "conversion":
         return page | {"text": payload.decode("utf-8", "replace")}, None
     if kind == "resource":
-        content_type, body = headers.get("content-type", ""), payload
+        content_type = headers.get("content-type", "")
+        body = payload
     elif kind == "response":
         status, http, body = parse_answer(payload)
         content_type = http.get("content-type", "")
