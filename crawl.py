@@ -113,7 +113,7 @@ def links_in(url, answer):
     for link in found:
         with contextlib.suppress(ValueError):  # "http://[" is not a URL
             clean = clean_url(urljoin(base, link), charset)
-            if len(clean) <= MAX_URL_CHARS:
+            if re.fullmatch("[!-~]+", clean) and len(clean) <= MAX_URL_CHARS:
                 yield clean
 
 def links_of(url, answer):
@@ -155,10 +155,10 @@ class Robots:
         return self.rules.can_fetch(url, self.agent)
 
 class Host:
-    """What a crawl knows of one origin: its robots.txt, and when the next request may be sent."""
+    """What a crawl knows of one origin: its robots.txt, and the delay between two requests."""
 
     def __init__(self, delay):
-        self.delay = delay  # seconds before each request
+        self.delay = delay  # in seconds
         self.turn = threading.Lock()
         self.robots = None  # once it is read
         self.is_open = True
@@ -293,6 +293,7 @@ class Crawl:
         self.known = set()     # keys of URLs that are or were in the frontier
         self.fetched = set()   # keys of URLs that have a record
         self.frontier = deque()
+        self.n_forbidden = 0   # URLs that robots.txt does not allow
         self.elsewhere = None  # the first link to another host
         self.add(clean_url(seed) for seed in seeds)
 
@@ -312,17 +313,22 @@ class Crawl:
         for record, _ in read_warc(path):
             if record:
                 headers, payload = record
-                url = headers["warc-target-uri"]
-                self.fetched.add(url_key(url))
-                self.add(links_of(url, payload))
+                url = headers.get("warc-target-uri", "")
+                with contextlib.suppress(ValueError):  # a file of another crawler may hold anything
+                    self.fetched.add(url_key(url))
+                    self.add(links_of(url, payload))
 
     def next_batch(self, max_pages):
         """The next URLs to fetch that robots.txt allows; empty at the end of the crawl."""
         batch = []
         while self.frontier and len(batch) < min(32, max_pages - len(self.fetched)):
             url = self.frontier.popleft()
-            if url_key(url) not in self.fetched and self.fetcher.allowed(url):
+            if url_key(url) in self.fetched:
+                continue
+            if self.fetcher.allowed(url):
                 batch.append(url)
+            else:
+                self.n_forbidden += 1
         return batch
 
     def records(self, max_pages, threads):
@@ -351,11 +357,15 @@ def manual_of_this_machine():
         child.wait()
 
 def check_seeds(seeds):
-    """Stop if a seed is not a URL: a crawl of it would fetch nothing and say nothing."""
+    """Stop if a seed is not a URL of a page."""
     for seed in seeds:
-        if not re.match("https?://[^/]", seed, re.I):
-            raise SystemExit(f"{seed} is not a URL that a crawl can begin at; for a site write "
-                             f"https://{seed}")
+        try:
+            is_url = re.match("https?://[^/]", seed, re.I) and host_of(clean_url(seed))
+        except ValueError:  # "http://["
+            is_url = False
+        if not is_url:
+            url = "https://example.org" if "://" in seed else f"https://{seed}"
+            raise SystemExit(f"{seed} is not a URL that a crawl can begin at; write {url}")
 
 def default_delay(seeds):
     """Seconds between two requests: none where all seeds are on this machine, else 1."""
@@ -370,6 +380,8 @@ def crawl(seeds, folder, max_pages, delay=None):
     already count as fetched. Four requests run at once where the delay allows.
     """
     check_seeds(seeds)
+    if delay is not None and not 0 <= delay <= threading.TIMEOUT_MAX:
+        raise SystemExit(f"--delay must be at least 0 seconds, got {delay}")
     with contextlib.ExitStack() as stack:
         moved = {}
         if not seeds:
@@ -394,6 +406,8 @@ def crawl(seeds, folder, max_pages, delay=None):
                     file.write(record)
                     progress.total = min(max_pages, len(state.fetched) + len(state.frontier))
                     progress.update()
+    if state.n_forbidden and not state.fetched:
+        warn("robots.txt does not allow the seeds to be fetched")
     if state.elsewhere and len(state.known) <= len(seeds):
         warn(f"no page links to another one of its host; the first link leads to {state.elsewhere};"
              " to crawl that host, give this URL as a seed")

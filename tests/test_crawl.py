@@ -568,8 +568,28 @@ def test_a_full_disk_ends_a_crawl_in_one_line(monkeypatch, tmp_path, site):
         run_main(crawl, site, "--max_pages", 3, "--out", tmp_path)
     assert not list(tmp_path.rglob("*.gz"))
 
-def test_a_seed_that_is_no_url_ends_in_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["crawl.py", "example.org", "--out", str(tmp_path / "x")])
-    with pytest.raises(SystemExit, match="not a URL.*begin at.*write https://example.org"):
-        crawl.main()
+@pytest.mark.parametrize("seed", ["example.org", "http://", "http://[", "ftp://example.org",
+                                  "http://a.org:99999/"])
+def test_a_seed_that_is_not_a_url_ends_in_one_line(tmp_path, seed):
+    with pytest.raises(SystemExit, match="is not a URL.*begin at; .* https://example.org"):
+        run_main(crawl, seed, "--out", tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("flag, value, found", [
+    ("--delay", "-1", "--delay must be at least 0 seconds, got -1"), ("--delay", "nan", "got nan"),
+    ("--max_pages", "0", "--max_pages must be at least 1, got 0")])
+def test_flags_out_of_range_end_in_one_line(tmp_path, flag, value, found):
+    with pytest.raises(SystemExit, match=found):
+        run_main(crawl, "http://127.0.0.1:9/", "--out", tmp_path / "x", flag, value)
+    assert not list(tmp_path.iterdir())
+
+def test_seeds_that_robots_txt_forbids_are_said_to_be(serve, tmp_path, capsys):
+    site = serve({"/robots.txt": [answer("User-agent: *\nDisallow: /")]})
+    assert crawl.crawl([f"{site}/"], tmp_path, 9) == []
+    assert "robots.txt does not allow the seeds to be fetched" in capsys.readouterr().err
+
+def test_a_crawl_goes_on_beside_a_file_of_another_crawler(serve, tmp_path):
+    site = serve({"/": [answer("<html><a href=/b>", "Content-Type: text/html")]})
+    (tmp_path / "crawl_00000.warc.gz").write_bytes(
+        warc.warc_record("warcinfo", "urn:x", b"") + warc.warc_record("response", "http://[", b""))
+    assert len(crawl.crawl([f"{site}/"], tmp_path, 9)) == 2
