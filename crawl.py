@@ -1,4 +1,4 @@
-"""Stage 0: fetch web pages into WARC files, as Common Crawl does, and read pages back from them.
+"""Stage 0: fetch web pages into WARC files, as Common Crawl does, and extract the text of pages.
 
     python crawl.py https://example.org/ --max_pages 500 --out data/site
     python crawl.py --out data/demo            the manual of the Python software on this machine
@@ -59,215 +59,6 @@ VERSION = "1.0"
 USER_AGENT = f"{AGENT}/{VERSION} (educational; obeys robots.txt)"
 MANUAL = "http://manual.localhost"  # stands for demo/web.py, whose port changes with every run
 
-def verdict(page, **broken):
-    """(page, None), or (None, the name of the first rule that is broken)."""
-    for rule, is_broken in broken.items():
-        if is_broken:
-            return None, rule
-    return page, None
-
-# ---- HTML → text ---------------------------------------------------------------------------------
-
-HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
-HIDDEN = set("""title script style noscript template svg iframe select button
-    textarea""".split())                               # hold no text of the page
-LAYOUT = {"nav", "header", "footer", "aside"}          # rarely hold any
-BLOCK_TAGS = {*HEADINGS, *LAYOUT, *"""form p div li dd dt td th tr pre blockquote section article
-    main ul ol dl br table caption figcaption figure hr body address details summary
-    center""".split()}
-VOID_TAGS = set("area base br col embed hr img input link meta param source track wbr".split())
-
-class Block(NamedTuple):
-    """Text between two block tags."""
-    tag: str           # the tag that begins it; "div" after an end tag, "p" after <br>
-    text: str
-    link_share: float  # of its characters, those within <a href>
-    in_main: bool      # within <main> or <article>
-    in_form: bool
-
-class BlockReader(TagReader):
-    """HTML → self.blocks. An element whose tag is in `skipped` is left out with its contents."""
-
-    def __init__(self, skipped):
-        super().__init__()
-        self.skipped = skipped
-        self.blocks = []
-        self.open_tags = []      # the elements that enclose the present position
-        self.n_open = Counter()  # how many of them have each tag
-        self.skip_depth = None   # len(open_tags) at the beginning of the element being skipped
-        self.in_link = False
-        self.in_pre = False
-        self.pieces = []
-        self.begin_block("body")
-
-    def handle_starttag(self, tag, attributes):
-        if tag not in VOID_TAGS:
-            self.open_tags.append(tag)
-            self.n_open[tag] += 1
-            if tag in self.skipped and self.skip_depth is None:
-                self.skip_depth = len(self.open_tags)
-                self.pieces.append(" ")
-        if tag == "a":
-            names = {name for name, _ in attributes}
-            self.in_link = "href" in names or not names & {"name", "id"}  # <a name=top> is a target
-        if tag == "br":
-            self.pieces.append("\n")
-        if tag in BLOCK_TAGS and (tag == "pre" or not self.n_open["pre"]):
-            self.begin_block("p" if tag == "br" else tag)
-
-    def handle_endtag(self, tag):
-        if self.n_open[tag]:
-            closed = None
-            while closed != tag:  # what was left open inside the element ends with it
-                closed = self.open_tags.pop()
-                self.n_open[closed] -= 1
-            if self.skip_depth is not None and len(self.open_tags) < self.skip_depth:
-                self.skip_depth = None
-        if tag == "a":
-            self.in_link = False
-        if tag in BLOCK_TAGS and not self.n_open["pre"]:
-            self.begin_block("div")
-
-    def handle_data(self, text):
-        if self.skip_depth is None:
-            self.pieces.append(text)
-            if self.in_link:
-                self.link_chars += len(text.strip())
-
-    def begin_block(self, tag):
-        """Store the block that ends here, if it has any text, and begin another one."""
-        text = "".join(self.pieces)
-        text = text.strip("\n").rstrip() if self.in_pre else " ".join(text.split())
-        if text.strip():
-            link_share = self.link_chars / len(text)
-            self.blocks.append(Block(self.tag, text, link_share, self.in_main, self.in_form))
-        self.tag, self.pieces, self.link_chars = tag, [], 0
-        self.in_pre = self.n_open["pre"] > 0
-        self.in_main = self.n_open["main"] + self.n_open["article"] > 0
-        self.in_form = self.n_open["form"] > 0
-
-def blocks_of(html, skipped):
-    """HTML → its Blocks, without the elements whose tags are in `skipped`."""
-    reader = BlockReader(skipped)
-    reader.read(html)
-    reader.begin_block("div")
-    return reader.blocks
-
-def content_blocks(html):
-    """The blocks of a page without its layout. Forms are dropped too, unless they hold most of the
-    text, because some sites put each page into one.
-    """
-    blocks = blocks_of(html, HIDDEN | LAYOUT)
-    chars = {True: 0, False: 0}
-    for block in blocks:
-        chars[block.in_form] += len(block.text) * (1 - block.link_share)
-    if chars[True] < chars[False]:
-        blocks = [block for block in blocks if not block.in_form]
-    return blocks or blocks_of(html, HIDDEN)
-
-def is_surely_text(block):
-    """Whether a block with few links is text, whatever its neighbours are."""
-    n_words = len(block.text.split())
-    return (block.tag == "pre" or n_words >= 12 or (block.tag == "p" and block.in_main)
-            or (n_words >= 4 and block.text[-1] in ".!?:”。"))
-
-def plain_text(html):
-    """The main text of a page, one line per block: our extractor for want of trafilatura.
-
-    Layout elements are dropped. Where <main> or <article> holds a third of the text, all that is
-    outside is dropped too. A block that is half links is boilerplate; one of 12 words, or of 4
-    words and a full stop, is text. A short block is classified like the block before it. A heading
-    is kept if text follows it.
-    """
-    blocks = content_blocks(html)
-    chars = {True: 0, False: 0}
-    for block in blocks:
-        chars[block.in_main] += len(block.text)
-    only_main = chars[True] * 2 > chars[False]
-    lines, headings, is_text = [], [], False
-    for block in blocks:
-        if only_main and not block.in_main:
-            continue
-        if block.link_share > 0.5:
-            is_text = False
-            continue
-        if block.tag in HEADINGS:
-            headings.append(f"\n{block.text}")
-            continue
-        is_text = is_text or is_surely_text(block)
-        if is_text:
-            lines += headings
-            lines.append(block.text)
-        headings = []
-    return "\n".join(lines).strip()
-
-class Extractor:
-    """extract_text(page) → (page with "text" instead of "html", None) or (None, reason).
-
-    name: "trafilatura", called as FineWeb does; "resiliparse" (main content; a dozen times as fast,
-    but it finds another text); or "plain" for plain_text. Each runs in a forked child, which is
-    killed and replaced when a page takes longer than PAGE_SECONDS (TimeoutError) or makes it crash
-    (EOFError). A signal could not stop it: Python handles signals between two of its own
-    instructions, and what hangs or crashes is C code.
-    """
-    __name__ = "extract_text"  # prepare_fineweb.py's steps are known by their names
-
-    def __init__(self, name):
-        self.child = None
-        self.extract = plain_text
-        if name == "trafilatura":  # imported here, so that a new child need not import it
-            from trafilatura import extract
-            self.extract = functools.partial(extract, favor_precision=True, include_comments=False)
-        if name == "resiliparse":
-            from resiliparse.extract.html2text import extract_plain_text
-            self.extract = functools.partial(extract_plain_text, main_content=True, links=False,
-                                             alt_texts=False, form_fields=False, noscript=False)
-
-    def serve(self, pipe):
-        """The child: HTML comes through the pipe, and its text or an exception goes back."""
-        self.pipe.close()  # the parent's side, so that recv notices when the parent is gone
-        resource.setrlimit(resource.RLIMIT_DATA, (PAGE_MEMORY_BYTES, PAGE_MEMORY_BYTES))
-        with contextlib.suppress(EOFError, KeyboardInterrupt):
-            while True:
-                html = pipe.recv()
-                try:
-                    pipe.send(self.extract(html) or "")
-                except Exception as error:
-                    pipe.send(error)
-
-    def start(self):
-        """Start the child."""
-        fork = multiprocessing.get_context("fork")
-        self.pipe, childs_end = fork.Pipe()
-        self.child = fork.Process(target=self.serve, args=(childs_end,), daemon=True)
-        self.child.start()
-        childs_end.close()
-
-    def __call__(self, page):
-        if "text" in page:  # a WET record
-            return page, None
-        if self.child is None:
-            self.start()
-        try:
-            self.pipe.send(page["html"])
-            text = self.pipe.recv() if self.pipe.poll(PAGE_SECONDS) else TimeoutError()
-        except (EOFError, OSError) as crash:
-            text = crash
-        if isinstance(text, Exception):
-            self.close()
-            raise text
-        if not text.strip():
-            return None, "no_text"
-        rest = {key: value for key, value in page.items() if key != "html"}
-        return rest | {"text": text.strip()}, None
-
-    def close(self):
-        """End the child; the next page starts another one."""
-        if self.child:
-            self.child.kill()
-            self.child.join()
-            self.child = None
-
 # ---- Links ---------------------------------------------------------------------------------------
 
 class LinkReader(TagReader):
@@ -322,7 +113,7 @@ def links_in(url, answer):
     for link in found:
         with contextlib.suppress(ValueError):  # "http://[" is not a URL
             clean = clean_url(urljoin(base, link), charset)
-            if len(clean) <= MAX_URL_CHARS:
+            if re.fullmatch("[!-~]+", clean) and len(clean) <= MAX_URL_CHARS:
                 yield clean
 
 def links_of(url, answer):
@@ -364,10 +155,10 @@ class Robots:
         return self.rules.can_fetch(url, self.agent)
 
 class Host:
-    """What a crawl knows of one origin: its robots.txt, and when the next request may be sent."""
+    """What a crawl knows of one origin: its robots.txt, and the delay between two requests."""
 
     def __init__(self, delay):
-        self.delay = delay  # seconds before each request
+        self.delay = delay  # in seconds
         self.turn = threading.Lock()
         self.robots = None  # once it is read
         self.is_open = True
@@ -502,6 +293,7 @@ class Crawl:
         self.known = set()     # keys of URLs that are or were in the frontier
         self.fetched = set()   # keys of URLs that have a record
         self.frontier = deque()
+        self.n_forbidden = 0   # URLs that robots.txt does not allow
         self.elsewhere = None  # the first link to another host
         self.add(clean_url(seed) for seed in seeds)
 
@@ -521,17 +313,22 @@ class Crawl:
         for record, _ in read_warc(path):
             if record:
                 headers, payload = record
-                url = headers["warc-target-uri"]
-                self.fetched.add(url_key(url))
-                self.add(links_of(url, payload))
+                url = headers.get("warc-target-uri", "")
+                with contextlib.suppress(ValueError):  # a file of another crawler may hold anything
+                    self.fetched.add(url_key(url))
+                    self.add(links_of(url, payload))
 
     def next_batch(self, max_pages):
         """The next URLs to fetch that robots.txt allows; empty at the end of the crawl."""
         batch = []
         while self.frontier and len(batch) < min(32, max_pages - len(self.fetched)):
             url = self.frontier.popleft()
-            if url_key(url) not in self.fetched and self.fetcher.allowed(url):
+            if url_key(url) in self.fetched:
+                continue
+            if self.fetcher.allowed(url):
                 batch.append(url)
+            else:
+                self.n_forbidden += 1
         return batch
 
     def records(self, max_pages, threads):
@@ -560,11 +357,15 @@ def manual_of_this_machine():
         child.wait()
 
 def check_seeds(seeds):
-    """Stop if a seed is not a URL: a crawl of it would fetch nothing and say nothing."""
+    """Stop if a seed is not a URL of a page."""
     for seed in seeds:
-        if not re.match("https?://[^/]", seed, re.I):
-            raise SystemExit(f"{seed} is not a URL that a crawl can begin at; for a site write "
-                             f"https://{seed}")
+        try:
+            is_url = re.match("https?://[^/]", seed, re.I) and host_of(clean_url(seed))
+        except ValueError:  # "http://["
+            is_url = False
+        if not is_url:
+            url = "https://example.org" if "://" in seed else f"https://{seed}"
+            raise SystemExit(f"{seed} is not a URL that a crawl can begin at; write {url}")
 
 def default_delay(seeds):
     """Seconds between two requests: none where all seeds are on this machine, else 1."""
@@ -579,6 +380,8 @@ def crawl(seeds, folder, max_pages, delay=None):
     already count as fetched. Four requests run at once where the delay allows.
     """
     check_seeds(seeds)
+    if delay is not None and not 0 <= delay <= threading.TIMEOUT_MAX:
+        raise SystemExit(f"--delay must be at least 0 seconds, got {delay}")
     with contextlib.ExitStack() as stack:
         moved = {}
         if not seeds:
@@ -586,7 +389,8 @@ def crawl(seeds, folder, max_pages, delay=None):
             seeds = [f"{MANUAL}/"]
         if delay is None:
             delay = default_delay(seeds)
-        state, paths = Crawl(seeds, Fetcher(delay, moved)), []
+        state = Crawl(seeds, Fetcher(delay, moved))
+        paths = []
         while (path := folder / f"crawl_{len(paths):05d}.warc.gz").exists():
             state.replay(path)
             paths.append(path)
@@ -602,14 +406,228 @@ def crawl(seeds, folder, max_pages, delay=None):
                     file.write(record)
                     progress.total = min(max_pages, len(state.fetched) + len(state.frontier))
                     progress.update()
+    if state.n_forbidden and not state.fetched:
+        warn("robots.txt does not allow the seeds to be fetched")
     if state.elsewhere and len(state.known) <= len(seeds):
         warn(f"no page links to another one of its host; the first link leads to {state.elsewhere};"
              " to crawl that host, give this URL as a seed")
     return paths
 
+# ---- HTML → text ---------------------------------------------------------------------------------
+
+HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
+HIDDEN = set("""title script style noscript template svg iframe select button
+    textarea""".split())                               # hold no text of the page
+LAYOUT = {"nav", "header", "footer", "aside"}          # rarely hold any
+BLOCK_TAGS = {*HEADINGS, *LAYOUT, *"""form p div li dd dt td th tr pre blockquote section article
+    main ul ol dl br table caption figcaption figure hr body address details summary
+    center""".split()}
+VOID_TAGS = set("area base br col embed hr img input link meta param source track wbr".split())
+
+class Block(NamedTuple):
+    """Text between two block tags."""
+    tag: str           # the tag that begins it; "div" after an end tag, "p" after <br>
+    text: str
+    link_share: float  # of its characters, those within <a href>
+    in_main: bool      # within <main> or <article>
+    in_form: bool
+
+class BlockReader(TagReader):
+    """HTML → self.blocks. An element whose tag is in `skipped` is left out with its contents."""
+
+    def __init__(self, skipped):
+        super().__init__()
+        self.skipped = skipped
+        self.blocks = []
+        self.open_tags = []      # the elements that enclose the present position
+        self.n_open = Counter()  # how many of them have each tag
+        self.skip_depth = None   # len(open_tags) at the beginning of the element being skipped
+        self.in_link = False
+        self.in_pre = False
+        self.pieces = []
+        self.begin_block("body")
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID_TAGS:
+            self.open_tags.append(tag)
+            self.n_open[tag] += 1
+            if tag in self.skipped and self.skip_depth is None:
+                self.skip_depth = len(self.open_tags)
+                self.pieces.append(" ")
+        if tag == "a":
+            names = {name for name, _ in attributes}
+            self.in_link = "href" in names or not names & {"name", "id"}  # <a name=top> is a target
+        if tag == "br":
+            self.pieces.append("\n")
+        if tag in BLOCK_TAGS and (tag == "pre" or not self.n_open["pre"]):
+            self.begin_block("p" if tag == "br" else tag)
+
+    def handle_endtag(self, tag):
+        if self.n_open[tag]:
+            closed = None
+            while closed != tag:  # what was left open inside the element ends with it
+                closed = self.open_tags.pop()
+                self.n_open[closed] -= 1
+            if self.skip_depth is not None and len(self.open_tags) < self.skip_depth:
+                self.skip_depth = None
+        if tag == "a":
+            self.in_link = False
+        if tag in BLOCK_TAGS and not self.n_open["pre"]:
+            self.begin_block("div")
+
+    def handle_data(self, text):
+        if self.skip_depth is None:
+            self.pieces.append(text)
+            if self.in_link:
+                self.link_chars += len(text.strip())
+
+    def begin_block(self, tag):
+        """Store the block that ends here, if it has any text, and begin another one."""
+        text = "".join(self.pieces)
+        text = text.strip("\n").rstrip() if self.in_pre else " ".join(text.split())
+        if text.strip():
+            link_share = self.link_chars / len(text)
+            self.blocks.append(Block(self.tag, text, link_share, self.in_main, self.in_form))
+        self.tag, self.pieces, self.link_chars = tag, [], 0
+        self.in_pre = self.n_open["pre"] > 0
+        self.in_main = self.n_open["main"] + self.n_open["article"] > 0
+        self.in_form = self.n_open["form"] > 0
+
+def blocks_of(html, skipped):
+    """HTML → its Blocks, without the elements whose tags are in `skipped`."""
+    reader = BlockReader(skipped)
+    reader.read(html)
+    reader.begin_block("div")
+    return reader.blocks
+
+def content_blocks(html):
+    """The blocks of a page without its layout. Forms are dropped too, unless they hold most of the
+    text, because some sites put each page into one.
+    """
+    blocks = blocks_of(html, HIDDEN | LAYOUT)
+    chars = {True: 0, False: 0}
+    for block in blocks:
+        chars[block.in_form] += len(block.text) * (1 - block.link_share)
+    if chars[True] < chars[False]:
+        blocks = [block for block in blocks if not block.in_form]
+    return blocks or blocks_of(html, HIDDEN)
+
+def is_surely_text(block):
+    """Whether a block with few links is text, whatever its neighbours are."""
+    n_words = len(block.text.split())
+    return (block.tag == "pre" or n_words >= 12 or (block.tag == "p" and block.in_main)
+            or (n_words >= 4 and block.text[-1] in ".!?:”。"))
+
+def plain_text(html):
+    """The main text of a page, one line per block; it serves where trafilatura is not installed.
+
+    Layout elements are dropped. Where <main> or <article> holds a third of the text, all that is
+    outside is dropped too. A block that is half links is boilerplate; one of 12 words, or of 4
+    words and a full stop, is text. A short block is classified like the block before it. A heading
+    is kept if text follows it.
+    """
+    blocks = content_blocks(html)
+    chars = {True: 0, False: 0}
+    for block in blocks:
+        chars[block.in_main] += len(block.text)
+    only_main = chars[True] * 2 > chars[False]
+    lines, headings, is_text = [], [], False
+    for block in blocks:
+        if only_main and not block.in_main:
+            continue
+        if block.link_share > 0.5:
+            is_text = False
+            continue
+        if block.tag in HEADINGS:
+            headings.append(f"\n{block.text}")
+            continue
+        is_text = is_text or is_surely_text(block)
+        if is_text:
+            lines += headings
+            lines.append(block.text)
+        headings = []
+    return "\n".join(lines).strip()
+
+class Extractor:
+    """extract_text(page) → (page with "text" instead of "html", None) or (None, reason).
+
+    name: "trafilatura", called as FineWeb does; "resiliparse" (main content; a dozen times as fast,
+    but it finds another text); or "plain" for plain_text. Each runs in a forked child, which is
+    killed and replaced when a page takes longer than PAGE_SECONDS (TimeoutError) or makes it crash
+    (EOFError). A signal could not stop it: Python handles signals between two of its own
+    instructions, and what hangs or crashes is C code.
+    """
+    __name__ = "extract_text"  # prepare_fineweb.py's steps are known by their names
+
+    def __init__(self, name):
+        self.child = None
+        self.extract = plain_text
+        if name == "trafilatura":  # imported here, so that a new child need not import it
+            from trafilatura import extract
+            self.extract = functools.partial(extract, favor_precision=True, include_comments=False)
+        if name == "resiliparse":
+            from resiliparse.extract.html2text import extract_plain_text
+            self.extract = functools.partial(extract_plain_text, main_content=True, links=False,
+                                             alt_texts=False, form_fields=False, noscript=False)
+
+    def serve(self, pipe):
+        """The child: HTML comes through the pipe, and its text or an exception goes back."""
+        self.pipe.close()  # the parent's side, so that recv notices when the parent is gone
+        resource.setrlimit(resource.RLIMIT_DATA, (PAGE_MEMORY_BYTES, PAGE_MEMORY_BYTES))
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            while True:
+                html = pipe.recv()
+                try:
+                    pipe.send(self.extract(html) or "")
+                except Exception as error:
+                    pipe.send(error)
+
+    def start(self):
+        """Start the child."""
+        fork = multiprocessing.get_context("fork")
+        self.pipe, childs_end = fork.Pipe()
+        self.child = fork.Process(target=self.serve, args=(childs_end,), daemon=True)
+        self.child.start()
+        childs_end.close()
+
+    def __call__(self, page):
+        if "text" in page:  # a WET record
+            return page, None
+        if self.child is None:
+            self.start()
+        try:
+            self.pipe.send(page["html"])
+            text = self.pipe.recv() if self.pipe.poll(PAGE_SECONDS) else TimeoutError()
+        except (EOFError, OSError) as crash:
+            text = crash
+        if isinstance(text, Exception):
+            self.close()
+            raise text
+        if not text.strip():
+            return None, "no_text"
+        rest = {key: value for key, value in page.items() if key != "html"}
+        return rest | {"text": text.strip()}, None
+
+    def close(self):
+        """End the child; the next page starts another one."""
+        if self.child:
+            self.child.kill()
+            self.child.join()
+            self.child = None
+
+def verdict(page, **broken):
+    """(page, None), or (None, the name of the first rule that is broken)."""
+    for rule, is_broken in broken.items():
+        if is_broken:
+            return None, rule
+    return page, None
+
+# ---- The command line ----------------------------------------------------------------------------
+
 def count_pages(paths):
     """WARC files → (how many pages they hold, {reason: how many other records})."""
-    n_pages, reasons = 0, Counter()
+    n_pages = 0
+    reasons = Counter()
     for path in paths:
         for record, reason in read_warc(path):
             if record:

@@ -6,8 +6,8 @@
     python download.py gpt2                                 # OpenAI's weights → data/openai/gpt2
     python download.py climbmix --out data/climbmix/files --mirror https://mirror.example.org
 
-in:  a crawl of Common Crawl; a data set on the Hugging Face Hub, as OWNER/NAME or as one of the
-     short NAMES below; or OpenAI's GPT-2 weights
+in:  a crawl of Common Crawl; a data set on the Hugging Face Hub, as OWNER/NAME, OWNER/NAME/FOLDER
+     or one of the short NAMES below; or OpenAI's GPT-2 weights
 out: OUT/files.json  the list of the files: the revision, and "name", "path", "size" and "sha256" of
      each file (size and sha256 are null for Common Crawl, which does not state them)
      OUT/NAME        the files; a file is called NAME.part until it is complete
@@ -28,6 +28,8 @@ import json
 import os
 import re
 import time
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import quote
 
@@ -41,7 +43,10 @@ NAMES = {  # short name: (data set, revision, folder in the data set)
                 "sample/10BT"),
     "climbmix": ("karpathy/climbmix-400b-shuffle", "main", "")}
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-KINDS = (".bin", ".parquet", ".jsonl", ".jsonl.gz")  # the first kind that a data set has is taken
+KINDS = {  # the first kind of which a data set has files is taken
+    "token shards (…_train_….bin)": r"_(train|val)_[^/]*\.bin$", ".parquet": r"\.parquet$",
+    ".jsonl": r"\.jsonl$", ".jsonl.gz": r"\.jsonl\.gz$"}
+HELD_OUT = {"test", "validation", "valid", "val", "dev", "eval"}  # splits that are not trained on
 TRIES = 5                # tries in a row that bring no new bytes
 PAUSE_SECONDS = 1        # before the second try; it doubles with each further one
 MAX_PAUSE_SECONDS = 300  # the longest Retry-After that is obeyed
@@ -95,14 +100,23 @@ class Unfit(Exception):
         super().__init__(why)
         self.pause_seconds = min(pause_seconds, MAX_PAUSE_SECONDS)
 
+def pause_of(answer):
+    """Seconds that a server asks to wait: Retry-After holds a number or a date (RFC 9110)."""
+    wait = answer.headers.get("Retry-After", "")
+    if re.fullmatch("[0-9]{1,9}", wait):
+        return int(wait)
+    try:
+        return (parsedate_to_datetime(wait) - datetime.now(timezone.utc)).total_seconds()
+    except (TypeError, ValueError):  # neither
+        return 0
+
 def check_status(url, answer):
     """Raise Unfit for a status that may change with time, SystemExit for one that will not."""
     status = answer.status_code
     if status < 400:
         return
-    if status in (408, 416, 429) or status >= 500:
-        wait = answer.headers.get("Retry-After", "")
-        raise Unfit(f"status {status}", int(wait) if wait.isdigit() else 0)
+    if status in (403, 408, 416, 429) or status >= 500:  # 403: Common Crawl's limit of requests
+        raise Unfit(f"status {status}", pause_of(answer))
     raise SystemExit(f"{url} gives status {status}, so there is no such public file; check the "
                      "name, or give another --mirror")
 
@@ -114,6 +128,9 @@ def ask(url, **headers):
         answer.close()
         check_status(url, answer)
         raise Unfit(f"status {answer.status_code}")
+    if "text/html" in answer.headers.get("Content-Type", "").lower():
+        answer.close()
+        raise Unfit("the server sent a page of HTML instead of the file")
     return answer
 
 def nothing_here():
@@ -126,7 +143,8 @@ def persist(url, attempt, bytes_here=nothing_here,
     The pauses between tries grow. After TRIES tries in a row that did not increase bytes_here(),
     SystemExit gives the last error and the remedy.
     """
-    tries, furthest = 0, bytes_here()
+    tries = 0
+    furthest = bytes_here()
     while True:
         try:
             return attempt()
@@ -150,7 +168,8 @@ class Part:
     """
 
     def __init__(self, url, path, size, sha256):
-        self.url, self.sha256 = url, sha256
+        self.url = url
+        self.sha256 = sha256
         self.path = Path(f"{path}.part")
         self.pinned_size = size  # known beforehand
         self.size = size         # or stated by the server
@@ -163,9 +182,8 @@ class Part:
 
     def receive(self, progress):
         """One try to get the bytes that are missing; raises Unfit or requests' errors."""
-        have, headers = 0, {}
-        if self.sha256 or self.etag:
-            have = self.bytes_here()
+        have = self.bytes_here() if self.sha256 or self.etag else 0
+        headers = {}
         if have:
             headers["Range"] = f"bytes={have}-"
             if self.etag:
@@ -242,7 +260,8 @@ def download_gpt2(name, folder):
     """
     base = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
     for file in ("model.safetensors", "config.json"):
-        url, path = f"{base}/openai-community/{name}/resolve/main/{file}", folder / file
+        url = f"{base}/openai-community/{name}/resolve/main/{file}"
+        path = folder / file
         remedy = f"check the network, or set HF_ENDPOINT to a mirror, or put the file into {folder}"
         if not path.exists():
             size, digest = persist(url, lambda: stated(url), remedy=remedy)
@@ -256,50 +275,104 @@ def is_crawl(source):
 
 def check_source(source, num_shards):
     """Stop if a source has no known form, or if no file is wanted."""
-    if not (source in NAMES or is_crawl(source) or re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
+    is_known = source in NAMES or is_crawl(source)
+    if not is_known and not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)*", source):
         raise SystemExit(f"{source} is not a known source; give CC-MAIN-…, OWNER/NAME of a data set"
                          f" on the Hub, or one of {', '.join(NAMES)}")
     if num_shards < 1:
         raise SystemExit(f"--num_shards must be at least 1, got {num_shards}")
 
-def listing(url):
-    """GET a small answer → (its bytes, the URL of the next page or None)."""
+def listing(url, parse):
+    """GET a small answer → (parse(its bytes), the URL of the next page or None)."""
     def attempt():
         with ask(url) as answer:
-            return answer.content, answer.links.get("next", {}).get("url")
+            content = answer.content
+            following = answer.links.get("next", {}).get("url")
+        try:
+            return parse(content), following
+        except Exception:  # of whatever parser
+            raise Unfit("the answer is not the list that was asked for") from None
     return persist(url, attempt)
 
+def parse_revision(content):
+    return re.fullmatch("[0-9a-f]{40}", json.loads(content)["sha"])[0]
+
+def parse_tree(content):
+    """A listing of the Hub → [(path, size, SHA-256 or None)]; it states one for large files."""
+    return [(row["path"], int(row["size"]), (row.get("lfs") or {}).get("oid"))
+            for row in json.loads(content) if row["type"] == "file"]
+
+def is_held_out(path):
+    """Whether a file belongs to a split for evaluation, by the words of its path."""
+    *folders, name = path.lower().split("/")
+    words = {*folders, *re.split("[^a-z]+", name)}
+    return bool(words & HELD_OUT) and "train" not in words
+
+def choose_rows(rows, source):
+    """The rows of parse_tree, below the wanted folder, that are to be trained on: of one kind."""
+    for kind in KINDS.values():
+        found = [row for row in rows if re.search(kind, row[0])]
+        if found:
+            break
+    else:
+        raise SystemExit(f"{source} has no file of the kinds {', '.join(KINDS)}; check the name")
+    if found[0][0].endswith(".bin"):
+        return found
+    train = [row for row in found if not is_held_out(row[0])]
+    if not train:
+        raise SystemExit(f"{source} has only files for evaluation, e.g. {found[0][0]}; give "
+                         "another data set")
+    return train
+
+def check_folders(rows, source):
+    """Stop if files lie in several folders, which are different data sets: languages, crawls."""
+    folders = sorted({row[0].rpartition("/")[0] for row in rows})
+    if len(folders) > 1:
+        repo = "/".join(source.split("/")[:2])
+        named = [folder for folder in folders if folder]
+        raise SystemExit(f"{source} has files in {len(folders)} folders: {', '.join(named[:5])}; "
+                         f"give one of them, e.g. {repo}/{named[0]}")
+
 def hub_files(source, revision, mirror):
-    """A data set on the Hub → (revision, its files). The Hub states a SHA-256 for large files."""
+    """A data set on the Hub → (revision, its files that are to be trained on, and val shards)."""
     base = (mirror or HUB).rstrip("/")
-    repo, pinned, folder = NAMES.get(source, (source, "main", ""))
+    if source in NAMES:
+        repo, pinned, folder = NAMES[source]
+    else:
+        owner, name, *folders = source.split("/")
+        repo, pinned, folder = f"{owner}/{name}", "main", "/".join(folders)
     revision = revision or pinned
     if not re.fullmatch("[0-9a-f]{40}", revision):  # a branch, which moves
-        answer, _ = listing(f"{base}/api/datasets/{repo}/revision/{revision}")
-        revision = json.loads(answer)["sha"]
+        revision, _ = listing(f"{base}/api/datasets/{repo}/revision/{revision}", parse_revision)
+    tree = f"{base}/api/datasets/{repo}/tree/{revision}/{folder}".rstrip("/")
+    page = f"{tree}?recursive=true"
     rows = []
-    page = f"{base}/api/datasets/{repo}/tree/{revision}/{folder}".rstrip("/")
     while page:
-        answer, following = listing(page)
-        rows += [row for row in json.loads(answer) if row["type"] == "file"]
-        page = following and base + following[following.index("/api/"):]  # stay on the mirror
-    rows.sort(key=lambda row: row["path"])
-    for kind in KINDS:
-        files = [{"name": row["path"].removeprefix(folder).strip("/"), "size": row["size"],
-                  "path": f"datasets/{repo}/resolve/{revision}/{row['path']}",
-                  "sha256": row.get("lfs", {}).get("oid")}
-                 for row in rows if row["path"].endswith(kind)]
-        if files:
-            return revision, files
-    raise SystemExit(f"{repo} at {revision} has no file of the kinds {' '.join(KINDS)} in its "
-                     f"folder {folder or '/'}; check the name")
+        found, following = listing(page, parse_tree)
+        rows += found
+        page = None
+        if following:  # the Hub names itself, but a mirror must be asked
+            page = f"{base}/api/{following.partition('/api/')[2]}"
+    rows = choose_rows(sorted(rows), source)
+    if not folder and source not in NAMES:
+        check_folders(rows, source)
+    return revision, [{"name": path.removeprefix(folder).strip("/"), "size": size,
+                       "path": f"datasets/{repo}/resolve/{revision}/{path}", "sha256": sha256}
+                      for path, size, sha256 in rows]
+
+def parse_warc_paths(content):
+    """Common Crawl's list of the WARC files of a crawl → their paths."""
+    paths = gzip.decompress(content).decode().split()
+    if not paths or not all(path.endswith(".gz") for path in paths):
+        raise ValueError(paths)
+    return paths
 
 def crawl_files(source, mirror):
     """The WARC files of a crawl, for instance CC-MAIN-2024-10, in the order of its own list."""
     base = (mirror or COMMON_CRAWL).rstrip("/")
-    answer, _ = listing(f"{base}/crawl-data/{source}/warc.paths.gz")
-    return [{"name": path.rsplit("/", 1)[1], "path": path, "size": None, "sha256": None}
-            for path in gzip.decompress(answer).decode().split()]
+    paths, _ = listing(f"{base}/crawl-data/{source}/warc.paths.gz", parse_warc_paths)
+    return [{"name": path.rpartition("/")[2], "path": path, "size": None, "sha256": None}
+            for path in paths]
 
 def is_val_shard(name):
     """Whether a name ends as that of a shard of the val split: only its end tells."""
@@ -314,13 +387,21 @@ def find_files(source, num_shards, out, mirror=None):
     """
     check_source(source, num_shards)
     path = out / "files.json"
-    known = json.loads(path.read_bytes()) if path.exists() else {"source": source}
+    known = {"source": source}
+    if path.exists():
+        try:
+            known = json.loads(path.read_bytes())
+            known["source"], known["files"]
+        except (ValueError, TypeError, KeyError):
+            raise SystemExit(f"{path} is damaged; remove it and run the same command again") \
+                from None
     if known["source"] != source:
         raise SystemExit(f"{path} lists files of {known['source']}, but {source} was asked for; "
                          "give another --out for it")
     if known.get("num_shards") != num_shards:
         if is_crawl(source):
-            revision, files = None, crawl_files(source, mirror)
+            revision = None
+            files = crawl_files(source, mirror)
         else:
             revision, files = hub_files(source, known.get("revision"), mirror)
         val = [file for file in files if is_val_shard(file["name"])]
@@ -332,10 +413,11 @@ def find_files(source, num_shards, out, mirror=None):
     return known["files"]
 
 def fetch(file, source, out, mirror=None):
-    """Download one file of find_files; returns its path in OUT."""
+    """Download one file of find_files; returns its path in OUT, which has no folders."""
     base = mirror or (COMMON_CRAWL if is_crawl(source) else HUB)
-    return download(f"{base.rstrip('/')}/{quote(file['path'])}",
-                    out / file["name"].replace("/", "_"), file["size"], file["sha256"])
+    name = file["name"].replace("%", "%25").replace("/", "%2F")  # a/b and a_b stay apart
+    return download(f"{base.rstrip('/')}/{quote(file['path'])}", out / name, file["size"],
+                    file["sha256"])
 
 def main():
     parser = argparse.ArgumentParser(
@@ -348,14 +430,14 @@ def main():
     add("--mirror", help=f"URL to use instead of {HUB} or {COMMON_CRAWL}")
     args = parser.parse_args()
     if args.source in OPENAI:
-        with one_line_when_full():
+        with one_line_when_full(), one_line_when_interrupted():
             folder = download_gpt2(args.source, args.out or Path("data/openai", args.source))
         print(f"{folder} holds OpenAI's {args.source}")
         return
     check_source(args.source, args.num_shards)
     if not args.out:
         raise SystemExit("--out is missing; give a folder for the files, e.g. --out data/fineweb")
-    with one_line_when_full():
+    with one_line_when_full(), one_line_when_interrupted():
         files = find_files(args.source, args.num_shards, args.out, args.mirror)
         for file in tqdm(files, desc=args.source, unit="file"):
             fetch(file, args.source, args.out, args.mirror)

@@ -9,8 +9,8 @@ A record is "WARC/1.0", header lines, an empty line, Content-Length bytes, and a
 Most payloads are HTTP answers as they came from the server.
 
 Beyond the standard, damaged and foreign files are read as far as possible: lines that end in LF
-only, rubbish between records, a .warc.zst where a module can read it. Charsets and HTTP headers are
-understood as browsers do. Nothing in a file is fatal: what is not a page is given with a reason.
+only, rubbish between records, a .warc.zst where a module can read it. Charsets are chosen as
+browsers choose them. Nothing in a file is fatal: what is not a page is given with a reason.
 """
 import contextlib
 import gzip
@@ -54,58 +54,56 @@ def plain_pieces(file):
     while data := file.read(PIECE_BYTES):
         yield data, None
 
+def find_member(file, data, at):
+    """The next gzip member in or after data[at:] → (the bytes that hold its beginning, where it
+    begins in them, how many bytes were skipped). There are no bytes at the end of the file.
+    """
+    skipped = 0
+    while True:
+        start = data.find(GZIP_MAGIC, at)
+        if start >= 0:
+            return data, start, skipped + start - at
+        rest = data[at:][-2:]  # a magic may lie across two pieces
+        skipped += len(data) - at - len(rest)
+        more = file.read(PIECE_BYTES)
+        if not more:
+            return b"", 0, skipped + len(rest)
+        data = rest + more
+        at = 0
+
 def gzip_pieces(file):
     """Yield (bytes, None) for each decompressed piece of a file of gzip members, and
     (b"", "broken_gzip") where a member is damaged; the next member is then found by its magic.
     """
-    data = b""           # compressed bytes
-    at = 0               # those before it are done
-    member = None        # the decompressor of the member that holds data[at]
-    skipped = 0          # bytes since the last member
-    is_reported = False  # whether they are known to be broken
+    data = file.read(PIECE_BYTES)  # compressed bytes
+    at = 0                         # those before it are done
+    is_damaged = False             # the last member; what follows then belongs to it
     n_members = 0
     while True:
-        if at == len(data):
-            data = file.read(PIECE_BYTES)
-            at = 0
-            if not data:
-                break
-        is_new = member is None
-        if is_new:
-            start = data.find(GZIP_MAGIC, at)
-            if start < 0:
-                rest = data[at:][-2:]  # a magic may lie across two pieces
-                more = file.read(PIECE_BYTES)
-                skipped += len(data) - at - len(rest)
-                if not more:
-                    break
-                data = rest + more
-                at = 0
-                continue
-            if skipped + start - at >= SMALLEST_MEMBER and not is_reported:
+        data, at, skipped = find_member(file, data, at)
+        if skipped >= SMALLEST_MEMBER and not is_damaged and (data or n_members):
+            yield b"", "broken_gzip"  # a member without its magic was skipped
+        if not data:
+            return
+        n_members += 1
+        member = zlib.decompressobj(wbits=31)
+        is_new = True
+        is_damaged = False
+        while data and not member.eof and not is_damaged:
+            try:
+                piece = member.decompress(memoryview(data)[at:], 32 * PIECE_BYTES)
+            except zlib.error:
+                is_damaged = True
+                if is_new:
+                    at += 1  # so that the same magic is not found again
                 yield b"", "broken_gzip"
-            at = start
-            skipped = 0
-            is_reported = False
-            n_members += 1
-            member = zlib.decompressobj(wbits=31)
-        try:
-            piece = member.decompress(memoryview(data)[at:], 32 * PIECE_BYTES)
-        except zlib.error:
-            yield b"", "broken_gzip"
-            member = None
-            is_reported = True
-            if is_new:
-                at += 1  # so that the same magic is not found again
-            continue
-        yield piece, None
-        if member.eof:
-            at = len(data) - len(member.unused_data)
-            member = None
-        else:
-            at = len(data) - len(member.unconsumed_tail)
-    if n_members and skipped >= SMALLEST_MEMBER and not is_reported:
-        yield b"", "broken_gzip"
+                continue
+            yield piece, None
+            is_new = False
+            at = len(data) - len(member.unused_data if member.eof else member.unconsumed_tail)
+            if at == len(data):
+                data = file.read(PIECE_BYTES)
+                at = 0
 
 def zstd_file(file):
     """A file object that decompresses another one, or None where no module can."""
@@ -135,12 +133,13 @@ def pieces_of(path):
     with open(path, "rb") as file:
         start = file.read(MAX_HEADER_BYTES)
         file.seek(0)
+        is_binary = re.search(rb"[\x00-\x08\x0e-\x1a]", start[:512]) is not None
         if ZSTD_MAGIC.match(start):
             yield from zstd_pieces(file)
-        elif VERSION_LINE.search(start) and not start.startswith(GZIP_MAGIC):
+        elif start.startswith(GZIP_MAGIC) or (is_binary and not VERSION_LINE.search(start)):
+            yield from gzip_pieces(file)  # even if the magic of the first member is damaged
+        else:
             yield from plain_pieces(file)
-        else:  # even if the magic of the first member is damaged
-            yield from gzip_pieces(file)
     yield b"", "end"
 
 # ---- Pieces → records ----------------------------------------------------------------------------
@@ -308,17 +307,17 @@ def parse_answer(answer):
     """A stored HTTP answer → (status or "", headers, decoded body or None)."""
     blank = BLANK_LINE.search(answer, 0, MAX_HEADER_BYTES)
     at = blank.end() if blank else MAX_HEADER_BYTES
-    head, body = answer[:at], answer[at:]
-    status = re.match(rb"HTTP/\S+ +(\d{3})", head)
-    headers = parse_headers(head)
+    body = answer[at:]
+    status = re.match(rb"HTTP/\S+ +(\d{3})", answer)
+    headers = parse_headers(answer[:at])
     if "chunked" in headers.get("transfer-encoding", "").lower():
         body = dechunk(body)
     body = unzip(body, headers.get("content-encoding", "").lower())
     return status[1].decode() if status else "", headers, body
 
 # a page of HTML that does not say so begins with one of these (WHATWG MIME Sniffing, 7.1)
-FIRST_TAG = re.compile(r"\s*(<!--|<(!doctype html|head|script|iframe|h1|div|font|table|a|style|title"
-                       r"|b|body|br|p)[ >])", re.I)
+FIRST_TAG = re.compile(r"\s*(<!--|<(!doctype html|head|script|iframe|h1|div|font|table|a|style"
+                       r"|title|b|body|br|p)[ >])", re.I)
 
 def is_html(mime, text):
     """Whether a Content-Type says HTML, or, where there is none, whether the text looks like it."""
@@ -336,6 +335,13 @@ class TagReader(HTMLParser):
         # int() refuses thousands of digits; more than 20 are no character
         self.feed(re.sub("&#[0-9]{20,};?", "\ufffd", html[:end] + rest))
         self.close()
+
+    def parse_starttag(self, i):
+        """A tag that cannot be read, as <a href='x> is, ends at the next ">"."""
+        end = super().parse_starttag(i)
+        if end < 0:
+            end = self.rawdata.find(">", i) + 1
+        return end or -1
 
     def parse_comment(self, i, report=1):
         """Skip <!-- … -->; one that is not closed lasts to the end, as in browsers."""
@@ -426,7 +432,8 @@ def page_of(headers, payload):
     if kind == "conversion":
         return page | {"text": payload.decode("utf-8", "replace")}, None
     if kind == "resource":
-        content_type, body = headers.get("content-type", ""), payload
+        content_type = headers.get("content-type", "")
+        body = payload
     elif kind == "response":
         status, http, body = parse_answer(payload)
         content_type = http.get("content-type", "")

@@ -278,6 +278,31 @@ def test_a_documented_function_is_a_signature_line_and_a_paragraph_line():
     at = lines.index("textwrap.dedent(text)")
     assert lines[at + 1] == "Remove any common leading whitespace from every line in `text`."
 
+TEXT = "<p>This is a sentence that has more than twelve words in it, surely so.</p>"
+
+@pytest.mark.parametrize("page", [
+    f"<a name=top>{TEXT}", f"<p title='a>b'>{TEXT[3:]}", f"<textarea>{TEXT[3:]}</textarea>{TEXT}",
+    f"{TEXT}<script>var x = '{TEXT}", f"{TEXT}<style>{TEXT}", f"<div><nav>a b c.</div>{TEXT}",
+    f"{TEXT}<nav>{TEXT}", f"{TEXT}<!-- {TEXT}", f"{TEXT}<p title='a>", f"{TEXT}<![if x]>",
+    f"Two words.<form>{TEXT}</form>", f"<form><form>{TEXT}</form></form>",
+    f"<title>{TEXT[3:-4]}</title>{TEXT}", f"<!-->{TEXT}", f"{TEXT}&#{'1' * 5000};"])
+def test_markup_of_all_kinds_neither_hides_text_nor_becomes_it(page):
+    assert crawl.plain_text(page).replace("\ufffd", "").strip() == TEXT[3:-4]
+
+def test_a_form_that_holds_most_of_a_page_is_kept_and_a_small_one_dropped():
+    outside = "<p>One sentence stands outside of the form.</p>"
+    assert crawl.plain_text(f"{outside}<form>{TEXT * 3}</form>").count("\n") == 3
+    assert crawl.plain_text(f"{TEXT * 3}<form>{outside}</form>").count("\n") == 2
+
+@pytest.mark.parametrize("piece", [
+    "<script>", "<!--", "<nav>", "</nav", "<a ", "<a href='", "<![CDATA[", "<![if ", "<?", "</", "<p>",
+    "<pre>", "<form>", "</p>", "&#1", "&amp", "<div></x>", "<base href=x>", "<meta charset='"])
+def test_pages_made_to_hang_the_extractor_or_the_link_finder_do_not(piece):
+    page, started = piece * (200_000 // len(piece)), time.process_time()
+    crawl.plain_text(page + TEXT)
+    crawl.links_of("http://a.org/", b"HTTP/1.1 200 OK\r\n\r\n<html>" + page.encode())
+    assert time.process_time() - started < 4
+
 def test_a_page_cut_anywhere_never_breaks_the_extractor():
     whole = web.Site(["textwrap"]).page("/textwrap.html")[2]
     for n in range(0, len(whole), 997):
@@ -543,8 +568,28 @@ def test_a_full_disk_ends_a_crawl_in_one_line(monkeypatch, tmp_path, site):
         run_main(crawl, site, "--max_pages", 3, "--out", tmp_path)
     assert not list(tmp_path.rglob("*.gz"))
 
-def test_a_seed_that_is_no_url_ends_in_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["crawl.py", "example.org", "--out", str(tmp_path / "x")])
-    with pytest.raises(SystemExit, match="not a URL.*begin at.*write https://example.org"):
-        crawl.main()
+@pytest.mark.parametrize("seed", ["example.org", "http://", "http://[", "ftp://example.org",
+                                  "http://a.org:99999/"])
+def test_a_seed_that_is_not_a_url_ends_in_one_line(tmp_path, seed):
+    with pytest.raises(SystemExit, match="is not a URL.*begin at; .* https://example.org"):
+        run_main(crawl, seed, "--out", tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("flag, value, found", [
+    ("--delay", "-1", "--delay must be at least 0 seconds, got -1"), ("--delay", "nan", "got nan"),
+    ("--max_pages", "0", "--max_pages must be at least 1, got 0")])
+def test_flags_out_of_range_end_in_one_line(tmp_path, flag, value, found):
+    with pytest.raises(SystemExit, match=found):
+        run_main(crawl, "http://127.0.0.1:9/", "--out", tmp_path / "x", flag, value)
+    assert not list(tmp_path.iterdir())
+
+def test_seeds_that_robots_txt_forbids_are_said_to_be(serve, tmp_path, capsys):
+    site = serve({"/robots.txt": [answer("User-agent: *\nDisallow: /")]})
+    assert crawl.crawl([f"{site}/"], tmp_path, 9) == []
+    assert "robots.txt does not allow the seeds to be fetched" in capsys.readouterr().err
+
+def test_a_crawl_goes_on_beside_a_file_of_another_crawler(serve, tmp_path):
+    site = serve({"/": [answer("<html><a href=/b>", "Content-Type: text/html")]})
+    (tmp_path / "crawl_00000.warc.gz").write_bytes(
+        warc.warc_record("warcinfo", "urn:x", b"") + warc.warc_record("response", "http://[", b""))
+    assert len(crawl.crawl([f"{site}/"], tmp_path, 9)) == 2

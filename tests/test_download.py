@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -147,6 +148,26 @@ def test_tries_that_get_further_do_not_count_and_others_wait_longer_and_longer(m
         dl.persist("u", fails, lambda: here[0])
     assert pauses == [1, 2, 1, 2, 9, 8]
 
+@pytest.mark.parametrize("wait, least, most", [
+    ("7", 7, 7), ("Fri, 01 Jan 2100 00:00:00 GMT", 300, 300), ("x", 0, 0), ("", 0, 0), ("²", 0, 0),
+    ("Fri, 01 Jan 2100 00:00:00 -0000", 0, 0), ("9" * 99, 0, 0), ("-3", 0, 0)])
+def test_a_server_says_in_seconds_or_by_a_date_when_to_come_again(wait, least, most):
+    answer = SimpleNamespace(status_code=429, headers={"Retry-After": wait})
+    with pytest.raises(dl.Unfit) as stop:
+        dl.check_status("u", answer)
+    assert least <= stop.value.pause_seconds <= most
+
+def test_common_crawl_s_limit_of_requests_is_waited_for(server, tmp_path):
+    server.moods["/f"] = [403, 403]
+    dl.download(f"{server.url}/f", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == DATA
+
+def test_ctrl_c_ends_a_download_in_one_line(server, tmp_path, monkeypatch):
+    add_hub(server, "a/b", {"0.parquet": DATA})
+    monkeypatch.setattr(dl.Part, "receive", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="interrupted; run the same command again to continue"):
+        run_main(dl, "a/b", "--out", tmp_path, "--mirror", server.url)
+
 def test_a_full_disk_is_no_reason_to_try_again_and_ends_in_one_line(server, tmp_path, monkeypatch):
     add_hub(server, "a/b", {"0.parquet": DATA})
     monkeypatch.setattr(dl.Part, "receive", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
@@ -206,9 +227,10 @@ def add_hub(server, repo, files, folder="", revision=REVISION):
     server.files |= {f"/datasets/{repo}/resolve/{revision}/{folder}/{name}".replace("//", "/"): data
                      for name, data in files.items()}
     server.files[f"/api/datasets/{repo}/revision/main"] = json.dumps({"sha": revision}).encode()
-    server.files[tree] = json.dumps(rows[:1]).encode()
-    server.files[f"{tree}?cursor=2"] = json.dumps(rows[1:]).encode()
-    server.heads[tree] = {"Link": f'<https://elsewhere.org{tree}?cursor=2>; rel="next"'}
+    page = f"{tree}?recursive=true"
+    server.files[page] = json.dumps(rows[:1]).encode()
+    server.files[f"{page}&cursor=2"] = json.dumps(rows[1:]).encode()
+    server.heads[page] = {"Link": f'<https://elsewhere.org{page}&cursor=2>; rel="next"'}
 
 def test_fineweb_s_files_come_from_the_pinned_revision_and_the_folder(server, tmp_path):
     repo, revision, folder = dl.NAMES["fineweb"]
@@ -257,6 +279,53 @@ def test_an_odd_source_ends_in_one_line(server, tmp_path, monkeypatch, source, s
     with pytest.raises(SystemExit, match=found) as stop:
         dl.main()
     assert "\n" not in str(stop.value)
+
+@pytest.mark.parametrize("names, found", [
+    (["test-00000-of-1.parquet", "train-00000-of-1.parquet"], ["train-00000-of-1.parquet"]),
+    (["d/dev.jsonl", "d/x_validation_1.jsonl", "d/x_train_test.jsonl"], ["d/x_train_test.jsonl"]),
+    (["eval/0.parquet", "pytorch_model.bin", "train/0.parquet"], ["train/0.parquet"]),
+    (["w_train_1.bin", "w_val_0.bin", "x.parquet"], ["w_val_0.bin", "w_train_1.bin"]),
+    (["contest.parquet", "latest.parquet"], ["contest.parquet", "latest.parquet"])])
+def test_only_what_is_to_be_trained_on_is_taken(server, tmp_path, names, found):
+    add_hub(server, "a/b", dict.fromkeys(names, b"x"))
+    assert [file["name"] for file in dl.find_files("a/b", 9, tmp_path, server.url)] == found
+
+def test_several_folders_are_refused_until_one_is_named(server, tmp_path):
+    add_hub(server, "a/b", {"de/1.parquet": b"x", "en/x/1.parquet": b"x", "en/x_1.parquet": b"y"})
+    with pytest.raises(SystemExit, match="a/b has files in 3 folders: de, en, en/x; .* a/b/de"):
+        dl.find_files("a/b", 9, tmp_path, server.url)
+    add_hub(server, "a/b", {"x/1.parquet": b"x", "x_1.parquet": b"y"}, folder="en")
+    files = dl.find_files("a/b/en", 9, tmp_path, server.url)
+    paths = [dl.fetch(file, "a/b/en", tmp_path, server.url) for file in files]
+    assert [path.read_bytes() for path in paths] == [b"x", b"y"]  # of the same name with _ for /
+
+def test_a_data_set_that_is_only_for_evaluation_is_refused(server, tmp_path):
+    add_hub(server, "a/b", {"test.parquet": b"x", "dev/0.parquet": b"x"})
+    with pytest.raises(SystemExit, match="a/b has only files for evaluation, e.g. dev/0.parquet"):
+        dl.find_files("a/b", 9, tmp_path, server.url)
+
+@pytest.mark.parametrize("content", [
+    b"<html>", b"", b"[]", b"null", b'{"sha": 1}', b'{"sha": "main"}', gzip.compress(b"<html>\n"),
+    gzip.compress(b"x/0.warc.gz\n")[:-9], b"\x1f\x8b\x08" + bytes(99), b"[" * 100_000])
+def test_a_mirror_that_answers_something_else_ends_in_one_line(server, tmp_path, content):
+    server.files["/api/datasets/a/b/revision/main"] = content
+    server.files["/crawl-data/CC-MAIN-2024-10/warc.paths.gz"] = content
+    for source in ("a/b", "CC-MAIN-2024-10"):
+        with pytest.raises(SystemExit, match="is not the list that was asked for") as stop:
+            dl.find_files(source, 1, tmp_path, server.url)
+        assert "\n" not in str(stop.value)
+
+def test_a_page_of_html_is_not_taken_for_a_file(server, tmp_path):
+    server.heads["/f"] = {"Content-Type": "text/html; charset=utf-8"}
+    with pytest.raises(SystemExit, match="a page of HTML instead of the file"):
+        dl.download(f"{server.url}/f", tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"source": "a/b"}'])
+def test_a_damaged_list_of_files_ends_in_one_line(server, tmp_path, content):
+    (tmp_path / "files.json").write_text(content)
+    with pytest.raises(SystemExit, match="files.json is damaged; remove it"):
+        dl.find_files("a/b", 1, tmp_path, server.url)
 
 def test_another_source_in_the_same_folder_is_refused(server, tmp_path):
     add_hub(server, "a/b", {"0.parquet": b"a"})
