@@ -52,7 +52,7 @@ def read_rows(path):
                 raise ValueError(f'row {number} has no string "text"')
             if row["text"] is None:
                 yield None, "null_text"
-            elif not row["text"].strip():
+            elif not row["text"] or row["text"].isspace():
                 yield None, "empty_text"
             else:
                 yield row, None

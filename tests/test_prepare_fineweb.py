@@ -411,6 +411,14 @@ def test_lone_surrogates_in_any_field_of_a_row_are_replaced(tmp_path):
     kept, = corpus.read_documents(tmp_path / "0.jsonl.gz")
     assert (kept["text"], kept["title"], kept["more"]) == ("a ? b", "?", [{"?": "?"}])
 
+def test_rows_that_are_no_documents_are_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "a"}\n{"text": ""}\n'
+                                      '{"text": "b", "score": 1e999}\n')
+    pf.run_task(tmp_path / "a.jsonl", tmp_path / "0", plain_settings(is_filtered=False), None)
+    read = json.loads((tmp_path / "0.json").read_text())["rows"]["read"]
+    assert read["dropped"] == {"null_text": 1, "empty_text": 1, "error_ValueError": 1}
+    assert [row["id"] for row in corpus.read_documents(tmp_path / "0.jsonl.gz")] == ["a.jsonl/1"]
+
 SLEEPING = """
 import runpy, time, filters
 filters.language = lambda page, model: time.sleep(60)
