@@ -39,21 +39,21 @@ demo: setup
 	    --val_fraction 0.02 $(CRAWL)
 	$(PY) bpe.py train --input $(DATA)/documents --vocab_size 4096 --pattern gpt4 --out $(DATA)/tokenizer
 	$(PY) bpe.py show "Return a copy of the string with leading whitespace removed." --tokenizer $(DATA)/tokenizer
-	$(PY) prepare_fineweb.py tokenize --out $(DATA) --tokenizer $(DATA)/tokenizer
+	$(PY) shards.py --data $(DATA) --tokenizer $(DATA)/tokenizer
 	$(PY) train_gpt2.py --model d4 --config n_embd=128 n_head=4 block_size=256 --data $(DATA) \
 	    --out $(RUN)-base --total_batch_size 4096 --save_every 100 --seed $(SEED) --resume $(TRAIN)
 	$(PY) sample.py --model $(RUN)-base --prompt "Return the number of" --num_samples 3 --max_new_tokens 40
 	$(PY) sample.py --model $(RUN)-base --prompt "True, False, True, False, True," --temperature 0 --max_new_tokens 8
 	$(PY) sample.py --model $(RUN)-base --prompt "Return the" --top 8 --max_new_tokens 2
-	$(PY) chat_sft.py make --data $(DATA) --out $(CHAT) --seed $(SEED) $(TALK)
+	$(PY) demo/conversations.py --data $(DATA) --out $(CHAT) --seed $(SEED) $(TALK)
 	$(PY) chat_sft.py --model $(RUN)-base --out $(RUN)-sft --data $(CHAT)/identity.jsonl \
 	    $(CHAT)/functions.jsonl:2 $(CHAT)/arithmetic.jsonl $(CHAT)/tool.jsonl:0.7 \
 	    $(CHAT)/bits.jsonl $(CHAT)/spelling.jsonl --lr 0.005 --save_every 50 --seed $(SEED) --resume $(SFT)
 	$(PY) rl_grpo.py --model $(RUN)-sft --out $(RUN)-rl --task $(CHAT)/practice_bits.jsonl \
 	    --held_out $(CHAT)/held_out.jsonl --max_new_tokens 64 --save_every 8 --seed $(SEED) --resume $(RL)
 	for stage in base sft rl; do $(PY) eval.py --model $(RUN)-$$stage --tasks $(CHAT)/held_out.jsonl || exit 1; done
-	$(PY) eval.py report $(RUN)-base $(RUN)-sft $(RUN)-rl --data $(DATA)
-	$(PY) eval.py summary $(RUN)-base $(RUN)-sft $(RUN)-rl --data $(DATA)
+	$(PY) report.py $(RUN)-base $(RUN)-sft $(RUN)-rl --data $(DATA)
+	$(PY) report.py summary $(RUN)-base $(RUN)-sft $(RUN)-rl --data $(DATA)
 
 test: setup
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-extra.txt
@@ -74,7 +74,7 @@ link   = $(if $(1),-isystem $(dir $(1))../include -L$(dir $(1)) -l:$(notdir $(1)
 train_gpt2cu: train_gpt2.cu
 	@test -n "$(NVCC)" || { echo "nvcc is not here; it compiles CUDA; install CUDA 13 or give NVCC=PATH"; exit 1; }
 	@test -n "$(CUBLAS)" || { echo "libcublasLt is not here; matmuls need it; install what requirements-extra.txt names"; exit 1; }
-	$(NVCC) -O3 -std=c++17 $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -Xptxas -v -Xcompiler -Wall \
+	$(NVCC) -O3 -std=c++20 $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -Xptxas -v -Xcompiler -Wall \
 	    $(if $(filter FP32,$(PRECISION)),-DFP32,--use_fast_math) $(if $(NCCL),-DMULTI_GPU) $< -o $@ $(call link,$(CUBLAS)) $(call link,$(NCCL))
 
 test_train_gpt2cu: setup

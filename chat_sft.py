@@ -10,16 +10,16 @@ Supervised fine-tuning: conversations → an assistant.
     in:  a base model's run; .jsonl of {"messages": [{"role", "content"}]}, FILE:2 reads it twice
     out: <run>/model.safetensors, config.json, tokenizer, log.jsonl, state/ for --resume
 
-The training is pretraining's: predict the next token. What changes is the text, conversations
-instead of documents, and that only the assistant's own tokens are learnt: not the user's, not the
-headers, not what a tool answered.
+The algorithm is that of pretraining: predict the next token. Two things change. The text is
+conversations instead of documents. And only the assistant's own tokens are learnt: the user's
+words, the headers of turns and the answers of tools are read, but they carry no loss.
 
-`make` is demo/conversations.py: it writes the demo's conversations and problems.
+`make` is demo/conversations.py, which writes the demo's conversations and problems.
 
 Papers: InstructGPT (arXiv 2203.02155), packing (2107.02027), tool use (GSM8K's calculator,
 2110.14168).
-Differs from the papers: rows are filled by best fit and padded, so that no conversation is ever cut
-or split.
+Differs from the papers: rows are filled by best fit and then padded, so that no conversation is
+ever cut or split.
 """
 import argparse
 import json
@@ -39,158 +39,222 @@ from sample import Engine, find_run, load_tokenizer
 from training import (RunLog, catch_signals, check_finite, default_lr, finish, init_ranks,
                       load_state, make_optimizer, save_state)
 
+WARMUP_STEPS = 10
+WAITING = 100           # conversations among which the one that fits a row best is looked for
+REPLY_TOKENS = 96       # of an answer to a held-out problem, at most
+
 # ---- Conversations → rows of tokens --------------------------------------------------------------
 
 def read_conversations(spec):
-    """FILE or FILE:weight → list of message lists; weight 2: each twice, 0.5: the first half."""
-    found = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", spec)
-    path, weight = (found[1], float(found[2])) if found else (spec, 1.0)
-    rows, number = [], 0
+    """FILE or FILE:weight → a list of message lists.
+
+    With weight 2 each conversation comes twice; with weight 0.5 the first half of the file comes
+    once. Raises SystemExit that names the line which is not {"messages": [{"role", "content"}]}.
+    """
+    path = spec
+    weight = 1.0
+    weighted = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", spec)
+    if weighted:
+        path = weighted[1]
+        weight = float(weighted[2])
+    rows = []
+    number = 0
     try:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
             if line.strip():
                 rows.append(json.loads(line)["messages"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path}, line {number}: {error!r}; conversations are lines of "
-                         '{"messages": [{"role", "content"}]} in UTF-8; repair the file, or make '
-                         "one with python chat_sft.py make") from None
-    return rows * int(weight) + rows[:round(weight % 1 * len(rows))]
+        raise SystemExit(
+            f"{path}, line {number}: {type(error).__name__}: {error}; each line must be "
+            '{"messages": [{"role", "content"}]} in UTF-8; repair the file, or make one with '
+            "python chat_sft.py make") from None
+    copies = int(weight)
+    first_part = round((weight - copies) * len(rows))
+    return rows * copies + rows[:first_part]
 
-def pack(conversations, T, seed, epoch, buffer=100):
-    """(ids, loss_mask) pairs → rows of whole conversations, each at most T + 1 tokens, shuffled.
+def render_all(conversations, tokenizer, T, log):
+    """Message lists → (ids, loss_mask) pairs of at most T + 1 tokens.
 
-    Best fit: of the next `buffer` conversations the longest that fits goes in, until none does.
+    Conversations that are longer, or in which the assistant says nothing, are left out, and their
+    number is logged. Raises SystemExit if none is left.
     """
+    try:
+        rendered = [tokenizer.render(messages) for messages in conversations]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(
+            f"a conversation cannot be rendered: {type(error).__name__}: {error}; each turn must "
+            'be {"role", "content"}; repair the files given with --data') from None
+    fitting = [(ids, mask) for ids, mask in rendered if len(ids) <= T + 1 and any(mask)]
+    tokens = sum(len(ids) for ids, _ in fitting)
+    supervised = sum(sum(mask) for _, mask in fitting)
+    log.say(f"{len(fitting)} conversations, {tokens} tokens, {supervised} of them supervised; "
+            f"left out: {len(rendered) - len(fitting)} longer than {T + 1} tokens "
+            "or with nothing to learn")
+    if not fitting:
+        raise SystemExit(f"none of the {len(rendered)} conversations has an assistant's turn and "
+                         f"fits into {T + 1} tokens; give other --data")
+    return fitting
+
+def pack(conversations, T, seed, epoch):
+    """(ids, loss_mask) pairs → rows: lists of indices of whole conversations, T + 1 tokens at most.
+
+    Best fit: of the next WAITING conversations the longest one that fits into the row goes in,
+    until none fits. The order of conversations and rows follows from the seed and the epoch.
+    """
+    lengths = [len(ids) for ids, _ in conversations]
     order = list(range(len(conversations)))
     random.Random(f"{seed} {epoch}").shuffle(order)
-    shuffled, waiting, rows = random.Random(f"{seed} {epoch} rows"), [], []
+    shuffler = random.Random(f"{seed} {epoch} rows")
+    waiting = []
+    rows = []
     while order or waiting:
-        room, row = T + 1, []
-        assert all(len(conversations[i][0]) <= room for i in waiting), "longer than a row"
+        row = []
+        room = T + 1
+        assert all(lengths[i] <= room for i in waiting), "longer than a row"
         while True:
-            while order and len(waiting) < buffer:
+            while order and len(waiting) < WAITING:
                 waiting.append(order.pop())
-            fits = [i for i in waiting if len(conversations[i][0]) <= room]
+            fits = [i for i in waiting if lengths[i] <= room]
             if not fits:
                 break
-            best = max(fits, key=lambda i: len(conversations[i][0]))
+            best = max(fits, key=lengths.__getitem__)
             waiting.remove(best)
             row.append(best)
-            room -= len(conversations[best][0])
-        rows.append(shuffled.sample(row, len(row)))     # else the longest would always come first
-    shuffled.shuffle(rows)
+            room -= lengths[best]
+        # without this shuffle the longest conversation would always come first
+        rows.append(shuffler.sample(row, len(row)))
+    shuffler.shuffle(rows)
     return rows
 
 def row_tensors(row, conversations, T, pad):
-    """A packed row → inputs, targets (T,): the target is -1 where the mask is 0 and on padding."""
-    ids = [i for c in row for i in conversations[c][0]]
-    mask = [m for c in row for m in conversations[c][1]]
-    ids, mask = ids + [pad] * (T + 1 - len(ids)), mask + [0] * (T + 1 - len(mask))
-    ids, mask = torch.tensor(ids), torch.tensor(mask)
+    """A packed row → inputs and targets, int64 (T,). A target is -1, which the loss leaves out,
+    where the mask is 0 and on padding."""
+    ids = []
+    mask = []
+    for c in row:
+        ids += conversations[c][0]
+        mask += conversations[c][1]
+    padding = T + 1 - len(ids)
+    ids = torch.tensor(ids + [pad] * padding)
+    mask = torch.tensor(mask + [0] * padding)
     return ids[:-1], torch.where(mask[1:] == 1, ids[1:], -1)
 
 class Loader:
-    """The rows of all epochs as one sequence; a position is one integer: rows read."""
+    """The rows of all epochs as one sequence, so that a position is one integer: rows read."""
 
     def __init__(self, conversations, T, seed, pad):
-        self.conversations, self.T, self.seed, self.pad = conversations, T, seed, pad
-        self.starts, self.epochs = [0], []
+        self.conversations, self.T = conversations, T
+        self.seed, self.pad = seed, pad
+        self.epochs = []        # packed when a row of them is first asked for
+        self.starts = [0]       # the position at which each epoch begins
 
     def row(self, position):
         while position >= self.starts[-1]:
             self.epochs.append(pack(self.conversations, self.T, self.seed, len(self.epochs)))
             self.starts.append(self.starts[-1] + len(self.epochs[-1]))
-        epoch = next(e for e, end in enumerate(self.starts[1:]) if position < end)
+        epoch = 0
+        while position >= self.starts[epoch + 1]:
+            epoch += 1
         row = self.epochs[epoch][position - self.starts[epoch]]
         return row_tensors(row, self.conversations, self.T, self.pad)
 
     def batch(self, position, batch_size, device):
-        x, y = zip(*(self.row(position + b) for b in range(batch_size)))
-        return torch.stack(x).to(device), torch.stack(y).to(device)
+        """Rows position … position + batch_size - 1 → inputs, targets (B, T) on the device."""
+        rows = [self.row(position + b) for b in range(batch_size)]
+        x = torch.stack([inputs for inputs, _ in rows])
+        y = torch.stack([targets for _, targets in rows])
+        return x.to(device), y.to(device)
 
 def show(args):
-    """Prints conversations token by token: green is learnt, grey is only read."""
-    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else Tokenizer.pretrained("gpt2")
+    """Prints conversations token by token: what is learnt is green, what is only read is grey."""
+    tokenizer = Tokenizer.load(args.tokenizer)
     for messages in read_conversations(args.file)[:args.count]:
         ids, mask = tokenizer.render(messages)
-        shown = (f"\033[{32 if m else 90}m{tokenizer.decode([i])}" for i, m in zip(ids, mask))
-        print("".join(shown) + "\033[0m\n")
+        for i, is_learnt in zip(ids, mask):
+            color = 32 if is_learnt else 90
+            print(f"\033[{color}m{tokenizer.decode([i])}", end="")
+        print("\033[0m\n")
 
 # ---- Main ----------------------------------------------------------------------------------------
 
 def held_out_accuracy(engine, problems):
-    """{kind: share of its problems answered rightly}, greedy."""
-    replies = engine.answer([p["messages"] for p in problems], max_new_tokens=96, temperature=0)
+    """Greedy replies to problems → {kind: share answered rightly}."""
+    replies = engine.answer([p["messages"] for p in problems], max_new_tokens=REPLY_TOKENS,
+                            temperature=0)
     by_kind = {}
     for problem, reply in zip(problems, replies):
         by_kind.setdefault(problem["kind"], []).append(is_correct(reply, problem))
     return {kind: sum(right) / len(right) for kind, right in by_kind.items()}
 
+def learning_rate_scale(step, max_steps):
+    """Linear warm-up, then constant, then linearly to 0 over the second half."""
+    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    left = 1 - step / max_steps
+    return warmup * min(1.0, 2 * left)
+
+def rows_a_step(args, T, world_size):
+    """--total_batch_size in rows; raises SystemExit if the ranks cannot share it evenly."""
+    micro_rows = args.batch_size * world_size
+    if not args.total_batch_size:
+        return micro_rows
+    micro_tokens = micro_rows * T
+    if args.total_batch_size % micro_tokens:
+        nearest = max(1, args.total_batch_size // micro_tokens) * micro_tokens
+        raise SystemExit(f"--total_batch_size {args.total_batch_size} must be a multiple of "
+                         f"batch_size*block_size*world_size = {micro_tokens}; try "
+                         f"--total_batch_size {nearest}")
+    return args.total_batch_size // T
+
 def parse_args():
     parser = argparse.ArgumentParser(description="fine-tune on conversations; see also: make, show")
-    parser.add_argument("--model", help="run folder of a base model; default: the newest one")
-    parser.add_argument("--data", nargs="+", required=True, help="FILE.jsonl[:weight] …")
-    parser.add_argument("--out", required=True, help="run folder")
-    parser.add_argument("--resume", action="store_true", help="continue from <out>/state, if any")
-    parser.add_argument("--epochs", type=float, default=1.0, help="passes over the conversations")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows at a time on one rank")
-    parser.add_argument("--total_batch_size", type=int, help="tokens a step (a batch on each rank)")
-    parser.add_argument("--lr", type=float, help="AdamW's, or for dN Muon's, peak learning rate")
-    parser.add_argument("--held_out", help="problems to answer before and after")
-    parser.add_argument("--save_every", type=int, default=200, help="steps between saved states")
-    parser.add_argument("--seed", type=int, default=1337, help="of the order of the conversations")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add = parser.add_argument
+    add("--model", help="run folder of a base model (default: the newest one)")
+    add("--data", nargs="+", required=True, help="FILE.jsonl[:weight] …")
+    add("--out", required=True, help="run folder")
+    add("--resume", action="store_true", help="continue from <out>/state, if there is one")
+    add("--epochs", type=float, default=1.0, help="passes over the conversations")
+    add("--batch_size", type=int, default=16, help="rows at a time on one rank")
+    add("--total_batch_size", type=int, help="tokens a step (default: one batch on each rank)")
+    add("--lr", type=float, help="peak learning rate of AdamW, or of Muon for dN")
+    add("--held_out", help="problems that are answered before and after training")
+    add("--save_every", type=int, default=200, help="steps between saved states")
+    add("--seed", type=int, default=1337, help="of the order of the conversations")
+    add("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args()
-
-def render_all(conversations, tokenizer, T, log):
-    """Renders and measures; conversations longer than a row are left out, and how many is said."""
-    try:
-        rendered = [tokenizer.render(messages) for messages in conversations]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SystemExit(f"a conversation cannot be rendered: {error!r}; turns are "
-                         '{"role", "content"}; repair the files given with --data') from None
-    fitting = [(ids, mask) for ids, mask in rendered if len(ids) <= T + 1 and any(mask)]
-    tokens, learnt = sum(len(ids) for ids, _ in fitting), sum(sum(mask) for _, mask in fitting)
-    log.say(f"{len(fitting)} conversations, {tokens} tokens, {learnt} of them supervised; "
-            f"left out: {len(rendered) - len(fitting)} longer than {T + 1} tokens "
-            "or with nothing to learn")
-    if not fitting:
-        raise SystemExit(f"none of {len(rendered)} conversations fits {T + 1} tokens and has an "
-                         "assistant's turn; training needs one; give other --data")
-    return fitting
 
 def main():
     args = parse_args()
     run = Path(args.out)
-    signals, stop = catch_signals(), False
+    signals = catch_signals()
     ranks = init_ranks(args.device)
     base = find_run(args.model, ("pretrain",))
     tokenizer = load_tokenizer(base)
     model, meta = load_checkpoint(base, ranks.device, vocab_size=tokenizer.n_vocab)
-    T, engine = model.config.block_size, Engine(model, tokenizer)
-    micro_rows = args.batch_size * ranks.world_size
-    total_rows, rest = divmod(args.total_batch_size or micro_rows * T, T)
-    if rest or total_rows % micro_rows:
-        nearest = max(1, total_rows // micro_rows) * micro_rows * T
-        raise SystemExit(f"total_batch_size {args.total_batch_size} is not a multiple of "
-                         f"batch_size*block_size*world_size = {micro_rows * T}; it is split "
-                         f"evenly; try --total_batch_size {nearest}")
-    lr = args.lr or default_lr(model.config, 2 ** 16)       # not a toy's: it is no noise any more
+    T = model.config.block_size
+    engine = Engine(model, tokenizer)
+    total_rows = rows_a_step(args, T, ranks.world_size)
+    # the rate of a large batch: a pretrained model's gradients are less noisy than a new one's
+    lr = args.lr or default_lr(model.config, 2 ** 16)
     optimizer = make_optimizer(model, ranks, lr, total_rows * T)
+
     settings = dict(data=args.data, epochs=args.epochs, total_rows=total_rows, lr=args.lr,
                     seed=args.seed, base=meta["run"])
-    state = load_state(run, args.resume, ranks, optimizer, model, settings)
-    step, position = (state["step"], state["position"]) if state else (0, 0)
-    log = RunLog(run, 0, ranks, resume_step=step if state else None)
-    conversations = [messages for spec in args.data for messages in read_conversations(spec)]
+    state = load_state(run, args.resume, ranks, optimizer, model, settings) or {}
+    first_step = step = state.get("step", 0)
+    log = RunLog(run, 0, ranks, resume_step=state.get("step"))
+    conversations = []
+    for spec in args.data:
+        conversations += read_conversations(spec)
     fitting = render_all(conversations, tokenizer, T, log)
     loader = Loader(fitting, T, args.seed, tokenizer.special["<|pad|>"])
-    rows_an_epoch = len(pack(loader.conversations, T, args.seed, 0))
+    rows_an_epoch = len(pack(fitting, T, args.seed, epoch=0))
     max_steps = log.max_steps = max(1, round(args.epochs * rows_an_epoch / total_rows))
     if step >= max_steps:
         return log.say(f"{run} is trained: step {step} of {max_steps}")
     log.header(args, model, ranks.device)
-    problems = read_problems(args.held_out) if args.held_out else []
+    problems = []
+    if args.held_out:
+        problems = read_problems(args.held_out)
 
     def report_accuracy(when):
         if problems and ranks.is_main:
@@ -199,50 +263,53 @@ def main():
             log.say(f"held out, {when}: {shares}", step=step, when=when, accuracy=accuracy)
 
     def save():
-        save_state(run, ranks, optimizer, model, step=step, position=position, settings=settings)
+        save_state(run, ranks, optimizer, model, step=step, settings=settings)
         if ranks.is_main:
             save_checkpoint(run, model, tokenizer, stage="sft", step=step, base=meta["run"])
 
-    if step == 0:
-        report_accuracy("before")
-    started, first_step = time.time(), step
+    started = time.time()
+    stop = False
     model.train()
-    while step < max_steps and not stop:
+    while True:
+        last = step == max_steps
+        if step == 0:
+            report_accuracy("before")
+        if last or stop or (step % args.save_every == 0 and step > first_step):
+            save()
+        if last:
+            report_accuracy("after")
+        if last or stop:
+            break
+
         tick = time.time()
-        mine = position + ranks.rank * args.batch_size
-        batches = [loader.batch(mine + first, args.batch_size, ranks.device)
-                   for first in range(0, total_rows, micro_rows)]
-        # one mean over all supervised tokens of the step: a short answer counts by its tokens
+        batches = []
+        for first in range(ranks.rank * args.batch_size, total_rows,
+                           args.batch_size * ranks.world_size):
+            batches.append(loader.batch(step * total_rows + first, args.batch_size, ranks.device))
+        # One mean over all supervised tokens of the step, on all ranks: each token counts equally.
         supervised = ranks.sum(sum((y >= 0).sum().item() for _, y in batches))[0]
         loss = 0.0
         for x, y in batches:
             micro_loss = model(x, y) * ((y >= 0).sum() / max(1, supervised))
-            (micro_loss * ranks.world_size).backward()
+            (micro_loss * ranks.world_size).backward()      # average_grads() divides by world_size
             loss += micro_loss.item()
         norm = optimizer.average_grads()
         loss, stops = ranks.sum(loss, len(signals))
         stop = stops > 0
         check_finite(f"step {step}", loss, norm)
-        left = 1 - step / max_steps
-        # constant, then linearly to 0 over the last half
-        lr_scale = min(1.0, (step + 1) / 10) * min(1.0, 2 * left)
+        lr_scale = learning_rate_scale(step, max_steps)
         optimizer.step(lr_scale, grad_scale=min(1.0, 1.0 / (norm + 1e-6)), decay_scale=0.0)
-        step, position = step + 1, position + total_rows
+        step += 1
         seconds = time.time() - tick
+        seconds_a_step = (time.time() - started) / (step - first_step)
         log(step, loss=loss, lr=lr_scale * optimizer.groups[0]["lr"], norm=norm, ms=1000 * seconds,
-            tok_s=total_rows * T / seconds,
-            eta=(time.time() - started) / (step - first_step) * (max_steps - step))
-        if step % args.save_every == 0 or step == max_steps or stop:
-            save()
-    stopped = stop and step < max_steps
-    if not stopped:
-        report_accuracy("after")
-    finish(log, run, "sft", step, started, stopped)
+            tok_s=total_rows * T / seconds, eta=seconds_a_step * (max_steps - step))
+    finish(log, run, "sft", step, started, stopped=stop and not last)
 
 def parse_show_args():
     parser = argparse.ArgumentParser(prog="chat_sft.py show")
     parser.add_argument("file", help="a .jsonl of conversations")
-    parser.add_argument("--tokenizer", help="folder of a tokenizer (default: GPT-2's)")
+    parser.add_argument("--tokenizer", default="gpt2", help="folder of a tokenizer, or gpt2")
     parser.add_argument("--count", type=int, default=5, help="conversations to show")
     return parser.parse_args(sys.argv[2:])
 
@@ -250,7 +317,8 @@ if __name__ == "__main__":
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command == "make":
         del sys.argv[1]
-        runpy.run_path(str(Path(__file__).parent / "demo" / "conversations.py"), run_name="__main__")
+        script = Path(__file__).parent / "demo" / "conversations.py"
+        runpy.run_path(str(script), run_name="__main__")
     elif command == "show":
         show(parse_show_args())
     else:

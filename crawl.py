@@ -19,6 +19,7 @@ request records, and a page of more than 8 MB is dropped instead of being cut.
 import argparse
 import contextlib
 import functools
+import http.client
 import itertools
 import multiprocessing
 import queue
@@ -28,35 +29,34 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
-from html.parser import HTMLParser
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urldefrag, urljoin, urlsplit
 
 import requests
 import urllib3
-import webencodings
 from protego import Protego
 from tqdm import tqdm
-from w3lib.encoding import read_bom, to_unicode
 from w3lib.html import get_base_url
 from w3lib.url import canonicalize_url, safe_url_string
 
-from download import one_line_when_full, whole_file
-from warc import parse_headers, read_warc, warc_record
+from download import one_line_when_full, one_line_when_interrupted, whole_file
+from warc import (MAX_PAGE_BYTES, TagReader, charset_of, decode, is_html, parse_answer,
+                  parse_record, read_warc, warc_record)
 
-MAX_PAGE_BYTES = 8 << 20      # of a page's HTML after decompression; this also stops zip bombs
 PAGES_PER_WARC = 250          # lost when a crawl is killed; also one task of prepare_fineweb.py
 PAGE_SECONDS = 20             # a page is dropped if extracting its text takes longer
 PAGE_MEMORY_BYTES = 2 << 30   # of the process that extracts text, without shared memory
 FETCH_SECONDS = 120           # for one URL, including retries and the pauses a server asks for
 SILENCE_SECONDS = 20          # a try has failed after so long without a byte
+BODY_TRIES = 3                # for a body that is cut short
+MAX_DELAY_SECONDS = 60        # a host whose robots.txt asks for a longer Crawl-delay is left out
 MAX_URL_CHARS = 8000          # a longer link is ignored (RFC 9110, 4.1)
 AGENT = "deepdive-crawler"    # our name in robots.txt
-USER_AGENT = f"{AGENT}/1.0 (educational; obeys robots.txt)"
+VERSION = "1.0"
+USER_AGENT = f"{AGENT}/{VERSION} (educational; obeys robots.txt)"
 MANUAL = "http://manual.localhost"  # stands for demo/web.py, whose port changes with every run
 
 def verdict(page, **broken):
@@ -65,154 +65,6 @@ def verdict(page, **broken):
         if is_broken:
             return None, rule
     return page, None
-
-# ---- HTTP answers → pages ------------------------------------------------------------------------
-
-CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,8})[^\r\n]*\r\n")
-
-def dechunk(body):
-    """Undo Transfer-Encoding: chunked (RFC 9112, 7.1): hexadecimal size, line end, bytes, line end.
-
-    A body without chunks is returned as it is: archives often store the decoded body but keep the
-    header.
-    """
-    out, at = [], 0
-    while size := CHUNK_SIZE.match(body, at):
-        at = size.end() + int(size[1], 16) + 2
-        out.append(body[size.end():at - 2])
-    return b"".join(out) or body
-
-def unzip(body, encoding):
-    """Undo Content-Encoding, up to MAX_PAGE_BYTES + 1 bytes; None if that fails.
-
-    A body that is not compressed is returned as it is, for the same reason as in dechunk.
-    """
-    for wbits in {"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)}.get(encoding, ()):
-        with contextlib.suppress(zlib.error):
-            return zlib.decompressobj(wbits=wbits).decompress(body, MAX_PAGE_BYTES + 1)
-    if encoding in ("", "identity") or b"<" in body[:256]:
-        return body
-    return None
-
-def parse_answer(answer):
-    """A stored HTTP answer → (status or "", headers, decoded body or None)."""
-    head, _, body = answer.partition(b"\r\n\r\n")
-    status = re.match(rb"HTTP/\S+ +(\d{3})", head)
-    headers = parse_headers(head)
-    if "chunked" in headers.get("transfer-encoding", "").lower():
-        body = dechunk(body)
-    body = unzip(body, headers.get("content-encoding", "").lower())
-    return status[1].decode() if status else "", headers, body
-
-def is_html(mime, text):
-    """Whether a Content-Type says HTML, or, where there is none, whether the text looks like it."""
-    if mime:
-        return re.match(r"\s*(text/html|application/xhtml\+xml)\b", mime, re.I) is not None
-    return "<html" in text[:4096].lower()
-
-class TagReader(HTMLParser):
-    """html.parser, made to take linear time and to raise no error on any input, in all versions."""
-
-    def read(self, html):
-        """Call the handle_… methods for a page. A tag that the end of the page cuts is ignored."""
-        end = html.rfind(">") + 1
-        rest = re.split("<[a-zA-Z/!?]", html[end:], maxsplit=1)[0]
-        # int() refuses thousands of digits; more than 20 are no character
-        self.feed(re.sub("&#[0-9]{20,};?", "\ufffd", html[:end] + rest))
-        self.close()
-
-    def parse_comment(self, i, report=1):
-        """Skip <!-- … -->; one that is not closed lasts to the end, as in browsers."""
-        end = self.rawdata.find("-->", i + 2)
-        return end + 3 if end >= 0 else len(self.rawdata)
-
-    def parse_html_declaration(self, i):
-        """Skip <!DOCTYPE …> and <![CDATA[ … ]]> up to the next ">", as browsers do."""
-        return self.rawdata.find(">", i) + 1
-
-class MetaCharset(TagReader):
-    """The charset that the beginning of a page names: <meta charset=…>, <meta
-    http-equiv=content-type content="…; charset=…">, or <?xml encoding="…">."""
-    label = None
-
-    def handle_starttag(self, tag, attributes):
-        values = dict(attributes)
-        if tag != "meta" or self.label:
-            return
-        self.label = values.get("charset")
-        if (values.get("http-equiv") or "").lower() == "content-type":
-            self.label = self.label or charset_label(values.get("content"))
-
-    def handle_pi(self, text):
-        named = re.search(r"encoding=[\"']([^\"']+)", text)
-        if named and not self.label:
-            self.label = named[1]
-
-def charset_label(content_type):
-    """The charset that a Content-Type names, or None."""
-    named = re.search(r"charset\s*=\s*[\"']?\s*([^\s\"';,]+)", content_type or "", re.I)
-    return named and named[1]
-
-def charset_of(body, content_type):
-    """The codec of a page, chosen as browsers do (WHATWG Encoding): a byte order mark, the charset
-    in the Content-Type, the one in <meta>, else UTF-8 if the bytes are valid, or windows-1252.
-    """
-    codec, _ = read_bom(body)
-    if codec:
-        return codec
-    encoding = webencodings.lookup(charset_label(content_type) or "")
-    if not encoding:
-        reader = MetaCharset()
-        reader.read(body[:4096].decode("latin-1"))
-        encoding = webencodings.lookup(reader.label or "")
-        if encoding and encoding.name.startswith("utf-16"):  # the bytes of <meta> were ASCII
-            return "utf-8"
-    if encoding:
-        return encoding.codec_info.name
-    try:
-        body.decode()
-        return "utf-8"
-    except UnicodeDecodeError:
-        return "cp1252"
-
-def decode(body, content_type):
-    """Bytes → text. Bytes that the charset does not have become U+FFFD, as in browsers."""
-    _, mark = read_bom(body)
-    return to_unicode(body[len(mark or b""):], charset_of(body, content_type))
-
-def parse_record(headers, payload):
-    """A WARC record → (page, None) or (None, reason); page: {"id", "url", "date", "html"}.
-
-    Kept are answers with status 200 that are HTML according to the type that the archive found, the
-    Content-Type, or, where both are missing, an <html> tag. A "conversion" record, as in Common
-    Crawl's WET files, gives a page with "text" instead of "html".
-    """
-    kind = headers.get("warc-type", "nameless")
-    page = {"id": headers.get("warc-record-id", ""), "date": headers.get("warc-date", ""),
-            "url": headers.get("warc-target-uri", "").strip("<>")}
-    if kind == "conversion":
-        return page | {"text": payload.decode("utf-8", "replace")}, None
-    if kind != "response":
-        return None, f"{kind}_record"
-    status, http, body = parse_answer(payload)
-    content_type = http.get("content-type", "")
-    mime = headers.get("warc-identified-payload-type") or content_type
-    if not status:
-        return None, "not_http"
-    if status != "200":
-        return None, f"status_{status}"
-    if mime and not is_html(mime, ""):
-        return None, "not_html"
-    if body is None:
-        return None, "content_encoding"
-    if len(body) > MAX_PAGE_BYTES:
-        return None, "page_too_large"
-    html = decode(body, content_type)
-    if html.count("\ufffd") * 10 > len(html):
-        return None, "unknown_charset"
-    if not is_html(mime, html):
-        return None, "not_html"
-    return page | {"html": html}, None
 
 # ---- HTML → text ---------------------------------------------------------------------------------
 
@@ -438,7 +290,7 @@ def clean_url(url, charset="utf-8"):
     """
     try:
         return safe_url_string(urldefrag(url).url, encoding=charset)
-    except UnicodeEncodeError:
+    except (UnicodeEncodeError, LookupError):
         return safe_url_string(urldefrag(url).url)
 
 @functools.lru_cache(1 << 16)
@@ -451,17 +303,18 @@ def url_key(url):
 def host_of(url):
     return urlsplit(url_key(url)).netloc
 
-def links_of(url, answer):
-    """Absolute links of a stored HTTP answer: its Location, and the links of a page of HTML."""
-    _, http, body = parse_answer(answer)
-    content_type = http.get("content-type", "")
+def links_in(url, answer):
+    """Yield links_of(url, answer); may raise any error."""
+    _, headers, body = parse_answer(answer)
+    content_type = headers.get("content-type", "")
     found, base, charset = [], url, "utf-8"
-    if "location" in http:
-        found.append(http["location"])
+    if "location" in headers:
+        found.append(headers["location"])
     html = decode(body or b"", content_type)
     if is_html(content_type, html):
         charset = charset_of(body, content_type)
-        base = get_base_url(html, url, charset)
+        with contextlib.suppress(ValueError):  # <base href="http://[">
+            base = get_base_url(html, url, charset)
         reader = LinkReader()
         # in href="?a=1&copy=2", &copy is not ©
         reader.read(re.sub("&(?=[a-zA-Z0-9]++(?!;))", "&amp;", html))
@@ -472,51 +325,112 @@ def links_of(url, answer):
             if len(clean) <= MAX_URL_CHARS:
                 yield clean
 
+def links_of(url, answer):
+    """Absolute links of a stored HTTP answer: its Location, and the links of a page of HTML."""
+    links = []
+    with contextlib.suppress(Exception):  # a page that cannot be read loses its links only
+        links.extend(links_in(url, answer))
+    return links
+
 # ---- The crawler ---------------------------------------------------------------------------------
+
+def origin_of(url):
+    """https://host:port of a URL."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+def why_of(error):
+    """The innermost reason of an error of requests, in one line."""
+    if error.args and isinstance(error.args[0], urllib3.exceptions.MaxRetryError):
+        error = error.args[0].reason
+    return str(error).rpartition(": ")[2]
+
+def warn(text):
+    """Print a line, above the progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+
+class Robots:
+    """A robots.txt. Its group for AGENT counts if there is one, else that for "*"; protego alone
+    would also take a group for "deep" as ours.
+    """
+
+    def __init__(self, text):
+        names_us = re.search(rf"(?im)^[ \t]*user-?agent[ \t]*:[ \t]*{AGENT}(?![\w-])", text)
+        self.agent = f"{AGENT}/{VERSION}" if names_us else "*"
+        self.rules = Protego.parse(text)
+        self.delay = self.rules.crawl_delay(self.agent) or 0
+
+    def allows(self, url):
+        return self.rules.can_fetch(url, self.agent)
+
+class Host:
+    """What a crawl knows of one origin: its robots.txt, and when the next request may be sent."""
+
+    def __init__(self, delay):
+        self.delay = delay  # seconds before each request
+        self.turn = threading.Lock()
+        self.robots = None  # once it is read
+        self.is_open = True
 
 class Fetcher:
     """HTTP with retries, deadlines and robots.txt, for use by several threads.
 
-    `delay` is the seconds between two requests. `hosts` maps the origin (scheme and host) of a URL
-    to the origin that is really asked.
+    `delay` is the seconds between two requests to one host. `moved` maps the origin (scheme and
+    host) of a URL to the origin that is really asked.
     """
 
-    def __init__(self, delay, hosts):
+    def __init__(self, delay, moved):
         self.delay = delay
-        self.hosts = hosts
-        self.rules = {}  # origin: its robots.txt
-        self.turn = threading.Lock()
+        self.moved = moved
+        self.hosts = {}  # origin: Host
         self.session = requests.Session()
-        self.session.headers["User-Agent"] = USER_AGENT
+        # not br or zstd, which only some machines could read
+        self.session.headers.update({"User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate"})
         retries = urllib3.Retry(3, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504),
                                 redirect=0, raise_on_status=False)
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retries))
+        http.client._MAXHEADERS = 1000  # some answers have more than its 100
 
-    def ask(self, url):
-        """URL → (the server's answer, None), or (b"", why there is none).
+    def host(self, url):
+        return self.hosts.setdefault(origin_of(url), Host(self.delay))
 
-        The answer is stored as it came, still compressed, up to a byte more than MAX_PAGE_BYTES, so
-        that parse_record sees what is too large. A redirect is not followed but counts as a link,
-        except that of robots.txt (RFC 9309, 2.3.1.2). The body is read only if it is text.
-        """
+    def ask_once(self, url):
+        """URL → the server's answer as bytes, or an error of requests or urllib3."""
         origin = origin_of(url)
         is_robots = url == origin + "/robots.txt"
-        try:
-            with self.session.get(self.hosts.get(origin, origin) + url[len(origin):], stream=True,
-                                  timeout=SILENCE_SECONDS, allow_redirects=is_robots) as answer:
-                mime = answer.headers.get("Content-Type", "text/html").lower()
-                body = b""
-                if is_robots or mime.startswith(("text/", "application/xhtml")):
-                    body = answer.raw.read(MAX_PAGE_BYTES + 1, decode_content=False)
-        except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
-            return b"", str(error)
+        with self.session.get(self.moved.get(origin, origin) + url[len(origin):], stream=True,
+                              timeout=SILENCE_SECONDS, allow_redirects=is_robots) as answer:
+            mime = answer.headers.get("Content-Type", "text/html").lower()
+            body = bytearray()
+            if is_robots or mime.startswith(("text/", "application/xhtml")):
+                # the read that finds the end raises an error if the body was cut short
+                while len(body) <= MAX_PAGE_BYTES and (
+                        piece := answer.raw.read(1 << 16, decode_content=False)):
+                    body += piece
         head = [f"HTTP/1.1 {answer.status_code} {answer.reason}"]
         for name, value in answer.headers.items():
             if name.lower() in ("content-type", "content-encoding", "location"):
                 head.append(f"{name}: {value}")
         # requests has read the headers as Latin-1
-        return "\r\n".join(head).encode("latin-1", "replace") + b"\r\n\r\n" + body, None
+        return "\r\n".join(head).encode("latin-1", "replace") + b"\r\n\r\n" + body
+
+    def ask(self, url):
+        """URL → (the server's answer, None), or (b"", why there is none).
+
+        The answer is stored as it came, still compressed, up to a little more than MAX_PAGE_BYTES,
+        so that parse_record sees what is too large. A redirect is not followed but counts as a
+        link, except that of robots.txt (RFC 9309, 2.3.1.2). The body is read only if it is text; it
+        is asked for again if it was cut short.
+        """
+        for _ in range(BODY_TRIES):
+            try:
+                return self.ask_once(url), None
+            except (urllib3.exceptions.ProtocolError, urllib3.exceptions.ReadTimeoutError):
+                continue  # requests has errors of its own for all but the body
+            except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
+                return b"", why_of(error)
+        return b"", f"the body was cut short {BODY_TRIES} times"
 
     def fetch(self, url):
         """ask(url) when the delay allows it, given up after FETCH_SECONDS.
@@ -524,8 +438,9 @@ class Fetcher:
         A socket's own timeout begins anew with each byte, so a server could hold a crawl for ever.
         A thread cannot be stopped, but one that is late can be left behind.
         """
-        with self.turn:
-            time.sleep(self.delay)
+        host = self.host(url)
+        with host.turn:
+            time.sleep(host.delay)
         answers = queue.SimpleQueue()
         threading.Thread(target=lambda: answers.put(self.ask(url)), daemon=True).start()
         try:
@@ -538,32 +453,41 @@ class Fetcher:
         answer, why = self.fetch(url)
         if why:
             return warc_record("metadata", url, why.encode(), "text/plain"), []
-        return warc_record("response", url, answer), list(links_of(url, answer))
+        return warc_record("response", url, answer), links_of(url, answer)
 
-    def read_rules(self, origin):
-        """The robots.txt of an origin. One that does not exist (status 4xx) allows everything, one
-        that the server fails to send (5xx, silence) nothing (RFC 9309, 2.3.1).
+    def read_robots(self, origin):
+        """→ (the Robots of an origin, None) or (None, why no page may be fetched).
+
+        One that does not exist (status 4xx) allows everything, one that the server fails to send
+        (5xx, silence) nothing (RFC 9309, 2.3.1).
         """
-        answer, _ = self.fetch(origin + "/robots.txt")
+        answer, why = self.fetch(origin + "/robots.txt")
+        if why:
+            return None, f"cannot be read ({why})"
         status, _, body = parse_answer(answer)
-        if status == "200":
-            return Protego.parse(decode(body or b"", "text/plain; charset=utf-8"))
-        if "200" <= status < "500":
-            return Protego.parse("")
-        return Protego.parse("User-agent: *\nDisallow: /")
+        if not "200" <= status < "500":
+            return None, f"cannot be read (status {status})"
+        if status != "200":
+            return Robots(""), None
+        if body is None:
+            return None, "cannot be read (unknown Content-Encoding)"
+        robots = Robots(decode(body, "text/plain; charset=utf-8"))
+        if robots.delay > MAX_DELAY_SECONDS:
+            return None, (f"asks for {robots.delay:.0f} s between two requests, and a crawl waits "
+                          f"at most {MAX_DELAY_SECONDS} s")
+        return robots, None
 
     def allowed(self, url):
-        """Whether robots.txt allows a URL."""
-        origin = origin_of(url)
-        if origin not in self.rules:
-            self.rules[origin] = self.read_rules(origin)
-            self.delay = max(self.delay, self.rules[origin].crawl_delay(AGENT) or 0)
-        return self.rules[origin].can_fetch(url, AGENT)
-
-def origin_of(url):
-    """https://host:port of a URL."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}"
+        """Whether robots.txt allows a URL. A host that allows none is named in one line."""
+        host = self.host(url)
+        if host.is_open and host.robots is None:
+            host.robots, why = self.read_robots(origin_of(url))
+            if why:
+                host.is_open = False
+                warn(f"{origin_of(url)}/robots.txt {why}, so no page of this host is fetched")
+            else:
+                host.delay = max(host.delay, host.robots.delay)
+        return host.is_open and host.robots.allows(url)
 
 class Crawl:
     """The state of a crawl: which URLs were fetched, and which are next, in breadth-first order.
@@ -578,15 +502,19 @@ class Crawl:
         self.known = set()     # keys of URLs that are or were in the frontier
         self.fetched = set()   # keys of URLs that have a record
         self.frontier = deque()
+        self.elsewhere = None  # the first link to another host
         self.add(clean_url(seed) for seed in seeds)
 
     def add(self, links):
         """Put the links that are new, and on the hosts of the seeds, at the end of the frontier."""
         for link in links:
-            if link.startswith(("http://", "https://")) and url_key(link) not in self.known \
-                    and host_of(link) in self.hosts:
+            if not link.startswith(("http://", "https://")) or url_key(link) in self.known:
+                continue
+            if host_of(link) in self.hosts:
                 self.known.add(url_key(link))
                 self.frontier.append(link)
+            elif not self.elsewhere:
+                self.elsewhere = link
 
     def replay(self, path):
         """Take over what a finished file holds, as if its pages had been fetched now."""
@@ -598,7 +526,7 @@ class Crawl:
                 self.add(links_of(url, payload))
 
     def next_batch(self, max_pages):
-        """The next URLs to fetch that robots.txt allows; none are left if it is empty."""
+        """The next URLs to fetch that robots.txt allows; empty at the end of the crawl."""
         batch = []
         while self.frontier and len(batch) < min(32, max_pages - len(self.fetched)):
             url = self.frontier.popleft()
@@ -609,7 +537,7 @@ class Crawl:
     def records(self, max_pages, threads):
         """Fetch and yield WARC records until max_pages are fetched or no link is left."""
         while batch := self.next_batch(max_pages):
-            for url, (record, links) in zip(batch, threads.map(self.fetcher.record, batch)):
+            for url, (record, links) in zip(batch, threads.imap(self.fetcher.record, batch)):
                 self.fetched.add(url_key(url))
                 self.add(links)
                 yield record
@@ -618,7 +546,9 @@ class Crawl:
 def manual_of_this_machine():
     """Serve demo/web.py while the block runs; gives its address."""
     script = Path(__file__).parent / "demo" / "web.py"
-    child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    # in a session of its own, so that Ctrl-C reaches the crawl alone
+    child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
+                             start_new_session=True)
     try:
         address = child.stdout.readline().strip().rstrip("/")
         if not address:
@@ -650,19 +580,19 @@ def crawl(seeds, folder, max_pages, delay=None):
     """
     check_seeds(seeds)
     with contextlib.ExitStack() as stack:
-        hosts = {}
+        moved = {}
         if not seeds:
-            hosts[MANUAL] = stack.enter_context(manual_of_this_machine())
+            moved[MANUAL] = stack.enter_context(manual_of_this_machine())
             seeds = [f"{MANUAL}/"]
         if delay is None:
             delay = default_delay(seeds)
-        state, paths = Crawl(seeds, Fetcher(delay, hosts)), []
+        state, paths = Crawl(seeds, Fetcher(delay, moved)), []
         while (path := folder / f"crawl_{len(paths):05d}.warc.gz").exists():
             state.replay(path)
             paths.append(path)
         progress = stack.enter_context(tqdm(
             total=max_pages, initial=len(state.fetched), desc="crawl", unit="page"))
-        threads = stack.enter_context(ThreadPoolExecutor(4))
+        threads = stack.enter_context(ThreadPool(4))  # it does not wait for late threads
         records = state.records(max_pages, threads)
         for first in records:
             paths.append(folder / f"crawl_{len(paths):05d}.warc.gz")
@@ -672,7 +602,23 @@ def crawl(seeds, folder, max_pages, delay=None):
                     file.write(record)
                     progress.total = min(max_pages, len(state.fetched) + len(state.frontier))
                     progress.update()
+    if state.elsewhere and len(state.known) <= len(seeds):
+        warn(f"no page links to another one of its host; the first link leads to {state.elsewhere};"
+             " to crawl that host, give this URL as a seed")
     return paths
+
+def count_pages(paths):
+    """WARC files → (how many pages they hold, {reason: how many other records})."""
+    n_pages, reasons = 0, Counter()
+    for path in paths:
+        for record, reason in read_warc(path):
+            if record:
+                _, reason = parse_record(*record)
+            if reason:
+                reasons[reason] += 1
+            else:
+                n_pages += 1
+    return n_pages, reasons
 
 def main():
     parser = argparse.ArgumentParser(
@@ -685,18 +631,13 @@ def main():
     args = parser.parse_args()
     if args.max_pages < 1:
         raise SystemExit(f"--max_pages must be at least 1, got {args.max_pages}")
-    with one_line_when_full():
+    with one_line_when_full(), one_line_when_interrupted():
         paths = crawl(args.seeds, args.out / "warc", args.max_pages, args.delay)
-    n_pages, reasons = 0, Counter()
-    for path in paths:
-        for record, reason in read_warc(path):
-            if record:
-                page, reason = parse_record(*record)
-            if reason:
-                reasons[reason] += 1
-            else:
-                n_pages += 1
+        n_pages, reasons = count_pages(paths)
     others = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common()) or "none"
+    if not n_pages:
+        raise SystemExit(f"{args.out}/warc holds no page; other records: {others}; see the lines "
+                         "above, or give another seed URL")
     print(f"{args.out}/warc holds {n_pages} pages in {len(paths)} files; other records: {others}")
 
 if __name__ == "__main__":

@@ -76,6 +76,14 @@ def one_line_when_full():
         raise SystemExit("the disk is full; all finished files are kept; free some space and run "
                          "the same command again to continue") from None
 
+@contextlib.contextmanager
+def one_line_when_interrupted():
+    """Turn Ctrl-C into one line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; run the same command again to continue") from None
+
 def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

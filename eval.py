@@ -1,5 +1,5 @@
 """
-Evaluation: what a right answer is, and what a model can do, in numbers.
+Evaluation: what a right answer is, and how well a model does, in numbers.
 
     python eval.py --model runs/demo-rl --tasks data/demo/chat/held_out.jsonl             # CPU
     python eval.py --model runs/d24 --tasks hellaswag,core                                # 1 GPU
@@ -7,25 +7,26 @@ Evaluation: what a right answer is, and what a model can do, in numbers.
     python eval.py hellaswag --tokenizer data/fineweb/tokenizer          # for train_gpt2.cu
 
     in:  <run>/model.safetensors, config.json, the tokenizer; the tasks' files
-    out: <run>/eval.json {task: figures}; report.py shows it
+    out: <run>/eval.json {task: figures}, which report.py shows
 
-There are two ways to ask. By log-likelihood: the model reads every possible answer, and the most
-probable one is its choice; this suits base models. By generation: it replies greedily to the chat
-prompt, and the reply is checked. A base model is asked in that same prompt, whose special tokens it
-has never seen, so that before and after training compare one thing.
+A model is asked in one of two ways. By log-likelihood, the model reads every possible answer, and
+the most probable one is its choice; this suits base models. By generation, the model replies
+greedily to the chat prompt, and the reply is checked. A base model gets the same chat prompt,
+although it has never seen the special tokens in it, so that accuracies before and after
+fine-tuning can be compared.
 
-    hellaswag    which of four endings? The mean log-prob a token over the whole ending decides
-    core         22 tasks of three types, few-shot; each is centered, so that guessing is 0
-    gsm8k        the number behind the last #### of the reply
-    chat         ChatCORE: ARC and MMLU by the most probable letter, GSM8K; the mean of centered
-    FILE.jsonl   problems of chat_sft.py make: accuracy for each kind
+    hellaswag    one of four endings is right; the highest mean log-probability per token wins
+    core         22 tasks of three types, few-shot; accuracies are centered: guessing scores 0
+    gsm8k        the reply must end with the right number after ####
+    chat         ChatCORE: the centered mean of ARC and MMLU (most probable letter) and GSM8K
+    FILE.jsonl   problems as chat_sft.py make writes them; an accuracy for each kind
 
 Papers: HellaSwag (arXiv 1905.07830), DCLM's CORE (2406.11794), GSM8K (2110.14168), ARC
 (1803.05457), MMLU (2009.03300).
-Differs from the papers: log-probs are averaged over tokens, not bytes, as llm.c does. The order of
-rows and the choice of shots follow nanochat's seeds; the scored span is the whole answer, as in
-llm-foundry, where nanochat leaves out first tokens that all choices share. ChatCORE is without
-HumanEval, which would run code that a model wrote.
+Differs from the papers: log-probabilities are averaged over tokens, not bytes, as llm.c does. The
+order of the rows and the choice of the shots follow nanochat's seeds. The scored span is the whole
+answer, as in llm-foundry, whereas nanochat leaves out first tokens that all choices share. ChatCORE
+has no HumanEval, because that would run code that a model wrote.
 """
 import argparse
 import csv
@@ -38,20 +39,23 @@ import random
 import re
 import runpy
 import sys
+import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from bpe import checked
 from model import load_checkpoint, write_json
 from sample import Engine, find_run, load_tokenizer
 from training import Ranks, init_ranks
 
 STAGES = dict(pretrain="base", sft="SFT", rl="RL")
-SEED = 1337     # of the order of rows; --max_examples N asks the first N of that order
+SEED = 1337     # shuffles the rows of every test set; --max_examples N takes the first N
 GET_CORE = ("get it with: curl -LO https://karpathy-public.s3.us-west-2.amazonaws.com/"
             "eval_bundle.zip && unzip eval_bundle.zip -d data; or name its folder with --core_dir")
 GET_GSM8K = ("get test.jsonl from https://github.com/openai/grade-school-math, folder "
@@ -59,122 +63,334 @@ GET_GSM8K = ("get test.jsonl from https://github.com/openai/grade-school-math, f
 
 # ---- What a right answer is ----------------------------------------------------------------------
 
-def read_problems(path):
-    """A .jsonl of {"question", "answer"} → problems, with `messages` to answer, `kind`, `check`.
-
-    GSM8K's own rows are read as they are: of a worked solution only the result behind #### is kept.
-    """
-    problems, line = [], ""
-    try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-            if line.strip():
-                p = json.loads(line)
-                if "messages" not in p:
-                    p["messages"] = [dict(role="user", content=p["question"])]
-                p.setdefault("kind", "problems")
-                if p.setdefault("check", "final") == "final":
-                    p["answer"] = final_answer(p["answer"]) or final_answer("#### " + p["answer"])
-                if not p["answer"] or p["check"] not in ("final", "contains", "overlap"):
-                    raise ValueError("no answer, or an unknown check")
-                problems.append(p)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path}, line {number if line else 0}: {error!r}; problems are lines of "
-                         '{"question", "answer"} in UTF-8; repair the file, or make one with '
-                         "python chat_sft.py make") from None
-    if not problems:
-        raise SystemExit(f"{path} is empty; it must hold at least one problem; make some with "
-                         "python chat_sft.py make")
-    return problems
+# 5, 05, .5, 5.0, 1e3, and 1,234: a comma only between groups of three digits
+NUMBER = r"(?:(?:(?!0)\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3})?"
+MINUS_SIGNS = str.maketrans("\u2212\u2013\ufe63\uff0d", "----")
+SQUARED = r"(?<=[mt])(?:\^?[23]|[²³])(?!\w)"       # of m², ft^2 or cm3
+NOT_A_UNIT = r"^k\b|\b(?:and|or|dozen|hundred|thousand|million|billion|trillion)\b"
 
 def final_answer(text):
-    """What the line holds behind the last ####, GSM8K's mark, without $ and commas; or None."""
-    answer = text.rpartition("####")[2].split("\n")[0] if "####" in text else ""
-    return answer.replace(",", "").strip(" $").rstrip(" .").lower() or None
+    """The rest of the line after the last ####, GSM8K's mark: in lower case, without the signs that
+    decorate an answer and without the commas in a number. None if nothing is left.
+
+    >>> final_answer("6 * 700 = 4,200\\n#### **$4,200.**")
+    '4200'
+    """
+    if "####" not in text:
+        return None
+    line = text.rpartition("####")[2].split("\n")[0].lower().translate(MINUS_SIGNS)
+    line = re.sub(r"\\+\$", "$", line)
+    if "\\boxed{" in line:
+        line = line.replace("\\boxed{", " ").replace("}", " ")
+    line = " ".join(line.split()).lstrip(" $*`:=").rstrip(" $*`.,")
+    if as_number(line) is not None:
+        number = re.search(NUMBER, line)[0]
+        line = line.replace(number, number.replace(",", ""), 1)
+    return line or None
+
+def as_number(text, with_words=False):
+    """A text → Decimal; None if the text is not just one number, perhaps with signs like $ and %.
+
+    with_words: words may follow ("18 dollars a day"), but no second number, no "or", no "million".
+
+    >>> as_number("$1,234.50"), as_number("5 apples"), as_number("5 apples", with_words=True)
+    (Decimal('1234.50'), None, Decimal('5'))
+    """
+    text = re.sub(r"^([-+]?) ?[$€£¥] ?", r"\1", text)
+    found = re.match(rf"[-+]?{NUMBER}", text)
+    if not found:
+        return None
+    rest = re.sub(SQUARED, "", text[found.end():])
+    if any(c.isnumeric() for c in rest) or re.search(NOT_A_UNIT, rest):
+        return None
+    if not with_words and any(c.isalpha() for c in rest):
+        return None
+    return Decimal(found[0].replace(",", ""))
+
+def is_final(reply, answer):
+    """The answer stands after the last ####. If it is a number, values are compared, else texts."""
+    said = final_answer(reply)
+    wanted = final_answer("#### " + answer)
+    if said is None or wanted is None:
+        return False
+    number = as_number(wanted)
+    if number is None:
+        return said == wanted
+    return as_number(said, with_words=True) == number
+
+def is_contained(reply, answer):
+    """The answer is a word or several words of the reply; a number is one of the reply's numbers.
+    """
+    reply = reply.lower().translate(MINUS_SIGNS)
+    answer = answer.lower().translate(MINUS_SIGNS)
+    number = as_number(answer)
+    if number is None:
+        return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply) is not None
+    found = re.findall(rf"(?<![\w.,])[-+]?{NUMBER}(?![\d.,]*\d|\w)", reply)
+    return any(as_number(text) == number for text in set(found))
+
+def overlaps(reply, answer):
+    """At least 3 in 5 words are shared: F1 = 2 · shared / (words of both) ≥ 0.6."""
+    ours = Counter(re.findall(r"\w+", reply.lower()))
+    theirs = Counter(re.findall(r"\w+", answer.lower()))
+    shared = (ours & theirs).total()
+    return 2 * shared >= 0.6 * max(1, ours.total() + theirs.total())
+
+CHECKS = dict(final=is_final, contains=is_contained, overlap=overlaps)
 
 def is_correct(reply, problem):
-    """Whether a reply solves {"answer", "check"}. "final": the answer is what stands behind ####;
-    "contains": it is a word of the reply; "overlap": they share at least 3 in 5 words (F1)."""
-    answer, check = problem["answer"], problem["check"]
-    if check == "final":
-        return final_answer(reply) == final_answer("#### " + answer) is not None
-    if check == "contains":
-        return re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", reply.lower()) is not None
-    ours, theirs = (Counter(re.findall(r"\w+", text.lower())) for text in (reply, answer))
-    return 2 * (ours & theirs).total() >= 0.6 * max(1, ours.total() + theirs.total())
+    """True if the reply solves {"answer", "check"}; check is a name in CHECKS."""
+    return CHECKS[problem["check"]](reply, problem["answer"])
+
+# ---- Files of problems and of questions ----------------------------------------------------------
+
+def read_problems(path):
+    """A .jsonl of {"question", "answer"} or {"messages", "answer"} → problems, as as_problem
+    completes them. "kind" and "check" are optional."""
+    return read_lines(path, as_problem, 'a problem is a line {"question": …, "answer": …}; repair '
+                      "the file, or make one with python chat_sft.py make")
+
+def as_problem(row):
+    """One row of a file of problems → the problem; ValueError says what is wrong with the row.
+
+    Of the worked solution in a row of GSM8K only the result after #### is kept.
+    """
+    problem = dict(row)
+    if "messages" not in problem:
+        check_text("question", problem["question"])
+        problem["messages"] = [dict(role="user", content=problem["question"])]
+    check_messages(problem["messages"])
+    problem.setdefault("kind", "problems")
+    check_text("kind", problem["kind"])
+    problem.setdefault("check", "final")
+    check_text("check", problem["check"])
+    if problem["check"] not in CHECKS:
+        raise ValueError(f"check must be one of {', '.join(CHECKS)}, got {problem['check']}")
+    answer = problem["answer"]
+    check_text("answer", answer)
+    if problem["check"] == "final":
+        problem["answer"] = final_answer(answer) or final_answer("#### " + answer)
+        if problem["answer"] is None:
+            raise ValueError(f"the answer holds nothing after ####, got {quoted(answer)}")
+    return problem
+
+def check_messages(messages):
+    """ValueError if these are not the messages that Tokenizer.render takes."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages must be a list of at least one, got {quoted(messages)}")
+    for message in messages:
+        _, parts = checked(as_object(message))
+        for _, text in parts:
+            if not isinstance(text, str):
+                raise ValueError(f"content must be a text, got {quoted(text)}")
+
+FIELDS = dict(multiple_choice=("query", "choices"), schema=("context_options", "continuation"),
+              language_modeling=("context", "continuation"), letters=("query", "choices"))
+LETTERS = "ABCDEFGHIJ"      # those of the kind "letters"
+
+def read_rows(path, kind):
+    """The rows of a test set for tasks of this kind, shuffled with SEED."""
+    rows = read_lines(path, lambda row: as_question(kind, row), "get the file again")
+    random.Random(SEED).shuffle(rows)
+    return rows
+
+def as_question(kind, row):
+    """One row of a test set → itself; ValueError if no task of this kind can ask it."""
+    for name in FIELDS[kind]:
+        value = row[name]
+        if name in ("choices", "context_options"):
+            check_options(name, value, row["gold"])
+        elif name == "continuation":
+            check_text(name, value)
+        elif not isinstance(value, str):        # a context may be empty
+            raise ValueError(f"{name} must be a text, got {quoted(value)}")
+    if kind == "letters" and len(row["choices"]) > len(LETTERS):
+        raise ValueError(f"choices must be at most {len(LETTERS)}, got {len(row['choices'])}")
+    return row
+
+def check_options(name, options, gold):
+    """ValueError if these are not texts with a right one at the place `gold`."""
+    if not isinstance(options, list) or not options:
+        raise ValueError(f"{name} must be a list of at least one text, got {quoted(options)}")
+    for option in options:
+        check_text(f"each of {name}", option)
+    if type(gold) is not int or not 0 <= gold < len(options):
+        raise ValueError(f"gold must be a whole number from 0 to {len(options) - 1}, the place of "
+                         f"the right one among {name}, got {quoted(gold)}")
+
+def existing(path):
+    """This file, with or without .gz; None if there is neither."""
+    name = str(path).removesuffix(".gz")
+    for found in (Path(name), Path(name + ".gz")):
+        if found.is_file():
+            return found
+    return None
+
+def read_lines(path, parse, remedy):
+    """The objects of a .jsonl or .jsonl.gz, each as parse(object) returns it. parse raises
+    ValueError for what it refuses; the SystemExit names file and line, and the remedy."""
+    opened = gzip.open if str(path).endswith(".gz") else open
+    rows = []
+    number = 0
+    try:
+        with opened(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                text = line.decode("utf-8-sig")     # a byte order mark may stand at the start
+                if text.strip():
+                    rows.append(parse(as_object(json.loads(text))))
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be read: {reason(error)}; {remedy}") from None
+    except (ValueError, KeyError, EOFError, zlib.error, RecursionError) as error:
+        where = max(1, number)
+        raise SystemExit(f"{path}, line {where}: {reason(error)}; {remedy}") from None
+    if not rows:
+        raise SystemExit(f"{path} is empty; {remedy}")
+    return rows
+
+def read_json(path):
+    """A JSON object; {} if there is no file."""
+    if not Path(path).is_file():
+        return {}
+    try:
+        return as_object(json.loads(Path(path).read_bytes().decode("utf-8-sig")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SystemExit(f"{path} is damaged: {reason(error)}; delete it, or make it again"
+                         ) from None
+
+def as_object(value):
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object is needed, got {quoted(value)}")
+    return value
+
+def check_text(name, value):
+    """ValueError if the value is not a text with something in it."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be a text that is not empty, got {quoted(value)}")
+
+def reason(error):
+    """What an exception found wrong, in words for a user."""
+    if isinstance(error, KeyError):
+        return f"there is no {error.args[0]}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON: {error.msg} at column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1} is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "the JSON is nested too deeply"
+    if isinstance(error, gzip.BadGzipFile):
+        return "it is not a gzip file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return printable(str(error))
+
+def quoted(value):
+    """A JSON value for an error message: as JSON writes it, and not too long."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + " …"
+
+def printable(text):
+    """A text from a file, with escapes for characters that would control the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 # ---- Log-likelihood ------------------------------------------------------------------------------
 
 def token_spans(tokenizer, pairs):
     """(context, continuation) texts → spans (ids, start): ids[start:] is what gets scored.
 
-    The text is cut into tokens as a whole, since " Paris" is one token even where the space belongs
-    to the context; the span begins where the context's own tokens stop agreeing with it.
+    Context and continuation are tokenized together, because " Paris" is one token even if the space
+    belongs to the context. The span starts where the tokens first differ from the context's own.
     """
     contexts = tokenizer.encode_batch([context for context, _ in pairs])
     wholes = tokenizer.encode_batch([context + continuation for context, continuation in pairs])
-    return [([tokenizer.eot, *whole], 1 + len(os.path.commonprefix([context, whole[:-1]])))
-            for context, whole in zip(contexts, wholes)]
+    spans = []
+    for context, whole in zip(contexts, wholes):
+        shared = os.path.commonprefix([context, whole[:-1]])    # at least one token is scored
+        spans.append(([tokenizer.eot, *whole], 1 + len(shared)))
+    return spans
 
 def batches(spans, block_size, batch_tokens):
-    """Longest first, so that little is padding → (indices, inputs, targets (B, T)); -1: not scored.
+    """Yields (indices of the spans, inputs (B, T), targets (B, T)); a target of -1 is not scored.
 
-    ids[start] is predicted at position start - 1. Padding comes last, where causal attention hides
-    it. What is longer than the model's context loses its beginning.
+    The longest spans come first, so that rows of similar length share a batch. ids[start] is
+    predicted at position start - 1. Padding stands at the end, where causal attention hides it. A
+    span longer than the model's context loses its beginning.
     """
     order = sorted(range(len(spans)), key=lambda i: -len(spans[i][0]))
     while order:
-        T = min(len(spans[order[0]][0]) - 1, block_size)
+        longest = len(spans[order[0]][0])
+        T = min(longest - 1, block_size)
         B = max(1, batch_tokens // T)
-        rows, order = order[:B], order[B:]
-        x, y = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), -1)
+        rows = order[:B]
+        order = order[B:]
+        x = torch.zeros(len(rows), T, dtype=torch.long)
+        y = torch.full((len(rows), T), -1)
         for b, i in enumerate(rows):
             ids, start = spans[i]
             cut = max(0, len(ids) - 1 - T)
-            ids, start = torch.tensor(ids[cut:]), max(1, start - cut)
-            x[b, :len(ids) - 1], y[b, start - 1:len(ids) - 1] = ids[:-1], ids[start:]
+            ids = torch.tensor(ids[cut:])
+            start = max(1, start - cut)
+            x[b, :len(ids) - 1] = ids[:-1]
+            y[b, start - 1:len(ids) - 1] = ids[start:]
         yield rows, x, y
 
 @torch.inference_mode()
 def score(model, spans):
-    """Spans → for each, (mean log-prob a token in nats, whether greedy decoding would write it)."""
-    device, training, scores = next(model.parameters()).device, model.training, [None] * len(spans)
-    model.eval()
+    """For each span (mean log-probability per token in nats, whether greedy decoding writes it)."""
+    device = next(model.parameters()).device
     batch_tokens = 2 ** 15 if device.type == "cuda" else 2 ** 12
+    training = model.training
+    model.eval()
+    scores = [None] * len(spans)
     for rows, x, y in batches(spans, model.config.block_size, batch_tokens):
-        x, y = x.to(device), y.to(device)
-        hidden, targets = model.hidden(x)[y >= 0], y[y >= 0]    # (N, C), (N,): only what is scored
-        logprobs, greedy = [], []
+        scored = y >= 0
+        hidden = model.hidden(x.to(device))[scored.to(device)]  # (N, C): only what is scored
+        targets = y[scored].to(device)                          # (N,)
+        logprobs = []
+        greedy = []
         for h, t in zip(hidden.split(1024), targets.split(1024)):
             logits = model.logits(h)                            # (1024, V)
             logprobs.append(logits.log_softmax(-1).gather(1, t[:, None])[:, 0])
             greedy.append(logits.argmax(-1) == t)
-        counts = (y >= 0).sum(1).tolist()
-        logprobs, greedy = torch.cat(logprobs).split(counts), torch.cat(greedy).split(counts)
+        lengths = scored.sum(1).tolist()
+        logprobs = torch.cat(logprobs).split(lengths)
+        greedy = torch.cat(greedy).split(lengths)
         for i, p, g in zip(rows, logprobs, greedy):
             scores[i] = (p.mean().item(), bool(g.all()))
     model.train(training)
     return scores
 
-def measure(engine, questions, n, name, ranks=Ranks()):
-    """questions: n pairs (spans, gold); gold None: greedy decoding must write the only span.
+def is_right(scores, gold):
+    """The best of a question's scores is the gold one; without gold, greedy decoding must write the
+    only span."""
+    if gold is None:
+        return scores[0][1]
+    best = max(range(len(scores)), key=lambda i: scores[i][0])
+    return best == gold
 
-    → {"accuracy", "n", "cut"}; cut: questions whose beginning did not fit the model's context.
-    Each rank answers its share.
+def measure(engine, questions, n, name, ranks=Ranks()):
+    """n questions (spans, gold) → {"accuracy", "n", "cut"}. Each rank answers its share.
+
+    cut counts the questions whose beginning did not fit into the model's context.
     """
-    right = done = cut = 0
-    questions = itertools.islice(questions, ranks.rank, None, ranks.world_size)
-    with tqdm(total=n // ranks.world_size, desc=name, unit="question", leave=False,
-              disable=not ranks.is_main) as progress:
-        while chunk := list(itertools.islice(questions, 64)):
-            scores = iter(score(engine.model, [span for spans, _ in chunk for span in spans]))
-            for spans, gold in chunk:
-                mine = [next(scores) for _ in spans]
-                best = max(range(len(mine)), key=lambda i: mine[i][0])
-                right += mine[0][1] if gold is None else best == gold
-                cut += max(len(ids) for ids, _ in spans) - 1 > engine.model.config.block_size
-            done += len(chunk)
-            progress.update(len(chunk))
-            progress.set_postfix_str(f"accuracy {right / done:.3f}")
+    right = 0
+    done = 0
+    cut = 0
+    room = engine.model.config.block_size + 1
+    mine = itertools.islice(questions, ranks.rank, None, ranks.world_size)
+    progress = tqdm(total=n // ranks.world_size, desc=printable(name), unit="question",
+                    leave=False, disable=not ranks.is_main)
+    while chunk := list(itertools.islice(mine, 64)):
+        found = score(engine.model, [span for spans, _ in chunk for span in spans])
+        for spans, gold in chunk:
+            if is_right(found[:len(spans)], gold):
+                right += 1
+            if any(len(ids) > room for ids, _ in spans):
+                cut += 1
+            found = found[len(spans):]
+        done += len(chunk)
+        progress.update(len(chunk))
+        progress.set_postfix_str(f"accuracy {right / done:.3f}")
+    progress.close()
     right, done, cut = map(int, ranks.sum(right, done, cut))
     return dict(accuracy=right / done, n=done, cut=cut)
 
@@ -182,38 +398,23 @@ def measure(engine, questions, n, name, ranks=Ranks()):
 
 @dataclass(frozen=True)
 class Task:
-    """A task by log-likelihood. kind: multiple_choice (one context, several answers), schema
-    (several contexts, one answer), language_modeling (one of each), letters (a choice in the chat
-    prompt). baseline: accuracy of guessing."""
+    """A task that is scored by log-likelihood. kind is one of
+
+        multiple_choice    one context, several answers
+        schema             several contexts, one answer
+        language_modeling  one context, one answer that greedy decoding must write
+        letters            several answers, listed in the chat prompt under letters
+    """
     label: str
     file: str
     kind: str = "multiple_choice"
     shots: int = 0
     delimiter: str = " "
-    baseline: float = 0.0
+    baseline: float = 0.0       # the accuracy of guessing
 
 HELLASWAG = Task("hellaswag", "language_understanding/hellaswag.jsonl")
 CHAT_TASKS = [Task(label, f"world_knowledge/{label}.jsonl", "letters", baseline=0.25)
               for label in ("arc_easy", "arc_challenge", "mmlu")]
-
-def existing(path):
-    """This file, with or without .gz; None where there is neither."""
-    name = str(path).removesuffix(".gz")
-    return next((p for p in (Path(name), Path(name + ".gz")) if p.is_file()), None)
-
-def read_rows(path):
-    """The rows of a .jsonl or .jsonl.gz in the order of SEED."""
-    opened = gzip.open if str(path).endswith(".gz") else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as lines:
-            rows = [dict(json.loads(line)) for line in lines if line.strip()]
-        if not rows:
-            raise ValueError("it is empty")
-    except (OSError, EOFError, ValueError, TypeError) as error:
-        raise SystemExit(f"{path}: {error}; a test set is lines of one JSON object each, in UTF-8; "
-                         "get it again") from None
-    random.Random(SEED).shuffle(rows)
-    return rows
 
 def candidates(task, row):
     """One (context, continuation) for each possible answer of a row."""
@@ -223,114 +424,134 @@ def candidates(task, row):
         return [(o + task.delimiter, row["continuation"]) for o in row["context_options"]]
     return [(row["context"].strip() + task.delimiter, row["continuation"])]
 
+def gold_of(task, row):
+    """The place of the right candidate; None in language modeling, which has one candidate."""
+    return None if task.kind == "language_modeling" else row["gold"]
+
 def core_questions(tokenizer, task, rows, n):
-    """The first n rows as questions; before each stand `shots` others with their right answers."""
+    """Yields the first n rows as (spans, gold); before each stand `shots` solved examples."""
     for i, row in enumerate(rows[:n]):
         shots = min(task.shots, len(rows) - 1)
         prefix = ""
         for j in random.Random(1234 + i).sample(range(len(rows) - 1), shots):
-            shot = rows[j + (j >= i)]       # never the row itself
-            prefix += "".join(candidates(task, shot)[shot.get("gold", 0)]) + "\n\n"
+            if j >= i:
+                j += 1          # never the row itself
+            prefix += "".join(candidates(task, rows[j])[gold_of(task, rows[j]) or 0]) + "\n\n"
         pairs = [(prefix + context, answer) for context, answer in candidates(task, row)]
-        gold = None if task.kind == "language_modeling" else row["gold"]
-        yield token_spans(tokenizer, pairs), gold
+        yield token_spans(tokenizer, pairs), gold_of(task, row)
 
 def letter_questions(tokenizer, task, rows, n):
-    """Multiple choice in the chat prompt: the candidates are the letters a reply may begin with."""
+    """Yields the first n rows as (spans, gold), in the chat prompt. The spans are the letters with
+    which the reply may begin."""
     for row in rows[:n]:
-        letters = "ABCDEFGHIJ"[:len(row["choices"])]
-        options = "" if row["choices"] == list(letters) else "".join(
-            f"{letter}. {choice}\n" for letter, choice in zip(letters, row["choices"]))
+        letters = LETTERS[:len(row["choices"])]
+        listed = ""
+        if row["choices"] != list(letters):     # MMLU's query lists its choices itself
+            for letter, choice in zip(letters, row["choices"]):
+                listed += f"{letter}. {choice}\n"
         text = row["query"].strip().removeprefix("Question: ").removesuffix("Answer:").strip()
-        question = dict(role="user", content=f"{text}\n{options}Answer with one letter.")
+        question = dict(role="user", content=f"{text}\n{listed}Answer with one letter.")
         ids, _ = tokenizer.render([question], for_completion=True)
-        yield [([*ids, *tokenizer.encode_ordinary(c)], len(ids)) for c in letters], row["gold"]
+        spans = [([*ids, *tokenizer.encode_ordinary(letter)], len(ids)) for letter in letters]
+        yield spans, row["gold"]
 
 def run_task(engine, task, path, max_examples=None, ranks=Ranks()):
     """→ {"accuracy", "n", "cut"} of one task."""
-    rows = read_rows(path)
-    n = min(max_examples or len(rows), len(rows))
+    rows = read_rows(path, task.kind)
+    n = len(rows[:max_examples])
     ask = letter_questions if task.kind == "letters" else core_questions
-    try:
-        return measure(engine, ask(engine.tokenizer, task, rows, n), n, task.label, ranks)
-    except KeyError as error:
-        raise SystemExit(f"{path}: a row has no {error}; every row of {task.kind} has one; get "
-                         "the file again") from None
+    return measure(engine, ask(engine.tokenizer, task, rows, n), n, task.label, ranks)
 
-def write_hellaswag():
-    """HellaSwag as tokens → <core_dir>/hellaswag.bin, which train_gpt2.cu reads: int32 magic,
-    version, n_vocab, the int32s in the file, questions; of each: gold, answers; of each answer:
-    its ids, where what is scored begins, the ids."""
-    parser = argparse.ArgumentParser(prog="eval.py")
-    add = parser.add_argument
-    add("command", choices=("hellaswag",), help="its questions as tokens, for train_gpt2.cu")
-    add("--core_dir", default="data/eval_bundle", help="folder of eval_data/")
-    add("--tokenizer", default="gpt2", help="folder of a tokenizer, or gpt2")
-    add("--max_examples", type=int, default=500, help="questions, as many as train_gpt2.py asks")
-    args = parser.parse_args()
-    if not (path := existing(Path(args.core_dir, "eval_data", HELLASWAG.file))):
-        raise SystemExit(f"{args.core_dir} holds no HellaSwag; it is what is written; {GET_CORE}")
-    tokenizer, rows = load_tokenizer(args.tokenizer), read_rows(path)[:args.max_examples]
-    words = array("i", [20251121, 1, tokenizer.n_vocab, 0, len(rows)])
-    for spans, gold in core_questions(tokenizer, HELLASWAG, rows, len(rows)):
-        words.extend([gold, len(spans)])
-        for ids, start in spans:
-            words.extend([len(ids), start, *ids])
-    words[3] = len(words)
-    part, out = (Path(args.core_dir, "hellaswag.bin" + end) for end in (".part", ""))
-    part.write_bytes(words.tobytes())
-    part.replace(out)
-    print(f"{out}: {len(rows)} questions, {tokenizer.n_vocab} tokens")
-
-def core_tasks(folder):
-    """What core_tasks.csv lists; or core.yaml, with the baselines of eval_meta_data.csv."""
-    table, listed, about = (Path(folder, name) for name in (
-        "core_tasks.csv", "core.yaml", "eval_meta_data.csv"))
-    if table.is_file():
-        rows = list(csv.DictReader(table.read_text("utf-8").splitlines()))
-    elif listed.is_file() and about.is_file():
-        rows, about = [], csv.DictReader(about.read_text("utf-8").splitlines())
-        baselines = {row["Eval Task"]: row["Random baseline"] for row in about}
-        for entry in re.split(r"^- *", listed.read_text("utf-8"), flags=re.M)[1:]:
-            row = dict(re.findall(r"^ *(\w+): *(.+?) *(?:#.*)?$", entry, re.M))
-            rows.append(dict(label=row["label"], file=row["dataset_uri"], type=row["icl_task_type"],
-                             num_fewshot=row["num_fewshot"].strip("[]"),
-                             continuation_delimiter=row.get("continuation_delimiter", '" "'),
-                             random_baseline_percent=baselines[row["label"]]))
-    else:
-        raise SystemExit(f"{table} is not there; it lists the tasks of CORE; {GET_CORE}")
-    return [Task(row["label"], row["file"], row["type"], int(row["num_fewshot"]),
-                 json.loads(row["continuation_delimiter"]),
-                 float(row["random_baseline_percent"]) / 100) for row in rows]
+# ---- CORE as a mean of tasks ---------------------------------------------------------------------
 
 def centered(accuracy, baseline):
-    """Guessing → 0, all right → 1.
+    """Accuracy on a scale where guessing is 0 and everything right is 1.
 
     >>> centered(0.25, 0.25), centered(1.0, 0.25)
     (0.0, 1.0)
     """
     return (accuracy - baseline) / (1 - baseline)
 
+def core_tasks(folder):
+    """The tasks that core_tasks.csv lists; without it, those of the published core.yaml."""
+    source = Path(folder, "core_tasks.csv")
+    listed = Path(folder, "core.yaml")
+    about = Path(folder, "eval_meta_data.csv")
+    tasks = []
+    try:
+        if source.is_file():
+            rows = csv.DictReader(source.read_text("utf-8-sig").splitlines())
+        elif listed.is_file() and about.is_file():
+            source = listed
+            rows = published_tasks(listed.read_text("utf-8-sig"), about.read_text("utf-8-sig"))
+        else:
+            raise SystemExit(f"{source} is missing; it lists the tasks of CORE; {GET_CORE}")
+        for row in rows:
+            tasks.append(as_task(row))
+    except (OSError, ValueError, KeyError, csv.Error, RecursionError) as error:
+        raise SystemExit(f"{source}, task {len(tasks) + 1}: {reason(error)}; repair the file, or "
+                         f"{GET_CORE}") from None
+    if not tasks:
+        raise SystemExit(f"{source} lists no task; {GET_CORE}")
+    return tasks
+
+def as_task(row):
+    """One row of core_tasks.csv → a Task; ValueError says what is wrong with the row."""
+    for name in ("label", "type", "num_fewshot", "continuation_delimiter",
+                 "random_baseline_percent"):
+        check_text(name, row[name])
+    kinds = [kind for kind in FIELDS if kind != "letters"]
+    if row["type"] not in kinds:
+        raise ValueError(f"type must be one of {', '.join(kinds)}, got {row['type']}")
+    if not re.fullmatch("[0-9]{1,4}", row["num_fewshot"]):
+        raise ValueError(f"num_fewshot must be a whole number, got {row['num_fewshot']}")
+    delimiter = row["continuation_delimiter"]
+    if not re.fullmatch(r'"(?:[^"\\]|\\.)*"', delimiter):
+        raise ValueError(f"continuation_delimiter must be a text in quotes, got {delimiter}")
+    baseline = row["random_baseline_percent"]
+    if not re.fullmatch(r"[0-9]{1,2}(?:\.[0-9]+)?", baseline):
+        raise ValueError(f"random_baseline_percent must be from 0 to 99, got {baseline}")
+    return Task(row["label"], row["file"] or "", row["type"], int(row["num_fewshot"]),
+                json.loads(delimiter), float(baseline) / 100)
+
+def published_tasks(listed, about):
+    """core.yaml and eval_meta_data.csv of the evaluation bundle → the rows of core_tasks.csv."""
+    baselines = {row["Eval Task"]: row["Random baseline"]
+                 for row in csv.DictReader(about.splitlines())}
+    rows = []
+    for entry in re.split(r"^- *", listed, flags=re.M)[1:]:
+        row = dict(re.findall(r"^ *(\w+): *(.+?) *(?:#.*)?$", entry, re.M))
+        rows.append(dict(label=row["label"], file=row["dataset_uri"], type=row["icl_task_type"],
+                         num_fewshot=row["num_fewshot"].strip("[]"),
+                         continuation_delimiter=row.get("continuation_delimiter", '" "'),
+                         random_baseline_percent=baselines[row["label"]]))
+    return rows
+
 def run_tasks(engine, tasks, folder, max_examples, ranks=Ranks()):
-    """Yields (label, baseline, result); a task without a file has the result None."""
+    """Yields (label, baseline, result); the result is None if the task's file is missing."""
     for task in tasks:
         path = existing(Path(folder, "eval_data", task.file))
-        result = path and run_task(engine, task, path, max_examples, ranks)
+        result = None
+        if path:
+            result = run_task(engine, task, path, max_examples, ranks)
         yield task.label, task.baseline, result
 
 def mean_of(name, results):
-    """(label, baseline, result) … → {name: mean of centered, "n", "tasks", "left_out"}."""
-    tasks, left_out = {}, []
+    """Results as run_tasks yields them → {name: mean of centered, "n", "tasks", "left_out"}."""
+    tasks = {}
+    left_out = []
     for label, baseline, result in results:
-        if result:
-            tasks[label] = dict(result, centered=centered(result["accuracy"], baseline))
-            print(" | ".join([f"{label:32s}", *figures(tasks[label])]), flush=True)
-        else:
+        if not result:
             left_out.append(label)
+            continue
+        tasks[label] = dict(result, centered=centered(result["accuracy"], baseline))
+        say(f"{label:32s}", *figures(tasks[label]))
     if not tasks:
-        raise SystemExit(f"{', '.join(left_out)}: no file; {name} needs one of them; {GET_CORE}")
-    return {name: sum(task["centered"] for task in tasks.values()) / len(tasks),
-            "n": sum(task["n"] for task in tasks.values()), "tasks": tasks, "left_out": left_out}
+        raise SystemExit(f"{name} needs the file of at least one of {', '.join(left_out)}, and "
+                         f"none is there; {GET_CORE}")
+    mean = sum(task["centered"] for task in tasks.values()) / len(tasks)
+    n = sum(task["n"] for task in tasks.values())
+    return {name: mean, "n": n, "tasks": tasks, "left_out": left_out}
 
 def core(engine, folder, max_examples=None):
     """→ {"core": mean of centered, "n", "tasks": {label: result}, "left_out": [labels]}."""
@@ -340,40 +561,47 @@ def scores(engine, folder, max_examples=None, ranks=Ranks()):
     """For the log of a training run: {"hellaswag": accuracy, "core": mean of centered}."""
     tasks = core_tasks(folder)
     path = existing(Path(folder, "eval_data", HELLASWAG.file))
-    results = [(baseline, result["accuracy"]) for _, baseline, result
-               in run_tasks(engine, tasks, folder, max_examples, ranks) if result]
-    if not path or not results:
-        raise SystemExit(f"{folder} holds no HellaSwag or no CORE tasks; they are asked while "
+    found = [centered(result["accuracy"], baseline) for _, baseline, result
+             in run_tasks(engine, tasks, folder, max_examples, ranks) if result]
+    if not path or not found:
+        raise SystemExit(f"{folder} lacks HellaSwag or every task of CORE, which are asked during "
                          f"training; {GET_CORE}")
-    return dict(hellaswag=run_task(engine, HELLASWAG, path, max_examples, ranks)["accuracy"],
-                core=sum(centered(a, baseline) for baseline, a in results) / len(results))
+    hellaswag = run_task(engine, HELLASWAG, path, max_examples, ranks)
+    return dict(hellaswag=hellaswag["accuracy"], core=sum(found) / len(found))
 
 # ---- Replies to the chat prompt ------------------------------------------------------------------
 
 def solve(engine, path, max_examples=None, max_new_tokens=128):
     """Greedy replies to the problems of a file → {"accuracy", "n", "cut", "kinds"}.
 
-    kinds: {kind: {"accuracy", "n"}}; cut: questions that do not fit the context and count as wrong.
+    kinds: {kind: {"accuracy", "n"}}. cut counts the questions that do not fit into the model's
+    context; they count as wrong.
     """
-    problems, room, rights = read_problems(path), engine.model.config.block_size, {}
+    problems = read_problems(path)
     random.Random(SEED).shuffle(problems)
-    problems = problems[:max_examples or None]
+    problems = problems[:max_examples]
     for p in problems:
         p["tokens"] = len(engine.tokenizer.render(p["messages"], for_completion=True)[0])
-    problems.sort(key=lambda p: p["tokens"])        # one length a batch: little is padding
-    for i in tqdm(range(0, len(problems), 64), desc=Path(path).name, unit="batch", leave=False):
-        batch = [p for p in problems[i:i + 64] if p["tokens"] < room]
+        p["right"] = False
+    problems.sort(key=lambda p: p["tokens"])    # similar lengths share a batch: little padding
+    fitting = [p for p in problems if p["tokens"] < engine.model.config.block_size]
+    for i in tqdm(range(0, len(fitting), 64), desc=Path(path).name, unit="batch", leave=False):
+        batch = fitting[i:i + 64]
         replies = engine.answer([p["messages"] for p in batch], max_new_tokens=max_new_tokens,
                                 temperature=0)
-        for p, reply in itertools.zip_longest(problems[i:i + 64], replies):
-            right = reply is not None and is_correct(reply, p)
-            rights.setdefault(p["kind"], []).append(right)
-    kinds = {k: dict(accuracy=sum(r) / len(r), n=len(r)) for k, r in sorted(rights.items())}
-    return dict(accuracy=sum(map(sum, rights.values())) / len(problems), n=len(problems),
-                cut=sum(p["tokens"] >= room for p in problems), kinds=kinds)
+        for p, reply in zip(batch, replies):
+            p["right"] = is_correct(reply, p)
+    kinds = {}
+    for kind in sorted({p["kind"] for p in problems}):
+        kinds[kind] = share_right([p for p in problems if p["kind"] == kind])
+    return dict(share_right(problems), cut=len(problems) - len(fitting), kinds=kinds)
+
+def share_right(problems):
+    right = [p for p in problems if p["right"]]
+    return dict(accuracy=len(right) / len(problems), n=len(problems))
 
 def chat_core(engine, folder, gsm8k, max_examples=None, max_new_tokens=256):
-    """ChatCORE over what is at hand: letters against a baseline of .25, GSM8K against 0."""
+    """ChatCORE of the tasks whose files are there: letters are guessed with 0.25, GSM8K with 0."""
     def results():
         path = existing(gsm8k)
         yield from run_tasks(engine, CHAT_TASKS, folder, max_examples)
@@ -383,96 +611,189 @@ def chat_core(engine, folder, gsm8k, max_examples=None, max_new_tokens=256):
 
 # ---- Measuring a run -----------------------------------------------------------------------------
 
-def read_json(path):
-    """A JSON object; {} where there is no file."""
-    try:
-        return json.loads(Path(path).read_text("utf-8")) if Path(path).is_file() else {}
-    except ValueError as error:
-        raise SystemExit(f"{path}: {error}; it is a JSON file; delete it, make it again") from None
+def figures(result):
+    """A task's result as the fields of a log line."""
+    fields = [f"{key} {value:.4f}" for key, value in result.items() if isinstance(value, float)]
+    kinds = result.get("kinds", {})
+    if len(kinds) > 1:
+        fields += [f"{kind} {task['accuracy']:.4f}" for kind, task in kinds.items()]
+    fields += [f"{key} {result[key]}" for key in ("n", "cut") if result.get(key)]
+    if result.get("left_out"):
+        fields.append(f"left out: {', '.join(result['left_out'])}")
+    return fields
+
+def say(*fields):
+    """Prints fields as a line of the log."""
+    print(printable(" | ".join(fields)), flush=True)
 
 def digest(*paths):
-    """12 hex digits that change with the content of these files."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+    """12 hex digits that change with the content of these files, read in pieces of 1 MB."""
+    sha = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(2 ** 20):
+                sha.update(piece)
+    return sha.hexdigest()[:12]
+
+def files_of(name, args):
+    """The files that a task reads; each may be missing, or be there with .gz."""
+    tasks = dict(chat=CHAT_TASKS, hellaswag=[HELLASWAG]).get(name, [])
+    if name == "core":
+        tasks = core_tasks(args.core_dir)
+    files = [Path(args.core_dir, "eval_data", task.file) for task in tasks]
+    if name in ("gsm8k", "chat"):
+        files.append(args.gsm8k)
+    return files or [name]
 
 def plan(args):
-    """--tasks → [(name, its first file, arguments to remember)]; each needs one file at least."""
+    """--tasks → [(name, its first file, arguments to remember)]; each needs at least one file."""
     jobs = []
-    for name in args.tasks.split(","):
-        tasks = core_tasks(args.core_dir) if name == "core" else dict(
-            chat=CHAT_TASKS, hellaswag=[HELLASWAG]).get(name, [])
-        files = [Path(args.core_dir, "eval_data", task.file) for task in tasks]
-        files += [args.gsm8k] if name in ("gsm8k", "chat") else [] if tasks else [name]
+    for name in [name.strip() for name in args.tasks.split(",")]:
+        if not name:
+            raise SystemExit(f"--tasks {args.tasks}: a name is empty; remove the comma beside it")
+        files = files_of(name, args)
         found = [path for path in map(existing, files) if path]
         if not found:
-            remedy = GET_CORE if tasks else GET_GSM8K if name == "gsm8k" else "check --tasks"
-            raise SystemExit(f"{files[0]} is not there; a task is hellaswag, core, gsm8k, chat or a"
-                             f" .jsonl file, and reads its file; {remedy}")
-        length = args.max_new_tokens or (256 if name in ("gsm8k", "chat") else 128)
-        length = None if name in ("core", "hellaswag") else length
-        jobs.append((name, found[0], dict(files=digest(*found), max_examples=args.max_examples,
-                                          max_new_tokens=length)))
+            remedy = dict(gsm8k=GET_GSM8K, chat=GET_CORE, core=GET_CORE, hellaswag=GET_CORE).get(
+                name, "--tasks takes hellaswag, core, gsm8k, chat and .jsonl files")
+            raise SystemExit(f"{files[0]} is missing; {remedy}")
+        max_new_tokens = args.max_new_tokens
+        if name in ("core", "hellaswag"):
+            max_new_tokens = None       # nothing is generated
+        elif max_new_tokens is None:
+            max_new_tokens = 256 if name in ("gsm8k", "chat") else 128
+        arguments = dict(files=digest(*found), max_examples=args.max_examples,
+                         max_new_tokens=max_new_tokens)
+        jobs.append((name, found[0], arguments))
     return jobs
 
+def measure_task(engine, name, path, arguments, args):
+    """→ the result of one of the jobs that plan() lists."""
+    n = args.max_examples
+    max_new_tokens = arguments["max_new_tokens"]
+    if name == "core":
+        return core(engine, args.core_dir, n)
+    if name == "hellaswag":
+        return run_task(engine, HELLASWAG, path, n)
+    if name == "chat":
+        return chat_core(engine, args.core_dir, args.gsm8k, n, max_new_tokens)
+    return solve(engine, path, n, max_new_tokens)
+
 def parse_args():
-    parser = argparse.ArgumentParser(description="measure a model; see also: hellaswag, report, summary")
+    parser = argparse.ArgumentParser(
+        description="measure a model; other commands: eval.py hellaswag, report, summary")
     add = parser.add_argument
     add("--model", help="run folder; default: the newest under runs/")
     add("--tasks", required=True, help="hellaswag,core,gsm8k,chat,FILE.jsonl …, with commas")
     add("--core_dir", default="data/eval_bundle", help="folder of eval_data/ and the list of tasks")
     add("--gsm8k", default="data/gsm8k/test.jsonl", help="GSM8K's test set")
-    add("--max_examples", type=int, help="questions a task, at most (default: all)")
-    add("--max_new_tokens", type=int, help="tokens a reply, at most (128; gsm8k and chat: 256)")
+    add("--max_examples", type=int, help="questions per task, at most (default: all)")
+    add("--max_new_tokens", type=int, help="tokens per reply, at most (128; gsm8k and chat: 256)")
     add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    if (args.max_examples or 0) < 0:
-        raise SystemExit("--max_examples is below 0; it counts questions; leave it out for all")
+    check_at_least_1(args, "max_examples", "max_new_tokens")
     return args
 
-def evaluate():
+def check_at_least_1(args, *names):
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise SystemExit(f"--{name} must be at least 1, got {value}; leave it out for the "
+                             "default")
+
+def measure_run():
+    """Runs the tasks that --tasks names and adds each result to <run>/eval.json."""
     args = parse_args()
-    jobs = plan(args)       # bad names and missing files are found before a model is loaded
-    run, folder, n = find_run(args.model, STAGES), args.core_dir, args.max_examples
+    jobs = plan(args)       # wrong names and missing files are found before a model is loaded
+    run = find_run(args.model, STAGES)
+    if not run.is_dir():
+        raise SystemExit(f"{run} is not a run's folder; name one with --model")
     results = read_json(run / "eval.json")
     tokenizer = load_tokenizer(run)
-    # conversation tokens that GPT-2 lacks take 1.6e-4 of its probability at most: mean rows, Jensen
+    # GPT-2 lacks the conversation tokens. Their rows start at the mean embedding, so by Jensen's
+    # inequality they get at most 1.6e-4 of the probability.
     model, meta = load_checkpoint(run, init_ranks(args.device).device, tokenizer.n_vocab)
-    print(f"{run}: stage {meta['stage']}, step {meta['step']}, {model.num_params():,} parameters")
+    say(f"{run}: stage {meta['stage']}, step {meta['step']}, {model.num_params():,} parameters")
     engine = Engine(model.for_inference(), tokenizer)
     checkpoint = dict(stage=meta["stage"], step=meta["step"], seed=SEED,
                       weights=digest(run / "model.safetensors"))
     for name, path, arguments in jobs:
-        key, length = dict(checkpoint, arguments=arguments), arguments["max_new_tokens"]
-        if key.items() <= results.get(name, {}).items():
-            print(f"{name}: skipped, {run}/eval.json has it for these weights and arguments")
+        asked = dict(checkpoint, arguments=arguments)
+        known = results.get(name)
+        if isinstance(known, dict) and all(known.get(key) == asked[key] for key in asked):
+            say(f"{name}: skipped, {run}/eval.json has it for these weights and arguments")
             continue
-        if meta["stage"] == "pretrain" and length:
-            print(f"{name}: a base model, asked in the chat prompt that it has never seen")
-        result = (core(engine, folder, n) if name == "core" else
-                  run_task(engine, HELLASWAG, path, n) if name == "hellaswag" else
-                  chat_core(engine, folder, args.gsm8k, n, length) if name == "chat" else
-                  solve(engine, path, n, length))
-        results[name] = {**result, **key}
-        write_json(run / "eval.json", results)
-        print(" | ".join([name, *figures(result)]), flush=True)
+        if meta["stage"] == "pretrain" and arguments["max_new_tokens"]:
+            say(f"{name}: a base model is asked, which has never seen the chat prompt")
+        result = measure_task(engine, name, path, arguments, args)
+        say(name, *figures(result))
+        results[name] = {**result, **asked}
+        try:
+            write_json(run / "eval.json", results)
+        except OSError as error:
+            raise cannot_write(run / "eval.json", error) from None
 
-def figures(result):
-    """A task's result as the fields of a log line."""
-    shares = {key: value for key, value in result.items() if isinstance(value, float)}
-    if len(result.get("kinds", {})) > 1:
-        shares |= {kind: task["accuracy"] for kind, task in result["kinds"].items()}
-    left_out = ", ".join(result.get("left_out", []))
-    return ([f"{key} {share:.4f}" for key, share in shares.items()]
-            + [f"{key} {result[key]}" for key in ("n", "cut") if result.get(key)]
-            + [f"left out: {left_out}"] * bool(left_out))
+def cannot_write(path, error):
+    return SystemExit(f"{path} cannot be written: {reason(error)}; free space or make its folder "
+                      "writable, and give the same command again")
+
+# ---- HellaSwag for train_gpt2.cu, which has no tokenizer -----------------------------------------
+
+HELLASWAG_MAGIC = 20251121
+
+def hellaswag_words(questions, n_questions, n_vocab):
+    """(spans, gold) pairs → the int32s of hellaswag.bin:
+
+        magic, version, n_vocab, int32s in the file, n_questions
+        for each question: gold, n_answers
+        for each of its answers: n_ids, index of the first id that is scored, the ids
+    """
+    words = array("i", [HELLASWAG_MAGIC, 1, n_vocab, 0, n_questions])
+    for spans, gold in questions:
+        words.extend([gold, len(spans)])
+        for ids, start in spans:
+            words.extend([len(ids), start, *ids])
+    words[3] = len(words)
+    return words
+
+def write_hellaswag():
+    """HellaSwag as tokens → <core_dir>/hellaswag.bin."""
+    parser = argparse.ArgumentParser(prog="eval.py")
+    add = parser.add_argument
+    add("command", choices=("hellaswag",), help="write its questions as tokens, for train_gpt2.cu")
+    add("--core_dir", default="data/eval_bundle", help="folder of eval_data/")
+    add("--tokenizer", default="gpt2", help="folder of a tokenizer, or gpt2")
+    add("--max_examples", type=int, default=500, help="questions, at most (train_gpt2.py asks 500)")
+    args = parser.parse_args()
+    check_at_least_1(args, "max_examples")
+    path = existing(Path(args.core_dir, "eval_data", HELLASWAG.file))
+    if not path:
+        raise SystemExit(f"{args.core_dir} holds no HellaSwag; {GET_CORE}")
+    tokenizer = load_tokenizer(args.tokenizer)
+    rows = read_rows(path, HELLASWAG.kind)[:args.max_examples]
+    questions = core_questions(tokenizer, HELLASWAG, rows, len(rows))
+    words = hellaswag_words(questions, len(rows), tokenizer.n_vocab)
+    out = Path(args.core_dir, "hellaswag.bin")
+    part = Path(f"{out}.part")
+    try:
+        part.write_bytes(words.tobytes())
+        part.replace(out)
+    except OSError as error:
+        raise cannot_write(out, error) from None
+    print(f"{out}: {len(rows)} questions, {tokenizer.n_vocab} tokens")
 
 def main():
     command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command in ("report", "summary"):        # these moved to report.py
+    if command in ("report", "summary"):        # other names for the commands of report.py
         runpy.run_path(str(Path(__file__).with_name("report.py")), run_name="__main__")
     elif command == "hellaswag":
         write_hellaswag()
     else:
-        evaluate()
+        measure_run()
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; eval.json holds the tasks that were finished", file=sys.stderr)
+        raise SystemExit(130) from None

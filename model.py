@@ -2,21 +2,21 @@
 The Transformer, its cache for generation, and its checkpoints.
 
 GPTConfig.preset("gpt2" … "gpt2-xl") is exactly OpenAI's GPT-2. preset("d12"), preset("d24") … is a
-modern recipe in which depth is the only dial. The model comes first; after the checkpoints stand the
-fast twins of its slow parts: attention kernels, 8-bit matmuls, the loss in chunks.
+modern recipe in which depth is the only dial. The fast versions of slow parts come last.
 
     >>> model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=2, n_head=2, n_embd=16))
     >>> idx = torch.zeros(1, 8, dtype=torch.long)
     >>> model(idx).shape                                   # logits
     torch.Size([1, 8, 65])
 
-Sizes, in every file: B rows, T positions (block_size), C channels (n_embd), V vocabulary,
-L layers, NH heads, HS channels a head (C = NH * HS).
+Sizes, in every file: B rows, T positions of a row (at most block_size), C channels (n_embd),
+V tokens of the vocabulary, L layers, NH heads, HS channels per head (C = NH * HS).
 
 Papers: GPT-2 (Radford et al. 2019), RoPE (arXiv 2104.09864), RMSNorm (1910.07467), QK norm
 (2010.04245), ReLU² (2109.08668), value residuals (2410.17897), soft-cap (2408.00118),
 FlashAttention-3 (2407.08608), FP8 training (2209.05433).
-Differs from the papers: value embeddings are looked up by token, not taken from layer 0, and gated.
+Differs from the papers: a layer adds to its values a gated vector that it looks up by token; value
+residuals as in the paper would add the values of the first layer.
 """
 import functools
 import json
@@ -24,7 +24,7 @@ import math
 import os
 import re
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-# ---- The model -----------------------------------------------------------------------------------
+# ---- The configuration ---------------------------------------------------------------------------
 
 GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),        # L, NH, C
               "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
@@ -53,70 +53,87 @@ class GPTConfig:
     qk_norm: bool = False           # normalise queries and keys
     relu2: bool = False             # relu(x)² instead of GELU
     tied_head: bool = True          # lm_head shares wte's weights
-    value_embeds: bool = False      # every second layer adds a gated per-token vector to its values
+    value_embeds: bool = False      # every second layer adds a gated vector per token to its values
     residual_scalars: bool = False  # x = λx + μx₀ before each block, x₀ the normed embedding
     backout: bool = False           # subtract a share of the middle layer's stream before the head
-    softcap: float = 0.0            # logits = s tanh(logits / s); 0: off
-    windows: str = "L"              # by layer, repeated: L sees all before it, S a quarter of T
+    softcap: float = 0.0            # logits = s tanh(logits / s); 0 switches it off
+    windows: str = "L"              # per layer, repeated: L sees all before it, S block_size / 4
+
+    def __post_init__(self):
+        check_config(self)
 
     @classmethod
     def preset(cls, name, **overrides):
-        """"gpt2" … "gpt2-xl", or "dN": N layers, 64·N channels rounded up to heads of 128."""
+        """"gpt2" … "gpt2-xl", or "dN": N layers, and 64·N channels rounded up to heads of 128."""
         if name in GPT2_SIZES:
-            fields = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[name]))
+            L, NH, C = GPT2_SIZES[name]
+            config = cls(n_layer=L, n_head=NH, n_embd=C)
         elif re.fullmatch("d[1-9][0-9]*", name):
             depth = int(name[1:])
-            NH = -(-64 * depth // 128)
-            fields = dict(n_layer=depth, n_head=NH, n_embd=128 * NH, block_size=2048,
-                          vocab_size=32768, bias=False, rope=True, rms_norm=True, qk_norm=True,
-                          relu2=True, tied_head=False, value_embeds=True, residual_scalars=True,
-                          backout=True, softcap=15.0, windows="SSSL")
+            NH = math.ceil(64 * depth / 128)
+            config = cls(n_layer=depth, n_head=NH, n_embd=128 * NH, block_size=2048,
+                         vocab_size=32768, bias=False, rope=True, rms_norm=True, qk_norm=True,
+                         relu2=True, tied_head=False, value_embeds=True, residual_scalars=True,
+                         backout=True, softcap=15.0, windows="SSSL")
         else:
-            raise SystemExit(f"model {name!r} is not a preset; they are {', '.join(GPT2_SIZES)} "
-                             "and d1, d2 …; try --model d12")
-        return cls(**{**fields, **overrides})
+            raise SystemExit(f"{name} is not a preset; they are {', '.join(GPT2_SIZES)} and d1, d2 "
+                             "…; try --model d12")
+        return replace(config, **overrides)
 
     @property
     def padded_vocab(self):
-        """Rows of the embedding and the head: V rounded up to 64, which matrix units like."""
-        return -(-self.vocab_size // 64) * 64
+        """Rows of the embedding and the head: V rounded up to 64, for the GPU's matrix units."""
+        return math.ceil(self.vocab_size / 64) * 64
 
     def has_value_embed(self, layer):
+        """Every second layer has one, and the last does."""
         return self.value_embeds and layer % 2 == (self.n_layer - 1) % 2
 
     def window(self, layer):
         """How many earlier positions this layer's queries see; the last layer sees all."""
-        short = self.windows[layer % len(self.windows)] == "S" and layer < self.n_layer - 1
-        return self.block_size // 4 if short else self.block_size
+        kind = self.windows[layer % len(self.windows)]
+        if kind == "S" and layer < self.n_layer - 1:
+            return self.block_size // 4
+        return self.block_size
+
+# ---- The model -----------------------------------------------------------------------------------
+
+def cast(p, dtype):
+    """A parameter in this dtype; None, for a bias that a layer lacks, stays None."""
+    return None if p is None else p.to(dtype)
 
 class Linear(nn.Linear):
-    """fp32 master weights, computed in the dtype of the input (bf16 on a GPU), or in fp8."""
+    """Weights are fp32; they multiply in the dtype of the input (bf16 on a GPU), or in 8 bits."""
     fp8 = False         # GPT.use sets it
 
     def forward(self, x):
-        weight = self.weight.to(x.dtype)
-        if self.fp8 and self.training:
-            return Fp8Matmul.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        weight = cast(self.weight, x.dtype)
+        bias = cast(self.bias, x.dtype)
+        if not (self.fp8 and self.training):
+            return F.linear(x, weight, bias)
+        y = Fp8Matmul.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
 
 def rms_norm(x):
     # one epsilon for every dtype, so that bf16 and fp32 models compute the same function
     return F.rms_norm(x, x.shape[-1:], eps=torch.finfo(torch.float32).eps)
 
 class Norm(nn.Module):
-    """LayerNorm as GPT-2 has it, or RMSNorm without parameters."""
-
+    """GPT-2's LayerNorm, or RMSNorm without parameters."""
     def __init__(self, config):
         super().__init__()
-        C, rms = config.n_embd, config.rms_norm
-        self.weight = None if rms else nn.Parameter(torch.empty(C))
-        self.bias = None if rms or not config.bias else nn.Parameter(torch.empty(C))
+        self.weight = self.bias = None
+        if not config.rms_norm:
+            self.weight = nn.Parameter(torch.empty(config.n_embd))
+            if config.bias:
+                self.bias = nn.Parameter(torch.empty(config.n_embd))
 
     def forward(self, x):
         if self.weight is None:
             return rms_norm(x)
-        parameters = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
-        return F.layer_norm(x, x.shape[-1:], *parameters, eps=1e-5)
+        weight = cast(self.weight, x.dtype)
+        bias = cast(self.bias, x.dtype)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps=1e-5)
 
 def rotary_table(config, base=100_000):
     """cos and sin of RoPE's angles, each (block_size, 1, HS/2)."""
@@ -126,18 +143,22 @@ def rotary_table(config, base=100_000):
     return angles.cos(), angles.sin()
 
 def rotate(x, cos, sin):
-    """Turns channel pairs (i, i + HS/2) of x (B, T, NH, HS) by angles (B or 1, T, 1, HS/2)."""
+    """Rotates channel pairs (i, i + HS/2) of x (B, T, NH, HS) by angles (B or 1, T, 1, HS/2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x.dtype)
 
 def visible(t, s, window):
-    """Which keys at positions s a query at t sees."""
+    """True where a query at position t sees a key at position s."""
     return (s <= t) & (t - s <= window)
 
 def sdpa(q, k, v, window, scale, mask=None, dropout=0.0):
-    """Runs everywhere. A mask is built only where the window is shorter than the text; or a cache
-    gives one, (B, 1, T, S), with k and v (B, S, NH, HS)."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))                        # (B, NH, T or S, HS)
+    """PyTorch's causal attention, which runs everywhere; the faster kernels are in find_kernel.
+
+    q, k, v (B, T, NH, HS) → (B, T, NH, HS). A query sees itself and `window` positions before it.
+    With a cache, k and v are (B, S, NH, HS), and it gives the mask (B, 1, T, S)."""
+    q = q.transpose(1, 2)                                                   # (B, NH, T, HS)
+    k = k.transpose(1, 2)                                                   # (B, NH, S, HS)
+    v = v.transpose(1, 2)
     causal = mask is None and window >= q.shape[2] - 1
     if mask is None and not causal:
         s = torch.arange(q.shape[2], device=q.device)
@@ -147,34 +168,40 @@ def sdpa(q, k, v, window, scale, mask=None, dropout=0.0):
     return y.transpose(1, 2)
 
 class Attention(nn.Module):
+    """x (B, T, C) → (B, T, C): each position averages the values of the positions that it sees."""
     def __init__(self, config, layer):
         super().__init__()
-        C, NH = config.n_embd, config.n_head
-        self.config, self.layer, self.window = config, layer, config.window(layer)
-        self.kernel = sdpa
+        C = config.n_embd
+        self.config = config
+        self.layer = layer
+        self.window = config.window(layer)
+        self.kernel = sdpa              # GPT.use replaces it by a faster one
         self.c_attn = Linear(C, 3 * C, bias=config.bias)
         self.c_proj = Linear(C, C, bias=config.bias)
         if config.has_value_embed(layer):
-            self.value_gate = Linear(min(12, C), NH, bias=False)
+            self.value_gate = Linear(min(12, C), config.n_head, bias=False)
 
     def forward(self, x, pos, rotary, value_embed, cache):
         B, T, C = x.shape
-        NH, HS = self.config.n_head, C // self.config.n_head
+        NH = self.config.n_head
+        HS = C // NH
         q, k, v = self.c_attn(x).view(B, T, 3, NH, HS).unbind(2)           # each (B, T, NH, HS)
-        if value_embed is not None:     # v += 3 σ(W x[:12]) E[token], one gate a head
+        if value_embed is not None:     # v += 3 σ(W x[:12]) E[token], one gate per head
             gate = 3 * torch.sigmoid(self.value_gate(x[..., :self.value_gate.in_features]))
             v = v + gate[..., None] * value_embed.view(B, T, NH, HS)
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q = rotate(q, *rotary)
+            k = rotate(k, *rotary)
         scale = HS ** -0.5
-        if self.config.qk_norm:         # 1.2 each: a little sharper than unit vectors give
-            q, k, scale = rms_norm(q), rms_norm(k), 1.2 ** 2 * scale
-        dropout = self.training * self.config.dropout
+        if self.config.qk_norm:         # the factors of 1.2 make attention a little sharper
+            q = rms_norm(q)
+            k = rms_norm(k)
+            scale = 1.2 ** 2 * scale
         if cache is not None:
             k, v, mask = cache.append(self.layer, k, v, pos, self.window)
             y = sdpa(q, k, v, self.window, scale, mask)
-        elif dropout:
-            y = sdpa(q, k, v, self.window, scale, dropout=dropout)
+        elif self.training and self.config.dropout:
+            y = sdpa(q, k, v, self.window, scale, dropout=self.config.dropout)
         else:
             y = self.kernel(q, k, v, self.window, scale)
         return self.c_proj(y.reshape(B, T, C))
@@ -187,14 +214,17 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        h = self.c_fc(x)
-        return self.c_proj(F.relu(h).square() if self.relu2 else F.gelu(h, approximate="tanh"))
+        h = self.c_fc(x)                                                    # (B, T, 4C)
+        h = F.relu(h).square() if self.relu2 else F.gelu(h, approximate="tanh")
+        return self.c_proj(h)
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1, self.attn = Norm(config), Attention(config, layer)
-        self.ln_2, self.mlp = Norm(config), MLP(config)
+        self.ln_1 = Norm(config)
+        self.attn = Attention(config, layer)
+        self.ln_2 = Norm(config)
+        self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, pos, rotary, value_embed, cache):
@@ -202,20 +232,23 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 class GPT(nn.Module):
-    """model(idx) → logits (B, T, V); model(idx, targets) → mean loss in nats.
+    """model(idx) → logits (B, T, V); model(idx, targets) → mean loss in nats per token.
 
-    idx, targets: int64 (B, T), ids below vocab_size; a target of -1 does not count.
-    reduction="none" gives each token's loss (B, T). With `cache`, idx continues its rows.
+    idx, targets: int64 (B, T), ids below vocab_size; targets of -1 are left out of the mean.
+    reduction="none" returns each token's loss (B, T). With a cache, idx continues its rows.
     """
-
     def __init__(self, config):
         super().__init__()
-        self.config, self.compute_dtype = config, torch.float32
-        V, C, L = config.padded_vocab, config.n_embd, config.n_layer
+        self.config = config
+        self.compute_dtype = torch.get_default_dtype()
+        V = config.padded_vocab
+        C = config.n_embd
+        L = config.n_layer
         self.wte = nn.Embedding(V, C)
         if config.rope:
-            for name, table in zip(("rope_cos", "rope_sin"), rotary_table(config)):
-                self.register_buffer(name, table, persistent=False)
+            cos, sin = rotary_table(config)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
         else:
             self.wpe = nn.Embedding(config.block_size, C)
         self.dropout = nn.Dropout(config.dropout)
@@ -223,10 +256,12 @@ class GPT(nn.Module):
         self.ln_f = Norm(config)
         self.lm_head = Linear(C, V, bias=False)
         if config.value_embeds:
-            layers = filter(config.has_value_embed, range(L))
-            self.value_embeds = nn.ModuleDict({str(layer): nn.Embedding(V, C) for layer in layers})
+            self.value_embeds = nn.ModuleDict()
+            for layer in filter(config.has_value_embed, range(L)):
+                self.value_embeds[str(layer)] = nn.Embedding(V, C)
         if config.residual_scalars:
-            self.resid_scalars, self.x0_scalars = (nn.Parameter(torch.empty(L)) for _ in range(2))
+            self.resid_scalars = nn.Parameter(torch.empty(L))
+            self.x0_scalars = nn.Parameter(torch.empty(L))
         if config.backout:
             self.backout_scalar = nn.Parameter(torch.empty(1))
         with torch.no_grad():
@@ -236,43 +271,55 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
 
     def init_parameter(self, name, p):
-        """GPT-2: N(0, .02), residual projections /√(2L). Modern: projections 0, so that each block
-        begins as the identity, and the other matrices uniform with standard deviation 1/√C."""
-        L, V = self.config.n_layer, self.config.vocab_size
+        """GPT-2: N(0, 0.02²), and residual projections divided by √(2L). Modern: residual
+        projections are 0, so that each block begins as the identity, and the other matrices are
+        uniform with standard deviation 1/√C."""
+        L, V, C = self.config.n_layer, self.config.vocab_size, self.config.n_embd
         if name == "resid_scalars":
             p.copy_(torch.linspace(1.15, 1.05, L))
         elif name == "x0_scalars":
             p.copy_(torch.linspace(0.20, 0.05, L))
-        elif p.ndim < 2:
-            p.fill_(0.2 if name == "backout_scalar" else 0.0 if name.endswith("bias") else 1.0)
+        elif name == "backout_scalar":
+            p.fill_(0.2)
+        elif name.endswith("bias"):
+            p.zero_()
+        elif p.ndim == 1:               # a norm's weight
+            p.fill_(1.0)
         elif not self.config.rms_norm:
             p.normal_(0.0, 0.02 / math.sqrt(2 * L) if name.endswith("c_proj.weight") else 0.02)
         elif name.endswith("c_proj.weight"):
             p.zero_()
-        elif name in ("wte.weight", "lm_head.weight"):      # tied, it must begin as a head does
-            is_head = name == "lm_head.weight" or self.config.tied_head
-            p.normal_(0.0, 0.001 if is_head else 0.8)
+        elif name == "lm_head.weight" or name == "wte.weight" and self.config.tied_head:
+            p.normal_(0.0, 0.001)
+        elif name == "wte.weight":
+            p.normal_(0.0, 0.8)
         elif "value_gate" in name:
             p.uniform_(0.0, 0.02)
         else:
-            bound = math.sqrt(3 / self.config.n_embd) * (0.4 if "c_fc" in name else 1.0)
+            bound = math.sqrt(3 / C) * (0.4 if "c_fc" in name else 1.0)
             p.uniform_(-bound, bound)
         if name.startswith(VOCABULARY):
             p[V:] = 0.0                 # the padding rows are never a token
 
     def hidden(self, idx, cache=None):
-        """What the head reads: (B, T, C) after the last norm."""
-        config, T = self.config, idx.shape[1]
-        assert T + (cache.used if cache else 0) <= config.block_size, (T, config.block_size)
+        """idx (B, T) → what the head reads, (B, T, C) after the last norm."""
+        config = self.config
+        T = idx.shape[1]
         pos = torch.arange(T, device=idx.device)[None]                               # (1, T)
         if cache is not None:
             pos = pos + cache.pos[:, None]                                           # (B, T)
-        x, rotary = self.wte(idx).to(self.compute_dtype), None
+        longest = T if cache is None else cache.used + T
+        assert longest <= config.block_size, (longest, config.block_size)
+        x = self.wte(idx).to(self.compute_dtype)
+        rotary = None
         if config.rope:
             rotary = self.rope_cos[pos], self.rope_sin[pos]                 # (B or 1, T, 1, HS/2)
         else:
             x = x + self.wpe(pos).to(x.dtype)
-        x = x0 = self.dropout(rms_norm(x) if config.rms_norm else x)
+        if config.rms_norm:
+            x = rms_norm(x)
+        x = self.dropout(x)
+        x0 = x
         for layer, block in enumerate(self.h):
             if config.residual_scalars:
                 x = (self.resid_scalars[layer] * x + self.x0_scalars[layer] * x0).to(x.dtype)
@@ -289,8 +336,9 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, x):
-        """(…, C) → fp32 logits (…, V). The padding rows are cut: neither hit nor trained."""
-        z, s = self.lm_head(x)[..., :self.config.vocab_size].float(), self.config.softcap
+        """x (…, C) → fp32 logits (…, V), without the padding rows."""
+        z = self.lm_head(x)[..., :self.config.vocab_size].float()
+        s = self.config.softcap
         return s * torch.tanh(z / s) if s else z
 
     def forward(self, idx, targets=None, cache=None, reduction="mean"):
@@ -298,7 +346,8 @@ class GPT(nn.Module):
         return self.logits(x) if targets is None else self.loss(x, targets, reduction)
 
     def loss(self, x, targets, reduction="mean"):
-        """Of what hidden() gave. (Only hidden() is worth compiling: the loss is a loop.)"""
+        """The cross-entropy of what hidden() returned. It is a method of its own so that a trainer
+        can compile hidden() alone: the loss is a loop over chunks, which compiling would unroll."""
         x, flat = x.flatten(0, 1), targets.flatten()
         if reduction == "mean":
             return CrossEntropy.apply(x, self.lm_head.weight, flat, self.config)
@@ -308,6 +357,7 @@ class GPT(nn.Module):
         return torch.cat(losses).view_as(targets)
 
     def num_params(self):
+        """Parameters in a checkpoint: a tied head counts once, padding rows do not count."""
         return sum(t.numel() for _, t in file_tensors(self))
 
     def matmul_params(self):
@@ -316,30 +366,35 @@ class GPT(nn.Module):
         return blocks + self.config.vocab_size * self.config.n_embd
 
     def flops_per_token(self, T=None):
-        """Both passes, as in PaLM (arXiv 2204.02311, B): 6 a weight, 12·C a key in reach, in rows
-        of T tokens (default: block_size)."""
-        windows = map(self.config.window, range(self.config.n_layer))
-        keys = sum(min(window, T or self.config.block_size) for window in windows)
-        return 6 * self.matmul_params() + 12 * self.config.n_embd * keys
+        """FLOP of forward and backward, as PaLM counts them (arXiv 2204.02311, B): 6 per weight and
+        12·C per key in reach, for rows of T tokens (default: block_size)."""
+        config = self.config
+        T = T or config.block_size
+        keys = sum(min(config.window(layer), T) for layer in range(config.n_layer))
+        return 6 * self.matmul_params() + 12 * config.n_embd * keys
 
     def use(self, device, fp8=False):
-        """Moves the model; it computes in bf16 on a GPU that has it. The weights stay fp32.
-        fp8: the blocks' matrices of at least 128 x 128 multiply in 8 bits while training."""
-        bf16 = "cuda" in str(device) and torch.cuda.is_bf16_supported()
-        self.compute_dtype = torch.bfloat16 if bf16 else torch.float32
-        self.kernel, self.kernel_why = find_kernel(device) if bf16 else (sdpa, "sdpa: no bf16 here")
+        """Moves the model to a device; on a GPU with bf16 it computes in bf16. Weights stay fp32.
+
+        fp8: while training, the blocks' matrices of at least 128 x 128 multiply in 8 bits.
+        """
+        self.compute_dtype = torch.get_default_dtype()
+        kernel = sdpa
+        if "cuda" in str(device) and torch.cuda.is_bf16_supported():
+            self.compute_dtype = torch.bfloat16
+            kernel, _ = find_kernel(device)
         for module in self.h.modules():
             if isinstance(module, Attention):
-                module.kernel = self.kernel
+                module.kernel = kernel
             elif isinstance(module, Linear):
                 module.fp8 = fp8 and min(module.weight.shape) >= 128
-        if fp8:     # torch.compile leaves it as it is: what it makes of the parts is slower
+        if fp8:     # torch.compile must not look inside: the code it makes of these parts is slower
             torch._dynamo.allow_in_graph(Fp8Matmul)
         return self.to(device)
 
     def for_inference(self):
-        """For inference alone: keeps the matrices in the dtype they are multiplied in. On a GPU
-        that halves what writing a token reads, and so takes."""
+        """Ends training: keeps the matrices in the dtype they are multiplied in. On a GPU that
+        halves the bytes, and with them the time, that each new token takes to read the weights."""
         for p in self.parameters():
             p.requires_grad_(False)
             if p.ndim == 2:
@@ -349,132 +404,237 @@ class GPT(nn.Module):
 # ---- The cache of generation ---------------------------------------------------------------------
 
 class KVCache:
-    """Keys and values (L, B, NH, max_tokens, HS) of the tokens seen so far, a row a sequence; `pos`
-    (B,) counts the tokens of each row, and what lies behind them is never seen."""
-
+    """Keys and values (L, B, NH, max_tokens, HS) of the tokens so far, one row per sequence. `pos`
+    (B,) counts the tokens of each row; no query sees the entries after them."""
     def __init__(self, config, batch_size, max_tokens, device="cpu", dtype=torch.float32):
         HS = config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, config.n_head, max_tokens, HS)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.pos = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.used = 0       # the longest row, as an integer: no waiting for the GPU to know it
-        self.masks = {}     # of this step, by window
+        self.used = 0       # length of the longest row, as an int: reading pos would wait for a GPU
+        self.masks = {}     # {window: mask} of the current step
 
     def rows(self, index):
-        """A cache of these rows: [0] * n shares one prefill among n samples; also drops rows."""
+        """A cache of these rows, for instance [0] * n: one prefill shared by n samples."""
         new = copy(self)
         new.masks = {}
-        new.k, new.v, new.pos = self.k[:, index], self.v[:, index], self.pos[index]
+        new.k = self.k[:, index]
+        new.v = self.v[:, index]
+        new.pos = self.pos[index]
         return new
 
     def append(self, layer, k, v, pos, window):
-        """Writes k, v (B, T, NH, HS) behind each row, where pos (B, T) says. → all keys and values
-        up to the longest row's end, and which of them each token sees, (B, 1, T, S); None: those
-        before it in its window."""
+        """Writes k, v (B, T, NH, HS) at pos (B, T), after each row's last token.
+
+        Returns all keys and values up to the longest row's end, (B, S, NH, HS), and the mask
+        (B, 1, T, S) of those that each token sees; None, for causal, if the cache was empty."""
         T = k.shape[1]
-        if not self.used:       # a prefill: what is there is what comes
-            self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k.transpose(1, 2), v.transpose(1, 2)
+        k_heads = k.transpose(1, 2)                                         # (B, NH, T, HS)
+        v_heads = v.transpose(1, 2)
+        if not self.used:
+            self.k[layer, :, :, :T] = k_heads
+            self.v[layer, :, :, :T] = v_heads
             return k, v, None
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        at = pos[:, None, :, None]
-        self.k[layer].scatter_(2, at.expand_as(k), k)
-        self.v[layer].scatter_(2, at.expand_as(v), v)
-        if window not in self.masks:    # layers share it
-            s = torch.arange(self.used + T, device=k.device)
-            self.masks[window] = visible(at, s, window)
-        k, v = (kept[layer, :, :, :self.used + T].transpose(1, 2) for kept in (self.k, self.v))
-        return k, v, self.masks[window]
+        at = pos[:, None, :, None]                                          # (B, 1, T, 1)
+        self.k[layer].scatter_(2, at.expand_as(k_heads), k_heads)
+        self.v[layer].scatter_(2, at.expand_as(v_heads), v_heads)
+        S = self.used + T
+        if window not in self.masks:    # layers with the same window share it
+            self.masks[window] = visible(at, torch.arange(S, device=k.device), window)
+        all_k = self.k[layer, :, :, :S].transpose(1, 2)
+        all_v = self.v[layer, :, :, :S].transpose(1, 2)
+        return all_k, all_v, self.masks[window]
 
     def advance(self, T):
-        """Every layer has appended its T tokens."""
-        self.pos, self.used, self.masks = self.pos + T, self.used + T, {}
+        """Call it when every layer has appended its T tokens."""
+        self.pos = self.pos + T
+        self.used += T
+        self.masks = {}
 
 # ---- Checkpoints: <run>/config.json + model.safetensors, named as HF's GPT-2 names them ----------
 
 FORMAT_VERSION = 1
-VOCABULARY = ("wte", "lm_head", "value_embeds")                         # have a row a token
+LIMITS = dict(block_size=(1, 2 ** 20), vocab_size=(1, 2 ** 22), n_layer=(1, 1000),
+              n_head=(1, 2 ** 12), n_embd=(1, 2 ** 16), dropout=(0, 0.99), softcap=(0, 1e6))
+HF_VALUES = {       # fields of HF's GPT-2 that change what it computes, and what they are here
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "layer_norm_epsilon": [1e-5],
+    "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
+VOCABULARY = ("wte", "lm_head", "value_embeds")                         # these have a row per token
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")          # HF keeps these (in, out)
 
+def check_config(config):
+    """Ends the program with a line that names the first field whose value cannot be used."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        least, most = LIMITS.get(field.name, (0, 0))
+        is_number = type(value) in (int, field.type)
+        if field.name in LIMITS and not (is_number and least <= value <= most):
+            raise SystemExit(f"{field.name} must be from {least} to {most}, got {value}")
+        if field.type is bool and not isinstance(value, bool):
+            raise SystemExit(f"{field.name} must be true or false, got {value}")
+    if not re.fullmatch("[SL]+", str(config.windows)):
+        raise SystemExit(f"windows must be letters S and L, got {config.windows}")
+    HS, rest = divmod(config.n_embd, config.n_head)
+    if rest:
+        raise SystemExit(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}; all "
+                         f"heads are equally wide; try n_embd={max(1, HS) * config.n_head}")
+    if config.rope and HS % 2:
+        raise SystemExit(f"rope needs heads with an even number of channels, got {HS}")
+
 def file_tensor(name, p, vocab_size):
-    """A parameter as it stands in the file: HF's name, (in, out) matrices, no padding rows."""
-    p = p[:vocab_size] if name.startswith(VOCABULARY) else p.T if name.endswith(TRANSPOSED) else p
-    return (name if name.startswith("lm_head") else "transformer." + name), p.detach()
+    """A parameter as it is in the file: HF's name, matrices (in, out), no padding rows."""
+    if name.startswith(VOCABULARY):
+        p = p[:vocab_size]
+    elif name.endswith(TRANSPOSED):
+        p = p.T
+    if not name.startswith("lm_head"):
+        name = "transformer." + name
+    return name, p.detach()
 
 def file_tensors(model):
     V = model.config.vocab_size
     return [file_tensor(name, p, V) for name, p in model.named_parameters()]
 
+def put_in_place(part, path):
+    """Gives a finished file its name once its bytes are on the disk: neither a reader nor a power
+    cut ever finds half a file under that name."""
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+def write_json(path, value):
+    Path(f"{path}.part").write_text(json.dumps(value, indent=1))
+    put_in_place(f"{path}.part", path)
+
+def read_json(path, advice):
+    """The object in a JSON file. Where there is none, a line ends the program, with `advice`."""
+    try:
+        if not Path(path).is_file():
+            raise ValueError("there is no such file")
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("this is not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise SystemExit(f"{path}: {error}; {advice}") from None
+    return value
+
 def save_weights(path, model):
-    """Writes the file whole, then renames it: a reader never sees half of one."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in file_tensors(model)}
+    tensors = {}
+    for name, tensor in file_tensors(model):
+        if not tensor.isfinite().all():
+            raise SystemExit(f"{path}: {name} is not finite, so it is not saved; what was saved "
+                             "before is kept; try a lower --lr in another --out")
+        tensors[name] = tensor.cpu().contiguous()
     save_file(tensors, f"{path}.part", metadata={"format": "pt"})
-    os.replace(f"{path}.part", path)
+    put_in_place(f"{path}.part", path)
+
+def read_tensors(path):
+    """{name without "transformer.": tensor} of a model.safetensors, or of its parts in the same
+    folder: transformers splits models over 5 GB."""
+    parts = [Path(path)]
+    if not parts[0].exists():
+        parts = sorted(parts[0].parent.glob("model-*-of-*.safetensors")) or parts
+    tensors = {}
+    for part in parts:
+        try:
+            if not part.is_file():
+                raise OSError("there is no such file")
+            tensors |= load_file(part)
+        except (SafetensorError, OSError) as error:
+            raise SystemExit(f"{part}: {error}; weights must be one whole safetensors file; copy "
+                             "it again or train the model again") from None
+    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+
+def find_tensor(tensors, key, shape, path):
+    """The tensor of this name, if it has this shape and is fit to be a weight."""
+    tensor = tensors.get(key.removeprefix("transformer."))
+    found = "missing" if tensor is None else tuple(tensor.shape)
+    if found != tuple(shape):
+        raise SystemExit(f"{path}: {key} is {found}; config.json asks for {tuple(shape)}; take "
+                         "both files from one checkpoint")
+    if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+        raise SystemExit(f"{path}: {key} has values that are not finite numbers; the file is "
+                         "damaged; copy it again or train the model again")
+    return tensor
 
 @torch.no_grad()
-def load_weights(path, model, file_vocab=None):
-    """Fills the model from a file of ours or of HF's GPT-2, with or without its "transformer.".
-    Where the file has only file_vocab rows a token, those of new tokens begin at the mean."""
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise SystemExit(f"{path}: {error}; weights must be one whole safetensors file; copy it or "
-                         "train it again") from None
+def load_weights(path, model, tensors, file_vocab=None):
+    """Fills the model with the tensors that read_tensors(path) returned. file_vocab: tokens in the
+    file, if the model has more; the new ones begin at the mean of the old."""
+    V = model.config.vocab_size
     for name, p in model.named_parameters():
-        key, ours = file_tensor(name, p, model.config.vocab_size)
-        tensor = tensors.get(key, tensors.get(key.removeprefix("transformer.")))
-        asked = file_tensor(name, p, file_vocab or model.config.vocab_size)[1].shape
-        if tensor is None or tensor.shape != asked:
-            found = "missing" if tensor is None else tuple(tensor.shape)
-            raise SystemExit(f"{path}: {key} is {found}; config.json asks for {tuple(asked)}; "
-                             "take both files from one checkpoint")
+        key, ours = file_tensor(name, p, V)
+        shape = file_tensor(name, p, file_vocab or V)[1].shape
+        tensor = find_tensor(tensors, key, shape, path)
         ours[:len(tensor)] = tensor
         if len(ours) > len(tensor):
             ours[len(tensor):] = tensor.float().mean(0)
 
 def save_checkpoint(run, model, tokenizer=None, stage="pretrain", step=0, **extra):
-    """Writes <run>/model.safetensors, config.json, the tokenizer; `extra` joins the metadata."""
-    run, config = Path(run), model.config
+    """Writes <run>/model.safetensors, config.json and the tokenizer; `extra` joins the metadata."""
+    config = model.config
+    run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
     save_weights(run / "model.safetensors", model)
     if tokenizer is not None:
         tokenizer.save(run)
-    meta = dict(extra, format_version=FORMAT_VERSION, stage=stage, step=step, model=asdict(config))
-    same = {key: getattr(config, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    write_json(run / "config.json", dict(       # all but the last is what transformers reads
-        same, model_type="deepdive" if config.rope else "gpt2", architectures=["GPT2LMHeadModel"],
-        n_positions=config.block_size, activation_function="gelu_new", layer_norm_epsilon=1e-5,
-        embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout,
-        tie_word_embeddings=config.tied_head, eos_token_id=getattr(tokenizer, "eot", 50256),
-        deepdive=meta))
+    # transformers refuses a model of type deepdive: it would leave the modern parts out
+    plain = GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head,
+                      config.n_embd, config.dropout, tied_head=config.tied_head)
+    write_json(run / "config.json", dict(
+        model_type="gpt2" if config == plain else "deepdive", architectures=["GPT2LMHeadModel"],
+        vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head,
+        n_embd=config.n_embd, n_positions=config.block_size, activation_function="gelu_new",
+        layer_norm_epsilon=1e-5, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
+        resid_pdrop=config.dropout, tie_word_embeddings=config.tied_head,
+        eos_token_id=getattr(tokenizer, "eot", 50256),
+        deepdive=dict(extra, format_version=FORMAT_VERSION, stage=stage, step=step,
+                      model=asdict(config))))
+
+def config_from_hf(described):
+    """HF's config.json of a GPT-2 → GPTConfig. Its dropout is not taken over."""
+    sizes = {name: described.get(name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    config = GPTConfig(**sizes, block_size=described.get("n_positions"),
+                       tied_head=described.get("tie_word_embeddings", True))
+    for name, values in (HF_VALUES | {"n_inner": [None, 4 * config.n_embd]}).items():
+        value = described.get(name, values[0])
+        if value not in values:
+            raise SystemExit(f"{name} is {value}, but here it is always {values[-1]}")
+    return config
+
+def read_config(path):
+    """config.json, ours or HF's → (GPTConfig, metadata)."""
+    described = read_json(path, "a model is a folder with config.json and model.safetensors; train "
+                          "one, or name another with --model")
+    meta = described.get("deepdive", dict(format_version=FORMAT_VERSION, stage="pretrain", step=0))
+    kind = described.get("model_type")
+    try:
+        if kind not in ("gpt2", "deepdive") or meta["format_version"] != FORMAT_VERSION:
+            raise SystemExit(f"a {kind} model of format {meta['format_version']}; only gpt2 and "
+                             f"deepdive of format {FORMAT_VERSION} can be read")
+        config = GPTConfig(**meta["model"]) if "model" in meta else config_from_hf(described)
+    except (SystemExit, TypeError, KeyError) as error:
+        raise SystemExit(f"{path}: {error}; train this model again, or name another") from None
+    return config, meta
 
 def load_checkpoint(run, device="cpu", vocab_size=None):
-    """<run>, ours or a folder with HF's GPT-2 → (model, meta); meta: run, stage, step, …
-
-    vocab_size: grow the vocabulary to this, for special tokens that the model has never seen.
-    """
-    run = Path(run)
-    try:
-        described = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{run}/config.json: {error}; a model is a folder with config.json and "
-                         "model.safetensors; train one, or name another with --model") from None
-    meta = described.get("deepdive", dict(format_version=FORMAT_VERSION, stage="pretrain", step=0))
-    found = described.get("model_type"), meta["format_version"]
-    if found not in (("gpt2", FORMAT_VERSION), ("deepdive", FORMAT_VERSION)):
-        raise SystemExit(f"{run} holds a {found[0]} model of format {found[1]}; gpt2 and deepdive "
-                         f"of format {FORMAT_VERSION} can be read; train it again, or name another")
-    same = {name: described[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    config = GPTConfig(**meta.get("model", dict(same, block_size=described["n_positions"])))
+    """A run of ours, or a folder with HF's GPT-2 → (model, meta); meta: run, stage, step, …
+    vocab_size: grows the vocabulary to this, for special tokens that the model has never seen."""
+    config, meta = read_config(Path(run) / "config.json")
+    path = Path(run) / "model.safetensors"
+    tensors = read_tensors(path)
+    find_tensor(tensors, "transformer.wte.weight", (config.vocab_size, config.n_embd), path)
+    layers = {name.split(".")[1] for name in tensors if name.startswith("h.")}
+    if len(layers) != config.n_layer:
+        raise SystemExit(f"{path} has {len(layers)} layers; config.json asks for {config.n_layer}; "
+                         "take both files from one checkpoint")
     model = GPT(replace(config, vocab_size=max(config.vocab_size, vocab_size or 0)))
-    load_weights(run / "model.safetensors", model, file_vocab=config.vocab_size)
+    load_weights(path, model, tensors, file_vocab=config.vocab_size)
     return model.use(device), {"run": str(run), **meta}
 
-def write_json(path, value):
-    Path(f"{path}.part").write_text(json.dumps(value, indent=1))
-    os.replace(f"{path}.part", path)
-
-# ---- Fast twins: attention kernels, (q, k, v, window, scale) → y, all (B, T, NH, HS), causal. The
-# query at t sees the keys t - window … t; only the first two kernels skip the others. -------------
+# ---- Fast attention: kernels (q, k, v, window, scale) → y, all (B, T, NH, HS). Unlike sdpa's mask,
+# they skip the keys outside of the window. --------------------------------------------------------
 
 def flash_attention_3(q, k, v, window, scale):
     from flash_attn_interface import flash_attn_func    # Dao-AILab/flash-attention, in hopper/
@@ -485,17 +645,18 @@ def varlen_attention(q, k, v, window, scale):
     from torch.nn.attention.varlen import varlen_attn   # PyTorch's own FlashAttention
     B, T = q.shape[:2]
     starts = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
-    flat = (t.flatten(0, 1) for t in (q, k, v))
-    y = varlen_attn(*flat, starts, starts, T, T, scale=scale, window_size=(window, 0))
+    y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts, starts, T, T,
+                    scale=scale, window_size=(window, 0))
     return y.view(q.shape)
 
 def first_line(problem):
+    """What an error says, short enough for a line of the log."""
     return (str(problem).strip() or repr(problem)).splitlines()[0][:90]
 
 @functools.cache
 def find_kernel(device, kernels=(flash_attention_3, varlen_attention)):
-    """The first of the kernels that gives what sdpa gives, forward and backward, on this device;
-    else sdpa. → (kernel, why), the second a line for the log."""
+    """The first kernel that agrees with sdpa on this device, forward and backward, or sdpa itself;
+    and a line for the log that says why."""
     generator = torch.Generator(device).manual_seed(0)
     inputs = torch.randn(3, 2, 256, 2, 128, device=device, generator=generator)
     inputs = inputs.bfloat16().requires_grad_().unbind()
@@ -504,40 +665,41 @@ def find_kernel(device, kernels=(flash_attention_3, varlen_attention)):
         y = kernel(*inputs, window=64, scale=0.1)
         return torch.stack((y, *torch.autograd.grad(y.square().sum(), inputs))).float()
 
-    wanted, tried = outcome(sdpa), []
+    wanted = outcome(sdpa)
+    tried = []
     for kernel in kernels:
         try:
             error = ((outcome(kernel) - wanted).norm() / wanted.norm()).item()
-        except Exception as problem:    # whatever is wrong with a kernel, training goes on without
+        except Exception as problem:    # whatever is wrong with a kernel, sdpa can replace it
             tried.append(f"{kernel.__name__}: {first_line(problem)}")
             continue
         tried.append(f"{kernel.__name__}: differs from sdpa by {error:.1%}")
         if error < 0.02:                # bf16 rounds to 0.4 %
             return kernel, "; ".join(tried)
-    return sdpa, "; ".join([*tried, "sdpa it is"])
+    return sdpa, "; ".join([*tried, "sdpa is used"])
 
-# ---- Fast twins: 8-bit matmuls -------------------------------------------------------------------
+# ---- Fast matmuls: 8 bits ------------------------------------------------------------------------
 
 def to_fp8(x, dtype):
-    """x / scale in 8 bits, with one scale for the whole tensor: its largest value just fits."""
+    """x / scale in 8 bits, and the scale: one number, with which the largest value just fits."""
     scale = x.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
     return (x.float() / scale).to(dtype), scale
 
 def fp8_matmul(a, b, fast_accum=False):
-    """a (M, K) @ b (N, K)ᵀ → bf16; a and b are what to_fp8 gave."""
+    """a (M, K) @ b (N, K)ᵀ → bf16 (M, N); a and b are pairs that to_fp8 returned."""
     return torch._scaled_mm(a[0], b[0].t(), scale_a=a[1], scale_b=b[1], out_dtype=torch.bfloat16,
                             use_fast_accum=fast_accum)
 
 class Fp8Matmul(torch.autograd.Function):
-    """y = x Wᵀ    dx = dy W    dW = dyᵀ x, each of 8-bit operands and summed in fp32.
+    """y = x Wᵀ    dx = dy W    dW = dyᵀ x, each with 8-bit operands and sums in fp32.
 
-    x (M, K), W (N, K), all of them multiples of 16. e4m3 has 3 bits of mantissa; gradients need the
-    range of e5m2. The 8-bit x is what backward keeps, half of bf16's memory.
+    x (M, K), W (N, K); M, K and N are multiples of 16. e4m3 has 3 bits of mantissa; gradients need
+    the range of e5m2. Backward keeps the 8-bit x, which takes half of bf16's memory.
     """
-
     @staticmethod
     def forward(ctx, x, weight):
-        x8, weight8 = to_fp8(x, torch.float8_e4m3fn), to_fp8(weight, torch.float8_e4m3fn)
+        x8 = to_fp8(x, torch.float8_e4m3fn)
+        weight8 = to_fp8(weight, torch.float8_e4m3fn)
         ctx.save_for_backward(*x8, *weight8)
         return fp8_matmul(x8, weight8, fast_accum=True).to(x.dtype)
 
@@ -550,38 +712,42 @@ class Fp8Matmul(torch.autograd.Function):
         dW = fp8_matmul((dy8.t().contiguous(), dy_scale), (x.t().contiguous(), x_scale))
         return dx.to(dy.dtype), dW.to(dy.dtype)
 
-# ---- Fast twins: torch.compile, and the loss in chunks -------------------------------------------
+# ---- torch.compile, and the loss in chunks -------------------------------------------------------
 
 @functools.cache
 def find_compiler(device):
-    """→ (compile, why): torch.compile where it works, which takes a GPU, Triton and a C compiler;
-    else what leaves a function as it is. The second is a line for the log."""
+    """torch.compile where it works, which takes a GPU, Triton and a C compiler; elsewhere a
+    function that changes nothing; and a line for the log that says why."""
     if "cuda" not in device:
-        return (lambda function: function), "eager: on a CPU compiling takes longer than it saves"
-    compile = functools.partial(torch.compile, dynamic=False)
+        return lambda f: f, "eager: on a CPU compiling takes longer than it saves"
+    compiler = functools.partial(torch.compile, dynamic=False)
     try:
-        compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception as problem:        # an old GPU, no Triton, no compiler: all go on without
-        why = f"eager: torch.compile fails here: {first_line(problem)}"
-        return (lambda function: function), why
-    return compile, "torch.compile; TORCH_COMPILE_DISABLE=1 leaves all eager"
+        compiler(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as problem:        # an old GPU, no Triton, no C compiler: train without
+        return lambda f: f, f"eager: torch.compile fails here: {first_line(problem)}"
+    return compiler, "torch.compile; TORCH_COMPILE_DISABLE=1 switches it off"
 
 @functools.cache
 def compiled(function, device):
-    return find_compiler(device)[0](function)
+    compiler, _ = find_compiler(device)
+    return compiler(function)
 
 CHUNK_LOGITS = {"cuda": 2 ** 27, "cpu": 2 ** 20}    # bf16: 256 MB; fp32: 4 MB, a CPU's cache
 
 def chunk_rows(x, V):
-    """Tokens whose logits are held at a time; with fewer than 256, matmuls would wait for W."""
+    """Tokens with logits in memory at a time; below 256, reading the weights would dominate."""
     return max(256, CHUNK_LOGITS[x.device.type] // V)
 
 def loss_and_gradient(z, target, share, s):
-    """Of one chunk: head outputs z (n, V), targets (n, 1), the share of each in the mean (n, 1),
-    soft-cap s → (loss, dz). z is overwritten. On a GPU it is compiled into a pass or two over z."""
+    """The loss of one chunk and its gradient with respect to z, which is overwritten.
+
+    z (n, V): the head's outputs; target (n, 1); share (n, 1): each token's weight in the mean;
+    s: the soft-cap. On a GPU this is compiled into one or two passes over z.
+    """
     t = z.float()
     y = t.div_(s).tanh_() * s if s else t
-    y_target, top = y.gather(1, target), y.amax(-1, keepdim=True)
+    y_target = y.gather(1, target)
+    top = y.amax(-1, keepdim=True)
     dy = y.sub_(top).exp_()             # the loss needs its sum, the gradient all of it
     sum_exp = dy.sum(-1, keepdim=True)
     loss = ((top + sum_exp.log() - y_target) * share).sum()
@@ -594,33 +760,37 @@ def loss_and_gradient(z, target, share, s):
 
 class CrossEntropy(torch.autograd.Function):
     """Head, soft-cap and mean cross-entropy in one, a chunk of tokens at a time.
-    At B = 32, T = 2048 and V = 32,768 the logits alone are 8 GB. Here a chunk's logits turn into
-    its gradient at once: they never exist all together, and are not computed twice. x (N, C), head
-    weight (padded V, C), targets (N,) → the mean over targets that are not -1.
+
+    At B = 32, T = 2048 and V = 32,768 the logits alone would take 8 GB. Here forward turns the
+    logits of a chunk into their gradient at once, so that they never exist all together and are
+    not computed twice. x (N, C), head weight (padded V, C), targets (N,) → the mean over the
+    targets that are not -1.
         z = W x    y = s tanh(z / s)    loss = ln Σ exp(y) - y[target]
         dz = (softmax(y) - onehot(target)) (1 - (y/s)²) / count    dx = Wᵀ dz    dW = dz xᵀ
     """
-
     @staticmethod
     def forward(ctx, x, weight, targets, config):
         V, s = config.vocab_size, config.softcap
         W = weight[:V].to(x.dtype)
-        dx, dW = torch.empty_like(x), torch.zeros_like(weight)
+        dx = torch.empty_like(x)
+        dW = torch.zeros_like(weight)
+        target = targets.clamp(min=0)[:, None]
         share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)
+        share = share[:, None]
         total = torch.zeros((), device=x.device)
         size = chunk_rows(x, V)
-        of_chunk = compiled(loss_and_gradient, x.device.type)
-        tensors = x, dx, targets.clamp(min=0)[:, None], share[:, None]
         buffer = x.new_empty(min(size, len(x)), V)
-        for x_part, dx_part, target, share_part in zip(*(t.split(size) for t in tensors)):
-            z = torch.mm(x_part, W.T, out=buffer[:len(x_part)])
-            loss, dz = of_chunk(z, target, share_part, s)
+        chunk_loss = compiled(loss_and_gradient, x.device.type)
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            z = torch.mm(x[part], W.T, out=buffer[:len(x[part])])
+            loss, dz = chunk_loss(z, target[part], share[part], s)
             total += loss
-            torch.mm(dz, W, out=dx_part)
+            torch.mm(dz, W, out=dx[part])
             if dz.dtype == dW.dtype:
-                dW[:V].addmm_(dz.T, x_part)
+                dW[:V].addmm_(dz.T, x[part])
             else:
-                dW[:V] += dz.T @ x_part
+                dW[:V] += dz.T @ x[part]
         ctx.save_for_backward(dx, dW)
         return total
 

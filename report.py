@@ -1,11 +1,13 @@
 """
-The report: one page that tells the story of a run, from what stages left on disk.
+The report: one page that tells the story of a run, from the files that the stages left on disk.
 
     python report.py runs/demo runs/demo-sft runs/demo-rl --data data/demo
     python report.py summary runs/demo runs/demo-sft runs/demo-rl --data data/demo
+    python report.py runs/demo runs/demo-sft runs/demo-rl --svg docs/curves.svg
 
     in:  <run>/config.json, log.jsonl, eval.json; <data>/index.json
-    out: report.html, one file that loads nothing; the summary goes to the terminal
+    out: report.html, one file that loads nothing; or the summary, in the terminal; or an SVG of
+         two curves, the base model's loss and RL's reward
 
 `eval.py report` and `eval.py summary` are the same commands. The page of
 `prepare_fineweb.py --inspect` is rendered here, too.
@@ -17,16 +19,15 @@ import math
 import multiprocessing
 import re
 import sys
+from dataclasses import dataclass
 from datetime import timedelta
 from html import escape
 from pathlib import Path
 
-from eval import STAGES, figures, read_json
+from eval import STAGES, cannot_write, figures, printable, read_json, reason
 from training import read_log
 
-# ---- What runs left on disk, and the demo's verdicts ---------------------------------------------
-
-CHANCE = dict(bits=0.5)         # even or odd; nobody guesses the answer to an open question
+# ---- What runs left on disk ----------------------------------------------------------------------
 
 class Run:
     """A run's config.json, log.jsonl and eval.json; what is missing is empty."""
@@ -34,118 +35,351 @@ class Run:
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.is_dir():
-            raise SystemExit(f"{path} is no folder; a run is a training's --out; check the path")
-        self.log = read_log(path)
-        self.results = read_json(self.path / "eval.json")
-        self.header = next((row["header"] for row in self.log if "header" in row), {})
-        guess = "rl" if self.points("reward") else "sft" if self.rows("when") else "pretrain"
-        about = read_json(self.path / "config.json").get("deepdive", {})
-        self.stage = STAGES.get(about.get("stage", guess), about.get("stage"))
-        self.seconds = self.log[-1].get("seconds", 0) if self.log else 0
+            raise SystemExit(f"{path} is not a run's folder; name the --out of a training")
+        self.log = read_checked_log(self.path)
+        self.results = read_checked(self.path / "eval.json", {ANY: RESULT})
+        self.config = read_checked(self.path / "config.json", CONFIG)
+        self.stage = STAGES.get(self.stage_name(), self.stage_name())
+        self.header = {}
+        for row in self.rows("header"):
+            self.header = row["header"]
+        self.seconds = 0
+        if self.log:
+            self.seconds = self.log[-1].get("seconds", 0)
+
+    def stage_name(self):
+        """What config.json says; before a model is saved, what the log looks like."""
+        if "stage" in self.config.get("deepdive", {}):
+            return self.config["deepdive"]["stage"]
+        if self.points("reward"):
+            return "rl"
+        return "sft" if self.rows("when") else "pretrain"
 
     def rows(self, *keys):
+        """The rows of the log that have all these keys."""
         return [row for row in self.log if all(key in row for key in keys)]
 
     def points(self, key, *also):
         """[(step, value)] of the rows that have these keys, where the value is a finite number."""
         return [(row["step"], row[key]) for row in self.rows("step", key, *also)
-                if isinstance(row[key], (int, float)) and math.isfinite(row[key])]
+                if is_finite(row[key])]
 
-def accuracy_sources(runs):
-    """[(source, {"base" | "SFT" | "RL": {kind: accuracy}})]; a source asked all the same, greedily.
+    def held_out(self):
+        """{kind: [(step, accuracy)]} of RL's held-out problems."""
+        points = {}
+        for row in self.rows("step", "kind", "accuracy"):
+            points.setdefault(row["kind"], []).append((row["step"], row["accuracy"]))
+        return points
 
-    First eval.json, by the hash of the problems; then the logs, where RL's own first measurement
-    stands for SFT. Of several runs of one stage the last one counts.
-    """
-    sources, logged = {}, {}
-    for run in sorted(runs, key=lambda run: run.stage == "RL"):
+# ---- What these files must look like -------------------------------------------------------------
+
+def is_text(value):
+    return isinstance(value, str)
+
+def is_number(value):
+    """A float may be NaN or infinite; an int must be one that a float can hold."""
+    return isinstance(value, float) or is_finite(value)
+
+def is_finite(value):
+    return type(value) in (int, float) and abs(value) < 1e18
+
+def is_price(value):
+    return value is None or is_finite(value)
+
+def is_size(value):
+    return type(value) is int and 1 < value < 2 ** 31
+
+ANY = ""        # as a key: every key
+FUNNEL_ROW = {"step": is_text, "in": is_finite, "kept": is_finite, "bytes?": is_finite,
+              "docs_per_s?": is_finite, "seconds?": is_finite, "dropped?": {ANY: is_finite},
+              "flagged?": {ANY: is_finite}}
+CONFIG = {"vocab_size?": is_size, "deepdive?": {"stage?": is_text}}
+RESULT = {"left_out?": [is_text], "arguments?": {}, "kinds?": {ANY: {"accuracy": is_finite}},
+          "tasks?": {ANY: {}}}
+LOG_ROW = {"step?": is_finite, "seconds?": is_finite, "loss?": is_number, "val_loss?": is_number,
+           "val_bpb?": is_number, "gzip?": is_finite, "xz?": is_finite, "reward?": is_number,
+           "reply_tokens?": is_number, "usd?": is_finite, "sample?": is_text, "kind?": is_text,
+           "when?": is_text, "header?": {"flags?": {"gpu_hour_usd?": is_price}},
+           "accuracy?": is_finite}
+SFT_ROW = {**LOG_ROW, "accuracy?": {ANY: is_finite}}
+
+def misfit(value, shape, place="the file"):
+    """The place where a JSON value does not have a shape; None if it has. A shape is a test of the
+    value; [shape], a list; or {key: shape}, where a "key?" may be missing."""
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return place
+        inside = [(f"{place}[{i}]", item, shape[0]) for i, item in enumerate(value)]
+    elif isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return place
+        inside = []
+        for key, inner in shape.items():
+            name = key.removesuffix("?")
+            if key == ANY:
+                inside += [(f"{place}, {name}", item, inner) for name, item in value.items()]
+            elif name in value:
+                inside.append((f"{place}, {name}", value[name], inner))
+            elif key == name:
+                return f"{place}, {name}"
+    else:
+        return None if shape(value) else place
+    for inner_place, item, inner in inside:
+        found = misfit(item, inner, inner_place)
+        if found:
+            return found
+    return None
+
+def read_checked(path, shape):
+    """A JSON object of this shape; {} if there is no file."""
+    value = read_json(path)
+    place = misfit(value, shape)
+    if place:
+        raise SystemExit(f"{path} is damaged: {printable(place)}, is missing or of a wrong type; "
+                         "delete the file, or make it again")
+    return value
+
+def read_checked_log(run):
+    """The rows of <run>/log.jsonl."""
+    path = run / "log.jsonl"
+    try:
+        rows = read_log(run)
+    except (OSError, ValueError, RecursionError) as error:
+        raise SystemExit(f"{path} is damaged: {reason(error)}; remove the broken line") from None
+    for number, row in enumerate(rows, 1):
+        is_sft = isinstance(row, dict) and "when" in row
+        place = misfit(row, SFT_ROW if is_sft else LOG_ROW, f"row {number}")
+        if place:
+            raise SystemExit(f"{path} is damaged: {printable(place)}, is missing or of a wrong "
+                             "type; remove the row")
+    return rows
+
+# ---- The demo's verdicts -------------------------------------------------------------------------
+
+CHANCE = dict(bits=0.5)     # even or odd; the answer to an open question cannot be guessed
+
+def eval_accuracies(runs):
+    """{source: {stage: {kind: accuracy}}} from eval.json. The hash of the problems is a part of the
+    source's name, so that accuracies on different problems are never compared."""
+    sources = {}
+    for run in runs:
         for name, result in run.results.items():
-            if "kinds" in result:
-                asked = result["arguments"]
-                source = (f"eval.json: {result['n']} of {Path(name).name} (hash {asked['files']}), "
-                          f"replies of {asked['max_new_tokens']} tokens at most")
-                shares = {kind: v["accuracy"] for kind, v in result["kinds"].items()}
-                sources.setdefault(source, {})[run.stage] = shares
+            if "kinds" not in result:
+                continue
+            asked = result.get("arguments", {})
+            source = (f"eval.json: {result.get('n')} of {Path(name).name} (hash "
+                      f"{asked.get('files')}), replies of {asked.get('max_new_tokens')} tokens at "
+                      "most")
+            shares = {kind: task["accuracy"] for kind, task in result["kinds"].items()}
+            sources.setdefault(source, {})[run.stage] = shares
+    return sources
+
+def logged_accuracies(runs):
+    """{stage: {kind: accuracy}} from the logs of SFT and RL. RL measures once before it learns:
+    that is the accuracy of the SFT model."""
+    stages = {}
+    for run in runs:
         for row in run.rows("when", "accuracy"):
             stage = "base" if row["when"] == "before" else "SFT"
-            logged.setdefault(stage, {}).update(row["accuracy"])
-        for row in run.rows("kind", "accuracy"):
-            for stage in ("SFT", "RL") if row["step"] == 0 else ("RL",):
-                logged.setdefault(stage, {})[row["kind"]] = row["accuracy"]
-    return [*sources.items(), *([("training logs", logged)] if logged else [])]
+            stages.setdefault(stage, {}).update(row["accuracy"])
+        for row in run.rows("step", "kind", "accuracy"):
+            if row["step"] == 0:
+                stages.setdefault("SFT", {})[row["kind"]] = row["accuracy"]
+            stages.setdefault("RL", {})[row["kind"]] = row["accuracy"]
+    return stages
+
+def accuracy_sources(runs):
+    """[(source, {"base" | "SFT" | "RL": {kind: accuracy}})]. All accuracies of a source come from
+    greedy replies to the same problems. If several runs have the same stage, the last one counts.
+    """
+    runs = sorted(runs, key=lambda run: run.stage == "RL")
+    sources = list(eval_accuracies(runs).items())
+    logged = logged_accuracies(runs)
+    if logged:
+        sources.append(("training logs", logged))
+    return sources
 
 def gain(runs, kind, before, after, wanted):
-    """(whether accuracy rose by `wanted` points, and above chance; the figures as text)."""
+    """(passed, figures as text): did the accuracy on `kind` rise by at least `wanted` percentage
+    points, to more than chance?"""
     for source, stages in accuracy_sources(runs):
-        a, b = stages.get(before, {}).get(kind), stages.get(after, {}).get(kind)
-        if a is not None and b is not None:
-            points = round(100 * (b - a), 6)        # .65 - .50 is 15 points, not a hair less
-            chance = f", above chance {CHANCE[kind]:.0%}" if kind in CHANCE else ""
-            return points >= wanted and b > CHANCE.get(kind, 0), (
-                f"{before} {a:.1%}, {after} {b:.1%}: {points:+.1f} points; wanted +{wanted}{chance}"
-                f" ({source.partition(':')[0]})")
-    return False, f"no figure: no log or eval.json has {kind} of both {before} and {after}"
+        if kind not in stages.get(before, {}) or kind not in stages.get(after, {}):
+            continue
+        old = stages[before][kind]
+        new = stages[after][kind]
+        points = round(100 * (new - old), 6)    # 0.65 - 0.50 is 15 points, not a hair less
+        text = f"{before} {old:.1%}, {after} {new:.1%}: {points:+.1f} points; wanted +{wanted}"
+        if kind in CHANCE:
+            text += f", above chance {CHANCE[kind]:.0%}"
+        text += f" ({source.partition(':')[0]})"
+        return points >= wanted and new > CHANCE.get(kind, 0), text
+    return False, f"no figure: no log or eval.json has {kind} for both {before} and {after}"
+
+def compression(runs):
+    """(passed, figures as text): does the base model compress unseen text better than gzip?"""
+    ends = [row for run in runs for row in run.rows("val_bpb", "gzip", "xz")]
+    if not ends:
+        return False, "no figure: no log holds the end of a train_gpt2.py run"
+    end = ends[-1]
+    text = f"model {end['val_bpb']:.4f}, gzip -9 {end['gzip']:.4f}, xz -9e {end['xz']:.4f}"
+    return end["val_bpb"] < end["gzip"], text
 
 def verdicts(runs):
-    """[(passed, claim, figures)] for what the demo promises."""
-    final = [row for run in runs for row in run.rows("val_bpb", "gzip", "xz")]
-    bpb = False, "no figure: no log has the end of a train_gpt2.py run"
-    if final:
-        model, gz, xz = (final[-1][key] for key in ("val_bpb", "gzip", "xz"))
-        bpb = model < gz, f"model {model:.4f}, gzip -9 {gz:.4f}, xz -9e {xz:.4f}"
-    claims = {"base: val bits a byte below gzip": bpb,
+    """[("pass" | "fall short", claim, figures)] for what the demo promises."""
+    claims = {"base: val bits a byte below gzip": compression(runs),
               "SFT: identity, held out": gain(runs, "identity", "base", "SFT", 30),
               "SFT: functions, held out": gain(runs, "functions", "base", "SFT", 30),
               "RL: bits, held out": gain(runs, "bits", "SFT", "RL", 15)}
     return [("pass" if passed else "fall short", claim, text)
             for claim, (passed, text) in claims.items()]
 
-# ---- The report; text from runs enters it only through table and curve, which escape it ----------
+def print_summary(runs, funnel, strict):
+    """Prints the verdicts; returns the exit status, which is 1 only if a strict one falls short."""
+    if funnel:
+        last = funnel[-1]
+        megabytes = last.get("bytes", 0) / 1e6
+        print(f"data: {last['kept']} documents, {megabytes:.2f} MB of text")
+    judged = verdicts(runs)
+    for verdict, claim, text in judged:
+        print(f"{verdict:10s} | {claim:32s} | {text}")
+    fall_short = [claim for verdict, claim, _ in judged if verdict != "pass"]
+    return 1 if strict and fall_short else 0
 
-def table(head, rows):
-    """Column names and rows of anything → HTML; every cell is escaped."""
-    lines = ["".join(f"<th>{escape(str(cell))}</th>" for cell in head)]
-    lines += ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
-    return "<div class=wide><table><tr>" + "</tr>\n<tr>".join(lines) + "</tr></table></div>"
+# ---- Curves: SVG, for the report and for a file of its own ---------------------------------------
 
-def section(name, title, *parts):
-    body = "\n".join(filter(None, parts)) or "<p>Nothing of this is recorded here.</p>"
-    return f"<section id={name}>\n<h2>{title}</h2>\n{body}\n</section>"
+NOT_XML = re.compile("[^\\t\\n\\x20-\\x7e\\xa0-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
 
-def curve(title, lines, levels={}, W=640, H=240):
-    """An SVG of lines {name: [(step, y)]} and dashed levels {name: y}; "" if there is no point."""
-    lines = {name: points for name, points in lines.items() if points}
-    if not lines:
-        return ""
-    xs, ys = zip(*itertools.chain(*lines.values()))
-    ys = [*ys, *levels.values()]
-    x0, x1 = min(xs), max(max(xs), min(xs) + 1)
-    pad = 0.05 * (max(ys) - min(ys)) or 0.5
-    y0, y1 = min(ys) - pad, max(ys) + pad
-    X = lambda x: round(56 + (x - x0) / (x1 - x0) * (W - 72), 1)
-    Y = lambda y: round(10 + (y1 - y) / (y1 - y0) * (H - 40), 1)
-    svg = [f"<text x=50 y={Y(y) + 4} class=end>{y:.6g}</text>"
-           f"<path class=grid d='M56 {Y(y)}H{W - 16}'/>" for y in ticks(y0, y1, 5)]
-    svg += [f"<text x={X(x)} y={H - 10} class=mid>{x:.6g}</text>" for x in ticks(x0, x1, 8)]
-    svg += [f"<text x={W - 18 - 110 * i} y={Y(y) - 4} class=end>{escape(name)} {y:.4g}</text>"
-            f"<path class=level d='M56 {Y(y)}H{W - 16}'/>"
-            for i, (name, y) in enumerate(levels.items())]
-    for i, points in enumerate(lines.values()):
-        size = -(-len(points) // 400)       # at most 400 points a line, each the mean of `size`
-        groups = [zip(*points[j:j + size]) for j in range(0, len(points), size)]
-        at = [[sum(values) / len(values) for values in group] for group in groups]
-        path = " ".join(f"{X(x)},{Y(y)}" for x, y in at)
-        svg.append(f"<polyline class=c{i % 4} points='{path}'/>")
-        svg += [f"<circle class=c{i % 4} cx={X(x)} cy={Y(y)} r=2 />" for x, y in at if len(at) < 50]
-    names = " ".join(f"<span class=c{i % 4}>● {escape(k)}</span>" for i, k in enumerate(lines))
-    return (f"<figure><figcaption>{escape(title)}, by step: {names}</figcaption>"
-            f"<svg viewBox='0 0 {W} {H}'>{''.join(svg)}</svg></figure>")
+def shown(text):
+    """A text from a run → HTML and XML: escaped, with U+FFFD for what neither can hold."""
+    return escape(NOT_XML.sub("\ufffd", str(text)))
 
 def ticks(low, high, most):
     """Round numbers between low and high: 0, 9.3, 5 → 0, 2, 4, 6, 8."""
-    size = 10.0 ** math.floor(math.log10((high - low) / most))
-    size *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * size) <= most)
+    magnitude = 10.0 ** math.floor(math.log10((high - low) / most))
+    for multiple in (1, 2, 5, 10):
+        size = multiple * magnitude
+        if (high - low) / size <= most:
+            break
     return [i * size for i in range(math.ceil(low / size), math.floor(high / size) + 1)]
+
+def thinned(points, most=400):
+    """At most `most` points, each the mean of its neighbours, so that a long run stays small."""
+    size = math.ceil(len(points) / most)
+    means = []
+    for first in range(0, len(points), size):
+        group = points[first:first + size]
+        means.append((sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)))
+    return means
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps low … high to the pixels start … end."""
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value):
+        share = (value - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 1)
+
+def plot(lines, levels, W, H):
+    """Lines {name: [(step, y)]}, each with a point, and dashed levels {name: y} → SVG elements in
+    W x H pixels. The classes c0 … c3 are the colours of the lines."""
+    xs = [x for points in lines.values() for x, _ in points]
+    ys = [y for points in lines.values() for _, y in points] + list(levels.values())
+    pad = 0.05 * (max(ys) - min(ys)) or 0.5
+    left = 56
+    right = W - 16
+    X = Scale(min(xs), max(max(xs), min(xs) + 1), left, right)
+    Y = Scale(min(ys) - pad, max(ys) + pad, H - 30, 10)
+    svg = []
+    for y in ticks(Y.low, Y.high, 6):
+        svg.append(f"<text x='{left - 6}' y='{Y(y) + 4}' class='end'>{y:.6g}</text>"
+                   f"<path class='grid' d='M{left} {Y(y)}H{right}'/>")
+    for x in ticks(X.low, X.high, W // 80):
+        svg.append(f"<text x='{X(x)}' y='{H - 10}' class='mid'>{x:.6g}</text>")
+    for i, (name, y) in enumerate(levels.items()):
+        svg.append(f"<text x='{right - 2 - 110 * i}' y='{Y(y) - 4}' class='end'>{shown(name)} "
+                   f"{y:.4g}</text><path class='level' d='M{left} {Y(y)}H{right}'/>")
+    for i, points in enumerate(lines.values()):
+        points = thinned(points)
+        path = " ".join(f"{X(x)},{Y(y)}" for x, y in points)
+        svg.append(f"<polyline class='c{i % 4}' points='{path}'/>")
+        if len(points) < 50:
+            svg += [f"<circle class='c{i % 4}' cx='{X(x)}' cy='{Y(y)}' r='2'/>" for x, y in points]
+    return "".join(svg)
+
+def curve(title, lines, levels={}, W=640, H=240):
+    """The HTML figure of a plot; "" if no line has a point."""
+    lines = {name: points for name, points in lines.items() if points}
+    if not lines:
+        return ""
+    names = " ".join(f"<span class=c{i % 4}>● {shown(name)}</span>"
+                     for i, name in enumerate(lines))
+    return (f"<figure><figcaption>{shown(title)}, by step: {names}</figcaption>"
+            f"<svg viewBox='0 0 {W} {H}'>{plot(lines, levels, W, H)}</svg></figure>")
+
+def ln_vocab(run):
+    """The level of a model that finds all tokens equally likely, where training starts."""
+    V = run.config.get("vocab_size")
+    return {f"ln {V}, guessing:": math.log(V)} if V else {}
+
+def story_panels(runs):
+    """[(title, lines, levels)]: the base model's loss, and RL's reward and held-out accuracy."""
+    panels = []
+    for run in runs:
+        losses = dict(training=run.points("loss"), validation=run.points("val_loss"))
+        if run.stage == "base" and losses["training"]:
+            panels.append(("From noise to English: loss, nats per token", losses, ln_vocab(run)))
+    for run in runs:
+        lines = {"mean reward of samples": run.points("reward")}
+        for kind, points in run.held_out().items():
+            lines[f"accuracy on held-out {kind}"] = points
+        levels = {f"chance, {kind}": CHANCE[kind] for kind in run.held_out() if kind in CHANCE}
+        if run.stage == "RL" and lines["mean reward of samples"]:
+            panels.append(("Reinforcement learning: share of right answers", lines, levels))
+    return panels
+
+def panel(title, lines, levels, W, H):
+    """A title, a legend and a plot → SVG elements in W x H pixels."""
+    lines = {name: points for name, points in lines.items() if points}
+    svg = [f"<text x='20' y='30' class='title'>{shown(title)}</text>"]
+    x = 20
+    for i, name in enumerate(lines):
+        svg.append(f"<text x='{x}' y='52' class='c{i % 4}'>● {shown(name)}</text>")
+        x += 30 + 7 * len(name)     # a letter is about 7 pixels wide
+    svg.append(f"<g transform='translate(0 60)'>{plot(lines, levels, W, H - 84)}</g>")
+    svg.append(f"<text x='{W // 2 + 20}' y='{H - 14}' class='mid'>training step</text>")
+    return "".join(svg)
+
+def write_curves(runs, out, W=450, H=330):
+    """The panels of the story side by side → one SVG file, on a white card."""
+    panels = story_panels(runs)
+    if not panels:
+        raise SystemExit(f"{', '.join(str(run.path) for run in runs)}: no log holds a loss or a "
+                         "reward; name the runs of train_gpt2.py and rl_grpo.py")
+    width = W * len(panels)
+    svg = [f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{H}' "
+           f"viewBox='0 0 {width} {H}'>",
+           f"<style>{SVG_STYLE}{GRAPHICS}</style>",
+           f"<rect width='{width}' height='{H}' rx='8' class='card'/>"]
+    for i, (title, lines, levels) in enumerate(panels):
+        svg.append(f"<g transform='translate({i * W} 0)'>{panel(title, lines, levels, W, H)}</g>")
+    write_whole(out, "\n".join([*svg, "</svg>\n"]))
+
+GRAPHICS = """
+text, circle { fill: currentColor } .mid { text-anchor: middle } .end { text-anchor: end }
+polyline { fill: none; stroke: currentColor; stroke-width: 1.5 }
+.grid { stroke: #8884 } .level { stroke: currentColor; stroke-dasharray: 5 4 }
+"""
+SVG_STYLE = """
+svg { color: #333; font: 12px system-ui, sans-serif } .title { font-size: 15px; font-weight: 600 }
+.card { fill: #fff; stroke: #ddd } .c0 { color: #0b62c4 } .c1 { color: #c4530b }
+.c2 { color: #1c7f3c } .c3 { color: #8a3fc0 }
+"""
+
+# ---- The page; text from runs enters it only through table, section and curve, which escape it ---
 
 STYLE = """
 :root { color-scheme: light dark }
@@ -155,119 +389,158 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
 th, td { text-align: left; vertical-align: top; padding: .2rem .7rem; white-space: pre-wrap;
   border-bottom: 1px solid #8886 }
-svg { width: 100%; font-size: 12px } text, circle { fill: currentColor }
-.mid { text-anchor: middle } .end { text-anchor: end }
-polyline { fill: none; stroke: currentColor; stroke-width: 1.5 }
-.grid { stroke: #8884 } .level { stroke: currentColor; stroke-dasharray: 5 4 }
+svg { width: 100%; font-size: 12px }
 """
 
+def table(head, rows):
+    """Column names and rows of anything → HTML; every cell is escaped."""
+    lines = ["".join(f"<th>{shown(cell)}</th>" for cell in head)]
+    lines += ["".join(f"<td>{shown(cell)}</td>" for cell in row) for row in rows]
+    return "<div class=wide><table><tr>" + "</tr>\n<tr>".join(lines) + "</tr></table></div>"
+
+def section(name, title, parts):
+    """A title and parts of HTML, some of which may be empty → HTML."""
+    body = "\n".join(part for part in parts if part)
+    if not body:
+        body = "<p>Nothing of this is recorded here.</p>"
+    return f"<section id={name}>\n<h2>{shown(title)}</h2>\n{body}\n</section>"
+
+def loss_curves(runs):
+    """RL's runs have no curve here, because on fresh samples the loss says nothing, see rl_grpo.py.
+    """
+    for run in runs:
+        if run.stage != "RL":
+            lines = dict(train=run.points("loss"), val=run.points("val_loss"))
+            levels = ln_vocab(run) if run.stage == "base" else {}
+            yield curve(f"{run.path} ({run.stage}), loss in nats a token", lines, levels)
+
+def bpb_curves(runs):
+    """Bits a byte beside what compressors need for the same text."""
+    for run in runs:
+        levels = {}
+        for row in run.rows("gzip", "xz"):
+            levels = {"gzip -9": row["gzip"], "xz -9e": row["xz"]}
+        yield curve(f"{run.path}, val bits a byte", dict(model=run.points("val_bpb")), levels)
+
+def rl_curves(runs):
+    for run in runs:
+        held_out = run.held_out()
+        chance = {f"chance, {kind}": CHANCE[kind] for kind in held_out if kind in CHANCE}
+        yield curve(f"{run.path}, mean reward of samples", dict(reward=run.points("reward")))
+        yield curve(f"{run.path}, mean reply length of samples",
+                    dict(tokens=run.points("reply_tokens", "reward")))
+        yield curve(f"{run.path}, greedy accuracy on held-out problems", held_out, chance)
+
+def gallery(run, most=12):
+    """What the model wrote at `most` steps, the first and the last among them."""
+    samples = dict.fromkeys((row["step"], row["sample"]) for row in run.rows("step", "sample"))
+    steps = sorted({step for step, _ in samples})
+    if not steps:
+        return ""
+    shown = {steps[i * (len(steps) - 1) // (most - 1)] for i in range(most)}
+    rows = [(step, sample) for step, sample in samples if step in shown]
+    return table((f"{run.path}, step", "sample"), rows)
+
+def accuracy_tables(runs):
+    """One table for each source; a stage that was not asked has a dash."""
+    for source, stages in accuracy_sources(runs):
+        kinds = dict.fromkeys(kind for accuracies in stages.values() for kind in accuracies)
+        rows = []
+        for kind in kinds:
+            row = [kind]
+            for stage in STAGES.values():
+                accuracy = stages.get(stage, {}).get(kind)
+                row.append("–" if accuracy is None else f"{accuracy:.1%}")
+            rows.append([*row, f"{CHANCE.get(kind, 0):.0%}"])
+        yield table((source, "base (before SFT)", "SFT (after)", "RL", "chance"), rows)
+
+def counts(reasons):
+    """{reason: pages} → the most frequent first."""
+    ordered = sorted(reasons.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{reason} {pages}" for reason, pages in ordered)
+
 def filter_table(funnel):
-    """funnel: the rows of index.json that prepare_fineweb.py wrote, one a step."""
+    """funnel: the rows of index.json that prepare_fineweb.py wrote, one for each step."""
     if not funnel:
         return "<p>No filter table: name the folder of prepare_fineweb.py with --data.</p>"
-    counts = lambda why: ", ".join(f"{w} {n}" for w, n in sorted(why.items(), key=lambda x: -x[1]))
-    rows = [(row["step"], row["in"], row["kept"], f"{row['kept'] / max(1, row['in']):.1%}",
-             f"{row.get('bytes', 0) / 1e6:.2f}", f"{row.get('docs_per_s', 0):.0f}",
-             counts(row.get("dropped", {})), counts(row.get("flagged", {}))) for row in funnel]
+    rows = []
+    for row in funnel:
+        share = row["kept"] / max(1, row["in"])
+        rows.append((row["step"], row["in"], row["kept"], f"{share:.1%}",
+                     f"{row.get('bytes', 0) / 1e6:.2f}", f"{row.get('docs_per_s', 0):.0f}",
+                     counts(row.get("dropped", {})), counts(row.get("flagged", {}))))
     return table(("step", "in", "kept", "share", "MB of text", "pages/s", "why dropped",
                   "noted, not dropped"), rows)
 
-def gallery(run, most=12):
-    """What the model wrote at some steps, the first and the last among them."""
-    rows = dict.fromkeys((row["step"], row["sample"]) for row in run.rows("step", "sample"))
-    steps = sorted({step for step, _ in rows})
-    shown = {steps[i * (len(steps) - 1) // (most - 1)] for i in range(most)} if steps else ()
-    return rows and table((f"{run.path}, step", "sample"), [row for row in rows if row[0] in shown])
-
-def run_curves(runs):
-    """{section: curves}; a curve is "" where a log has no such rows."""
-    parts = dict(loss=[], bpb=[], rl=[])
-    for run in runs:
-        held_out, levels = {}, {}
-        for row in run.rows("step", "kind", "accuracy"):
-            held_out.setdefault(row["kind"], []).append((row["step"], row["accuracy"]))
-        for row in run.rows("gzip", "xz"):
-            levels = {"gzip -9": row["gzip"], "xz -9e": row["xz"]}
-        chance = {f"chance, {kind}": CHANCE[kind] for kind in held_out if kind in CHANCE}
-        losses = dict(train=run.points("loss"), val=run.points("val_loss"))
-        if run.stage != "RL":       # on fresh samples the loss says nothing, see rl_grpo.py
-            parts["loss"].append(curve(f"{run.path} ({run.stage}), loss in nats a token", losses))
-        parts["bpb"].append(curve(f"{run.path}, val bits a byte", dict(model=run.points("val_bpb")),
-                                  levels))
-        tokens = dict(tokens=run.points("reply_tokens", "reward"))
-        parts["rl"] += [
-            curve(f"{run.path}, mean reward of samples", dict(reward=run.points("reward"))),
-            curve(f"{run.path}, mean reply length of samples", tokens),
-            curve(f"{run.path}, greedy accuracy on held-out problems", held_out, chance)]
-    return parts
-
-def accuracy_tables(runs):
-    """One table a source; a stage that it did not ask has a dash."""
-    for source, stages in accuracy_sources(runs):
-        rows = [(kind, *(f"{stages[s][kind]:.1%}" if kind in stages.get(s, {}) else "–"
-                         for s in STAGES.values()), f"{CHANCE.get(kind, 0):.0%}")
-                for kind in dict.fromkeys(itertools.chain(*stages.values()))]
-        yield table((source, "base (before SFT)", "SFT (after)", "RL", "chance"), rows)
-
-def result_rows(runs):
-    """(run, task, figures) of each eval.json, the tasks of a mean below it."""
+def results_table(runs):
+    """Everything in eval.json; the tasks of a mean stand below it."""
+    rows = []
     for run in runs:
         for name, result in run.results.items():
-            yield run.path, name, " | ".join(figures(result))
+            rows.append((run.path, name, " | ".join(figures(result))))
             for label, task in result.get("tasks", {}).items():
-                yield run.path, f"· {label}", " | ".join(figures(task))
+                rows.append((run.path, f"· {label}", " | ".join(figures(task))))
+    return table(("run", "task", "figures"), rows) if rows else ""
+
+def duration(seconds):
+    return str(timedelta(seconds=int(seconds)))
 
 def cost_table(runs, funnel):
-    """Seconds from the end of each log; the trainer's own running cost counts every GPU it used."""
-    seconds = sum(row.get("seconds", 0) for row in funnel)
+    """The time at the end of each log. A trainer that logs its cost counts every GPU; otherwise the
+    cost is that of one GPU."""
     rows = []
     if funnel:
-        spent = timedelta(seconds=int(seconds))
-        rows.append(("data", "", "", f"{spent}, summed over workers", ""))
+        seconds = sum(row.get("seconds", 0) for row in funnel)
+        rows.append(("data", "", "", f"{duration(seconds)}, summed over workers", ""))
     for run in runs:
-        price = run.header.get("flags", {}).get("gpu_hour_usd") or 0
-        usd = [run.seconds / 3600 * price, *(row["usd"] for row in run.rows("usd"))][-1]
         steps = max((row["step"] for row in run.rows("step")), default="–")
-        cost = f"${usd:.2f}" if price else "–"
-        rows.append((run.path, run.stage, steps, str(timedelta(seconds=int(run.seconds))), cost))
-    total = timedelta(seconds=int(sum(run.seconds for run in runs)))
-    rows.append(("all runs", "", "", str(total), ""))
+        price = run.header.get("flags", {}).get("gpu_hour_usd")
+        cost = "–"
+        if price:
+            usd = run.seconds / 3600 * price
+            for row in run.rows("usd"):
+                usd = row["usd"]
+            cost = f"${usd:.2f}"
+        rows.append((run.path, run.stage, steps, duration(run.seconds), cost))
+    rows.append(("all runs", "", "", duration(sum(run.seconds for run in runs)), ""))
     return table(("", "stage", "steps", "h:mm:ss", "cost"), rows)
 
-def report(runs, funnel, out):
-    """Writes one HTML file: no script, no image, no font, nothing to load."""
+def runs_table(runs):
+    """What it takes to repeat each run."""
     keys = ("params", "commit", "torch", "python", "device", "command")
-    about = [(run.path, run.stage, *(run.header.get(key, "–") for key in keys)) for run in runs]
-    curves, results = run_curves(runs), list(result_rows(runs))
-    title = escape("deepdive: " + ", ".join(run.path.name for run in runs))
-    sections = [
-        section("runs", "Runs", table(("run", "stage", *keys), about)),
-        section("verdicts", "The demo's promises", table(("", "claim", "figures"), verdicts(runs))),
-        section("data", "What the filters kept and dropped", filter_table(funnel)),
-        section("loss", "Loss", *curves["loss"]),
-        section("bpb", "Bits per byte", *curves["bpb"]),
-        section("samples", "From noise to English: samples by training step", *map(gallery, runs)),
-        section("accuracy", "Base, SFT, RL on the same held-out problems", *accuracy_tables(runs)),
-        section("rl", "Reinforcement learning: reward, reply length, accuracy", *curves["rl"]),
-        section("results", "All that eval.py measured",
-                results and table(("run", "task", "figures"), results)),
-        section("cost", "Time and cost of every stage", cost_table(runs, funnel))]
-    page = ("<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n"
-            f"<meta name=viewport content='width=device-width'>\n<title>{title}</title>\n"
-            f"<style>{STYLE}</style>\n<h1>{title}</h1>\n" + "\n".join(sections) + "\n</html>\n")
-    part = Path(f"{out}.part")
-    part.write_text(page, encoding="utf-8", errors="replace")
-    part.replace(out)
-    print(f"{out}: {len(page) / 1e3:.0f} kB, open it in a browser")
+    rows = [(run.path, run.stage, *(run.header.get(key, "–") for key in keys)) for run in runs]
+    return table(("run", "stage", *keys), rows)
 
-def summary(runs, funnel, strict):
-    """Prints the verdicts; returns the exit status."""
-    for last in funnel[-1:]:
-        print(f"data: {last['kept']} documents, {last['bytes'] / 1e6:.2f} MB of text")
-    judged = verdicts(runs)
-    for verdict, claim, text in judged:
-        print(f"{verdict:10s} | {claim:32s} | {text}")
-    return int(strict and any(verdict != "pass" for verdict, _, _ in judged))
+def write_report(runs, funnel, out):
+    """Writes one HTML file: no script, no image, no font, nothing to load."""
+    title = shown("deepdive: " + ", ".join(run.path.name for run in runs))
+    promises = table(("", "claim", "figures"), verdicts(runs))
+    sections = [
+        section("verdicts", "The demo's promises", [promises]),
+        section("loss", "Loss", loss_curves(runs)),
+        section("samples", "From noise to English: samples by training step", map(gallery, runs)),
+        section("bpb", "Bits per byte", bpb_curves(runs)),
+        section("accuracy", "Base, SFT, RL on the same held-out problems", accuracy_tables(runs)),
+        section("rl", "Reinforcement learning: reward, reply length, accuracy", rl_curves(runs)),
+        section("data", "What the filters kept and dropped", [filter_table(funnel)]),
+        section("results", "All that eval.py measured", [results_table(runs)]),
+        section("cost", "Time and cost of every stage", [cost_table(runs, funnel)]),
+        section("runs", "Runs, and the commands that repeat them", [runs_table(runs)])]
+    write_whole(out, "<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n"
+                "<meta name=viewport content='width=device-width'>\n"
+                f"<title>{title}</title>\n<style>{STYLE}{GRAPHICS}</style>\n<h1>{title}</h1>\n"
+                + "\n".join(sections) + "\n</html>\n")
+
+def write_whole(out, text):
+    """Writes under another name, then renames: the file is there whole or not at all."""
+    part = Path(f"{out}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(out)
+    except OSError as error:
+        raise cannot_write(out, error) from None
+    print(f"{out}: {len(text) / 1e3:.0f} kB, open it in a browser")
 
 # ---- The filters' page: what each step did to some pages ------------------------------------------
 
@@ -401,21 +674,37 @@ def html_extraction(source, text):
             out.append(f"<del>{' · '.join(run)}</del>")
     return "<pre>" + "\n".join(out) + "</pre>"
 
+# ---- Command line --------------------------------------------------------------------------------
+
 def main():
-    parser = argparse.ArgumentParser(description="show what runs left on disk")
+    parser = argparse.ArgumentParser(description="show what runs left on disk",
+                                     usage="%(prog)s [report | summary] RUN … [flags]")
     add = parser.add_argument
     add("runs", nargs="+", help="run folders, in the order of the stages")
     add("--data", help="folder of prepare_fineweb.py")
     add("--out", help="file of the report (default: report.html in the last run)")
-    add("--strict", action="store_true", help="the summary exits with 1 if something falls short")
+    add("--svg", help="write only the curves of loss and reward, into this SVG file")
+    add("--strict", action="store_true", help="the summary exits with 1 if a claim falls short")
     words = sys.argv[1:]
-    command = words.pop(0) if words and words[0] in ("report", "summary") else "report"
+    command = "report"
+    if words and words[0] in ("report", "summary"):
+        command = words.pop(0)
     args = parser.parse_args(words)
     runs = [Run(path) for path in args.runs]
-    funnel = read_json(Path(args.data, "index.json")).get("funnel", []) if args.data else []
+    funnel = []
+    if args.data:
+        index = read_checked(Path(args.data, "index.json"), {"funnel?": [FUNNEL_ROW]})
+        funnel = index.get("funnel", [])
     if command == "summary":
-        raise SystemExit(summary(runs, funnel, args.strict))
-    report(runs, funnel, args.out or runs[-1].path / "report.html")
+        raise SystemExit(print_summary(runs, funnel, args.strict))
+    if args.svg:
+        write_curves(runs, args.svg)
+    else:
+        write_report(runs, funnel, args.out or runs[-1].path / "report.html")
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None

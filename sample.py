@@ -8,25 +8,30 @@ Inference: a trained model writes, one token at a time.
 
     in:  <run>/model.safetensors, config.json, the tokenizer      out: text
 
-A prompt begins with <|endoftext|>, as every document in training did. The prompt goes through the
-model once (prefill) and leaves its keys and values in a cache; then each new token costs one
-position. When an assistant writes <|python|>code<|/python|>, the loop runs the code and forces
-<|output|>its result<|/output|> into the text before the model goes on: what a tool says is never
-sampled.
+A prompt begins with <|endoftext|>, as every document in training did. The model reads the prompt
+once (prefill) and leaves its keys and values in a cache; each new token then costs one position.
+When an assistant writes <|python|>code<|/python|>, the engine runs the code and forces
+<|output|>its result<|/output|> into the text before the model continues: the output of a tool is
+never sampled.
 
 Papers: nucleus sampling (arXiv 1904.09751), min-p (2407.01082), tool calls in the text (Toolformer,
 2302.04761).
 """
 import argparse
 import codecs
+import ctypes
+import functools
 import json
+import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,282 +42,545 @@ from model import GPT2_SIZES, KVCache, load_checkpoint
 
 # ---- From logits to one token --------------------------------------------------------------------
 
-def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """logits (B, V) → the distribution that is sampled, (B, V).
+MIN_TEMPERATURE = 1e-5      # a lower one is greedy, and would only overflow
 
-    Temperature 0 puts all of it on the best token. top_k keeps the k best tokens; top_p the fewest
-    best ones that hold a share p; min_p those at least min_p times as probable as the best. What is
-    cut off goes to the rest in proportion.
+def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """logits (B, V) → the distribution that the next token is drawn from, (B, V).
+
+    Temperature 0 gives all of it to the best token. top_k keeps the k best tokens. top_p keeps, of
+    these, the fewest best tokens that hold a share p. min_p keeps those that are at least min_p
+    times as probable as the best. The tokens that are kept share the rest in proportion. This is
+    also the order of transformers. None: no cut.
     """
-    if temperature == 0:
+    if temperature < MIN_TEMPERATURE:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
     probs = torch.softmax(logits / temperature, dim=-1)
-    if top_k:
+    if top_k is not None:
         kth = probs.topk(min(top_k, probs.shape[-1])).values[:, -1:]
         probs = probs.masked_fill(probs < kth, 0.0)
-    if top_p:
+    if top_p is not None and top_p < 1:     # all tokens hold a share 1, whatever rounding says
         ordered, order = probs.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered   # a token stays while those before hold less than p
-        cut = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, order, before >= top_p)
-        probs = probs.masked_fill(cut, 0.0)
-    if min_p:
+        ends = ordered.double().cumsum(-1)
+        before = ends - ordered             # a token stays if the better ones hold less than p
+        is_cut = before >= top_p * ends[:, -1:]
+        probs = probs.masked_fill(torch.zeros_like(is_cut).scatter_(1, order, is_cut), 0.0)
+    if min_p is not None:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
     return probs / probs.sum(-1, keepdim=True)
 
+def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """ValueError if an argument of next_token_probs is outside of its range."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}; leave it out for no cut")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be from 0 to 1, got {min_p}")
+
 def draw(probs, generator):
-    """probs (B, V) → a token of each row (B,): the first up to which they add up to more than a
-    random share of the whole. torch.multinomial draws a random number for each of B x V."""
-    ends = probs.double().cumsum(-1)    # in fp32 rounding could give a share to what was cut off
+    """probs (B, V) → one token per row, (B,), by inverse-CDF sampling: the first token whose
+    cumulative probability exceeds a uniform draw. torch.multinomial would draw B x V numbers."""
+    ends = probs.double().cumsum(-1)    # in fp32, rounding could give a share to a token at 0
     share = torch.rand(len(probs), 1, generator=generator, device=probs.device, dtype=ends.dtype)
     return torch.searchsorted(ends, share * ends[:, -1:], right=True)[:, 0]
 
 # ---- The Python tool -----------------------------------------------------------------------------
 
-PYTHON_TOOL = """
-import sys
-code, home = sys.stdin.read(), sys.base_prefix
-def guard(event, args):
-    name = event.split(".")[0]
-    writes = event == "open" and (set(str(args[1])) & set("wax+") or (args[2] or 0) & 0o103)
-    outside = event == "open" and (".." in str(args[0]) or not str(args[0]).startswith(home))
-    forbidden = name in ("socket", "subprocess", "os", "shutil", "ctypes", "signal", "sqlite3",
-                         "resource")
-    if writes or outside or forbidden and event not in ("os.listdir", "os.scandir"):
-        raise PermissionError(f"{event} is not allowed in the Python tool")
-sys.addaudithook(guard)
-names = {"__name__": "__main__"}
-try:
-    expression = compile(code.strip(), "<python>", "eval")
-except SyntaxError:
-    exec(compile(code, "<python>", "exec"), names)
-else:
-    value = eval(expression, names)
-    if value is not None:
-        print(value)
-"""
-
 def run_python(code, timeout=5.0, max_output=400):
-    """Runs a model's code → what it printed, an expression's value, or its error's last line.
+    """Runs a model's code → what it printed and the value of a last line that is an expression;
+    if it failed, then the last line of its error.
 
-    A fresh process with an empty environment and folder and no input; limits on processor time,
-    memory, output and open files; files outside Python's own library, the network and other
-    processes are refused; killed with its children after `timeout` seconds. This keeps accidents
-    small. It is NOT a sandbox: run models you do not trust in a container.
+    The code runs in a fresh process with an empty environment, an empty folder and no input, with
+    limits on processor time, memory, output and open files. python_tool.py refuses files outside of
+    Python's library, the network and other processes, and encloses itself as well as this machine
+    can; enclosure() says how. The process and its children end with this one, and after `timeout`
+    seconds.
     """
-    def limit():
-        import resource
-        for what, most in ((resource.RLIMIT_CPU, int(timeout) + 1), (resource.RLIMIT_AS, 2 ** 28),
-                           (resource.RLIMIT_FSIZE, 2 ** 16), (resource.RLIMIT_NOFILE, 16),
-                           (resource.RLIMIT_CORE, 0)):
-            resource.setrlimit(what, (most, most))
+    command, _ = enclosure()
+    return run_tool(command, code, timeout, max_output)
 
-    command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", PYTHON_TOOL]
+@functools.cache
+def enclosure():
+    """How the Python tool is enclosed on this machine → (its command, a line for the log). The line
+    is also printed to stderr, once."""
+    tool = Path(__file__).with_name("python_tool.py").read_text(encoding="utf-8")
+    plain = [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", "-c", tool]
+    in_bubblewrap = bubblewrap() + plain
+    missing = run_tool([*plain, "--probe"], "", timeout=60)
+    locks = "Landlock and seccomp"
+    if missing:
+        locks = f"its own guard alone, because {missing}"
+    if bubblewrap() and run_tool(in_bubblewrap, "6 * 7", timeout=60) == "42":
+        found = in_bubblewrap, f"Python tool: enclosed by bubblewrap, and in it by {locks}"
+    elif not missing:
+        found = plain, f"Python tool: enclosed by {locks}"
+    else:
+        found = plain, (f"Python tool: enclosed by {locks}; it stops accidents, not attacks: run "
+                        "models that you do not trust in a container")
+    print(found[1], file=sys.stderr, flush=True)
+    return found
+
+def bubblewrap():
+    """The beginning of a command that runs another one with Python and its libraries alone, without
+    network, in an empty folder; [] if bubblewrap is not installed."""
+    program = shutil.which("bwrap")
+    if not program:
+        return []
+    command = [program, "--unshare-all", "--die-with-parent", "--cap-drop", "ALL"]
+    for path in (sys.base_prefix, "/usr/lib", "/usr/share/zoneinfo", "/lib", "/lib64"):
+        command += ["--ro-bind-try", path, path]
+    return [*command, "--dev", "/dev", "--tmpfs", "/empty", "--chdir", "/empty"]
+
+def run_tool(command, code, timeout=5.0, max_output=400):
+    """Runs a command with the code as its input → what run_python returns."""
+    limit = functools.partial(limit_process, timeout, os.getpid())
     with (tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out,
           tempfile.TemporaryFile() as err):
         process = subprocess.Popen(command, cwd=folder, env={}, stdin=subprocess.PIPE, stdout=out,
-                                   stderr=err, preexec_fn=limit, start_new_session=True)
-        error = b""
+                                   stderr=err, start_new_session=True, preexec_fn=limit)
+        error = None
         try:
             process.communicate(code.encode(errors="replace"), timeout=timeout)
         except subprocess.TimeoutExpired:
-            error = b"TimeoutError: no result after %g s" % timeout
+            error = f"TimeoutError: no result after {timeout:g} s"
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        for file in (out, err):
-            file.seek(0)
-        result = error or out.read(4 * max_output).strip() or err.read().strip().split(b"\n")[-1]
-    return result.decode(errors="replace").strip()[:max_output]
+        out.seek(0)
+        err.seek(0)
+        printed = out.read(4 * max_output).decode(errors="replace").strip()
+        said = err.read().decode(errors="replace").strip().split("\n")[-1][:max_output]
+    if error is None:
+        error = failure(process.returncode, said, printed)
+    if not error:
+        return printed[:max_output]
+    room = max(0, max_output - len(error) - 1)      # much output must not hide the error
+    return f"{printed[:room]}\n{error}".strip()
 
-# ---- The loop ------------------------------------------------------------------------------------
+def failure(returncode, said, printed):
+    """The last line of an error; "" if the code did not fail. said: the last line on stderr."""
+    if returncode < 0:
+        return f"Error: killed by {signal.Signals(-returncode).name}"
+    if returncode > 0:
+        return said or f"Error: exit status {returncode}"
+    if printed:
+        return ""
+    return said
+
+def limit_process(timeout, parent):
+    """Limits this process, which is about to become the Python tool, and lets it end with its
+    parent, even if that is killed."""
+    import resource
+    limits = {resource.RLIMIT_CPU: int(timeout) + 1, resource.RLIMIT_AS: 2 ** 28,
+              resource.RLIMIT_FSIZE: 2 ** 16, resource.RLIMIT_NOFILE: 16, resource.RLIMIT_CORE: 0}
+    for what, most in limits.items():
+        resource.setrlimit(what, (most, most))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+# ---- The engine ----------------------------------------------------------------------------------
 
 @dataclass
 class Completion:
-    """What one row wrote: ids, whether each was sampled or forced in by a tool, how it ended."""
+    """What was written after one prompt."""
     ids: list = field(default_factory=list)
-    sampled: list = field(default_factory=list)
-    finish: str = "length"  # out of tokens or context; or "stop": the last id is a stop token
+    sampled: list = field(default_factory=list)     # for each id: sampled, or forced in by a tool?
+    finish: str = "length"      # out of tokens or context; or "stop": the last id is a stop token
+
+@dataclass
+class Row:
+    """A row of the batch while it is being written."""
+    number: int             # of its completion
+    prompt_tokens: int
+    max_tokens: int         # how many it may write, which depends on its own prompt alone
+    ids: list = field(default_factory=list)
+    forced: deque = field(default_factory=deque)    # what is left of a tool's output
+    stopped: bool = False   # it wrote a stop token
+
+    def is_done(self):
+        return self.stopped or len(self.ids) >= self.max_tokens
+
+    def cached_tokens(self):
+        """Tokens in the cache before its next step: all but the one that was just written."""
+        return self.prompt_tokens + len(self.ids) - 1
 
 class Engine:
-    """Batched generation with a KV cache: `generate` returns completions, `stream` yields text."""
+    """Batched generation with a KV cache: `generate` returns completions, `stream` yields text.
+
+    python: the function that runs the code of <|python|>; None: the token means nothing.
+    """
 
     def __init__(self, model, tokenizer, python=run_python):
-        self.model, self.tokenizer = model, tokenizer
-        special = tokenizer.special
-        self.tools = {special["<|/python|>"]: ("<|python|>", python)} if python else {}
-
-    def tool_output(self, ids, closing):
-        """The tokens to force in after a tool call that ends ids with `closing`."""
-        special = self.tokenizer.special
-        opening, tool = self.tools[closing]
-        marks = [i for i, token in enumerate(ids[:-1]) if token in (special[opening], closing)]
-        if not marks or ids[marks[-1]] == closing:      # closed without having been opened
-            return []
-        result = tool(self.tokenizer.decode(ids[marks[-1] + 1:-1]))
-        result_ids = self.tokenizer.encode_ordinary(result)
-        return [special["<|output|>"], *result_ids, special["<|/output|>"]]
+        self.model = model
+        self.tokenizer = tokenizer
+        self.n_vocab = getattr(tokenizer, "n_vocab", None)
+        self.tools = {}     # {closing token: (opening token, function)}
+        if python:
+            self.tools[tokenizer.special["<|/python|>"]] = tokenizer.special["<|python|>"], python
 
     @torch.inference_mode()
     def steps(self, prompts, num_samples, max_new_tokens, sampling, seed, stop):
-        """Yields, token by token, a list of (row, id, was sampled) for the rows still writing."""
-        model, device = self.model, next(self.model.parameters()).device
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        longest, block_size = max(map(len, prompts)), model.config.block_size
-        if min(map(len, prompts)) == 0 or longest >= block_size:
-            raise ValueError(f"a prompt has {longest} tokens; the model reads 1 to "
-                             f"{block_size - 1}; shorten it")
-        generator = torch.Generator(device).manual_seed(seed)
-        max_new_tokens = min(max_new_tokens, block_size - longest)
-        cache = KVCache(model.config, len(prompts), longest + max_new_tokens, device,
-                        model.compute_dtype)
-        idx = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
-        hidden = model.hidden(idx, cache)   # one prefill for all samples
-        logits = model.logits(hidden[torch.arange(len(prompts)), lengths - 1])  # (prompts, V)
-        cache.pos = lengths.clone()     # new tokens overwrite the padding behind a short prompt
-        repeat = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
-        cache, logits = cache.rows(repeat), logits[repeat]
-        rows = list(range(len(repeat)))     # which completion each row of the batch is
-        texts, forced = [[] for _ in rows], [deque() for _ in rows]
-        for step in range(max_new_tokens):
-            probs = next_token_probs(logits, **sampling)
-            drawn = draw(probs, generator).tolist()
-            emitted, next_ids = [], []
-            for row, token in zip(rows, drawn):
-                free = not forced[row]
-                token = token if free else forced[row].popleft()
-                next_ids.append(token)
-                if texts[row] is None:          # finished, not dropped yet
-                    continue
-                emitted.append((row, token, free))
-                texts[row].append(token)
-                if free and token in self.tools:
-                    forced[row].extend(self.tool_output(texts[row], token))
-                if free and token in stop:
-                    texts[row] = None
-            yield emitted
-            alive = [i for i, row in enumerate(rows) if texts[row] is not None]
-            if not alive or step == max_new_tokens - 1:
-                return
-            if len(alive) <= len(rows) // 2:    # finished rows cost as much: drop them in bulk
-                cache = cache.rows(torch.tensor(alive, device=device))
-                rows, next_ids = [rows[i] for i in alive], [next_ids[i] for i in alive]
-            logits = model(torch.tensor(next_ids, device=device)[:, None], cache=cache)[:, -1]
+        """Yields for each step a list of (completion number, id, was it sampled?), one for each row
+        that is still being written.
 
-    def prepare(self, prompts, stop):
-        tokenizer, special = self.tokenizer, self.tokenizer.special
-        prompts = [[tokenizer.eot, *tokenizer.encode_ordinary(p)] if isinstance(p, str) else list(p)
-                   for p in prompts]
-        return prompts, {special["<|endoftext|>"], special["<|im_end|>"], *stop}
+        prompts: lists of ids; each gets num_samples completions, numbered in this order.
+        sampling: arguments of next_token_probs. stop: the ids that end a completion.
+        """
+        check_sampling(**sampling)
+        rows = self.new_rows(prompts, num_samples, max_new_tokens)
+        if not rows:
+            return
+        generator = torch.Generator(self.device()).manual_seed(seed)
+        cache, logits = self.prefill(prompts, num_samples, max_new_tokens)
+        room = cache.k.shape[3]     # tokens per row
+        while True:
+            logits = logits[:, :self.n_vocab]   # a checkpoint may have more ids than its tokenizer
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite; its weights are damaged")
+            drawn = draw(next_token_probs(logits, **sampling), generator).tolist()
+            emitted = []
+            for row, token in zip(rows, drawn):
+                if not row.is_done():
+                    emitted.append(self.write(row, token, stop))
+            yield emitted
+            alive = [i for i, row in enumerate(rows) if not row.is_done()]
+            if not alive:
+                return
+            # a finished row costs as much as another: drop them in bulk, or when the cache is full
+            if len(alive) <= len(rows) // 2 or cache.used == room:
+                rows = [rows[i] for i in alive]
+                cache = cache.rows(torch.tensor(alive, device=self.device()))
+                cache.used = max(row.cached_tokens() for row in rows)
+            last_ids = torch.tensor([row.ids[-1] for row in rows], device=self.device())
+            logits = self.model(last_ids[:, None], cache=cache)[:, -1]              # (rows, V)
+
+    def new_rows(self, prompts, num_samples, max_new_tokens):
+        """num_samples empty rows for each prompt; none if there is nothing to write. A row may fill
+        the context, however long the other prompts are."""
+        block_size = self.model.config.block_size
+        rows = []
+        for prompt in prompts:
+            if not 1 <= len(prompt) < block_size:
+                raise ValueError(f"a prompt has {len(prompt)} tokens, but the model reads 1 to "
+                                 f"{block_size - 1}; shorten it")
+            max_tokens = min(max_new_tokens, block_size - len(prompt))
+            for _ in range(num_samples):
+                if max_tokens > 0:
+                    rows.append(Row(len(rows), len(prompt), max_tokens))
+        return rows
+
+    def prefill(self, prompts, num_samples, max_new_tokens):
+        """Reads each prompt once → a cache with num_samples rows for each, and the logits of the
+        first new token of each row, (rows, V)."""
+        model = self.model
+        device = self.device()
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        longest = max(len(prompt) for prompt in prompts)
+        padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
+        max_tokens = min(longest + max_new_tokens, model.config.block_size)
+        cache = KVCache(model.config, len(prompts), max_tokens, device, model.compute_dtype)
+        hidden = model.hidden(torch.tensor(padded, device=device), cache)      # (prompts, T, C)
+        cache.pos = lengths.clone()     # new tokens overwrite the padding after a short prompt
+        logits = model.logits(hidden[torch.arange(len(prompts)), lengths - 1])
+        repeated = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
+        return cache.rows(repeated), logits[repeated]
+
+    def write(self, row, drawn, stop):
+        """Adds a token to a row: the next one of a tool's output, or else the one that was drawn.
+        → (completion number, id, was it sampled?)"""
+        sampled = not row.forced
+        token = drawn if sampled else row.forced.popleft()
+        row.ids.append(token)
+        if sampled and token in self.tools:
+            row.forced.extend(self.tool_output(row.ids, token))
+        if sampled and token in stop:
+            row.stopped = True
+        return row.number, token, sampled
+
+    def tool_output(self, ids, closing):
+        """The tokens to force in after ids, which end with the closing token of a tool call."""
+        opening, tool = self.tools[closing]
+        marks = [i for i, token in enumerate(ids[:-1]) if token in (opening, closing)]
+        if not marks or ids[marks[-1]] == closing:      # it was not opened
+            return []
+        result = tool(self.tokenizer.decode(ids[marks[-1] + 1:-1]))
+        special = self.tokenizer.special
+        result_ids = self.tokenizer.encode_ordinary(result)
+        return [special["<|output|>"], *result_ids, special["<|/output|>"]]
+
+    def device(self):
+        return next(self.model.parameters()).device
+
+    def prompt_ids(self, prompt):
+        """A text → <|endoftext|> and its tokens; a list of ids stays as it is."""
+        if isinstance(prompt, str):
+            return [self.tokenizer.eot, *self.tokenizer.encode_ordinary(prompt)]
+        return list(prompt)
+
+    def stop_ids(self, more):
+        special = self.tokenizer.special
+        return {special["<|endoftext|>"], special["<|im_end|>"], *more}
 
     def generate(self, prompts, max_new_tokens=128, num_samples=1, temperature=1.0, top_k=None,
                  top_p=None, min_p=None, seed=0, stop=()):
-        """prompts: texts or id lists → Completions, num_samples for each prompt, in order.
+        """prompts: texts or lists of ids → Completions, num_samples for each prompt, in order.
 
-        A row ends with <|endoftext|>, <|im_end|> or an id in `stop`. Same seed, same samples.
+        A completion ends with <|endoftext|>, <|im_end|> or an id in `stop`. The same seed gives the
+        same completions. Raises ValueError if a prompt leaves no room in the context.
         """
-        prompts, stop = self.prepare(prompts, stop)
+        prompts = [self.prompt_ids(prompt) for prompt in prompts]
+        stop = self.stop_ids(stop)
         sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         done = [Completion() for _ in range(len(prompts) * num_samples)]
-        training = self.model.training
+        was_training = self.model.training
         self.model.eval()
         for emitted in self.steps(prompts, num_samples, max_new_tokens, sampling, seed, stop):
-            for row, token, sampled in emitted:
-                done[row].ids.append(token)
-                done[row].sampled.append(sampled)
+            for number, token, sampled in emitted:
+                done[number].ids.append(token)
+                done[number].sampled.append(sampled)
                 if sampled and token in stop:
-                    done[row].finish = "stop"
-        self.model.train(training)
+                    done[number].finish = "stop"
+        self.model.train(was_training)
         return done
 
     def stream(self, prompt, max_new_tokens=128, temperature=1.0, top_k=None, top_p=None,
                min_p=None, seed=0, stop=()):
-        """Yields (id, text) a token, (None, rest) last; a character waits until it is whole."""
-        prompts, stop = self.prepare([prompt], stop)
+        """Yields (id, text) for each token, and (None, rest) at the end. The text of a character
+        that is split over tokens comes with its last token."""
+        stop = self.stop_ids(stop)
         sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         self.model.eval()
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        prompts = [self.prompt_ids(prompt)]
         for emitted in self.steps(prompts, 1, max_new_tokens, sampling, seed, stop):
             for _, token, sampled in emitted:
-                ends = sampled and token in stop
-                yield token, decoder.decode(b"" if ends else self.tokenizer.decode_bytes([token]))
+                text = ""
+                if not (sampled and token in stop):
+                    text = decoder.decode(self.tokenizer.decode_bytes([token]))
+                yield token, text
         yield None, decoder.decode(b"", final=True)
 
     def answer(self, conversations, batch_size=64, **sampling):
-        """Replies to message lists, or to questions as plain strings → texts, with tool calls."""
+        """Replies to conversations, as texts that include tool calls. A conversation is a list of
+        messages, or a question as a plain string."""
+        prompts = []
+        for conversation in conversations:
+            if isinstance(conversation, str):
+                conversation = [dict(role="user", content=conversation)]
+            ids, _ = self.tokenizer.render(conversation, for_completion=True)
+            prompts.append(ids)
         replies = []
-        conversations = [[dict(role="user", content=c)] if isinstance(c, str) else c
-                         for c in conversations]
-        for i in range(0, len(conversations), batch_size):
-            prompts = [self.tokenizer.render(messages, for_completion=True)[0]
-                       for messages in conversations[i:i + batch_size]]
-            replies += [self.reply_text(c) for c in self.generate(prompts, **sampling)]
+        for i in range(0, len(prompts), batch_size):
+            completions = self.generate(prompts[i:i + batch_size], **sampling)
+            replies += [self.reply_text(completion) for completion in completions]
         return replies
 
     def reply_text(self, completion):
-        ids = completion.ids[:-1] if completion.finish == "stop" else completion.ids
+        """The text of a completion, without its stop token."""
+        ids = completion.ids
+        if completion.finish == "stop":
+            ids = ids[:-1]
         return self.tokenizer.decode(ids).strip()
 
+# ---- Runs ----------------------------------------------------------------------------------------
+
 def find_run(run, stages=(), root="runs"):
-    """The run that --model names; without a name, the newest one whose stage is among `stages`.
-    "gpt2" … "gpt2-xl" mean OpenAI's weights, which are downloaded once, into data/openai."""
+    """The folder of a run: the one that --model names, or, without a name, the newest one whose
+    stage is among `stages`. "gpt2" … "gpt2-xl" mean OpenAI's weights, which are downloaded once,
+    into data/openai. Raises SystemExit if there is no such run."""
     if run in GPT2_SIZES and not Path(run).exists():
         from download import download_gpt2
         return download_gpt2(run, Path("data/openai", run))
-    if run:
-        return Path(run)
     configs = sorted(Path(root).glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    if run:
+        return check_run(Path(run), [path.parent for path in configs])
     for path in reversed(configs):
         if json.loads(path.read_text()).get("deepdive", {}).get("stage") in stages:
             return path.parent
-    raise SystemExit(f"no run in {root}/ is of stage {' or '.join(stages)}; a stage starts from "
-                     "the one before it; run that first, or name a folder with --model")
+    raise SystemExit(f"{root}/ holds no run of stage {' or '.join(stages)}; run that stage first, "
+                     "or name a folder with --model")
+
+def check_run(run, others):
+    """A folder that holds a model; otherwise SystemExit says what is missing, and which others
+    there are."""
+    advice = "train a model with train_gpt2.py, or name its folder with --model"
+    if others:
+        names = ", ".join(map(str, sorted(others)))
+        advice = f"the runs here are {names}"
+    if not run.is_dir():
+        raise SystemExit(f"{run} is not a run's folder; {advice}")
+    for name in ("config.json", "model*.safetensors"):
+        if not list(run.glob(name)):
+            raise SystemExit(f"{run} holds no model, because it has no {name}; {advice}")
+    return run
+
+HF_TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
+
+def has_tokenizer(run):
+    """Whether a folder says which tokenizer its model was trained with."""
+    return any((Path(run) / name).exists() for name in ("tokenizer.tiktoken", *HF_TOKENIZER_FILES))
 
 def load_tokenizer(run):
-    """A run's own; OpenAI's GPT-2 comes with its tokenizer in another format, and we have it."""
-    ours = (Path(run) / "tokenizer.tiktoken").exists()
-    return Tokenizer.load(run) if ours else Tokenizer.pretrained("gpt2")
+    """The tokenizer in a run's folder; for OpenAI's weights, which come without ours, GPT-2's.
+    Raises SystemExit if a folder has another one in HF's format, which cannot be read."""
+    run = Path(run)
+    if (run / "tokenizer.tiktoken").exists():
+        return Tokenizer.load(run)
+    tokenizer = Tokenizer.pretrained("gpt2")
+    for name in HF_TOKENIZER_FILES:
+        if (run / name).exists() and not is_gpt2(hf_vocabulary(run / name), tokenizer):
+            raise SystemExit(f"{run / name} is not GPT-2's tokenizer, the only one of this format "
+                             "that can be read; put the model's tokenizer into the folder as "
+                             "bpe.py writes it, tokenizer.tiktoken and tokenizer.json")
+    return tokenizer
+
+def hf_vocabulary(path):
+    """{token: id} of a tokenizer file of HF; {} if it is none."""
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "tokenizer.json":
+            described = described["model"]["vocab"]
+        return dict(described)
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+def is_gpt2(vocabulary, tokenizer):
+    """Whether a vocabulary of HF holds the tokens of GPT-2's tokenizer under the same ids. HF
+    writes a byte as its own character if that is visible, and otherwise as one from U+0100 on."""
+    letters = [chr(byte) for byte in range(256)]
+    hidden = [byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "]
+    for n, byte in enumerate(hidden):
+        letters[byte] = chr(256 + n)
+    for token, i in tokenizer.ranks.items():
+        word = "".join(letters[byte] for byte in token)
+        if vocabulary.get(word) != i:
+            return False
+    return True
 
 # ---- The terminal --------------------------------------------------------------------------------
 
+def printable(text):
+    """A text that is safe to print: control characters, which could move the cursor or hide what
+    was written, are shown as \\x1b; lines and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]",
+                  lambda found: ascii(found[0])[1:-1], text)
+
+def show_token(tokenizer, i):
+    """A token on one line: 'text', or its bytes if it is not made of whole characters."""
+    data = tokenizer.decode_bytes([i])
+    try:
+        return repr(data.decode("utf-8"))       # which shows control characters as \x1b, too
+    except UnicodeDecodeError:
+        return "".join(f"<{byte:02x}>" for byte in data)
+
 def show_steps(engine, prompt, top, max_new_tokens, seed, sampling):
-    """After each token, the `top` most probable next ones as bars, and which was drawn."""
-    tokenizer, model = engine.tokenizer, engine.model
-    ids = [tokenizer.eot, *tokenizer.encode_ordinary(prompt)]
+    """Prints for each step the `top` most probable tokens as bars, and marks the one drawn."""
+    tokenizer = engine.tokenizer
+    ids = engine.prompt_ids(prompt)
     for token in engine.generate([prompt], max_new_tokens, seed=seed, **sampling)[0].ids:
         with torch.inference_mode():
-            logits = model(torch.tensor([ids], device=next(model.parameters()).device))[:, -1]
-        probs, order = next_token_probs(logits)[0].topk(top)
+            logits = engine.model(torch.tensor([ids], device=engine.device()))[:, -1]
+        probs, order = next_token_probs(logits[:, :engine.n_vocab])[0].topk(top)
         print(f"\n… {tokenizer.decode(ids[-12:])!r}")
         for p, i in zip(probs.tolist(), order.tolist()):
             mark = "←" if i == token else ""
-            print(f"{i:8d}  {tokenizer.decode([i])!r:16s} {p:6.1%} {'█' * round(40 * p)} {mark}")
+            print(f"{i:8d}  {show_token(tokenizer, i):16s} {p:6.1%} {'█' * round(40 * p)} {mark}")
         ids.append(token)
 
+def fit_context(tokenizer, messages, most):
+    """Drops the oldest turns, each with its question and its replies, until the prompt has at most
+    `most` tokens → (messages, ids). The system message and the last question stay."""
+    messages = list(messages)
+    while True:
+        ids, _ = tokenizer.render(messages, for_completion=True)
+        questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if len(ids) <= most or len(questions) < 2:
+            return messages, ids
+        del messages[questions[0]:questions[1]]
+
 def chat(engine, system, max_new_tokens, seed, sampling):
-    """A conversation in the terminal; an empty line or Ctrl-D ends it."""
-    messages = [dict(role="system", content=system)] if system else []
+    """A conversation in the terminal. An empty line, Ctrl-D or Ctrl-C ends it. When it outgrows the
+    context, the oldest turns are forgotten, so that a quarter stays free for the reply."""
+    block_size = engine.model.config.block_size
+    most = block_size - min(max_new_tokens, max(1, block_size // 4))
+    has_forgotten = False
+    messages = []
+    if system:
+        messages.append(dict(role="system", content=system))
     while True:
         try:
             question = input("\nuser: ").strip()
         except EOFError:
-            question = ""
+            return
         if not question:
             return
-        messages.append(dict(role="user", content=question))
-        prompt, _ = engine.tokenizer.render(messages, for_completion=True)
-        print("assistant: ", end="")
-        ids = []
-        for token, text in engine.stream(prompt, max_new_tokens, seed=seed, **sampling):
-            ids += [] if token is None else [token]
-            print(text, end="", flush=True)
+        asked = [*messages, dict(role="user", content=question)]
+        kept, ids = fit_context(engine.tokenizer, asked, most)
+        if len(ids) > most:
+            print(f"(That is too long: with it the prompt has {len(ids)} tokens, and the model can "
+                  f"read {most}. Ask something shorter.)")
+            continue
+        if len(kept) < len(asked) and not has_forgotten:
+            print(f"(The model can read {block_size} tokens; from now on it forgets the oldest "
+                  "turns.)")
+            has_forgotten = True
+        print("assistant: ", end="", flush=True)
+        reply = []
+        for token, text in engine.stream(ids, max_new_tokens, seed=seed, **sampling):
+            if token is not None:
+                reply.append(token)
+            print(printable(text), end="", flush=True)
         print()
-        messages = engine.tokenizer.parse([*prompt, *ids])
+        messages = engine.tokenizer.parse([*ids, *reply])
         seed += 1
 
-def main():
+def show_samples(engine, prompt, num_samples, max_new_tokens, seed, sampling):
+    """Prints several continuations of a prompt, token by token, as they are written."""
+    for i in range(num_samples):
+        print("-" * 80 + f"\n{printable(prompt)}", end="")
+        for _, text in engine.stream(prompt, max_new_tokens, seed=seed + i, **sampling):
+            print(printable(text), end="", flush=True)
+        print()
+
+def check_at_least(least, args, *names):
+    """Stops at a flag below `least`; one that was not given is None and passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise SystemExit(f"--{name} must be at least {least}, got {value}")
+
+def choose_device(name):
+    """--device → a device of torch, for auto the GPU if there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
+        raise SystemExit(f"--device must be auto, cpu or cuda, got {name}")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {name}: this machine has no CUDA GPU that torch can use; try "
+                         "--device cpu")
+    return name
+
+@contextmanager
+def quiet_end():
+    """Ends the command without a traceback if the user presses Ctrl-C, or if the reader of a pipe
+    has gone, as in `sample.py | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        raise SystemExit(141) from None     # as a program that SIGPIPE ends
+
+def parse_args():
     parser = argparse.ArgumentParser(description="write with a trained model")
-    parser.add_argument("--model", help="run folder; default: the newest under runs/")
+    parser.add_argument("--model", help="run folder, or gpt2 … gpt2-xl; default: the newest run")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--file", help="read the prompt from this file")
     parser.add_argument("--num_samples", type=int, default=1, help="continuations of the prompt")
@@ -327,35 +595,54 @@ def main():
     parser.add_argument("--system", help="system message for --chat")
     parser.add_argument("--allow_base", action="store_true", help="--chat with a base model")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = auto if args.device == "auto" else args.device
-    chatting = args.chat and not args.allow_base
-    run = find_run(args.model, ("sft", "rl") if chatting else ("pretrain", "sft", "rl"))
+def read_prompt(args):
+    """--prompt, or the text of --file."""
+    if args.file is None:
+        return args.prompt
+    try:
+        return Path(args.file).read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"--file {args.file} cannot be read as UTF-8 text: {error}") from None
+
+def main():
+    args = parse_args()
+    check_at_least(1, args, "num_samples", "max_new_tokens", "top")
+    check_at_least(0, args, "seed")
+    sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p")}
+    try:
+        check_sampling(**sampling)
+    except ValueError as error:
+        raise SystemExit(f"--{error}") from None
+    device = choose_device(args.device)
+    prompt = read_prompt(args)
+    stages = ("pretrain", "sft", "rl")
+    if args.chat and not args.allow_base:
+        stages = ("sft", "rl")
+    run = find_run(args.model, stages)
     tokenizer = load_tokenizer(run)
     model, meta = load_checkpoint(run, device, tokenizer.n_vocab)
     print(f"{meta['run']}: stage {meta['stage']}, step {meta['step']}, "
           f"{model.num_params():,} parameters", flush=True)
+    if args.top and args.top > tokenizer.n_vocab:
+        raise SystemExit(f"--top must be at most {tokenizer.n_vocab}, the model's tokens, got "
+                         f"{args.top}")
+    if args.chat and meta["stage"] == "pretrain" and not args.allow_base:
+        raise SystemExit(f"{run} is a base model, which continues documents and does not answer; "
+                         "name a model of chat_sft.py with --model, or see for yourself with "
+                         "--allow_base")
     engine = Engine(model.for_inference(), tokenizer)
-    sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p")}
     if args.chat:
-        if meta["stage"] == "pretrain" and not args.allow_base:
-            raise SystemExit(f"{run} is a base model: it continues documents and answers nobody; "
-                             "chat needs a model of chat_sft.py; name one with --model, or see for "
-                             "yourself with --allow_base")
-        return chat(engine, args.system, args.max_new_tokens, args.seed, sampling)
-    prompt = open(args.file, encoding="utf-8").read().rstrip("\n") if args.file else args.prompt
-    if args.top:
-        return show_steps(engine, prompt, args.top, args.max_new_tokens, args.seed, sampling)
-    for i in range(args.num_samples):
-        print("-" * 80 + f"\n{prompt}", end="")
-        for _, text in engine.stream(prompt, args.max_new_tokens, seed=args.seed + i, **sampling):
-            print(text, end="", flush=True)
-        print()
+        chat(engine, args.system, args.max_new_tokens, args.seed, sampling)
+    elif args.top:
+        show_steps(engine, prompt, args.top, args.max_new_tokens, args.seed, sampling)
+    else:
+        show_samples(engine, prompt, args.num_samples, args.max_new_tokens, args.seed, sampling)
 
 if __name__ == "__main__":
     try:
-        main()
-    except (ValueError, FileNotFoundError, UnicodeDecodeError) as error:
+        with quiet_end():
+            main()
+    except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None

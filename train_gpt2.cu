@@ -1,5 +1,5 @@
 /*
-Pretraining in CUDA C, of GPT-2 and of dN, the modern recipe: the same shards, checkpoints, flags
+Pretraining in CUDA C++, of GPT-2 and of dN, the modern recipe: the same shards, checkpoints, flags
 and log lines as train_gpt2.py.
 
     make train_gpt2cu
@@ -11,30 +11,45 @@ and log lines as train_gpt2.py.
          <core_dir>/hellaswag.bin, which python eval.py hellaswag writes
     out: <run>/model.safetensors, config.json, log.jsonl, state/ for --resume
 
-Map: §1 types, failures, timing · §2 reductions, 128-bit loads, tensor cores · §3 embedding ·
-§4 sums over rows · §5 residual + norms · §6 matmuls · §7 attention, rotary positions · §8 GELU,
-ReLU² · §9 classifier · §10 AdamW, Muon · §11 ranks · §12 tensor table · §13 model · §14 files ·
-§15 data · §16 flags · §17 the log and saved states · §18 questions and samples · §19 main
+Map. To learn CUDA, read §2 … §10: each room has the equations of one layer, its kernels forward and
+backward, and the functions that launch them. §13 puts the rooms together; the rest is plumbing.
+    §1 types, failures, launches, --profile      §11 ranks: torchrun's environment, NCCL
+    §2 reductions, 128-bit loads, tensor cores   §12 tensor table
+    §3 embedding                                 §13 model: forward, backward, update
+    §4 sums over rows                            §14 files: JSON, safetensors, checkpoints
+    §5 residual + norms                          §15 data: shards and the order of their rows
+    §6 matmuls: cuBLASLt                         §16 flags
+    §7 attention, rotary positions               §17 the log and saved states
+    §8 GELU, ReLU²                               §18 questions and samples
+    §9 classifier: softmax and cross-entropy     §19 main
+    §10 AdamW, Muon, the gradient's norm
 
-Numerics: weights and activations are bf16 (floatX), every sum and statistic fp32. Each rank keeps
-fp32 masters and moments of its 1/world_size of the parameters (ZeRO-1, arXiv 1910.02054); of Muon's
-matrices it owns whole layers, as optim.py's ranks own whole matrices.
-Gradients of parameters are fp32 and accumulate; gradients of activations are bf16 and overwrite,
-except along the residual stream, where they add up. With -DFP32 all is fp32, for cards before
-sm_80 and for tests. There are no floating-point atomics: the same run gives the same bits.
+Three figures show the layouts that are hard to see in code: the registers of a tensor-core multiply
+(§2), the swizzle of shared memory and the double buffer of key and value tiles (both §7).
+
+Numerics: weights and activations are bf16 (floatX); every sum and every statistic is fp32. Each
+rank keeps fp32 masters and moments of its 1/world_size of the parameters (ZeRO-1, arXiv
+1910.02054). Of the matrices that Muon trains, a rank owns whole layers, as it does in optim.py.
+Gradients of parameters are fp32 and accumulate. Gradients of activations are bf16 and overwrite,
+except along the residual stream, where they add up. With -DFP32 everything is fp32, for cards
+before sm_80 and for tests. There are no floating-point atomics: the same run gives the same bits.
 
 Memory: a matrix is stored as HF's GPT-2 stores it, (in, out), so that files hold what memory holds.
 
-Sizes: B rows, T positions, C channels, V vocabulary, Vp V rounded up to 64, L layers, NH heads,
-HS = C / NH, BT = B * T.
+Sizes: B rows, T positions, C channels, V vocabulary, Vp V rounded up to a multiple of 64, L layers,
+NH heads, HS = C / NH channels a head, BT = B * T tokens, OC output channels. "Moves 3 BTC" above a
+kernel means that it reads and writes 3 * B * T * C elements of floatX in all. "Grid 12 x 256" means
+12 blocks of 256 threads.
 
 Papers: GPT-2 (Radford et al. 2019), FlashAttention-2 (arXiv 2307.08691), online softmax
-(1805.02867), AdamW (1711.05101), stochastic rounding (2010.06192); of dN those of model.py and
+(1805.02867), AdamW (1711.05101), stochastic rounding (2010.06192); for dN, those of model.py and
 optim.py.
-Differs from the papers: FlashAttention-2 adds dQ with atomics; here a second kernel computes it,
-7 matmuls instead of 5, so that sums have one order.
-Differs from train_gpt2.py: of CORE only HellaSwag is asked; gzip and xz are not compared with.
+Differs from the papers: FlashAttention-2 adds up dQ with atomics. Here a second kernel computes dQ,
+with 7 matmuls in all instead of 5, so that every sum has one order.
+Differs from train_gpt2.py: of CORE, only HellaSwag is evaluated; a text's bits per byte are not
+compared with gzip and xz.
 */
+#include <algorithm>
 #include <arpa/inet.h>
 #include <cublasLt.h>
 #include <cuda_bf16.h>
@@ -55,11 +70,12 @@ Differs from train_gpt2.py: of CORE only HellaSwag is asked; gzip and xz are not
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#include <algorithm>
 #ifdef MULTI_GPU
 #include <nccl.h>
 #endif
 
-// ---- §1 Types, failures, timing -----------------------------------------------------------------
+// ---- §1 Types, failures, launches ---------------------------------------------------------------
 
 #ifdef FP32
 typedef float floatX;
@@ -70,7 +86,7 @@ const cudaDataType_t CUBLAS_X = CUDA_R_16BF;
 #endif
 const bool BF16 = sizeof(floatX) == 2;
 
-// A user's mistake: one line that says what was found; what the rule is; what to do.
+// Ends the run with one line: what is wrong with what was found, then what to do.
 [[noreturn]] static void die(const char* format, ...) {
     va_list args;
     va_start(args, format);
@@ -82,27 +98,28 @@ const bool BF16 = sizeof(floatX) == 2;
 
 static void check_cuda(cudaError_t error, int line) {
     if (error == cudaSuccess) { return; }
-    die("train_gpt2.cu:%d: CUDA says: %s; a kernel or the driver failed; run nvidia-smi, then "
-        "continue with --resume", line, cudaGetErrorString(error));
+    die("train_gpt2.cu:%d: CUDA reports \"%s\"; run nvidia-smi to check the GPU and its driver, "
+        "then continue with --resume", line, cudaGetErrorString(error));
 }
 
 static void check_cublas(cublasStatus_t status, int line) {
     if (status == CUBLAS_STATUS_SUCCESS) { return; }
-    die("train_gpt2.cu:%d: cuBLASLt returned status %d; it needs the CUDA release it was built "
-        "with; run make check", line, (int)status);
+    die("train_gpt2.cu:%d: cuBLASLt returned status %d; run make check to see whether nvcc and "
+        "cuBLASLt come from the same CUDA release", line, (int)status);
 }
 
 #define CHECK_CUDA(call) check_cuda(call, __LINE__)
 #define CHECK_CUBLAS(call) check_cublas(call, __LINE__)
 
+// GPU memory that is filled with zeros
 static void* allocate(size_t bytes) {
     void* pointer = NULL;
     if (cudaMalloc(&pointer, bytes) != cudaSuccess) {
-        size_t free_bytes = 0, total = 0;
-        CHECK_CUDA(cudaMemGetInfo(&free_bytes, &total));
-        die("out of memory: %.2f GB asked, %.2f of %.2f GB free; weights, states and activations "
-            "must fit on a GPU; halve --batch_size, or try --recompute 2",
-            bytes / 1e9, free_bytes / 1e9, total / 1e9);
+        size_t free_bytes = 0;
+        size_t all_bytes = 0;
+        CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all_bytes));
+        die("out of GPU memory: %.2f GB requested, %.2f of %.2f GB free; halve --batch_size, or "
+            "try --recompute 2", bytes / 1e9, free_bytes / 1e9, all_bytes / 1e9);
     }
     CHECK_CUDA(cudaMemset(pointer, 0, bytes));
     return pointer;
@@ -112,89 +129,128 @@ template <class Number> __host__ __device__ constexpr Number ceil_div(Number a, 
     return (a + b - 1) / b;
 }
 
-// --profile: a launch stands between begin_kernel, which says what it moves and computes, and
-// CHECK_LAUNCH. In profiled steps each of the two records an event; add_times sums them by name.
+// The least that one launch has to do: bytes to move and FLOP to compute. --profile compares the
+// time that the launch takes with it.
+struct Work { const char* name; double bytes, flops = 0; };
+
+// In a profiled step two events enclose each launch. add_times sums the times between them by the
+// name of the work.
 struct KernelTime { char name[64]; int calls; double ms, bytes, flops; };
 struct Launch { int kernel; cudaEvent_t begin, end; };
 static struct {
     bool on;
     KernelTime kernels[96];
-    Launch* launches;                   // of one step, the last of them perhaps in the making
+    Launch* launches;                   // those of one step; their events are used again
     int n_kernels, n_launches, capacity, n_steps;
-    double ms;                          // of the steps
-    cudaStream_t stream;                // of the last launch
+    double ms;                          // of all profiled steps
 } profile;
 
-static void begin_kernel(const char* name, double bytes, double flops, cudaStream_t stream) {
+static int kernel_row(const char* name) {
+    for (int i = 0; i < profile.n_kernels; i++) {
+        if (strcmp(profile.kernels[i].name, name) == 0) { return i; }
+    }
+    snprintf(profile.kernels[profile.n_kernels].name, 64, "%s", name);
+    return profile.n_kernels++;
+}
+
+static void begin_work(Work work, cudaStream_t stream) {
     if (!profile.on) { return; }
-    int kernel = 0;
-    while (kernel < profile.n_kernels && strcmp(profile.kernels[kernel].name, name) != 0) {
-        kernel++;
-    }
-    if (kernel == profile.n_kernels) {
-        snprintf(profile.kernels[profile.n_kernels++].name, 64, "%s", name);
-    }
-    KernelTime* time = &profile.kernels[kernel];
-    time->calls++, time->bytes += bytes, time->flops += flops;
+    int row = kernel_row(work.name);
+    profile.kernels[row].calls++;
+    profile.kernels[row].bytes += work.bytes;
+    profile.kernels[row].flops += work.flops;
     if (profile.n_launches == profile.capacity) {
-        profile.launches = (Launch*)realloc(profile.launches, ++profile.capacity * sizeof(Launch));
+        profile.capacity++;
+        profile.launches = (Launch*)realloc(profile.launches, profile.capacity * sizeof(Launch));
         CHECK_CUDA(cudaEventCreate(&profile.launches[profile.n_launches].begin));
         CHECK_CUDA(cudaEventCreate(&profile.launches[profile.n_launches].end));
     }
-    profile.launches[profile.n_launches].kernel = kernel, profile.stream = stream;
+    profile.launches[profile.n_launches].kernel = row;
     CHECK_CUDA(cudaEventRecord(profile.launches[profile.n_launches].begin, stream));
 }
 
-static void check_launch(int line) {
-    check_cuda(cudaGetLastError(), line);
+static void end_work(Work work, cudaStream_t stream) {
+    cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) {
+        die("CUDA reports \"%s\" after the launch of %s; run nvidia-smi to check the GPU and its "
+            "driver, then continue with --resume", cudaGetErrorString(error), work.name);
+    }
     if (!profile.on) { return; }
-    CHECK_CUDA(cudaEventRecord(profile.launches[profile.n_launches++].end, profile.stream));
+    CHECK_CUDA(cudaEventRecord(profile.launches[profile.n_launches].end, stream));
+    profile.n_launches++;
 }
 
-#define CHECK_LAUNCH() check_launch(__LINE__)
+// Where a launch runs: blocks of threads, on a stream, with dynamic shared memory for each block.
+struct Grid { dim3 blocks, threads; cudaStream_t stream; size_t shared_bytes = 0; };
 
-// After a profiled step, when the GPU is done with it
+// At least n threads, in blocks of 256. Those beyond n have to return early.
+static Grid one_thread_each(int64_t n, cudaStream_t stream) {
+    return {(unsigned)ceil_div(n, (int64_t)256), 256, stream};
+}
+
+// Launches a kernel: launch(work, grid, kernel, the arguments of the kernel …).
+template <class... Parameters, class... Arguments>
+static void launch(Work work, Grid grid, void (*kernel)(Parameters...), Arguments... arguments) {
+    begin_work(work, grid.stream);
+    kernel<<<grid.blocks, grid.threads, grid.shared_bytes, grid.stream>>>(arguments...);
+    end_work(work, grid.stream);
+}
+
+// Call this after a profiled step, once the GPU has finished it.
 static void add_times(double step_ms) {
     for (int i = 0; i < profile.n_launches; i++) {
         float ms = 0.0f;
         CHECK_CUDA(cudaEventElapsedTime(&ms, profile.launches[i].begin, profile.launches[i].end));
         profile.kernels[profile.launches[i].kernel].ms += ms;
     }
-    profile.n_launches = 0, profile.n_steps++, profile.ms += step_ms;
+    profile.n_launches = 0;
+    profile.n_steps++;
+    profile.ms += step_ms;
 }
 
-// Longest first. The bound: what memory or tensor cores would take at their peak; 0 is unknown.
+// Longest first. "of bound" is the time that memory or tensor cores would take at their peak, as a
+// share of the time taken. A peak of 0 is unknown.
 static void print_profile(double bytes_per_s, double flops_per_s) {
-    int n = profile.n_kernels, steps = profile.n_steps;
-    double left = profile.ms;
-    qsort(profile.kernels, n, sizeof(KernelTime), [](const void* a, const void* b) {
-        double difference = ((const KernelTime*)b)->ms - ((const KernelTime*)a)->ms;
-        return difference > 0 ? 1 : difference < 0 ? -1 : 0;
-    });
+    int steps = profile.n_steps;
+    double rest_ms = profile.ms;
+    std::sort(profile.kernels, profile.kernels + profile.n_kernels,
+              [](const KernelTime& a, const KernelTime& b) { return a.ms > b.ms; });
     printf("%-44s  calls  ms a step  share   MB a step    GB/s  TFLOP/s  of bound\n", "kernel");
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < profile.n_kernels; i++) {
         KernelTime k = profile.kernels[i];
-        double bound = bytes_per_s > 0 ? k.bytes / bytes_per_s : 0, ms = fmax(k.ms, 1e-9);
-        bound = flops_per_s > 0 ? fmax(bound, k.flops / flops_per_s) : bound;
-        left -= k.ms;
+        double ms = fmax(k.ms, 1e-9);
+        double bound = 0;               // seconds
+        if (bytes_per_s > 0) { bound = k.bytes / bytes_per_s; }
+        if (flops_per_s > 0) { bound = fmax(bound, k.flops / flops_per_s); }
+        rest_ms -= k.ms;
         printf("%-44s %6d %10.3f %5.1f%% %11.3f %7.1f %8.2f %8.1f%%\n", k.name, k.calls / steps,
                k.ms / steps, 100 * k.ms / profile.ms, k.bytes / 1e6 / steps, k.bytes / 1e6 / ms,
                k.flops / 1e9 / ms, 1e5 * bound / ms);
     }
-    printf("%-44s %6s %10.3f %5.1f%%\n", "the rest: gaps, copies, other ranks", "", left / steps,
-           100 * left / profile.ms);
+    printf("%-44s %6s %10.3f %5.1f%%\n", "the rest: gaps, copies, other ranks", "",
+           rest_ms / steps, 100 * rest_ms / profile.ms);
     printf("a step %.3f ms; at best %.0f GB/s, %.0f TFLOP/s\n", profile.ms / steps,
            bytes_per_s / 1e9, flops_per_s / 1e12);
 }
 
 // ---- §2 Reductions, 128-bit loads, tensor cores -------------------------------------------------
+//
+// A kernel runs in a grid of blocks of threads. 32 threads of a block form a warp, which executes
+// one instruction at a time; a thread's number in its warp is its lane. Each thread has its own
+// registers. Threads of a warp can read one another's registers by shuffles. Threads of a block
+// share some memory on the chip, and wait for one another at a barrier, __syncthreads(). Blocks do
+// not communicate, and run in any order.
 
 const int WARP = 32;
 
-// W neighbours that one thread loads or stores at once: 8 bf16 or 4 fp32.
-const int W = 16 / sizeof(floatX);
+__device__ int64_t thread_in_grid() { return (int64_t)blockIdx.x * blockDim.x + threadIdx.x; }
+
+// Memory bandwidth is used best when each thread moves 16 bytes at once. So a thread works on a
+// Pack, PACK = 8 bf16 or 4 fp32 neighbours in a row, and each row's length is a multiple of PACK.
+// Arithmetic on a Pack is in fp32.
+const int PACK = 16 / sizeof(floatX);
 struct alignas(16) Pack {
-    floatX values[W];
+    floatX values[PACK];
     __device__ float operator[](int i) const { return (float)values[i]; }
     __device__ void set(int i, float value) { values[i] = (floatX)value; }
 };
@@ -202,6 +258,9 @@ struct alignas(16) Pack {
 __device__ Pack load(const floatX* address) { return *(const Pack*)address; }
 __device__ void store(floatX* address, Pack pack) { *(Pack*)address = pack; }
 
+// The sum over a warp, which every lane gets. In each of five steps a lane adds the value of the
+// lane whose number differs in one bit (16, 8, 4, 2, 1). Both lanes of a pair compute the same sum,
+// so all lanes end with the same bits.
 __device__ float warp_sum(float value) {
     for (int offset = WARP / 2; offset > 0; offset /= 2) {
         value += __shfl_xor_sync(~0u, value, offset);
@@ -216,11 +275,15 @@ __device__ float warp_max(float value) {
     return value;
 }
 
-// Sums over a block of up to 1024 threads; every thread gets the result. The second barrier is for
-// kernels that call it twice: of_warp is not written again while a slow warp still reads it.
+// The sum over a block of up to 1024 threads, which every thread gets. Each warp leaves its sum in
+// shared memory. After the first barrier all of these are there, and each warp adds up the 32 or
+// fewer sums. The second barrier is for kernels that call this twice: a fast warp must not
+// overwrite sums that a slow one still reads.
 __device__ float block_sum(float value) {
     __shared__ float of_warp[WARP];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    int n_warps = blockDim.x / WARP;
     value = warp_sum(value);
     if (lane == 0) { of_warp[warp] = value; }
     __syncthreads();
@@ -229,22 +292,47 @@ __device__ float block_sum(float value) {
     return value;
 }
 
+// A kernel calls this at most once: it has no second barrier.
 __device__ float block_max(float value) {
     __shared__ float of_warp[WARP];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    int n_warps = blockDim.x / WARP;
     value = warp_max(value);
     if (lane == 0) { of_warp[warp] = value; }
     __syncthreads();
     return warp_max(lane < n_warps ? of_warp[lane] : -INFINITY);
 }
 
-// The only inline PTX. On the CPU the emulator of tests/cuda_emulator has the same names.
+// Tensor cores multiply small matrices that lie in the registers of a warp. The instruction used
+// here is C += A B with C (16, 8) fp32, A (16, 16) and B (16, 8) bf16. Figure 1: which lane (L0 …
+// L31) holds which elements, and in which register. A register of A or B holds two bf16.
+//
+//     A   columns   0,1  2,3  4,5  6,7 │ 8,9   …  14,15      C   columns   0,1  2,3  4,5  6,7
+//       row 0       L0   L1   L2   L3  │ L0   L1   L2   L3     row 0       L0   L1   L2   L3
+//       row 1       L4   L5   L6   L7  │ L4   L5   L6   L7     row 1       L4   L5   L6   L7
+//       …                a[0]          │      a[2]             …             c[0], c[1]
+//       row 7       L28  L29  L30  L31 │ L28  L29  L30  L31    row 7       L28  L29  L30  L31
+//       ────────────────────────────────────────────────       ─────────────────────────────────
+//       row 8       L0   L1   L2   L3  │ L0   L1   L2   L3     row 8       L0   L1   L2   L3
+//       …                a[1]          │      a[3]             …             c[2], c[3]
+//       row 15      L28  L29  L30  L31 │ L28  L29  L30  L31    row 15      L28  L29  L30  L31
+//
+//     B's transpose (8, 16) is spread like the upper half of A: b[0] is in the place of a[0], and
+//     b[1] in that of a[2].
+//
+// So lane L owns two neighbours in row L / 4 of the result and two in row L / 4 + 8. Each row is
+// spread over four neighbouring lanes, a quad. Two C's side by side are spread as one A is, so that
+// a result can be the left factor of the next multiply without leaving its registers (multiply_add
+// in §7).
+
+// The only inline PTX. On the CPU, the emulator in tests/cuda_emulator has the same names.
 #if !defined(CUEMU) && !defined(FP32)
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return (uint32_t)__cvta_generic_to_shared(pointer);
 }
 
-// c (16 x 8) += a (16 x 16) b (16 x 8), spread over the lanes of a warp as the PTX manual has it
+// c (16, 8) += a (16, 16) b (16, 8), as in Figure 1. All lanes of the warp take part.
 __device__ __forceinline__ void mma_m16n8k16_bf16(float c[4], const uint32_t a[4],
                                                   const uint32_t b[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -253,29 +341,35 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float c[4], const uint32_t a[4
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four 8 x 8 matrices; lane i gives the address of row i % 8 of matrix i / 8
+// Loads four 8 x 8 matrices from shared memory: lane i gives the address of row i % 8 of matrix
+// i / 8, and gets in r[j] its part of matrix j, spread like a quarter of Figure 1's A.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t r[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row)) : "memory");
 }
 
+// The same with each 8 x 8 matrix transposed on the way
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t r[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row)) : "memory");
 }
 
-// 16 bytes to shared memory, of which those behind `valid` are zeros
+// Starts a copy of 16 bytes to shared memory that passes no register; only the first `valid` bytes
+// are read, the others become zeros. The thread continues at once.
 __device__ __forceinline__ void cp_async16(void* to, const void* from, int valid) {
     asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;"
                  :: "r"(shared_address(to)), "l"(from), "r"(valid) : "memory");
 }
 
+// Makes one group of the copies that this thread has started since the last call.
 __device__ __forceinline__ void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
+// Waits until at most the PENDING newest groups of this thread are still on their way. What other
+// threads have copied is there only after a barrier.
 template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
 }
@@ -286,115 +380,125 @@ template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
 //   out[b, t] = wte[token[b, t]] + wpe[t]              out (B, T, C), wte (Vp, C), wpe (T, C)
 //   dwte[v] += Σ dout[b, t] where token = v            dwpe[t] += Σ_b dout[b, t]
 
-// One thread: one Pack of a token. Grid BT*C/W/256 x 256. Moves 3 BTC; bound by memory.
+// One thread: one Pack of one token. Grid BT*C/PACK/256 x 256. Moves 3 BTC; bound by memory.
 __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte,
                                          const floatX* wpe, int BT, int T, int C) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    int64_t at = thread_in_grid() * PACK;
     if (at >= (int64_t)BT * C) { return; }
-    int bt = at / C, c = at % C;
-    Pack token = load(wte + (int64_t)tokens[bt] * C + c), sum;
+    int bt = at / C;
+    int c = at % C;
+    Pack token = load(wte + (int64_t)tokens[bt] * C + c);
     Pack position = load(wpe + bt % T * C + c);
-    for (int i = 0; i < W; i++) { sum.set(i, token[i] + position[i]); }
+    Pack sum;
+    for (int i = 0; i < PACK; i++) { sum.set(i, token[i] + position[i]); }
     store(out + at, sum);
 }
 
-// Which positions hold which token, sorted by token: what makes the backward pass deterministic.
+// Which positions hold which token, grouped by token. Several positions may add to one row of dwte.
+// Atomic additions would come in any order and give other bits in each run. With this index, one
+// block sums a row, and the order of the sum is fixed.
 struct TokenIndex {
     int* positions;     // (BT) grouped by token, ascending within a group
     int* starts;        // (n_groups + 1) where each group begins in `positions`
-    int* tokens;        // (n_groups) the token of each
+    int* tokens;        // (n_groups) the token of each group
+    int n_groups;       // how many different tokens there are
 };
 
-// One block of 32 x 8: 32 Packs of channels of one token; its positions are dealt to 8 rows of
-// threads. Grid (n_groups, C/W/32). Reads BTC once; bound by memory.
+// One block of 32 x 8: one token, 32 Packs of its channels. Each of the 8 rows of threads, a warp,
+// sums every 8th position of the token. After the barrier, when all 8 sums are there, the first row
+// adds them up. The lane is the last index of `sums`, so that a warp writes to 32 different banks.
+// Grid (n_groups, C/PACK/32). Reads BTC once and moves 2 rows of fp32 a token; bound by memory.
 __global__ void wte_backward_kernel(float* dwte, const floatX* dout, TokenIndex index, int C) {
-    __shared__ float sums[8][W][WARP];
-    int c = (blockIdx.y * WARP + threadIdx.x) * W;
-    float sum[W] = {};
+    __shared__ float sums[8][PACK][WARP];
+    int c = (blockIdx.y * WARP + threadIdx.x) * PACK;
+    float sum[PACK] = {};
     if (c < C) {
         int end = index.starts[blockIdx.x + 1];
         for (int i = index.starts[blockIdx.x] + threadIdx.y; i < end; i += 8) {
             Pack gradient = load(dout + (int64_t)index.positions[i] * C + c);
-            for (int k = 0; k < W; k++) { sum[k] += gradient[k]; }
+            for (int k = 0; k < PACK; k++) { sum[k] += gradient[k]; }
         }
     }
-    for (int k = 0; k < W; k++) { sums[threadIdx.y][k][threadIdx.x] = sum[k]; }
+    for (int k = 0; k < PACK; k++) { sums[threadIdx.y][k][threadIdx.x] = sum[k]; }
     __syncthreads();
     if (threadIdx.y > 0 || c >= C) { return; }
     float* row = dwte + (int64_t)index.tokens[blockIdx.x] * C + c;
-    for (int k = 0; k < W; k++) {
+    for (int k = 0; k < PACK; k++) {
         for (int y = 1; y < 8; y++) { sum[k] += sums[y][k][threadIdx.x]; }
         row[k] += sum[k];
     }
 }
 
-// One thread: one Pack of a position, over all rows. Grid T*C/W/256 x 256. Reads BTC once.
+// One thread: one Pack of one position t, summed over all rows b. Grid T*C/PACK/256 x 256. Reads
+// BTC once; bound by memory.
 __global__ void wpe_backward_kernel(float* dwpe, const floatX* dout, int B, int T, int C) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    int64_t at = thread_in_grid() * PACK;
     if (at >= (int64_t)T * C) { return; }
-    float sum[W] = {};
+    float sum[PACK] = {};
     for (int b = 0; b < B; b++) {
         Pack gradient = load(dout + (int64_t)b * T * C + at);
-        for (int k = 0; k < W; k++) { sum[k] += gradient[k]; }
+        for (int k = 0; k < PACK; k++) { sum[k] += gradient[k]; }
     }
-    for (int k = 0; k < W; k++) { dwpe[at + k] += sum[k]; }
+    for (int k = 0; k < PACK; k++) { dwpe[at + k] += sum[k]; }
 }
 
 static void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe,
                               int B, int T, int C, cudaStream_t stream) {
-    int blocks = ceil_div((int64_t)B * T * C / W, (int64_t)256);
-    begin_kernel("embedding_forward", 3.0 * B * T * C * sizeof(floatX), 0, stream);
-    embedding_forward_kernel<<<blocks, 256, 0, stream>>>(out, tokens, wte, wpe, B * T, T, C);
-    CHECK_LAUNCH();
+    launch({"embedding_forward", 3.0 * B * T * C * sizeof(floatX)},
+           one_thread_each((int64_t)B * T * C / PACK, stream), embedding_forward_kernel, out,
+           tokens, wte, wpe, B * T, T, C);
 }
 
-static void wte_backward(float* dwte, const floatX* dout, TokenIndex index, int n_groups, int BT,
-                         int C, cudaStream_t stream) {
-    dim3 grid(n_groups, ceil_div(C, W * WARP)), block(WARP, 8);
-    double bytes = (double)BT * C * sizeof(floatX) + 8.0 * n_groups * C;
-    begin_kernel("wte_backward", bytes, 0, stream);
-    wte_backward_kernel<<<grid, block, 0, stream>>>(dwte, dout, index, C);
-    CHECK_LAUNCH();
+static void wte_backward(float* dwte, const floatX* dout, TokenIndex index, int BT, int C,
+                         cudaStream_t stream) {
+    dim3 grid(index.n_groups, ceil_div(C, PACK * WARP));
+    dim3 block(WARP, 8);
+    double bytes = (double)BT * C * sizeof(floatX) + 8.0 * index.n_groups * C;
+    launch({"wte_backward", bytes}, {grid, block, stream}, wte_backward_kernel, dwte, dout, index,
+           C);
 }
 
-static void embedding_backward(float* dwte, float* dwpe, const floatX* dout, TokenIndex index,
-                               int n_groups, int B, int T, int C, cudaStream_t stream) {
-    wte_backward(dwte, dout, index, n_groups, B * T, C, stream);
+static void wpe_backward(float* dwpe, const floatX* dout, int B, int T, int C,
+                         cudaStream_t stream) {
     double bytes = (double)B * T * C * sizeof(floatX) + 8.0 * T * C;
-    begin_kernel("wpe_backward", bytes, 0, stream);
-    wpe_backward_kernel<<<ceil_div(T * C / W, 256), 256, 0, stream>>>(dwpe, dout, B, T, C);
-    CHECK_LAUNCH();
+    launch({"wpe_backward", bytes}, one_thread_each(T * C / PACK, stream), wpe_backward_kernel,
+           dwpe, dout, B, T, C);
 }
 
 // ---- §4 Sums over rows --------------------------------------------------------------------------
 //
-//   gradient[c] += Σ_rows of a matrix, in two steps of fixed order: each block sums some rows into
-//   `partials` (n_partials, width), then add_partials_kernel sums those.
+//   gradient[c] += Σ_rows matrix[row, c]
+//
+// A matrix has many more rows than columns, so one block for some columns would leave most of the
+// GPU idle. There are two steps, each with a fixed order: blocks sum shares of the rows into
+// `partials` (n_partials, width), then add_partials_kernel sums those.
 
 const int ROW_SPLITS = 64;
 
-// One block of 32 x 8: 32 Packs of columns; its share of the rows is dealt to 8 rows of threads.
-// Grid (OC/W/32, ROW_SPLITS). Reads the matrix once; bound by memory.
+// One block of 32 x 8: 32 Packs of columns, and every ROW_SPLITS-th group of 8 rows. The barrier
+// and the layout of `sums` are those of wte_backward_kernel. Grid (OC/PACK/32, ROW_SPLITS). Reads
+// the matrix once; bound by memory.
 __global__ void row_sum_kernel(float* partials, const floatX* matrix, int rows, int OC) {
-    __shared__ float sums[8][W][WARP];
-    int c = (blockIdx.x * WARP + threadIdx.x) * W;
-    float sum[W] = {};
+    __shared__ float sums[8][PACK][WARP];
+    int c = (blockIdx.x * WARP + threadIdx.x) * PACK;
+    float sum[PACK] = {};
     if (c < OC) {
         for (int row = blockIdx.y * 8 + threadIdx.y; row < rows; row += gridDim.y * 8) {
             Pack values = load(matrix + (int64_t)row * OC + c);
-            for (int k = 0; k < W; k++) { sum[k] += values[k]; }
+            for (int k = 0; k < PACK; k++) { sum[k] += values[k]; }
         }
     }
-    for (int k = 0; k < W; k++) { sums[threadIdx.y][k][threadIdx.x] = sum[k]; }
+    for (int k = 0; k < PACK; k++) { sums[threadIdx.y][k][threadIdx.x] = sum[k]; }
     __syncthreads();
     if (threadIdx.y > 0 || c >= OC) { return; }
-    for (int k = 0; k < W; k++) {
+    for (int k = 0; k < PACK; k++) {
         for (int y = 1; y < 8; y++) { sum[k] += sums[y][k][threadIdx.x]; }
         partials[(int64_t)blockIdx.y * OC + c + k] = sum[k];
     }
 }
 
-// One block of 32 x 16: 32 columns; the partial sums are dealt to 16 rows of threads.
+// One block of 32 x 16: 32 columns; each of the 16 rows of threads sums every 16th partial sum, and
+// the first row adds up the 16 results. Grid columns/32. Bound by latency: there is little to read.
 __global__ void add_partials_kernel(float* gradient, const float* partials, int n_partials,
                                     int width, int columns) {
     __shared__ float sums[16][WARP];
@@ -412,274 +516,367 @@ __global__ void add_partials_kernel(float* gradient, const float* partials, int 
     gradient[c] += sum;
 }
 
+// gradient (columns) += the sum of the first `columns` of the rows of partials (n_partials, width)
 static void add_partials(float* gradient, const float* partials, int n_partials, int width,
                          int columns, cudaStream_t stream) {
-    dim3 block(WARP, 16);
-    begin_kernel("add_partials", 4.0 * (n_partials + 2) * columns, 0, stream);
-    add_partials_kernel<<<ceil_div(columns, WARP), block, 0, stream>>>(gradient, partials,
-                                                                       n_partials, width, columns);
-    CHECK_LAUNCH();
+    launch({"add_partials", 4.0 * (n_partials + 2) * columns},
+           {ceil_div(columns, WARP), dim3(WARP, 16), stream}, add_partials_kernel, gradient,
+           partials, n_partials, width, columns);
 }
 
 static void bias_backward(float* dbias, float* partials, const floatX* dout, int BT, int OC,
                           cudaStream_t stream) {
-    dim3 grid(ceil_div(OC, W * WARP), ROW_SPLITS), block(WARP, 8);
+    dim3 grid(ceil_div(OC, PACK * WARP), ROW_SPLITS);
+    dim3 block(WARP, 8);
     double bytes = (double)BT * OC * sizeof(floatX) + 4.0 * ROW_SPLITS * OC;
-    begin_kernel("row_sum", bytes, 0, stream);
-    row_sum_kernel<<<grid, block, 0, stream>>>(partials, dout, BT, OC);
-    CHECK_LAUNCH();
+    launch({"row_sum", bytes}, {grid, block, stream}, row_sum_kernel, partials, dout, BT, OC);
     add_partials(dbias, partials, ROW_SPLITS, OC, OC, stream);
 }
 
-// ---- §5 Residual + LayerNorm --------------------------------------------------------------------
+// ---- §5 Residual + norms ------------------------------------------------------------------------
+//
+// GPT-2 has LayerNorm. Each norm first adds b, the output of the branch before it, to the residual
+// stream a. One kernel does both, so that the sum x need not be read again.
 //
 //   x = a + b    mean = Σ x / C    rstd = 1 / sqrt(Σ (x - mean)² / C + 1e-5)
 //   n = (x - mean) rstd    out = n weight + bias
 //   dn = dout weight    dx += (dn - Σ dn / C - n Σ (dn n) / C) rstd
 //   dweight += Σ_rows dout n    dbias += Σ_rows dout
 
-const int NORM_WARPS = 4;
-const float RMS_EPSILON = 1.1920929e-7f;         // what PyTorch has: fp32's
+const int NORM_WARPS = 4;                        // of a block, each with a row of its own
+const float RMS_EPSILON = 1.1920929e-7f;         // fp32's epsilon, which PyTorch's rms_norm takes
 
-// One warp: one row of C channels, held in shared memory between the passes. Grid BT/4 x 128.
-// Moves 4 BTC (2 without b); bound by memory. Without b, x is a and is not written.
-__global__ void layernorm_forward_kernel(floatX* out, floatX* x, float* mean, float* rstd,
-                                         const floatX* a, const floatX* b, const floatX* weight,
-                                         const floatX* bias, int BT, int C) {
-    extern __shared__ float rows[];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+// Shapes are (BT, C) unless a comment says otherwise. A pointer may be NULL if its default is NULL.
+struct LayerNormForward {
+    const floatX* a;
+    const floatX* b = NULL;             // NULL: x is a, and is not written
+    const floatX *weight, *bias;        // (C)
+    floatX* x = NULL;
+    floatX* out;
+    float *mean, *rstd;                 // (BT)
+    int BT, C;
+};
+
+// One warp: one row. The row stays in shared memory, so that memory is read once, and yet the
+// squares are summed after the mean is known (Σ x² / C - mean², in one pass, would lose digits). No
+// barrier is needed, because a lane reads only what it wrote itself. Grid BT/4 x 128. Moves 4 BTC,
+// or 2 BTC without b; bound by memory.
+__global__ void layernorm_forward_kernel(LayerNormForward norm) {
+    extern __shared__ float rows[];     // (NORM_WARPS, C)
+    int C = norm.C;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
     int64_t bt = (int64_t)blockIdx.x * NORM_WARPS + warp;
-    if (bt >= BT) { return; }
-    float *row = rows + warp * C, sum = 0.0f, square_sum = 0.0f;
-    for (int c = lane * W; c < C; c += WARP * W) {
-        Pack value = load(a + bt * C + c);
-        if (b != NULL) {
-            Pack other = load(b + bt * C + c);
-            for (int i = 0; i < W; i++) { value.set(i, value[i] + other[i]); }
-            store(x + bt * C + c, value);
+    if (bt >= norm.BT) { return; }
+    float* row = rows + warp * C;
+    float sum = 0.0f;
+    for (int c = lane * PACK; c < C; c += WARP * PACK) {
+        Pack value = load(norm.a + bt * C + c);
+        if (norm.b != NULL) {
+            Pack other = load(norm.b + bt * C + c);
+            for (int i = 0; i < PACK; i++) { value.set(i, value[i] + other[i]); }
+            store(norm.x + bt * C + c, value);
         }
-        for (int i = 0; i < W; i++) { row[c + i] = value[i], sum += value[i]; }
+        for (int i = 0; i < PACK; i++) {
+            row[c + i] = value[i];
+            sum += value[i];
+        }
     }
-    float m = warp_sum(sum) / C;
-    for (int c = lane * W; c < C; c += WARP * W) {
-        for (int i = 0; i < W; i++) { square_sum += (row[c + i] - m) * (row[c + i] - m); }
+    float mean = warp_sum(sum) / C;
+    float square_sum = 0.0f;
+    for (int c = lane * PACK; c < C; c += WARP * PACK) {
+        for (int i = 0; i < PACK; i++) { square_sum += (row[c + i] - mean) * (row[c + i] - mean); }
     }
-    float s = rsqrtf(warp_sum(square_sum) / C + 1e-5f);
-    for (int c = lane * W; c < C; c += WARP * W) {
-        Pack w = load(weight + c), shift = load(bias + c), value;
-        for (int i = 0; i < W; i++) { value.set(i, (row[c + i] - m) * s * w[i] + shift[i]); }
-        store(out + bt * C + c, value);
+    float rstd = rsqrtf(warp_sum(square_sum) / C + 1e-5f);
+    for (int c = lane * PACK; c < C; c += WARP * PACK) {
+        Pack weight = load(norm.weight + c);
+        Pack bias = load(norm.bias + c);
+        Pack value;
+        for (int i = 0; i < PACK; i++) {
+            value.set(i, (row[c + i] - mean) * rstd * weight[i] + bias[i]);
+        }
+        store(norm.out + bt * C + c, value);
     }
-    if (lane == 0) { mean[bt] = m, rstd[bt] = s; }
+    if (lane == 0) {
+        norm.mean[bt] = mean;
+        norm.rstd[bt] = rstd;
+    }
 }
 
-const int NORM_ROWS = 2;        // of an iteration, so that two rows share a barrier
+struct LayerNormBackward {
+    const floatX *dout, *x, *weight;
+    const float *mean, *rstd;           // (BT)
+    floatX* dx;                         // added to
+    float *dweight, *dbias;             // (C), added to
+    float* partials;                    // (NORM_PARTIALS, 2C): dweight, then dbias
+    int BT, C;
+};
 
-// One block: all C channels, a Pack a thread, of every gridDim-th pair of rows. Grid n_partials x
-// C/W. Moves 4 BTC; bound by memory. partials (n_partials, 2C): dweight, then dbias.
-__global__ void layernorm_backward_kernel(floatX* dx, float* partials, const floatX* dout,
-                                          const floatX* x, const floatX* weight, const float* mean,
-                                          const float* rstd, int BT, int C) {
-    __shared__ float of_warp[2][NORM_ROWS][WARP];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n_warps = blockDim.x / WARP;
-    int c = threadIdx.x * W;
+const int NORM_PARTIALS = 256;  // blocks at most
+const int NORM_ROWS = 2;        // rows of an iteration; they share its two barriers
+
+// One block: every gridDim-th pair of rows. One thread: a Pack of channels, whose dweight and dbias
+// it sums over all these rows in registers. Grid n_partials x C/PACK. Moves 4 BTC; bound by memory.
+// The sums over a row go through of_warp. After the first barrier every warp's sums are there. The
+// second barrier keeps a fast warp from writing those of the next rows before all have read these.
+__global__ void layernorm_backward_kernel(LayerNormBackward norm) {
+    __shared__ float of_warp[2][NORM_ROWS][WARP];       // Σ dn and Σ (dn n) of each warp
+    int C = norm.C;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    int n_warps = blockDim.x / WARP;
+    int c = threadIdx.x * PACK;
     bool active = c < C;
-    float dweight[W] = {}, dbias[W] = {};
-    Pack w = load(weight + (active ? c : 0));
-    for (int first = blockIdx.x * NORM_ROWS; first < BT; first += gridDim.x * NORM_ROWS) {
-        float n[NORM_ROWS][W] = {}, dn[NORM_ROWS][W] = {}, scale[NORM_ROWS] = {};
+    float dweight[PACK] = {};
+    float dbias[PACK] = {};
+    Pack weight = load(norm.weight + (active ? c : 0));
+    for (int first = blockIdx.x * NORM_ROWS; first < norm.BT; first += gridDim.x * NORM_ROWS) {
+        float n[NORM_ROWS][PACK] = {};
+        float dn[NORM_ROWS][PACK] = {};
+        float rstd[NORM_ROWS] = {};
         for (int r = 0; r < NORM_ROWS; r++) {
             int64_t bt = first + r;
-            float sum_dn = 0.0f, sum_dn_n = 0.0f;
-            if (active && bt < BT) {
-                Pack gradient = load(dout + bt * C + c), value = load(x + bt * C + c);
-                float m = mean[bt];
-                scale[r] = rstd[bt];
-                for (int i = 0; i < W; i++) {
-                    n[r][i] = (value[i] - m) * scale[r];
-                    dn[r][i] = gradient[i] * w[i];
-                    dweight[i] += gradient[i] * n[r][i];
-                    dbias[i] += gradient[i];
+            float sum_dn = 0.0f;
+            float sum_dn_n = 0.0f;
+            if (active && bt < norm.BT) {
+                Pack dout = load(norm.dout + bt * C + c);
+                Pack x = load(norm.x + bt * C + c);
+                float mean = norm.mean[bt];
+                rstd[r] = norm.rstd[bt];
+                for (int i = 0; i < PACK; i++) {
+                    n[r][i] = (x[i] - mean) * rstd[r];
+                    dn[r][i] = dout[i] * weight[i];
+                    dweight[i] += dout[i] * n[r][i];
+                    dbias[i] += dout[i];
                     sum_dn += dn[r][i];
                     sum_dn_n += dn[r][i] * n[r][i];
                 }
             }
-            sum_dn = warp_sum(sum_dn), sum_dn_n = warp_sum(sum_dn_n);
-            if (lane == 0) { of_warp[0][r][warp] = sum_dn, of_warp[1][r][warp] = sum_dn_n; }
+            sum_dn = warp_sum(sum_dn);
+            sum_dn_n = warp_sum(sum_dn_n);
+            if (lane == 0) {
+                of_warp[0][r][warp] = sum_dn;
+                of_warp[1][r][warp] = sum_dn_n;
+            }
         }
         __syncthreads();
         for (int r = 0; r < NORM_ROWS; r++) {
             int64_t bt = first + r;
             float mean_dn = warp_sum(lane < n_warps ? of_warp[0][r][lane] : 0.0f) / C;
             float mean_dn_n = warp_sum(lane < n_warps ? of_warp[1][r][lane] : 0.0f) / C;
-            if (active && bt < BT) {
-                Pack gradient = load(dx + bt * C + c);
-                for (int i = 0; i < W; i++) {
-                    float here = (dn[r][i] - mean_dn - n[r][i] * mean_dn_n) * scale[r];
-                    gradient.set(i, gradient[i] + here);
+            if (active && bt < norm.BT) {
+                Pack dx = load(norm.dx + bt * C + c);
+                for (int i = 0; i < PACK; i++) {
+                    float here = (dn[r][i] - mean_dn - n[r][i] * mean_dn_n) * rstd[r];
+                    dx.set(i, dx[i] + here);
                 }
-                store(dx + bt * C + c, gradient);
+                store(norm.dx + bt * C + c, dx);
             }
         }
         __syncthreads();
     }
     if (!active) { return; }
-    float* partial = partials + (int64_t)blockIdx.x * 2 * C + c;
-    for (int i = 0; i < W; i++) { partial[i] = dweight[i], partial[C + i] = dbias[i]; }
+    float* partial = norm.partials + (int64_t)blockIdx.x * 2 * C + c;
+    for (int i = 0; i < PACK; i++) {
+        partial[i] = dweight[i];
+        partial[C + i] = dbias[i];
+    }
 }
 
-// out = LayerNorm(x), x = a + b; without b, x is a.
-static void layernorm_forward(floatX* out, floatX* x, float* mean, float* rstd, const floatX* a,
-                              const floatX* b, const floatX* weight, const floatX* bias, int BT,
-                              int C, cudaStream_t stream) {
-    size_t shared_bytes = sizeof(float) * NORM_WARPS * C;
-    double moved = b != NULL ? 4.0 : 2.0;
-    begin_kernel("layernorm_forward", moved * BT * C * sizeof(floatX), 0, stream);
-    layernorm_forward_kernel<<<ceil_div(BT, NORM_WARPS), NORM_WARPS * WARP, shared_bytes, stream>>>(
-        out, x, mean, rstd, a, b, weight, bias, BT, C);
-    CHECK_LAUNCH();
+static void layernorm_forward(LayerNormForward norm, cudaStream_t stream) {
+    size_t shared_bytes = sizeof(float) * NORM_WARPS * norm.C;
+    double moved = norm.b != NULL ? 4.0 : 2.0;
+    launch({"layernorm_forward", moved * norm.BT * norm.C * sizeof(floatX)},
+           {ceil_div(norm.BT, NORM_WARPS), NORM_WARPS * WARP, stream, shared_bytes},
+           layernorm_forward_kernel, norm);
 }
 
-const int NORM_PARTIALS = 256;
-
-static void layernorm_backward(floatX* dx, float* dweight, float* dbias, float* partials,
-                               const floatX* dout, const floatX* x, const floatX* weight,
-                               const float* mean, const float* rstd, int BT, int C,
-                               cudaStream_t stream) {
-    int blocks = min(NORM_PARTIALS, ceil_div(BT, NORM_ROWS));
-    double bytes = 4.0 * BT * C * sizeof(floatX) + 8.0 * blocks * C;
-    begin_kernel("layernorm_backward", bytes, 0, stream);
-    layernorm_backward_kernel<<<blocks, ceil_div(C, W * WARP) * WARP, 0, stream>>>(
-        dx, partials, dout, x, weight, mean, rstd, BT, C);
-    CHECK_LAUNCH();
-    add_partials(dweight, partials, blocks, 2 * C, C, stream);
-    add_partials(dbias, partials + C, blocks, 2 * C, C, stream);
+static void layernorm_backward(LayerNormBackward norm, cudaStream_t stream) {
+    int C = norm.C;
+    int blocks = min(NORM_PARTIALS, ceil_div(norm.BT, NORM_ROWS));
+    int threads = ceil_div(C, PACK * WARP) * WARP;
+    double bytes = 4.0 * norm.BT * C * sizeof(floatX) + 8.0 * blocks * C;
+    launch({"layernorm_backward", bytes}, {blocks, threads, stream}, layernorm_backward_kernel,
+           norm);
+    add_partials(norm.dweight, norm.partials, blocks, 2 * C, C, stream);
+    add_partials(norm.dbias, norm.partials + C, blocks, 2 * C, C, stream);
 }
 
-//   dN's norm: s = λ x + μ e, x = a + b    rstd = 1 / sqrt(Σ s² / C + 1.19e-7)    out = n = s rstd
+// dN has RMSNorm, without a mean, a weight or a bias. Before the norm, two learned numbers for each
+// layer, λ and μ, mix the residual stream x with the first embedding e. Without e, s is x.
+//
+//   x = a + b    s = λ x + μ e    rstd = 1 / sqrt(Σ s² / C + 1.19e-7)    out = n = s rstd
 //   ds = dx + (dout - n Σ (dout n) / C) rstd
 //   dλ += Σ ds x    dμ += Σ ds e    dx = λ ds    de += μ ds
-//
-// λ and μ, one each a layer, mix the first embedding e into the residual stream; without e, s = x.
 
-struct Mix { const floatX* e; const float *lambda, *mu; float sign; };      // lambda NULL: 1
+struct Mix {
+    const floatX* e;                    // (BT, C); NULL: no mix
+    const float* lambda;                // NULL: 1
+    const float* mu;
+    float sign;                         // 1 or -1, which μ is multiplied by
+};
 
+// s for the Pack of x at offset `at`
 __device__ Pack mixed(Pack x, Mix mix, int64_t at) {
     if (mix.e == NULL) { return x; }
-    float lambda = mix.lambda != NULL ? *mix.lambda : 1.0f, mu = mix.sign * *mix.mu;
-    Pack e = load(mix.e + at), s;
-    for (int i = 0; i < W; i++) { s.set(i, lambda * x[i] + mu * e[i]); }
+    float lambda = mix.lambda != NULL ? *mix.lambda : 1.0f;
+    float mu = mix.sign * *mix.mu;
+    Pack e = load(mix.e + at);
+    Pack s;
+    for (int i = 0; i < PACK; i++) { s.set(i, lambda * x[i] + mu * e[i]); }
     return s;
 }
 
-// One warp: one row, held in shared memory between the passes. Grid BT/4 x 128. Moves up to 6 BTC;
-// bound by memory. a is row tokens[bt] of a table where there are tokens; x and s are written
-// where they are wanted. mix.e may be x.
-__global__ void rmsnorm_forward_kernel(floatX* out, floatX* x, floatX* s, float* rstd,
-                                       const floatX* a, const int* tokens, const floatX* b, Mix mix,
-                                       int BT, int C) {
-    extern __shared__ float rows[];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+// Shapes are (BT, C) unless a comment says otherwise. x and s are written if they are not NULL.
+struct RmsNormForward {
+    const floatX* a;                    // with tokens: a table (Vp, C)
+    const int* tokens = NULL;           // (BT), the rows of a to take
+    const floatX* b = NULL;
+    Mix mix = {};                       // mix.e may be x
+    floatX* x = NULL;
+    floatX* s = NULL;
+    floatX* out;
+    float* rstd;                        // (BT)
+    int BT, C;
+};
+
+// One warp: one row, held in shared memory between the passes, as in layernorm_forward_kernel. Grid
+// BT/4 x 128. Moves up to 6 BTC; bound by memory.
+__global__ void rmsnorm_forward_kernel(RmsNormForward norm) {
+    extern __shared__ float rows[];     // (NORM_WARPS, C)
+    int C = norm.C;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
     int64_t bt = (int64_t)blockIdx.x * NORM_WARPS + warp;
-    if (bt >= BT) { return; }
-    const floatX* from = a + (tokens != NULL ? tokens[bt] : bt) * C;
-    float *row = rows + warp * C, square_sum = 0.0f;
-    for (int c = lane * W; c < C; c += WARP * W) {
-        Pack value = load(from + c);
-        if (b != NULL) {
-            Pack other = load(b + bt * C + c);
-            for (int i = 0; i < W; i++) { value.set(i, value[i] + other[i]); }
+    if (bt >= norm.BT) { return; }
+    const floatX* a = norm.a + (norm.tokens != NULL ? norm.tokens[bt] : bt) * C;
+    float* row = rows + warp * C;
+    float square_sum = 0.0f;
+    for (int c = lane * PACK; c < C; c += WARP * PACK) {
+        Pack value = load(a + c);
+        if (norm.b != NULL) {
+            Pack other = load(norm.b + bt * C + c);
+            for (int i = 0; i < PACK; i++) { value.set(i, value[i] + other[i]); }
         }
-        if (x != NULL) { store(x + bt * C + c, value); }
-        value = mixed(value, mix, bt * C + c);
-        if (s != NULL) { store(s + bt * C + c, value); }
-        for (int i = 0; i < W; i++) { row[c + i] = value[i], square_sum += value[i] * value[i]; }
+        if (norm.x != NULL) { store(norm.x + bt * C + c, value); }
+        value = mixed(value, norm.mix, bt * C + c);
+        if (norm.s != NULL) { store(norm.s + bt * C + c, value); }
+        for (int i = 0; i < PACK; i++) {
+            row[c + i] = value[i];
+            square_sum += value[i] * value[i];
+        }
     }
-    float scale = rsqrtf(warp_sum(square_sum) / C + RMS_EPSILON);
-    for (int c = lane * W; c < C; c += WARP * W) {
+    float rstd = rsqrtf(warp_sum(square_sum) / C + RMS_EPSILON);
+    for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack value;
-        for (int i = 0; i < W; i++) { value.set(i, row[c + i] * scale); }
-        store(out + bt * C + c, value);
+        for (int i = 0; i < PACK; i++) { value.set(i, row[c + i] * rstd); }
+        store(norm.out + bt * C + c, value);
     }
-    if (lane == 0) { rstd[bt] = scale; }
+    if (lane == 0) { norm.rstd[bt] = rstd; }
 }
 
-const int RMS_PARTIALS = 1024;
+struct RmsNormBackward {
+    const floatX* dout;
+    const floatX* x;                    // with tokens: a table (Vp, C)
+    const int* tokens = NULL;           // (BT), the rows of x
+    const float* rstd;                  // (BT)
+    Mix mix = {};
+    floatX* dx;                         // in: what else adds to ds; out: the gradient of x
+    floatX* de = NULL;                  // added to
+    float* dlambda = NULL;              // one number each, added to
+    float* dmu = NULL;
+    float* partials = NULL;             // (RMS_PARTIALS, 2): dλ, dμ; only with a mix
+    int BT, C;
+};
 
-// One warp: every n-th row, read twice, the second time from the L1 cache. Grid up to RMS_PARTIALS
-// x 128. Moves 4 BTC, or 7 with a mix; bound by memory. partials (gridDim, 2): dλ, dμ.
-__global__ void rmsnorm_backward_kernel(floatX* dx, floatX* de, float* partials, const floatX* dout,
-                                        const floatX* x, const int* tokens, const float* rstd,
-                                        Mix mix, int BT, int C) {
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    float lambda = mix.lambda != NULL ? *mix.lambda : 1.0f, dlambda = 0.0f, dmu = 0.0f;
+const int RMS_PARTIALS = 1024;  // blocks at most
+
+// One warp: every n-th row, n being the number of warps. It reads a row twice, the second time from
+// the L1 cache. Grid up to RMS_PARTIALS x 128. Moves 4 BTC, or 7 BTC with a mix; bound by memory.
+__global__ void rmsnorm_backward_kernel(RmsNormBackward norm) {
+    Mix mix = norm.mix;
+    int C = norm.C;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    float lambda = mix.lambda != NULL ? *mix.lambda : 1.0f;
     float mu = mix.e != NULL ? mix.sign * *mix.mu : 0.0f;
-    for (int64_t bt = blockIdx.x * NORM_WARPS + warp; bt < BT; bt += gridDim.x * NORM_WARPS) {
-        const floatX* from = x + (tokens != NULL ? tokens[bt] : bt) * C;
-        float scale = rstd[bt], sum = 0.0f;
-        for (int c = lane * W; c < C; c += WARP * W) {
-            Pack s = mixed(load(from + c), mix, bt * C + c), gradient = load(dout + bt * C + c);
-            for (int i = 0; i < W; i++) { sum += gradient[i] * s[i]; }
+    float dlambda = 0.0f;
+    float dmu = 0.0f;
+    for (int64_t bt = blockIdx.x * NORM_WARPS + warp; bt < norm.BT; bt += gridDim.x * NORM_WARPS) {
+        const floatX* from = norm.x + (norm.tokens != NULL ? norm.tokens[bt] : bt) * C;
+        float rstd = norm.rstd[bt];
+        float sum = 0.0f;
+        for (int c = lane * PACK; c < C; c += WARP * PACK) {
+            Pack s = mixed(load(from + c), mix, bt * C + c);
+            Pack dout = load(norm.dout + bt * C + c);
+            for (int i = 0; i < PACK; i++) { sum += dout[i] * s[i]; }
         }
-        float mean = warp_sum(sum) * scale / C;
-        for (int c = lane * W; c < C; c += WARP * W) {
-            Pack value = load(from + c), s = mixed(value, mix, bt * C + c);
-            Pack gradient = load(dout + bt * C + c), ds = load(dx + bt * C + c), e, sent;
-            if (mix.e != NULL) { e = load(mix.e + bt * C + c), sent = load(de + bt * C + c); }
-            for (int i = 0; i < W; i++) {
-                float here = ds[i] + (gradient[i] - s[i] * scale * mean) * scale;
-                ds.set(i, lambda * here);
-                if (mix.e == NULL) { continue; }
-                dlambda += here * value[i], dmu += mix.sign * here * e[i];
-                sent.set(i, sent[i] + mu * here);
+        float mean = warp_sum(sum) * rstd / C;          // Σ (dout n) / C
+        for (int c = lane * PACK; c < C; c += WARP * PACK) {
+            Pack x = load(from + c);
+            Pack s = mixed(x, mix, bt * C + c);
+            Pack dout = load(norm.dout + bt * C + c);
+            Pack dx = load(norm.dx + bt * C + c);
+            Pack e;
+            Pack de;
+            if (mix.e != NULL) {
+                e = load(mix.e + bt * C + c);
+                de = load(norm.de + bt * C + c);
             }
-            store(dx + bt * C + c, ds);
-            if (mix.e != NULL) { store(de + bt * C + c, sent); }
+            for (int i = 0; i < PACK; i++) {
+                float ds = dx[i] + (dout[i] - s[i] * rstd * mean) * rstd;
+                dx.set(i, lambda * ds);
+                if (mix.e == NULL) { continue; }
+                dlambda += ds * x[i];
+                dmu += mix.sign * ds * e[i];
+                de.set(i, de[i] + mu * ds);
+            }
+            store(norm.dx + bt * C + c, dx);
+            if (mix.e != NULL) { store(norm.de + bt * C + c, de); }
         }
     }
     if (mix.e == NULL) { return; }
-    dlambda = block_sum(dlambda), dmu = block_sum(dmu);
+    dlambda = block_sum(dlambda);
+    dmu = block_sum(dmu);
     if (threadIdx.x > 0) { return; }
-    partials[2 * blockIdx.x] = dlambda, partials[2 * blockIdx.x + 1] = dmu;
+    norm.partials[2 * blockIdx.x] = dlambda;
+    norm.partials[2 * blockIdx.x + 1] = dmu;
 }
 
-static void rmsnorm_forward(floatX* out, floatX* x, floatX* s, float* rstd, const floatX* a,
-                            const int* tokens, const floatX* b, Mix mix, int BT, int C,
-                            cudaStream_t stream) {
-    size_t shared_bytes = sizeof(float) * NORM_WARPS * C;
-    double moved = 2 + (b != NULL) + (mix.e != NULL) + (x != NULL) + (s != NULL);
-    begin_kernel("rmsnorm_forward", moved * BT * C * sizeof(floatX), 0, stream);
-    rmsnorm_forward_kernel<<<ceil_div(BT, NORM_WARPS), NORM_WARPS * WARP, shared_bytes, stream>>>(
-        out, x, s, rstd, a, tokens, b, mix, BT, C);
-    CHECK_LAUNCH();
+static void rmsnorm_forward(RmsNormForward norm, cudaStream_t stream) {
+    size_t shared_bytes = sizeof(float) * NORM_WARPS * norm.C;
+    double moved = 2;                   // (BT, C) matrices: a, out, and each that is not NULL
+    if (norm.b != NULL) { moved++; }
+    if (norm.mix.e != NULL) { moved++; }
+    if (norm.x != NULL) { moved++; }
+    if (norm.s != NULL) { moved++; }
+    launch({"rmsnorm_forward", moved * norm.BT * norm.C * sizeof(floatX)},
+           {ceil_div(norm.BT, NORM_WARPS), NORM_WARPS * WARP, stream, shared_bytes},
+           rmsnorm_forward_kernel, norm);
 }
 
-static void rmsnorm_backward(floatX* dx, floatX* de, float* dlambda, float* dmu, float* partials,
-                             const floatX* dout, const floatX* x, const int* tokens,
-                             const float* rstd, Mix mix, int BT, int C, cudaStream_t stream) {
-    int blocks = min(RMS_PARTIALS, ceil_div(BT, NORM_WARPS));
-    double moved = mix.e != NULL ? 7.0 : 4.0;
-    begin_kernel("rmsnorm_backward", moved * BT * C * sizeof(floatX), 0, stream);
-    rmsnorm_backward_kernel<<<blocks, NORM_WARPS * WARP, 0, stream>>>(
-        dx, de, partials, dout, x, tokens, rstd, mix, BT, C);
-    CHECK_LAUNCH();
-    if (dlambda != NULL) { add_partials(dlambda, partials, blocks, 2, 1, stream); }
-    if (dmu != NULL) { add_partials(dmu, partials + 1, blocks, 2, 1, stream); }
+static void rmsnorm_backward(RmsNormBackward norm, cudaStream_t stream) {
+    int blocks = min(RMS_PARTIALS, ceil_div(norm.BT, NORM_WARPS));
+    double moved = norm.mix.e != NULL ? 7.0 : 4.0;
+    launch({"rmsnorm_backward", moved * norm.BT * norm.C * sizeof(floatX)},
+           {blocks, NORM_WARPS * WARP, stream}, rmsnorm_backward_kernel, norm);
+    if (norm.dlambda != NULL) { add_partials(norm.dlambda, norm.partials, blocks, 2, 1, stream); }
+    if (norm.dmu != NULL) { add_partials(norm.dmu, norm.partials + 1, blocks, 2, 1, stream); }
 }
 
-// One thread: one Pack of sum += other. Grid n/W/256 x 256. Moves 3n; bound by memory.
+// One thread: one Pack of sum += other. Grid n/PACK/256 x 256. Moves 3n; bound by memory.
 __global__ void add_kernel(floatX* sum, const floatX* other, int64_t n) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+    int64_t at = thread_in_grid() * PACK;
     if (at >= n) { return; }
-    Pack a = load(sum + at), b = load(other + at);
-    for (int i = 0; i < W; i++) { a.set(i, a[i] + b[i]); }
+    Pack a = load(sum + at);
+    Pack b = load(other + at);
+    for (int i = 0; i < PACK; i++) { a.set(i, a[i] + b[i]); }
     store(sum + at, a);
 }
 
 static void add_to(floatX* sum, const floatX* other, int64_t n, cudaStream_t stream) {
-    begin_kernel("add", 3.0 * n * sizeof(floatX), 0, stream);
-    add_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(sum, other, n);
-    CHECK_LAUNCH();
+    launch({"add", 3.0 * n * sizeof(floatX)}, one_thread_each(n / PACK, stream), add_kernel, sum,
+           other, n);
 }
 
 // ---- §6 Matmuls: cuBLASLt -----------------------------------------------------------------------
@@ -687,26 +884,24 @@ static void add_to(floatX* sum, const floatX* other, int64_t n, cudaStream_t str
 //   y = x w + bias            x (rows, C), w (C, OC), y (rows, OC)
 //   dx = dy wᵀ                dw += xᵀ dy
 //
-// cuBLAS counts matrices by columns: to it, what we call (rows, C) is (C, rows). So each of these
-// is computed as its own transpose, yᵀ = wᵀ xᵀ, and nothing is ever moved.
+// cuBLAS stores matrices by columns. What is (rows, C) to us is the transpose, (C, rows), to it. So
+// each product is computed as its own transpose, yᵀ = wᵀ xᵀ: A is w, B is x, D is y, and no matrix
+// is ever moved.
 
+enum Transpose { NEITHER, TRANSPOSE_A, TRANSPOSE_B };
 enum Epilogue { PLAIN, ADD_BIAS, ADD_BIAS_GELU, TIMES_DGELU };
 
-// D (m, n) = op(A) (m, k) op(B) (k, n) + beta D, in cuBLAS's order of dimensions
+// D (m, n) = op(A) (m, k) op(B) (k, n), in cuBLAS's order of dimensions
 struct Matmul {
-    bool transpose_a, transpose_b;
     int m, n, k;
-    bool accumulate;            // then D is fp32 and is added to
-    Epilogue epilogue;
-    int batch = 1;              // matrices behind one another
-    bool operator==(const Matmul& o) const {
-        return transpose_a == o.transpose_a && transpose_b == o.transpose_b && m == o.m &&
-               n == o.n && k == o.k && accumulate == o.accumulate && epilogue == o.epilogue &&
-               batch == o.batch;
-    }
+    Transpose transpose = NEITHER;
+    bool accumulate = false;    // D is fp32 and is added to
+    Epilogue epilogue = PLAIN;
+    int batch = 1;              // number of products; their matrices follow one another in memory
+    bool operator==(const Matmul&) const = default;
 };
 
-// What cuBLASLt chose for a shape; choosing takes longer than a small matmul.
+// What cuBLASLt chose for a Matmul. Choosing takes longer than a small matmul, so plans are kept.
 struct MatmulPlan {
     Matmul matmul;
     char name[64];
@@ -715,10 +910,11 @@ struct MatmulPlan {
     cublasLtMatmulHeuristicResult_t chosen;
 };
 
+const int MAX_PLANS = 64;                       // a model has about 30
 static struct {
     cublasLtHandle_t handle;
     void* workspace;
-    MatmulPlan plans[64];
+    MatmulPlan plans[MAX_PLANS];
     int n_plans;
 } cublas;
 const size_t WORKSPACE_BYTES = 32 << 20;        // what NVIDIA recommends for Hopper
@@ -733,7 +929,8 @@ template <class Value> static void set(cublasLtMatmulDesc_t operation,
     CHECK_CUBLAS(cublasLtMatmulDescSetAttribute(operation, attribute, &value, sizeof value));
 }
 
-// With an epilogue: bias (m), or aux (n, m), the input of GELU, written or read.
+// An epilogue works on D before it is written: bias (m) is added; aux (m, n), which is the input of
+// GELU, is written by ADD_BIAS_GELU and read by TIMES_DGELU. Either may be NULL.
 static void set_epilogue(cublasLtMatmulDesc_t operation, Matmul mm, const floatX* bias,
                          floatX* aux) {
     const cublasLtEpilogue_t epilogues[] = {
@@ -758,27 +955,8 @@ static cublasLtMatrixLayout_t layout(cudaDataType_t type, int rows, int columns,
     return made;
 }
 
-static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias, floatX* aux) {
-    for (int i = 0; i < cublas.n_plans; i++) {
-        if (cublas.plans[i].matmul == mm) { return &cublas.plans[i]; }
-    }
-    if (cublas.n_plans == 64) { die("more than 64 shapes of matmuls; a model has 30; report it"); }
-    MatmulPlan* plan = &cublas.plans[cublas.n_plans++];
-    plan->matmul = mm;
-    const char* epilogues[] = {"", " + bias", " + bias, gelu", " * gelu'"};
-    snprintf(plan->name, sizeof plan->name, "matmul %d x %d x %d%s%s", mm.m, mm.n, mm.k,
-             mm.accumulate ? " += fp32" : "", epilogues[mm.epilogue]);
-    if (mm.batch > 1) { snprintf(plan->name + strlen(plan->name), 16, " x %d", mm.batch); }
-    cudaDataType_t type = mm.accumulate ? CUDA_R_32F : CUBLAS_X;
-    CHECK_CUBLAS(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSA, mm.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
-    set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSB, mm.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
-    set_epilogue(plan->operation, mm, bias, aux);
-    int a_rows = mm.transpose_a ? mm.k : mm.m, a_columns = mm.transpose_a ? mm.m : mm.k;
-    int b_rows = mm.transpose_b ? mm.n : mm.k, b_columns = mm.transpose_b ? mm.k : mm.n;
-    plan->a = layout(CUBLAS_X, a_rows, a_columns, mm.batch);
-    plan->b = layout(CUBLAS_X, b_rows, b_columns, mm.batch);
-    plan->d = layout(type, mm.m, mm.n, mm.batch);
+static void choose_algorithm(MatmulPlan* plan) {
+    Matmul mm = plan->matmul;
     cublasLtMatmulPreference_t preference;
     CHECK_CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
     CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(
@@ -789,64 +967,133 @@ static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias, floatX* aux) {
                                                 plan->d, plan->d, preference, 1, &plan->chosen,
                                                 &found));
     if (found == 0) {
-        die("cuBLASLt has no kernel for a %d x %d x %d matmul; sizes should be multiples of 8; "
-            "try --config n_embd=%d", mm.m, mm.n, mm.k, ceil_div(mm.m, 64) * 64);
+        die("cuBLASLt has no kernel for a %d x %d x %d matmul; choose sizes that are multiples of "
+            "8, such as --config n_embd=%d", mm.m, mm.n, mm.k, ceil_div(mm.m, 64) * 64);
     }
     CHECK_CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
+}
+
+static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias = NULL, floatX* aux = NULL) {
+    for (int i = 0; i < cublas.n_plans; i++) {
+        if (cublas.plans[i].matmul == mm) { return &cublas.plans[i]; }
+    }
+    if (cublas.n_plans == MAX_PLANS) {
+        die("a model needs more than %d shapes of matmuls; raise MAX_PLANS in train_gpt2.cu",
+            MAX_PLANS);
+    }
+    MatmulPlan* plan = &cublas.plans[cublas.n_plans++];
+    plan->matmul = mm;
+    const char* epilogues[] = {"", " + bias", " + bias, gelu", " * gelu'"};
+    snprintf(plan->name, sizeof plan->name, "matmul %d x %d x %d%s%s", mm.m, mm.n, mm.k,
+             mm.accumulate ? " += fp32" : "", epilogues[mm.epilogue]);
+    if (mm.batch > 1) { snprintf(plan->name + strlen(plan->name), 16, " x %d", mm.batch); }
+
+    bool a_is_transposed = mm.transpose == TRANSPOSE_A;
+    bool b_is_transposed = mm.transpose == TRANSPOSE_B;
+    CHECK_CUBLAS(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSA, a_is_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSB, b_is_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set_epilogue(plan->operation, mm, bias, aux);
+    plan->a = layout(CUBLAS_X, mm.m, mm.k, mm.batch);
+    plan->b = layout(CUBLAS_X, mm.k, mm.n, mm.batch);
+    if (a_is_transposed) { plan->a = layout(CUBLAS_X, mm.k, mm.m, mm.batch); }
+    if (b_is_transposed) { plan->b = layout(CUBLAS_X, mm.n, mm.k, mm.batch); }
+    plan->d = layout(mm.accumulate ? CUDA_R_32F : CUBLAS_X, mm.m, mm.n, mm.batch);
+    choose_algorithm(plan);
     return plan;
 }
 
-// D = alpha op(A) op(B) + beta C
-static void run_matmul(MatmulPlan* plan, void* d, float alpha, const floatX* a, const floatX* b,
-                       float beta, const void* c, cudaStream_t stream) {
+// D = alpha op(A) op(B) + beta C, where C has D's shape
+struct Operands {
+    const floatX *a, *b;
+    float alpha = 1.0f;
+    const void* c = NULL;       // NULL: D itself
+    float beta = 0.0f;
+};
+
+static void run_matmul(MatmulPlan* plan, void* d, Operands x, cudaStream_t stream) {
     Matmul mm = plan->matmul;
-    double m = mm.m, n = mm.n, k = mm.k, written = mm.accumulate ? 8 : sizeof(floatX);
-    bool has_aux = mm.epilogue == ADD_BIAS_GELU || mm.epilogue == TIMES_DGELU;
-    double bytes = (m * k + k * n + has_aux * m * n) * sizeof(floatX) + m * n * written;
-    begin_kernel(plan->name, mm.batch * bytes, mm.batch * 2 * m * n * k, stream);
-    CHECK_CUBLAS(cublasLtMatmul(cublas.handle, plan->operation, &alpha, a, plan->a, b, plan->b,
-                                &beta, c, plan->d, d, plan->d, &plan->chosen.algo,
+    double m = mm.m, n = mm.n, k = mm.k;
+    double bytes = (m * k + k * n) * sizeof(floatX);
+    bytes += m * n * (mm.accumulate ? 2 * sizeof(float) : sizeof(floatX));
+    if (mm.epilogue == ADD_BIAS_GELU || mm.epilogue == TIMES_DGELU) {
+        bytes += m * n * sizeof(floatX);
+    }
+    const void* c = x.c != NULL ? x.c : d;
+    Work work = {plan->name, mm.batch * bytes, mm.batch * 2 * m * n * k};
+    begin_work(work, stream);
+    CHECK_CUBLAS(cublasLtMatmul(cublas.handle, plan->operation, &x.alpha, x.a, plan->a, x.b,
+                                plan->b, &x.beta, c, plan->d, d, plan->d, &plan->chosen.algo,
                                 cublas.workspace, WORKSPACE_BYTES, stream));
-    CHECK_LAUNCH();
+    end_work(work, stream);
 }
 
-static void matmul(void* d, const floatX* a, const floatX* b, Matmul mm, const floatX* bias,
-                   floatX* aux, cudaStream_t stream) {
+// D = op(A) op(B), or D += where mm.accumulate says so; bias and aux are for the epilogue.
+static void matmul(void* d, const floatX* a, const floatX* b, Matmul mm, cudaStream_t stream,
+                   const floatX* bias = NULL, floatX* aux = NULL) {
     MatmulPlan* plan = plan_matmul(mm, bias, aux);
     set_epilogue(plan->operation, mm, bias, aux);
-    run_matmul(plan, d, 1.0f, a, b, mm.accumulate ? 1.0f : 0.0f, d, stream);
+    run_matmul(plan, d, {.a = a, .b = b, .beta = mm.accumulate ? 1.0f : 0.0f}, stream);
 }
 
-// y = x w + bias, if any; with aux: aux = x w + bias, y = gelu(aux)
+struct LinearSizes { int rows, C, OC; };
+
+// y = x w + bias; bias may be NULL
 static void linear_forward(floatX* y, const floatX* x, const floatX* w, const floatX* bias,
-                           floatX* aux, int rows, int C, int OC, cudaStream_t stream) {
-    Epilogue epilogue = aux != NULL ? ADD_BIAS_GELU : bias != NULL ? ADD_BIAS : PLAIN;
-    matmul(y, w, x, {false, false, OC, rows, C, false, epilogue}, bias, aux, stream);
+                           LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .epilogue = bias != NULL ? ADD_BIAS : PLAIN};
+    matmul(y, w, x, mm, stream, bias);
 }
 
-// dx = dy wᵀ; with aux: dx = dy wᵀ gelu'(aux)
-static void linear_backward_input(floatX* dx, const floatX* dy, const floatX* w, floatX* aux,
-                                  int rows, int C, int OC, cudaStream_t stream) {
-    Epilogue epilogue = aux != NULL ? TIMES_DGELU : PLAIN;
-    matmul(dx, w, dy, {true, false, C, rows, OC, false, epilogue}, NULL, aux, stream);
+// u = x w + bias, y = gelu(u)
+static void linear_gelu_forward(floatX* y, floatX* u, const floatX* x, const floatX* w,
+                                const floatX* bias, LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .epilogue = ADD_BIAS_GELU};
+    matmul(y, w, x, mm, stream, bias, u);
 }
 
-// dw += xᵀ dy    dbias += Σ_rows dy
+// dx = dy wᵀ
+static void linear_backward_input(floatX* dx, const floatX* dy, const floatX* w, LinearSizes n,
+                                  cudaStream_t stream) {
+    matmul(dx, w, dy, {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A}, stream);
+}
+
+// du = dy wᵀ gelu'(u): back through a linear layer, then through the GELU in front of it
+static void linear_gelu_backward_input(floatX* du, const floatX* dy, const floatX* w, floatX* u,
+                                       LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A,
+                 .epilogue = TIMES_DGELU};
+    matmul(du, w, dy, mm, stream, NULL, u);
+}
+
+// dw += xᵀ dy    dbias += Σ_rows dy; dbias may be NULL
 static void linear_backward_weight(float* dw, float* dbias, float* partials, const floatX* x,
-                                   const floatX* dy, int rows, int C, int OC, cudaStream_t stream) {
-    matmul(dw, dy, x, {false, true, OC, C, rows, true, PLAIN}, NULL, NULL, stream);
-    if (dbias != NULL) { bias_backward(dbias, partials, dy, rows, OC, stream); }
+                                   const floatX* dy, LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.OC, .n = n.C, .k = n.rows, .transpose = TRANSPOSE_B, .accumulate = true};
+    matmul(dw, dy, x, mm, stream);
+    if (dbias != NULL) { bias_backward(dbias, partials, dy, n.rows, n.OC, stream); }
 }
 
 // ---- §7 Attention -------------------------------------------------------------------------------
+//
+// For each head (sharpness is 1 in GPT-2 and 1.44 in dN):
 //
 //   S[t, s] = q[t]·k[s] sharpness / sqrt(HS) for t - window ≤ s ≤ t    P = softmax(S)
 //   y[t] = Σ_s P[t, s] v[s]    delta[t] = dy[t]·y[t]    dP[t, s] = dy[t]·v[s]
 //   dS = P (dP - delta[t]) sharpness
 //   dv[s] = Σ_t P[t, s] dy[t]    dq[t] = Σ_s dS[t, s] k[s] / sqrt(HS)    dk likewise with q
 //
-// qkv (B, T, 3, NH, HS), y (B, T, NH, HS). Of S, only lse (B, NH, T) is kept, the logarithm of the
-// softmax's denominator; both have base 2, which the GPU's exponential has: P = 2^(S/ln 2 - lse).
+// qkv (B, T, 3, NH, HS), y (B, T, NH, HS). S and P, (T, T) each, are never in memory: the forward
+// pass keeps only lse (B, NH, T), the logarithm of each softmax's denominator, from which the
+// backward pass computes P again. Powers have base 2, as in the GPU's instruction, and lse is a
+// logarithm to base 2: P = 2^(S / ln 2 - lse).
+//
+// Online softmax: a query takes its keys one after another (or a tile after another) and keeps the
+// highest score so far, the sum of 2^(score - highest), and Σ 2^(score - highest) v. When the
+// highest grows, both sums shrink by 2^(old highest - new highest).
+//
+// The plain kernels come first: they are the specification. In bf16, heads of 64 and 128 channels
+// use the fast kernels, FlashAttention-2, which compute the same on tensor cores.
 
 struct AttentionSizes {
     int B, T, NH, HS, window;
@@ -857,372 +1104,28 @@ struct AttentionSizes {
     }
 };
 
-// Where a head's q begins in qkv (k and v follow C and 2C later), or its y.
+// Where a head's first q is in qkv (its k and v follow after C and 2C), with width 3; or its first
+// row of y, with width 1.
 __device__ int64_t head_start(int b, int h, int T, int NH, int HS, int width) {
     return (int64_t)b * T * width * NH * HS + h * HS;
 }
 
-// One warp: delta of one token and head. Grid BT*NH/4 x 128. Reads 2 BTC; bound by memory.
-__global__ void attention_delta_kernel(float* delta, const floatX* y, const floatX* dy,
-                                       AttentionSizes sizes) {
-    int lane = threadIdx.x % WARP, T = sizes.T, NH = sizes.NH, HS = sizes.HS;
-    int64_t row = (int64_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;   // (B, T, NH)
-    if (row >= (int64_t)sizes.B * T * NH) { return; }
-    float sum = 0.0f;
-    for (int c = lane; c < HS; c += WARP) {
-        sum += (float)y[row * HS + c] * (float)dy[row * HS + c];
-    }
-    sum = warp_sum(sum);
-    int b = row / ((int64_t)T * NH), t = row / NH % T, h = row % NH;
-    if (lane == 0) { delta[((int64_t)b * NH + h) * T + t] = sum; }
-}
+// The plain kernels serve fp32, and head sizes other than 64 and 128. A warp has one query or key
+// of one head, a lane the channels lane, lane + 32, … of it, in registers. So each key is read once
+// by each query: these reads, most of which the L2 cache serves, bound the kernels.
 
-#ifndef FP32
-// A tile is rows of HS channels in shared memory, in chunks of 8 (16 bytes). Chunk i of row r lies
-// where chunk i ^ (r % 8) would: 8 rows' same chunks are then in different banks.
-const int TILE = 64, ATTENTION_THREADS = 128;      // rows of a tile; 4 warps of 16 rows each
+const int LANE_CHANNELS = 8;        // of a lane; so HS is at most 256
 
-template <int HS> __device__ floatX* chunk_at(floatX* tile, int row, int chunk) {
-    return tile + row * HS + (chunk ^ (row % 8)) * 8;
-}
-
-// Begins to copy rows first … first + ROWS - 1; those from T on are zeros.
-template <int HS, int ROWS>
-__device__ void load_tile(floatX* tile, const floatX* from, int64_t stride, int first, int T) {
-    for (int i = threadIdx.x; i < ROWS * HS / 8; i += ATTENTION_THREADS) {
-        int row = i / (HS / 8), chunk = i % (HS / 8), t = first + row;
-        const floatX* source = from + (t < T ? t * stride + chunk * 8 : 0);
-        cp_async16(chunk_at<HS>(tile, row, chunk), source, t < T ? 16 : 0);
-    }
-}
-
-// A warp's product (16, N) = a[row … row + 15] bᵀ of tiles a and b (N, HS). The lane holds, of each
-// 16 x 8 part, row lane/4, columns 2(lane%4) and +1 in [0] and [1], those 8 rows below in [2], [3].
-template <int HS, int N>
-__device__ void multiply_transposed(float (&product)[N / 8][4], floatX* a, int row, floatX* b) {
-    int lane = threadIdx.x % WARP;
-    for (auto& part : product) { part[0] = part[1] = part[2] = part[3] = 0.0f; }
-#pragma unroll
-    for (int k = 0; k < HS; k += 16) {
-        uint32_t left[4], right[4];
-        ldmatrix_x4(left, chunk_at<HS>(a, row + lane % 16, k / 8 + lane / 16));
-#pragma unroll
-        for (int n = 0; n < N; n += 16) {
-            ldmatrix_x4(right, chunk_at<HS>(b, n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
-            mma_m16n8k16_bf16(product[n / 8], left, right);
-            mma_m16n8k16_bf16(product[n / 8 + 1], left, right + 2);
-        }
-    }
-}
-
-__device__ uint32_t pack_bf16(float low, float high) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    uint32_t bits;
-    memcpy(&bits, &pair, 4);
-    return bits;
-}
-
-// sum (16, HS) += a (16, K) b: a as multiply_transposed left it, b a tile (K, HS).
-template <int HS, int K>
-__device__ void multiply_add(float (&sum)[HS / 8][4], const float (&a)[K / 8][4], floatX* b) {
-    int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int k = 0; k < K; k += 16) {
-        const float *near = a[k / 8], *far = a[k / 8 + 1];
-        uint32_t left[4] = {pack_bf16(near[0], near[1]), pack_bf16(near[2], near[3]),
-                            pack_bf16(far[0], far[1]), pack_bf16(far[2], far[3])}, right[4];
-#pragma unroll
-        for (int n = 0; n < HS; n += 16) {
-            ldmatrix_x4_trans(right, chunk_at<HS>(b, k + lane % 16, n / 8 + lane / 16));
-            mma_m16n8k16_bf16(sum[n / 8], left, right);
-            mma_m16n8k16_bf16(sum[n / 8 + 1], left, right + 2);
-        }
-    }
-}
-
-// Writes a warp's (16, HS) times `scale` of its two rows to rows first … of a matrix, up to T.
-template <int HS>
-__device__ void store_rows(floatX* to, int64_t stride, int first, int T,
-                           const float (&rows)[HS / 8][4], float scale_0, float scale_8) {
-    int lane = threadIdx.x % WARP, t = first + lane / 4;
-#pragma unroll
-    for (int n = 0; n < HS / 8; n++) {
-        int c = n * 8 + lane % 4 * 2;
-        if (t < T) {
-            *(uint32_t*)(to + t * stride + c) =
-                pack_bf16(rows[n][0] * scale_0, rows[n][1] * scale_0);
-        }
-        if (t + 8 < T) {
-            *(uint32_t*)(to + (t + 8) * stride + c) =
-                pack_bf16(rows[n][2] * scale_8, rows[n][3] * scale_8);
-        }
-    }
-}
-
-__device__ float quad_max(float value) {
-    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
-    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
-}
-
-__device__ float quad_sum(float value) {
-    value += __shfl_xor_sync(~0u, value, 1);
-    return value + __shfl_xor_sync(~0u, value, 2);
-}
-
-const float LOWEST = -1e30f;        // below each score, and finite: a row may see none of a tile
-
-__device__ bool sees(int query, int key, int window) {
-    return (unsigned)(query - key) <= (unsigned)window;     // of a later key this is a large number
-}
-
-// The first tile of keys that the queries from `query` on see; tiles before it are skipped.
-__device__ int first_key_tile(int query, int window) { return max(0, query - window) / TILE; }
-
-// Sends tile j of the keys and values of a head on its way, to where j - 2 was.
-template <int HS>
-__device__ void load_keys(floatX* k, floatX* v, const floatX* from, int64_t C, int j, int T) {
-    int half = j % 2 * TILE * HS;
-    load_tile<HS, TILE>(k + half, from + C, 3 * C, j * TILE, T);
-    load_tile<HS, TILE>(v + half, from + 2 * C, 3 * C, j * TILE, T);
-    cp_async_commit();
-}
-
-// One block: 64 queries of a head, 16 a warp; it walks over the keys before them, 64 at a time,
-// while the next 64 are on their way. Grid (T/64, NH, B) x 128. 2 BT²C FLOP; bound by tensor cores.
-template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
-attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSizes sizes) {
-    extern __shared__ float4 shared[];
-    floatX* q = (floatX*)shared;
-    floatX *k = q + TILE * HS, *v = k + 2 * TILE * HS;             // two tiles each
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = sizes.T, NH = sizes.NH;
-    int h = blockIdx.y, b = blockIdx.z, last = gridDim.x - 1 - blockIdx.x;     // long ones first
-    int64_t C = (int64_t)NH * HS;
-    const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
-    float sum[HS / 8][4] = {}, highest[2] = {LOWEST, LOWEST}, total[2] = {};
-    float to_base_2 = rsqrtf((float)HS) * 1.44269504f * sizes.sharpness;    // with 1 / ln 2
-    int query = last * TILE + warp * 16 + lane / 4;                // this lane's first of two
-    int first = first_key_tile(last * TILE, sizes.window);
-
-    load_tile<HS, TILE>(q, from, 3 * C, last * TILE, T);
-    load_keys<HS>(k, v, from, C, first, T);
-    for (int j = first; j <= last; j++) {
-        floatX *k_tile = k + j % 2 * TILE * HS, *v_tile = v + j % 2 * TILE * HS;
-        if (j < last) {
-            load_keys<HS>(k, v, from, C, j + 1, T);
-            cp_async_wait<1>();
-        } else {
-            cp_async_wait<0>();
-        }
-        __syncthreads();
-        float p[TILE / 8][4];
-        multiply_transposed<HS, TILE>(p, q, warp * 16, k_tile);
-        float new_highest[2] = {highest[0], highest[1]};
-#pragma unroll
-        for (int n = 0; n < TILE / 8; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int key = j * TILE + n * 8 + lane % 4 * 2 + i % 2;
-                bool seen = sees(query + i / 2 * 8, key, sizes.window);
-                p[n][i] = seen ? p[n][i] * to_base_2 : -INFINITY;
-                new_highest[i / 2] = fmaxf(new_highest[i / 2], p[n][i]);
-            }
-        }
-        for (int r = 0; r < 2; r++) {       // what was summed so far shrinks to the new maximum
-            new_highest[r] = quad_max(new_highest[r]);
-            float shrink = exp2f(highest[r] - new_highest[r]);
-            highest[r] = new_highest[r];
-            total[r] *= shrink;
-            for (auto& part : sum) { part[2 * r] *= shrink, part[2 * r + 1] *= shrink; }
-        }
-#pragma unroll
-        for (int n = 0; n < TILE / 8; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                p[n][i] = exp2f(p[n][i] - highest[i / 2]);
-                total[i / 2] += p[n][i];
-            }
-        }
-        multiply_add<HS, TILE>(sum, p, v_tile);
-        __syncthreads();
-    }
-    for (int r = 0; r < 2; r++) {
-        total[r] = quad_sum(total[r]);
-        int t = query + 8 * r;
-        if (lane % 4 == 0 && t < T) {
-            lse[((int64_t)b * NH + h) * T + t] = highest[r] + log2f(total[r]);
-        }
-    }
-    store_rows<HS>(y + head_start(b, h, T, NH, HS, 1), C, last * TILE + warp * 16, T, sum,
-                   1.0f / total[0], 1.0f / total[1]);
-}
-
-// Queries that the backward pass over keys takes at a time: what the registers hold
-template <int HS> constexpr int QUERY_TILE = HS == 64 ? 64 : 32;
-
-// dk and dv. One block: 64 keys of a head, 16 a warp; it walks over the queries behind them. All
-// products are transposed, keys by queries, so that P and dS stay in registers. Grid and block as
-// above. 4 BT²C FLOP; bound by tensor cores.
-template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
-attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy, const float* lse,
-                               const float* delta, AttentionSizes sizes) {
-    constexpr int QUERIES = QUERY_TILE<HS>;
-    extern __shared__ float4 shared[];
-    floatX* k = (floatX*)shared;
-    floatX *v = k + TILE * HS, *q = v + TILE * HS, *dy_tiles = q + 2 * QUERIES * HS;
-    float* lse_tiles = (float*)(dy_tiles + 2 * QUERIES * HS);
-    float* delta_tiles = lse_tiles + 2 * QUERIES;
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = sizes.T, NH = sizes.NH;
-    int h = blockIdx.y, b = blockIdx.z, key_0 = blockIdx.x * TILE;
-    int64_t C = (int64_t)NH * HS, row = ((int64_t)b * NH + h) * T;
-    const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
-    const floatX* dy_from = dy + head_start(b, h, T, NH, HS, 1);
-    float dk[HS / 8][4] = {}, dv[HS / 8][4] = {};
-    float scale = rsqrtf((float)HS) * sizes.sharpness, to_base_2 = scale * 1.44269504f;
-    int end = min(T, key_0 + TILE + sizes.window);      // from there on queries see none of them
-
-    auto load_queries = [&](int first, int which) {
-        load_tile<HS, QUERIES>(q + which * QUERIES * HS, from, 3 * C, first, T);
-        load_tile<HS, QUERIES>(dy_tiles + which * QUERIES * HS, dy_from, C, first, T);
-        cp_async_commit();
-        if (threadIdx.x < QUERIES) {        // behind T, P becomes 2^-inf = 0
-            int t = first + threadIdx.x, at = which * QUERIES + threadIdx.x;
-            lse_tiles[at] = t < T ? lse[row + t] : INFINITY;
-            delta_tiles[at] = t < T ? delta[row + t] : 0.0f;
-        }
-    };
-    load_tile<HS, TILE>(k, from + C, 3 * C, key_0, T);
-    load_tile<HS, TILE>(v, from + 2 * C, 3 * C, key_0, T);
-    load_queries(key_0, 0);
-    for (int first = key_0, which = 0; first < end; first += QUERIES, which ^= 1) {
-        if (first + QUERIES < end) {
-            load_queries(first + QUERIES, which ^ 1);
-            cp_async_wait<1>();
-        } else {
-            cp_async_wait<0>();
-        }
-        __syncthreads();
-        floatX *q_tile = q + which * QUERIES * HS, *dy_tile = dy_tiles + which * QUERIES * HS;
-        float p[QUERIES / 8][4], ds[QUERIES / 8][4];
-        multiply_transposed<HS, QUERIES>(p, k, warp * 16, q_tile);
-        multiply_transposed<HS, QUERIES>(ds, v, warp * 16, dy_tile);
-#pragma unroll
-        for (int n = 0; n < QUERIES / 8; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int column = n * 8 + lane % 4 * 2 + i % 2, at = which * QUERIES + column;
-                int key = key_0 + warp * 16 + lane / 4 + i / 2 * 8;
-                float power = p[n][i] * to_base_2 - lse_tiles[at];
-                p[n][i] = sees(first + column, key, sizes.window) ? exp2f(power) : 0.0f;
-                ds[n][i] = p[n][i] * (ds[n][i] - delta_tiles[at]);
-            }
-        }
-        multiply_add<HS, QUERIES>(dv, p, dy_tile);
-        multiply_add<HS, QUERIES>(dk, ds, q_tile);
-        __syncthreads();
-    }
-    floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
-    store_rows<HS>(to + C, 3 * C, key_0 + warp * 16, T, dk, scale, scale);
-    store_rows<HS>(to + 2 * C, 3 * C, key_0 + warp * 16, T, dv, 1.0f, 1.0f);
-}
-
-// dq. One block: 64 queries of a head, 16 a warp, as in the forward pass. 3 BT²C FLOP.
-template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
-attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy,
-                                  const float* lse, const float* delta, AttentionSizes sizes) {
-    extern __shared__ float4 shared[];
-    floatX* q = (floatX*)shared;
-    floatX *dy_tile = q + TILE * HS, *k = dy_tile + TILE * HS, *v = k + 2 * TILE * HS;
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = sizes.T, NH = sizes.NH;
-    int h = blockIdx.y, b = blockIdx.z, last = gridDim.x - 1 - blockIdx.x;
-    int64_t C = (int64_t)NH * HS, row = ((int64_t)b * NH + h) * T;
-    const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
-    float dq[HS / 8][4] = {}, lse_of[2], delta_of[2];
-    float scale = rsqrtf((float)HS) * sizes.sharpness, to_base_2 = scale * 1.44269504f;
-    int query = last * TILE + warp * 16 + lane / 4;
-    int first = first_key_tile(last * TILE, sizes.window);
-    for (int r = 0; r < 2; r++) {
-        int t = query + 8 * r;
-        lse_of[r] = t < T ? lse[row + t] : INFINITY;
-        delta_of[r] = t < T ? delta[row + t] : 0.0f;
-    }
-    load_tile<HS, TILE>(q, from, 3 * C, last * TILE, T);
-    load_tile<HS, TILE>(dy_tile, dy + head_start(b, h, T, NH, HS, 1), C, last * TILE, T);
-    load_keys<HS>(k, v, from, C, first, T);
-    for (int j = first; j <= last; j++) {
-        floatX *k_tile = k + j % 2 * TILE * HS, *v_tile = v + j % 2 * TILE * HS;
-        if (j < last) {
-            load_keys<HS>(k, v, from, C, j + 1, T);
-            cp_async_wait<1>();
-        } else {
-            cp_async_wait<0>();
-        }
-        __syncthreads();
-        float p[TILE / 8][4], ds[TILE / 8][4];
-        multiply_transposed<HS, TILE>(p, q, warp * 16, k_tile);
-        multiply_transposed<HS, TILE>(ds, dy_tile, warp * 16, v_tile);
-#pragma unroll
-        for (int n = 0; n < TILE / 8; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int key = j * TILE + n * 8 + lane % 4 * 2 + i % 2;
-                float power = p[n][i] * to_base_2 - lse_of[i / 2];
-                bool seen = sees(query + i / 2 * 8, key, sizes.window);
-                ds[n][i] = seen ? exp2f(power) * (ds[n][i] - delta_of[i / 2]) : 0.0f;
-            }
-        }
-        multiply_add<HS, TILE>(dq, ds, k_tile);
-        __syncthreads();
-    }
-    floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
-    store_rows<HS>(to, 3 * C, last * TILE + warp * 16, T, dq, scale, scale);
-}
-
-template <class Kernel> static void allow_shared_bytes(Kernel kernel, size_t bytes) {
-    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int)bytes));
-}
-
-template <int HS> static void flash_forward(floatX* y, float* lse, const floatX* qkv,
-                                            AttentionSizes sizes, cudaStream_t stream) {
-    dim3 grid(ceil_div(sizes.T, TILE), sizes.NH, sizes.B);
-    size_t bytes = sizeof(floatX) * 5 * TILE * HS;
-    allow_shared_bytes(attention_forward_kernel<HS>, bytes);
-    begin_kernel("attention_forward", 4 * sizes.bytes(), 2 * sizes.flops(), stream);
-    attention_forward_kernel<HS><<<grid, ATTENTION_THREADS, bytes, stream>>>(y, lse, qkv, sizes);
-    CHECK_LAUNCH();
-}
-
-template <int HS> static void flash_backward(floatX* dqkv, const floatX* qkv, const floatX* dy,
-                                             const float* lse, const float* delta,
-                                             AttentionSizes sizes, cudaStream_t stream) {
-    dim3 grid(ceil_div(sizes.T, TILE), sizes.NH, sizes.B);
-    size_t queries = QUERY_TILE<HS>;
-    size_t bytes = sizeof(floatX) * HS * (2 * TILE + 4 * queries) + sizeof(float) * 4 * queries;
-    allow_shared_bytes(attention_backward_keys_kernel<HS>, bytes);
-    begin_kernel("attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops(), stream);
-    attention_backward_keys_kernel<HS><<<grid, ATTENTION_THREADS, bytes, stream>>>(
-        dqkv, qkv, dy, lse, delta, sizes);
-    CHECK_LAUNCH();
-    bytes = sizeof(floatX) * 6 * TILE * HS;
-    allow_shared_bytes(attention_backward_queries_kernel<HS>, bytes);
-    begin_kernel("attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops(), stream);
-    attention_backward_queries_kernel<HS><<<grid, ATTENTION_THREADS, bytes, stream>>>(
-        dqkv, qkv, dy, lse, delta, sizes);
-    CHECK_LAUNCH();
-}
-#endif
-
-// The slow twins: fp32, and head sizes other than 64 and 128. One warp a query or key, channels
-// lane, lane + 32, … in its registers. Grid B*NH*T/4 x 128.
-const int LANE_CHANNELS = 8;        // so HS is at most 256
-
-struct HeadRow {                    // which row of which head a warp has
+// The row of a head that a warp works on
+struct HeadRow {
     int b, h, t;
     bool exists;
     __device__ HeadRow(AttentionSizes sizes) {
-        int64_t row = (int64_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+        int64_t row = thread_in_grid() / WARP;      // (B, NH, T)
         exists = row < (int64_t)sizes.B * sizes.NH * sizes.T;
-        b = row / ((int64_t)sizes.NH * sizes.T), h = row / sizes.T % sizes.NH, t = row % sizes.T;
+        b = row / ((int64_t)sizes.NH * sizes.T);
+        h = row / sizes.T % sizes.NH;
+        t = row % sizes.T;
     }
 };
 
@@ -1252,21 +1155,30 @@ __device__ void add_scaled(float (&sum)[LANE_CHANNELS], float factor,
     for (int i = 0; i < LANE_CHANNELS; i++) { sum[i] += factor * a[i]; }
 }
 
+const float LOG2_E = 1.44269504f;   // 1 / ln 2
+
+// One warp: y and lse of one query. Grid B*NH*T/4 x 128. 2 BT²C FLOP without a window.
 __global__ void plain_attention_forward_kernel(floatX* y, float* lse, const floatX* qkv,
                                                AttentionSizes sizes) {
     HeadRow at(sizes);
     if (!at.exists) { return; }
     int T = sizes.T, NH = sizes.NH, HS = sizes.HS, C = NH * HS;
     const floatX* from = qkv + head_start(at.b, at.h, T, NH, HS, 3);
-    float q[LANE_CHANNELS], k[LANE_CHANNELS], v[LANE_CHANNELS], sum[LANE_CHANNELS] = {};
-    float highest = -INFINITY, total = 0.0f;
-    float to_base_2 = rsqrtf((float)HS) * 1.44269504f * sizes.sharpness;
+    float q[LANE_CHANNELS];
+    float k[LANE_CHANNELS];
+    float v[LANE_CHANNELS];
+    float sum[LANE_CHANNELS] = {};
+    float highest = -INFINITY;
+    float total = 0.0f;
+    float to_base_2 = rsqrtf((float)HS) * LOG2_E * sizes.sharpness;
     load_channels(q, from + (int64_t)at.t * 3 * C, HS);
     for (int s = max(0, at.t - sizes.window); s <= at.t; s++) {
         load_channels(k, from + (int64_t)s * 3 * C + C, HS);
         load_channels(v, from + (int64_t)s * 3 * C + 2 * C, HS);
-        float score = dot(q, k) * to_base_2, new_highest = fmaxf(highest, score);
-        float shrink = exp2f(highest - new_highest), p = exp2f(score - new_highest);
+        float score = dot(q, k) * to_base_2;
+        float new_highest = fmaxf(highest, score);
+        float shrink = exp2f(highest - new_highest);
+        float p = exp2f(score - new_highest);
         highest = new_highest;
         total = total * shrink + p;
         for (int i = 0; i < LANE_CHANNELS; i++) { sum[i] = sum[i] * shrink + p * v[i]; }
@@ -1278,7 +1190,26 @@ __global__ void plain_attention_forward_kernel(floatX* y, float* lse, const floa
     }
 }
 
-// Of one warp: dq of its query when KEYS is false, dk and dv of its key when it is true.
+// One warp: delta of one token and head. Grid BT*NH/4 x 128. Reads 2 BTC; bound by memory.
+__global__ void attention_delta_kernel(float* delta, const floatX* y, const floatX* dy,
+                                       AttentionSizes sizes) {
+    int T = sizes.T, NH = sizes.NH, HS = sizes.HS;
+    int lane = threadIdx.x % WARP;
+    int64_t row = thread_in_grid() / WARP;          // (B, T, NH)
+    if (row >= (int64_t)sizes.B * T * NH) { return; }
+    float sum = 0.0f;
+    for (int c = lane; c < HS; c += WARP) {
+        sum += (float)y[row * HS + c] * (float)dy[row * HS + c];
+    }
+    sum = warp_sum(sum);
+    int b = row / ((int64_t)T * NH);
+    int t = row / NH % T;
+    int h = row % NH;
+    if (lane == 0) { delta[((int64_t)b * NH + h) * T + t] = sum; }
+}
+
+// One warp: dq of one query when KEYS is false; dk and dv of one key when it is true, from all the
+// queries that see the key. Grid B*NH*T/4 x 128.
 template <bool KEYS>
 __global__ void plain_attention_backward_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy,
                                                 const float* lse, const float* delta,
@@ -1286,15 +1217,23 @@ __global__ void plain_attention_backward_kernel(floatX* dqkv, const floatX* qkv,
     HeadRow at(sizes);
     if (!at.exists) { return; }
     int T = sizes.T, NH = sizes.NH, HS = sizes.HS, C = NH * HS;
-    int64_t start = head_start(at.b, at.h, T, NH, HS, 3), row = ((int64_t)at.b * NH + at.h) * T;
-    const floatX *from = qkv + start, *dy_from = dy + head_start(at.b, at.h, T, NH, HS, 1);
-    float q[LANE_CHANNELS], k[LANE_CHANNELS], v[LANE_CHANNELS], dy_row[LANE_CHANNELS];
-    float dq_or_dk[LANE_CHANNELS] = {}, dv[LANE_CHANNELS] = {};
-    float scale = rsqrtf((float)HS) * sizes.sharpness, to_base_2 = scale * 1.44269504f;
+    int64_t start = head_start(at.b, at.h, T, NH, HS, 3);
+    int64_t row = ((int64_t)at.b * NH + at.h) * T;
+    const floatX* from = qkv + start;
+    const floatX* dy_from = dy + head_start(at.b, at.h, T, NH, HS, 1);
+    float q[LANE_CHANNELS];
+    float k[LANE_CHANNELS];
+    float v[LANE_CHANNELS];
+    float dy_row[LANE_CHANNELS];
+    float dq_or_dk[LANE_CHANNELS] = {};
+    float dv[LANE_CHANNELS] = {};
+    float scale = rsqrtf((float)HS) * sizes.sharpness;
+    float to_base_2 = scale * LOG2_E;
     int begin = KEYS ? at.t : max(0, at.t - sizes.window);
     int end = KEYS ? min(T, at.t + sizes.window + 1) : at.t + 1;
     for (int other = begin; other < end; other++) {
-        int query = KEYS ? other : at.t, key = KEYS ? at.t : other;
+        int query = KEYS ? other : at.t;
+        int key = KEYS ? at.t : other;
         load_channels(q, from + (int64_t)query * 3 * C, HS);
         load_channels(k, from + (int64_t)key * 3 * C + C, HS);
         load_channels(v, from + (int64_t)key * 3 * C + 2 * C, HS);
@@ -1309,41 +1248,468 @@ __global__ void plain_attention_backward_kernel(floatX* dqkv, const floatX* qkv,
     if (KEYS) { store_channels(to + 2 * C, dv, 1.0f, HS); }
 }
 
+#ifndef FP32
+// The fast kernels. A block has 64 queries (or keys) of a head and walks over tiles of keys (or
+// queries), which its 4 warps share. So a tile is read from memory once for 64 rows.
+//
+// A tile is rows of HS channels in shared memory, in chunks of 8 channels, 16 bytes. Figure 2, the
+// swizzle: chunk i of row r lies in slot i ^ (r % 8) of its row. For HS = 64, the slots hold these
+// chunks:
+//
+//     slot     0  1  2  3  4  5  6  7      Shared memory has 32 banks of 4 bytes, and a slot covers
+//     row 0    0  1  2  3  4  5  6  7      4 of them. ldmatrix reads the same chunk of 8 rows at
+//     row 1    1  0  3  2  5  4  7  6      once. With the swizzle each row has it in another slot
+//     row 2    2  3  0  1  6  7  4  5      (chunk 0 goes down the diagonal), so the 8 reads use all
+//     row 3    3  2  1  0  7  6  5  4      32 banks. Without it they would all use the banks of one
+//     …                                    slot and wait for one another. When a tile is filled, 8
+//     row 7    7  6  5  4  3  2  1  0      threads write the 8 slots of a row: no conflict either.
+
+const int TILE = 64;                    // rows of a tile
+const int ATTENTION_THREADS = 128;      // 4 warps of 16 rows each
+
+template <int HS> __device__ floatX* chunk_at(floatX* tile, int row, int chunk) {
+    return tile + row * HS + (chunk ^ (row % 8)) * 8;
+}
+
+// Begins to copy rows first … first + ROWS - 1 of a matrix; those from T on are zeros. One thread:
+// every 128th chunk; 8 (or 16) neighbouring threads read a row, which is contiguous in memory.
+template <int HS, int ROWS>
+__device__ void load_tile(floatX* tile, const floatX* from, int64_t stride, int first, int T) {
+    for (int i = threadIdx.x; i < ROWS * HS / 8; i += ATTENTION_THREADS) {
+        int row = i / (HS / 8);
+        int chunk = i % (HS / 8);
+        int t = first + row;
+        const floatX* source = from + (t < T ? t * stride + chunk * 8 : 0);
+        cp_async16(chunk_at<HS>(tile, row, chunk), source, t < T ? 16 : 0);
+    }
+}
+
+// A warp's product (16, N) = a[row … row + 15] bᵀ of tiles a and b (N, HS). product[j] is columns
+// 8 j … 8 j + 7, spread over the lanes as C in Figure 1. A row of the tile b is a column of bᵀ. By
+// Figure 1 a lane holds neighbours of a column of B, so ldmatrix need not transpose.
+template <int HS, int N>
+__device__ void multiply_transposed(float (&product)[N / 8][4], floatX* a, int row, floatX* b) {
+    int lane = threadIdx.x % WARP;
+    for (auto& part : product) {
+        for (float& element : part) { element = 0.0f; }
+    }
+#pragma unroll
+    for (int k = 0; k < HS; k += 16) {
+        uint32_t left[4];
+        ldmatrix_x4(left, chunk_at<HS>(a, row + lane % 16, k / 8 + lane / 16));
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            uint32_t right[4];          // of 16 columns: two B's
+            ldmatrix_x4(right, chunk_at<HS>(b, n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+            mma_m16n8k16_bf16(product[n / 8], left, right);
+            mma_m16n8k16_bf16(product[n / 8 + 1], left, right + 2);
+        }
+    }
+}
+
+__device__ uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+
+// sum (16, HS) += a (16, K) b, where multiply_transposed left a in registers and b is a tile
+// (K, HS). By Figure 1, columns 0 … 7 of a C lie as the left half of an A, and columns 8 … 15, the
+// next part, as the right half: a only has to be rounded to bf16, and no lane needs another's part.
+template <int HS, int K>
+__device__ void multiply_add(float (&sum)[HS / 8][4], const float (&a)[K / 8][4], floatX* b) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+        const float* near = a[k / 8];
+        const float* far = a[k / 8 + 1];
+        uint32_t left[4] = {pack_bf16(near[0], near[1]), pack_bf16(near[2], near[3]),
+                            pack_bf16(far[0], far[1]), pack_bf16(far[2], far[3])};
+#pragma unroll
+        for (int n = 0; n < HS; n += 16) {
+            uint32_t right[4];
+            ldmatrix_x4_trans(right, chunk_at<HS>(b, k + lane % 16, n / 8 + lane / 16));
+            mma_m16n8k16_bf16(sum[n / 8], left, right);
+            mma_m16n8k16_bf16(sum[n / 8 + 1], left, right + 2);
+        }
+    }
+}
+
+// Writes a warp's (16, HS) to rows first … first + 15 of a matrix, but not beyond T. A lane has
+// parts of two rows, which it multiplies by scale_0 and scale_8.
+template <int HS>
+__device__ void store_rows(floatX* to, int64_t stride, int first, int T,
+                           const float (&rows)[HS / 8][4], float scale_0, float scale_8) {
+    int lane = threadIdx.x % WARP;
+    int t = first + lane / 4;
+#pragma unroll
+    for (int n = 0; n < HS / 8; n++) {
+        int c = n * 8 + lane % 4 * 2;
+        if (t < T) {
+            *(uint32_t*)(to + t * stride + c) =
+                pack_bf16(rows[n][0] * scale_0, rows[n][1] * scale_0);
+        }
+        if (t + 8 < T) {
+            *(uint32_t*)(to + (t + 8) * stride + c) =
+                pack_bf16(rows[n][2] * scale_8, rows[n][3] * scale_8);
+        }
+    }
+}
+
+// The maximum, the sum over a row of Figure 1's C, which lies in four neighbouring lanes
+__device__ float quad_max(float value) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+}
+
+__device__ float quad_sum(float value) {
+    value += __shfl_xor_sync(~0u, value, 1);
+    return value + __shfl_xor_sync(~0u, value, 2);
+}
+
+const float LOWEST = -1e30f;        // below each score, and finite: a row may see none of a tile
+
+// Whether key ≤ query ≤ key + window. The difference to a later key is negative, which as an
+// unsigned number is larger than any window.
+__device__ bool sees(int query, int key, int window) {
+    return (unsigned)(query - key) <= (unsigned)window;
+}
+
+// The first tile of keys that the queries from `query` on see; tiles before it are skipped.
+__device__ int first_key_tile(int query, int window) { return max(0, query - window) / TILE; }
+
+// Shared memory has room for two tiles of keys and two of values. Figure 3, the double buffer:
+// while the warps multiply by one tile, the copy of the next into the other half is on its way.
+//
+//     half 0   copy tile 0 │ multiply by 0 │ copy tile 2   │ multiply by 2 │ copy tile 4   │ …
+//     half 1               │ copy tile 1   │ multiply by 1 │ copy tile 3   │ multiply by 3 │ …
+//                          │ j = 0         │ j = 1         │ j = 2         │ j = 3         │ …
+//
+// Each iteration has two barriers. Before the first one, each thread waits for the copies that it
+// began itself, so that after it the whole of tile j is there. The second one comes after the
+// products: then no warp reads tile j any more, and the next iteration may copy over it.
+//
+// This begins to copy tile j of the keys and values of a head.
+template <int HS>
+__device__ void load_keys(floatX* k, floatX* v, const floatX* from, int64_t C, int j, int T) {
+    int half = j % 2 * TILE * HS;
+    load_tile<HS, TILE>(k + half, from + C, 3 * C, j * TILE, T);
+    load_tile<HS, TILE>(v + half, from + 2 * C, 3 * C, j * TILE, T);
+    cp_async_commit();
+}
+
+// The state of the softmax of a lane's two rows, lane/4 and lane/4 + 8
+template <int HS> struct OnlineSoftmax {
+    float highest[2] = {LOWEST, LOWEST};    // of the row's scores so far
+    float total[2] = {};                    // Σ 2^(score - highest), over this lane's columns
+
+    // Turns q kᵀ, of 64 keys, into 2^(score - highest), and shrinks the sums where a row has a new
+    // highest score. `query` is the first of the lane's two.
+    __device__ void add_tile(float (&p)[TILE / 8][4], float (&sum)[HS / 8][4], int query,
+                             int first_key, float to_base_2, int window) {
+        float new_highest[2] = {highest[0], highest[1]};
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int key = first_key + n * 8 + threadIdx.x % 4 * 2 + i % 2;
+                bool seen = sees(query + i / 2 * 8, key, window);
+                p[n][i] = seen ? p[n][i] * to_base_2 : -INFINITY;
+                new_highest[i / 2] = fmaxf(new_highest[i / 2], p[n][i]);
+            }
+        }
+        for (int r = 0; r < 2; r++) {
+            new_highest[r] = quad_max(new_highest[r]);
+            float shrink = exp2f(highest[r] - new_highest[r]);
+            highest[r] = new_highest[r];
+            total[r] *= shrink;
+            for (auto& part : sum) {
+                part[2 * r] *= shrink;
+                part[2 * r + 1] *= shrink;
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                p[n][i] = exp2f(p[n][i] - highest[i / 2]);
+                total[i / 2] += p[n][i];
+            }
+        }
+    }
+};
+
+// One block: 64 queries of a head, 16 a warp, whose scores and sums are in its registers, laid out
+// as C in Figure 1: a lane has parts of rows lane/4 and lane/4 + 8. The block walks over the tiles
+// of keys that the queries see. Grid (T/64, NH, B) x 128; the blocks with the most keys come first,
+// so that the last ones to run are short. 2 BT²C FLOP; bound by tensor cores.
+template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
+attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSizes sizes) {
+    extern __shared__ float4 shared[];
+    floatX* q = (floatX*)shared;            // one tile
+    floatX* k = q + TILE * HS;              // two tiles
+    floatX* v = k + 2 * TILE * HS;          // two tiles
+    int T = sizes.T, NH = sizes.NH;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    int h = blockIdx.y;
+    int b = blockIdx.z;
+    int last = gridDim.x - 1 - blockIdx.x;  // the tile of queries, and the last tile of keys
+    int64_t C = (int64_t)NH * HS;
+    const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
+    float sum[HS / 8][4] = {};              // Σ 2^(score - highest) v
+    OnlineSoftmax<HS> softmax;
+    float to_base_2 = rsqrtf((float)HS) * LOG2_E * sizes.sharpness;
+    int query = last * TILE + warp * 16 + lane / 4;     // the first of this lane's two
+    int first = first_key_tile(last * TILE, sizes.window);
+
+    load_tile<HS, TILE>(q, from, 3 * C, last * TILE, T);
+    load_keys<HS>(k, v, from, C, first, T);
+    for (int j = first; j <= last; j++) {
+        floatX* k_tile = k + j % 2 * TILE * HS;
+        floatX* v_tile = v + j % 2 * TILE * HS;
+        if (j < last) {
+            load_keys<HS>(k, v, from, C, j + 1, T);
+            cp_async_wait<1>();
+        } else {
+            cp_async_wait<0>();
+        }
+        __syncthreads();
+        float p[TILE / 8][4];
+        multiply_transposed<HS, TILE>(p, q, warp * 16, k_tile);
+        softmax.add_tile(p, sum, query, j * TILE, to_base_2, sizes.window);
+        multiply_add<HS, TILE>(sum, p, v_tile);
+        __syncthreads();
+    }
+    for (int r = 0; r < 2; r++) {
+        softmax.total[r] = quad_sum(softmax.total[r]);
+        int t = query + 8 * r;
+        if (lane % 4 == 0 && t < T) {
+            lse[((int64_t)b * NH + h) * T + t] = softmax.highest[r] + log2f(softmax.total[r]);
+        }
+    }
+    store_rows<HS>(y + head_start(b, h, T, NH, HS, 1), C, last * TILE + warp * 16, T, sum,
+                   1.0f / softmax.total[0], 1.0f / softmax.total[1]);
+}
+
+// How many queries attention_backward_keys_kernel takes at a time: as many as the registers hold
+template <int HS> constexpr int QUERY_TILE = HS == 64 ? 64 : 32;
+
+// dk and dv. One block: 64 keys of a head, 16 a warp, with dk and dv in registers; it walks over
+// the tiles of queries from its own keys on, which are double-buffered as in Figure 3. All products
+// are transposed, (keys, queries), so that Pᵀ and dSᵀ can be the left factors of dv += Pᵀ dy and
+// dk += dSᵀ q without leaving the registers. Grid (T/64, NH, B) x 128. 4 BT²C FLOP; bound by tensor
+// cores.
+template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
+attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy, const float* lse,
+                               const float* delta, AttentionSizes sizes) {
+    constexpr int QUERIES = QUERY_TILE<HS>;
+    extern __shared__ float4 shared[];
+    floatX* k = (floatX*)shared;                                // one tile
+    floatX* v = k + TILE * HS;                                  // one tile
+    floatX* q = v + TILE * HS;                                  // two tiles of QUERIES rows
+    floatX* dy_tiles = q + 2 * QUERIES * HS;                    // two
+    float* lse_tiles = (float*)(dy_tiles + 2 * QUERIES * HS);   // two
+    float* delta_tiles = lse_tiles + 2 * QUERIES;               // two
+    int T = sizes.T, NH = sizes.NH;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    int h = blockIdx.y;
+    int b = blockIdx.z;
+    int key_0 = blockIdx.x * TILE;
+    int64_t C = (int64_t)NH * HS;
+    int64_t row = ((int64_t)b * NH + h) * T;
+    const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
+    const floatX* dy_from = dy + head_start(b, h, T, NH, HS, 1);
+    float dk[HS / 8][4] = {};
+    float dv[HS / 8][4] = {};
+    float scale = rsqrtf((float)HS) * sizes.sharpness;
+    float to_base_2 = scale * LOG2_E;
+    int end = min(T, key_0 + TILE + sizes.window);      // queries from there on see no key here
+
+    auto load_queries = [&](int first, int which) {
+        load_tile<HS, QUERIES>(q + which * QUERIES * HS, from, 3 * C, first, T);
+        load_tile<HS, QUERIES>(dy_tiles + which * QUERIES * HS, dy_from, C, first, T);
+        cp_async_commit();
+        if (threadIdx.x < QUERIES) {        // from T on, P becomes 2^-inf = 0
+            int t = first + threadIdx.x;
+            int at = which * QUERIES + threadIdx.x;
+            lse_tiles[at] = t < T ? lse[row + t] : INFINITY;
+            delta_tiles[at] = t < T ? delta[row + t] : 0.0f;
+        }
+    };
+    load_tile<HS, TILE>(k, from + C, 3 * C, key_0, T);
+    load_tile<HS, TILE>(v, from + 2 * C, 3 * C, key_0, T);
+    load_queries(key_0, 0);
+    int which = 0;                          // half of the double buffer
+    for (int first = key_0; first < end; first += QUERIES) {
+        if (first + QUERIES < end) {
+            load_queries(first + QUERIES, which ^ 1);
+            cp_async_wait<1>();
+        } else {
+            cp_async_wait<0>();
+        }
+        __syncthreads();
+        floatX* q_tile = q + which * QUERIES * HS;
+        floatX* dy_tile = dy_tiles + which * QUERIES * HS;
+        float p[QUERIES / 8][4];            // Sᵀ = k qᵀ, then Pᵀ
+        float ds[QUERIES / 8][4];           // dPᵀ = v dyᵀ, then dSᵀ
+        multiply_transposed<HS, QUERIES>(p, k, warp * 16, q_tile);
+        multiply_transposed<HS, QUERIES>(ds, v, warp * 16, dy_tile);
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int column = n * 8 + lane % 4 * 2 + i % 2;
+                int at = which * QUERIES + column;
+                int key = key_0 + warp * 16 + lane / 4 + i / 2 * 8;
+                float power = p[n][i] * to_base_2 - lse_tiles[at];
+                p[n][i] = sees(first + column, key, sizes.window) ? exp2f(power) : 0.0f;
+                ds[n][i] = p[n][i] * (ds[n][i] - delta_tiles[at]);
+            }
+        }
+        multiply_add<HS, QUERIES>(dv, p, dy_tile);
+        multiply_add<HS, QUERIES>(dk, ds, q_tile);
+        __syncthreads();
+        which ^= 1;
+    }
+    floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
+    store_rows<HS>(to + C, 3 * C, key_0 + warp * 16, T, dk, scale, scale);
+    store_rows<HS>(to + 2 * C, 3 * C, key_0 + warp * 16, T, dv, 1.0f, 1.0f);
+}
+
+// dq. One block: 64 queries of a head, 16 a warp, over the tiles of keys, as in the forward pass;
+// dq, and lse and delta of the lane's two rows, are in registers. Grid (T/64, NH, B) x 128.
+// 3 BT²C FLOP; bound by tensor cores.
+template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
+attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy,
+                                  const float* lse, const float* delta, AttentionSizes sizes) {
+    extern __shared__ float4 shared[];
+    floatX* q = (floatX*)shared;            // one tile
+    floatX* dy_tile = q + TILE * HS;        // one tile
+    floatX* k = dy_tile + TILE * HS;        // two tiles
+    floatX* v = k + 2 * TILE * HS;          // two tiles
+    int T = sizes.T, NH = sizes.NH;
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    int h = blockIdx.y;
+    int b = blockIdx.z;
+    int last = gridDim.x - 1 - blockIdx.x;
+    int64_t C = (int64_t)NH * HS;
+    int64_t row = ((int64_t)b * NH + h) * T;
+    const floatX* from = qkv + head_start(b, h, T, NH, HS, 3);
+    float dq[HS / 8][4] = {};
+    float lse_of[2];
+    float delta_of[2];
+    float scale = rsqrtf((float)HS) * sizes.sharpness;
+    float to_base_2 = scale * LOG2_E;
+    int query = last * TILE + warp * 16 + lane / 4;
+    int first = first_key_tile(last * TILE, sizes.window);
+    for (int r = 0; r < 2; r++) {
+        int t = query + 8 * r;
+        lse_of[r] = t < T ? lse[row + t] : INFINITY;
+        delta_of[r] = t < T ? delta[row + t] : 0.0f;
+    }
+    load_tile<HS, TILE>(q, from, 3 * C, last * TILE, T);
+    load_tile<HS, TILE>(dy_tile, dy + head_start(b, h, T, NH, HS, 1), C, last * TILE, T);
+    load_keys<HS>(k, v, from, C, first, T);
+    for (int j = first; j <= last; j++) {
+        floatX* k_tile = k + j % 2 * TILE * HS;
+        floatX* v_tile = v + j % 2 * TILE * HS;
+        if (j < last) {
+            load_keys<HS>(k, v, from, C, j + 1, T);
+            cp_async_wait<1>();
+        } else {
+            cp_async_wait<0>();
+        }
+        __syncthreads();
+        float p[TILE / 8][4];               // S = q kᵀ
+        float ds[TILE / 8][4];              // dP = dy vᵀ, then dS
+        multiply_transposed<HS, TILE>(p, q, warp * 16, k_tile);
+        multiply_transposed<HS, TILE>(ds, dy_tile, warp * 16, v_tile);
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int key = j * TILE + n * 8 + lane % 4 * 2 + i % 2;
+                float power = p[n][i] * to_base_2 - lse_of[i / 2];
+                bool seen = sees(query + i / 2 * 8, key, sizes.window);
+                ds[n][i] = seen ? exp2f(power) * (ds[n][i] - delta_of[i / 2]) : 0.0f;
+            }
+        }
+        multiply_add<HS, TILE>(dq, ds, k_tile);
+        __syncthreads();
+    }
+    floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
+    store_rows<HS>(to, 3 * C, last * TILE + warp * 16, T, dq, scale, scale);
+}
+
+// A block may have more than 48 KB of dynamic shared memory only after this.
+template <class Kernel> static void allow_shared_bytes(Kernel kernel, size_t bytes) {
+    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    (int)bytes));
+}
+
+template <int HS> static void flash_forward(floatX* y, float* lse, const floatX* qkv,
+                                            AttentionSizes sizes, cudaStream_t stream) {
+    dim3 grid(ceil_div(sizes.T, TILE), sizes.NH, sizes.B);
+    size_t bytes = sizeof(floatX) * 5 * TILE * HS;
+    allow_shared_bytes(attention_forward_kernel<HS>, bytes);
+    launch({"attention_forward", 4 * sizes.bytes(), 2 * sizes.flops()},
+           {grid, ATTENTION_THREADS, stream, bytes}, attention_forward_kernel<HS>, y, lse, qkv,
+           sizes);
+}
+
+template <int HS> static void flash_backward(floatX* dqkv, const floatX* qkv, const floatX* dy,
+                                             const float* lse, const float* delta,
+                                             AttentionSizes sizes, cudaStream_t stream) {
+    dim3 grid(ceil_div(sizes.T, TILE), sizes.NH, sizes.B);
+    size_t queries = QUERY_TILE<HS>;
+    size_t bytes = sizeof(floatX) * HS * (2 * TILE + 4 * queries) + sizeof(float) * 4 * queries;
+    allow_shared_bytes(attention_backward_keys_kernel<HS>, bytes);
+    launch({"attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops()},
+           {grid, ATTENTION_THREADS, stream, bytes}, attention_backward_keys_kernel<HS>, dqkv, qkv,
+           dy, lse, delta, sizes);
+    bytes = sizeof(floatX) * 6 * TILE * HS;
+    allow_shared_bytes(attention_backward_queries_kernel<HS>, bytes);
+    launch({"attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops()},
+           {grid, ATTENTION_THREADS, stream, bytes}, attention_backward_queries_kernel<HS>, dqkv,
+           qkv, dy, lse, delta, sizes);
+}
+#endif
+
 static void attention_forward(floatX* y, float* lse, const floatX* qkv, AttentionSizes sizes,
                               cudaStream_t stream) {
 #ifndef FP32
     if (sizes.HS == 64) { return flash_forward<64>(y, lse, qkv, sizes, stream); }
     if (sizes.HS == 128) { return flash_forward<128>(y, lse, qkv, sizes, stream); }
 #endif
-    int blocks = ceil_div((int64_t)sizes.B * sizes.NH * sizes.T, (int64_t)4);
-    begin_kernel("plain_attention_forward", 4 * sizes.bytes(), 2 * sizes.flops(), stream);
-    plain_attention_forward_kernel<<<blocks, 128, 0, stream>>>(y, lse, qkv, sizes);
-    CHECK_LAUNCH();
+    Grid grid = {ceil_div(sizes.B * sizes.NH * sizes.T, 4), 4 * WARP, stream};
+    launch({"plain_attention_forward", 4 * sizes.bytes(), 2 * sizes.flops()}, grid,
+           plain_attention_forward_kernel, y, lse, qkv, sizes);
 }
 
+// Writes dqkv; delta (B, NH, T) is room to work in.
 static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, const floatX* y,
                                const float* lse, const floatX* qkv, AttentionSizes sizes,
                                cudaStream_t stream) {
-    int blocks = ceil_div((int64_t)sizes.B * sizes.NH * sizes.T, (int64_t)4);
-    begin_kernel("attention_delta", 2 * sizes.bytes(), 0, stream);
-    attention_delta_kernel<<<blocks, 128, 0, stream>>>(delta, y, dy, sizes);
-    CHECK_LAUNCH();
+    Grid grid = {ceil_div(sizes.B * sizes.NH * sizes.T, 4), 4 * WARP, stream};
+    launch({"attention_delta", 2 * sizes.bytes()}, grid, attention_delta_kernel, delta, y, dy,
+           sizes);
 #ifndef FP32
     if (sizes.HS == 64) { return flash_backward<64>(dqkv, qkv, dy, lse, delta, sizes, stream); }
     if (sizes.HS == 128) { return flash_backward<128>(dqkv, qkv, dy, lse, delta, sizes, stream); }
 #endif
-    begin_kernel("plain_attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops(), stream);
-    plain_attention_backward_kernel<false><<<blocks, 128, 0, stream>>>(dqkv, qkv, dy, lse, delta,
-                                                                       sizes);
-    CHECK_LAUNCH();
-    begin_kernel("plain_attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops(), stream);
-    plain_attention_backward_kernel<true><<<blocks, 128, 0, stream>>>(dqkv, qkv, dy, lse, delta,
-                                                                      sizes);
-    CHECK_LAUNCH();
+    launch({"plain_attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops()}, grid,
+           plain_attention_backward_kernel<false>, dqkv, qkv, dy, lse, delta, sizes);
+    launch({"plain_attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops()}, grid,
+           plain_attention_backward_kernel<true>, dqkv, qkv, dy, lse, delta, sizes);
 }
 
-// dN turns q and k by an angle that grows with their position and gives them unit length (times
-// sqrt(HS)); in every second layer a gate for each head adds a vector of the token, E, to v.
+// dN turns q and k by an angle that grows with their position and gives them unit length, times
+// sqrt(HS). In every second layer it adds to v a vector of the token, E[token], times a gate g for
+// each head.
 //
 //   r1 = q1 cos + q2 sin    r2 = q2 cos - q1 sin    q = r rstd
 //   rstd = 1 / sqrt(Σ r² / HS + 1.19e-7)
@@ -1351,35 +1717,45 @@ static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, con
 //   dr = (dq - q Σ (dq q) / HS) rstd    dq1 = dr1 cos - dr2 sin    dq2 = dr2 cos + dr1 sin
 //   dE[token] += g dv    dz = Σ (dv E) g (1 - g / 3)    dWg[h, j] += dz n[j]    dn[j] += Σ_h dz Wg
 //
-// q1, q2: channels i and i + HS/2 of a head, turned by t 100000^(-2i/HS). k likewise.
+// q1 and q2 are channels i and i + HS/2 of a head, turned by t 100000^(-2i/HS); k likewise. n is
+// the input of the attention, of which the gate reads the first 12 channels.
 
-const int GATE_INPUTS = 12, GATE_PARTIALS = 256;
+const int GATE_INPUTS = 12;
+const int GATE_PARTIALS = 256;
 
 struct Rotary { float *cosines, *sines, *rstd; };       // (T, HS/2) twice, (BT, 2, NH)
 
 struct ValueEmbed {
-    const floatX *table, *gate_weight, *n;      // (Vp, C), (NH, 12), (BT, C); table NULL: none
-    const int* tokens;
-    float* gate;                                // (BT, NH)
+    const floatX* table;                // E (Vp, C); NULL: this layer has none
+    const floatX* gate_weight;          // Wg (NH, 12)
+    const floatX* n;                    // (BT, C)
+    const int* tokens;                  // (BT)
+    float* gate;                        // (BT, NH)
 };
 
-// Which vector of which head a thread has a part of: Packs at `low` and half a head behind it
+// The vector, a q, k or v of one token and head, that a thread works on. HS/2/PACK neighbouring
+// threads share a vector: each has the Pack at c and the one HS/2 later, which turn together.
 struct HeadVector {
     int64_t bt;
-    int part, h, c, lanes;                      // part: 0 q, 1 k, 2 v; lanes: threads of a vector
+    int part;                           // 0 q, 1 k, 2 v
+    int h, c;
+    int lanes;                          // threads of a vector, a power of two up to 32
     bool exists;
     __device__ HeadVector(AttentionSizes sizes, int parts) {
-        lanes = sizes.HS / 2 / W;
-        int64_t thread = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, vector = thread / lanes;
+        lanes = sizes.HS / 2 / PACK;
+        int64_t thread = thread_in_grid();
+        int64_t vector = thread / lanes;            // (BT, parts, NH)
         exists = vector < (int64_t)sizes.B * sizes.T * parts * sizes.NH;
-        vector = exists ? vector : 0;           // it takes part in sums
-        bt = vector / (parts * sizes.NH), part = vector / sizes.NH % parts, h = vector % sizes.NH;
-        c = thread % lanes * W;
+        if (!exists) { vector = 0; }    // the thread still has to take part in shuffles
+        bt = vector / (parts * sizes.NH);
+        part = vector / sizes.NH % parts;
+        h = vector % sizes.NH;
+        c = thread % lanes * PACK;
     }
     __device__ int64_t in_qkv(AttentionSizes sizes) const {
         return ((bt * 3 + part) * sizes.NH + h) * sizes.HS + c;
     }
-    __device__ float sum(float value) const {
+    __device__ float sum(float value) const {       // over the vector's threads
         for (int offset = lanes / 2; offset > 0; offset /= 2) {
             value += __shfl_xor_sync(~0u, value, offset);
         }
@@ -1387,19 +1763,22 @@ struct HeadVector {
     }
 };
 
-// HS/2/W threads: q, k or v of a token and head, in place. Grid BT*NH*3*lanes/256 x 256. Moves
-// 4 BTC, or 7 with E; bound by memory.
+// HS/2/PACK threads: the q or k (with E also v) of one token and head, in place. Grid
+// BT*NH*2*lanes/256 x 256, with E 3 in place of 2. Moves 4 BTC, or 7 BTC with E; bound by memory.
 __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed embed,
                                       AttentionSizes sizes) {
     HeadVector at(sizes, embed.table != NULL ? 3 : 2);
     int NH = sizes.NH, HS = sizes.HS, half = HS / 2, C = NH * HS;
     floatX* to = qkv + at.in_qkv(sizes);
-    Pack low = load(to), high = load(to + half);
-    float r1[W], r2[W], square_sum = 0.0f;
+    Pack low = load(to);
+    Pack high = load(to + half);
+    float r1[PACK];
+    float r2[PACK];
+    float square_sum = 0.0f;
     if (at.part < 2) {
         const float* cosine = rotary.cosines + at.bt % sizes.T * half + at.c;
         const float* sine = rotary.sines + at.bt % sizes.T * half + at.c;
-        for (int i = 0; i < W; i++) {
+        for (int i = 0; i < PACK; i++) {
             r1[i] = low[i] * cosine[i] + high[i] * sine[i];
             r2[i] = high[i] * cosine[i] - low[i] * sine[i];
             square_sum += r1[i] * r1[i] + r2[i] * r2[i];
@@ -1411,60 +1790,78 @@ __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed emb
         }
         float gate = 3.0f / (1.0f + expf(-z));
         const floatX* e = embed.table + (int64_t)embed.tokens[at.bt] * C + at.h * HS + at.c;
-        Pack e_low = load(e), e_high = load(e + half);
-        for (int i = 0; i < W; i++) {
-            r1[i] = low[i] + gate * e_low[i], r2[i] = high[i] + gate * e_high[i];
+        Pack e_low = load(e);
+        Pack e_high = load(e + half);
+        for (int i = 0; i < PACK; i++) {
+            r1[i] = low[i] + gate * e_low[i];
+            r2[i] = high[i] + gate * e_high[i];
         }
         if (at.c == 0) { embed.gate[at.bt * NH + at.h] = gate; }
     }
-    float rstd = rsqrtf(at.sum(square_sum) / HS + RMS_EPSILON);
+    float rstd = rsqrtf(at.sum(square_sum) / HS + RMS_EPSILON);     // all lanes are here
     if (!at.exists) { return; }
     if (at.part == 2) {
         rstd = 1.0f;
     } else if (at.c == 0) {
         rotary.rstd[(at.bt * 2 + at.part) * NH + at.h] = rstd;
     }
-    for (int i = 0; i < W; i++) { low.set(i, r1[i] * rstd), high.set(i, r2[i] * rstd); }
-    store(to, low), store(to + half, high);
+    for (int i = 0; i < PACK; i++) {
+        low.set(i, r1[i] * rstd);
+        high.set(i, r2[i] * rstd);
+    }
+    store(to, low);
+    store(to + half, high);
 }
 
-// As above: dqkv in place, and of v dembed (BT, C), what goes to E, and dz (BT, NH). Moves 6 BTC,
-// or 9 with E.
+// Threads and grid as in rotary_forward_kernel. Of q and k, dqkv changes in place. Of v, dqkv stays
+// as it is (dv = dv'); the sum is over dv E, and dembed (BT, C), which goes to E, and dz (BT, NH),
+// which goes to the gate, are written. Moves 6 BTC, or 9 BTC with E; bound by memory.
 __global__ void rotary_backward_kernel(floatX* dqkv, floatX* dembed, float* dz, const floatX* qkv,
                                        Rotary rotary, ValueEmbed embed, AttentionSizes sizes) {
     HeadVector at(sizes, embed.table != NULL ? 3 : 2);
     int NH = sizes.NH, HS = sizes.HS, half = HS / 2, C = NH * HS;
     floatX* to = dqkv + at.in_qkv(sizes);
-    const floatX* other = qkv + at.in_qkv(sizes);       // what the gradient is multiplied with
+    const floatX* other = qkv + at.in_qkv(sizes);       // what the gradient is multiplied by
     if (at.part == 2) { other = embed.table + (int64_t)embed.tokens[at.bt] * C + at.h * HS + at.c; }
-    Pack low = load(to), high = load(to + half), o_low = load(other), o_high = load(other + half);
+    Pack low = load(to);
+    Pack high = load(to + half);
+    Pack o_low = load(other);
+    Pack o_high = load(other + half);
     float product = 0.0f;
-    for (int i = 0; i < W; i++) { product += low[i] * o_low[i] + high[i] * o_high[i]; }
+    for (int i = 0; i < PACK; i++) { product += low[i] * o_low[i] + high[i] * o_high[i]; }
     product = at.sum(product);
     if (!at.exists) { return; }
     if (at.part == 2) {
         float gate = embed.gate[at.bt * NH + at.h];
-        for (int i = 0; i < W; i++) { low.set(i, gate * low[i]), high.set(i, gate * high[i]); }
+        for (int i = 0; i < PACK; i++) {
+            low.set(i, gate * low[i]);
+            high.set(i, gate * high[i]);
+        }
         to = dembed + at.bt * C + at.h * HS + at.c;
         if (at.c == 0) { dz[at.bt * NH + at.h] = product * gate * (1.0f - gate / 3.0f); }
     } else {
         const float* cosine = rotary.cosines + at.bt % sizes.T * half + at.c;
         const float* sine = rotary.sines + at.bt % sizes.T * half + at.c;
-        float rstd = rotary.rstd[(at.bt * 2 + at.part) * NH + at.h], mean = product / HS;
-        for (int i = 0; i < W; i++) {
+        float rstd = rotary.rstd[(at.bt * 2 + at.part) * NH + at.h];
+        float mean = product / HS;
+        for (int i = 0; i < PACK; i++) {
             float dr1 = (low[i] - o_low[i] * mean) * rstd;
             float dr2 = (high[i] - o_high[i] * mean) * rstd;
             low.set(i, dr1 * cosine[i] - dr2 * sine[i]);
             high.set(i, dr2 * cosine[i] + dr1 * sine[i]);
         }
     }
-    store(to, low), store(to + half, high);
+    store(to, low);
+    store(to + half, high);
 }
 
-// One thread: a weight of the gate over every n-th token. Grid (GATE_PARTIALS, NH*12/128) x 128.
+// One thread: one weight of the gates, over every 256th token; add_partials sums the 256. Grid
+// (GATE_PARTIALS, NH*12/128) x 128. Reads 12 of C channels of each token; bound by memory.
 __global__ void gate_backward_weight_kernel(float* partials, const float* dz, const floatX* n,
                                             int BT, int NH, int C) {
-    int i = blockIdx.y * blockDim.x + threadIdx.x, h = i / GATE_INPUTS, j = i % GATE_INPUTS;
+    int i = blockIdx.y * blockDim.x + threadIdx.x;
+    int h = i / GATE_INPUTS;
+    int j = i % GATE_INPUTS;
     if (h >= NH) { return; }
     float sum = 0.0f;
     for (int64_t bt = blockIdx.x; bt < BT; bt += gridDim.x) {
@@ -1473,10 +1870,12 @@ __global__ void gate_backward_weight_kernel(float* partials, const float* dz, co
     partials[blockIdx.x * NH * GATE_INPUTS + i] = sum;
 }
 
-// One thread: one of a token's 12 inputs of the gates. Grid BT*12/256 x 256.
+// One thread: one of the 12 channels of a token that the gates read, over all heads. Grid BT*12/256
+// x 256. Bound by memory.
 __global__ void gate_backward_input_kernel(floatX* dn, const float* dz, const floatX* gate_weight,
                                            int BT, int NH, int C) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, bt = i / GATE_INPUTS;
+    int64_t i = thread_in_grid();
+    int64_t bt = i / GATE_INPUTS;
     int j = i % GATE_INPUTS;
     if (bt >= BT) { return; }
     float sum = (float)dn[bt * C + j];
@@ -1486,122 +1885,104 @@ __global__ void gate_backward_input_kernel(floatX* dn, const float* dz, const fl
     dn[bt * C + j] = (floatX)sum;
 }
 
-static int rotary_blocks(ValueEmbed embed, AttentionSizes sizes) {
+static Grid rotary_grid(ValueEmbed embed, AttentionSizes sizes, cudaStream_t stream) {
     int64_t vectors = (int64_t)sizes.B * sizes.T * sizes.NH * (embed.table != NULL ? 3 : 2);
-    return ceil_div(vectors * (sizes.HS / 2 / W), (int64_t)256);
+    return one_thread_each(vectors * (sizes.HS / 2 / PACK), stream);
 }
 
 static void rotary_forward(floatX* qkv, Rotary rotary, ValueEmbed embed, AttentionSizes sizes,
                            cudaStream_t stream) {
     double moved = embed.table != NULL ? 7.0 : 4.0;
-    begin_kernel("rotary_forward", moved * sizes.bytes(), 0, stream);
-    rotary_forward_kernel<<<rotary_blocks(embed, sizes), 256, 0, stream>>>(qkv, rotary, embed,
-                                                                           sizes);
-    CHECK_LAUNCH();
+    launch({"rotary_forward", moved * sizes.bytes()}, rotary_grid(embed, sizes, stream),
+           rotary_forward_kernel, qkv, rotary, embed, sizes);
 }
 
 static void rotary_backward(floatX* dqkv, floatX* dembed, float* dz, const floatX* qkv,
                             Rotary rotary, ValueEmbed embed, AttentionSizes sizes,
                             cudaStream_t stream) {
     double moved = embed.table != NULL ? 9.0 : 6.0;
-    begin_kernel("rotary_backward", moved * sizes.bytes(), 0, stream);
-    rotary_backward_kernel<<<rotary_blocks(embed, sizes), 256, 0, stream>>>(
-        dqkv, dembed, dz, qkv, rotary, embed, sizes);
-    CHECK_LAUNCH();
+    launch({"rotary_backward", moved * sizes.bytes()}, rotary_grid(embed, sizes, stream),
+           rotary_backward_kernel, dqkv, dembed, dz, qkv, rotary, embed, sizes);
 }
 
-// dn += …, dgate_weight += …
+// dn += …, dgate_weight += …; partials (GATE_PARTIALS, NH, 12)
 static void gate_backward(floatX* dn, float* dgate_weight, float* partials, const float* dz,
                           ValueEmbed embed, AttentionSizes sizes, cudaStream_t stream) {
-    int BT = sizes.B * sizes.T, NH = sizes.NH, C = NH * sizes.HS, n_weights = NH * GATE_INPUTS;
+    int BT = sizes.B * sizes.T, NH = sizes.NH, C = NH * sizes.HS;
+    int n_weights = NH * GATE_INPUTS;
     dim3 grid(GATE_PARTIALS, ceil_div(n_weights, 128));
-    double tokens = (4.0 * NH + sizeof(floatX) * GATE_INPUTS) * BT;
-    begin_kernel("gate_backward_weight", tokens + 4.0 * GATE_PARTIALS * n_weights, 0, stream);
-    gate_backward_weight_kernel<<<grid, 128, 0, stream>>>(partials, dz, embed.n, BT, NH, C);
-    CHECK_LAUNCH();
+    double bytes = (4.0 * NH + sizeof(floatX) * GATE_INPUTS) * BT;      // of dz and n
+    launch({"gate_backward_weight", bytes + 4.0 * GATE_PARTIALS * n_weights}, {grid, 128, stream},
+           gate_backward_weight_kernel, partials, dz, embed.n, BT, NH, C);
     add_partials(dgate_weight, partials, GATE_PARTIALS, n_weights, n_weights, stream);
-    begin_kernel("gate_backward_input", tokens + sizeof(floatX) * GATE_INPUTS * BT, 0, stream);
-    gate_backward_input_kernel<<<ceil_div(BT * GATE_INPUTS, 256), 256, 0, stream>>>(
-        dn, dz, embed.gate_weight, BT, NH, C);
-    CHECK_LAUNCH();
+    launch({"gate_backward_input", bytes + sizeof(floatX) * GATE_INPUTS * BT},
+           one_thread_each(BT * GATE_INPUTS, stream), gate_backward_input_kernel, dn, dz,
+           embed.gate_weight, BT, NH, C);
 }
 
 // ---- §8 GELU, ReLU² -----------------------------------------------------------------------------
 //
-//   u = sqrt(2/π) (x + 0.044715 x³)    y = x (1 + tanh u) / 2
-//   dx = dy ((1 + tanh u) / 2 + x (1 - tanh² u) u' / 2)
-//
-// bf16 leaves both to cuBLASLt's epilogues. Alone they serve fp32, and what is recomputed.
+// In bf16, cuBLASLt computes GELU and its derivative in the epilogues of matmuls (§6). The kernels
+// here serve fp32, what --recompute computes again, and dN's ReLU².
 
-const float GELU_SCALE = 0.7978845608f;
+// GPT-2: u = sqrt(2/π) (x + 0.044715 x³)    y = x (1 + tanh u) / 2
+//        dx = dy ((1 + tanh u) / 2 + x (1 - tanh² u) u' / 2)
+struct Gelu {
+    static constexpr const char* FORWARD = "gelu_forward";
+    static constexpr const char* BACKWARD = "gelu_backward";
+    static constexpr float SCALE = 0.7978845608f;       // sqrt(2/π)
+    static __device__ float forward(float x) {
+        float u = SCALE * (x + 0.044715f * x * x * x);
+        return 0.5f * x * (1.0f + tanhf(u));
+    }
+    static __device__ float backward(float dy, float x) {
+        float t = tanhf(SCALE * (x + 0.044715f * x * x * x));
+        float du = SCALE * (1.0f + 3.0f * 0.044715f * x * x);
+        return dy * 0.5f * (1.0f + t + x * (1.0f - t * t) * du);
+    }
+};
 
-// One thread: one Pack. Grid n/W/256 x 256. Moves 2n; bound by memory.
-__global__ void gelu_forward_kernel(floatX* y, const floatX* x, int64_t n) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+// dN: y = relu(x)²    dx = 2 dy relu(x)
+struct Relu2 {
+    static constexpr const char* FORWARD = "relu2_forward";
+    static constexpr const char* BACKWARD = "relu2_backward";
+    static __device__ float forward(float x) { return fmaxf(x, 0.0f) * fmaxf(x, 0.0f); }
+    static __device__ float backward(float dy, float x) { return 2.0f * dy * fmaxf(x, 0.0f); }
+};
+
+// One thread: one Pack. Grid n/PACK/256 x 256. Moves 2n; bound by memory.
+template <class Activation>
+__global__ void activation_forward_kernel(floatX* y, const floatX* x, int64_t n) {
+    int64_t at = thread_in_grid() * PACK;
     if (at >= n) { return; }
     Pack value = load(x + at);
-    for (int i = 0; i < W; i++) {
-        float a = value[i], u = GELU_SCALE * (a + 0.044715f * a * a * a);
-        value.set(i, 0.5f * a * (1.0f + tanhf(u)));
-    }
+    for (int i = 0; i < PACK; i++) { value.set(i, Activation::forward(value[i])); }
     store(y + at, value);
 }
 
-// As above, in place on dy. Moves 3n.
-__global__ void gelu_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
+// The same, in place on dy. Moves 3n; bound by memory.
+template <class Activation>
+__global__ void activation_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
+    int64_t at = thread_in_grid() * PACK;
     if (at >= n) { return; }
-    Pack gradient = load(dy + at), value = load(x + at);
-    for (int i = 0; i < W; i++) {
-        float a = value[i], t = tanhf(GELU_SCALE * (a + 0.044715f * a * a * a));
-        float du = GELU_SCALE * (1.0f + 3.0f * 0.044715f * a * a);
-        gradient.set(i, gradient[i] * 0.5f * (1.0f + t + a * (1.0f - t * t) * du));
+    Pack gradient = load(dy + at);
+    Pack value = load(x + at);
+    for (int i = 0; i < PACK; i++) {
+        gradient.set(i, Activation::backward(gradient[i], value[i]));
     }
     store(dy + at, gradient);
 }
 
-static void gelu_forward(floatX* y, const floatX* x, int64_t n, cudaStream_t stream) {
-    begin_kernel("gelu_forward", 2.0 * n * sizeof(floatX), 0, stream);
-    gelu_forward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(y, x, n);
-    CHECK_LAUNCH();
+template <class Activation>
+static void activation_forward(floatX* y, const floatX* x, int64_t n, cudaStream_t stream) {
+    launch({Activation::FORWARD, 2.0 * n * sizeof(floatX)}, one_thread_each(n / PACK, stream),
+           activation_forward_kernel<Activation>, y, x, n);
 }
 
-static void gelu_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
-    begin_kernel("gelu_backward", 3.0 * n * sizeof(floatX), 0, stream);
-    gelu_backward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(dy, x, n);
-    CHECK_LAUNCH();
-}
-
-//   dN: y = relu(x)²    dx = 2 dy relu(x)
-
-// One thread: one Pack. Grid n/W/256 x 256. Moves 2n; bound by memory.
-__global__ void relu2_forward_kernel(floatX* y, const floatX* x, int64_t n) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
-    if (at >= n) { return; }
-    Pack value = load(x + at);
-    for (int i = 0; i < W; i++) { value.set(i, fmaxf(value[i], 0.0f) * fmaxf(value[i], 0.0f)); }
-    store(y + at, value);
-}
-
-// As above, in place on dy. Moves 3n.
-__global__ void relu2_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * W;
-    if (at >= n) { return; }
-    Pack gradient = load(dy + at), value = load(x + at);
-    for (int i = 0; i < W; i++) { gradient.set(i, 2.0f * gradient[i] * fmaxf(value[i], 0.0f)); }
-    store(dy + at, gradient);
-}
-
-static void relu2_forward(floatX* y, const floatX* x, int64_t n, cudaStream_t stream) {
-    begin_kernel("relu2_forward", 2.0 * n * sizeof(floatX), 0, stream);
-    relu2_forward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(y, x, n);
-    CHECK_LAUNCH();
-}
-
-static void relu2_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
-    begin_kernel("relu2_backward", 3.0 * n * sizeof(floatX), 0, stream);
-    relu2_backward_kernel<<<ceil_div(n / W, (int64_t)256), 256, 0, stream>>>(dy, x, n);
-    CHECK_LAUNCH();
+template <class Activation>
+static void activation_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
+    launch({Activation::BACKWARD, 3.0 * n * sizeof(floatX)}, one_thread_each(n / PACK, stream),
+           activation_backward_kernel<Activation>, dy, x, n);
 }
 
 // ---- §9 Classifier ------------------------------------------------------------------------------
@@ -1609,39 +1990,45 @@ static void relu2_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t 
 //   loss = ln Σ exp(y) - y[target]    dz = (softmax(y) - onehot(target)) share dy/dz
 //   y = z, or with a softcap s: y = s tanh(z / s)    dy/dz = 1 - (y / s)²
 //
-// A target of -1 has no loss and no gradient; nor have the padding rows V … Vp - 1 of wte.
+// z are the logits. `share` is 1 / (tokens of the batch), since the loss is a mean. A target of -1
+// has no loss and no gradient, nor have the rows V … Vp - 1 that pad wte.
 
 __host__ __device__ float capped(float z, float softcap) {
     return softcap > 0.0f ? softcap * tanhf(z / softcap) : z;
 }
 
-// One block: a token's logits, overwritten by their gradient. Grid tokens x 512 at most. Reads Vp
-// twice (the second time from the L2 cache), writes it once; bound by memory.
+// One block: the logits of one token, which it overwrites by their gradient, so that memory never
+// holds both. In the first pass each thread computes an online softmax of its part (as in §7); the
+// block then combines them. The second pass reads the row once more, from the L2 cache. Grid tokens
+// x 512 at most. Moves 2 Vp a token, or Vp without the gradient; bound by memory.
 __global__ void classifier_kernel(floatX* logits, float* losses, const int* targets, float share,
                                   float softcap, int V, int Vp, bool write_gradient) {
     floatX* row = logits + (int64_t)blockIdx.x * Vp;
     int target = targets[blockIdx.x];
     float of_target = target >= 0 ? capped((float)row[target], softcap) : 0.0f;
-    float highest = -INFINITY, sum = 0.0f;
-    for (int c = threadIdx.x * W; c < V; c += blockDim.x * W) {
+    float highest = -INFINITY;
+    float sum = 0.0f;                           // Σ exp(y - highest) over this thread's part
+    for (int c = threadIdx.x * PACK; c < V; c += blockDim.x * PACK) {
         Pack z = load(row + c);
-        float before = highest, y[W];
-        for (int i = 0; i < W; i++) { y[i] = capped(z[i], softcap); }
-        for (int i = 0; i < W && c + i < V; i++) { highest = fmaxf(highest, y[i]); }
+        float before = highest;
+        float y[PACK];
+        for (int i = 0; i < PACK; i++) { y[i] = capped(z[i], softcap); }
+        for (int i = 0; i < PACK && c + i < V; i++) { highest = fmaxf(highest, y[i]); }
         sum *= expf(before - highest);
-        for (int i = 0; i < W && c + i < V; i++) { sum += expf(y[i] - highest); }
+        for (int i = 0; i < PACK && c + i < V; i++) { sum += expf(y[i] - highest); }
     }
-    float top = block_max(highest);
+    float top = block_max(highest);             // -INFINITY: the thread had no logits
     sum = block_sum(highest == -INFINITY ? 0.0f : sum * expf(highest - top));
     if (threadIdx.x == 0) {
         losses[blockIdx.x] = target >= 0 ? logf(sum) + top - of_target : 0.0f;
     }
     if (!write_gradient) { return; }
-    for (int c = threadIdx.x * W; c < Vp; c += blockDim.x * W) {
+    for (int c = threadIdx.x * PACK; c < Vp; c += blockDim.x * PACK) {
         Pack z = load(row + c);
-        for (int i = 0; i < W; i++) {
+        for (int i = 0; i < PACK; i++) {
             float y = capped(z[i], softcap);
-            float dz = (expf(y - top) / sum - (c + i == target)) * share;
+            float onehot = c + i == target ? 1.0f : 0.0f;
+            float dz = (expf(y - top) / sum - onehot) * share;
             if (softcap > 0.0f) { dz *= 1.0f - (y / softcap) * (y / softcap); }
             z.set(i, target >= 0 && c + i < V ? dz : 0.0f);
         }
@@ -1649,7 +2036,8 @@ __global__ void classifier_kernel(floatX* logits, float* losses, const int* targ
     }
 }
 
-// One block sums all losses, in fp64 and always in the same order, onto *sum.
+// One block: the sum of all losses, in fp64 and always in the same order, is added to *sum. The
+// barrier lets the first thread read what the other 255 have summed. Grid 1 x 256.
 __global__ void loss_sum_kernel(double* sum, const float* losses, int n) {
     __shared__ double sums[256];
     double mine = 0.0;
@@ -1666,11 +2054,11 @@ __global__ void loss_sum_kernel(double* sum, const float* losses, int n) {
 //   m += (1 - β₁)(g - m)    v += (1 - β₂)(g² - v)
 //   p ← p (1 - lr decay) - lr m / (1 - β₁ᵗ) / (sqrt(v / (1 - β₂ᵗ)) + ε)
 
-// What a bucket of parameters is trained with; lr is in units of the run's
+// How AdamW trains a bucket of parameters; lr is a multiple of the run's lr.
 struct AdamGroup { float lr, beta_1, beta_2, epsilon, weight_decay; };
 const AdamGroup GPT2_ADAM = {1.0f, 0.9f, 0.95f, 1e-8f, 0.1f};
 
-// nanochat's, tuned at d12, where Muon's lr is .02
+// nanochat's values, tuned at d12, where Muon's lr is 0.02
 const AdamGroup LM_HEAD_ADAM = {0.008f / 0.02f, 0.8f, 0.96f, 1e-10f, 0.01f};
 const AdamGroup WTE_ADAM = {0.3f / 0.02f, 0.8f, 0.995f, 1e-10f, 0.001f};
 const AdamGroup VALUE_EMBED_ADAM = {0.15f / 0.02f, 0.8f, 0.995f, 1e-10f, 0.01f};
@@ -1678,9 +2066,11 @@ const AdamGroup RESID_ADAM = {0.005f / 0.02f, 0.8f, 0.95f, 1e-10f, 0.05f};
 const AdamGroup X0_ADAM = {0.5f / 0.02f, 0.96f, 0.95f, 1e-10f, 0.0f};
 const AdamGroup BACKOUT_ADAM = {0.2f / 0.02f, 0.8f, 0.95f, 1e-10f, 0.0f};
 
-// fp32 → floatX. bf16 drops 16 bits of mantissa: rounding up with the probability that they stand
-// for is right on average. The "random" bits depend on the step and the parameter alone, so that a
-// run repeats on any number of ranks. Before step 1 it is to nearest.
+// fp32 → floatX by stochastic rounding. bf16 keeps the upper 16 bits of an fp32 number. Before the
+// lower 16 bits are dropped, a random number below 2¹⁶ is added. So the value is rounded up with a
+// probability equal to the fraction that is dropped, and is right on average: small updates are not
+// lost. The "random" number depends on the step and the parameter alone, so that a run repeats on
+// any number of ranks. At step 0, before training, values are rounded to nearest.
 __device__ floatX round_parameter(float value, int64_t index, unsigned step) {
     if (!BF16 || step == 0) { return (floatX)value; }
     unsigned bits = (unsigned)index * 0x9E3779B1u ^ (unsigned)(index >> 32) ^ step * 0x85EBCA77u;
@@ -1690,54 +2080,64 @@ __device__ floatX round_parameter(float value, int64_t index, unsigned step) {
     return (floatX)__uint_as_float(bits & 0xFFFF0000u);
 }
 
+// n parameters that this rank trains, and their states. `index` is the place of the first one among
+// all parameters of the model.
+struct Slice {
+    floatX* parameters;
+    float* masters;             // the parameters in fp32
+    float *m, *v;               // Adam's moments; Muon's momentum, and variance (lines)
+    const float* gradients;
+    int64_t n, index;
+};
+
 struct AdamStep {
     AdamGroup group;
     float lr, decay, grad_scale, correction_1, correction_2;    // corrections: 1 - βᵗ
     unsigned step;
 };
 
-// One thread: one parameter of this rank's shard of a bucket; `index` is its place in the whole
-// model. Moves 30 bytes a parameter (7 fp32, 1 bf16); bound by memory.
-__global__ void adamw_kernel(floatX* parameters, float* masters, float* m, float* v,
-                             const float* gradients, int64_t n, int64_t index, int64_t decay_end,
-                             AdamStep adam) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) { return; }
-    float g = gradients[i] * adam.grad_scale;
+// One thread: one parameter. Those from decay_end on do not decay. Grid n/256 x 256. Moves 30 bytes
+// a parameter (28 of fp32: masters, m, v twice, g once; 2 of bf16); bound by memory.
+__global__ void adamw_kernel(Slice slice, int64_t decay_end, AdamStep adam) {
+    int64_t i = thread_in_grid();
+    if (i >= slice.n) { return; }
+    float *masters = slice.masters, *m = slice.m, *v = slice.v;
+    float g = slice.gradients[i] * adam.grad_scale;
     m[i] += (1.0f - adam.group.beta_1) * (g - m[i]);
     v[i] += (1.0f - adam.group.beta_2) * (g * g - v[i]);
-    float m_hat = m[i] / adam.correction_1, v_hat = v[i] / adam.correction_2;
-    float decay = index + i < decay_end ? adam.decay : 0.0f;
+    float m_hat = m[i] / adam.correction_1;
+    float v_hat = v[i] / adam.correction_2;
+    float decay = slice.index + i < decay_end ? adam.decay : 0.0f;
     masters[i] = masters[i] * (1.0f - adam.lr * decay) -
                  adam.lr * m_hat / (sqrtf(v_hat) + adam.group.epsilon);
-    parameters[i] = round_parameter(masters[i], index + i, adam.step);
+    slice.parameters[i] = round_parameter(masters[i], slice.index + i, adam.step);
 }
 
-// masters → parameters, as adamw_kernel did at `step`
-__global__ void round_parameters_kernel(floatX* parameters, const float* masters, int64_t n,
-                                        int64_t index, unsigned step) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) { parameters[i] = round_parameter(masters[i], index + i, step); }
+// masters → parameters, rounded as adamw_kernel and muon_kernel did at `step`
+__global__ void round_parameters_kernel(Slice slice, unsigned step) {
+    int64_t i = thread_in_grid();
+    if (i >= slice.n) { return; }
+    slice.parameters[i] = round_parameter(slice.masters[i], slice.index + i, step);
 }
 
 const int NORM_BLOCKS = 128;
 
-// Block i: the sum of squares of its share of the gradients → sums[i]. Reads n once.
+// One block: the sum of squares of its share of n gradients → sums[block], which the CPU adds up in
+// order. Grid 128 x 256. Reads n once; bound by memory.
 __global__ void square_sum_kernel(float* sums, const float* gradients, int64_t n) {
     float sum = 0.0f;
     int64_t step = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
-        sum += gradients[i] * gradients[i];
-    }
+    for (int64_t i = thread_in_grid(); i < n; i += step) { sum += gradients[i] * gradients[i]; }
     sum = block_sum(sum);
     if (threadIdx.x == 0) { sums[blockIdx.x] = sum; }
 }
 
-// Muon: a matrix moves along the orthogonal factor of its momentum. With Polar Express's a, b, c:
+// Muon moves a matrix along the orthogonal factor of its momentum: P Qᵀ, if the SVD is P S Qᵀ. Five
+// steps of an iteration approximate it, with the coefficients a, b, c of Polar Express:
 //
 //   m += (1 - μ)(g - m)    X = g + μ (m - g), divided by 1.01 ‖X‖
 //   five times X ← a X + (b A + c A²) X with A = X Xᵀ; or of a tall X, from the right with Xᵀ X
-//   NorMuon: v += .1 (Σ X² / n - v) for each line of n values across the longer side
+//   NorMuon: v += 0.1 (Σ X² / n - v) for each line of n values across the longer side
 //   U = X / sqrt(v), scaled to X's norm    w ← w - lr (U + decay w where U w ≥ 0)
 
 const float POLAR_EXPRESS[5][3] = {         // quintics that push every singular value towards 1
@@ -1747,11 +2147,11 @@ const float POLAR_EXPRESS[5][3] = {         // quintics that push every singular
     {3.285753657755655f, -2.3681294933425376f, 0.46449024233003106f},
     {2.3465413258596377f, -1.7097828382687081f, 0.42323551169305323f}};
 
-// n matrices side by side: c_attn is q, k and v. In X they lie behind one another, each padded with
-// zeros to multiples of 8. lines: of which NorMuon keeps the variance, rows or columns.
+// A tensor of n matrices side by side: c_attn is q, k and v. In X the matrices follow one another,
+// and each is padded with zeros to multiples of 8 rows and columns, for which cuBLASLt is fast.
 struct Matrices {
     int n, rows, columns;
-    bool by_row;
+    bool by_row;                // whether NorMuon's lines are the rows; else the columns
     __host__ __device__ int padded_rows() const { return ceil_div(rows, 8) * 8; }
     __host__ __device__ int padded_columns() const { return ceil_div(columns, 8) * 8; }
     __host__ __device__ int in_x(int which, int row, int column) const {
@@ -1764,16 +2164,21 @@ struct Matrices {
 
 struct MuonStep { float lr, decay, momentum, grad_scale; unsigned step; };
 
-// One thread: one element of X, or of its padding. Moves 14 bytes an element; bound by memory.
+// One thread: one element of X, or of its padding. Grid elements/256 x 256. Moves 14 bytes an
+// element; bound by memory.
 __global__ void momentum_kernel(floatX* X, float* momentum, const float* gradients, Matrices matrix,
                                 MuonStep muon) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x, size = matrix.padded_size();
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    int size = matrix.padded_size();
     if (i >= matrix.n * size) { return; }
-    int which = i / size, row = i % size / matrix.padded_columns(), c = i % matrix.padded_columns();
+    int which = i / size;
+    int row = i % size / matrix.padded_columns();
+    int c = i % matrix.padded_columns();
     float nesterov = 0.0f;
     if (row < matrix.rows && c < matrix.columns) {
         int at = (row * matrix.n + which) * matrix.columns + c;
-        float g = gradients[at] * muon.grad_scale, m = momentum[at];
+        float g = gradients[at] * muon.grad_scale;
+        float m = momentum[at];
         m += (1.0f - muon.momentum) * (g - m);
         momentum[at] = m;
         nesterov = g + muon.momentum * (m - g);
@@ -1781,11 +2186,13 @@ __global__ void momentum_kernel(floatX* X, float* momentum, const float* gradien
     X[i] = (floatX)nesterov;
 }
 
-// One block of 32 x 8: the sums of squares of 32 lines → sums (n, lines). Grid (lines/32, n). Reads
-// X once.
+// One block of 32 x 8: the sums of squares of 32 lines → sums (n, lines). Each of the 8 rows of
+// threads sums every 8th element of the lines, and the first row adds up the 8 sums. Grid
+// (lines/32, n). Reads X once; bound by memory.
 __global__ void line_square_sum_kernel(float* sums, const floatX* X, Matrices matrix) {
     __shared__ float of_part[8][WARP];
-    int line = blockIdx.x * WARP + threadIdx.x, which = blockIdx.y;
+    int line = blockIdx.x * WARP + threadIdx.x;
+    int which = blockIdx.y;
     float sum = 0.0f;
     if (line < matrix.lines()) {
         for (int i = threadIdx.y; i < matrix.line_size(); i += 8) {
@@ -1801,8 +2208,8 @@ __global__ void line_square_sum_kernel(float* sums, const floatX* X, Matrices ma
     sums[which * matrix.lines() + line] = sum;
 }
 
-// One block: a share of a matrix, X /= 1.01 ‖X‖, the norm from the lines' sums. Grid (up to 128, n)
-// x 256.
+// One block: a share of one matrix, X /= 1.01 ‖X‖; every block computes the norm again from the
+// sums of the lines. Grid (up to 128, n) x 256. Moves 2 X; bound by memory.
 __global__ void normalise_kernel(floatX* X, const float* sums, Matrices matrix) {
     float sum = 0.0f;
     for (int i = threadIdx.x; i < matrix.lines(); i += blockDim.x) {
@@ -1816,99 +2223,112 @@ __global__ void normalise_kernel(floatX* X, const float* sums, Matrices matrix) 
     }
 }
 
-// One block: a matrix. sums become the lines' factors; variance (n, lines) moves towards the sums.
+// One block: one matrix. In: sums (n, lines), each line's Σ X². Out: the factor of each line in
+// their place, and the variances (n, lines). Grid n x 1024. Bound by latency.
 __global__ void normuon_kernel(float* sums, float* variance, Matrices matrix) {
-    sums += blockIdx.x * matrix.lines(), variance += blockIdx.x * matrix.lines();
-    float before = 0.0f, after = 0.0f;
+    sums += blockIdx.x * matrix.lines();
+    variance += blockIdx.x * matrix.lines();
+    float before = 0.0f;
+    float after = 0.0f;
     for (int i = threadIdx.x; i < matrix.lines(); i += blockDim.x) {
         variance[i] += 0.1f * (sums[i] / matrix.line_size() - variance[i]);
-        before += sums[i], after += sums[i] / fmaxf(variance[i], 1e-10f);
+        before += sums[i];
+        after += sums[i] / fmaxf(variance[i], 1e-10f);
     }
-    before = block_sum(before), after = block_sum(after);
+    before = block_sum(before);
+    after = block_sum(after);
     float ratio = sqrtf(before) / fmaxf(sqrtf(after), 1e-12f);
     for (int i = threadIdx.x; i < matrix.lines(); i += blockDim.x) {
         sums[i] = ratio * rsqrtf(fmaxf(variance[i], 1e-10f));
     }
 }
 
-// One thread: a weight; `index` is where the first is in the whole model. Moves 12 bytes; bound by
-// memory.
-__global__ void muon_kernel(floatX* parameters, float* masters, const floatX* X,
-                            const float* factors, Matrices matrix, int64_t index, MuonStep muon) {
+// One thread: one weight. factors: normuon_kernel's (n, lines). Grid n/256 x 256. Moves 12 bytes a
+// weight; bound by memory.
+__global__ void muon_kernel(Slice slice, const floatX* X, const float* factors, Matrices matrix,
+                            MuonStep muon) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= matrix.n * matrix.rows * matrix.columns) { return; }
-    int c = i % matrix.columns, which = i / matrix.columns % matrix.n;
-    int row = i / matrix.columns / matrix.n, line = matrix.by_row ? row : c;
+    if (i >= slice.n) { return; }
+    int c = i % matrix.columns;
+    int which = i / matrix.columns % matrix.n;
+    int row = i / matrix.columns / matrix.n;
+    int line = matrix.by_row ? row : c;
     float u = (float)X[matrix.in_x(which, row, c)] * factors[which * matrix.lines() + line];
-    float w = masters[i];
+    float w = slice.masters[i];
     w -= muon.lr * (u + (u * w >= 0.0f ? muon.decay * w : 0.0f));
-    masters[i] = w;
-    parameters[i] = round_parameter(w, index + i, muon.step);
+    slice.masters[i] = w;
+    slice.parameters[i] = round_parameter(w, slice.index + i, muon.step);
 }
 
 struct MuonWorkspace { floatX *x, *next, *a, *b; float* sums; };
 
-// X (n, rows, columns) → its orthogonal factor, about; returned is where it lies, x or next.
+// Approximates the orthogonal factor of X (n, rows, columns), which is in space.x. The result is in
+// space.x or space.next; returns which.
 static floatX* polar(MuonWorkspace space, Matrices matrix, cudaStream_t stream) {
-    int R = matrix.padded_rows(), Q = matrix.padded_columns(), small = min(R, Q), n = matrix.n;
-    bool tall = R > Q;                      // to cuBLAS X is (Q, R), and A = XXᵀ is Xᵀ X
-    floatX *x = space.x, *next = space.next;
+    int rows = matrix.padded_rows();
+    int columns = matrix.padded_columns();
+    int small = min(rows, columns);
+    bool tall = rows > columns;             // A is XᵀX; else XXᵀ. To cuBLAS, X is (columns, rows).
+    MatmulPlan* a_plan = plan_matmul({.m = small, .n = small, .k = max(rows, columns),
+                                      .transpose = tall ? TRANSPOSE_B : TRANSPOSE_A,
+                                      .batch = matrix.n});
+    MatmulPlan* b_plan = plan_matmul({.m = small, .n = small, .k = small, .batch = matrix.n});
+    MatmulPlan* x_plan = plan_matmul({.m = columns, .n = rows, .k = small, .batch = matrix.n});
+    floatX *x = space.x, *next = space.next, *A = space.a, *B = space.b;
     for (auto [a, b, c] : POLAR_EXPRESS) {
-        run_matmul(plan_matmul({!tall, tall, small, small, tall ? R : Q, false, PLAIN, n}, NULL,
-                               NULL), space.a, 1.0f, x, x, 0.0f, space.a, stream);
-        run_matmul(plan_matmul({false, false, small, small, small, false, PLAIN, n}, NULL, NULL),
-                   space.b, c, space.a, space.a, b, space.a, stream);
-        run_matmul(plan_matmul({false, false, Q, R, small, false, PLAIN, n}, NULL, NULL), next,
-                   1.0f, tall ? space.b : x, tall ? x : space.b, a, x, stream);
-        floatX* kept = x;
-        x = next, next = kept;
+        run_matmul(a_plan, A, {.a = x, .b = x}, stream);
+        run_matmul(b_plan, B, {.a = A, .b = A, .alpha = c, .c = A, .beta = b}, stream);
+        Operands update = {.a = x, .b = B, .c = x, .beta = a};
+        if (tall) { update = {.a = B, .b = x, .c = x, .beta = a}; }
+        run_matmul(x_plan, next, update, stream);
+        std::swap(x, next);
     }
     return x;
 }
 
 static void line_square_sum(float* sums, const floatX* X, Matrices matrix, cudaStream_t stream) {
-    dim3 grid(ceil_div(matrix.lines(), WARP), matrix.n), block(WARP, 8);
-    begin_kernel("line_square_sum", sizeof(floatX) * matrix.n * matrix.padded_size(), 0, stream);
-    line_square_sum_kernel<<<grid, block, 0, stream>>>(sums, X, matrix);
-    CHECK_LAUNCH();
+    dim3 grid(ceil_div(matrix.lines(), WARP), matrix.n);
+    double bytes = (double)sizeof(floatX) * matrix.n * matrix.padded_size();
+    launch({"line_square_sum", bytes}, {grid, dim3(WARP, 8), stream}, line_square_sum_kernel, sums,
+           X, matrix);
 }
 
-static void muon_update(floatX* parameters, float* masters, float* momentum, float* variance,
-                        const float* gradients, MuonWorkspace space, Matrices matrix, int64_t index,
-                        MuonStep muon, cudaStream_t stream) {
-    int size = matrix.n * matrix.rows * matrix.columns;
-    begin_kernel("momentum", (12.0 + sizeof(floatX)) * size, 0, stream);
-    momentum_kernel<<<ceil_div(matrix.n * matrix.padded_size(), 256), 256, 0, stream>>>(
-        space.x, momentum, gradients, matrix, muon);
-    CHECK_LAUNCH();
+// One step of Muon for one tensor
+static void muon_update(Slice slice, MuonWorkspace space, Matrices matrix, MuonStep muon,
+                        cudaStream_t stream) {
+    double n = slice.n;
+    launch({"momentum", (12.0 + sizeof(floatX)) * n},
+           one_thread_each(matrix.n * matrix.padded_size(), stream), momentum_kernel, space.x,
+           slice.m, slice.gradients, matrix, muon);
     line_square_sum(space.sums, space.x, matrix, stream);
-    begin_kernel("normalise", 2.0 * sizeof(floatX) * size, 0, stream);
     int blocks = min(128, ceil_div(matrix.padded_size(), 4096));
-    normalise_kernel<<<dim3(blocks, matrix.n), 256, 0, stream>>>(space.x, space.sums, matrix);
-    CHECK_LAUNCH();
+    launch({"normalise", 2.0 * sizeof(floatX) * n}, {dim3(blocks, matrix.n), 256, stream},
+           normalise_kernel, space.x, space.sums, matrix);
     floatX* U = polar(space, matrix, stream);
     line_square_sum(space.sums, U, matrix, stream);
-    begin_kernel("normuon", 16.0 * matrix.n * matrix.lines(), 0, stream);
-    normuon_kernel<<<matrix.n, 1024, 0, stream>>>(space.sums, variance, matrix);
-    CHECK_LAUNCH();
-    begin_kernel("muon", (8.0 + 2 * sizeof(floatX)) * size, 0, stream);
-    muon_kernel<<<ceil_div(size, 256), 256, 0, stream>>>(
-        parameters, masters, U, space.sums, matrix, index, muon);
-    CHECK_LAUNCH();
+    launch({"normuon", 16.0 * matrix.n * matrix.lines()}, {matrix.n, 1024, stream}, normuon_kernel,
+           space.sums, slice.v, matrix);
+    launch({"muon", (8.0 + 2 * sizeof(floatX)) * n}, one_thread_each(slice.n, stream), muon_kernel,
+           slice, U, space.sums, matrix, muon);
 }
 
 // ---- §11 Ranks: torchrun's environment, NCCL; a single process is rank 0 of 1 -------------------
+//
+// A rank is a process with one GPU. torchrun starts the ranks and tells each its number in
+// environment variables. The twin is Ranks in training.py, which asks torch.distributed for what
+// NCCL does here. A build without NCCL has the same functions; for its one rank they do nothing.
 
 struct Ranks {
     int rank, world_size, local_rank;
     cudaStream_t stream;            // collectives run here, beside the backward pass
-    cudaEvent_t ready;
+    cudaEvent_t ready;              // marks what a collective or the next kernel must wait for
 #ifdef MULTI_GPU
     ncclComm_t comm;
-    double* buffer;                 // of ranks_sum
+    double* buffer;                 // on the GPU, for ranks_sum
 #endif
 };
 
+// An integer from the environment, where torchrun leaves RANK, WORLD_SIZE, LOCAL_RANK, MASTER_PORT.
 static int environment(const char* name, int fallback) {
     const char* value = getenv(name);
     return value != NULL ? atoi(value) : fallback;
@@ -1918,68 +2338,90 @@ static int environment(const char* name, int fallback) {
 #define CHECK_NCCL(call) check_nccl(call, __LINE__)
 static void check_nccl(ncclResult_t result, int line) {
     if (result == ncclSuccess) { return; }
-    die("train_gpt2.cu:%d: NCCL says: %s; a rank ends when another is gone; see what that one "
-        "said, then continue with --resume", line, ncclGetErrorString(result));
+    die("train_gpt2.cu:%d: NCCL failed: %s, perhaps because another rank ended; look at what that "
+        "rank printed, then continue with --resume", line, ncclGetErrorString(result));
 }
 
-// Rank 0's id for the group goes to the others over TCP, on the port after MASTER_PORT, which
-// torchrun itself holds.
+// Rank 0 of share_id: gives the id to each other rank that connects.
+static void send_id(const ncclUniqueId* id, const addrinfo* address, const char* port,
+                    int world_size) {
+    int server = socket(AF_INET, SOCK_STREAM, 0);
+    int yes = 1;                        // a run may begin right after another on the same port
+    setsockopt(server, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+    if (bind(server, address->ai_addr, address->ai_addrlen) != 0 || listen(server, 1024) != 0) {
+        die("port %s, which is MASTER_PORT + 1, is taken; give torchrun another --master_port",
+            port);
+    }
+    for (int others = 1; others < world_size; others++) {
+        int client = accept(server, NULL, NULL);
+        if (write(client, id, sizeof *id) != (ssize_t)sizeof *id) {
+            die("another rank ended while the ranks were starting; look at what it printed");
+        }
+        close(client);
+    }
+    close(server);
+}
+
+// Every other rank of share_id: tries for a minute to reach rank 0, which may start later.
+static void receive_id(ncclUniqueId* id, const addrinfo* address, const char* host,
+                       const char* port) {
+    const int TRIES = 1200;
+    const int MICROSECONDS_APART = 50000;
+    int client = socket(AF_INET, SOCK_STREAM, 0);
+    int tries = 1;
+    while (connect(client, address->ai_addr, address->ai_addrlen) != 0) {
+        if (tries == TRIES) {
+            die("rank 0 has not answered at %s:%s for a minute; look at what rank 0 printed", host,
+                port);
+        }
+        close(client);                  // after a failure the socket cannot be used again
+        usleep(MICROSECONDS_APART);
+        client = socket(AF_INET, SOCK_STREAM, 0);
+        tries++;
+    }
+    size_t have = 0;
+    while (have < sizeof *id) {         // read may return a part
+        ssize_t got = read(client, (char*)id + have, sizeof *id - have);
+        if (got <= 0) {
+            die("rank 0 ended while the ranks were starting; look at what it printed");
+        }
+        have += got;
+    }
+    close(client);
+}
+
+// NCCL's ranks find each other by an id that rank 0 makes. It goes to the others over TCP, on the
+// port after MASTER_PORT, because torchrun listens on MASTER_PORT itself.
 static void share_id(ncclUniqueId* id, int rank, int world_size) {
     const char* host = getenv("MASTER_ADDR") != NULL ? getenv("MASTER_ADDR") : "127.0.0.1";
     char port[16];
     snprintf(port, sizeof port, "%d", environment("MASTER_PORT", 29500) + 1);
-    addrinfo hints = {}, *address;
-    hints.ai_family = AF_INET, hints.ai_socktype = SOCK_STREAM;
+    addrinfo hints = {};
+    hints.ai_family = AF_INET;
+    hints.ai_socktype = SOCK_STREAM;
     hints.ai_flags = rank == 0 ? AI_PASSIVE : 0;
+    addrinfo* address = NULL;
     if (getaddrinfo(rank == 0 ? NULL : host, port, &hints, &address) != 0) {
-        die("MASTER_ADDR %s: no such host; ranks meet at rank 0's; start them with torchrun", host);
+        die("the host %s of MASTER_ADDR cannot be found; start the ranks with torchrun", host);
     }
     if (rank == 0) {
-        int server = socket(AF_INET, SOCK_STREAM, 0), yes = 1;
-        setsockopt(server, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-        if (bind(server, address->ai_addr, address->ai_addrlen) != 0 || listen(server, 1024) != 0) {
-            die("port %s is taken; rank 0 listens on MASTER_PORT + 1; give torchrun another "
-                "--master_port", port);
-        }
-        for (int others = 1; others < world_size; others++) {
-            int client = accept(server, NULL, NULL);
-            if (write(client, id, sizeof *id) != (ssize_t)sizeof *id) {
-                die("a rank hung up; all must start together; see what it said");
-            }
-            close(client);
-        }
-        close(server);
+        send_id(id, address, port, world_size);
     } else {
-        int client, tries = 0;
-        while (client = socket(AF_INET, SOCK_STREAM, 0),
-               connect(client, address->ai_addr, address->ai_addrlen) != 0) {
-            close(client);
-            if (++tries == 1200) {
-                die("rank 0 at %s:%s does not answer for a minute; ranks meet there; see what "
-                    "rank 0 said", host, port);
-            }
-            usleep(50000);
-        }
-        size_t have = 0;
-        while (have < sizeof *id) {
-            ssize_t got = read(client, (char*)id + have, sizeof *id - have);
-            if (got <= 0) { die("rank 0 hung up; all must start together; see what it said"); }
-            have += got;
-        }
-        close(client);
+        receive_id(id, address, host, port);
     }
     freeaddrinfo(address);
 }
 #endif
 
+// Takes this rank's GPU and joins the other ranks. Every rank must call it.
 static Ranks start_ranks() {
     Ranks ranks = {};
-    ranks.rank = environment("RANK", 0), ranks.world_size = environment("WORLD_SIZE", 1);
+    ranks.rank = environment("RANK", 0);
+    ranks.world_size = environment("WORLD_SIZE", 1);
     ranks.local_rank = environment("LOCAL_RANK", 0);
     int n_devices = 0;
     if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0) {
-        die("no CUDA GPU is seen; the CUDA trainer needs one and its driver; look at nvidia-smi, "
-            "or use python train_gpt2.py");
+        die("no CUDA GPU was found; check that nvidia-smi lists one, or use python train_gpt2.py");
     }
     CHECK_CUDA(cudaSetDevice(ranks.local_rank % n_devices));
     CHECK_CUDA(cudaStreamCreateWithFlags(&ranks.stream, cudaStreamNonBlocking));
@@ -1994,14 +2436,14 @@ static Ranks start_ranks() {
     }
 #else
     if (ranks.world_size > 1) {
-        die("WORLD_SIZE is %d; this binary was built without NCCL; install nvidia-nccl-cu13 and "
-            "run make train_gpt2cu again", ranks.world_size);
+        die("WORLD_SIZE is %d, but this binary was built without NCCL; install nvidia-nccl-cu13 "
+            "and run make train_gpt2cu again", ranks.world_size);
     }
 #endif
     return ranks;
 }
 
-// Sums each of up to 16 numbers over all ranks.
+// Replaces each of up to 16 numbers by its sum over all ranks. Every rank must call it.
 static void ranks_sum(Ranks* ranks, double* values, int n) {
 #ifdef MULTI_GPU
     if (ranks->world_size == 1) { return; }
@@ -2015,17 +2457,27 @@ static void ranks_sum(Ranks* ranks, double* values, int n) {
 #endif
 }
 
-// Who owns a bucket: a rank; or all the same; or each rank its part, the rank-th
-const int EVERY_RANK = -1, SHARED = -2;
+// Waits until every rank has come here.
+static void barrier(Ranks* ranks) {
+    double nothing = 0;
+    ranks_sum(ranks, &nothing, 1);
+}
 
-// The owner's of n gradients become the sums over all ranks, when `after` is done.
+// The owner of a bucket (§12) is the number of one rank, or all ranks (each has the same copy), or
+// the bucket is split: each rank owns a part, the first rank the first.
+const int EVERY_RANK = -1;
+const int SHARDED = -2;
+
+// Sums n gradients over all ranks. The sums arrive at the owner; what the other ranks are left with
+// has no meaning. NCCL starts when the stream `after` has done its work so far, and the call does
+// not wait for it, so the backward pass of the next layer runs meanwhile.
 static void reduce(Ranks* ranks, float* gradients, int64_t n, int owner, cudaStream_t after) {
 #ifdef MULTI_GPU
     if (ranks->world_size == 1) { return; }
     int64_t part = n / ranks->world_size;
     CHECK_CUDA(cudaEventRecord(ranks->ready, after));
     CHECK_CUDA(cudaStreamWaitEvent(ranks->stream, ranks->ready, 0));
-    if (owner == SHARED) {
+    if (owner == SHARDED) {
         CHECK_NCCL(ncclReduceScatter(gradients, gradients + ranks->rank * part, part, ncclFloat32,
                                      ncclSum, ranks->comm, ranks->stream));
     } else if (owner == EVERY_RANK) {
@@ -2038,14 +2490,15 @@ static void reduce(Ranks* ranks, float* gradients, int64_t n, int owner, cudaStr
 #endif
 }
 
-// What its owner has of n bytes, in place, to all ranks, when `after` is done.
+// The way back: of n bytes, in place, each rank receives what their owner has. It may be the values
+// of parameters in any type. It starts after `after` and does not wait, as reduce does.
 static void gather(Ranks* ranks, void* all, int64_t n_bytes, int owner, cudaStream_t after) {
 #ifdef MULTI_GPU
     if (ranks->world_size == 1 || owner == EVERY_RANK) { return; }
     int64_t part = n_bytes / ranks->world_size;
     CHECK_CUDA(cudaEventRecord(ranks->ready, after));
     CHECK_CUDA(cudaStreamWaitEvent(ranks->stream, ranks->ready, 0));
-    if (owner == SHARED) {
+    if (owner == SHARDED) {
         CHECK_NCCL(ncclAllGather((char*)all + ranks->rank * part, all, part, ncclInt8, ranks->comm,
                                  ranks->stream));
     } else {
@@ -2054,7 +2507,7 @@ static void gather(Ranks* ranks, void* all, int64_t n_bytes, int owner, cudaStre
 #endif
 }
 
-// What `stream` does next waits for the collectives so far.
+// What is put on `stream` from now on waits for all collectives so far.
 static void wait_for_ranks(Ranks* ranks, cudaStream_t stream) {
     CHECK_CUDA(cudaEventRecord(ranks->ready, ranks->stream));
     CHECK_CUDA(cudaStreamWaitEvent(stream, ranks->ready, 0));
@@ -2062,190 +2515,269 @@ static void wait_for_ranks(Ranks* ranks, cudaStream_t stream) {
 
 // ---- §12 Tensor table ---------------------------------------------------------------------------
 //
-// All parameters lie in one array, in buckets. Of most, each rank owns the rank-th part. Muon needs
-// whole matrices: it has a bucket a layer, which one rank owns, in turns. The few scalars all ranks
-// keep in fp32. A bucket is reduced as soon as its backward pass is done, and trained in one way.
-//   GPT-2: the embeddings and the last norm, then one bucket a layer, in which matrices, which
-//   decay, come before vectors, which do not
-//   dN: one bucket each for wte, lm_head and three vectors of scalars; then a layer's matrices, and
-//   in every second layer its value embedding
+// The table lists each tensor's name, shape, initial values and place. It drives allocation,
+// initialisation (§14), checkpoints (§14), training (§13) and tests. In model.py the modules of
+// GPT do this; make_optimizer of training.py is the twin of the buckets' owners and AdamGroups.
+//
+// All parameters lie in one array, which is divided into buckets. A bucket is reduced over the
+// ranks as soon as its backward pass is done, and one rule updates all of it.
+//   - Most buckets are sharded: each rank owns one part and keeps its state (ZeRO-1).
+//   - Muon needs whole matrices, so each layer's matrices are a bucket that one rank owns; the
+//     ranks take turns.
+//   - dN's few scalars are kept by every rank, in fp32.
+//
+//   GPT-2: | wte wpe ln_f | h.0: matrices, then vectors | h.1 … |
+//   dN:    | wte | lm_head | resid | x0 | backout | h.0 matrices | value_embeds.0 | h.1 matrices …
+//
+// In GPT-2's buckets matrices come first because only they are decayed. Half of dN's layers have a
+// value embedding: every second one, counted from the last.
 
 struct Config {
     int block_size, vocab_size, n_layer, n_head, n_embd;
-    bool modern;                // dN's recipe, all of it; else GPT-2
+    bool modern;                // true: dN's recipe, with all of its parts; false: GPT-2
     double softcap;
-    char windows[64];           // by layer, repeated: L sees all before it, S a quarter of T
+    char windows[64];           // a letter a layer, repeated: L sees all before it, S a quarter
     bool has_value_embed(int layer) const { return modern && layer % 2 == (n_layer - 1) % 2; }
     int window(int layer) const {
-        bool short_one = modern && windows[layer % strlen(windows)] == 'S' && layer < n_layer - 1;
-        return short_one ? block_size / 4 : block_size;
+        bool is_last = layer == n_layer - 1;        // the last layer always sees everything
+        bool is_short = modern && !is_last && windows[layer % strlen(windows)] == 'S';
+        return is_short ? block_size / 4 : block_size;
     }
 };
 
+// Tables with a row a token are padded to a multiple of 64 rows, which suits tensor cores.
 static int padded_vocab(Config config) { return ceil_div(config.vocab_size, 64) * 64; }
 
+// Indices into the table: of tensors that belong to no layer …
 enum { WTE, WPE, LN_F_W, LN_F_B, GLOBAL_TENSORS };                      // GPT-2's
-enum { LM_HEAD = 1, RESID_SCALARS, X0_SCALARS, BACKOUT_SCALAR };        // dN's, behind WTE
+enum { LM_HEAD = 1, RESID_SCALARS, X0_SCALARS, BACKOUT_SCALAR };        // dN's, after WTE
+
+// … and of a layer's, counted from its first.
 enum { ATTN_W, ATTN_PROJ_W, FC_W, FC_PROJ_W, LN_1_W, LN_1_B, ATTN_B, ATTN_PROJ_B, LN_2_W, LN_2_B,
        FC_B, FC_PROJ_B, LAYER_TENSORS };
-enum { VALUE_GATE = 4, VALUE_EMBED };                                   // dN's, behind FC_PROJ_W
+enum { VALUE_GATE = 4, VALUE_EMBED };                                   // dN's, after FC_PROJ_W
 
-struct Init { float std, mean, step; bool is_uniform; };   // mean + step i + std random numbers
+// Element i begins at mean + step · i + std · noise, where noise has variance 1 and is normal or,
+// if is_uniform, uniform.
+struct Init { float std, mean, step; bool is_uniform; };
 
 struct Tensor {
-    char name[96];              // HF's
-    int rows, columns;          // columns 0: a vector
-    int file_rows;              // without the padding of the vocabulary
+    char name[96];              // as HF's GPT-2 names it
+    int rows, columns;          // in memory; columns 0: a vector
+    int file_rows;              // in a file: without the padding of the vocabulary
     Init init;
-    int64_t offset;
+    int64_t offset;             // in the array of all parameters, in elements
     int64_t file_size() const { return (int64_t)file_rows * (columns > 0 ? columns : 1); }
 };
 
 struct Bucket {
-    int64_t offset, size, decay_end;
-    int owner, first_tensor, end_tensor;
-    AdamGroup adam;             // of those that are not Muon's
+    int64_t offset, size;       // in elements
+    int64_t decay_end;          // elements before this one are decayed
+    int owner;                  // a rank, EVERY_RANK or SHARDED
+    int first_tensor, end_tensor;
+    AdamGroup adam;             // how it is trained, unless that is Muon's task
     bool is_muon() const { return owner >= 0; }
 };
 
 struct Table {
+    Config config;
+    int world_size;
     int n_tensors, n_buckets;
     Tensor* tensors;
     Bucket* buckets;
-    int *layer_tensors, *layer_buckets;     // where each layer's begin
-    int64_t size, file_size;                // with and without padding
+    int *layer_tensors, *layer_buckets;     // (L + 1) each: where a layer's begin and the last end
+    int64_t size, file_size;                // elements with and without padding
 };
 
-const int ALIGNMENT = 128;              // elements: where tensors begin
+const int ALIGNMENT = 128;      // a tensor's offset is a multiple of this: 256 bytes in bf16
 
+// A row of the two tables below
 struct TensorRow { const char* name; int rows, columns; Init init; };
 
-// One bucket of n tensors. Names are of layer l, unless l is -1; tables of tokens have padding.
-static void add_bucket(Table* table, Config config, int world_size, int owner, AdamGroup adam,
-                       int l, const TensorRow* rows, int n) {
+static bool starts_with(const char* text, const char* start) {
+    return strncmp(text, start, strlen(start)) == 0;
+}
+
+// Appends a tensor to the table. Layer -1: it belongs to no layer, so its name has no "h.N.".
+static void add_tensor(Table* table, int layer, TensorRow row) {
+    Tensor* tensor = &table->tensors[table->n_tensors++];
+    bool is_head = starts_with(row.name, "lm_head");
+    bool has_row_a_token =
+        is_head || starts_with(row.name, "wte") || starts_with(row.name, "value_embeds");
+    int file_rows = has_row_a_token ? table->config.vocab_size : row.rows;
+    *tensor = {"", row.rows, row.columns, file_rows, row.init, table->size};
+    char of_layer[16] = "";
+    if (layer >= 0) { snprintf(of_layer, sizeof of_layer, "h.%d.", layer); }
+    snprintf(tensor->name, sizeof tensor->name, "%s%s%s", is_head ? "" : "transformer.", of_layer,
+             row.name);
+    int64_t size = (int64_t)row.rows * (row.columns > 0 ? row.columns : 1);
+    table->size = ceil_div(table->size + size, (int64_t)ALIGNMENT) * ALIGNMENT;
+    table->file_size += tensor->file_size();
+}
+
+// Appends a bucket of n tensors. A sharded one is padded so that all ranks' parts are equally long.
+static Bucket* add_bucket(Table* table, int owner, AdamGroup adam, int layer, const TensorRow* rows,
+                          int n) {
     Bucket* bucket = &table->buckets[table->n_buckets++];
-    int64_t begin = table->size, part = ALIGNMENT * (owner == SHARED ? world_size : 1);
+    int64_t begin = table->size;
     *bucket = {begin, 0, begin, owner, table->n_tensors, table->n_tensors + n, adam};
     for (int i = 0; i < n; i++) {
-        TensorRow row = rows[i];
-        Tensor* tensor = &table->tensors[table->n_tensors++];
-        bool head = strncmp(row.name, "lm_head", 7) == 0, of_tokens = head ||
-            strncmp(row.name, "wte", 3) == 0 || strncmp(row.name, "value_embeds", 12) == 0;
-        int file_rows = of_tokens ? config.vocab_size : row.rows;
-        *tensor = {"", row.rows, row.columns, file_rows, row.init, table->size};
-        char of_layer[16] = "";
-        if (l >= 0) { snprintf(of_layer, sizeof of_layer, "h.%d.", l); }
-        snprintf(tensor->name, sizeof tensor->name, "%s%s%s", head ? "" : "transformer.", of_layer,
-                 row.name);
-        int64_t size = (int64_t)row.rows * (row.columns > 0 ? row.columns : 1);
-        table->size = ceil_div(table->size + size, (int64_t)ALIGNMENT) * ALIGNMENT;
-        table->file_size += tensor->file_size();
-        if (row.columns > 0) { bucket->decay_end = table->size; }
+        add_tensor(table, layer, rows[i]);
+        if (rows[i].columns > 0) { bucket->decay_end = table->size; }
     }
-    bucket->size = ceil_div(table->size - begin, part) * part;
+    int64_t unit = owner == SHARDED ? ALIGNMENT * table->world_size : ALIGNMENT;
+    bucket->size = ceil_div(table->size - begin, unit) * unit;
     table->size = begin + bucket->size;
+    return bucket;
 }
 
-static void begin_layer(Table* table, int l) {
-    table->layer_tensors[l] = table->n_tensors, table->layer_buckets[l] = table->n_buckets;
+// Called before a layer's tensors are added, and once more after the last layer's.
+static void begin_layer(Table* table, int layer) {
+    table->layer_tensors[layer] = table->n_tensors;
+    table->layer_buckets[layer] = table->n_buckets;
 }
 
-static void add_gpt2_tensors(Table* table, Config config, int world_size) {
-    int C = config.n_embd, L = config.n_layer;
+// GPT-2's initial values: N(0, 0.02²); residual projections are smaller by √(2L), because 2L of
+// them add up in the residual stream.
+static void add_gpt2_tensors(Table* table) {
+    int C = table->config.n_embd, L = table->config.n_layer;
     Init normal = {0.02f}, proj = {0.02f / sqrtf(2.0f * L)}, one = {0, 1}, zero = {};
     const TensorRow globals[GLOBAL_TENSORS] = {
-        {"wte.weight", padded_vocab(config), C, normal},
-        {"wpe.weight", config.block_size, C, normal}, {"ln_f.weight", C, 0, one},
-        {"ln_f.bias", C, 0, zero}};
+        {"wte.weight", padded_vocab(table->config), C, normal},
+        {"wpe.weight", table->config.block_size, C, normal},
+        {"ln_f.weight", C, 0, one}, {"ln_f.bias", C, 0, zero}};
     const TensorRow layer[LAYER_TENSORS] = {
         {"attn.c_attn.weight", C, 3 * C, normal}, {"attn.c_proj.weight", C, C, proj},
         {"mlp.c_fc.weight", C, 4 * C, normal}, {"mlp.c_proj.weight", 4 * C, C, proj},
         {"ln_1.weight", C, 0, one}, {"ln_1.bias", C, 0, zero}, {"attn.c_attn.bias", 3 * C, 0, zero},
         {"attn.c_proj.bias", C, 0, zero}, {"ln_2.weight", C, 0, one}, {"ln_2.bias", C, 0, zero},
         {"mlp.c_fc.bias", 4 * C, 0, zero}, {"mlp.c_proj.bias", C, 0, zero}};
-    add_bucket(table, config, world_size, SHARED, GPT2_ADAM, -1, globals, GLOBAL_TENSORS);
+    add_bucket(table, SHARDED, GPT2_ADAM, -1, globals, GLOBAL_TENSORS);
     for (int l = 0; l < L; l++) {
         begin_layer(table, l);
-        add_bucket(table, config, world_size, SHARED, GPT2_ADAM, l, layer, LAYER_TENSORS);
+        add_bucket(table, SHARDED, GPT2_ADAM, l, layer, LAYER_TENSORS);
     }
 }
 
-// Each block begins as the identity; the other matrices have a standard deviation of 1/sqrt(C).
-static void add_modern_tensors(Table* table, Config config, int world_size) {
-    int C = config.n_embd, L = config.n_layer, Vp = padded_vocab(config), last = max(1, L - 1);
+// A bucket of one tensor, all of which is decayed. Rates of tables of tokens shrink with the width
+// as in training.py; they were tuned at 768 channels.
+static void add_single(Table* table, TensorRow row, int owner, AdamGroup adam) {
+    if (row.columns > 0) { adam.lr *= sqrtf(768.0f / table->config.n_embd); }
+    Bucket* bucket = add_bucket(table, owner, adam, -1, &row, 1);
+    bucket->decay_end = table->size;
+}
+
+// dN's initial values: each block begins as the identity, because its output projections are zero;
+// the other matrices are uniform with a standard deviation of 1/√C.
+static void add_modern_tensors(Table* table) {
+    Config config = table->config;
+    int C = config.n_embd, L = config.n_layer, Vp = padded_vocab(config);
+    int last = max(1, L - 1);
     float std = 1 / sqrtf(C);
     Init uniform = {std, 0, 0, true}, fc = {0.4f * std, 0, 0, true}, zero = {};
-    Init gate = {0.02f / sqrtf(12), 0.01f, 0, true};                    // U(0, .02)
-    auto alone = [&](TensorRow row, int owner, AdamGroup adam) {
-        adam.lr *= row.columns > 0 ? sqrtf(768.0f / C) : 1.0f;
-        add_bucket(table, config, world_size, owner, adam, -1, &row, 1);
-        table->buckets[table->n_buckets - 1].decay_end = table->size;
-    };
-    alone({"wte.weight", Vp, C, {0.8f}}, SHARED, WTE_ADAM);
-    alone({"lm_head.weight", Vp, C, {0.001f}}, SHARED, LM_HEAD_ADAM);
-    alone({"resid_scalars", L, 0, {0, 1.15f, -0.10f / last}}, EVERY_RANK, RESID_ADAM);
-    alone({"x0_scalars", L, 0, {0, 0.20f, -0.15f / last}}, EVERY_RANK, X0_ADAM);
-    alone({"backout_scalar", 1, 0, {0, 0.2f}}, EVERY_RANK, BACKOUT_ADAM);
+    Init gate = {0.02f / sqrtf(12), 0.01f, 0, true};                    // U(0, 0.02)
+    add_single(table, {"wte.weight", Vp, C, {0.8f}}, SHARDED, WTE_ADAM);
+    add_single(table, {"lm_head.weight", Vp, C, {0.001f}}, SHARDED, LM_HEAD_ADAM);
+    add_single(table, {"resid_scalars", L, 0, {0, 1.15f, -0.10f / last}}, EVERY_RANK, RESID_ADAM);
+    add_single(table, {"x0_scalars", L, 0, {0, 0.20f, -0.15f / last}}, EVERY_RANK, X0_ADAM);
+    add_single(table, {"backout_scalar", 1, 0, {0, 0.2f}}, EVERY_RANK, BACKOUT_ADAM);
     const TensorRow layer[] = {
         {"attn.c_attn.weight", C, 3 * C, uniform}, {"attn.c_proj.weight", C, C, zero},
         {"mlp.c_fc.weight", C, 4 * C, fc}, {"mlp.c_proj.weight", 4 * C, C, zero},
         {"attn.value_gate.weight", config.n_head, GATE_INPUTS, gate}};
     for (int l = 0; l < L; l++) {
+        begin_layer(table, l);
         bool has_value_embed = config.has_value_embed(l);
+        int n = has_value_embed ? VALUE_GATE + 1 : VALUE_GATE;      // the gate is the last matrix
+        add_bucket(table, l % table->world_size, {}, l, layer, n);
+        if (!has_value_embed) { continue; }
         char name[64];
         snprintf(name, sizeof name, "value_embeds.%d.weight", l);
-        begin_layer(table, l);
-        add_bucket(table, config, world_size, l % world_size, {}, l, layer, 4 + has_value_embed);
-        if (has_value_embed) { alone({name, Vp, C, uniform}, SHARED, VALUE_EMBED_ADAM); }
+        add_single(table, {name, Vp, C, uniform}, SHARDED, VALUE_EMBED_ADAM);
     }
 }
 
+// The table for a number of ranks, on which the padding of sharded buckets and the owners of Muon's
+// depend
 static Table make_table(Config config, int world_size) {
     int L = config.n_layer;
-    Table table = {};
-    table.tensors = (Tensor*)calloc(5 + L * LAYER_TENSORS, sizeof(Tensor));
+    Table table = {config, world_size};
+    table.tensors = (Tensor*)calloc(5 + L * LAYER_TENSORS, sizeof(Tensor));     // at most
     table.buckets = (Bucket*)calloc(5 + 2 * L, sizeof(Bucket));
     table.layer_tensors = (int*)calloc(L + 1, sizeof(int));
     table.layer_buckets = (int*)calloc(L + 1, sizeof(int));
-    (config.modern ? add_modern_tensors : add_gpt2_tensors)(&table, config, world_size);
-    begin_layer(&table, L);             // where the last one ends
+    if (config.modern) {
+        add_modern_tensors(&table);
+    } else {
+        add_gpt2_tensors(&table);
+    }
+    begin_layer(&table, L);
     return table;
 }
 
+// How Muon sees the `which`-th tensor of a layer: c_attn is three matrices, q, k, v, side by side.
+// NorMuon keeps one variance for each place along the longer side, or along the outputs if both are
+// equal. Outputs are columns, since files hold (in, out); only the gate is stored as (out, in).
 static Matrices matrices_of(Tensor tensor, int which) {
-    int n = which == ATTN_W ? 3 : 1, rows = tensor.rows, columns = tensor.columns / n;
+    int n = which == ATTN_W ? 3 : 1;
+    int rows = tensor.rows;
+    int columns = tensor.columns / n;
     return {n, rows, columns, which == VALUE_GATE ? rows >= columns : rows > columns};
 }
 
-// What a rank owns of a bucket: `size` elements from `first` on. Its masters and momentum lie at
-// `state`, the second moments at `v`; Muon's are of lines alone.
+// What a rank owns of a bucket: `size` parameters, of which the first is parameter `first`. Its
+// masters and momentum begin at `state` in the rank's arrays, its second moments at `v`. Adam has a
+// second moment for each parameter, Muon one for each line of a matrix.
 struct Part { int64_t first, size, state, v; };
 
-// Of each bucket; and one behind the last, where all state ends.
+// How many second moments a rank keeps that has `size` parameters of a bucket
+static int64_t count_second_moments(Table table, Bucket bucket, int64_t size) {
+    if (!bucket.is_muon() || size == 0) { return size; }
+    int64_t lines = 0;
+    for (int t = bucket.first_tensor; t < bucket.end_tensor; t++) {
+        Matrices matrix = matrices_of(table.tensors[t], t - bucket.first_tensor);
+        lines += matrix.n * matrix.lines();
+    }
+    return lines;
+}
+
+// A part for each bucket, and one more at the end, whose state and v are the sizes of the arrays.
 static Part* make_parts(Table table, int rank, int world_size) {
     Part* parts = (Part*)calloc(table.n_buckets + 1, sizeof(Part));
     for (int i = 0; i < table.n_buckets; i++) {
         Bucket bucket = table.buckets[i];
-        bool is_mine = bucket.owner == rank || bucket.owner == EVERY_RANK;
-        int64_t size = bucket.owner == SHARED ? bucket.size / world_size : is_mine * bucket.size;
-        int64_t v = bucket.is_muon() ? 0 : size;
-        for (int t = bucket.first_tensor; t < bucket.end_tensor && bucket.owner == rank; t++) {
-            Matrices matrix = matrices_of(table.tensors[t], t - bucket.first_tensor);
-            v += matrix.n * matrix.lines();
+        Part* part = &parts[i];
+        part->first = bucket.offset;
+        if (bucket.owner == SHARDED) {
+            part->size = bucket.size / world_size;
+            part->first += rank * part->size;
+        } else if (bucket.owner == rank || bucket.owner == EVERY_RANK) {
+            part->size = bucket.size;
         }
-        parts[i].first = bucket.offset + (bucket.owner == SHARED ? rank * size : 0);
-        parts[i].size = size;
-        parts[i + 1].state = parts[i].state + size, parts[i + 1].v = parts[i].v + v;
+        parts[i + 1].state = part->state + part->size;
+        parts[i + 1].v = part->v + count_second_moments(table, bucket, part->size);
     }
     return parts;
 }
 
 // ---- §13 Model ----------------------------------------------------------------------------------
+//
+// A layer, of either recipe: x → norm → attention → + x → norm → MLP → + x_mid. Both sums are left
+// to the norm that follows, which has to read both summands anyway (§5).
 
+// What a layer's forward pass keeps for its backward pass
 struct LayerActivations {
-    floatX *x, *ln_1, *qkv, *y, *x_mid, *ln_2, *fc, *gelu;     // (BT, …); x: the residual stream
-    float *lse, *ln_1_mean, *ln_1_rstd, *ln_2_mean, *ln_2_rstd;
-    Mix mix;                                                    // dN's: λ x + μ x0
+    floatX* x;                  // (BT, C) the residual stream before the layer
+    floatX* ln_1;               // (BT, C)
+    floatX* qkv;                // (BT, 3C)
+    floatX* y;                  // (BT, C) attention's output
+    floatX* x_mid;              // (BT, C) the residual stream between attention and MLP
+    floatX* ln_2;               // (BT, C)
+    floatX* fc;                 // (BT, 4C)
+    floatX* act;                // (BT, 4C) GELU or ReLU² of fc
+    float* lse;                 // (B, NH, T)
+    float *ln_1_mean, *ln_1_rstd, *ln_2_mean, *ln_2_rstd;       // (BT)
+    Mix mix;                    // in dN: λ x + μ x0; the next two are attention's additions
     Rotary rotary;
     ValueEmbed embed;
 };
@@ -2254,24 +2786,33 @@ struct Model {
     Config config;
     int B, T, recompute;
     Table table;
+    cudaStream_t stream;
     floatX* parameters;                     // all of them, on each rank
-    float *gradients, *masters, *m, *v;     // the last three: this rank's part of each bucket
+    float* gradients;                       // likewise
+    float *masters, *m, *v;                 // of this rank's part of each bucket
     Part* parts;
     MuonWorkspace muon;
+
     LayerActivations* layers;
-    floatX *x_last, *ln_f, *logits;         // logits: of HEAD_ROWS tokens at a time
-    float *ln_f_mean, *ln_f_rstd, *losses;
-    floatX *branch, *dx, *dbranch, *dwide;  // dwide (BT, 4C); also dqkv, and behind it dembed
+    floatX *x_last, *ln_f;                  // (BT, C) the stream after all layers, and normalised
+    float *ln_f_mean, *ln_f_rstd;           // (BT)
+    floatX* logits;                         // (HEAD_ROWS, Vp)
+    float* losses;                          // (BT)
+    double* loss_sum;
+    int *inputs, *targets;                  // (BT)
+    int* index;                             // a TokenIndex, in three parts
+
+    floatX *branch, *dbranch;               // (BT, C) what a branch adds to the stream
+    floatX* dx;                             // (BT, C) the gradient of the residual stream
+    floatX* dwide;                          // (BT, 4C) dact; also dqkv, followed by dembed
+    float *partials, *delta, *square_sums;
+
     floatX *s, *dx0, *dmiddle;              // dN's: the stream in a layer; x0 is layers[0].x
     float *x0_rstd, *dgate;
     Mix backout;                            // what is subtracted before the head
-    float *partials, *delta, *square_sums;
-    double* loss_sum;
-    int *inputs, *targets, *index;          // index: a TokenIndex, in three parts
-    cudaStream_t stream;
 };
 
-const int HEAD_ROWS = 8192;
+const int HEAD_ROWS = 8192;                 // tokens whose logits are in memory at a time
 
 static floatX* global_parameter(Model* model, int which) {
     return model->parameters + model->table.tensors[which].offset;
@@ -2283,12 +2824,15 @@ static int64_t layer_offset(Model* model, int layer, int which) {
     return model->table.tensors[model->table.layer_tensors[layer] + which].offset;
 }
 
-// Bytes of a row's activations, and of what does not depend on the rows: an upper bound.
+// An upper bound of the bytes of one row's activations, and of everything else
 static void memory_bytes(Config config, int T, int recompute, int world_size, double* fixed,
                          double* row) {
-    double C = config.n_embd, N = make_table(config, world_size).size, L = config.n_layer;
-    double of_layer = recompute == 0 ? 16 : recompute == 1 ? 12 : 10;   // see allocate_activations
-    *row = T * (sizeof(floatX) * C * (of_layer * L + 18) + 4 * (4 * config.n_head + 4) * (L + 1));
+    double C = config.n_embd;
+    double L = config.n_layer;
+    double N = make_table(config, world_size).size;
+    const double widths[] = {16, 12, 10};       // of a layer, in C; see allocate_activations
+    double width = widths[min(recompute, 2)];
+    *row = T * (sizeof(floatX) * C * (width * L + 18) + 4 * (4 * config.n_head + 4) * (L + 1));
     *fixed = N * (sizeof(floatX) + 4 + 12.0 / world_size) + WORKSPACE_BYTES +
              (double)HEAD_ROWS * padded_vocab(config) * sizeof(floatX);
     if (config.modern) { *fixed += 14 * C * C * sizeof(floatX); }       // Muon's workspace
@@ -2296,65 +2840,90 @@ static void memory_bytes(Config config, int T, int recompute, int world_size, do
 
 static floatX* allocate_x(int64_t n) { return (floatX*)allocate(n * sizeof(floatX)); }
 static float* allocate_float(int64_t n) { return (float*)allocate(n * sizeof(float)); }
+static int* allocate_int(int64_t n) { return (int*)allocate(n * sizeof(int)); }
 
 static AttentionSizes attention_sizes(const Model* model, int l) {
     Config config = model->config;
-    float sharpness = config.modern ? 1.2f * 1.2f : 1.0f;           // dN: of q, and of k
+    float sharpness = config.modern ? 1.2f * 1.2f : 1.0f;       // dN multiplies q and k by 1.2
     return {model->B, model->T, config.n_head, config.n_embd / config.n_head,
             min(config.window(l), model->T), sharpness};
 }
 
-static void allocate_activations(Model* model) {
-    Config config = model->config;
-    int64_t BT = (int64_t)model->B * model->T, C = config.n_embd, L = config.n_layer;
-    model->layers = (LayerActivations*)calloc(L, sizeof(LayerActivations));
-    for (int l = 0; l < L; l++) {       // what is recomputed shares the first layer's memory
-        LayerActivations *a = &model->layers[l], *first = &model->layers[0];
-        bool own_gelu = l == 0 || model->recompute < 1, own_norms = l == 0 || model->recompute < 2;
-        a->x = allocate_x(BT * C), a->x_mid = allocate_x(BT * C);
-        a->ln_1 = own_norms ? allocate_x(BT * C) : first->ln_1;
-        a->ln_2 = own_norms ? allocate_x(BT * C) : first->ln_2;
-        a->qkv = allocate_x(BT * 3 * C), a->y = allocate_x(BT * C), a->fc = allocate_x(BT * 4 * C);
-        a->gelu = own_gelu ? allocate_x(BT * 4 * C) : first->gelu;
-        a->lse = allocate_float(BT * config.n_head);
-        a->ln_1_mean = allocate_float(BT), a->ln_1_rstd = allocate_float(BT);
-        a->ln_2_mean = allocate_float(BT), a->ln_2_rstd = allocate_float(BT);
+// --recompute 1 computes act again in the backward pass, 2 also the outputs of the norms: then all
+// layers share the memory that the first layer has for them.
+static void allocate_layer(Model* model, int l) {
+    int64_t BT = (int64_t)model->B * model->T;
+    int64_t C = model->config.n_embd;
+    LayerActivations* a = &model->layers[l];
+    *a = model->layers[0];                  // so that what is not allocated below is shared
+    a->x = allocate_x(BT * C);
+    a->qkv = allocate_x(BT * 3 * C);
+    a->y = allocate_x(BT * C);
+    a->x_mid = allocate_x(BT * C);
+    a->fc = allocate_x(BT * 4 * C);
+    if (l == 0 || model->recompute < 1) { a->act = allocate_x(BT * 4 * C); }
+    if (l == 0 || model->recompute < 2) {
+        a->ln_1 = allocate_x(BT * C);
+        a->ln_2 = allocate_x(BT * C);
     }
-    int64_t head_rows = BT < HEAD_ROWS ? BT : HEAD_ROWS;
-    model->x_last = allocate_x(BT * C), model->ln_f = allocate_x(BT * C);
-    model->logits = allocate_x(head_rows * padded_vocab(config));
-    model->ln_f_mean = allocate_float(BT), model->ln_f_rstd = allocate_float(BT);
-    model->losses = allocate_float(BT), model->delta = allocate_float(BT * config.n_head);
-    model->branch = allocate_x(BT * C), model->dx = allocate_x(BT * C);
-    model->dbranch = allocate_x(BT * C), model->dwide = allocate_x(BT * 4 * C);
-    model->partials = allocate_float(2 * max(NORM_PARTIALS * C, (int64_t)RMS_PARTIALS));
-    model->square_sums = allocate_float((int64_t)model->table.n_buckets * NORM_BLOCKS);
-    model->loss_sum = (double*)allocate(sizeof(double));
-    model->inputs = (int*)allocate(BT * sizeof(int)), model->targets = (int*)allocate(BT * 4);
-    model->index = (int*)allocate((3 * BT + 1) * sizeof(int));
+    a->lse = allocate_float(BT * model->config.n_head);
+    a->ln_1_mean = allocate_float(BT);
+    a->ln_1_rstd = allocate_float(BT);
+    a->ln_2_mean = allocate_float(BT);
+    a->ln_2_rstd = allocate_float(BT);
 }
 
-// RoPE's table, cosines and sines (T, HS/2)
+static void allocate_activations(Model* model) {
+    Config config = model->config;
+    int64_t BT = (int64_t)model->B * model->T;
+    int64_t C = config.n_embd;
+    model->layers = (LayerActivations*)calloc(config.n_layer, sizeof(LayerActivations));
+    for (int l = 0; l < config.n_layer; l++) { allocate_layer(model, l); }
+    model->x_last = allocate_x(BT * C);
+    model->ln_f = allocate_x(BT * C);
+    model->ln_f_mean = allocate_float(BT);
+    model->ln_f_rstd = allocate_float(BT);
+    model->logits = allocate_x(min(BT, (int64_t)HEAD_ROWS) * padded_vocab(config));
+    model->losses = allocate_float(BT);
+    model->loss_sum = (double*)allocate(sizeof(double));
+    model->inputs = allocate_int(BT);
+    model->targets = allocate_int(BT);
+    model->index = allocate_int(3 * BT + 1);
+    model->branch = allocate_x(BT * C);
+    model->dbranch = allocate_x(BT * C);
+    model->dx = allocate_x(BT * C);
+    model->dwide = allocate_x(BT * 4 * C);
+    model->partials = allocate_float(2 * max(NORM_PARTIALS * C, (int64_t)RMS_PARTIALS));
+    model->delta = allocate_float(BT * config.n_head);
+    model->square_sums = allocate_float((int64_t)model->table.n_buckets * NORM_BLOCKS);
+}
+
+// The cosines and sines (T, half) by which §7 turns q and k; half is HS/2
 static Rotary make_rotary(int T, int half) {
     size_t bytes = sizeof(float) * T * half;
-    Rotary rotary = {allocate_float(T * half), allocate_float(T * half)};
-    float *cosines = (float*)malloc(bytes), *sines = (float*)malloc(bytes);
+    Rotary rotary = {.cosines = allocate_float(T * half), .sines = allocate_float(T * half)};
+    float* cosines = (float*)malloc(bytes);
+    float* sines = (float*)malloc(bytes);
     for (int i = 0; i < T * half; i++) {
         float angle = i / half * powf(100000.0f, -(float)(i % half) / half);
-        cosines[i] = cosf(angle), sines[i] = sinf(angle);
+        cosines[i] = cosf(angle);
+        sines[i] = sinf(angle);
     }
     CHECK_CUDA(cudaMemcpy(rotary.cosines, cosines, bytes, cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaMemcpy(rotary.sines, sines, bytes, cudaMemcpyHostToDevice));
-    free(cosines), free(sines);
+    free(cosines);
+    free(sines);
     return rotary;
 }
 
-// What dN has besides: how each layer's stream is mixed, attention's additions, room for Muon.
+// What only dN has: how each layer's stream is mixed, attention's additions, and room for Muon
 static void allocate_modern(Model* model) {
     Config config = model->config;
-    int64_t BT = (int64_t)model->B * model->T, C = config.n_embd, NH = config.n_head;
-    int L = config.n_layer, HS = C / NH;
-    Rotary rotary = make_rotary(model->T, HS / 2);
+    int64_t BT = (int64_t)model->B * model->T;
+    int64_t C = config.n_embd;
+    int64_t NH = config.n_head;
+    int L = config.n_layer;
+    Rotary rotary = make_rotary(model->T, C / NH / 2);
     floatX* x0 = model->layers[0].x;
     auto scalars = [&](int which) { return model->masters + model->parts[which].state; };
     for (int l = 0; l < L; l++) {
@@ -2362,29 +2931,36 @@ static void allocate_modern(Model* model) {
         a->mix = {x0, scalars(RESID_SCALARS) + l, scalars(X0_SCALARS) + l, 1.0f};
         a->rotary = {rotary.cosines, rotary.sines, allocate_float(BT * 2 * NH)};
         if (!config.has_value_embed(l)) { continue; }
-        a->embed = {model->parameters + layer_offset(model, l, VALUE_EMBED),
-                    model->parameters + layer_offset(model, l, VALUE_GATE), a->ln_1, model->inputs,
-                    allocate_float(BT * NH)};
+        a->embed = {.table = model->parameters + layer_offset(model, l, VALUE_EMBED),
+                    .gate_weight = model->parameters + layer_offset(model, l, VALUE_GATE),
+                    .n = a->ln_1, .tokens = model->inputs, .gate = allocate_float(BT * NH)};
     }
-    floatX* behind_middle = L / 2 + 1 < L ? model->layers[L / 2 + 1].x : model->x_last;
-    model->backout = {behind_middle, NULL, scalars(BACKOUT_SCALAR), -1.0f};
-    model->s = allocate_x(BT * C), model->dx0 = allocate_x(BT * C);
-    model->dmiddle = allocate_x(BT * C), model->x0_rstd = allocate_float(BT);
+    floatX* after_middle = L / 2 + 1 < L ? model->layers[L / 2 + 1].x : model->x_last;
+    model->backout = {.e = after_middle, .mu = scalars(BACKOUT_SCALAR), .sign = -1.0f};
+    model->s = allocate_x(BT * C);
+    model->dx0 = allocate_x(BT * C);
+    model->dmiddle = allocate_x(BT * C);
+    model->x0_rstd = allocate_float(BT);
     model->dgate = allocate_float(BT * NH);
-    model->muon = {allocate_x(4 * C * C), allocate_x(4 * C * C), allocate_x(3 * C * C),
-                   allocate_x(3 * C * C), allocate_float(4 * C)};
+    model->muon = {.x = allocate_x(4 * C * C), .next = allocate_x(4 * C * C),
+                   .a = allocate_x(3 * C * C), .b = allocate_x(3 * C * C),
+                   .sums = allocate_float(4 * C)};
 }
 
 static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks) {
     Model model = {};
-    model.config = config, model.B = B, model.T = T, model.recompute = recompute;
+    model.config = config;
+    model.B = B;
+    model.T = T;
+    model.recompute = recompute;
     model.table = make_table(config, ranks->world_size);
     model.parts = make_parts(model.table, ranks->rank, ranks->world_size);
     Part all = model.parts[model.table.n_buckets];
-    int64_t size = model.table.size;
     CHECK_CUDA(cudaStreamCreateWithFlags(&model.stream, cudaStreamNonBlocking));
-    model.parameters = allocate_x(size), model.gradients = allocate_float(size);
-    model.masters = allocate_float(all.state), model.m = allocate_float(all.state);
+    model.parameters = allocate_x(model.table.size);
+    model.gradients = allocate_float(model.table.size);
+    model.masters = allocate_float(all.state);
+    model.m = allocate_float(all.state);
     model.v = allocate_float(all.v);
     allocate_activations(&model);
     if (config.modern) { allocate_modern(&model); }
@@ -2393,176 +2969,225 @@ static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks
     return model;
 }
 
-// ln_1 … x + attention → x_mid → ln_2 … x_mid + MLP; the last sum is left to the next norm.
+// GPT-2's layer. In: the stream, which is a->x, or where a branch is given, the x_mid of the layer
+// before plus that branch. Out: x_mid and model->branch, still to be added.
 static void layer_forward(Model* model, int l, const floatX* branch) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
-    int C = model->config.n_embd, BT = model->B * model->T;
+    int C = model->config.n_embd;
+    int BT = model->B * model->T;
     cudaStream_t stream = model->stream;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
     const floatX* before = branch != NULL ? model->layers[l - 1].x_mid : a->x;
-    layernorm_forward(a->ln_1, a->x, a->ln_1_mean, a->ln_1_rstd, before, branch, p(LN_1_W),
-                      p(LN_1_B), BT, C, stream);
-    linear_forward(a->qkv, a->ln_1, p(ATTN_W), p(ATTN_B), NULL, BT, C, 3 * C, stream);
+    layernorm_forward({.a = before, .b = branch, .weight = p(LN_1_W), .bias = p(LN_1_B),
+                       .x = a->x, .out = a->ln_1, .mean = a->ln_1_mean, .rstd = a->ln_1_rstd,
+                       .BT = BT, .C = C}, stream);
+    linear_forward(a->qkv, a->ln_1, p(ATTN_W), p(ATTN_B), {BT, C, 3 * C}, stream);
     attention_forward(a->y, a->lse, a->qkv, sizes, stream);
-    linear_forward(model->branch, a->y, p(ATTN_PROJ_W), p(ATTN_PROJ_B), NULL, BT, C, C, stream);
-    layernorm_forward(a->ln_2, a->x_mid, a->ln_2_mean, a->ln_2_rstd, a->x, model->branch,
-                      p(LN_2_W), p(LN_2_B), BT, C, stream);
+    linear_forward(model->branch, a->y, p(ATTN_PROJ_W), p(ATTN_PROJ_B), {BT, C, C}, stream);
+    layernorm_forward({.a = a->x, .b = model->branch, .weight = p(LN_2_W), .bias = p(LN_2_B),
+                       .x = a->x_mid, .out = a->ln_2, .mean = a->ln_2_mean, .rstd = a->ln_2_rstd,
+                       .BT = BT, .C = C}, stream);
     if (BF16) {
-        linear_forward(a->gelu, a->ln_2, p(FC_W), p(FC_B), a->fc, BT, C, 4 * C, stream);
+        linear_gelu_forward(a->act, a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream);
     } else {
-        linear_forward(a->fc, a->ln_2, p(FC_W), p(FC_B), NULL, BT, C, 4 * C, stream);
-        gelu_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream);
+        linear_forward(a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream);
+        activation_forward<Gelu>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
     }
-    linear_forward(model->branch, a->gelu, p(FC_PROJ_W), p(FC_PROJ_B), NULL, BT, 4 * C, C, stream);
+    linear_forward(model->branch, a->act, p(FC_PROJ_W), p(FC_PROJ_B), {BT, 4 * C, C}, stream);
 }
 
-// The same backwards: dx is the residual stream's gradient after the layer, then before it.
+// The same backwards. In and out: model->dx, the gradient of the stream after the layer, then of
+// the stream before it.
 static void layer_backward(Model* model, int l) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
-    int C = model->config.n_embd, BT = model->B * model->T;
+    int C = model->config.n_embd;
+    int BT = model->B * model->T;
     cudaStream_t stream = model->stream;
     floatX *dx = model->dx, *dbranch = model->dbranch, *dwide = model->dwide;
     float* partials = model->partials;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
     auto d = [&](int which) { return model->gradients + layer_offset(model, l, which); };
-    if (model->recompute >= 1) { gelu_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream); }
-    if (model->recompute >= 2) {
-        layernorm_forward(a->ln_1, NULL, a->ln_1_mean, a->ln_1_rstd, a->x, NULL, p(LN_1_W),
-                          p(LN_1_B), BT, C, stream);
-        layernorm_forward(a->ln_2, NULL, a->ln_2_mean, a->ln_2_rstd, a->x_mid, NULL, p(LN_2_W),
-                          p(LN_2_B), BT, C, stream);
+    if (model->recompute >= 1) {
+        activation_forward<Gelu>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
     }
-    linear_backward_weight(d(FC_PROJ_W), d(FC_PROJ_B), partials, a->gelu, dx, BT, 4 * C, C, stream);
-    linear_backward_input(dwide, dx, p(FC_PROJ_W), BF16 ? a->fc : NULL, BT, 4 * C, C, stream);
-    if (!BF16) { gelu_backward(dwide, a->fc, (int64_t)BT * 4 * C, stream); }
-    linear_backward_weight(d(FC_W), d(FC_B), partials, a->ln_2, dwide, BT, C, 4 * C, stream);
-    linear_backward_input(dbranch, dwide, p(FC_W), NULL, BT, C, 4 * C, stream);
-    layernorm_backward(dx, d(LN_2_W), d(LN_2_B), partials, dbranch, a->x_mid, p(LN_2_W),
-                       a->ln_2_mean, a->ln_2_rstd, BT, C, stream);
-    linear_backward_weight(d(ATTN_PROJ_W), d(ATTN_PROJ_B), partials, a->y, dx, BT, C, C, stream);
-    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), NULL, BT, C, C, stream);
+    if (model->recompute >= 2) {
+        layernorm_forward({.a = a->x, .weight = p(LN_1_W), .bias = p(LN_1_B), .out = a->ln_1,
+                           .mean = a->ln_1_mean, .rstd = a->ln_1_rstd, .BT = BT, .C = C}, stream);
+        layernorm_forward({.a = a->x_mid, .weight = p(LN_2_W), .bias = p(LN_2_B), .out = a->ln_2,
+                           .mean = a->ln_2_mean, .rstd = a->ln_2_rstd, .BT = BT, .C = C}, stream);
+    }
+    linear_backward_weight(d(FC_PROJ_W), d(FC_PROJ_B), partials, a->act, dx, {BT, 4 * C, C},
+                           stream);
+    if (BF16) {
+        linear_gelu_backward_input(dwide, dx, p(FC_PROJ_W), a->fc, {BT, 4 * C, C}, stream);
+    } else {
+        linear_backward_input(dwide, dx, p(FC_PROJ_W), {BT, 4 * C, C}, stream);
+        activation_backward<Gelu>(dwide, a->fc, (int64_t)BT * 4 * C, stream);
+    }
+    linear_backward_weight(d(FC_W), d(FC_B), partials, a->ln_2, dwide, {BT, C, 4 * C}, stream);
+    linear_backward_input(dbranch, dwide, p(FC_W), {BT, C, 4 * C}, stream);
+    layernorm_backward({.dout = dbranch, .x = a->x_mid, .weight = p(LN_2_W), .mean = a->ln_2_mean,
+                        .rstd = a->ln_2_rstd, .dx = dx, .dweight = d(LN_2_W), .dbias = d(LN_2_B),
+                        .partials = partials, .BT = BT, .C = C}, stream);
+    linear_backward_weight(d(ATTN_PROJ_W), d(ATTN_PROJ_B), partials, a->y, dx, {BT, C, C}, stream);
+    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream);
     attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, sizes, stream);
-    linear_backward_weight(d(ATTN_W), d(ATTN_B), partials, a->ln_1, dwide, BT, C, 3 * C, stream);
-    linear_backward_input(dbranch, dwide, p(ATTN_W), NULL, BT, C, 3 * C, stream);
-    layernorm_backward(dx, d(LN_1_W), d(LN_1_B), partials, dbranch, a->x, p(LN_1_W), a->ln_1_mean,
-                       a->ln_1_rstd, BT, C, stream);
+    linear_backward_weight(d(ATTN_W), d(ATTN_B), partials, a->ln_1, dwide, {BT, C, 3 * C}, stream);
+    linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream);
+    layernorm_backward({.dout = dbranch, .x = a->x, .weight = p(LN_1_W), .mean = a->ln_1_mean,
+                        .rstd = a->ln_1_rstd, .dx = dx, .dweight = d(LN_1_W), .dbias = d(LN_1_B),
+                        .partials = partials, .BT = BT, .C = C}, stream);
 }
 
-// dN's layer: x → s = λ x + μ x0 → ln_1 … s + attention → x_mid → ln_2 … x_mid + MLP
+// dN's layer: x → s = λ x + μ x0 → ln_1 → attention → x_mid = s + branch → ln_2 → MLP. In the first
+// layer x is there already; in the others it is the x_mid of the layer before plus its branch.
 static void modern_layer_forward(Model* model, int l) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
-    int C = model->config.n_embd, BT = model->B * model->T;
+    int C = model->config.n_embd;
+    int BT = model->B * model->T;
     cudaStream_t stream = model->stream;
     floatX *s = model->s, *branch = model->branch;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
-    if (l == 0) {
-        rmsnorm_forward(a->ln_1, NULL, s, a->ln_1_rstd, a->x, NULL, NULL, a->mix, BT, C, stream);
-    } else {
-        rmsnorm_forward(a->ln_1, a->x, s, a->ln_1_rstd, model->layers[l - 1].x_mid, NULL, branch,
-                        a->mix, BT, C, stream);
+    RmsNormForward ln_1 = {.a = a->x, .mix = a->mix, .s = s, .out = a->ln_1, .rstd = a->ln_1_rstd,
+                           .BT = BT, .C = C};
+    if (l > 0) {
+        ln_1.a = model->layers[l - 1].x_mid;
+        ln_1.b = branch;
+        ln_1.x = a->x;
     }
-    linear_forward(a->qkv, a->ln_1, p(ATTN_W), NULL, NULL, BT, C, 3 * C, stream);
+    rmsnorm_forward(ln_1, stream);
+    linear_forward(a->qkv, a->ln_1, p(ATTN_W), NULL, {BT, C, 3 * C}, stream);
     rotary_forward(a->qkv, a->rotary, a->embed, sizes, stream);
     attention_forward(a->y, a->lse, a->qkv, sizes, stream);
-    linear_forward(branch, a->y, p(ATTN_PROJ_W), NULL, NULL, BT, C, C, stream);
-    rmsnorm_forward(a->ln_2, a->x_mid, NULL, a->ln_2_rstd, s, NULL, branch, {}, BT, C, stream);
-    linear_forward(a->fc, a->ln_2, p(FC_W), NULL, NULL, BT, C, 4 * C, stream);
-    relu2_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream);
-    linear_forward(branch, a->gelu, p(FC_PROJ_W), NULL, NULL, BT, 4 * C, C, stream);
+    linear_forward(branch, a->y, p(ATTN_PROJ_W), NULL, {BT, C, C}, stream);
+    rmsnorm_forward({.a = s, .b = branch, .x = a->x_mid, .out = a->ln_2, .rstd = a->ln_2_rstd,
+                     .BT = BT, .C = C}, stream);
+    linear_forward(a->fc, a->ln_2, p(FC_W), NULL, {BT, C, 4 * C}, stream);
+    activation_forward<Relu2>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
+    linear_forward(branch, a->act, p(FC_PROJ_W), NULL, {BT, 4 * C, C}, stream);
 }
 
-// The same backwards: dx is the gradient of the stream behind the layer, then of x; dx0 grows.
-static void modern_layer_backward(Model* model, int l, TokenIndex index, int n_groups) {
+// The same backwards. In and out: model->dx, the gradient of the stream after the layer, then of x.
+// model->dx0 grows by what goes to the first embedding.
+static void modern_layer_backward(Model* model, int l, TokenIndex index) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
-    int C = model->config.n_embd, BT = model->B * model->T;
+    int C = model->config.n_embd;
+    int BT = model->B * model->T;
     cudaStream_t stream = model->stream;
     floatX *dx = model->dx, *dbranch = model->dbranch, *dwide = model->dwide;
-    floatX* dembed = dwide + (int64_t)BT * 3 * C;
+    floatX* dembed = dwide + (int64_t)BT * 3 * C;       // follows dqkv
     float* partials = model->partials;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
     auto d = [&](int which) { return model->gradients + layer_offset(model, l, which); };
-    auto weight = [&](int which, floatX* x, floatX* dy, int in, int out) {
-        linear_backward_weight(d(which), NULL, NULL, x, dy, BT, in, out, stream);
+    auto backward_weight = [&](int which, floatX* x, floatX* dy, LinearSizes n) {
+        linear_backward_weight(d(which), NULL, partials, x, dy, n, stream);
     };
-    if (model->recompute >= 1) { relu2_forward(a->gelu, a->fc, (int64_t)BT * 4 * C, stream); }
+    if (model->recompute >= 1) {
+        activation_forward<Relu2>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
+    }
     if (model->recompute >= 2) {
-        rmsnorm_forward(a->ln_1, NULL, NULL, a->ln_1_rstd, a->x, NULL, NULL, a->mix, BT, C,
+        rmsnorm_forward({.a = a->x, .mix = a->mix, .out = a->ln_1, .rstd = a->ln_1_rstd, .BT = BT,
+                         .C = C}, stream);
+        rmsnorm_forward({.a = a->x_mid, .out = a->ln_2, .rstd = a->ln_2_rstd, .BT = BT, .C = C},
                         stream);
-        rmsnorm_forward(a->ln_2, NULL, NULL, a->ln_2_rstd, a->x_mid, NULL, NULL, {}, BT, C, stream);
     }
-    weight(FC_PROJ_W, a->gelu, dx, 4 * C, C);
-    linear_backward_input(dwide, dx, p(FC_PROJ_W), NULL, BT, 4 * C, C, stream);
-    relu2_backward(dwide, a->fc, (int64_t)BT * 4 * C, stream);
-    weight(FC_W, a->ln_2, dwide, C, 4 * C);
-    linear_backward_input(dbranch, dwide, p(FC_W), NULL, BT, C, 4 * C, stream);
-    rmsnorm_backward(dx, NULL, NULL, NULL, NULL, dbranch, a->x_mid, NULL, a->ln_2_rstd, {}, BT, C,
-                     stream);
-    weight(ATTN_PROJ_W, a->y, dx, C, C);
-    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), NULL, BT, C, C, stream);
+    backward_weight(FC_PROJ_W, a->act, dx, {BT, 4 * C, C});
+    linear_backward_input(dwide, dx, p(FC_PROJ_W), {BT, 4 * C, C}, stream);
+    activation_backward<Relu2>(dwide, a->fc, (int64_t)BT * 4 * C, stream);
+    backward_weight(FC_W, a->ln_2, dwide, {BT, C, 4 * C});
+    linear_backward_input(dbranch, dwide, p(FC_W), {BT, C, 4 * C}, stream);
+    rmsnorm_backward({.dout = dbranch, .x = a->x_mid, .rstd = a->ln_2_rstd, .dx = dx, .BT = BT,
+                      .C = C}, stream);
+    backward_weight(ATTN_PROJ_W, a->y, dx, {BT, C, C});
+    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream);
     attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, sizes, stream);
-    rotary_backward(dwide, dembed, model->dgate, a->qkv, a->rotary, a->embed, sizes,
-                    stream);
-    weight(ATTN_W, a->ln_1, dwide, C, 3 * C);
-    linear_backward_input(dbranch, dwide, p(ATTN_W), NULL, BT, C, 3 * C, stream);
+    rotary_backward(dwide, dembed, model->dgate, a->qkv, a->rotary, a->embed, sizes, stream);
+    backward_weight(ATTN_W, a->ln_1, dwide, {BT, C, 3 * C});
+    linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream);
     if (a->embed.table != NULL) {
-        wte_backward(d(VALUE_EMBED), dembed, index, n_groups, BT, C, stream);
-        gate_backward(dbranch, d(VALUE_GATE), partials, model->dgate, a->embed, sizes,
-                      stream);
+        wte_backward(d(VALUE_EMBED), dembed, index, BT, C, stream);
+        gate_backward(dbranch, d(VALUE_GATE), partials, model->dgate, a->embed, sizes, stream);
     }
-    rmsnorm_backward(dx, model->dx0, global_gradient(model, RESID_SCALARS) + l,
-                     global_gradient(model, X0_SCALARS) + l, partials, dbranch, a->x, NULL,
-                     a->ln_1_rstd, a->mix, BT, C, stream);
+    rmsnorm_backward({.dout = dbranch, .x = a->x, .rstd = a->ln_1_rstd, .mix = a->mix, .dx = dx,
+                      .de = model->dx0, .dlambda = global_gradient(model, RESID_SCALARS) + l,
+                      .dmu = global_gradient(model, X0_SCALARS) + l, .partials = partials,
+                      .BT = BT, .C = C}, stream);
 }
 
-// Head and loss, HEAD_ROWS tokens at a time: their logits turn into the gradient at once. Losses
-// (BT); with train, dbranch = d ln_f, and the head's gradient grows: GPT-2's is dwte.
+// Head and loss, HEAD_ROWS tokens at a time: memory never holds all logits, and with `train` their
+// gradient takes their place at once. Out: losses (BT); with train, dbranch = d ln_f, and the
+// head's gradient grows, which in GPT-2 is dwte.
 static void head(Model* model, bool train) {
-    int C = model->config.n_embd, V = model->config.vocab_size, Vp = padded_vocab(model->config);
-    int BT = model->B * model->T, threads = min(512, ceil_div(Vp, W * WARP) * WARP);
+    int C = model->config.n_embd;
+    int V = model->config.vocab_size;
+    int Vp = padded_vocab(model->config);
+    int BT = model->B * model->T;
+    int threads = min(512, ceil_div(Vp, PACK * WARP) * WARP);
     int tensor = model->config.modern ? (int)LM_HEAD : (int)WTE;
     floatX *weight = global_parameter(model, tensor), *logits = model->logits;
+    cudaStream_t stream = model->stream;
     for (int first = 0; first < BT; first += HEAD_ROWS) {
         int rows = min(HEAD_ROWS, BT - first);
-        floatX *x = model->ln_f + (int64_t)first * C, *dx = model->dbranch + (int64_t)first * C;
-        matmul(logits, weight, x, {true, false, Vp, rows, C, false, PLAIN}, NULL, NULL,
-               model->stream);
+        floatX* x = model->ln_f + (int64_t)first * C;
+        floatX* dx = model->dbranch + (int64_t)first * C;
+        matmul(logits, weight, x, {.m = Vp, .n = rows, .k = C, .transpose = TRANSPOSE_A}, stream);
         double bytes = (train ? 2.0 : 1.0) * rows * Vp * sizeof(floatX);
-        begin_kernel("classifier", bytes, 0, model->stream);
-        classifier_kernel<<<rows, threads, 0, model->stream>>>(
-            logits, model->losses + first, model->targets + first, 1.0f / BT,
-            model->config.softcap, V, Vp, train);
-        CHECK_LAUNCH();
-        if (train) {
-            matmul(dx, weight, logits, {false, false, C, rows, Vp, false, PLAIN}, NULL, NULL,
-                   model->stream);
-            matmul(global_gradient(model, tensor), x, logits,
-                   {false, true, C, Vp, rows, true, PLAIN}, NULL, NULL, model->stream);
-        }
+        launch({"classifier", bytes}, {rows, threads, stream}, classifier_kernel, logits,
+               model->losses + first, model->targets + first, 1.0f / BT, model->config.softcap, V,
+               Vp, train);
+        if (!train) { continue; }
+        matmul(dx, weight, logits, {.m = C, .n = rows, .k = Vp}, stream);
+        Matmul to_weight = {.m = C, .n = Vp, .k = rows, .transpose = TRANSPOSE_B,
+                            .accumulate = true};
+        matmul(global_gradient(model, tensor), x, logits, to_weight, stream);
     }
+}
+
+static void sum_losses(Model* model) {
+    int BT = model->B * model->T;
+    launch({"loss_sum", 4.0 * BT}, {1, 256, model->stream}, loss_sum_kernel, model->loss_sum,
+           model->losses, BT);
+}
+
+static void gpt2_forward(Model* model) {
+    int C = model->config.n_embd;
+    int L = model->config.n_layer;
+    int BT = model->B * model->T;
+    embedding_forward(model->layers[0].x, model->inputs, global_parameter(model, WTE),
+                      global_parameter(model, WPE), model->B, model->T, C, model->stream);
+    for (int l = 0; l < L; l++) { layer_forward(model, l, l > 0 ? model->branch : NULL); }
+    layernorm_forward({.a = model->layers[L - 1].x_mid, .b = model->branch,
+                       .weight = global_parameter(model, LN_F_W),
+                       .bias = global_parameter(model, LN_F_B), .x = model->x_last,
+                       .out = model->ln_f, .mean = model->ln_f_mean, .rstd = model->ln_f_rstd,
+                       .BT = BT, .C = C}, model->stream);
+}
+
+// The normalised embedding is x0, where the stream begins. The last norm subtracts what the stream
+// was after the middle layer, times a learned number (backout).
+static void modern_forward(Model* model) {
+    int C = model->config.n_embd;
+    int L = model->config.n_layer;
+    int BT = model->B * model->T;
+    rmsnorm_forward({.a = global_parameter(model, WTE), .tokens = model->inputs,
+                     .out = model->layers[0].x, .rstd = model->x0_rstd, .BT = BT, .C = C},
+                    model->stream);
+    for (int l = 0; l < L; l++) { modern_layer_forward(model, l); }
+    rmsnorm_forward({.a = model->layers[L - 1].x_mid, .b = model->branch, .mix = model->backout,
+                     .x = model->x_last, .out = model->ln_f, .rstd = model->ln_f_rstd, .BT = BT,
+                     .C = C}, model->stream);
 }
 
 // inputs, targets → losses
 static void forward(Model* model, bool train) {
-    int B = model->B, T = model->T, C = model->config.n_embd, L = model->config.n_layer, BT = B * T;
-    LayerActivations *first = &model->layers[0], *last = &model->layers[L - 1];
-    floatX *wte = global_parameter(model, WTE), *branch = model->branch;
     if (model->config.modern) {
-        rmsnorm_forward(first->x, NULL, NULL, model->x0_rstd, wte, model->inputs, NULL, {}, BT, C,
-                        model->stream);
-        for (int l = 0; l < L; l++) { modern_layer_forward(model, l); }
-        rmsnorm_forward(model->ln_f, model->x_last, NULL, model->ln_f_rstd, last->x_mid, NULL,
-                        branch, model->backout, BT, C, model->stream);
+        modern_forward(model);
     } else {
-        embedding_forward(first->x, model->inputs, wte, global_parameter(model, WPE), B, T, C,
-                          model->stream);
-        for (int l = 0; l < L; l++) { layer_forward(model, l, l > 0 ? branch : NULL); }
-        layernorm_forward(model->ln_f, model->x_last, model->ln_f_mean, model->ln_f_rstd,
-                          last->x_mid, branch, global_parameter(model, LN_F_W),
-                          global_parameter(model, LN_F_B), BT, C, model->stream);
+        gpt2_forward(model);
     }
     head(model, train);
 }
@@ -2575,64 +3200,95 @@ static void send_gradients(Model* model, Ranks* ranks, int first, int end) {
     }
 }
 
-// After forward(…, true): adds to all gradients. In the last micro-step each bucket goes to the
-// other ranks as soon as it is whole.
-static void backward(Model* model, int n_groups, bool last_micro_step, Ranks* ranks) {
-    int B = model->B, T = model->T, C = model->config.n_embd, L = model->config.n_layer, BT = B * T;
+static void zero(floatX* matrix, int64_t n, cudaStream_t stream) {
+    CHECK_CUDA(cudaMemsetAsync(matrix, 0, n * sizeof(floatX), stream));
+}
+
+// gpt2_forward backwards. `layer_is_done` is called after each layer's backward pass.
+template <class Callback>
+static void gpt2_backward(Model* model, TokenIndex index, Callback layer_is_done) {
+    int C = model->config.n_embd;
+    int BT = model->B * model->T;
+    cudaStream_t stream = model->stream;
+    zero(model->dx, (int64_t)BT * C, stream);
+    layernorm_backward({.dout = model->dbranch, .x = model->x_last,
+                        .weight = global_parameter(model, LN_F_W), .mean = model->ln_f_mean,
+                        .rstd = model->ln_f_rstd, .dx = model->dx,
+                        .dweight = global_gradient(model, LN_F_W),
+                        .dbias = global_gradient(model, LN_F_B), .partials = model->partials,
+                        .BT = BT, .C = C}, stream);
+    for (int l = model->config.n_layer - 1; l >= 0; l--) {
+        layer_backward(model, l);
+        layer_is_done(l);
+    }
+    wte_backward(global_gradient(model, WTE), model->dx, index, BT, C, stream);
+    wpe_backward(global_gradient(model, WPE), model->dx, model->B, model->T, C, stream);
+}
+
+// modern_forward backwards. dmiddle is what backout sends to the stream after the middle layer. x0
+// is where the stream begins and is mixed into each layer, so its gradient is dx0 + dx.
+template <class Callback>
+static void modern_backward(Model* model, TokenIndex index, Callback layer_is_done) {
+    int C = model->config.n_embd;
+    int L = model->config.n_layer;
+    int BT = model->B * model->T;
+    int64_t n = (int64_t)BT * C;
     floatX *dx = model->dx, *dx0 = model->dx0, *dmiddle = model->dmiddle;
     cudaStream_t stream = model->stream;
-    const int* of_layer = model->table.layer_buckets;
-    bool modern = model->config.modern;
-    TokenIndex index = {model->index, model->index + BT, model->index + 2 * BT + 1};
-    for (floatX* zeros : {dx, dx0, dmiddle}) {
-        if (zeros == NULL) { continue; }
-        CHECK_CUDA(cudaMemsetAsync(zeros, 0, (int64_t)BT * C * sizeof(floatX), stream));
-    }
-    if (modern) {
-        rmsnorm_backward(dx, dmiddle, NULL, global_gradient(model, BACKOUT_SCALAR), model->partials,
-                         model->dbranch, model->x_last, NULL, model->ln_f_rstd, model->backout, BT,
-                         C, stream);
-    } else {
-        layernorm_backward(dx, global_gradient(model, LN_F_W), global_gradient(model, LN_F_B),
-                           model->partials, model->dbranch, model->x_last,
-                           global_parameter(model, LN_F_W), model->ln_f_mean, model->ln_f_rstd, BT,
-                           C, stream);
-    }
+    zero(dx, n, stream);
+    zero(dx0, n, stream);
+    zero(dmiddle, n, stream);
+    rmsnorm_backward({.dout = model->dbranch, .x = model->x_last, .rstd = model->ln_f_rstd,
+                      .mix = model->backout, .dx = dx, .de = dmiddle,
+                      .dmu = global_gradient(model, BACKOUT_SCALAR), .partials = model->partials,
+                      .BT = BT, .C = C}, stream);
     for (int l = L - 1; l >= 0; l--) {
-        if (modern && l == L / 2) { add_to(dx, dmiddle, (int64_t)BT * C, stream); }
-        modern ? modern_layer_backward(model, l, index, n_groups) : layer_backward(model, l);
-        if (last_micro_step) { send_gradients(model, ranks, of_layer[l], of_layer[l + 1]); }
+        if (l == L / 2) { add_to(dx, dmiddle, n, stream); }
+        modern_layer_backward(model, l, index);
+        layer_is_done(l);
     }
-    if (modern) {           // x0 is where the stream begins, and is mixed into each layer
-        add_to(dx0, dx, (int64_t)BT * C, stream);
-        CHECK_CUDA(cudaMemsetAsync(dx, 0, (int64_t)BT * C * sizeof(floatX), stream));
-        rmsnorm_backward(dx, NULL, NULL, NULL, NULL, dx0, global_parameter(model, WTE),
-                         model->inputs, model->x0_rstd, {}, BT, C, stream);
-        wte_backward(global_gradient(model, WTE), dx, index, n_groups, BT, C, stream);
+    add_to(dx0, dx, n, stream);
+    zero(dx, n, stream);
+    rmsnorm_backward({.dout = dx0, .x = global_parameter(model, WTE), .tokens = model->inputs,
+                      .rstd = model->x0_rstd, .dx = dx, .BT = BT, .C = C}, stream);
+    wte_backward(global_gradient(model, WTE), dx, index, BT, C, stream);
+}
+
+// After forward(…, true): adds to all gradients. n_groups is of the TokenIndex in model->index. In
+// the last micro-step each bucket goes to the other ranks as soon as it is whole.
+static void backward(Model* model, int n_groups, bool last_micro_step, Ranks* ranks) {
+    int BT = model->B * model->T;
+    const int* of_layer = model->table.layer_buckets;
+    TokenIndex index = {.positions = model->index, .starts = model->index + BT,
+                        .tokens = model->index + 2 * BT + 1, .n_groups = n_groups};
+    auto send_layer = [&](int l) {
+        if (last_micro_step) { send_gradients(model, ranks, of_layer[l], of_layer[l + 1]); }
+    };
+    if (model->config.modern) {
+        modern_backward(model, index, send_layer);
     } else {
-        embedding_backward(global_gradient(model, WTE), global_gradient(model, WPE), dx, index,
-                           n_groups, B, T, C, stream);
+        gpt2_backward(model, index, send_layer);
     }
     if (last_micro_step) { send_gradients(model, ranks, 0, of_layer[0]); }
 }
 
-// The norm of the gradients' average over micro-steps and ranks.
+// The norm of the gradients' average over micro-steps and ranks. Of a bucket that every rank has,
+// only rank 0 counts its gradients.
 static double gradient_norm(Model* model, Ranks* ranks, int grad_accum_steps) {
     int n = model->table.n_buckets;
-    float* sums = (float*)malloc(sizeof(float) * n * NORM_BLOCKS);
-    wait_for_ranks(ranks, model->stream);
+    size_t bytes = sizeof(float) * n * NORM_BLOCKS;
+    float* sums = (float*)malloc(bytes);
+    cudaStream_t stream = model->stream;
+    wait_for_ranks(ranks, stream);
     for (int i = 0; i < n; i++) {
         Part part = model->parts[i];
         bool counted = model->table.buckets[i].owner != EVERY_RANK || ranks->rank == 0;
-        begin_kernel("square_sum", 4.0 * part.size, 0, model->stream);
-        square_sum_kernel<<<NORM_BLOCKS, 256, 0, model->stream>>>(
-            model->square_sums + i * NORM_BLOCKS, model->gradients + part.first,
-            counted ? part.size : 0);
-        CHECK_LAUNCH();
+        launch({"square_sum", 4.0 * part.size}, {NORM_BLOCKS, 256, stream}, square_sum_kernel,
+               model->square_sums + i * NORM_BLOCKS, model->gradients + part.first,
+               counted ? part.size : 0);
     }
-    CHECK_CUDA(cudaMemcpyAsync(sums, model->square_sums, sizeof(float) * n * NORM_BLOCKS,
-                               cudaMemcpyDeviceToHost, model->stream));
-    CHECK_CUDA(cudaStreamSynchronize(model->stream));
+    CHECK_CUDA(cudaMemcpyAsync(sums, model->square_sums, bytes, cudaMemcpyDeviceToHost, stream));
+    CHECK_CUDA(cudaStreamSynchronize(stream));
     double sum = 0.0;
     for (int i = 0; i < n * NORM_BLOCKS; i++) { sum += sums[i]; }
     free(sums);
@@ -2641,48 +3297,66 @@ static double gradient_norm(Model* model, Ranks* ranks, int grad_accum_steps) {
 }
 
 static void zero_gradients(Model* model) {
-    begin_kernel("zero_gradients", 4.0 * model->table.size, 0, model->stream);
+    Work work = {"zero_gradients", 4.0 * model->table.size};
+    begin_work(work, model->stream);
     CHECK_CUDA(cudaMemsetAsync(model->gradients, 0, model->table.size * sizeof(float),
                                model->stream));
-    CHECK_LAUNCH();
+    end_work(work, model->stream);
 }
 
-// What a step does; decay_scale is of the weight decay that a group has, muon_decay is Muon's.
+// What one step does. decay_scale multiplies the weight decay of each AdamGroup, and muon_decay,
+// which is that of Muon. `steps` is the number of this step, from 1.
 struct Update { double lr, grad_scale, momentum, decay_scale, muon_decay; int steps; };
+
+// What this rank owns of a bucket
+static Slice slice_of(Model* model, Part part) {
+    return {.parameters = model->parameters + part.first, .masters = model->masters + part.state,
+            .m = model->m + part.state, .v = model->v + part.v,
+            .gradients = model->gradients + part.first, .n = part.size, .index = part.first};
+}
 
 static void adamw_update(Model* model, Bucket bucket, Part part, Update update) {
     AdamGroup group = bucket.adam;
-    AdamStep adam = {group, (float)update.lr * group.lr,
-                     (float)update.decay_scale * group.weight_decay, (float)update.grad_scale,
-                     (float)(1 - pow(group.beta_1, update.steps)),
-                     (float)(1 - pow(group.beta_2, update.steps)), (unsigned)update.steps};
-    begin_kernel("adamw", (28.0 + sizeof(floatX)) * part.size, 0, model->stream);
-    adamw_kernel<<<ceil_div(part.size, (int64_t)256), 256, 0, model->stream>>>(
-        model->parameters + part.first, model->masters + part.state, model->m + part.state,
-        model->v + part.v, model->gradients + part.first, part.size, part.first, bucket.decay_end,
-        adam);
-    CHECK_LAUNCH();
+    AdamStep adam = {.group = group,
+                     .lr = (float)update.lr * group.lr,
+                     .decay = (float)update.decay_scale * group.weight_decay,
+                     .grad_scale = (float)update.grad_scale,
+                     .correction_1 = (float)(1 - pow(group.beta_1, update.steps)),
+                     .correction_2 = (float)(1 - pow(group.beta_2, update.steps)),
+                     .step = (unsigned)update.steps};
+    launch({"adamw", (28.0 + sizeof(floatX)) * part.size},
+           one_thread_each(part.size, model->stream), adamw_kernel, slice_of(model, part),
+           bucket.decay_end, adam);
 }
 
+// In this rank's state, masters and momentum are laid out as the tensors are in their bucket. `v`
+// has one number for each line of each tensor.
 static void muon_bucket_update(Model* model, Bucket bucket, Part part, Update update) {
     for (int t = bucket.first_tensor; t < bucket.end_tensor; t++) {
         Tensor tensor = model->table.tensors[t];
         int which = t - bucket.first_tensor;
         Matrices matrix = matrices_of(tensor, which);
-        int64_t in_bucket = tensor.offset - bucket.offset, state = part.state + in_bucket;
         float out_by_in = (float)matrix.columns / matrix.rows;
-        out_by_in = which == VALUE_GATE ? 1 / out_by_in : out_by_in;
-        MuonStep muon = {(float)update.lr * sqrtf(fmaxf(1, out_by_in)),
-                         (float)(update.muon_decay * update.decay_scale), (float)update.momentum,
-                         (float)update.grad_scale, (unsigned)update.steps};
-        muon_update(model->parameters + tensor.offset, model->masters + state, model->m + state,
-                    model->v + part.v, model->gradients + tensor.offset, model->muon, matrix,
-                    tensor.offset, muon, model->stream);
+        if (which == VALUE_GATE) { out_by_in = 1 / out_by_in; }     // it is stored (out, in)
+        MuonStep muon = {.lr = (float)update.lr * sqrtf(fmaxf(1, out_by_in)),
+                         .decay = (float)(update.muon_decay * update.decay_scale),
+                         .momentum = (float)update.momentum,
+                         .grad_scale = (float)update.grad_scale,
+                         .step = (unsigned)update.steps};
+        Part of_tensor = {.first = tensor.offset, .size = (int64_t)tensor.rows * tensor.columns,
+                          .state = part.state + tensor.offset - bucket.offset, .v = part.v};
+        muon_update(slice_of(model, of_tensor), model->muon, matrix, muon, model->stream);
         part.v += matrix.n * matrix.lines();
     }
 }
 
-// Updates this rank's part of each bucket and sends it to the others; the gradients become zero.
+// Each rank sends the parameters that it owns, the bucket or a part of it, to the other ranks.
+static void send_parameters(Model* model, Ranks* ranks, Bucket bucket) {
+    gather(ranks, model->parameters + bucket.offset, bucket.size * sizeof(floatX), bucket.owner,
+           model->stream);
+}
+
+// Updates what this rank owns of each bucket, sends it to the others, and zeroes the gradients.
 static void optimizer_step(Model* model, Ranks* ranks, Update update) {
     for (int i = 0; i < model->table.n_buckets; i++) {
         Bucket bucket = model->table.buckets[i];
@@ -2692,121 +3366,140 @@ static void optimizer_step(Model* model, Ranks* ranks, Update update) {
         } else if (part.size > 0) {
             muon_bucket_update(model, bucket, part, update);
         }
-        gather(ranks, model->parameters + bucket.offset, bucket.size * sizeof(floatX), bucket.owner,
-               model->stream);
+        send_parameters(model, ranks, bucket);
     }
     wait_for_ranks(ranks, model->stream);
     zero_gradients(model);
 }
 
-// The bf16 parameters as they were after `steps` updates, from the masters.
+// Makes the bf16 parameters what they were after `steps` updates, from the masters.
 static void restore_parameters(Model* model, Ranks* ranks, int steps) {
     for (int i = 0; i < model->table.n_buckets; i++) {
-        Bucket bucket = model->table.buckets[i];
         Part part = model->parts[i];
         if (part.size > 0) {
-            begin_kernel("round_parameters", (4.0 + sizeof(floatX)) * part.size, 0, model->stream);
-            round_parameters_kernel<<<ceil_div(part.size, (int64_t)256), 256, 0, model->stream>>>(
-                model->parameters + part.first, model->masters + part.state, part.size, part.first,
-                steps);
-            CHECK_LAUNCH();
+            launch({"round_parameters", (4.0 + sizeof(floatX)) * part.size},
+                   one_thread_each(part.size, model->stream), round_parameters_kernel,
+                   slice_of(model, part), (unsigned)steps);
         }
-        gather(ranks, model->parameters + bucket.offset, bucket.size * sizeof(floatX), bucket.owner,
-               model->stream);
+        send_parameters(model, ranks, model->table.buckets[i]);
     }
     wait_for_ranks(ranks, model->stream);
 }
 
 // ---- §14 Files: JSON, safetensors, checkpoints --------------------------------------------------
+//
+// Reads and writes the files that model.py's load_checkpoint and save_checkpoint read and write, so
+// that either trainer continues with the other's models. There is no JSON parser: files of ours and
+// of HF's GPT-2 have a known shape, in which searching for a key is enough.
 
-// A whole file, with zeros behind it; NULL where there is none.
+// A whole file, followed by zeros, or NULL if there is no such file.
 static char* read_file(const char* path, size_t* bytes = NULL) {
     FILE* file = fopen(path, "rb");
     if (file == NULL) { return NULL; }
     fseek(file, 0, SEEK_END);
     long size = ftell(file);
     rewind(file);
-    char* text = (char*)calloc(1, size + 64);
+    char* text = (char*)calloc(1, size + 64);       // zeros also end a file that was cut short
     if (bytes != NULL) { *bytes = size; }
-    if (fread(text, 1, size, file) != (size_t)size) { die("%s: cannot be read; check the disk; "
-                                                          "copy it again", path); }
+    if (fread(text, 1, size, file) != (size_t)size) {
+        die("%s cannot be read to its end; check the disk, or copy the file again", path);
+    }
     fclose(file);
     return text;
 }
 
-// What stands behind the first "key": in a JSON text, or NULL. Enough for files of known shape.
+// Where in a JSON text the value of the first "key": begins, or NULL. Nesting is ignored: the first
+// such key at any depth is taken.
 static const char* json_find(const char* text, const char* key) {
     char quoted[96];
     snprintf(quoted, sizeof quoted, "\"%s\"", key);
-    for (const char* at = text; (at = strstr(at, quoted)) != NULL; at++) {
-        const char* value = at + strlen(quoted) + strspn(at + strlen(quoted), " \n\t");
+    const char* at = strstr(text, quoted);
+    while (at != NULL) {
+        const char* value = at + strlen(quoted);
+        value += strspn(value, " \n\t");
         if (*value == ':') { return value + 1 + strspn(value + 1, " \n\t"); }
+        at = strstr(at + 1, quoted);        // it was a value like "key", not a key
     }
     return NULL;
 }
 
+// A number by its key, or the fallback where the key is missing
 static double json_number(const char* text, const char* key, double fallback) {
     const char* value = json_find(text, key);
     return value != NULL ? strtod(value, NULL) : fallback;
 }
 
+// folder/name. The strings of the last four calls stay valid.
 static const char* joined(const char* folder, const char* name) {
-    static char paths[4][4096];         // the last four stay valid
+    static char paths[4][4096];
     static int next;
     char* path = paths[next++ % 4];
     if (snprintf(path, sizeof paths[0], "%s/%s", folder, name) >= (int)sizeof paths[0]) {
-        die("%s: the path is too long; 4095 bytes at most; choose another --out", folder);
+        die("the path %.60s… has more than 4095 bytes; choose a shorter --out", folder);
     }
     return path;
 }
 
+// Like fopen, but a folder that cannot be written to is the user's mistake
 static FILE* create(const char* path) {
     FILE* file = fopen(path, "wb");
-    if (file == NULL) { die("%s: %s; a run is written there; choose another --out", path,
-                            strerror(errno)); }
+    if (file == NULL) {
+        die("%s cannot be written: %s; choose another --out", path, strerror(errno));
+    }
     return file;
 }
 
+// The disk is full, nearly always.
+[[noreturn]] static void die_unwritten(const char* path) {
+    die("%s cannot be written: %s; free disk space, then continue with --resume", path,
+        strerror(errno));
+}
+
 static void write_all(FILE* file, const void* data, size_t bytes, const char* path) {
-    if (fwrite(data, 1, bytes, file) != bytes) {
-        die("%s: %s; a checkpoint is written whole; free disk space, then --resume", path,
-            strerror(errno));
-    }
+    if (fwrite(data, 1, bytes, file) != bytes) { die_unwritten(path); }
 }
 
-// <path>.part, whole and on the disk, becomes <path>: a reader never sees half of a file.
-static void finish(FILE* file, const char* path) {
-    char part[4096];
-    snprintf(part, sizeof part, "%s.part", path);
-    if (fflush(file) != 0 || fsync(fileno(file)) != 0 || fclose(file) != 0 ||
-        rename(part, path) != 0) {
-        die("%s: %s; a checkpoint is written whole; free disk space, then --resume", path,
-            strerror(errno));
-    }
-}
-
+// A file is written as <path>.part and gets its name when all of it is on the disk, so a reader
+// never sees half of a file. create_part begins one, finish ends it.
 static FILE* create_part(const char* path) {
     char part[4096];
     snprintf(part, sizeof part, "%s.part", path);
     return create(part);
 }
 
-// safetensors: 8 bytes n, n bytes of JSON {"name": {"dtype", "shape", "data_offsets"}}, then data.
-struct SafeTensors { const char *path, *header, *data; size_t data_size; void* map; size_t size; };
+static void finish(FILE* file, const char* path) {
+    char part[4096];
+    snprintf(part, sizeof part, "%s.part", path);
+    if (fflush(file) != 0 || fsync(fileno(file)) != 0) { die_unwritten(path); }
+    if (fclose(file) != 0 || rename(part, path) != 0) { die_unwritten(path); }
+}
 
+// A safetensors file is 8 bytes with a number n, n bytes of JSON, and then the data:
+//   {"wpe.weight": {"dtype": "F32", "shape": [1024, 768], "data_offsets": [0, 3145728]}, …}
+// Offsets are bytes, counted from where the data begin.
+struct SafeTensors {
+    const char* path;
+    const char* header;         // the JSON, which ends with a zero
+    const char* data;           // in the map
+    size_t data_size;           // in bytes
+    void* map;                  // the whole file
+    size_t size;
+};
+
+// Maps the file, so that tensors are read from the disk only when they are used.
 static SafeTensors open_safetensors(const char* path) {
     int file = open(path, O_RDONLY);
     struct stat status = {};
     uint64_t n = 0;
-    if (file < 0 || fstat(file, &status) != 0 || read(file, &n, 8) != 8 ||
-        n + 8 > (uint64_t)status.st_size) {
-        die("%s: missing or cut short; weights must be one whole safetensors file; copy it or "
-            "train it again", path);
+    bool is_readable = file >= 0 && fstat(file, &status) == 0 && read(file, &n, 8) == 8;
+    if (!is_readable || n + 8 > (uint64_t)status.st_size) {
+        die("%s is missing or cut short; copy it again, or train it again", path);
     }
     size_t size = status.st_size;
     char* map = (char*)mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
-    if (map == MAP_FAILED) { die("%s: %s; it is mapped into memory; check ulimit -v", path,
-                                 strerror(errno)); }
+    if (map == MAP_FAILED) {
+        die("%s cannot be mapped into memory: %s; check ulimit -v", path, strerror(errno));
+    }
     close(file);
     char* header = (char*)calloc(1, n + 1);
     memcpy(header, map + 8, n);
@@ -2818,32 +3511,44 @@ static void close_safetensors(SafeTensors file) {
     munmap(file.map, file.size);
 }
 
-// Copies n values of a tensor, with or without its "transformer.", F32 or BF16, as fp32.
+// Bytes an element of the types that are read; 0: another type
+static int bytes_of_dtype(const char* dtype) {
+    if (starts_with(dtype, "\"F32\"")) { return 4; }
+    if (starts_with(dtype, "\"BF16\"")) { return 2; }
+    return 0;
+}
+
+// Copies n values of a tensor as fp32. OpenAI's names lack the "transformer." that others have.
 static void read_tensor(SafeTensors file, const char* name, int64_t n, float* values) {
     const char* entry = json_find(file.header, name);
-    if (entry == NULL && strncmp(name, "transformer.", 12) == 0) {
-        entry = json_find(file.header, name + 12);
+    if (entry == NULL && starts_with(name, "transformer.")) {
+        entry = json_find(file.header, name + strlen("transformer."));
     }
-    const char* offsets = entry != NULL ? strchr(json_find(entry, "data_offsets"), '[') : NULL;
-    const char* dtype = entry != NULL ? json_find(entry, "dtype") : "";
-    int width = strncmp(dtype, "\"F32\"", 5) == 0 ? 4 : strncmp(dtype, "\"BF16\"", 6) == 0 ? 2 : 0;
-    char* next = NULL;
-    size_t begin = offsets != NULL ? strtoull(offsets + 1, &next, 10) : 0;
-    size_t end = offsets != NULL ? strtoull(next + 1, NULL, 10) : 0;
+    if (entry == NULL) {
+        die("%s lacks the tensor %s that config.json asks for; take both files from one checkpoint",
+            file.path, name);
+    }
+    int width = bytes_of_dtype(json_find(entry, "dtype"));
+    const char* offsets = strchr(json_find(entry, "data_offsets"), '[');
+    char* comma = NULL;
+    size_t begin = strtoull(offsets + 1, &comma, 10);
+    size_t end = strtoull(comma + 1, NULL, 10);
     if (width == 0 || end - begin != (size_t)n * width || end > file.data_size) {
-        die("%s: %s is %s; config.json asks for %lld values in F32 or BF16; take both files whole "
-            "and from one checkpoint", file.path, name, entry == NULL ? "missing" : "of another "
-            "size or type, or cut short", (long long)n);
+        die("%s: the tensor %s is cut short, or does not hold the %lld values in F32 or BF16 that "
+            "config.json asks for; take both files, complete, from one checkpoint", file.path, name,
+            (long long)n);
     }
     const char* data = file.data + begin;
     for (int64_t i = 0; i < n; i++) {
-        uint32_t bits = 0;
+        uint32_t bits = 0;              // a bf16 is the upper half of an fp32
         memcpy((char*)&bits + 4 - width, data + i * width, width);
         memcpy(&values[i], &bits, 4);
     }
 }
 
-// Fills masters and parameters bucket by bucket: fill(tensor, values) gives a tensor's fp32 values.
+// Sets masters and parameters from fill(tensor, values), which writes a tensor's values. One bucket
+// at a time is in the CPU's memory. Each rank makes all values, keeps its own part of the masters,
+// and receives the parameters from the owners.
 template <class Fill> static void set_parameters(Model* model, Ranks* ranks, Fill fill) {
     for (int i = 0; i < model->table.n_buckets; i++) {
         Bucket bucket = model->table.buckets[i];
@@ -2857,38 +3562,51 @@ template <class Fill> static void set_parameters(Model* model, Ranks* ranks, Fil
                               part.size * sizeof(float), cudaMemcpyHostToDevice));
         free(values);
     }
-    CHECK_CUDA(cudaDeviceSynchronize());
+    CHECK_CUDA(cudaDeviceSynchronize());        // such a copy may return before it has arrived
     restore_parameters(model, ranks, 0);
 }
 
-// A random number in [0, 1) that depends on the seed and its place alone (splitmix64).
-static double uniform(uint64_t seed, uint64_t place) {
-    uint64_t z = seed * 0xD1342543DE82EF95u + (place + 1) * 0x9E3779B97F4A7C15u;
+const uint64_t GOLDEN_RATIO = 0x9E3779B97F4A7C15u;     // 2⁶⁴ over the golden ratio, made odd
+
+// The output function of splitmix64 (Steele, Lea and Flood 2014). It can be inverted, so different
+// inputs have different outputs, and each bit of the output depends on every bit of the input.
+static uint64_t mix64(uint64_t z) {
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return ((z ^ z >> 31) >> 11) * 0x1p-53;
+    return z ^ z >> 31;
 }
 
-// Box-Muller
+// A random number in [0, 1) that depends on the seed and its place alone
+static double uniform(uint64_t seed, uint64_t place) {
+    uint64_t bits = mix64(seed * 0xD1342543DE82EF95u + (place + 1) * GOLDEN_RATIO);
+    return (bits >> 11) * 0x1p-53;
+}
+
+// A standard normal number, by Box and Muller's formula
 static float normal(uint64_t seed, uint64_t place) {
     double radius = sqrt(-2.0 * log(1.0 - uniform(seed, 2 * place)));
     return (float)(radius * cos(2.0 * M_PI * uniform(seed, 2 * place + 1)));
 }
 
-// As the tensor table says: GPT-2's N(0, .02), residual projections / sqrt(2L), norms 1, biases 0.
-static void initialise(Model* model, Ranks* ranks, int seed) {
-    uint64_t place = 0;                 // counts without padding: the same for any number of ranks
+// Begins with the values of the tensor table. A place counts elements without padding, so they are
+// the same for any number of ranks.
+static void initialise(Model* model, Ranks* ranks, int64_t seed) {
+    uint64_t place = 0;
     set_parameters(model, ranks, [&](Tensor tensor, float* values) {
-        for (int64_t i = 0; i < tensor.file_size(); i++, place++) {
-            Init init = tensor.init;
+        Init init = tensor.init;
+        for (int64_t i = 0; i < tensor.file_size(); i++) {
             values[i] = init.mean + init.step * i;
-            if (init.std == 0) { continue; }
-            float flat = (float)((2.0 * uniform(seed, 2 * place) - 1.0) * sqrt(3.0));
-            values[i] += init.std * (init.is_uniform ? flat : normal(seed, place));
+            if (init.is_uniform) {
+                values[i] += init.std * (float)((2.0 * uniform(seed, 2 * place) - 1.0) * sqrt(3.0));
+            } else if (init.std != 0) {
+                values[i] += init.std * normal(seed, place);
+            }
+            place++;
         }
     });
 }
 
+// Begins with the weights of a model.safetensors.
 static void load_weights(Model* model, Ranks* ranks, const char* path) {
     SafeTensors file = open_safetensors(path);
     set_parameters(model, ranks, [&](Tensor tensor, float* values) {
@@ -2897,34 +3615,51 @@ static void load_weights(Model* model, Ranks* ranks, const char* path) {
     close_safetensors(file);
 }
 
-// Text as a JSON string; U+FFFD stands for a byte that is no UTF-8
+// How many bytes a character of UTF-8 has that begins with this one; 0: none does
+static int utf8_length(uint8_t first) {
+    if (first < 0x80) { return 1; }
+    if (first < 0xC0) { return 0; }     // a continuation byte
+    if (first < 0xE0) { return 2; }
+    if (first < 0xF0) { return 3; }
+    return 4;
+}
+
+// The length of the character at text, of which n bytes are left; 0: it is not valid UTF-8
+static int valid_utf8(const char* text, size_t n) {
+    const uint32_t LEAST[] = {0, 0, 0x80, 0x800, 0x10000};      // code of so many bytes
+    int length = utf8_length(text[0]);
+    if (length == 0 || (size_t)length > n) { return 0; }
+    uint32_t code = (uint8_t)text[0] & (length == 1 ? 0x7F : 0x7F >> length);
+    for (int k = 1; k < length; k++) {
+        if ((text[k] & 0xC0) != 0x80) { return 0; }
+        code = code << 6 | (text[k] & 0x3F);
+    }
+    bool is_surrogate = code >> 11 == 0x1B;
+    return code < LEAST[length] || code > 0x10FFFF || is_surrogate ? 0 : length;
+}
+
+// Text as a JSON string. U+FFFD stands for each byte that is not valid UTF-8.
 static void write_json_string(FILE* file, const char* text, size_t n) {
-    const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};      // of a character of so many bytes
     fputc('"', file);
-    for (size_t i = 0, length; i < n; i += length) {
-        uint32_t code = (uint8_t)text[i];
-        length = code < 0x80 ? 1 : code < 0xC0 ? 0 : code < 0xE0 ? 2 : code < 0xF0 ? 3 : 4;
-        code &= length < 2 ? 0x7F : 0x7F >> length;
-        bool valid = length > 0 && i + length <= n;
-        for (size_t k = 1; valid && k < length; k++) {
-            valid = (text[i + k] & 0xC0) == 0x80;
-            code = code << 6 | (text[i + k] & 0x3F);
-        }
-        if (!valid || code < least[length] || code > 0x10FFFF || code >> 11 == 0x1B) {
+    size_t i = 0;
+    while (i < n) {
+        int length = valid_utf8(text + i, n - i);
+        uint8_t first = text[i];
+        if (length == 0) {
             fputs("\\ufffd", file);
-            length = 1;
-        } else if (code < 0x20) {
-            fprintf(file, "\\u%04x", code);
+        } else if (first < 0x20) {
+            fprintf(file, "\\u%04x", first);
         } else {
-            if (code == '"' || code == '\\') { fputc('\\', file); }
+            if (first == '"' || first == '\\') { fputc('\\', file); }
             fwrite(text + i, 1, length, file);
         }
+        i += max(length, 1);
     }
     fputc('"', file);
 }
 
-// What `write` writes into a FILE, as a string to be freed
-template <class Write> static char* written(Write write, size_t* bytes = NULL) {
+// What write(file) prints, as a string that the caller frees
+template <class Write> static char* to_string(Write write, size_t* bytes = NULL) {
     char* text = NULL;
     size_t size = 0;
     FILE* file = open_memstream(&text, bytes != NULL ? bytes : &size);
@@ -2933,87 +3668,113 @@ template <class Write> static char* written(Write write, size_t* bytes = NULL) {
     return text;
 }
 
-// The fields of GPTConfig that make up dN's recipe: it has all of them, GPT-2 none.
+// Fields of model.py's GPTConfig that are on in dN and off in GPT-2, and those that are the reverse
 const char* const MODERN_FIELDS[] = {"rope", "rms_norm", "qk_norm", "relu2", "value_embeds",
                                      "residual_scalars", "backout"};
+const char* const GPT2_FIELDS[] = {"bias", "tied_head"};
+const int N_MODERN_FIELDS = (sizeof MODERN_FIELDS + sizeof GPT2_FIELDS) / sizeof(char*);
 
+// Whether the value of a key begins with this text
+static bool json_is(const char* text, const char* key, const char* expected) {
+    const char* value = json_find(text, key);
+    return value != NULL && starts_with(value, expected);
+}
+
+// How many fields of a config.json are as dN has them. Fields that are missing are GPT-2's.
 static int count_modern_fields(const char* text) {
     int n = 0;
     for (const char* field : MODERN_FIELDS) {
-        const char* value = json_find(text, field);
-        n += value != NULL && strncmp(value, "true", 4) == 0;
+        if (json_is(text, field, "true")) { n++; }
     }
-    for (const char* field : {"bias", "tied_head"}) {
-        const char* value = json_find(text, field);
-        n += value != NULL && strncmp(value, "false", 5) == 0;
+    for (const char* field : GPT2_FIELDS) {
+        if (json_is(text, field, "false")) { n++; }
     }
     return n;
 }
 
+// The config as model.py's GPTConfig writes it; fields of dN that GPT-2 leaves off are left out.
+static void write_config(FILE* file, Config c) {
+    fprintf(file, "{\"block_size\": %d, \"vocab_size\": %d, \"n_layer\": %d, \"n_head\": %d, "
+            "\"n_embd\": %d", c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd);
+    if (c.modern) {
+        for (const char* field : MODERN_FIELDS) { fprintf(file, ", \"%s\": true", field); }
+        for (const char* field : GPT2_FIELDS) { fprintf(file, ", \"%s\": false", field); }
+        fprintf(file, ", \"softcap\": %.17g, \"windows\": \"%s\"", c.softcap, c.windows);
+    }
+    fprintf(file, "}");
+}
+
+// The config of a folder with a model of ours or of HF's. The kernels have GPT-2 and dN; mixtures,
+// which model.py allows, are refused.
 static Config read_config(const char* folder) {
     char* text = read_file(joined(folder, "config.json"));
     if (text == NULL) {
-        die("%s/config.json is not there; a model is a folder with config.json and "
-            "model.safetensors; train one, or name another with --init_from", folder);
+        die("%s/config.json does not exist; name a folder with config.json and model.safetensors "
+            "with --init_from, or leave it out to train from scratch", folder);
     }
-    const char *type = json_find(text, "model_type"), *windows = json_find(text, "windows");
-    int n_modern = count_modern_fields(text), all = 2 + sizeof MODERN_FIELDS / sizeof(char*);
-    if (type == NULL || (n_modern != 0 && n_modern != all) ||
-        strncmp(type, n_modern > 0 ? "\"deepdive\"" : "\"gpt2\"", 6) != 0) {
-        die("%s has %d of dN's %d parts; the CUDA trainer has GPT-2, without them, and dN, with "
-            "all; use python train_gpt2.py", folder, n_modern, all);
+    int n_modern = count_modern_fields(text);
+    bool is_gpt2 = n_modern == 0 && json_is(text, "model_type", "\"gpt2\"");
+    bool is_modern = n_modern == N_MODERN_FIELDS && json_is(text, "model_type", "\"deepdive\"");
+    if (!is_gpt2 && !is_modern) {
+        die("%s has %d of dN's %d parts, but the CUDA trainer has only GPT-2, with none of them, "
+            "and dN, with all; use python train_gpt2.py", folder, n_modern, N_MODERN_FIELDS);
     }
-    Config config = {(int)json_number(text, "n_positions", 1024),
-                     (int)json_number(text, "vocab_size", 50257),
-                     (int)json_number(text, "n_layer", 0), (int)json_number(text, "n_head", 0),
-                     (int)json_number(text, "n_embd", 0), n_modern > 0,
-                     json_number(text, "softcap", 0)};
+    Config config = {};
+    config.block_size = (int)json_number(text, "n_positions", 1024);
+    config.vocab_size = (int)json_number(text, "vocab_size", 50257);
+    config.n_layer = (int)json_number(text, "n_layer", 0);
+    config.n_head = (int)json_number(text, "n_head", 0);
+    config.n_embd = (int)json_number(text, "n_embd", 0);
+    config.modern = is_modern;
+    config.softcap = json_number(text, "softcap", 0);
+    const char* windows = json_find(text, "windows");
     if (windows != NULL) { sscanf(windows, "\"%63[SL]", config.windows); }
     free(text);
     return config;
 }
 
-// The header of a safetensors file with fp32 tensors: name(i), shape and bytes by `describe`.
-template <class Describe> static void write_header(FILE* file, int n, Describe describe,
-                                                   const char* path) {
-    char* header = NULL;
+// A tensor in a safetensors header. columns 0: a vector
+struct Entry { const char* name; int64_t rows, columns; };
+
+// The header of a safetensors file of n fp32 tensors, which entry_of(i) describes. Data follow each
+// other without gaps.
+template <class EntryOf> static void write_header(FILE* file, int n, EntryOf entry_of,
+                                                  const char* path) {
     size_t size = 0;
-    FILE* text = open_memstream(&header, &size);
-    fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
-    int64_t begin = 0;
-    for (int i = 0; i < n; i++) {
-        char name[96];
-        int64_t rows = 0, columns = 0;
-        describe(i, name, &rows, &columns);
-        int64_t bytes = 4 * rows * (columns > 0 ? columns : 1);
-        fprintf(text, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%lld", name, (long long)rows);
-        if (columns > 0) { fprintf(text, ",%lld", (long long)columns); }
-        fprintf(text, "],\"data_offsets\":[%lld,%lld]}", (long long)begin,
-                (long long)(begin + bytes));
-        begin += bytes;
-    }
-    fputc('}', text);
-    while (fflush(text), size % 8 != 0) { fputc(' ', text); }
-    fclose(text);
+    char* header = to_string([&](FILE* text) {
+        fprintf(text, "{\"__metadata__\":{\"format\":\"pt\"}");
+        int64_t begin = 0;              // bytes
+        for (int i = 0; i < n; i++) {
+            Entry entry = entry_of(i);
+            fprintf(text, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%lld", entry.name,
+                    (long long)entry.rows);
+            if (entry.columns > 0) { fprintf(text, ",%lld", (long long)entry.columns); }
+            int64_t end = begin + 4 * entry.rows * max(entry.columns, (int64_t)1);
+            fprintf(text, "],\"data_offsets\":[%lld,%lld]}", (long long)begin, (long long)end);
+            begin = end;
+        }
+        fputc('}', text);
+        while (ftell(text) % 8 != 0) { fputc(' ', text); }      // so that the data are aligned
+    }, &size);
     uint64_t length = size;
     write_all(file, &length, 8, path);
     write_all(file, header, size, path);
     free(header);
 }
 
-// The masters of all ranks → model.safetensors. The gradients, zero between steps, lend memory.
+// All ranks' masters → model.safetensors, which rank 0 writes. They are gathered in the memory of
+// the gradients, which are zero between steps and are zero again afterwards.
 static void save_weights(Model* model, Ranks* ranks, const char* path) {
     FILE* file = ranks->rank == 0 ? create_part(path) : NULL;
+    const Table* table = &model->table;
     if (file != NULL) {
-        write_header(file, model->table.n_tensors,
-                     [&](int i, char* name, int64_t* rows, int64_t* columns) {
-            Tensor tensor = model->table.tensors[i];
-            strcpy(name, tensor.name);
-            *rows = tensor.file_rows, *columns = tensor.columns;
+        write_header(file, table->n_tensors, [&](int i) {
+            const Tensor* tensor = &table->tensors[i];
+            return Entry{tensor->name, tensor->file_rows, tensor->columns};
         }, path);
     }
-    for (int i = 0; i < model->table.n_buckets; i++) {
-        Bucket bucket = model->table.buckets[i];
+    for (int i = 0; i < table->n_buckets; i++) {
+        Bucket bucket = table->buckets[i];
         Part part = model->parts[i];
         float* values = (float*)malloc(bucket.size * 4);
         CHECK_CUDA(cudaMemcpyAsync(model->gradients + part.first, model->masters + part.state,
@@ -3025,7 +3786,7 @@ static void save_weights(Model* model, Ranks* ranks, const char* path) {
                                    cudaMemcpyDeviceToHost, model->stream));
         CHECK_CUDA(cudaStreamSynchronize(model->stream));
         for (int t = bucket.first_tensor; t < bucket.end_tensor && file != NULL; t++) {
-            Tensor tensor = model->table.tensors[t];
+            Tensor tensor = table->tensors[t];      // in the order of the header
             write_all(file, values + tensor.offset - bucket.offset, 4 * tensor.file_size(), path);
         }
         free(values);
@@ -3035,40 +3796,59 @@ static void save_weights(Model* model, Ranks* ranks, const char* path) {
 }
 
 // ---- §15 Data: shards of tokens, and the order of their rows ------------------------------------
+//
+// The twin of Shards, Loader and evaluate in train_gpt2.py, row for row. A shard, as shards.py
+// writes it, is 256 int32 (magic, version, number of tokens, zeros) and then the tokens, of 2 bytes
+// each in version 1 and of 4 in version 2.
 
-struct Shard { const char* path; const uint8_t* tokens; int64_t n_tokens; int width; };
+struct Shard {
+    const char* path;
+    const uint8_t* tokens;          // mapped from the file
+    int64_t n_tokens;
+    int width;                      // bytes a token
+};
+
 struct Shards { Shard* files; int n; int64_t n_tokens; };
 
+const int SHARD_MAGIC = 20240520;
+const int SHARD_HEADER_BYTES = 1024;
+
+// Maps a shard after its header and its size were checked.
 static Shard open_shard(const char* path) {
     int file = open(path, O_RDONLY);
     struct stat status = {};
-    int32_t header[256] = {};
-    if (file < 0 || fstat(file, &status) != 0 || read(file, header, 1024) != 1024 ||
-        header[0] != 20240520 || (header[1] != 1 && header[1] != 2)) {
-        die("%s: magic %d version %d; a shard has magic 20240520 and version 1 or 2; write it "
-            "again with python prepare_fineweb.py tokenize", path, header[0], header[1]);
+    int32_t header[SHARD_HEADER_BYTES / 4] = {};
+    bool is_readable = file >= 0 && fstat(file, &status) == 0 &&
+                       read(file, header, SHARD_HEADER_BYTES) == SHARD_HEADER_BYTES;
+    int version = header[1];
+    if (!is_readable || header[0] != SHARD_MAGIC || version < 1 || version > 2) {
+        die("%s is not a shard of magic %d and version 1 or 2: it has magic %d and version %d; "
+            "write it again with python prepare_fineweb.py tokenize", path, SHARD_MAGIC, header[0],
+            version);
     }
-    int width = header[1] == 1 ? 2 : 4;
-    int64_t expected = 1024 + (int64_t)header[2] * width;
+    int width = version == 1 ? 2 : 4;
+    int64_t expected = SHARD_HEADER_BYTES + (int64_t)header[2] * width;
     if (status.st_size != expected) {
-        die("%s has %lld bytes; its header promises %lld; it is cut short: delete it and run "
+        die("%s has %lld bytes, but its header promises %lld; delete it and run "
             "python prepare_fineweb.py tokenize again", path, (long long)status.st_size,
             (long long)expected);
     }
     uint8_t* map = (uint8_t*)mmap(NULL, expected, PROT_READ, MAP_PRIVATE, file, 0);
-    if (map == MAP_FAILED) { die("%s: %s; it is mapped into memory; check ulimit -v", path,
-                                 strerror(errno)); }
+    if (map == MAP_FAILED) {
+        die("%s cannot be mapped into memory: %s; check ulimit -v", path, strerror(errno));
+    }
     close(file);
-    return {strdup(path), map + 1024, header[2], width};
+    return {strdup(path), map + SHARD_HEADER_BYTES, header[2], width};
 }
 
+// All shards of a split, "train" or "val", in the order of their names
 static Shards open_shards(const char* data, const char* split) {
     char pattern[4096];
     snprintf(pattern, sizeof pattern, "%s/*%s_*.bin", data, split);
     glob_t found;
     if (glob(pattern, 0, NULL, &found) != 0) {
-        die("%s holds no *%s_*.bin; training reads token shards; run python prepare_fineweb.py "
-            "tokenize --out %s --tokenizer DIR", data, split, data);
+        die("%s holds no shards *%s_*.bin; run python prepare_fineweb.py tokenize --out %s "
+            "--tokenizer DIR", data, split, data);
     }
     Shards shards = {(Shard*)calloc(found.gl_pathc, sizeof(Shard)), (int)found.gl_pathc, 0};
     for (int i = 0; i < shards.n; i++) {
@@ -3079,105 +3859,85 @@ static Shards open_shards(const char* data, const char* split) {
     return shards;
 }
 
-// Tokens start … start + count - 1 of all shards as one sequence; V: the first that is no token
+// Token i of a shard, whose bytes are in little-endian order. A token that the model does not have
+// would read outside of its tables, so it ends the run.
+static int read_token(Shard shard, int64_t i, int V) {
+    const uint8_t* at = shard.tokens + i * shard.width;
+    uint32_t token = at[0] | at[1] << 8;
+    if (shard.width == 4) { token |= (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24; }
+    if (token >= (uint32_t)V) {
+        die("%s holds token %u, but the vocabulary has only %d; use the shards and the model of "
+            "one tokenizer", shard.path, token, V);
+    }
+    return (int)token;
+}
+
+// Tokens start … start + count - 1 of all shards, read as one sequence
 static void read_tokens(Shards shards, int64_t start, int count, int* tokens, int V) {
     int done = 0;
     for (int i = 0; i < shards.n && done < count; i++) {
         Shard shard = shards.files[i];
-        for (; start < shard.n_tokens && done < count; start++, done++) {
-            const uint8_t* at = shard.tokens + start * shard.width;
-            uint32_t token = at[0] | at[1] << 8;
-            token |= shard.width == 4 ? (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24 : 0;
-            if (token >= (uint32_t)V) {
-                die("%s holds token %u; the vocabulary has %d; take the shards and the model of "
-                    "one tokenizer", shard.path, token, V);
-            }
-            tokens[done] = (int)token;
+        if (start >= shard.n_tokens) {
+            start -= shard.n_tokens;
+            continue;
         }
-        start -= start < shard.n_tokens ? start : shard.n_tokens;
-    }
-}
-
-// numpy.random.default_rng([seed, epoch]).permutation(n), so that both trainers read the same rows:
-// SeedSequence (O'Neill's seed_seq_fe128), PCG64 (pcg-random.org), Fisher and Yates.
-struct Pcg64 { unsigned __int128 state, increment; bool has_half; uint32_t half; };
-
-static uint64_t pcg64_next(Pcg64* rng) {
-    const unsigned __int128 multiplier =
-        (unsigned __int128)0x2360ED051FC65DA4u << 64 | 0x4385DF649FCCF645u;
-    rng->state = rng->state * multiplier + rng->increment;
-    uint64_t mixed = (uint64_t)(rng->state >> 64) ^ (uint64_t)rng->state;
-    int turn = (int)(rng->state >> 122);
-    return mixed >> turn | mixed << (-turn & 63);
-}
-
-static uint32_t pcg64_next32(Pcg64* rng) {
-    rng->has_half = !rng->has_half;
-    if (!rng->has_half) { return rng->half; }
-    uint64_t both = pcg64_next(rng);
-    rng->half = both >> 32;
-    return (uint32_t)both;
-}
-
-static Pcg64 default_rng(uint32_t seed, uint32_t epoch) {
-    uint32_t entropy[4] = {seed, epoch, 0, 0}, pool[4], factor = 0x43B0D7E5u, words[8];
-    auto hash = [&](uint32_t value, uint32_t multiplier) {
-        value ^= factor;
-        factor *= multiplier;
-        value *= factor;
-        return value ^ value >> 16;
-    };
-    for (int i = 0; i < 4; i++) { pool[i] = hash(entropy[i], 0x931E8875u); }
-    for (int from = 0; from < 4; from++) {
-        for (int to = 0; to < 4; to++) {
-            if (from == to) { continue; }
-            uint32_t mixed = 0xCA01F9DDu * pool[to] - 0x4973F715u * hash(pool[from], 0x931E8875u);
-            pool[to] = mixed ^ mixed >> 16;
+        while (start < shard.n_tokens && done < count) {
+            tokens[done] = read_token(shard, start, V);
+            done++;
+            start++;
         }
-    }
-    factor = 0x8B51F9DDu;
-    for (int i = 0; i < 8; i++) { words[i] = hash(pool[i % 4], 0x58F38DEDu); }
-    auto pair = [&](int i) { return (unsigned __int128)words[i + 1] << 32 | words[i]; };
-    Pcg64 rng = {0, (pair(4) << 64 | pair(6)) << 1 | 1, false, 0};
-    pcg64_next(&rng);
-    rng.state += pair(0) << 64 | pair(2);
-    pcg64_next(&rng);
-    return rng;
-}
-
-static void permute(uint32_t seed, uint32_t epoch, uint32_t* order, uint32_t n) {
-    Pcg64 rng = default_rng(seed, epoch);
-    for (uint32_t i = 0; i < n; i++) { order[i] = i; }
-    for (uint32_t i = n - 1; i > 0; i--) {
-        uint32_t mask = i, j;
-        for (int shift = 1; shift < 32; shift *= 2) { mask |= mask >> shift; }
-        while ((j = pcg64_next32(&rng) & mask) > i) {}
-        uint32_t kept = order[i];
-        order[i] = order[j], order[j] = kept;
+        start = 0;                  // the next shard is read from its beginning
     }
 }
 
-// Rows of T + 1 tokens in a seeded order, each once an epoch; a position counts rows.
+// What rows are sorted by. No two rows of an epoch have the same key, because mix64 is invertible.
+struct RowKey { uint64_t key; uint32_t row; };
+
+// The rows 0 … n - 1 in the order of an epoch: sorted by a hash of (seed, epoch, row). It equals
+// shuffled_rows of train_gpt2.py, so both trainers read the same rows.
+static void shuffle_rows(uint64_t seed, uint64_t epoch, uint32_t* order, uint32_t n) {
+    uint64_t start = mix64(mix64(seed) + epoch);
+    RowKey* keys = (RowKey*)malloc(n * sizeof(RowKey));
+    for (uint64_t i = 0; i < n; i++) {
+        keys[i] = {mix64(start + (i + 1) * GOLDEN_RATIO), (uint32_t)i};
+    }
+    std::sort(keys, keys + n, [](RowKey a, RowKey b) { return a.key < b.key; });
+    for (uint32_t i = 0; i < n; i++) { order[i] = keys[i].row; }
+    free(keys);
+}
+
+// Rows of T + 1 tokens in a seeded order, each once an epoch. A position is the number of rows read
+// before, so one integer says where a run is. While the GPU copies one staging buffer, the next
+// batch is read into the other. A staging buffer is
+//   inputs (BT) | targets (BT) | positions (BT) | starts (BT + 1) | tokens (BT)
+// The last three are the index of the inputs, for the embedding's backward pass (§3).
 struct Loader {
     Shards shards;
-    int T, V, seed;
-    int64_t n_rows, epoch;
-    uint32_t* order;
-    int* staging[2];                // pinned; one is filled while the other is on its way
-    cudaEvent_t sent[2];
-    int turn, n_groups;             // n_groups: distinct inputs of the batch read last
-    int* counts;                    // (V) of each token in a batch
-    int64_t staged;                 // the position whose rows staging[turn] holds; -1: none
+    int T, V;
+    int64_t seed, n_rows;
+    int64_t epoch;                  // whose order `order` is; -1: none yet
+    uint32_t* order;                // (n_rows)
+    int* staging[2];                // pinned
+    cudaEvent_t sent[2];            // when the GPU has what a buffer held
+    int turn;                       // the buffer that is filled next, or is full
+    int64_t staged;                 // the position of the batch that staging[turn] holds; -1: none
+    int n_groups;                   // distinct inputs in the batch that was read last
+    int* counts;                    // (V), for index_tokens
 };
 
-static Loader make_loader(Shards shards, int B, int T, int V, int seed) {
+// For batches of up to B rows of T tokens, from a vocabulary of V
+static Loader make_loader(Shards shards, int B, int T, int V, int64_t seed) {
     Loader loader = {};
-    loader.shards = shards, loader.T = T, loader.V = V, loader.seed = seed, loader.epoch = -1;
+    loader.shards = shards;
+    loader.T = T;
+    loader.V = V;
+    loader.seed = seed;
+    loader.epoch = -1;
     loader.staged = -1;
     loader.n_rows = (shards.n_tokens - 1) / T;
     if (loader.n_rows < 1) {
-        die("the shards hold %lld tokens; a row needs %d; prepare more text, or lower --seq_len",
-            (long long)shards.n_tokens, T + 1);
+        die("the shards hold %lld tokens, but a row needs %d; prepare more text, or lower "
+            "--seq_len", (long long)shards.n_tokens, T + 1);
     }
     loader.order = (uint32_t*)malloc(loader.n_rows * sizeof(uint32_t));
     loader.counts = (int*)calloc(V, sizeof(int));
@@ -3188,16 +3948,24 @@ static Loader make_loader(Shards shards, int B, int T, int V, int seed) {
     return loader;
 }
 
-// Sorts the inputs by token, for the embedding's backward pass: positions, starts, tokens.
+// Groups the places of a batch by their input, with a counting sort: group g is of the input
+// tokens[g], and its places are positions[starts[g]] … positions[starts[g + 1] - 1].
+//   inputs 7 3 7  →  tokens 3 7, starts 0 1 3, positions 1 0 2
+// The backward pass of the embedding then adds up each group in one order, without atomics. Returns
+// the number of groups.
 static int index_tokens(const int* inputs, int BT, int* counts, int V, int* positions, int* starts,
                         int* tokens) {
     memset(counts, 0, V * sizeof(int));
     for (int i = 0; i < BT; i++) { counts[inputs[i]]++; }
-    int n_groups = 0, start = 0;
+    int n_groups = 0;
+    int start = 0;
     for (int token = 0; token < V; token++) {
         int count = counts[token];
         counts[token] = start;          // from here on: where the token's next position goes
-        if (count > 0) { starts[n_groups] = start, tokens[n_groups++] = token; }
+        if (count == 0) { continue; }
+        starts[n_groups] = start;
+        tokens[n_groups] = token;
+        n_groups++;
         start += count;
     }
     starts[n_groups] = BT;
@@ -3205,41 +3973,48 @@ static int index_tokens(const int* inputs, int BT, int* counts, int V, int* posi
     return n_groups;
 }
 
-// Sends what staging[turn] holds: inputs and targets, and for training their index.
+// Starts the copy of staging[turn] to the GPU, where evaluation ignores the index.
 static void send_batch(Loader* loader, Model* model) {
-    int BT = model->B * model->T, *inputs = loader->staging[loader->turn];
-    int *targets = inputs + BT, *index = targets + BT;
-    const struct { int *to, *from; size_t n; } copies[] = {
-        {model->inputs, inputs, (size_t)BT}, {model->targets, targets, (size_t)BT},
-        {model->index, index, 3 * (size_t)BT + 1}};
+    int BT = model->B * model->T;
+    const int* inputs = loader->staging[loader->turn];
+    const struct { int* to; const int* from; size_t n; } copies[] = {
+        {model->inputs, inputs, (size_t)BT},
+        {model->targets, inputs + BT, (size_t)BT},
+        {model->index, inputs + 2 * BT, 3 * (size_t)BT + 1}};
     for (auto copy : copies) {
         CHECK_CUDA(cudaMemcpyAsync(copy.to, copy.from, copy.n * sizeof(int),
                                    cudaMemcpyHostToDevice, model->stream));
     }
     CHECK_CUDA(cudaEventRecord(loader->sent[loader->turn], model->stream));
-    loader->turn ^= 1, loader->staged = -1;
+    loader->turn ^= 1;
+    loader->staged = -1;
 }
 
-// A free staging buffer
+// The buffer whose turn it is, once the GPU no longer needs what it held
 static int* begin_batch(Loader* loader) {
     CHECK_CUDA(cudaEventSynchronize(loader->sent[loader->turn]));
     return loader->staging[loader->turn];
 }
 
-// Rows position … position + B - 1 → staging[turn]
+// Reads rows position … position + B - 1 into staging[turn], unless they are there already.
 static void read_batch(Loader* loader, int B, int64_t position) {
     if (loader->staged == position) { return; }
-    int T = loader->T, BT = B * T, *inputs = begin_batch(loader), *index = inputs + 2 * BT;
+    int T = loader->T;
+    int BT = B * T;
+    int* inputs = begin_batch(loader);
+    int* targets = inputs + BT;
+    int* index = targets + BT;
     int* row = (int*)malloc((T + 1) * sizeof(int));
     for (int b = 0; b < B; b++) {
-        int64_t epoch = (position + b) / loader->n_rows, i = (position + b) % loader->n_rows;
+        int64_t epoch = (position + b) / loader->n_rows;
+        int64_t i = (position + b) % loader->n_rows;
         if (epoch != loader->epoch) {
-            permute(loader->seed, epoch, loader->order, loader->n_rows);
+            shuffle_rows(loader->seed, epoch, loader->order, loader->n_rows);
             loader->epoch = epoch;
         }
         read_tokens(loader->shards, (int64_t)loader->order[i] * T, T + 1, row, loader->V);
         memcpy(inputs + b * T, row, T * sizeof(int));
-        memcpy(inputs + (B + b) * T, row + 1, T * sizeof(int));
+        memcpy(targets + b * T, row + 1, T * sizeof(int));
     }
     free(row);
     loader->n_groups = index_tokens(inputs, BT, loader->counts, loader->V, index, index + BT,
@@ -3247,57 +4022,74 @@ static void read_batch(Loader* loader, int B, int64_t position) {
     loader->staged = position;
 }
 
-const int64_t VAL_TOKENS = 1 << 20;         // of an evaluation; only the last one is of all
+// Losses (BT) of the batch in staging[turn], on the CPU; 0 where the target is -1
+static void batch_losses(Model* model, Loader* loader, float* losses) {
+    send_batch(loader, model);
+    forward(model, false);
+    CHECK_CUDA(cudaMemcpyAsync(losses, model->losses,
+                               (size_t)model->B * model->T * sizeof(float),
+                               cudaMemcpyDeviceToHost, model->stream));
+    CHECK_CUDA(cudaStreamSynchronize(model->stream));
+}
 
-struct Evaluation { double val_loss, val_bpb; };        // val_bpb 0: no token_bytes.npy
+const int64_t VAL_TOKENS = 1 << 20;     // per evaluation; the last one uses the whole split
 
-// Val loss in nats a token, and bits per byte of text, which <|endoftext|> (0 bytes) is not.
-static Evaluation evaluate(Model* model, Loader* loader, Shards shards, const int* token_bytes,
-                           int64_t max_tokens, Ranks* ranks) {
-    int B = model->B, T = model->T, BT = B * T;
-    int64_t n = (shards.n_tokens < max_tokens + 1 ? shards.n_tokens : max_tokens + 1) - 1;
+struct ValLoss { double val_loss, val_bpb; };       // val_bpb 0: no token_bytes.npy
+
+// The loss on the first tokens of a split in nats a token, and in bits per byte of text: total nats
+// / (ln 2 · total bytes), where <|endoftext|>, of 0 bytes, counts in neither total. Rows are cut as
+// in training, and the last may be short; ranks take batches in turns.
+static ValLoss evaluate(Model* model, Loader* loader, Shards shards, const int* token_bytes,
+                        int64_t max_tokens, Ranks* ranks) {
+    int B = model->B, T = model->T;
+    int BT = B * T;
+    int64_t n = min(shards.n_tokens - 1, max_tokens);       // targets
     int64_t n_rows = ceil_div(n, (int64_t)T);
-    double sums[4] = {};                    // nats, tokens, nats of text, bytes of text
+    // sums of floats over a whole split need doubles
+    double nats = 0, tokens = 0, text_nats = 0, text_bytes = 0;
     float* losses = (float*)malloc(BT * sizeof(float));
     int* row = (int*)malloc((T + 1) * sizeof(int));
     for (int64_t first = ranks->rank * B; first < n_rows; first += (int64_t)B * ranks->world_size) {
-        int *inputs = begin_batch(loader), *targets = inputs + BT;
+        int* inputs = begin_batch(loader);
+        int* targets = inputs + BT;
         for (int b = 0; b < B; b++) {
-            int64_t start = (first + b) * T, left = n - start;
-            int count = left < 0 ? 0 : left < T ? (int)left : T;
+            int64_t start = (first + b) * T;
+            int count = (int)max((int64_t)0, min(n - start, (int64_t)T));
             if (count > 0) { read_tokens(shards, start, count + 1, row, loader->V); }
-            for (int t = 0; t < T; t++) {
+            for (int t = 0; t < T; t++) {       // target -1: no loss
                 inputs[b * T + t] = t < count ? row[t] : 0;
                 targets[b * T + t] = t < count ? row[t + 1] : -1;
             }
         }
-        send_batch(loader, model);
-        forward(model, false);
-        CHECK_CUDA(cudaMemcpyAsync(losses, model->losses, BT * sizeof(float),
-                                   cudaMemcpyDeviceToHost, model->stream));
-        CHECK_CUDA(cudaStreamSynchronize(model->stream));
+        batch_losses(model, loader, losses);
         for (int i = 0; i < BT; i++) {
-            int bytes = targets[i] >= 0 && token_bytes != NULL ? token_bytes[targets[i]] : 0;
-            sums[0] += losses[i], sums[1] += targets[i] >= 0;
-            sums[2] += bytes > 0 ? losses[i] : 0, sums[3] += bytes;
+            if (targets[i] < 0) { continue; }
+            nats += losses[i];
+            tokens++;
+            int bytes = token_bytes != NULL ? token_bytes[targets[i]] : 0;
+            text_bytes += bytes;
+            if (bytes > 0) { text_nats += losses[i]; }
         }
     }
-    free(losses), free(row);
+    free(losses);
+    free(row);
+    double sums[] = {nats, tokens, text_nats, text_bytes};
     ranks_sum(ranks, sums, 4);
     return {sums[0] / fmax(1, sums[1]), sums[2] / log(2) / fmax(1, sums[3])};
 }
 
-// <data>/token_bytes.npy: int32 of each token's bytes, or NULL where there is none
+// <data>/token_bytes.npy: the number of bytes of each token, or NULL if there is no such file
 static int* read_token_bytes(const char* data, int V) {
     const char* path = joined(data, "token_bytes.npy");
     char* npy = read_file(path);
     if (npy == NULL) { return NULL; }
+    // .npy: 8 bytes of magic and version, 2 of the header's size, the header, a Python dict; data
     uint16_t header_size;
     memcpy(&header_size, npy + 8, 2);
     char shape[64];
     snprintf(shape, sizeof shape, "'shape': (%d,)", V);
     if (strstr(npy + 10, "<i4") == NULL || strstr(npy + 10, shape) == NULL) {
-        die("%s is no int32 array of %d; it has the bytes of each token; run python "
+        die("%s is not an int32 array of %d numbers, one for each token; run python "
             "prepare_fineweb.py tokenize again", path, V);
     }
     int* bytes = (int*)malloc(V * sizeof(int));
@@ -3307,103 +4099,160 @@ static int* read_token_bytes(const char* data, int V) {
 }
 
 // ---- §16 Flags ----------------------------------------------------------------------------------
+//
+// The flags of train_gpt2.py, with their names and meanings. One table drives parsing, --help and
+// the header of the log.
 
+// Defaults of 0 and NULL mean that no flag was given; plan_batch and main then choose a value.
 struct Arguments {
-    const char *model = "gpt2", *config = "", *data = NULL, *out = NULL, *init_from = NULL;
+    const char* model = "gpt2";
+    const char* config = "";
+    const char* data = NULL;
+    const char* out = NULL;
+    const char* init_from = NULL;
     const char* core_dir = NULL;
-    int64_t resume = 0, max_steps = 0, total_batch_size = 0, batch_size = 0, seq_len = 0;
-    int64_t eval_every = 250, save_every = 1000, seed = 1337, recompute = 0, profile = 0;
+    bool resume = false;
+    bool profile = false;
+    int64_t max_steps = 0;
+    int64_t total_batch_size = 0;       // tokens
+    int64_t batch_size = 0;             // rows
+    int64_t seq_len = 0;                // tokens
+    int64_t eval_every = 250;           // steps
+    int64_t save_every = 1000;          // steps
+    int64_t seed = 1337;
+    int64_t recompute = 0;
     int64_t deterministic = 1;
-    double lr = 0, gpu_hour_usd = 0;
+    double lr = 0;
+    double gpu_hour_usd = 0;
 };
 
+// A flag's value goes to one of four places, by its type; the other three are NULL.
 struct Flag {
     const char *name, *help;
-    const char** text;          // one of these three is where the value goes
+    const char** text;
     int64_t* integer;
     double* real;
+    bool* is_on;                // a switch, which has no value, like --resume
 };
 
+static Flag text_flag(const char* name, const char** text, const char* help) {
+    return {name, help, text, NULL, NULL, NULL};
+}
+static Flag integer_flag(const char* name, int64_t* integer, const char* help) {
+    return {name, help, NULL, integer, NULL, NULL};
+}
+static Flag real_flag(const char* name, double* real, const char* help) {
+    return {name, help, NULL, NULL, real, NULL};
+}
+static Flag switch_flag(const char* name, bool* is_on, const char* help) {
+    return {name, help, NULL, NULL, NULL, is_on};
+}
+
+// Set once, before anything else runs; plan_batch fills in the rest.
 static Arguments arguments;
+
 static const Flag FLAGS[] = {
-    {"model", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or dN: N layers", &arguments.model, NULL,
-     NULL},
-    {"config", "block_size=256 n_layer=2 n_head=2 n_embd=128", &arguments.config, NULL, NULL},
-    {"data", "folder with *_train_*.bin and *_val_*.bin", &arguments.data, NULL, NULL},
-    {"out", "run folder", &arguments.out, NULL, NULL},
-    {"resume", "continue from <out>/state, if any", NULL, &arguments.resume, NULL},
-    {"init_from", "weights and shape: a run's folder", &arguments.init_from, NULL, NULL},
-    {"max_steps", "steps (default: by the model's size)", NULL, &arguments.max_steps, NULL},
-    {"total_batch_size", "tokens a step, over all ranks", NULL, &arguments.total_batch_size, NULL},
-    {"batch_size", "rows at a time on one rank", NULL, &arguments.batch_size, NULL},
-    {"seq_len", "tokens of a row (default, and at most: the model's block_size)", NULL,
-     &arguments.seq_len, NULL},
-    {"lr", "AdamW's, or for dN Muon's, peak learning rate", NULL, NULL, &arguments.lr},
-    {"eval_every", "steps between evaluations", NULL, &arguments.eval_every, NULL},
-    {"core_dir", "eval_bundle folder: HellaSwag at evaluations", &arguments.core_dir, NULL, NULL},
-    {"save_every", "steps between saved states", NULL, &arguments.save_every, NULL},
-    {"gpu_hour_usd", "price of one GPU hour: shows the cost", NULL, NULL, &arguments.gpu_hour_usd},
-    {"seed", "of the weights and the rows' order", NULL, &arguments.seed, NULL},
-    {"recompute", "in the backward pass: 1 GELU, 2 also the norms", NULL, &arguments.recompute,
-     NULL},
-    {"deterministic", "1: the same run gives the same bits; it always does here", NULL,
-     &arguments.deterministic, NULL},
-    {"profile", "time each kernel of steps 10-12", NULL, &arguments.profile, NULL},
+    text_flag("model", &arguments.model, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or dN: N layers"),
+    text_flag("config", &arguments.config, "other sizes: block_size=256 n_layer=2 n_head=2 …"),
+    text_flag("data", &arguments.data, "folder with *_train_*.bin and *_val_*.bin"),
+    text_flag("out", &arguments.out, "run folder"),
+    switch_flag("resume", &arguments.resume, "continue from <out>/state, if there is one"),
+    text_flag("init_from", &arguments.init_from,
+              "begin with this model: a run's folder, or gpt2 … gpt2-xl"),
+    integer_flag("max_steps", &arguments.max_steps, "steps (default: by the model's size)"),
+    integer_flag("total_batch_size", &arguments.total_batch_size, "tokens a step, over all ranks"),
+    integer_flag("batch_size", &arguments.batch_size, "rows at a time on one rank"),
+    integer_flag("seq_len", &arguments.seq_len,
+                 "tokens in a row (default, and at most: the model's block_size)"),
+    real_flag("lr", &arguments.lr, "peak learning rate of AdamW, or for dN of Muon"),
+    integer_flag("eval_every", &arguments.eval_every, "steps between evaluations"),
+    text_flag("core_dir", &arguments.core_dir, "eval_bundle folder: also evaluate HellaSwag"),
+    integer_flag("save_every", &arguments.save_every, "steps between saved states"),
+    real_flag("gpu_hour_usd", &arguments.gpu_hour_usd,
+              "price of one GPU hour in dollars: show the run's cost"),
+    integer_flag("seed", &arguments.seed, "seed of the initial weights and of the order of rows"),
+    integer_flag("recompute", &arguments.recompute,
+                 "to save memory, compute again in the backward pass: 1 GELU, 2 also the norms"),
+    integer_flag("deterministic", &arguments.deterministic,
+                 "1: the same run gives the same bits, which is always so here"),
+    switch_flag("profile", &arguments.profile, "time each kernel of steps 10-12"),
 };
 
+// The flag that a word like "--seed" names, or NULL
 static const Flag* find_flag(const char* word) {
+    if (!starts_with(word, "--")) { return NULL; }
     for (const Flag& flag : FLAGS) {
-        if (strncmp(word, "--", 2) == 0 && strcmp(word + 2, flag.name) == 0) { return &flag; }
+        if (strcmp(word + 2, flag.name) == 0) { return &flag; }
     }
     return NULL;
 }
 
-static void parse_arguments(int argc, char** argv) {
-    static char config[1024];           // --config takes several words
-    for (int i = 1; i < argc; i++) {
-        const Flag* flag = find_flag(argv[i]);
-        if (strcmp(argv[i], "--help") == 0) {
-            for (const Flag& each : FLAGS) { printf("--%-18s%s\n", each.name, each.help); }
-            exit(0);
-        }
-        for (const char* name : {"--device", "--fp8"}) {
-            if (strcmp(argv[i], name) != 0) { continue; }
-            die("%s is a flag of train_gpt2.py; this trainer is for GPUs, without 8 bits; leave it "
-                "out", name);
-        }
-        if (flag == NULL) { die("%s is no flag; they are those of --help; look there", argv[i]); }
-        if (flag->integer == &arguments.resume || flag->integer == &arguments.profile) {
-            *flag->integer = 1;
-            continue;
-        }
-        if (i + 1 == argc) { die("%s has no value; it needs one; see --help", argv[i]); }
-        char *value = argv[++i], *end = NULL;
-        if (flag->text == &arguments.config) {
-            for (i--; i + 1 < argc && strncmp(argv[i + 1], "--", 2) != 0; i++) {
-                strncat(config, argv[i + 1], sizeof config - strlen(config) - 2);
-                strcat(config, " ");
-            }
-            arguments.config = config;
-        } else if (flag->text != NULL) {
-            *flag->text = value;
-        } else if (flag->integer != NULL) {
-            *flag->integer = strtoll(value, &end, 10);
-        } else {
-            *flag->real = strtod(value, &end);
-        }
-        if (end != NULL && (*end != '\0' || end == value)) {
-            die("--%s %s: not a number; %s; see --help", flag->name, value, flag->help);
-        }
+[[noreturn]] static void print_help() {
+    for (const Flag& flag : FLAGS) { printf("--%-18s%s\n", flag.name, flag.help); }
+    exit(0);
+}
+
+// --config takes all words up to the next flag, and joins them: "n_layer=2 n_head=2 ". Returns the
+// index of the last of them.
+static int parse_config(int argc, char** argv, int i) {
+    static char config[1024];
+    config[0] = '\0';
+    while (i + 1 < argc && !starts_with(argv[i + 1], "--")) {
+        i++;
+        strncat(config, argv[i], sizeof config - strlen(config) - 2);
+        strcat(config, " ");
     }
-    if (arguments.data == NULL || arguments.out == NULL) {
-        die("--data or --out is missing; training reads shards and writes a run; try --data "
-            "data/fineweb --out runs/gpt2");
+    arguments.config = config;
+    return i;
+}
+
+// Stores the word after a flag; a number must be a number to its last letter.
+static void parse_value(const Flag* flag, char* value) {
+    char* end = NULL;           // where strtoll or strtod stopped
+    if (flag->text != NULL) {
+        *flag->text = value;
+        return;
     }
-    if (arguments.eval_every < 1 || arguments.save_every < 1) {
-        die("--eval_every or --save_every is below 1; both count steps; try --eval_every 250");
+    if (flag->integer != NULL) {
+        *flag->integer = strtoll(value, &end, 10);
+    } else {
+        *flag->real = strtod(value, &end);
+    }
+    if (*end != '\0' || end == value) {
+        die("--%s must be a number, got %s; see --help", flag->name, value);
     }
 }
 
+static void parse_arguments(int argc, char** argv) {
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--help") == 0) { print_help(); }
+        if (strcmp(argv[i], "--device") == 0 || strcmp(argv[i], "--fp8") == 0) {
+            die("%s is a flag of train_gpt2.py, not of the CUDA trainer; leave it out", argv[i]);
+        }
+        const Flag* flag = find_flag(argv[i]);
+        if (flag == NULL) { die("%s is not a flag; see --help", argv[i]); }
+        if (flag->is_on != NULL) {
+            *flag->is_on = true;
+            continue;
+        }
+        if (i + 1 == argc) { die("%s has no value; see --help", argv[i]); }
+        if (flag->text == &arguments.config) {
+            i = parse_config(argc, argv, i);
+        } else {
+            i++;
+            parse_value(flag, argv[i]);
+        }
+    }
+    if (arguments.data == NULL || arguments.out == NULL) {
+        die("--data or --out is missing; try --data data/fineweb --out runs/gpt2");
+    }
+    if (arguments.eval_every < 1 || arguments.save_every < 1) {
+        die("--eval_every and --save_every must be at least 1, got %lld and %lld; try 250 and 1000",
+            (long long)arguments.eval_every, (long long)arguments.save_every);
+    }
+}
+
+// The number of key=number in a list like "n_layer=2 n_head=2 "
 static int matched_integer(const char* text, const char* key, int fallback) {
     char pattern[32];
     snprintf(pattern, sizeof pattern, "%s=", key);
@@ -3411,41 +4260,43 @@ static int matched_integer(const char* text, const char* key, int fallback) {
     return found != NULL ? atoi(found + strlen(pattern)) : fallback;
 }
 
+// Other fields of GPTConfig would need other kernels.
 static void check_fields(const char* config, bool modern) {
     char words[1024];
     snprintf(words, sizeof words, "%s", config);
     for (char* word = strtok(words, " "); word != NULL; word = strtok(NULL, " ")) {
-        bool known = modern && strncmp(word, "windows=", 8) == 0;
+        bool is_known = modern && starts_with(word, "windows=");
         for (const char* key : {"block_size=", "n_layer=", "n_head=", "n_embd="}) {
-            known = known || strncmp(word, key, strlen(key)) == 0;
+            is_known = is_known || starts_with(word, key);
         }
-        if (!known) {
-            die("--config %s: no such field here; they are block_size, n_layer, n_head, n_embd, "
-                "and windows of dN; the others are train_gpt2.py's", word);
+        if (!is_known) {
+            die("--config %s: the CUDA trainer has only the fields block_size, n_layer, n_head, "
+                "n_embd and, for dN, windows; for others use python train_gpt2.py", word);
         }
     }
 }
 
-static Config choose_config(int V) {
+// The presets of model.py's GPTConfig
+static Config preset(const char* name, int V) {
     const struct { const char* name; int n_layer, n_head, n_embd; } sizes[] = {
         {"gpt2", 12, 12, 768}, {"gpt2-medium", 24, 16, 1024}, {"gpt2-large", 36, 20, 1280},
         {"gpt2-xl", 48, 25, 1600}};
-    Config config = {1024, V};
-    int depth = arguments.model[0] == 'd' ? atoi(arguments.model + 1) : 0;
-    if (depth > 0) {                    // 64 channels a layer, rounded up to heads of 128
-        int NH = ceil_div(64 * depth, 128);
-        config = {2048, V, depth, NH, 128 * NH, true, 15.0, "SSSL"};
-    }
     for (auto size : sizes) {
-        if (strcmp(arguments.model, size.name) == 0) {
-            config.n_layer = size.n_layer, config.n_head = size.n_head;
-            config.n_embd = size.n_embd;
-        }
+        if (strcmp(name, size.name) != 0) { continue; }
+        return {1024, V, size.n_layer, size.n_head, size.n_embd};
     }
-    if (config.n_layer == 0) {
-        die("model '%s' is not a preset; they are gpt2, gpt2-medium, gpt2-large, gpt2-xl and d1, "
-            "d2 …; try --model d12", arguments.model);
+    int depth = name[0] == 'd' ? atoi(name + 1) : 0;
+    if (depth < 1) {
+        die("the model %s does not exist; choose gpt2, gpt2-medium, gpt2-large, gpt2-xl, or d1, "
+            "d2, … as in --model d12", name);
     }
+    int NH = ceil_div(64 * depth, 128);     // 64 channels a layer, rounded up to heads of 128
+    return {2048, V, depth, NH, 128 * NH, true, 15.0, "SSSL"};
+}
+
+// The config of a new model: --model, changed by --config
+static Config choose_config(int V) {
+    Config config = preset(arguments.model, V);
     check_fields(arguments.config, config.modern);
     config.block_size = matched_integer(arguments.config, "block_size", config.block_size);
     config.n_layer = matched_integer(arguments.config, "n_layer", config.n_layer);
@@ -3456,89 +4307,116 @@ static Config choose_config(int V) {
     return config;
 }
 
-// --init_from: a folder; gpt2 … gpt2-xl are where train_gpt2.py puts them
+// The folder of --init_from. OpenAI's names mean the folders into which download.py puts them.
 static const char* init_folder() {
     const char* name = arguments.init_from;
     if (arguments.config[0] != '\0') {
-        die("--config %swith --init_from %s; a checkpoint has its own shape; leave --config out "
-            "(for shorter rows there is --seq_len)", arguments.config, name);
+        die("--config %scannot change the model of --init_from %s; leave --config out (--seq_len "
+            "makes rows shorter)", arguments.config, name);
     }
-    if (strncmp(name, "gpt2", 4) != 0 || access(name, F_OK) == 0) { return name; }
+    if (!starts_with(name, "gpt2") || access(name, F_OK) == 0) { return name; }
     const char* folder = joined("data/openai", name);
     if (access(joined(folder, "model.safetensors"), F_OK) != 0) {
-        die("%s is not there; OpenAI's weights are fetched once, by Python; run python "
-            "train_gpt2.py --init_from %s --data %s --out %s --max_steps 0", folder, name,
-            arguments.data, arguments.out);
+        die("%s does not hold OpenAI's weights yet; run python download.py %s", folder, name);
     }
     return strdup(folder);
 }
 
+// Ends the run unless the kernels can compute this model. A load is 128 bits wide, so C is a
+// multiple of 8; a warp holds at most 256 channels of a head in registers (§7); norms hold four
+// fp32 rows in 48 KB of shared memory, so C is at most 3072 (§5); rotary positions and qk norms of
+// dN share a head out among lanes, so its width is a power of two (§7).
+// V is the size of the shards' vocabulary, T the length of a row.
 static void check_config(Config config, int V, int64_t T) {
-    int C = config.n_embd, NH = config.n_head, HS = NH > 0 ? C / NH : 0;
+    int C = config.n_embd, NH = config.n_head;
+    int HS = NH > 0 ? C / NH : 0;
     if (config.vocab_size != V) {
-        die("the model has %d tokens, the shards' tokenizer %d; both must have the same; take the "
-            "shards of its tokenizer", config.vocab_size, V);
-    }
-    if (NH < 1 || C % NH != 0 || HS > WARP * LANE_CHANNELS || C % 8 != 0 || C > 3072) {
-        die("n_embd %d with n_head %d; heads are equally wide, 256 at most, and n_embd is a "
-            "multiple of 8 up to 3072; try --config n_embd=768 n_head=12", C, NH);
-    }
-    if (config.modern && ((HS & (HS - 1)) != 0 || HS < 2 * W)) {
-        die("n_embd %d with n_head %d: heads of %d; dN's are a power of two wide, from %d to 256; "
-            "try --config n_embd=768 n_head=6", C, NH, HS, 2 * W);
+        die("the model has %d tokens, but the tokenizer of the shards has %d; use the shards of "
+            "the model's tokenizer", config.vocab_size, V);
     }
     if (config.n_layer < 1 || config.block_size < 1) {
-        die("n_layer %d, block_size %d; both are 1 or more; try --config n_layer=12 "
+        die("n_layer and block_size must be at least 1, got %d and %d; try --config n_layer=12 "
             "block_size=1024", config.n_layer, config.block_size);
     }
+    if (NH < 1 || C % NH != 0 || HS > WARP * LANE_CHANNELS || C % 8 != 0 || C > 3072) {
+        die("n_embd must be a multiple of 8 and of n_head, at most 3072 and at most 256 a head, "
+            "got n_embd %d and n_head %d; try --config n_embd=768 n_head=12", C, NH);
+    }
+    bool is_power_of_two = (HS & (HS - 1)) == 0;
+    if (config.modern && (!is_power_of_two || HS < 2 * PACK)) {
+        die("in dN, n_embd / n_head must be a power of two from %d to 256, got %d / %d = %d; "
+            "try --config n_embd=768 n_head=6", 2 * PACK, C, NH, HS);
+    }
     if (T < 1 || T > config.block_size) {
-        die("--seq_len %lld; the model has %d positions, and a row 1 to as many; try --seq_len %d",
-            (long long)T, config.block_size, config.block_size);
+        die("--seq_len must be from 1 to the model's %d positions, got %lld; try --seq_len %d",
+            config.block_size, (long long)T, config.block_size);
     }
 }
 
 // ---- §17 The log and saved states ---------------------------------------------------------------
+//
+// The twin of RunLog, save_state and load_state in training.py, and of is_spike in train_gpt2.py:
+//   <run>/log.jsonl                                  JSON lines: the header, steps, samples
+//   <run>/config.json, model.safetensors             the model, in fp32
+//   <run>/state/step_000250/rank_00000.safetensors   masters and moments of a rank's parts
+//   <run>/state/step_000250/state.json               step, position, settings, last losses
+// The log and the model are those that Python writes. States have a layout of their own, because
+// ranks own parts of buckets here and whole parameters there: a trainer resumes its own runs alone.
 
+// `started`: on the clock of seconds_now
 struct Log { FILE* file; int64_t max_steps; double started; bool is_main; };
 
+// On a clock that never jumps, as the time of day may
 static double seconds_now() {
     timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec + now.tv_nsec * 1e-9;
 }
 
+// Like mkdir -p
 static void make_folders(const char* path) {
     char part[4096];
     snprintf(part, sizeof part, "%s", path);
     for (char* at = part + 1; *at != '\0'; at++) {
-        if (*at == '/') { *at = '\0', mkdir(part, 0777), *at = '/'; }
+        if (*at != '/') { continue; }
+        *at = '\0';
+        mkdir(part, 0777);
+        *at = '/';
     }
     mkdir(part, 0777);
 }
 
-// Rows after the resumed step are going to come again: they are dropped.
+// Copies the old log's lines up to the resumed step; those after it will be written again. Then the
+// clock continues from the last line's seconds, so that they count time spent, not time passed.
+static void keep_old_lines(Log* log, char* old, int64_t resume_step) {
+    char* line = old;
+    char* end = strchr(line, '\n');
+    while (end != NULL) {
+        *end = '\0';
+        if (json_number(line, "step", 0) <= resume_step) { fprintf(log->file, "%s\n", line); }
+        if (json_find(line, "seconds") != NULL) {
+            log->started = seconds_now() - json_number(line, "seconds", 0);
+        }
+        line = end + 1;
+        end = strchr(line, '\n');
+    }
+}
+
+// Begins <run>/log.jsonl, or continues it if the run is resumed.
 static Log open_log(int64_t max_steps, int64_t resume_step, bool resumes, bool is_main) {
     Log log = {NULL, max_steps, seconds_now(), is_main};
     if (!is_main) { return log; }
     const char* path = joined(arguments.out, "log.jsonl");
     char* old = resumes ? read_file(path) : NULL;
     log.file = create_part(path);
-    for (char* line = old; line != NULL && strchr(line, '\n') != NULL; ) {
-        char* end = strchr(line, '\n');
-        *end = '\0';
-        if (json_number(line, "step", 0) <= resume_step) { fprintf(log.file, "%s\n", line); }
-        if (json_find(line, "seconds") != NULL) {
-            log.started = seconds_now() - json_number(line, "seconds", 0);
-        }
-        line = end + 1;
-    }
+    if (old != NULL) { keep_old_lines(&log, old, resume_step); }
     finish(log.file, path);
     log.file = fopen(path, "a");
     free(old);
     return log;
 }
 
-// A line on stdout; with a row ("\"loss\": 1") also in log.jsonl. On the main rank only.
+// Prints a line on the main rank and, with a row like "\"loss\": 1", adds it to log.jsonl.
 static void say(Log* log, const char* line, const char* row) {
     if (!log->is_main) { return; }
     printf("%s\n", line);
@@ -3548,16 +4426,29 @@ static void say(Log* log, const char* line, const char* row) {
     fflush(log->file);
 }
 
+// A line alone, by printf's format
+static void say_text(Log* log, const char* format, ...) {
+    char line[4200];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    say(log, line, NULL);
+}
+
 // Two texts that grow together: "loss 3.421875" for the line, "\"loss\": 3.421875" for the row.
 struct Row { char line[1024], row[1024]; };
 
+// Adds a number; format is printf's, for the line
 static void add(Row* row, const char* key, double value, const char* format) {
-    size_t n = strlen(row->line), m = strlen(row->row);
-    snprintf(row->line + n, sizeof row->line - n, " | ");
-    snprintf(row->line + n + 3, sizeof row->line - n - 3, format, value);
+    size_t n = strlen(row->line);
+    size_t m = strlen(row->row);
+    n += snprintf(row->line + n, sizeof row->line - n, " | ");
+    snprintf(row->line + n, sizeof row->line - n, format, value);
     snprintf(row->row + m, sizeof row->row - m, ", \"%s\": %.17g", key, value);
 }
 
+// Every line begins with "step  50/300", every row with "step": 50.
 static Row begin_row(Log* log, int64_t step) {
     Row row = {};
     int width = snprintf(NULL, 0, "%lld", (long long)log->max_steps);
@@ -3567,54 +4458,68 @@ static Row begin_row(Log* log, int64_t step) {
     return row;
 }
 
+// As Python prints a timedelta: "eta 1 day, 2:03:04"
 static void add_eta(Row* row, double seconds) {
-    char eta[64];
-    int s = (int)seconds, days = s / 86400;
-    int n = days > 0 ? snprintf(eta, sizeof eta, "%d day%s, ", days, days > 1 ? "s" : "") : 0;
+    int s = (int)seconds;
+    int days = s / 86400;
+    char eta[64] = "";
+    if (days > 0) { snprintf(eta, sizeof eta, "%d day%s, ", days, days > 1 ? "s" : ""); }
+    size_t n = strlen(eta);
     snprintf(eta + n, sizeof eta - n, "%d:%02d:%02d", s / 3600 % 24, s / 60 % 60, s % 60);
     add(row, "eta", seconds, "eta ");
     strcat(row->line, eta);
 }
 
+// The last losses or norms. A step is skipped if its loss or norm is a spike: more than 7 standard
+// deviations above the mean of the last 128.
 const int SPIKE_WINDOW = 128;
 const double SPIKE_Z = 7.0;
 struct Window { double values[SPIKE_WINDOW]; int n; };
 
+// Never true before the window is full
 static bool is_spike(const Window* window, double value) {
     if (window->n < SPIKE_WINDOW) { return false; }
-    double mean = 0, square = 0;
+    double mean = 0;
+    double variance = 0;
     for (double v : window->values) { mean += v / SPIKE_WINDOW; }
-    for (double v : window->values) { square += (v - mean) * (v - mean) / SPIKE_WINDOW; }
-    return value - mean > SPIKE_Z * sqrt(square);
+    for (double v : window->values) { variance += (v - mean) * (v - mean) / SPIKE_WINDOW; }
+    return value - mean > SPIKE_Z * sqrt(variance);
 }
 
+// Adds a value; a full window drops its oldest.
 static void push(Window* window, double value) {
     if (window->n == SPIKE_WINDOW) {
-        memmove(window->values, window->values + 1, sizeof(double) * --window->n);
+        window->n--;
+        memmove(window->values, window->values + 1, sizeof(double) * window->n);
     }
-    window->values[window->n++] = value;
+    window->values[window->n] = value;
+    window->n++;
 }
 
-// What a run is at a step, besides weights and moments
+// The version of state.json. It grows whenever an older state would be resumed with another result,
+// as when the order of the rows changed (2).
+const int STATE_VERSION = 2;
+
+// Where a run is, besides its weights and moments
 struct State {
-    int64_t step, position, optimizer_steps;
+    int64_t step, position;         // position: rows read (§15)
+    int64_t optimizer_steps;        // less than step by the skipped ones
     double usd;
     Window losses, norms;
 };
 
 // The flags that decide what is computed; a resumed run must have the same.
 static void write_settings(FILE* file, Config config, int64_t n_tokens) {
-    fprintf(file, "\"settings\": {\"format_version\": 1, \"block_size\": %d, \"vocab_size\": %d, "
-            "\"n_layer\": %d, \"n_head\": %d, \"n_embd\": %d, \"windows\": \"%s\", "
-            "\"total_batch_size\": %lld, \"seq_len\": %lld, "
-            "\"max_steps\": %lld, \"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, "
-            "\"bf16\": %d}", config.block_size, config.vocab_size, config.n_layer, config.n_head,
-            config.n_embd, config.windows, (long long)arguments.total_batch_size,
-            (long long)arguments.seq_len,
-            (long long)arguments.max_steps, (long long)arguments.seed, arguments.lr,
-            (long long)n_tokens, BF16);
+    const Arguments& a = arguments;
+    fprintf(file, "\"settings\": {\"model\": ");
+    write_config(file, config);
+    fprintf(file, ", \"total_batch_size\": %lld, \"seq_len\": %lld, \"max_steps\": %lld, "
+            "\"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, \"bf16\": %d}",
+            (long long)a.total_batch_size, (long long)a.seq_len, (long long)a.max_steps,
+            (long long)a.seed, a.lr, (long long)n_tokens, BF16);
 }
 
+// A window as a JSON list; %.17g and strtod keep every bit of a double.
 static void write_window(FILE* file, const char* name, const Window* window) {
     fprintf(file, ",\n\"%s\": [", name);
     for (int i = 0; i < window->n; i++) {
@@ -3625,18 +4530,20 @@ static void write_window(FILE* file, const char* name, const Window* window) {
 
 static Window read_window(const char* text, const char* name) {
     Window window = {};
-    const char* at = json_find(text, name);
-    for (at = at != NULL ? at + 1 : "]"; *at != ']' && *at != '\0'; at += strspn(at, ", ")) {
-        window.values[window.n++] = strtod(at, (char**)&at);
+    const char* list = json_find(text, name);
+    if (list == NULL) { return window; }
+    char* at = (char*)list + 1;
+    while (*at != ']' && *at != '\0') {
+        window.values[window.n] = strtod(at, &at);
+        window.n++;
+        at += strspn(at, ", ");
     }
     return window;
 }
 
-// <run>/config.json and model.safetensors, as model.py's save_checkpoint writes them
-static void save_checkpoint(Model* model, Ranks* ranks, int64_t step, double val_bpb) {
-    save_weights(model, ranks, joined(arguments.out, "model.safetensors"));
-    if (ranks->rank != 0) { return; }
-    Config c = model->config;
+// config.json, as save_checkpoint of model.py writes it. All but the last entry is what HF's
+// transformers reads; "deepdive" is what our own scripts read.
+static void save_config(Config c, int64_t step, double val_bpb) {
     char* tokenizer = read_file(joined(arguments.data, "tokenizer/tokenizer.json"));
     double eot = tokenizer != NULL ? json_number(tokenizer, "<|endoftext|>", 50256) : 50256;
     free(tokenizer);
@@ -3646,24 +4553,23 @@ static void save_checkpoint(Model* model, Ranks* ranks, int64_t step, double val
             " \"model_type\": \"%s\",\n \"architectures\": [\"GPT2LMHeadModel\"],\n"
             " \"n_positions\": %d,\n \"activation_function\": \"gelu_new\",\n"
             " \"layer_norm_epsilon\": 1e-05,\n \"embd_pdrop\": 0.0,\n \"attn_pdrop\": 0.0,\n"
-            " \"resid_pdrop\": 0.0,\n \"tie_word_embeddings\": %s,\n \"eos_token_id\": %.0f,\n"
-            " \"deepdive\": {\n"
-            "  \"format_version\": 1,\n  \"stage\": \"pretrain\",\n  \"step\": %lld,\n",
+            " \"resid_pdrop\": 0.0,\n \"tie_word_embeddings\": %s,\n \"eos_token_id\": %.0f,\n",
             c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.modern ? "deepdive" : "gpt2",
-            c.block_size, c.modern ? "false" : "true", eot, (long long)step);
+            c.block_size, c.modern ? "false" : "true", eot);
+    fprintf(file, " \"deepdive\": {\n  \"format_version\": 1,\n  \"stage\": \"pretrain\",\n"
+            "  \"step\": %lld,\n", (long long)step);
     if (val_bpb > 0) { fprintf(file, "  \"val_bpb\": %.17g,\n", val_bpb); }
-    fprintf(file, "  \"model\": {\"block_size\": %d, \"vocab_size\": %d, \"n_layer\": %d, "
-            "\"n_head\": %d, \"n_embd\": %d", c.block_size, c.vocab_size, c.n_layer, c.n_head,
-            c.n_embd);
-    for (const char* field : MODERN_FIELDS) {
-        if (c.modern) { fprintf(file, ", \"%s\": true", field); }
-    }
-    if (c.modern) {
-        fprintf(file, ", \"bias\": false, \"tied_head\": false, \"softcap\": %.17g, "
-                "\"windows\": \"%s\"", c.softcap, c.windows);
-    }
-    fprintf(file, "}\n }\n}\n");
+    fprintf(file, "  \"model\": ");
+    write_config(file, c);
+    fprintf(file, "\n }\n}\n");
     finish(file, path);
+}
+
+// <run>/model.safetensors, config.json and the tokenizer, if there is one
+static void save_checkpoint(Model* model, Ranks* ranks, int64_t step, double val_bpb) {
+    save_weights(model, ranks, joined(arguments.out, "model.safetensors"));
+    if (ranks->rank != 0) { return; }
+    save_config(model->config, step, val_bpb);
     for (const char* name : {"tokenizer/tokenizer.json", "tokenizer/tokenizer.tiktoken"}) {
         char* text = read_file(joined(arguments.data, name));
         if (text == NULL) { continue; }
@@ -3675,31 +4581,33 @@ static void save_checkpoint(Model* model, Ranks* ranks, int64_t step, double val
     }
 }
 
+// A rank's state is three fp32 arrays in the order of its parts (§12): master weights, first
+// moments m (Muon's momentum) and second moments v.
+const char* const STATE_TENSORS[] = {"masters", "m", "v"};
+enum { MASTERS, FIRST_MOMENTS, SECOND_MOMENTS, N_STATE_TENSORS };
+
+// Elements of one of these arrays
+static int64_t state_size(Table table, const Part* parts, int tensor) {
+    Part end = parts[table.n_buckets];
+    return tensor == SECOND_MOMENTS ? end.v : end.state;
+}
+
+// Six digits, so that folders sort by their steps
 static void state_folder(char* path, int64_t step) {
     snprintf(path, 4096, "%s/state/step_%06lld", arguments.out, (long long)step);
 }
 
-const char* const STATE_TENSORS[] = {"masters", "m", "v"};
-
-static int64_t state_size(Table table, const Part* parts, int tensor) {
-    return tensor < 2 ? parts[table.n_buckets].state : parts[table.n_buckets].v;
-}
-
-// <run>/state/step_N: each rank its shard, then state.json on rank 0, without which the folder does
-// not count. Killed at any moment, the newest complete state is whole. Older ones go.
-static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n_tokens) {
-    char folder[4096], name[64];
-    state_folder(folder, state->step);
-    make_folders(folder);
+// Writes this rank's arrays to <folder>/rank_N.safetensors.
+static void save_shard(Model* model, Ranks* ranks, const char* folder) {
+    char name[64];
     snprintf(name, sizeof name, "rank_%05d.safetensors", ranks->rank);
     const char* path = joined(folder, name);
     FILE* file = create_part(path);
-    write_header(file, 3, [&](int i, char* tensor, int64_t* rows, int64_t*) {
-        strcpy(tensor, STATE_TENSORS[i]);
-        *rows = state_size(model->table, model->parts, i);
+    write_header(file, N_STATE_TENSORS, [&](int i) {
+        return Entry{STATE_TENSORS[i], state_size(model->table, model->parts, i), 0};
     }, path);
     const float* from[] = {model->masters, model->m, model->v};
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < N_STATE_TENSORS; i++) {
         int64_t bytes = state_size(model->table, model->parts, i) * sizeof(float);
         float* values = (float*)malloc(bytes);
         CHECK_CUDA(cudaMemcpyAsync(values, from[i], bytes, cudaMemcpyDeviceToHost, model->stream));
@@ -3708,240 +4616,360 @@ static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n
         free(values);
     }
     finish(file, path);
-    double one = 1;
-    ranks_sum(ranks, &one, 1);              // every rank's file is there
-    if (ranks->rank == 0) {
-        path = joined(folder, "state.json");
-        file = create_part(path);
-        fprintf(file, "{\"step\": %lld, \"position\": %lld, \"optimizer_steps\": %lld, "
-                "\"usd\": %.17g, \"world_size\": %d,\n", (long long)state->step,
-                (long long)state->position, (long long)state->optimizer_steps, state->usd,
-                ranks->world_size);
-        write_settings(file, model->config, n_tokens);
-        write_window(file, "losses", &state->losses);
-        write_window(file, "norms", &state->norms);
-        fprintf(file, "}\n");
-        finish(file, path);
-        glob_t found;
-        char pattern[4200];
-        snprintf(pattern, sizeof pattern, "%s/state/step_*/*", arguments.out);
-        for (size_t i = 0; glob(pattern, 0, NULL, &found) == 0 && i < found.gl_pathc; i++) {
-            if (strncmp(found.gl_pathv[i], folder, strlen(folder)) == 0) { continue; }
-            unlink(found.gl_pathv[i]);
-            *strrchr(found.gl_pathv[i], '/') = '\0';
-            rmdir(found.gl_pathv[i]);       // succeeds with the folder's last file
-        }
-    }
-    ranks_sum(ranks, &one, 1);
 }
 
-// The newest step with a state.json, or -1
+// state.json: where the run is, its settings, and the windows that is_spike needs
+static void write_state(Config config, Ranks* ranks, const State* state, int64_t n_tokens,
+                        const char* path) {
+    FILE* file = create_part(path);
+    fprintf(file, "{\"format_version\": %d, \"step\": %lld, \"position\": %lld, "
+            "\"optimizer_steps\": %lld, \"usd\": %.17g, \"world_size\": %d,\n", STATE_VERSION,
+            (long long)state->step, (long long)state->position,
+            (long long)state->optimizer_steps, state->usd, ranks->world_size);
+    write_settings(file, config, n_tokens);
+    write_window(file, "losses", &state->losses);
+    write_window(file, "norms", &state->norms);
+    fprintf(file, "}\n");
+    finish(file, path);
+}
+
+// Deletes all states but the one in `folder`. An interrupted save leaves one without state.json.
+static void delete_other_states(const char* folder) {
+    char pattern[4200];
+    snprintf(pattern, sizeof pattern, "%s/state/step_*/*", arguments.out);
+    glob_t found;
+    if (glob(pattern, 0, NULL, &found) != 0) { return; }
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        char* path = found.gl_pathv[i];
+        if (starts_with(path, folder)) { continue; }
+        unlink(path);
+        *strrchr(path, '/') = '\0';
+        rmdir(path);                // succeeds after the folder's last file
+    }
+    globfree(&found);
+}
+
+// <run>/state/step_N: each rank writes its shard, then rank 0 writes state.json, without which the
+// folder does not count, and deletes older states. So a run that is killed at any moment has a
+// complete state of one step.
+static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n_tokens) {
+    char folder[4096];
+    state_folder(folder, state->step);
+    make_folders(folder);
+    save_shard(model, ranks, folder);
+    barrier(ranks);                 // now every rank's shard is there
+    if (ranks->rank == 0) {
+        write_state(model->config, ranks, state, n_tokens, joined(folder, "state.json"));
+        delete_other_states(folder);
+    }
+    barrier(ranks);
+}
+
+// The newest step that has a state.json, or -1. glob sorts by name, and so by step.
 static int64_t newest_state() {
     char pattern[4096];
     snprintf(pattern, sizeof pattern, "%s/state/step_*/state.json", arguments.out);
     glob_t found;
     if (glob(pattern, 0, NULL, &found) != 0) { return -1; }
-    char* path = found.gl_pathv[found.gl_pathc - 1];
+    const char* path = found.gl_pathv[found.gl_pathc - 1];
     int64_t step = atoll(path + strlen(path) - strlen("000000/state.json"));
     globfree(&found);
     return step;
 }
 
-// Which elements of a bucket a rank has of a state tensor, and where: m and v of Muon differ
+// Which elements of a bucket, counted from its first, a rank has of a state tensor; the first of
+// them is element `at` of the rank's array. A Muon bucket's v has a count of its own.
 struct Range { int64_t first, end, at; };
 
 static Range state_range(Table table, const Part* parts, int b, int tensor) {
-    int64_t first = parts[b].first - table.buckets[b].offset;
-    if (tensor < 2) { return {first, first + parts[b].size, parts[b].state}; }
-    first = table.buckets[b].is_muon() ? 0 : first;
-    return {first, first + parts[b + 1].v - parts[b].v, parts[b].v};
+    Bucket bucket = table.buckets[b];
+    Part part = parts[b];
+    int64_t first = part.first - bucket.offset;
+    if (tensor != SECOND_MOMENTS) { return {first, first + part.size, part.state}; }
+    if (bucket.is_muon()) { first = 0; }
+    return {first, first + parts[b + 1].v - part.v, part.v};
 }
 
-// Masters and moments from the shards of `old_ranks` ranks: of each bucket, what lies in this
-// rank's part. Buckets of another number of ranks differ in their padding and owners only.
+// Copies what a rank's array `to` and another's array `from` have in common, bucket by bucket. The
+// other is of a run with another number of ranks, where a bucket has the same tensors, but perhaps
+// another padding and other owners.
+static void copy_overlap(float* to, Table table, const Part* parts, const float* from, Table old,
+                         const Part* old_parts, int tensor) {
+    for (int b = 0; b < table.n_buckets; b++) {
+        Range here = state_range(table, parts, b, tensor);
+        Range there = state_range(old, old_parts, b, tensor);
+        int64_t begin = max(here.first, there.first);
+        int64_t end = min(here.end, there.end);
+        if (begin >= end) { continue; }
+        memcpy(to + here.at + begin - here.first, from + there.at + begin - there.first,
+               (end - begin) * sizeof(float));
+    }
+}
+
+// Restores this rank's arrays from the shards of `old_ranks` ranks. If there are as many ranks as
+// before, a rank reads its own shard alone, else all of them, one after another.
 static void load_shards(Model* model, Ranks* ranks, const char* folder, int old_ranks) {
-    Table old = make_table(model->config, old_ranks), table = model->table;
+    Table table = model->table;
+    Table old = make_table(model->config, old_ranks);
     float* to[] = {model->masters, model->m, model->v};
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < N_STATE_TENSORS; i++) {
         int64_t n = state_size(table, model->parts, i);
         float* mine = (float*)calloc(n, sizeof(float));
         for (int r = 0; r < old_ranks; r++) {
             if (old_ranks == ranks->world_size && r != ranks->rank) { continue; }
-            Part* parts = make_parts(old, r, old_ranks);
-            int64_t old_n = state_size(old, parts, i);
+            Part* old_parts = make_parts(old, r, old_ranks);
+            int64_t old_n = state_size(old, old_parts, i);
             float* shard = (float*)malloc(old_n * sizeof(float));
             char name[64];
             snprintf(name, sizeof name, "rank_%05d.safetensors", r);
             SafeTensors file = open_safetensors(joined(folder, name));
             read_tensor(file, STATE_TENSORS[i], old_n, shard);
-            for (int b = 0; b < table.n_buckets; b++) {
-                Range here = state_range(table, model->parts, b, i);
-                Range there = state_range(old, parts, b, i);
-                int64_t begin = max(here.first, there.first), end = min(here.end, there.end);
-                if (begin >= end) { continue; }
-                memcpy(mine + here.at + begin - here.first, shard + there.at + begin - there.first,
-                       (end - begin) * sizeof(float));
-            }
+            copy_overlap(mine, table, model->parts, shard, old, old_parts, i);
             close_safetensors(file);
-            free(shard), free(parts);
+            free(shard);
+            free(old_parts);
         }
         CHECK_CUDA(cudaMemcpy(to[i], mine, n * sizeof(float), cudaMemcpyHostToDevice));
         free(mine);
     }
-    CHECK_CUDA(cudaDeviceSynchronize());        // pageable memory may be on its way still
+    CHECK_CUDA(cudaDeviceSynchronize());        // such a copy may return before it has arrived
 }
 
-// Restores what save_state wrote, for any number of ranks; false where there is nothing to resume.
+// Says which setting of a saved run is not the same any more.
+[[noreturn]] static void die_changed(const char* text, const char* settings) {
+    for (const char* key : {"total_batch_size", "seq_len", "max_steps", "seed", "lr", "n_tokens",
+                            "bf16"}) {
+        double before = json_number(text, key, 0);
+        double now = json_number(settings, key, 0);
+        if (before == now) { continue; }
+        die("%s was begun with %s %.10g, not %.10g; give the same flags, or choose another --out",
+            arguments.out, key, before, now);
+    }
+    die("%s was begun with another --model or --config; give the same flags, or choose another "
+        "--out", arguments.out);
+}
+
+// Restores what save_state wrote, for any number of ranks; false: there is nothing to resume.
 static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_tokens) {
     int64_t step = newest_state();
     if (step >= 0 && !arguments.resume) {
-        die("%s holds a saved run; training again would overwrite it; add --resume to continue it, "
-            "or choose another --out", arguments.out);
+        die("%s holds a saved run, which would be overwritten; add --resume to continue it, or "
+            "choose another --out", arguments.out);
     }
     if (step < 0) { return false; }
     char folder[4096];
     state_folder(folder, step);
     char* text = read_file(joined(folder, "state.json"));
-    char* settings = written([&](FILE* file) {
-        write_settings(file, model->config, n_tokens);
-    });
-    if (strstr(text, settings) == NULL) {
-        die("%s was begun with another %.300s; a resumed run keeps its settings; give the same "
-            "flags, or another --out", arguments.out, json_find(text, "settings"));
+    int version = (int)json_number(text, "format_version", 0);
+    if (version != STATE_VERSION) {
+        die("%s holds a saved state of format %d, but only format %d can be resumed, because the "
+            "order of the rows has changed; train again in another --out", arguments.out, version,
+            STATE_VERSION);
     }
-    state->step = step, state->position = (int64_t)json_number(text, "position", 0);
+    // settings are compared as text: the same settings are written as the same bytes
+    char* settings = to_string([&](FILE* file) { write_settings(file, model->config, n_tokens); });
+    if (strstr(text, settings) == NULL) { die_changed(text, settings); }
+    state->step = step;
+    state->position = (int64_t)json_number(text, "position", 0);
     state->optimizer_steps = (int64_t)json_number(text, "optimizer_steps", 0);
     state->usd = json_number(text, "usd", 0);
-    state->losses = read_window(text, "losses"), state->norms = read_window(text, "norms");
+    state->losses = read_window(text, "losses");
+    state->norms = read_window(text, "norms");
     load_shards(model, ranks, folder, (int)json_number(text, "world_size", 1));
-    free(text), free(settings);
+    free(text);
+    free(settings);
     restore_parameters(model, ranks, (int)state->optimizer_steps);
     return true;
 }
 
 // ---- §18 Questions and samples ------------------------------------------------------------------
+//
+// Shows at evaluations what the model can do: HellaSwag, as run_task of eval.py asks it, and two
+// continuations, as Engine of sample.py writes them, though without a cache.
 
-// Fewer, shorter rows in the memory of the model's own
+// The same model for B rows of T tokens, which must fit in the memory of the model's own.
 static Model shortened(const Model* model, int B, int T) {
     Model part = *model;
-    part.B = B, part.T = T;
+    part.B = B;
+    part.T = T;
     return part;
 }
 
-// HellaSwag as tokens, as eval.py hellaswag writes it: int32 magic, version, n_vocab, the int32s in
-// the file, questions; of each the right answer and the number of answers; of each answer the
-// number of its tokens, <|endoftext|> and the question included, where it begins, and the tokens.
-struct HellaSwag { int* data; int n_questions, longest; };
+// hellaswag.bin, as eval.py hellaswag writes it, is all int32: magic, version, vocabulary size, the
+// number of int32s in the file, the number of questions; then for each question the index of its
+// right answer and the number of answers; then for each answer the number n of its tokens, where
+// the answer begins in them, and the n tokens: <|endoftext|>, question, answer.
+struct HellaSwag { const int* data; int n_questions, longest; };
 
+const int HELLASWAG_MAGIC = 20251121;
+
+// Past an answer's two numbers and its tokens
+static const int* next_answer(const int* answer) { return answer + 2 + answer[0]; }
+
+// Reads the file and finds its longest answer, which decides how long rows must be.
 static HellaSwag open_hellaswag(const char* core_dir, int V) {
     const char* path = joined(core_dir, "hellaswag.bin");
     size_t bytes = 0;
-    int* data = (int*)read_file(path, &bytes);
-    if (data == NULL || data[0] != 20251121 || data[1] != 1 || data[2] != V ||
-        bytes != 4 * (size_t)data[3]) {
-        die("%s is %s; HellaSwag is read as tokens of the model's vocabulary of %d; run python "
-            "eval.py hellaswag --core_dir %s --tokenizer %s/tokenizer", path,
-            data == NULL ? "not there" : "cut short or of another tokenizer", V, core_dir,
-            arguments.data);
+    const int* data = (const int*)read_file(path, &bytes);
+    bool is_valid = data != NULL && data[0] == HELLASWAG_MAGIC && data[1] == 1 && data[2] == V &&
+                    bytes == 4 * (size_t)data[3];
+    if (!is_valid) {
+        die("%s %s; run python eval.py hellaswag --core_dir %s --tokenizer %s/tokenizer", path,
+            data == NULL ? "does not exist" : "is cut short or was made with another tokenizer",
+            core_dir, arguments.data);
     }
     HellaSwag questions = {data + 5, data[4], 0};
-    int* at = questions.data;
+    const int* at = questions.data;
     for (int q = 0; q < questions.n_questions; q++) {
         int n_answers = at[1];
         at += 2;
-        for (int i = 0; i < n_answers; i++, at += 2 + at[0]) {
+        for (int i = 0; i < n_answers; i++) {
             questions.longest = max(questions.longest, at[0]);
+            at = next_answer(at);
         }
     }
     return questions;
 }
 
-// An answer's tokens → inputs (T); targets (T), -1 where nothing is scored. Too long: cut in front.
+// An answer's tokens → inputs (T) and targets (T), which are -1 outside of the answer itself. With
+// two tokens q of a question, two of an answer, and E for <|endoftext|>, so n = 5 and begin = 3:
+//   inputs   E  q  q  a  0 …
+//   targets -1 -1  a  a -1 …
+// If the tokens are too many, the beginning of the question is left out.
 static void fill_row(const int* answer, int T, int* inputs, int* targets) {
-    int n = answer[0], cut = max(0, n - 1 - T), start = max(1, answer[1] - cut);
+    int cut = max(0, answer[0] - 1 - T);
     const int* ids = answer + 2 + cut;
+    int n = answer[0] - cut;
+    int start = max(1, answer[1] - cut);        // of the answer; the first token has no prediction
     for (int t = 0; t < T; t++) {
-        bool exists = t + 1 < n - cut;
+        bool exists = t + 1 < n;
+        bool is_scored = exists && t + 1 >= start;
         inputs[t] = exists ? ids[t] : 0;
-        targets[t] = exists && t + 1 >= start ? ids[t + 1] : -1;
+        targets[t] = is_scored ? ids[t + 1] : -1;
     }
 }
 
-// The share of questions whose right answer has the highest mean log-prob a token. Each rank takes
-// every world_size-th question; `rows` (B) are the answers that are on their way.
-static double hellaswag(Model* model, Loader* loader, HellaSwag questions, Ranks* ranks) {
-    int T = min(model->T, ceil_div(questions.longest - 1, 64) * 64), n_rows = 0, B = model->B;
-    Model part = shortened(model, B, T);
-    float* losses = (float*)malloc((size_t)B * T * sizeof(float));
-    struct Asked { int question; bool right; }* rows = (Asked*)malloc(B * sizeof(Asked));
-    double* best = (double*)malloc(questions.n_questions * sizeof(double));
-    double sums[2] = {};                    // right, asked
-    bool* is_right = (bool*)calloc(questions.n_questions, sizeof(bool));
-    int *inputs = begin_batch(loader), *targets = inputs + B * T;
-    auto answer_rows = [&]() {
-        for (int i = n_rows * T; i < B * T; i++) { inputs[i] = 0, targets[i] = -1; }
-        send_batch(loader, &part);
-        forward(&part, false);
-        CHECK_CUDA(cudaMemcpyAsync(losses, model->losses, (size_t)B * T * sizeof(float),
-                                   cudaMemcpyDeviceToHost, model->stream));
-        CHECK_CUDA(cudaStreamSynchronize(model->stream));
-        for (int row = 0; row < n_rows; row++) {
-            double sum = 0, n = 0;
-            for (int i = row * T; i < (row + 1) * T; i++) {
-                sum += losses[i], n += targets[i] >= 0;
-            }
-            int q = rows[row].question;
-            if (sum / n < best[q]) { best[q] = sum / n, is_right[q] = rows[row].right; }
+struct Asked { int question; bool is_right; };      // whose answer a row is, and if the right one
+struct Best { double loss; bool is_right; };        // mean loss a token of a question's best answer
+
+// Answers that are scored together, a row each
+struct Scoring {
+    Model model;
+    Loader* loader;
+    int* inputs;                // the staging buffer that is being filled
+    int n_rows;                 // of B
+    Asked* rows;                // (B)
+    Best* best;                 // (n_questions)
+    float* losses;              // (B · T)
+};
+
+// Scores the rows that are filled, and begins with an empty buffer. Rows without an answer have no
+// targets, so they cost time, but change nothing.
+static void score_rows(Scoring* s) {
+    int B = s->model.B, T = s->model.T;
+    int* targets = s->inputs + B * T;
+    for (int i = s->n_rows * T; i < B * T; i++) {
+        s->inputs[i] = 0;
+        targets[i] = -1;
+    }
+    batch_losses(&s->model, s->loader, s->losses);
+    for (int row = 0; row < s->n_rows; row++) {
+        double sum = 0;
+        int n = 0;
+        for (int i = row * T; i < (row + 1) * T; i++) {
+            sum += s->losses[i];
+            if (targets[i] >= 0) { n++; }
         }
-        inputs = begin_batch(loader), targets = inputs + B * T, n_rows = 0;
-    };
+        Asked asked = s->rows[row];
+        Best* best = &s->best[asked.question];
+        if (sum / n < best->loss) { *best = {sum / n, asked.is_right}; }
+    }
+    s->inputs = begin_batch(s->loader);
+    s->n_rows = 0;
+}
+
+// HellaSwag's accuracy: the share of questions whose right answer has the highest mean log
+// probability a token. Each rank takes every world_size-th question.
+static double hellaswag(Model* model, Loader* loader, HellaSwag questions, Ranks* ranks) {
+    int B = model->B;
+    int T = min(model->T, ceil_div(questions.longest - 1, 64) * 64);    // whole tiles of attention
+    Scoring scoring = {shortened(model, B, T), loader, begin_batch(loader)};
+    scoring.rows = (Asked*)malloc(B * sizeof(Asked));
+    scoring.best = (Best*)malloc(questions.n_questions * sizeof(Best));
+    scoring.losses = (float*)malloc((size_t)B * T * sizeof(float));
     const int* at = questions.data;
     for (int q = 0; q < questions.n_questions; q++) {
-        int right = at[0], n_answers = at[1];
-        best[q] = INFINITY;
+        int right = at[0];
+        int n_answers = at[1];
         at += 2;
-        for (int i = 0; i < n_answers; i++, at += 2 + at[0]) {
+        scoring.best[q] = {INFINITY, false};
+        for (int i = 0; i < n_answers; i++) {
+            const int* answer = at;
+            at = next_answer(at);
             if (q % ranks->world_size != ranks->rank) { continue; }
-            fill_row(at, T, inputs + n_rows * T, targets + n_rows * T);
-            rows[n_rows++] = {q, i == right};
-            if (n_rows == B) { answer_rows(); }
+            int* inputs = scoring.inputs + scoring.n_rows * T;
+            fill_row(answer, T, inputs, inputs + B * T);
+            scoring.rows[scoring.n_rows] = {q, i == right};
+            scoring.n_rows++;
+            if (scoring.n_rows == B) { score_rows(&scoring); }
         }
     }
-    if (n_rows > 0) { answer_rows(); }
+    if (scoring.n_rows > 0) { score_rows(&scoring); }
+    double sums[2] = {};                    // right, asked
     for (int q = ranks->rank; q < questions.n_questions; q += ranks->world_size) {
-        sums[0] += is_right[q], sums[1]++;
+        if (scoring.best[q].is_right) { sums[0]++; }
+        sums[1]++;
     }
-    free(losses), free(rows), free(best), free(is_right);
+    free(scoring.rows);
+    free(scoring.best);
+    free(scoring.losses);
     ranks_sum(ranks, sums, 2);
     return sums[0] / sums[1];
 }
 
-// The bytes of each token, from tokenizer.tiktoken: lines of base64 and rank
+// The bytes of each token; n is 0 where the data have no tokenizer. Special tokens have 0 bytes.
 struct Vocabulary { char** bytes; int *sizes, n, eot; };
 
+// Decodes the text from `begin` to before `end` into bytes; returns their number.
+static int decode_base64(const char* begin, const char* end, char* bytes) {
+    const char* DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    int size = 0;
+    int n_bits = 0;                         // how many of `bits`, the lowest, wait to be a byte
+    uint32_t bits = 0;
+    for (const char* c = begin; c < end && *c != '='; c++) {
+        bits = bits << 6 | (uint32_t)(strchr(DIGITS, *c) - DIGITS);
+        n_bits += 6;
+        if (n_bits < 8) { continue; }
+        n_bits -= 8;
+        bytes[size] = (char)(bits >> n_bits);
+        size++;
+    }
+    return size;
+}
+
+// tokenizer.tiktoken has a line for each token: its bytes in base64, a space, its number.
 static Vocabulary read_vocabulary(const char* data, int V) {
     char* text = read_file(joined(data, "tokenizer/tokenizer.tiktoken"));
     char* header = read_file(joined(data, "tokenizer/tokenizer.json"));
-    Vocabulary vocabulary = {(char**)calloc(V, sizeof(char*)), (int*)calloc(V, sizeof(int)), 0, 0};
+    Vocabulary vocabulary = {};
+    vocabulary.bytes = (char**)calloc(V, sizeof(char*));
+    vocabulary.sizes = (int*)calloc(V, sizeof(int));
     if (text == NULL || header == NULL) { return vocabulary; }
-    vocabulary.n = V, vocabulary.eot = (int)json_number(header, "<|endoftext|>", V - 1);
-    const char* digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    vocabulary.n = V;
+    vocabulary.eot = (int)json_number(header, "<|endoftext|>", V - 1);
     for (char* line = strtok(text, "\n"); line != NULL; line = strtok(NULL, "\n")) {
-        char *space = strchr(line, ' '), *bytes = (char*)malloc(strlen(line));
-        int rank = space != NULL ? atoi(space) : -1, size = 0, n_bits = 0;
-        uint32_t bits = 0;
-        for (const char* c = line; c < space && *c != '='; c++, n_bits += 6) {
-            if (n_bits >= 8) { bytes[size++] = (char)(bits >> (n_bits -= 8)); }
-            bits = bits << 6 | (uint32_t)(strchr(digits, *c) - digits);
-        }
-        if (n_bits >= 8) { bytes[size++] = (char)(bits >> (n_bits - 8)); }
-        if (rank < 0 || rank >= V) { continue; }
-        vocabulary.bytes[rank] = bytes, vocabulary.sizes[rank] = size;
+        char* space = strchr(line, ' ');
+        int token = space != NULL ? atoi(space) : -1;
+        if (token < 0 || token >= V) { continue; }
+        vocabulary.bytes[token] = (char*)malloc(strlen(line));
+        vocabulary.sizes[token] = decode_base64(line, space, vocabulary.bytes[token]);
     }
-    free(text), free(header);
+    free(text);
+    free(header);
     return vocabulary;
 }
 
+// The token with these bytes, or -1. Slow, but it is asked for two prompts only.
 static int find_token(const Vocabulary* vocabulary, const char* bytes, int size) {
     for (int i = 0; i < vocabulary->n; i++) {
         if (vocabulary->sizes[i] == size && memcmp(vocabulary->bytes[i], bytes, size) == 0) {
@@ -3951,19 +4979,25 @@ static int find_token(const Vocabulary* vocabulary, const char* bytes, int size)
     return -1;
 }
 
-// A word, in which no pattern cuts, by BPE: the pair that makes the lowest token merges first.
+// BPE on a word that the tokenizer's pattern does not split: merges the pair that makes the token
+// with the lowest number, until no pair makes a token. Returns how many ids it wrote.
 static int encode_word(const Vocabulary* vocabulary, const char* word, int size, int* ids) {
-    int ends[64], n = size;                 // where each part ends
+    int ends[64];                           // of the parts; each part begins where the last ends
+    int n = size;
     for (int i = 0; i < n; i++) { ends[i] = i + 1; }
     while (true) {
-        int lowest = INT32_MAX, at = -1;
+        int lowest = INT32_MAX;
+        int lowest_at = -1;
         for (int i = 0; i + 1 < n; i++) {
             int begin = i > 0 ? ends[i - 1] : 0;
             int token = find_token(vocabulary, word + begin, ends[i + 1] - begin);
-            if (token >= 0 && token < lowest) { lowest = token, at = i; }
+            if (token < 0 || token >= lowest) { continue; }
+            lowest = token;
+            lowest_at = i;
         }
-        if (at < 0) { break; }
-        memmove(ends + at, ends + at + 1, (--n - at) * sizeof(int));
+        if (lowest_at < 0) { break; }
+        n--;
+        memmove(ends + lowest_at, ends + lowest_at + 1, (n - lowest_at) * sizeof(int));
     }
     for (int i = 0; i < n; i++) {
         int begin = i > 0 ? ends[i - 1] : 0;
@@ -3972,13 +5006,16 @@ static int encode_word(const Vocabulary* vocabulary, const char* word, int size,
     return n;
 }
 
-const int SAMPLE_TOKENS = 48;
+const int MAX_CONTEXT = 64;             // tokens of a prompt and its continuation together
+const int SAMPLE_TOKENS = 48;           // tokens of a continuation
 const double TEMPERATURE = 0.8;
 
-// Draws the next token from logits (V)
+// Draws the next token from the softmax of logits (V) / temperature: the first token at which the
+// cumulative probability exceeds a uniform random number.
 static int draw(const floatX* logits, int V, uint64_t seed, uint64_t place) {
-    double highest = -INFINITY, sum = 0;
+    double highest = -INFINITY;
     for (int i = 0; i < V; i++) { highest = fmax(highest, (float)logits[i]); }
+    double sum = 0;
     for (int i = 0; i < V; i++) { sum += exp(((float)logits[i] - highest) / TEMPERATURE); }
     double left = uniform(seed, place) * sum;
     for (int i = 0; i < V; i++) {
@@ -3988,101 +5025,202 @@ static int draw(const floatX* logits, int V, uint64_t seed, uint64_t place) {
     return V - 1;
 }
 
-// Two continuations, a line each; the model reads everything again for each token. On one rank.
+// The logits (Vp) that follow n tokens, with dN's soft cap; `model` is of one row.
+static void next_logits(Model* model, Loader* loader, const int* ids, int n, floatX* logits) {
+    int T = model->T;
+    int Vp = padded_vocab(model->config);
+    int* inputs = begin_batch(loader);
+    int* targets = inputs + T;
+    for (int t = 0; t < T; t++) {
+        inputs[t] = t < n ? ids[t] : 0;
+        targets[t] = -1;
+    }
+    send_batch(loader, model);
+    forward(model, false);
+    CHECK_CUDA(cudaMemcpyAsync(logits, model->logits + (int64_t)(n - 1) * Vp, Vp * sizeof(floatX),
+                               cudaMemcpyDeviceToHost, model->stream));
+    CHECK_CUDA(cudaStreamSynchronize(model->stream));
+    for (int i = 0; i < model->config.vocab_size; i++) {
+        logits[i] = (floatX)capped((float)logits[i], model->config.softcap);
+    }
+}
+
+// Continues ids (MAX_CONTEXT), of which n are the prompt, up to <|endoftext|>; the model reads the
+// whole row again for each token. Returns how many there are then.
+static int continue_ids(Model* model, Loader* loader, int eot, uint64_t seed, int* ids, int n) {
+    int end = min(n + SAMPLE_TOKENS, model->T);
+    floatX* logits = (floatX*)malloc(padded_vocab(model->config) * sizeof(floatX));
+    while (n < end) {
+        next_logits(model, loader, ids, n, logits);
+        ids[n] = draw(logits, model->config.vocab_size, seed, n);
+        n++;
+        if (ids[n - 1] == eot) { break; }
+    }
+    free(logits);
+    return n;
+}
+
+// Logs "prompt" and its continuation; the text of a model may end within a character of UTF-8.
+static void say_sample(Log* log, const char* prompt, const char* text, size_t bytes,
+                       int64_t step) {
+    char* line = to_string([&](FILE* file) {
+        fprintf(file, "  sample: %s", prompt);
+        write_json_string(file, text, bytes);
+    });
+    char* row = to_string([&](FILE* file) {
+        fprintf(file, "\"step\": %lld, \"sample\": \"%s", (long long)step, prompt);
+        fputs(strchr(line, '"') + 1, file);         // the prompts have no quotes
+    });
+    say(log, line, row);
+    free(line);
+    free(row);
+}
+
+// Two continuations, a line each, on one rank
 static void say_samples(Log* log, Model* model, Loader* loader, const Vocabulary* vocabulary,
                         int64_t step) {
-    int V = model->config.vocab_size, Vp = padded_vocab(model->config), T = min(model->T, 64);
-    Model part = shortened(model, 1, T);
-    floatX* logits = (floatX*)malloc(Vp * sizeof(floatX));
+    Model part = shortened(model, 1, min(model->T, MAX_CONTEXT));
     const char* prompts[][2] = {{"The", ""}, {"Return", " the"}};       // word by word
     for (int which = 0; which < 2; which++) {
-        int ids[64] = {vocabulary->eot}, n = 1;
+        int ids[MAX_CONTEXT] = {vocabulary->eot};
+        int first = 1;
         for (const char* word : prompts[which]) {
-            n += encode_word(vocabulary, word, strlen(word), ids + n);
+            first += encode_word(vocabulary, word, strlen(word), ids + first);
         }
-        int first = n, end = min(n + SAMPLE_TOKENS, T);
-        while (n < end && (n == first || ids[n - 1] != vocabulary->eot)) {
-            int *inputs = begin_batch(loader), *targets = inputs + T;
-            for (int t = 0; t < T; t++) { inputs[t] = t < n ? ids[t] : 0, targets[t] = -1; }
-            send_batch(loader, &part);
-            forward(&part, false);
-            CHECK_CUDA(cudaMemcpyAsync(logits, model->logits + (int64_t)(n - 1) * Vp,
-                                       Vp * sizeof(floatX), cudaMemcpyDeviceToHost, model->stream));
-            CHECK_CUDA(cudaStreamSynchronize(model->stream));
-            for (int i = 0; i < V; i++) {
-                logits[i] = (floatX)capped((float)logits[i], model->config.softcap);
-            }
-            ids[n] = draw(logits, V, which, n);
-            n++;
-        }
+        int n = continue_ids(&part, loader, vocabulary->eot, which, ids, first);
         size_t bytes = 0;
-        char prompt[64], *text = written([&](FILE* file) {
+        char* text = to_string([&](FILE* file) {
             for (int i = first; i < n; i++) {
-                int size = vocabulary->sizes[ids[i]];       // 0 of special tokens
+                int size = vocabulary->sizes[ids[i]];
                 if (size > 0) { fwrite(vocabulary->bytes[ids[i]], 1, size, file); }
             }
         }, &bytes);
+        char prompt[64];
         snprintf(prompt, sizeof prompt, "%s%s", prompts[which][0], prompts[which][1]);
-        char* line = written([&](FILE* file) {
-            fprintf(file, "  sample: %s", prompt);
-            write_json_string(file, text, bytes);
-        });
-        char* row = written([&](FILE* file) {
-            fprintf(file, "\"step\": %lld, \"sample\": \"%s", (long long)step, prompt);
-            fputs(strchr(line, '"') + 1, file);
-        });
-        say(log, line, row);
-        free(text), free(line), free(row);
+        say_sample(log, prompt, text, bytes, step);
+        free(text);
     }
-    free(logits);
 }
 
 // ---- §19 Main -----------------------------------------------------------------------------------
+//
+// Schedules, the arithmetic of a step, and the training loop, as in train_gpt2.py. The constants of
+// GPT-2 are llm.c's, those of dN are nanochat's; train_gpt2.py names the sources.
 
-// llm.c's for GPT-2: linear warm-up, then cosine to 0
-static double schedule(int64_t step, int64_t max_steps) {
-    int64_t warmup = max_steps / 10 < 700 ? max_steps / 10 : 700;
+// GPT-2's share of the peak learning rate: linear warm-up, then a cosine to 0
+static double gpt2_schedule(int64_t step, int64_t max_steps) {
+    int64_t warmup = min(max_steps / 10, (int64_t)700);
     if (step < warmup) { return (step + 1.0) / warmup; }
-    int64_t rest = max_steps > warmup ? max_steps - warmup : 1;
+    int64_t rest = max(max_steps - warmup, (int64_t)1);
     return 0.5 * (1 + cos(M_PI * (step - warmup) / rest));
 }
 
 // Weights that multiply every token: the blocks' matrices and the head
 static double matmul_parameters(Config config) {
+    double C = config.n_embd;
     int n_gates = config.modern ? ceil_div(config.n_layer, 2) : 0;
-    return 12.0 * config.n_layer * config.n_embd * config.n_embd +
-           (double)config.vocab_size * config.n_embd + n_gates * config.n_head * GATE_INPUTS;
+    return 12.0 * config.n_layer * C * C + config.vocab_size * C +
+           n_gates * config.n_head * GATE_INPUTS;
 }
 
-// Both passes, as in PaLM (arXiv 2204.02311, B): 6 a weight, 12·C a key in reach
+// Forward and backward, as PaLM counts (arXiv 2204.02311, appendix B): 6 for each weight, and 12·C
+// for each key that a token sees, in each layer
 static double flops_per_token(Config config, int T) {
     double keys = 0;
     for (int l = 0; l < config.n_layer; l++) { keys += min(config.window(l), T); }
     return 6 * matmul_parameters(config) + 12.0 * config.n_embd * keys;
 }
 
-const double D12_MATMUL_PARAMETERS = 110.1e6;   // where decay and batch size were tuned
+const double D12_MATMUL_PARAMETERS = 110.1e6;   // where dN's decay and batch size were tuned
 const double GPT2_MATMUL_PARAMETERS = 12.0 * 12 * 768 * 768 + 50257.0 * 768;    // of the 124M
+const double TUNED_BATCH = 1 << 19;             // tokens a step, where dN's rates were tuned
 
-// What step + 1 does. dN: 40 steps of warm-up, the last 65 % linearly down to 5 %; momentum rises
-// over 400 steps and sinks with lr; decay follows a cosine. No clipping: it would never act.
+// What the step after `step` steps multiplies its update by: for GPT-2, schedule and clipping; for
+// dN, the schedules of rate, momentum and decay. The twin of schedule in train_gpt2.py.
 static Update plan_update(Config config, int64_t step, double norm) {
     const Arguments& a = arguments;
-    if (!config.modern) {                       // GPT-2 clips at norm 1
+    int64_t n = a.max_steps;
+    if (!config.modern) {                       // gradients are clipped at norm 1
         double clip = fmin(1.0, 1.0 / (norm + 1e-6));
-        return {a.lr * schedule(step, a.max_steps), clip, 0, 1, 0};
+        return {a.lr * gpt2_schedule(step, n), clip, 0, 1, 0};
     }
-    int64_t n = a.max_steps, warmup = min(n / 10, (int64_t)40);
+    // 40 steps of warm-up; during the last 65 % the rate falls linearly to 5 %
+    int64_t warmup = max(min(n / 10, (int64_t)40), (int64_t)1);
     double left = fmin(1.0, (n - step) / (0.65 * n));
-    double lr_scale = fmin(1.0, (step + 1.0) / max(warmup, (int64_t)1)) * (0.05 + 0.95 * left);
+    double lr_scale = fmin(1.0, (step + 1.0) / warmup) * (0.05 + 0.95 * left);
+    // Muon's momentum rises for 400 steps from 0.85 to 0.97 and falls with the rate to 0.90
     double momentum = 0.85 + 0.12 * fmin(1.0, step / 400.0);
-    momentum = left == 1 ? momentum : 0.90 + (momentum - 0.90) * left;
-    double batch_scale = sqrt(a.total_batch_size / (double)(1 << 19));
-    return {a.lr * lr_scale, 1, momentum, 0.5 * (1 + cos(M_PI * step / n)),
-            0.28 * batch_scale * D12_MATMUL_PARAMETERS / matmul_parameters(config)};
+    if (left < 1) { momentum = 0.90 + (momentum - 0.90) * left; }
+    double decay_scale = 0.5 * (1 + cos(M_PI * step / n));
+    double muon_decay = 0.28 * sqrt(a.total_batch_size / TUNED_BATCH) * D12_MATMUL_PARAMETERS /
+                        matmul_parameters(config);
+    // no clipping, which would never act in dN
+    return {a.lr * lr_scale, 1, momentum, decay_scale, muon_decay};
 }
 
-// Dense bf16 FLOP/s by the data sheets; 0: unknown, no MFU is shown
+// Tokens to train on: 8 a parameter for dN; for GPT-2 a power law through llm.c's runs, 10 billion
+// tokens for 124M parameters and 33.6 billion for 1558M
+static double default_tokens(Config config) {
+    double size = matmul_parameters(config);
+    return config.modern ? 8 * size : 1e10 * pow(size / GPT2_MATMUL_PARAMETERS, 0.48);
+}
+
+// Tokens a step, a power of two: 2¹⁹ for d12 and for 124M, more for larger models
+static int64_t default_batch(Config config) {
+    double size = matmul_parameters(config);
+    double scale = config.modern ? pow(size / D12_MATMUL_PARAMETERS, 0.383)
+                                 : pow(size / GPT2_MATMUL_PARAMETERS, 0.27);
+    return 1 << lround(19 + log2(scale));
+}
+
+// default_lr of training.py, where the reasons stand: for dN it grows with the root of the batch
+// from 2¹⁸ tokens on, and toys get more
+static double default_lr(Config config, int64_t batch_tokens) {
+    if (!config.modern) { return 6e-4; }
+    if (batch_tokens < 1 << 16) { return 0.028; }
+    return 0.02 * fmax(sqrt(batch_tokens / TUNED_BATCH), sqrt(0.5));
+}
+
+// The most rows at a time, up to 32, that fit into 90 % of the free memory and divide a step's rows
+// evenly
+static int64_t default_rows(Config config, int world_size) {
+    const Arguments& a = arguments;
+    size_t free_bytes = 0;
+    size_t all_bytes = 0;
+    CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all_bytes));
+    double fixed, row;
+    memory_bytes(config, a.seq_len, a.recompute, world_size, &fixed, &row);
+    int64_t most = fmin(32.0, fmax(1.0, (0.9 * free_bytes - fixed) / row));
+    int64_t rows = a.total_batch_size / (a.seq_len * world_size);
+    int64_t found = 0;
+    for (int64_t n = 1; n <= most; n++) {
+        if (rows % n == 0) { found = n; }
+    }
+    return found;
+}
+
+// Sets max_steps, total_batch_size, batch_size and lr where no flag did; returns grad_accum_steps:
+//   total_batch_size = batch_size · seq_len · world_size · grad_accum_steps      tokens a step
+// The first is a property of the model, the second is what fits in memory; the last follows.
+static int64_t plan_batch(Config config, int world_size) {
+    Arguments* a = &arguments;
+    if (a->total_batch_size == 0) { a->total_batch_size = default_batch(config); }
+    if (a->lr == 0) { a->lr = default_lr(config, a->total_batch_size); }
+    if (a->batch_size == 0) { a->batch_size = default_rows(config, world_size); }
+    int64_t micro_tokens = a->batch_size * a->seq_len * world_size;
+    if (micro_tokens < 1 || a->total_batch_size % micro_tokens != 0) {
+        double times = micro_tokens > 0 ? (double)a->total_batch_size / micro_tokens : 1;
+        die("--total_batch_size %lld must be a multiple of batch_size*seq_len*world_size = %lld; "
+            "try --total_batch_size %lld", (long long)a->total_batch_size, (long long)micro_tokens,
+            max(llround(times), 1ll) * micro_tokens);
+    }
+    if (a->max_steps == 0) {
+        a->max_steps = max(llround(default_tokens(config) / a->total_batch_size), 1ll);
+    }
+    return a->total_batch_size / micro_tokens;
+}
+
+// Dense bf16 FLOP/s as data sheets state them; 0: unknown, and no MFU is shown
 static double peak_flops(const char* gpu) {
     const struct { const char* name; double flops; } known[] = {
         {"H100 PCIe", 756e12}, {"H100", 989e12}, {"H200", 989e12}, {"B200", 2250e12},
@@ -4093,94 +5231,81 @@ static double peak_flops(const char* gpu) {
     return 0;
 }
 
-// Fills in max_steps, total_batch_size, batch_size where no flag did; → grad_accum_steps
-static int64_t horizon(Config config, int world_size) {
-    Arguments* a = &arguments;
-    int64_t T = a->seq_len, rows;
-    // dN: 8 tokens a parameter, batch ∝ tokens^.383, 2¹⁹ at d12. GPT-2: through llm.c's runs, 10B
-    // tokens for 124M, 33.6B by 2²⁰ for 1558M.
-    double size = matmul_parameters(config), times = size / GPT2_MATMUL_PARAMETERS;
-    double tokens = config.modern ? 8 * size : 1e10 * pow(times, 0.48);
-    double scale = config.modern ? pow(size / D12_MATMUL_PARAMETERS, 0.383) : pow(times, 0.27);
-    if (a->total_batch_size == 0) { a->total_batch_size = 1 << lround(19 + log2(scale)); }
-    if (a->lr == 0) {                   // dN's as in optim.py: by the root of the batch, but of toys
-        double batch_scale = sqrt(a->total_batch_size / (double)(1 << 19));
-        double of_dn = a->total_batch_size < 1 << 16 ? 0.028 : 0.02 * fmax(batch_scale, sqrt(0.5));
-        a->lr = config.modern ? of_dn : 6e-4;
-    }
-    if (a->batch_size == 0) {           // the most rows that fit and divide the batch
-        size_t free_bytes = 0, all = 0;
-        CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all));
-        double fixed, row;
-        memory_bytes(config, T, a->recompute, world_size, &fixed, &row);
-        rows = a->total_batch_size / (T * world_size);
-        int64_t most = fmin(32.0, fmax(1.0, (0.9 * free_bytes - fixed) / row));
-        for (int64_t n = 1; n <= most; n++) { a->batch_size = rows % n == 0 ? n : a->batch_size; }
-    }
-    int64_t micro_tokens = a->batch_size * T * world_size;
-    if (micro_tokens < 1 || a->total_batch_size % micro_tokens != 0) {
-        int64_t times = micro_tokens > 0 ? llround((double)a->total_batch_size / micro_tokens) : 1;
-        die("total_batch_size %lld is not a multiple of batch_size*seq_len*world_size = %lld; "
-            "it is split evenly; try --total_batch_size %lld", (long long)a->total_batch_size,
-            (long long)micro_tokens, (long long)(times > 1 ? times : 1) * micro_tokens);
-    }
-    if (a->max_steps == 0) {
-        a->max_steps = llround(tokens / a->total_batch_size);
-        a->max_steps = a->max_steps > 1 ? a->max_steps : 1;
-    }
-    return a->total_batch_size / micro_tokens;
-}
-
-// Bytes/s of its memory, by its clock and width; two transfers a clock
-static double peak_bandwidth(int device) {
-    int khz = 0, bits = 0;
+// Bytes/s of this GPU's memory: clock times width, with two transfers a clock
+static double peak_bandwidth() {
+    int device = 0;
+    int khz = 0;
+    int bits = 0;
+    CHECK_CUDA(cudaGetDevice(&device));
     CHECK_CUDA(cudaDeviceGetAttribute(&khz, cudaDevAttrMemoryClockRate, device));
     CHECK_CUDA(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device));
     return 2.0 * 1000 * khz * bits / 8;
 }
 
+// The GPU that start_ranks chose
+static cudaDeviceProp find_gpu() {
+    int device = 0;
+    cudaDeviceProp properties;
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaGetDeviceProperties(&properties, device));
+    if (BF16 && properties.major < 8) {
+        die("%s has no bf16 tensor cores, which came with compute capability 8.0; build with make "
+            "train_gpt2cu PRECISION=FP32", properties.name);
+    }
+    return properties;
+}
+
+// After SIGTERM or SIGINT all ranks save and leave after the same step.
 static volatile sig_atomic_t stop_asked;
 static void on_signal(int) { stop_asked = 1; }
 
+// All flags as JSON, with the values that were chosen for those not given
 static void write_flags(FILE* file) {
+    const char* separator = "{";
     for (const Flag& flag : FLAGS) {
-        fprintf(file, "%s\"%s\": ", &flag == FLAGS ? "{" : ", ", flag.name);
-        if (flag.integer != NULL) { fprintf(file, "%lld", (long long)*flag.integer); }
-        if (flag.real != NULL) { fprintf(file, "%.15g", *flag.real); }
-        if (flag.text == NULL) { continue; }
-        const char* text = *flag.text;
-        text != NULL ? write_json_string(file, text, strlen(text)) : (void)fputs("null", file);
+        fprintf(file, "%s\"%s\": ", separator, flag.name);
+        separator = ", ";
+        if (flag.integer != NULL) {
+            fprintf(file, "%lld", (long long)*flag.integer);
+        } else if (flag.real != NULL) {
+            fprintf(file, "%.15g", *flag.real);
+        } else if (flag.is_on != NULL) {
+            fprintf(file, "%d", *flag.is_on);
+        } else if (*flag.text != NULL) {
+            write_json_string(file, *flag.text, strlen(*flag.text));
+        } else {
+            fputs("null", file);
+        }
     }
     fputc('}', file);
 }
 
-// What it takes to repeat a run: command, versions, device, flags, parameters
-static void say_header(Log* log, Model* model, const char* gpu, int argc, char** argv,
-                       int64_t grad_accum_steps, int64_t n_tokens) {
+// What it takes to repeat the run: command, versions, device, flags; then the batch and the memory
+static void say_header(Log* log, Model* model, Ranks* ranks, const char* gpu, const char* command,
+                       int64_t n_tokens) {
     const Arguments& a = arguments;
-    char* command = written([&](FILE* file) {
-        for (int i = 0; i < argc; i++) { fprintf(file, "%s%s", i > 0 ? " " : "", argv[i]); }
-    });
-    char *flags = written(write_flags), cuda[64];
+    char* flags = to_string(write_flags);
+    char cuda[64];
     snprintf(cuda, sizeof cuda, "%d.%d, cuBLASLt %zu, %s", CUDART_VERSION / 1000,
              CUDART_VERSION / 10 % 100, cublasLtGetVersion(), BF16 ? "bf16" : "fp32");
     long long params = model->table.file_size;
-    char* row = written([&](FILE* file) {
+    char* row = to_string([&](FILE* file) {
         fprintf(file, "\"header\": {\"command\": ");
         write_json_string(file, command, strlen(command));
         fprintf(file, ", \"commit\": \"unknown\", \"cuda\": \"%s\", \"flags\": %s, \"params\": "
                 "%lld, \"device\": \"%s\"}", cuda, flags, params, gpu);
     });
-    int64_t T = model->T, ranks = a.total_batch_size / (a.batch_size * T * grad_accum_steps);
+    int64_t T = model->T;
+    int64_t grad_accum_steps = a.total_batch_size / (a.batch_size * T * ranks->world_size);
     double fixed, row_bytes;
-    memory_bytes(model->config, T, a.recompute, ranks, &fixed, &row_bytes);
-    char* lines = written([&](FILE* file) {
+    memory_bytes(model->config, T, a.recompute, ranks->world_size, &fixed, &row_bytes);
+    char* lines = to_string([&](FILE* file) {
         fprintf(file, "command  %s\ncommit   unknown\ncuda     %s\nflags    %s\nparams   %lld\n"
                 "device   %s\n", command, cuda, flags, params, gpu);
-        fprintf(file, "%lld tokens a step = %lld rows x %lld tokens x %lld ranks x %lld "
-                "accumulated; %lld steps = %.2f epochs of %lld tokens\n",
-                (long long)a.total_batch_size, (long long)a.batch_size, (long long)T,
-                (long long)ranks, (long long)grad_accum_steps, (long long)a.max_steps,
+        fprintf(file, "%lld tokens a step = %lld rows x %lld tokens x %d ranks x %lld accumulated; "
+                "%lld steps = %.2f epochs of %lld tokens\n", (long long)a.total_batch_size,
+                (long long)a.batch_size, (long long)T, ranks->world_size,
+                (long long)grad_accum_steps, (long long)a.max_steps,
                 (double)a.max_steps * a.total_batch_size / n_tokens, (long long)n_tokens);
         fprintf(file, "%.0f parameters in matmuls, %.3g FLOP a token; memory about %.1f GB a rank, "
                 "%.2f GB of it a row: if it does not fit, halve --batch_size",
@@ -4188,11 +5313,64 @@ static void say_header(Log* log, Model* model, const char* gpu, int argc, char**
                 (fixed + a.batch_size * row_bytes) / 1e9, row_bytes / 1e9);
     });
     say(log, lines, row);
-    free(command), free(flags), free(row), free(lines);
+    free(flags);
+    free(row);
+    free(lines);
 }
 
-// One step's gradients → the mean loss over all ranks, and whether a rank was asked to stop. Each
-// batch is read while the GPU is busy with the one before, even if that is of the step before.
+// What evaluations read
+struct Validation {
+    Shards shards;
+    int* token_bytes;           // (V) or NULL
+    HellaSwag questions;        // none without --core_dir
+    Vocabulary vocabulary;
+};
+
+// Opens everything before training begins, so that a missing file ends the run at once.
+static Validation open_validation(int V) {
+    Validation validation = {};
+    validation.shards = open_shards(arguments.data, "val");
+    validation.token_bytes = read_token_bytes(arguments.data, V);
+    if (arguments.core_dir != NULL) {
+        validation.questions = open_hellaswag(arguments.core_dir, V);
+    }
+    validation.vocabulary = read_vocabulary(arguments.data, V);
+    return validation;
+}
+
+// A new model guesses: its loss is ln V. Any other loss means that a kernel is wrong.
+static void check_first_loss(double val_loss, int V) {
+    double expected = log(V);
+    if (fabs(val_loss / expected - 1) <= 0.05) { return; }
+    die("val_loss is %.4f before step 1, but an untrained model's is ln(%d) = %.4f, so a kernel is "
+        "wrong on this GPU; run make test_train_gpt2cu", val_loss, V, expected);
+}
+
+// Logs val loss, HellaSwag and samples; returns bits per byte.
+static double log_evaluation(Log* log, Model* model, Loader* loader, Ranks* ranks,
+                             const Validation* validation, int64_t step) {
+    bool is_last = step == arguments.max_steps;
+    ValLoss val = evaluate(model, loader, validation->shards, validation->token_bytes,
+                           is_last ? validation->shards.n_tokens : VAL_TOKENS, ranks);
+    Row row = begin_row(log, step);
+    add(&row, "val_loss", val.val_loss, "val_loss %.6f");
+    if (val.val_bpb > 0) { add(&row, "val_bpb", val.val_bpb, "val_bpb %.4f"); }
+    if (validation->questions.n_questions > 0) {
+        double accuracy = hellaswag(model, loader, validation->questions, ranks);
+        add(&row, "hellaswag", accuracy, "hellaswag %.4f");
+    }
+    say(log, row.line, row.row);
+    if (step == 0 && arguments.init_from == NULL) {
+        check_first_loss(val.val_loss, model->config.vocab_size);
+    }
+    if (ranks->rank == 0 && validation->vocabulary.n > 0) {
+        say_samples(log, model, loader, &validation->vocabulary, step);
+    }
+    return val.val_bpb;
+}
+
+// Forward and backward of one step; returns the mean loss over all ranks. `stop`: a rank was asked
+// to. Each batch is read while the GPU is busy with the one before, even the next step's first.
 static double accumulate(Model* model, Loader* loader, Ranks* ranks, int64_t position,
                          int64_t grad_accum_steps, bool* stop) {
     int B = model->B, BT = B * model->T;
@@ -4202,9 +5380,7 @@ static double accumulate(Model* model, Loader* loader, Ranks* ranks, int64_t pos
         read_batch(loader, B, position);
         send_batch(loader, model);
         forward(model, true);
-        begin_kernel("loss_sum", 4.0 * BT, 0, model->stream);
-        loss_sum_kernel<<<1, 256, 0, model->stream>>>(model->loss_sum, model->losses, BT);
-        CHECK_LAUNCH();
+        sum_losses(model);
         backward(model, loader->n_groups, micro_step == grad_accum_steps - 1, ranks);
         position += ranks->world_size * B;
         read_batch(loader, B, position);
@@ -4218,34 +5394,72 @@ static double accumulate(Model* model, Loader* loader, Ranks* ranks, int64_t pos
     return sums[0] / BT / grad_accum_steps / ranks->world_size;
 }
 
+// A step whose gradients are thrown away; the batch counts as read.
+static void say_skipped(Log* log, int64_t step, double loss, double norm) {
+    char line[256], row[64];
+    snprintf(line, sizeof line, "step %lld: skipped, loss %.4f or norm %.4f stands out of the last "
+             "%d", (long long)step, loss, norm, SPIKE_WINDOW);
+    snprintf(row, sizeof row, "\"step\": %lld, \"skipped\": true", (long long)step);
+    say(log, line, row);
+}
+
+struct StepNumbers { double loss, lr, norm, seconds, mfu, usd, eta; };      // mfu, usd 0: unknown
+
+// The line and the row of a step, with the grammar of RunLog
+static void log_step(Log* log, int64_t step, StepNumbers n) {
+    Row row = begin_row(log, step);
+    add(&row, "loss", n.loss, "loss %.6f");
+    add(&row, "lr", n.lr, "lr %.2e");
+    add(&row, "norm", n.norm, "norm %.4f");
+    add(&row, "ms", 1000 * n.seconds, "%.1f ms");
+    add(&row, "tok_s", arguments.total_batch_size / n.seconds, "%.0f tok/s");
+    if (n.mfu > 0) {
+        add(&row, "mfu", n.mfu, "mfu ");        // per cent in the line, a fraction in the row
+        snprintf(row.line + strlen(row.line), 16, "%.1f%%", 100 * n.mfu);
+    }
+    if (n.usd > 0) { add(&row, "usd", n.usd, "$%.2f"); }
+    add_eta(&row, n.eta);
+    say(log, row.line, row.row);
+}
+
+// The command line, which the caller frees
+static char* join_words(int n, char** words) {
+    return to_string([&](FILE* file) {
+        for (int i = 0; i < n; i++) { fprintf(file, "%s%s", i > 0 ? " " : "", words[i]); }
+    });
+}
+
+// shards.py leaves the vocabulary's size in index.json. llm.c's shards have no such file; they
+// consist of GPT-2's tokens.
+static int read_vocab_size(const char* data) {
+    char* index = read_file(joined(data, "index.json"));
+    int V = index != NULL ? (int)json_number(index, "n_vocab", 50257) : 50257;
+    free(index);
+    return V;
+}
+
 int main(int argc, char** argv) {
+    // flags and data
     parse_arguments(argc, argv);
     const Arguments& a = arguments;
-    signal(SIGTERM, on_signal), signal(SIGINT, on_signal);
-    char* index = read_file(joined(a.data, "index.json"));
-    int V = index != NULL ? (int)json_number(index, "n_vocab", 50257) : 50257;
-    Shards train_shards = open_shards(a.data, "train"), val_shards = open_shards(a.data, "val");
-    int* token_bytes = read_token_bytes(a.data, V);
-    HellaSwag questions = a.core_dir != NULL ? open_hellaswag(a.core_dir, V) : HellaSwag{};
-    Vocabulary vocabulary = read_vocabulary(a.data, V);
+    signal(SIGTERM, on_signal);
+    signal(SIGINT, on_signal);
+    int V = read_vocab_size(a.data);
+    Shards train_shards = open_shards(a.data, "train");
+    Validation validation = open_validation(V);
     Ranks ranks = start_ranks();
-    cudaDeviceProp device;
-    int device_number;
-    CHECK_CUDA(cudaGetDevice(&device_number));
-    CHECK_CUDA(cudaGetDeviceProperties(&device, device_number));
-    if (BF16 && device.major < 8) {
-        die("%s has no bf16 tensor cores; those came with compute capability 8.0; build with make "
-            "train_gpt2cu PRECISION=FP32", device.name);
-    }
+    cudaDeviceProp gpu = find_gpu();
 
+    // model: its shape, how a step is divided, its memory
     const char* init_from = a.init_from != NULL ? init_folder() : NULL;
     Config config = init_from != NULL ? read_config(init_from) : choose_config(V);
-    arguments.seq_len = a.seq_len != 0 ? a.seq_len : config.block_size;
+    if (a.seq_len == 0) { arguments.seq_len = config.block_size; }
     check_config(config, V, a.seq_len);
-    int64_t grad_accum_steps = horizon(config, ranks.world_size);
-    int B = a.batch_size, T = a.seq_len;
-    Model model = make_model(config, B, T, a.recompute, &ranks);
-    Loader loader = make_loader(train_shards, B, T, V, a.seed);
+    int64_t grad_accum_steps = plan_batch(config, ranks.world_size);
+    Model model = make_model(config, a.batch_size, a.seq_len, a.recompute, &ranks);
+    Loader loader = make_loader(train_shards, a.batch_size, a.seq_len, V, a.seed);
+
+    // weights: from a saved state, from another model, or random
     make_folders(a.out);
     State state = {};
     bool resumed = load_state(&model, &ranks, &state, train_shards.n_tokens);
@@ -4256,105 +5470,80 @@ int main(int argc, char** argv) {
     }
     Log log = open_log(a.max_steps, state.step, resumed, ranks.rank == 0);
     if (state.step >= a.max_steps) {
-        printf("%s is trained: step %lld of %lld\n", a.out, (long long)state.step,
-               (long long)a.max_steps);
+        say_text(&log, "%s is trained: step %lld of %lld", a.out, (long long)state.step,
+                 (long long)a.max_steps);
         return 0;
     }
-    say_header(&log, &model, device.name, argc, argv, grad_accum_steps, train_shards.n_tokens);
-    double peak = peak_flops(device.name), val_bpb = 0, mean_seconds = 0;
-    double started = seconds_now(), earlier_usd = state.usd;
+    say_header(&log, &model, &ranks, gpu.name, join_words(argc, argv), train_shards.n_tokens);
+
+    // the loop: evaluate, save, or end; then one step; then its line in the log
+    double peak = peak_flops(gpu.name);
+    double flops = flops_per_token(config, a.seq_len);
+    double val_bpb = 0;
+    double mean_seconds = 0;                    // a step, of about the last 20
+    double started = seconds_now();
+    double earlier_usd = state.usd;
     int64_t first_step = state.step;
     bool stop = false;
-
     while (true) {
-        bool last = state.step == a.max_steps, fresh = state.step > first_step;
-        if ((state.step % a.eval_every == 0 || last) && (state.step == 0 || fresh)) {
-            Evaluation val = evaluate(&model, &loader, val_shards, token_bytes,
-                                      last ? val_shards.n_tokens : VAL_TOKENS, &ranks);
-            val_bpb = val.val_bpb;
-            Row row = begin_row(&log, state.step);
-            add(&row, "val_loss", val.val_loss, "val_loss %.6f");
-            if (val_bpb > 0) { add(&row, "val_bpb", val_bpb, "val_bpb %.4f"); }
-            if (questions.n_questions > 0) {
-                double accuracy = hellaswag(&model, &loader, questions, &ranks);
-                add(&row, "hellaswag", accuracy, "hellaswag %.4f");
-            }
-            say(&log, row.line, row.row);
-            if (state.step == 0 && a.init_from == NULL &&
-                fabs(val.val_loss / ::log(V) - 1) > 0.05) {
-                die("val_loss %.4f before step 1; an untrained model's is ln(%d) = %.4f; a kernel "
-                    "is wrong on this GPU: run make test_train_gpt2cu", val.val_loss, V, ::log(V));
-            }
-            if (ranks.rank == 0 && vocabulary.n > 0) {
-                say_samples(&log, &model, &loader, &vocabulary, state.step);
-            }
+        bool is_last = state.step == a.max_steps;
+        int64_t done = state.step - first_step;     // steps since this start
+        bool evaluates = state.step % a.eval_every == 0 || is_last;
+        if (evaluates && (state.step == 0 || done > 0)) {
+            val_bpb = log_evaluation(&log, &model, &loader, &ranks, &validation, state.step);
         }
-        if (last || stop || (state.step % a.save_every == 0 && fresh)) {
+        if (is_last || stop || (state.step % a.save_every == 0 && done > 0)) {
             save_state(&model, &ranks, &state, train_shards.n_tokens);
             save_checkpoint(&model, &ranks, state.step, val_bpb);
         }
-        if (last || stop) { break; }
+        if (is_last || stop) { break; }
 
-        int64_t done = state.step - first_step;
-        profile.on = a.profile && ranks.rank == 0 && done >= 9 && done < 12;
+        profile.on = a.profile && ranks.rank == 0 && done >= 9 && done < 12;    // steps 10-12
         double tick = seconds_now();
         double loss = accumulate(&model, &loader, &ranks, state.position, grad_accum_steps, &stop);
         double norm = gradient_norm(&model, &ranks, grad_accum_steps);
         if (!isfinite(loss) || !isfinite(norm)) {
-            die("step %lld: loss %f, norm %f; training needs finite numbers; what was saved is "
-                "kept; try a lower --lr in another --out", (long long)state.step, loss, norm);
+            die("step %lld: loss %f and norm %f must be finite; try a lower --lr in another --out "
+                "(what was saved is kept)", (long long)state.step, loss, norm);
         }
         Update update = plan_update(config, state.step, norm);
+        // gradients are sums over micro-steps and ranks; their mean is what is applied
         update.grad_scale = update.grad_scale / grad_accum_steps / ranks.world_size;
-        state.step++, state.position += a.total_batch_size / T;
+        state.step++;
+        state.position += a.total_batch_size / a.seq_len;
         if (is_spike(&state.losses, loss) || is_spike(&state.norms, norm)) {
-            char line[256], row[64];
-            snprintf(line, sizeof line, "step %lld: skipped, loss %.4f or norm %.4f stands out of "
-                     "the last %d", (long long)state.step, loss, norm, SPIKE_WINDOW);
-            snprintf(row, sizeof row, "\"step\": %lld, \"skipped\": true", (long long)state.step);
-            say(&log, line, row);
+            say_skipped(&log, state.step, loss, norm);
             zero_gradients(&model);
         } else {
-            update.steps = ++state.optimizer_steps;
+            state.optimizer_steps++;
+            update.steps = state.optimizer_steps;
             optimizer_step(&model, &ranks, update);
         }
         CHECK_CUDA(cudaStreamSynchronize(model.stream));
-        push(&state.losses, loss), push(&state.norms, norm);
+        push(&state.losses, loss);
+        push(&state.norms, norm);
 
-        double seconds = seconds_now() - tick, tok_s = a.total_batch_size / seconds;
+        double seconds = seconds_now() - tick;
         if (profile.on) {
             add_times(1000 * seconds);
-            if (done == 11) { print_profile(peak_bandwidth(device_number), peak); }
+            if (done == 11) { print_profile(peak_bandwidth(), peak); }
             profile.on = false;
         }
         mean_seconds = mean_seconds > 0 ? 0.95 * mean_seconds + 0.05 * seconds : seconds;
-        state.usd = earlier_usd +
-                    (seconds_now() - started) / 3600 * a.gpu_hour_usd * ranks.world_size;
-        double mfu = flops_per_token(config, T) * tok_s / fmax(peak, 1) / ranks.world_size;
-        Row row = begin_row(&log, state.step);
-        add(&row, "loss", loss, "loss %.6f");
-        add(&row, "lr", update.lr, "lr %.2e");
-        add(&row, "norm", norm, "norm %.4f");
-        add(&row, "ms", 1000 * seconds, "%.1f ms");
-        add(&row, "tok_s", tok_s, "%.0f tok/s");
-        if (peak > 0) {
-            add(&row, "mfu", mfu, "mfu ");
-            snprintf(row.line + strlen(row.line), 16, "%.1f%%", 100 * mfu);
-        }
-        if (state.usd > 0) { add(&row, "usd", state.usd, "$%.2f"); }
-        add_eta(&row, mean_seconds * (a.max_steps - state.step));
-        say(&log, row.line, row.row);
+        double hours = (seconds_now() - started) / 3600;
+        state.usd = earlier_usd + hours * a.gpu_hour_usd * ranks.world_size;
+        double mfu = peak > 0
+            ? flops * a.total_batch_size / seconds / peak / ranks.world_size : 0;
+        log_step(&log, state.step, {loss, update.lr, norm, seconds, mfu, state.usd,
+                                    mean_seconds * (a.max_steps - state.step)});
     }
 
-    char line[4200];
     if (stop && state.step < a.max_steps) {
-        snprintf(line, sizeof line, "stopped and saved at step %lld; continue with the same "
-                 "command and --resume", (long long)state.step);
-        say(&log, line, NULL);
+        say_text(&log, "stopped and saved at step %lld; continue with the same command and "
+                 "--resume", (long long)state.step);
         return 130;
     }
-    snprintf(line, sizeof line, "%s: stage pretrain, step %lld, %.0f s", a.out,
-             (long long)state.step, seconds_now() - started);
-    say(&log, line, NULL);
+    say_text(&log, "%s: stage pretrain, step %lld, %.0f s", a.out, (long long)state.step,
+             seconds_now() - started);
     return 0;
 }

@@ -9,30 +9,34 @@ Pretraining: token shards → a base model that continues documents.
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
         train_gpt2.py --model d24 --data data/fineweb --out runs/d24                       # 2 nodes
 
-    in:  <data>/*_train_*.bin, *_val_*.bin (llm.c's shards too), <data>/tokenizer
+    in:  <data>/*_train_000001.bin, *_val_000000.bin (llm.c's shards too), index.json, tokenizer/
     out: <run>/model.safetensors, config.json, tokenizer, log.jsonl, state/ for --resume
 
-Three numbers decide a step: total_batch_size tokens (a property of the model), batch_size rows of
-seq_len tokens on each rank at a time (what fits in memory), and the number of ranks. The rest is
-arithmetic: grad_accum_steps = total_batch_size / (batch_size * seq_len * world_size).
+A step has total_batch_size tokens, which is a property of the model. Each of the world_size ranks
+takes batch_size rows of seq_len tokens at a time, as many as fit in its memory. It repeats that
+grad_accum_steps = total_batch_size / (batch_size * seq_len * world_size) times before an update.
 
-Rows are cut from the shards back to back, so a row may hold the end of one document and the start
-of the next, and they attend to each other: masking that was measured to gain 0.1 % for a third of
-the speed (open_lm issue 206).
+Rows are cut from the shards back to back. A row may hold the end of one document and the start of
+the next, and attention crosses the border. Masking the border was measured to gain 0.1 % and to
+cost a third of the speed (open_lm issue 206).
 
 Papers: GPT-2 and GPT-3 (arXiv 2005.14165) for the AdamW presets, MiniCPM (2404.06395) for the
 trapezoidal schedule, Chinchilla (2203.15556) for tokens per parameter, Power Lines (2505.13738) for
 batch size against tokens.
-Differs from the papers: constants are nanochat's for dN and llm.c's for gpt2…gpt2-xl.
+Differs from the papers: the constants are nanochat's for dN and llm.c's for gpt2 … gpt2-xl.
 """
 import argparse
 import gc
 import gzip
+import hashlib
+import json
 import lzma
 import math
 import os
+import re
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,68 +44,141 @@ import torch
 
 from bpe import Tokenizer
 from eval import scores
-from model import (GPT, GPTConfig, find_compiler, find_kernel, load_checkpoint, save_checkpoint,
-                   sdpa)
-from sample import Engine, find_run
+from model import (GPT, GPT2_SIZES, GPTConfig, find_compiler, find_kernel, load_checkpoint,
+                   save_checkpoint, sdpa)
+from sample import (Engine, check_at_least, choose_device, find_run, has_tokenizer, load_tokenizer,
+                    quiet_end)
 from training import (D12_MATMUL_PARAMS, RunLog, catch_signals, check_finite, finish, init_ranks,
                       load_state, make_optimizer, save_state)
 
 # ---- Data ----------------------------------------------------------------------------------------
 
-MAGIC, TOKEN_TYPES = 20240520, {1: np.uint16, 2: np.uint32}
+MAGIC = 20240520
+TOKEN_TYPES = {1: np.uint16, 2: np.uint32}      # by the version in a shard's header
+HEADER_BYTES = 1024                             # 256 int32: magic, version, token count, zeros
+
+def read_index(data):
+    """index.json of a folder that shards.py wrote: its tokenizer, and the split, tokens and SHA-256
+    of each shard. {}: there is none; llm.c writes shards without it."""
+    path = Path(data) / "index.json"
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"{path}: {error}; remove it and run python shards.py again") from None
+
+def shard_files(data, split):
+    """The files of a split: those that index.json lists for it. Without an index they are those
+    whose name ends in _{split}_DIGITS.bin, or in _{split}.bin, as in llm.c's small data sets."""
+    data = Path(data)
+    listed = read_index(data).get("shards")
+    if listed:
+        return [data / shard["file"] for shard in listed if shard["split"] == split]
+    name = re.compile(rf"(.+_)?{split}(_[0-9]+)?\.bin")
+    return sorted(path for path in data.glob("*.bin") if name.fullmatch(path.name))
 
 class Shards:
-    """All tokens of a split as one long sequence, read from memory-mapped .bin files."""
+    """All tokens of a split as one long sequence, read from memory-mapped .bin files.
 
-    def __init__(self, data, split):
-        self.files = sorted(Path(data).glob(f"*{split}_*.bin"))
+    data: a folder of token shards, written by shards.py or by llm.c. split: "train" or "val".
+    vocab_size: no id may be as large; None: it is not known. Raises SystemExit if the split has no
+    shard, if a shard is damaged, or, as soon as it is read, if an id is too large.
+    """
+
+    def __init__(self, data, split, vocab_size=None):
+        self.vocab_size = vocab_size
+        self.files = shard_files(data, split)
         if not self.files:
-            raise SystemExit(f"{data} holds no *{split}_*.bin; training reads token shards; run "
-                             f"python prepare_fineweb.py tokenize --out {data} --tokenizer DIR")
+            raise SystemExit(f"{data} holds no shards of the {split} split, *_{split}_000000.bin; "
+                             f"make them with python shards.py --data {data} --tokenizer DIR")
         self.maps = [self.open(path) for path in self.files]
-        self.ends = np.cumsum([len(m) for m in self.maps])
+        self.ends = np.cumsum([len(tokens) for tokens in self.maps])
         self.n_tokens = int(self.ends[-1])
+        if self.n_tokens < 2:
+            raise SystemExit(f"the {split} split in {data} holds {self.n_tokens} tokens, but one "
+                             "must predict another; prepare more text")
 
     @staticmethod
     def open(path):
-        header = np.fromfile(path, dtype=np.int32, count=256)
-        if len(header) < 256 or header[0] != MAGIC or int(header[1]) not in TOKEN_TYPES:
-            found = f"magic {header[0]} version {header[1]}" if len(header) > 1 else "an empty file"
-            raise SystemExit(f"{path}: {found}; a shard has magic {MAGIC} and version 1 or 2; "
-                             "write it again with python prepare_fineweb.py tokenize")
-        dtype = TOKEN_TYPES[int(header[1])]
-        size, expected = path.stat().st_size, 1024 + int(header[2]) * np.dtype(dtype).itemsize
+        """One file → its tokens, which stay on the disk until they are read."""
+        if not path.exists():
+            raise SystemExit(f"{path} is missing, but index.json lists it; run python shards.py "
+                             "again")
+        size = path.stat().st_size
+        if size < HEADER_BYTES:
+            raise SystemExit(f"{path} has {size} bytes, less than the header of a shard; delete it "
+                             "and run python shards.py again")
+        magic, version, n_tokens = np.fromfile(path, dtype=np.int32, count=3).tolist()
+        if magic != MAGIC or version not in TOKEN_TYPES:
+            raise SystemExit(f"{path} has magic {magic} version {version}, but a shard has magic "
+                             f"{MAGIC} and version 1 or 2; write it again with python shards.py")
+        dtype = TOKEN_TYPES[version]
+        expected = HEADER_BYTES + n_tokens * np.dtype(dtype).itemsize
         if size != expected:
-            raise SystemExit(f"{path} has {size} bytes; its header promises {expected}; it is cut "
-                             "short: delete it and run python prepare_fineweb.py tokenize again")
-        return np.memmap(path, dtype=dtype, mode="r", offset=1024, shape=(int(header[2]),))
+            raise SystemExit(f"{path} has {size} bytes, but its header promises {expected}; delete "
+                             "it and run python shards.py again")
+        return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
 
     def read(self, start, count):
-        """Tokens start … start + count - 1 as int64, across shard borders."""
+        """Tokens start … start + count - 1 as int64, across the borders of shards."""
         pieces = []
         shard = int(np.searchsorted(self.ends, start, side="right"))
         while count > 0:
-            begin = start - (int(self.ends[shard - 1]) if shard else 0)
-            pieces.append(self.maps[shard][begin:begin + count].astype(np.int64))
-            start, count, shard = start + len(pieces[-1]), count - len(pieces[-1]), shard + 1
+            tokens = self.maps[shard]
+            begin = start - (self.ends[shard] - len(tokens))
+            piece = tokens[begin:begin + count].astype(np.int64)
+            if self.vocab_size and len(piece) and piece.max() >= self.vocab_size:
+                raise SystemExit(f"{self.files[shard]} holds token {piece.max()}, but the "
+                                 f"tokenizer has {self.vocab_size}; tokenize the text again, with "
+                                 "the tokenizer that you train with")
+            pieces.append(piece)
+            start += len(piece)
+            count -= len(piece)
+            shard += 1
         return np.concatenate(pieces)
 
+def mix64(z):
+    """The output function of splitmix64 (Steele, Lea and Flood 2014), on an array of uint64.
+
+    It can be inverted, so different inputs have different outputs, and each bit of the output
+    depends on every bit of the input."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+GOLDEN_RATIO = 0x9E3779B97F4A7C15       # 2⁶⁴ over the golden ratio, made odd
+
+def shuffled_rows(n_rows, seed, epoch):
+    """The rows 0 … n_rows - 1 in the order of an epoch: sorted by a hash of (seed, epoch, row).
+
+    The hash is the row-th output of a splitmix64 that starts at a hash of seed and epoch. Two rows
+    of an epoch never have the same hash. train_gpt2.cu computes the same order in ten lines, which
+    numpy's own permutation does not allow."""
+    start = mix64(mix64(np.array([seed % 2 ** 64], np.uint64)) + epoch)
+    keys = mix64(start + np.arange(1, n_rows + 1, dtype=np.uint64) * GOLDEN_RATIO)
+    return np.argsort(keys, kind="stable")
+
 class Loader:
-    """Rows of T + 1 tokens in a seeded order, each once an epoch; position = rows read."""
+    """Rows of T + 1 tokens in a seeded order. Each row comes once an epoch. A position is the
+    number of rows that all ranks have read so far."""
 
     def __init__(self, shards, T, seed):
-        self.shards, self.T, self.seed = shards, T, seed
+        self.shards = shards
+        self.T = T
+        self.seed = seed
         self.n_rows = (shards.n_tokens - 1) // T
         if self.n_rows < 1:
-            raise SystemExit(f"the shards hold {shards.n_tokens} tokens; a row needs "
-                             f"{T + 1}; prepare more text, or lower --seq_len")
-        self.epoch, self.order = None, None
+            raise SystemExit(f"the shards hold {shards.n_tokens} tokens, fewer than the {T + 1} of "
+                             "a row; prepare more text, or lower --seq_len")
+        self.epoch = None
+        self.order = None
 
     def row(self, position):
         epoch, i = divmod(position, self.n_rows)
         if epoch != self.epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.order = epoch, rng.permutation(self.n_rows)
+            self.epoch = epoch
+            self.order = shuffled_rows(self.n_rows, self.seed, epoch)
         return self.shards.read(int(self.order[i]) * self.T, self.T + 1)
 
     def batch(self, position, batch_size, device):
@@ -111,309 +188,542 @@ class Loader:
             rows = rows.pin_memory().to(device, non_blocking=True)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-VAL_TOKENS, CORE_EXAMPLES = 2 ** 20, 500    # of an evaluation; only the last val_loss is of all
+HASHED_BYTES = 2 ** 30      # of shards at the start, which takes seconds; larger ones are trusted
+
+def data_tokenizer(data):
+    """The tokenizer beside the shards. llm.c's shards have none, and their tokens are GPT-2's.
+    Raises SystemExit if index.json says that another one made the shards."""
+    folder = Path(data) / "tokenizer"
+    if folder.exists():
+        tokenizer = Tokenizer.load(folder)
+    else:
+        tokenizer = Tokenizer.pretrained("gpt2")
+    made_by = read_index(data).get("tokenizer") or {}
+    if made_by.get("sha256", tokenizer.sha256) != tokenizer.sha256:
+        raise SystemExit(f"{data}/index.json: tokenizer {made_by['sha256'][:8]} made the shards, "
+                         f"but {folder} is {tokenizer.sha256[:8]}; run python shards.py --data "
+                         f"{data} --tokenizer {folder}")
+    return tokenizer
+
+def check_shards(data):
+    """Compares shards with the SHA-256 of index.json, in its order, up to HASHED_BYTES."""
+    n_bytes = 0
+    for shard in read_index(data).get("shards") or []:
+        path = Path(data) / shard["file"]
+        n_bytes += path.stat().st_size
+        if "sha256" not in shard or n_bytes > HASHED_BYTES:
+            continue
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shard["sha256"]:
+            raise SystemExit(f"{path} is not the file that index.json describes (its SHA-256 is "
+                             f"{found[:8]}, not {shard['sha256'][:8]}); run python shards.py again")
+
+def check_same_tokenizer(run, name, tokenizer):
+    """Stops if a checkpoint was trained with another tokenizer than the data's, so that its rows of
+    the embedding would mean other tokens. A folder that holds weights alone does not say."""
+    if not (name in GPT2_SIZES or has_tokenizer(run)):
+        return
+    theirs = load_tokenizer(run)
+    if theirs.sha256 != tokenizer.sha256:
+        raise SystemExit(f"--init_from {name} has the tokenizer {theirs.name} {theirs.sha256[:8]}, "
+                         f"but the data has {tokenizer.name} {tokenizer.sha256[:8]}; tokenize the "
+                         f"data with the model's: python shards.py --data DATA --tokenizer {run}")
+
+# ---- Validation ----------------------------------------------------------------------------------
+
+VAL_TOKENS = 2 ** 20            # tokens per evaluation; the final one uses the whole split
+CORE_EXAMPLES = 500             # questions per task of --core_dir
+COMPRESSED_TOKENS = 2 ** 22     # larger val splits are not compressed, because xz is slow
+SAMPLE_PROMPTS = ("The", "Return the")
+
+def val_rows(shards, starts, n_targets, T):
+    """The rows that begin at `starts` → inputs, targets (B, T). Where a row is longer than the
+    text, its targets are -1, which do not count."""
+    x = torch.zeros(len(starts), T, dtype=torch.long)
+    y = torch.full((len(starts), T), -1)
+    for b, start in enumerate(starts):
+        length = min(T, n_targets - start)
+        row = torch.from_numpy(shards.read(start, length + 1))
+        x[b, :length] = row[:-1]
+        y[b, :length] = row[1:]
+    return x, y
 
 @torch.inference_mode()
 def evaluate(model, shards, token_bytes, T, batch_size, ranks, max_tokens=None):
-    """Val loss in nats a token, and bits per byte of text: (loss, bpb).
+    """How well a model predicts a split → (val_loss, val_bpb), the same on every rank.
 
-    Bits per byte compare models with different tokenizers, and with gzip: nats of the text's tokens
-    over ln 2 times their bytes. <|endoftext|> is no text: it counts in neither sum.
+    val_loss is in nats per token. val_bpb is in bits per byte of text:
+        val_bpb = total nats / (ln 2 · total bytes), excluding <|endoftext|>, which is not text
+    It compares models with different tokenizers with each other, and with gzip. None: no text.
+
+    token_bytes: int64 (V,), the bytes of text that each token stands for; 0: not text.
+    max_tokens: how much of the split is read, from its beginning; default: all of it.
     """
     model.eval()
-    n = min(shards.n_tokens, (max_tokens or shards.n_tokens) + 1) - 1
-    starts = range(0, n, T)
-    nats = tokens = text_nats = text_bytes = 0.0
+    n_targets = shards.n_tokens - 1
+    if max_tokens:
+        n_targets = min(n_targets, max_tokens)
+    starts = range(0, n_targets, T)
+    nats = n_tokens = text_nats = text_bytes = 0.0
     for first in range(ranks.rank * batch_size, len(starts), batch_size * ranks.world_size):
-        rows = [shards.read(s, min(T, n - s) + 1) for s in starts[first:first + batch_size]]
-        x, y = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), -1)
-        for b, row in enumerate(map(torch.from_numpy, rows)):
-            x[b, :len(row) - 1], y[b, :len(row) - 1] = row[:-1], row[1:]
-        x, y = x.to(ranks.device), y.to(ranks.device)
-        losses = model(x, y, reduction="none").double()
-        n_bytes = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)
-        nats, tokens = nats + losses.sum().item(), tokens + (y >= 0).sum().item()
+        x, y = val_rows(shards, starts[first:first + batch_size], n_targets, T)
+        x = x.to(ranks.device)
+        y = y.to(ranks.device)
+        losses = model(x, y, reduction="none").double()                             # (B, T)
+        n_bytes = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)               # (B, T)
+        nats += losses.sum().item()
+        n_tokens += (y >= 0).sum().item()
         text_nats += losses[n_bytes > 0].sum().item()
         text_bytes += n_bytes.sum().item()
     model.train()
-    nats, tokens, text_nats, text_bytes = ranks.sum(nats, tokens, text_nats, text_bytes)
-    return nats / max(1, tokens), text_nats / math.log(2) / max(1, text_bytes)
+    nats, n_tokens, text_nats, text_bytes = ranks.sum(nats, n_tokens, text_nats, text_bytes)
+    val_bpb = None
+    if text_bytes:
+        val_bpb = text_nats / math.log(2) / text_bytes
+    return nats / n_tokens, val_bpb
 
 def compressors_bpb(shards, tokenizer):
-    """Bits per byte of gzip -9 and xz -9e on the text of these shards."""
+    """Bits per byte of gzip -9 and xz -9e on the text of a split, which must not be empty."""
     ids = [i for i in shards.read(0, shards.n_tokens).tolist() if i != tokenizer.eot]
     text = tokenizer.decode_bytes(ids)
-    packed = dict(gzip=gzip.compress(text, 9),
-                  xz=lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
-    return {name: 8 * len(data) / len(text) for name, data in packed.items()}
+    gzipped = gzip.compress(text, 9)
+    xzipped = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+    return {"gzip": 8 * len(gzipped) / len(text), "xz": 8 * len(xzipped) / len(text)}
+
+def show_compressors(log, step, val_shards, tokenizer, val_bpb):
+    """Logs the model's bits per byte beside those of gzip and xz."""
+    if val_bpb is None or val_shards.n_tokens >= COMPRESSED_TOKENS:
+        return
+    others = compressors_bpb(val_shards, tokenizer)
+    log.say(f"val bits per byte: this model {val_bpb:.4f}, gzip -9 {others['gzip']:.4f}, "
+            f"xz -9e {others['xz']:.4f}", step=step, val_bpb=val_bpb, **others)
+
+def show_samples(log, step, engine):
+    """Logs how the model continues each of SAMPLE_PROMPTS that leaves room in its context."""
+    for seed, prompt in enumerate(SAMPLE_PROMPTS):
+        if len(engine.prompt_ids(prompt)) >= engine.model.config.block_size:
+            continue
+        completion = engine.generate([prompt], 48, temperature=0.8, seed=seed)[0]
+        text = engine.tokenizer.decode(completion.ids)
+        log.say(f"  sample: {prompt}{text!r}", step=step, sample=prompt + text)
+
+def check_first_loss(val_loss, config):
+    """Stops a new model whose first loss shows that the code is broken. The model knows nothing, so
+    its logits are noise of some variance v, and its loss is ln V + v / 2. GPT-2's logits sum over C
+    channels of variance 1 times weights of standard deviation 0.02; those of dN are near 0."""
+    expected = math.log(config.vocab_size)
+    if not config.rms_norm:
+        expected += 0.02 ** 2 * config.n_embd / 2
+    if not 0.95 < val_loss / expected < 1.05:
+        raise SystemExit(f"val_loss is {val_loss:.4f} before step 1, but an untrained model's is "
+                         f"{expected:.4f}, about ln({config.vocab_size}); the model or the loss is "
+                         "broken: run make test")
 
 # ---- The recipe: learning rates, their schedule, the batch size ----------------------------------
 
 def schedule(step, max_steps, modern):
-    """→ (lr_scale, momentum, decay_scale) for step 0 … max_steps - 1."""
-    if not modern:      # llm.c's GPT-2: linear warm-up, cosine to 0
+    """The shape of a run, for step 0 … max_steps - 1 → (lr_scale, momentum, decay_scale).
+
+    The two scales multiply each parameter group's own lr and weight decay; momentum is Muon's.
+    """
+    if not modern:      # llm.c's GPT-2: linear warm-up, then a cosine down to 0
         warmup = min(700, max_steps // 10)
         if step < warmup:
             return (step + 1) / warmup, 0.95, 1.0
         angle = math.pi * (step - warmup) / max(1, max_steps - warmup)
         return 0.5 * (1 + math.cos(angle)), 0.95, 1.0
     warmup = min(40, max_steps // 10)
-    warmdown = 0.65 * max_steps     # the last 65 % go down linearly to 5 %
+    warmdown = 0.65 * max_steps     # in the last 65 % of the steps the lr falls linearly to 5 %
     left = min(1.0, (max_steps - step) / warmdown)
     lr_scale = min(1.0, (step + 1) / max(1, warmup)) * (0.05 + 0.95 * left)
     momentum = 0.85 + 0.12 * min(1.0, step / 400)
-    momentum = momentum if left == 1 else 0.90 + (momentum - 0.90) * left
-    return lr_scale, momentum, 0.5 * (1 + math.cos(math.pi * step / max_steps))
+    if left < 1:
+        momentum = 0.90 + (momentum - 0.90) * left
+    decay_scale = 0.5 * (1 + math.cos(math.pi * step / max_steps))
+    return lr_scale, momentum, decay_scale
 
-GPT2_MATMUL_PARAMS = 12 * 12 * 768 ** 2 + 50257 * 768     # of the 124M
+GPT2_MATMUL_PARAMS = 12 * 12 * 768 ** 2 + 50257 * 768     # of the 124M model
 
 def plan_batch(model, args, world_size, most_rows):
-    """Fills in max_steps, total_batch_size, batch_size where no flag did; → grad_accum_steps."""
-    config, size = model.config, model.matmul_params()
+    """Decides how many steps a run takes and how a step is split → grad_accum_steps.
+
+    Sets args.total_batch_size (tokens), args.batch_size (rows) and args.max_steps where the user
+    left them out, in place. most_rows: how many rows of a rank fit in its memory.
+    Raises SystemExit if total_batch_size cannot be split evenly.
+    """
+    config = model.config
+    size = model.matmul_params()
     T = args.seq_len or config.block_size
-    if config.rms_norm:     # 8 tokens a parameter reach GPT-2 at d24; batch ∝ tokens^.383
-        tokens, scale = 8 * size, (size / D12_MATMUL_PARAMS) ** 0.383
-    else:                   # through llm.c's runs: 10B tokens for 124M, 33.6B by 2²⁰ for 1558M
-        times = size / GPT2_MATMUL_PARAMS
-        tokens, scale = 1e10 * times ** 0.48, times ** 0.27
+    if config.rms_norm:     # 8 tokens a parameter reach GPT-2 at d24; batch ∝ tokens^0.383
+        tokens = 8 * size
+        batch_scale = (size / D12_MATMUL_PARAMS) ** 0.383
+    else:   # powers through llm.c's runs: 10B tokens for 124M, 33.6B by twice the batch for 1558M
+        tokens = 1e10 * (size / GPT2_MATMUL_PARAMS) ** 0.48
+        batch_scale = (size / GPT2_MATMUL_PARAMS) ** 0.27
     if not args.total_batch_size:
-        args.total_batch_size = 2 ** round(math.log2(2 ** 19 * scale))
-    if not args.batch_size:             # the most rows that fit and divide the batch
+        args.total_batch_size = 2 ** round(math.log2(2 ** 19 * batch_scale))
+    if not args.batch_size:     # the most rows that fit and that divide the batch
         rows = args.total_batch_size // (T * world_size)
-        args.batch_size = max((n for n in range(1, most_rows + 1) if rows % n == 0), default=1)
+        args.batch_size = max(n for n in range(1, most_rows + 1) if rows % n == 0)
     micro_tokens = args.batch_size * T * world_size
     if args.total_batch_size % micro_tokens:
         nearest = max(1, round(args.total_batch_size / micro_tokens)) * micro_tokens
-        raise SystemExit(f"total_batch_size {args.total_batch_size} is not a multiple of "
-                         f"batch_size*seq_len*world_size = {micro_tokens}; it is split evenly; "
-                         f"try --total_batch_size {nearest}")
+        raise SystemExit(f"--total_batch_size {args.total_batch_size} must be a multiple of "
+                         f"batch_size*seq_len*world_size = {micro_tokens}; try "
+                         f"--total_batch_size {nearest}")
     if args.max_steps is None:
         args.max_steps = max(1, round(tokens / args.total_batch_size))
     return args.total_batch_size // micro_tokens
 
 def memory_bytes(model, T, world_size):
-    """An estimate of (fixed, a row's) memory on a rank: in fp32 weights, gradients and this rank's
-    share of Adam's two moments (Muon has one); weights once more in the dtype of the matmuls;
-    activations at 34 C bytes a token and layer in 16 bits (arXiv 2205.05198, eq. 2, less T x T)."""
-    config, width = model.config, model.compute_dtype.itemsize
+    """An estimate of the memory that training takes on a rank → (fixed bytes, bytes per row).
+
+    Fixed: weights, gradients and this rank's share of the optimizer's moments in fp32, and the
+    weights once more in the dtype of the matmuls. Per row: activations, 34 C bytes per token and
+    layer in 16 bits (arXiv 2205.05198, equation 2, without its T x T term).
+    """
+    config = model.config
+    width = model.compute_dtype.itemsize
     params = sum(p.numel() for p in model.parameters())
-    muon = sum(p.numel() for p in model.h.parameters()) if config.rms_norm else 0
+    moments = 2 * params
+    if config.rms_norm:     # Muon keeps one moment for the weights of the blocks, Adam two
+        moments -= sum(p.numel() for p in model.h.parameters())
+    fixed = 4 * (2 * params + moments // world_size) + params * width
     row = 34 * config.n_embd * T * config.n_layer * width // 2
-    return 4 * (2 * params + (2 * params - muon) // world_size) + params * width, row
+    return fixed, row
 
 def most_rows(model, T, world_size, device):
-    """Rows that a micro-batch should have at most: on a GPU what fits into its memory, but no more
-    than 32; on a CPU 2048 tokens, whose activations stay in the cache."""
-    fixed, row = memory_bytes(model, T, world_size)
+    """The rows that a rank should take at a time, at most. On a GPU: what fits in its memory, up to
+    32. On a CPU: 2048 tokens, whose activations stay in the cache."""
     if "cuda" not in device:
         return max(1, 2048 // T)
-    free = 0.85 * torch.cuda.mem_get_info()[0] - 2 ** 30        # the loss's chunk, and cuBLAS
+    fixed, row = memory_bytes(model, T, world_size)
+    free = 0.85 * torch.cuda.mem_get_info()[0] - 2 ** 30        # for the loss's chunk and cuBLAS
     return max(1, min(32, int((free - fixed) // row)))
 
+PEAK_FLOPS = {      # dense bf16 FLOP/s, from the data sheets; the first name that fits counts
+    "H100 PCIE": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+    "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+
 def peak_flops(device):
-    """Dense bf16 FLOP/s of common GPUs, by their data sheets; None: unknown, no MFU is shown."""
+    """The GPU's peak in FLOP/s, or None on a CPU or a GPU that is not in PEAK_FLOPS."""
     if "cuda" not in device:
         return None
     name = torch.cuda.get_device_name().upper()
-    known = {"H100 PCIE": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
-             "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
-    return next((flops for key, flops in known.items() if key in name), None)
+    for known, flops in PEAK_FLOPS.items():
+        if known in name:
+            return flops
+    return None
 
-SPIKE_WINDOW, SPIKE_Z = 128, 7.0        # llm.c's window, and what its GPT-2 1558M run was given
+SPIKE_WINDOW = 128      # steps; llm.c's window
+SPIKE_Z = 7.0           # standard deviations; what llm.c's run of GPT-2 1558M was given
 
 def is_spike(window, value):
-    """Whether a value stands out of the last SPIKE_WINDOW, by its z-score."""
+    """Whether a value lies SPIKE_Z deviations above the mean of the last SPIKE_WINDOW values."""
     if len(window) < SPIKE_WINDOW:
         return False
     mean = sum(window) / len(window)
     deviation = math.sqrt(sum((v - mean) ** 2 for v in window) / len(window))
     return value - mean > SPIKE_Z * deviation
 
-# ---- Main ----------------------------------------------------------------------------------------
+# ---- What main() is made of ----------------------------------------------------------------------
 
 def parse_args():
     parser = argparse.ArgumentParser(description="pretrain a GPT on token shards")
-    parser.add_argument("--model", default="d12", help="gpt2 … gpt2-xl, or dN: N layers")
+    parser.add_argument("--model", default="d12", help="gpt2 … gpt2-xl, or dN for N layers")
     parser.add_argument("--config", nargs="*", default=[], metavar="KEY=VALUE",
                         help="other fields of GPTConfig: n_embd=128 n_head=4 block_size=256 …")
     parser.add_argument("--data", required=True, help="folder with *_train_*.bin and *_val_*.bin")
     parser.add_argument("--out", required=True, help="run folder")
     parser.add_argument("--resume", action="store_true", help="continue from <out>/state, if any")
-    parser.add_argument("--init_from", help="weights and shape: a run's folder, or gpt2 … gpt2-xl")
-    parser.add_argument("--max_steps", type=int, help="steps (default: by the model's size)")
-    parser.add_argument("--total_batch_size", type=int, help="tokens a step, over all ranks")
-    parser.add_argument("--batch_size", type=int, help="rows at a time on one rank")
-    parser.add_argument("--seq_len", type=int, help="tokens of a row (default, and at most: the "
+    parser.add_argument("--init_from", help="start from a run's weights, or from gpt2 … gpt2-xl")
+    parser.add_argument("--max_steps", type=int, help="steps (default: from the model's size)")
+    parser.add_argument("--total_batch_size", type=int, help="tokens per step, over all ranks")
+    parser.add_argument("--batch_size", type=int, help="rows per rank at a time")
+    parser.add_argument("--seq_len", type=int, help="tokens per row (default and maximum: the "
                         "model's block_size)")
-    parser.add_argument("--lr", type=float, help="AdamW's, or for dN Muon's, peak learning rate")
+    parser.add_argument("--lr", type=float, help="peak learning rate: AdamW's, or for dN Muon's")
     parser.add_argument("--eval_every", type=int, default=250, help="steps between evaluations")
-    parser.add_argument("--core_dir", help="eval_bundle folder: evaluate HellaSwag and CORE, too")
+    parser.add_argument("--core_dir", help="eval_bundle folder: also evaluate HellaSwag and CORE")
     parser.add_argument("--save_every", type=int, default=1000, help="steps between saved states")
-    parser.add_argument("--gpu_hour_usd", type=float, help="price of one GPU hour: shows the cost")
-    parser.add_argument("--seed", type=int, default=1337, help="of the weights and the rows' order")
+    parser.add_argument("--gpu_hour_usd", type=float, help="price of a GPU hour, to show the cost")
+    parser.add_argument("--seed", type=int, default=1337, help="seed of weights and row order")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--fp8", type=int, default=0, help="1: multiply in 8 bits (H100 or later)")
-    parser.add_argument("--deterministic", type=int, default=0, help="1: the same bits on a GPU")
+    parser.add_argument("--fp8", type=int, default=0, choices=(0, 1),
+                        help="1: multiply in 8 bits (H100 or later)")
+    parser.add_argument("--deterministic", type=int, default=0, choices=(0, 1),
+                        help="1: repeatable bits on a GPU")
     parser.add_argument("--profile", action="store_true", help="trace steps 10-12 into <out>")
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_at_least(1, args, "total_batch_size", "batch_size", "seq_len", "eval_every", "save_every")
+    check_at_least(0, args, "max_steps", "gpu_hour_usd", "seed")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise SystemExit(f"--lr must be above 0, got {args.lr}")
+    choose_device(args.device)
+    return args
 
-def build_model(args, tokenizer, kernel):
-    if args.init_from and args.config:
-        raise SystemExit(f"--config {args.config[0]} with --init_from {args.init_from}; a "
-                         "checkpoint has its own shape; leave --config out (for shorter rows there "
-                         "is --seq_len)")
-    if args.init_from:
-        return load_checkpoint(find_run(args.init_from), vocab_size=tokenizer.n_vocab)[0]
-    # without a kernel that skips what lies outside of them, windows only cost
-    fields = dict(vocab_size=tokenizer.n_vocab, **({} if kernel is not sdpa else {"windows": "L"}))
-    for given in args.config:
-        key, _, value = given.partition("=")
-        if key not in GPTConfig.__dataclass_fields__ or key == "vocab_size":
-            raise SystemExit(f"--config {given}: no such field; they are "
-                             f"{', '.join(GPTConfig.__dataclass_fields__)}, less vocab_size, which "
-                             "is the tokenizer's; try --config block_size=256")
-        kind = type(getattr(GPTConfig, key))
+def parse_config(given):
+    """--config KEY=VALUE … → {field of GPTConfig: value of its type}."""
+    names = [name for name in GPTConfig.__dataclass_fields__ if name != "vocab_size"]
+    fields = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        if name not in names:
+            raise SystemExit(f"--config {text}: GPTConfig has no such field that can be set; use "
+                             f"one of {', '.join(names)}")
+        kind = type(getattr(GPTConfig, name))
         try:
-            fields[key] = value in ("1", "True", "true") if kind is bool else kind(value)
+            fields[name] = parse_field(kind, value)
         except ValueError:
-            raise SystemExit(f"--config {given}: {value!r} is no {kind.__name__}; fields have the "
-                             "types of GPTConfig; try --config n_embd=128") from None
-    config = GPTConfig.preset(args.model, **fields)
-    C, NH = config.n_embd, config.n_head
+            wanted = {bool: "1 or 0", int: "an integer", float: "a number"}[kind]
+            raise SystemExit(f"--config {text}: {name} must be {wanted}; try --config "
+                             f"{name}={getattr(GPTConfig, name):g}") from None
+    return fields
+
+YES_OR_NO = {"1": True, "true": True, "yes": True, "on": True,
+             "0": False, "false": False, "no": False, "off": False}
+
+def parse_field(kind, text):
+    """A text as bool, int, float or str; ValueError if it is not one."""
+    if kind is not bool:
+        return kind(text)
+    if text.lower() not in YES_OR_NO:
+        raise ValueError
+    return YES_OR_NO[text.lower()]
+
+def check_config(config):
+    """Stops at a shape that no model can have."""
+    C = config.n_embd
+    NH = config.n_head
+    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        if getattr(config, name) < 1:
+            raise SystemExit(f"--config {name} must be at least 1, got {getattr(config, name)}")
     if C % NH:
-        raise SystemExit(f"n_embd {C} is not a multiple of n_head {NH}; heads are equally wide; "
-                         f"try --config n_embd={C // NH * NH}")
+        raise SystemExit(f"n_embd {C} is not a multiple of n_head {NH}; try --config "
+                         f"n_embd={max(1, C // NH) * NH}")
+    if config.rope and C // NH % 2:
+        raise SystemExit(f"n_embd {C} over n_head {NH} makes heads of {C // NH} channels, but rope "
+                         f"needs an even number; try --config n_embd={C + NH}")
+    if not 0 <= config.dropout < 1:
+        raise SystemExit(f"--config dropout must be at least 0 and below 1, got {config.dropout}")
+    if not 0 <= config.softcap < math.inf:
+        raise SystemExit(f"--config softcap must be at least 0, got {config.softcap}")
+    if not config.windows or set(config.windows) - set("SL"):
+        raise SystemExit("--config windows must be one or more of the letters S and L, got "
+                         f"{config.windows or 'nothing'}; try --config windows=SSSL")
+
+def build_model(args, tokenizer, device):
+    """The model that --init_from names, or a new one as --model and --config describe it."""
+    if args.init_from and args.config:
+        raise SystemExit(f"--config {args.config[0]} cannot be combined with --init_from, which "
+                         "brings its own shape; leave --config out (--seq_len makes rows shorter)")
+    if args.init_from:
+        run = find_run(args.init_from)
+        check_same_tokenizer(run, args.init_from, tokenizer)
+        return load_checkpoint(run, vocab_size=tokenizer.n_vocab)[0]
+    fields = {"vocab_size": tokenizer.n_vocab}
+    if find_kernel(device)[0] is sdpa:  # only the other kernels skip the keys outside of a window
+        fields["windows"] = "L"
+    fields |= parse_config(args.config)
+    config = GPTConfig.preset(args.model, **fields)
+    check_config(config)
     return GPT(config)
 
+def row_tokens(args, config):
+    """T, the tokens of a row: --seq_len, or as many as the model has positions."""
+    T = args.seq_len or config.block_size
+    if not 1 <= T <= config.block_size:
+        raise SystemExit(f"--seq_len must be 1 to {config.block_size}, the model's block_size, got "
+                         f"{T}")
+    return T
+
+@dataclass
+class Progress:
+    """What changes from step to step, beside weights, optimizer and generators. It is saved with
+    them, so that a resumed run continues from it."""
+    step: int = 0           # updates so far
+    position: int = 0       # rows that all ranks have read
+    usd: float = 0.0        # what the run has cost
+    losses: list = field(default_factory=list)      # of the last SPIKE_WINDOW steps
+    norms: list = field(default_factory=list)
+
+    @classmethod
+    def of(cls, state):
+        """state: what load_state returned."""
+        return cls(**{name: state[name] for name in cls.__dataclass_fields__})
+
+    def add_step(self, loss, norm, rows):
+        self.step += 1
+        self.position += rows
+        self.losses = [*self.losses, loss][-SPIKE_WINDOW:]
+        self.norms = [*self.norms, norm][-SPIKE_WINDOW:]
+
+class Meter:
+    """Measures steps, for the figures of their log lines: time, speed, cost, and time left."""
+
+    def __init__(self, args, model, T, ranks, earlier_usd):
+        self.step_tokens = args.total_batch_size
+        self.step_flops = model.flops_per_token(T) * self.step_tokens / ranks.world_size
+        self.peak = peak_flops(ranks.device)
+        self.usd_per_second = (args.gpu_hour_usd or 0) * ranks.world_size / 3600
+        self.earlier_usd = earlier_usd
+        self.seconds = []       # of the last 20 steps
+        self.started = self.tick = time.perf_counter()
+
+    def start_step(self):
+        self.tick = time.perf_counter()
+
+    def usd(self):
+        """The cost so far, with evaluations and saving, and with the processes before --resume."""
+        return self.earlier_usd + (time.perf_counter() - self.started) * self.usd_per_second
+
+    def figures(self, steps_left):
+        """Of the step since start_step(), and of the run so far. None: unknown, not shown."""
+        seconds = time.perf_counter() - self.tick
+        self.seconds = [*self.seconds[-19:], seconds]
+        mfu = None
+        if self.peak:
+            mfu = self.step_flops / seconds / self.peak
+        return dict(ms=1000 * seconds, tok_s=self.step_tokens / seconds, usd=self.usd() or None,
+                    mfu=mfu, eta=sum(self.seconds) / len(self.seconds) * steps_left)
+
+def log_plan(log, args, model, T, ranks, grad_accum_steps, n_tokens):
+    """The lines after the log's header: the batch, the length of the run, sizes, and kernels."""
+    B = args.batch_size
+    epochs = args.max_steps * args.total_batch_size / n_tokens
+    log.say(f"{args.total_batch_size} tokens a step = {B} rows x {T} tokens x {ranks.world_size} "
+            f"ranks x {grad_accum_steps} accumulated; {args.max_steps} steps = {epochs:.2f} epochs "
+            f"of {n_tokens:,} tokens")
+    fixed, row = memory_bytes(model, T, ranks.world_size)
+    log.say(f"{model.matmul_params():,} parameters in matmuls, {model.flops_per_token(T):.3g} FLOP "
+            f"a token; about {(fixed + B * row) / 1e9:.1f} GB of memory a rank, of which a row "
+            f"takes {row / 1e9:.2f} GB")
+    log.say(f"attention windows {model.config.windows}: {find_kernel(ranks.device)[1]}")
+    log.say(find_compiler(ranks.device)[1])
+
 @contextmanager
-def named_failures(ranks, where):
-    """A rank that loses another in a collective says which it is and where, then ends."""
+def named_failures(ranks, step, phase):
+    """If memory runs out, or if another rank is lost in a collective, this rank ends with one line
+    that says which rank it is and what it was doing."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise SystemExit(f"rank {ranks.rank}, {where()}: {str(error).splitlines()[0]}; a step "
-                         "takes the same in smaller pieces; halve --batch_size") from None
+        raise SystemExit(f"rank {ranks.rank}, step {step}, {phase}: {str(error).splitlines()[0]}; "
+                         "halve --batch_size (the result is the same, with more accumulation)"
+                         ) from None
     except RuntimeError as error:
         if ranks.world_size == 1:
             raise
-        raise SystemExit(f"rank {ranks.rank} of {ranks.world_size}, {where()}: "
-                         f"{str(error).splitlines()[0][:200]}; a rank ends when another is gone; "
-                         "see what that one said, then continue with --resume") from error
+        raise SystemExit(f"rank {ranks.rank} of {ranks.world_size}, step {step}, {phase}: "
+                         f"{str(error).splitlines()[0][:200]}; see what the rank that ended first "
+                         "has said, then continue with --resume") from error
 
 def make_profiler(run, ranks, log):
-    """Steps 10-12 → <run>/trace.json (chrome://tracing, ui.perfetto.dev), and the 15 longest."""
+    """Traces steps 10-12 → <run>/trace.json (for chrome://tracing or ui.perfetto.dev), and logs the
+    15 operations that took longest."""
     def show(profiler):
-        cuda = "cuda" in ranks.device
-        by = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+        by = "self_cuda_time_total" if "cuda" in ranks.device else "self_cpu_time_total"
         log.say(profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=60))
         profiler.export_chrome_trace(str(run / "trace.json"))
     steps = torch.profiler.schedule(wait=8, warmup=1, active=3, repeat=1)
     return torch.profiler.profile(schedule=steps, on_trace_ready=show)
 
+# ---- Main ----------------------------------------------------------------------------------------
+
 def main():
     args = parse_args()
     run = Path(args.out)
-    train_shards, val_shards = Shards(args.data, "train"), Shards(args.data, "val")
-    folder = Path(args.data) / "tokenizer"
-    tokenizer = Tokenizer.load(folder) if folder.exists() else Tokenizer.pretrained("gpt2")
-    signals, stop = catch_signals(), False
+    tokenizer = data_tokenizer(args.data)
+    train_shards = Shards(args.data, "train", tokenizer.n_vocab)
+    val_shards = Shards(args.data, "val", tokenizer.n_vocab)
+    check_shards(args.data)
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
     ranks = init_ranks(args.device)
     torch.manual_seed(args.seed)
-    kernel, why = find_kernel(ranks.device)
-    model = build_model(args, tokenizer, kernel).use(ranks.device, fp8=args.fp8)
-    config, V = model.config, model.config.vocab_size
-    T = args.seq_len or config.block_size
-    if not 1 <= T <= config.block_size:
-        raise SystemExit(f"--seq_len {T}; the model has {config.block_size} positions, and a row 1 "
-                         f"to as many; try --seq_len {config.block_size}")
-    grad_accum_steps = plan_batch(model, args, ranks.world_size,
-                               most_rows(model, T, ranks.world_size, ranks.device))
-    optimizer = make_optimizer(model, ranks, args.lr, args.total_batch_size)
+    model = build_model(args, tokenizer, ranks.device).use(ranks.device, fp8=args.fp8)
+    config = model.config
+    T = row_tokens(args, config)
+    most = most_rows(model, T, ranks.world_size, ranks.device)
+    grad_accum_steps = plan_batch(model, args, ranks.world_size, most)
     B = args.batch_size
     loader = Loader(train_shards, T, args.seed)
-    token_bytes = torch.from_numpy(tokenizer.token_bytes().astype(np.int64)).to(ranks.device)
+    optimizer = make_optimizer(model, ranks, args.lr, args.total_batch_size)
     engine = Engine(model, tokenizer)
+    token_bytes = torch.from_numpy(tokenizer.token_bytes().astype(np.int64)).to(ranks.device)
+
     settings = dict(model=vars(config), total_batch_size=args.total_batch_size,
                     seq_len=T, max_steps=args.max_steps, seed=args.seed, lr=args.lr, fp8=args.fp8,
                     tokenizer=tokenizer.sha256, n_tokens=train_shards.n_tokens)
-
     state = load_state(run, args.resume, ranks, optimizer, model, settings)
-    first_step = step = state["step"] if state else 0
-    position, usd = (state["position"], state["usd"]) if state else (0, 0.0)
-    losses, norms = (state["losses"], state["norms"]) if state else ([], [])    # for is_spike
-    log = RunLog(run, args.max_steps, ranks, resume_step=step if state else None)
-    if step >= args.max_steps:
-        return log.say(f"{run} is trained: step {step} of {args.max_steps}")
+    progress = Progress()
+    resume_step = None
+    if state:
+        progress = Progress.of(state)
+        resume_step = progress.step
+    log = RunLog(run, args.max_steps, ranks, resume_step=resume_step)
+    if progress.step >= args.max_steps:
+        return log.say(f"{run} is trained: step {progress.step} of {args.max_steps}")
     log.header(args, model, ranks.device)
-    log.say(f"{args.total_batch_size} tokens a step = {B} rows x {T} tokens x "
-            f"{ranks.world_size} ranks x {grad_accum_steps} accumulated; {args.max_steps} steps = "
-            f"{args.max_steps * args.total_batch_size / train_shards.n_tokens:.2f} epochs of "
-            f"{train_shards.n_tokens:,} tokens")
-    fixed, row = memory_bytes(model, T, ranks.world_size)
-    flops_per_token = model.flops_per_token(T)
-    log.say(f"{model.matmul_params():,} parameters in matmuls, {flops_per_token:.3g} FLOP "
-            f"a token; memory about {(fixed + B * row) / 1e9:.1f} GB a rank, {row / 1e9:.2f} GB of "
-            "it a row: if it does not fit, halve --batch_size")
-    log.say(f"attention {config.windows}: {why}")
-    compile, why = find_compiler(ranks.device)
-    log.say(why)
-    hidden = compile(model.hidden)      # of training only: evaluation and samples use the raw model
-    peak = peak_flops(ranks.device)
-    gpu_usd, earlier_usd = (args.gpu_hour_usd or 0) * ranks.world_size, usd
-    started, recent, phase, val_bpb = time.time(), [], "the first collective", None
+    log_plan(log, args, model, T, ranks, grad_accum_steps, train_shards.n_tokens)
+    hidden = find_compiler(ranks.device)[0](model.hidden)   # evaluations and samples stay eager
+    profiler = None
+    if args.profile and ranks.is_main:
+        profiler = make_profiler(run, ranks, log)
+        profiler.start()
 
     def save():
-        save_state(run, ranks, optimizer, model, step=step, position=position, usd=usd,
-                   losses=losses, norms=norms, settings=settings)
+        save_state(run, ranks, optimizer, model, **vars(progress), settings=settings)
         if ranks.is_main:
-            save_checkpoint(run, model, tokenizer, stage="pretrain", step=step, val_bpb=val_bpb)
+            save_checkpoint(run, model, tokenizer, stage="pretrain", step=progress.step,
+                            val_bpb=val_bpb)
 
     def batch(micro_step):
-        """Rows of a micro-step; one behind the last is the first of the next step."""
-        first = position + (micro_step * ranks.world_size + ranks.rank) * B
+        """This rank's rows of a micro-step. The one after the last is the next step's first."""
+        first = progress.position + (micro_step * ranks.world_size + ranks.rank) * B
         return loader.batch(first, B, ranks.device)
 
-    with ExitStack() as stack:
-        stack.enter_context(named_failures(ranks, lambda: f"step {step}, {phase}"))
-        profiler = args.profile and ranks.is_main and stack.enter_context(
-            make_profiler(run, ranks, log))
+    first_step = progress.step
+    signals = catch_signals()       # from here on they end the run after a step, with a saved state
+    stop = False
+    val_bpb = None
+    with named_failures(ranks, first_step, "the first collective"):
         ranks.sum(1)
-        model.train()
-        x, y = batch(0)
-        while True:
-            last = step == args.max_steps
-            if (step % args.eval_every == 0 or last) and (step == 0 or step > first_step):
-                phase = "evaluation"
+    started = time.time()
+    meter = Meter(args, model, T, ranks, progress.usd)
+    model.train()
+    x, y = batch(0)
+    while True:
+        step = progress.step
+        is_last = step == args.max_steps
+        is_new = step == 0 or step > first_step     # a resumed run has evaluated its first step
+
+        if is_new and (is_last or step % args.eval_every == 0):
+            with named_failures(ranks, step, "evaluation"):
+                val_tokens = None if is_last else VAL_TOKENS
                 val_loss, val_bpb = evaluate(model, val_shards, token_bytes, T, B, ranks,
-                                             None if last else VAL_TOKENS)
+                                             val_tokens)
                 figures = {"val_loss": val_loss, "val_bpb": val_bpb}
                 if args.core_dir:
                     figures |= scores(engine, args.core_dir, CORE_EXAMPLES, ranks)
                 log(step, **figures)
-                if step == 0 and not args.init_from and not 0.95 < val_loss / math.log(V) < 1.05:
-                    raise SystemExit(f"val_loss {val_loss:.4f} before step 1; an untrained model's "
-                                     f"is ln({V}) = {math.log(V):.4f}; the code of the model or "
-                                     "of the loss was broken: run make test")
+                if step == 0 and not args.init_from:
+                    check_first_loss(val_loss, config)
                 if ranks.is_main:
-                    for i, prompt in enumerate(("The", "Return the")):
-                        ids = engine.generate([prompt], 48, temperature=0.8, seed=i)[0].ids
-                        text = tokenizer.decode(ids)
-                        log.say(f"  sample: {prompt}{text!r}", step=step, sample=prompt + text)
-                if last and ranks.is_main and val_shards.n_tokens < 2 ** 22:  # xz is slow
-                    others = compressors_bpb(val_shards, tokenizer)
-                    log.say(f"val bits per byte: this model {val_bpb:.4f}, gzip -9 "
-                            f"{others['gzip']:.4f}, xz -9e {others['xz']:.4f}",
-                            step=step, val_bpb=val_bpb, **others)
-            if last or stop or (step % args.save_every == 0 and step > first_step):
-                phase = "saving"
-                save()
-            if last or stop:
-                break
+                    show_samples(log, step, engine)
+                    if is_last:
+                        show_compressors(log, step, val_shards, tokenizer, val_bpb)
 
-            phase, tick = "training", time.time()
+        if is_last or stop or (step > first_step and step % args.save_every == 0):
+            with named_failures(ranks, step, "saving"):
+                save()
+        if is_last or stop:
+            break
+
+        with named_failures(ranks, step, "training"):
+            meter.start_step()
             loss = torch.zeros((), device=ranks.device)
             for micro_step in range(grad_accum_steps):
                 micro_loss = model.loss(hidden(x), y) / grad_accum_steps
@@ -421,37 +731,34 @@ def main():
                 loss += micro_loss.detach()
                 x, y = batch(micro_step + 1)        # while a GPU is still busy with the backward
             norm = optimizer.average_grads()
-            loss, stops = ranks.sum(loss.item() / ranks.world_size, len(signals))
-            stop = stops > 0
+            loss, n_signals = ranks.sum(loss.item() / ranks.world_size, len(signals))
+            stop = n_signals > 0
             check_finite(f"step {step}", loss, norm)
             lr_scale, momentum, decay_scale = schedule(step, args.max_steps, config.rms_norm)
-            if is_spike(losses, loss) or is_spike(norms, norm):
+            if is_spike(progress.losses, loss) or is_spike(progress.norms, norm):
                 log.say(f"step {step + 1}: skipped, loss {loss:.4f} or norm {norm:.4f} stands out "
                         f"of the last {SPIKE_WINDOW}", step=step + 1, skipped=True)
                 optimizer.zero_grad()
-            else:   # GPT-2 clips at norm 1; the modern recipe's clipping would never act, but cost
-                grad_scale = 1.0 if config.rms_norm else min(1.0, 1.0 / (norm + 1e-6))
+            else:
+                grad_scale = 1.0        # the modern recipe does not clip: it would never act
+                if not config.rms_norm:
+                    grad_scale = min(1.0, 1.0 / (norm + 1e-6))
                 optimizer.step(lr_scale, grad_scale, momentum, decay_scale)
-            losses, norms = ([*last_ones, value][-SPIKE_WINDOW:]
-                             for last_ones, value in ((losses, loss), (norms, norm)))
-            step, position = step + 1, position + args.total_batch_size // T
 
-            seconds = time.time() - tick
-            recent = [*recent[-19:], seconds]
-            tok_s = args.total_batch_size / seconds
-            usd = earlier_usd + (time.time() - started) / 3600 * gpu_usd
-            log(step, loss=loss, lr=lr_scale * optimizer.groups[0]["lr"], norm=norm,
-                ms=1000 * seconds, tok_s=tok_s, usd=usd or None,
-                mfu=peak and flops_per_token * tok_s / peak / ranks.world_size,
-                eta=sum(recent) / len(recent) * (args.max_steps - step))
-            if profiler:
-                profiler.step()
-            if step == first_step + 1:      # collecting garbage takes half a second now and then
-                gc.collect()
-                gc.freeze()
+        progress.add_step(loss, norm, rows=args.total_batch_size // T)
+        progress.usd = meter.usd()
+        log(progress.step, loss=loss, lr=lr_scale * optimizer.groups[0]["lr"], norm=norm,
+            **meter.figures(args.max_steps - progress.step))
+        if profiler:
+            profiler.step()
+        if step == first_step:
+            gc.collect()
+            gc.freeze()     # else a collection takes half a second now and then
 
-    finish(log, run, "pretrain", step, started, stopped=stop and not last)
+    if profiler:
+        profiler.stop()
+    finish(log, run, "pretrain", step, started, stopped=stop and not is_last)
 
 if __name__ == "__main__":
-    with suppress(BrokenPipeError):
+    with quiet_end():
         main()

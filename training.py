@@ -1,16 +1,19 @@
 """
 What every training loop needs beside the model: ranks, the optimizer and its recipe, the run log,
-and the saved state from which --resume continues.
+the saved state from which --resume continues, and the lines that all loops repeat.
 
-    optimizer = make_optimizer(model)           # GPT-2's AdamW, or Muon and Adam for dN
+    ranks = init_ranks()
+    optimizer = make_optimizer(model, ranks)    # GPT-2's AdamW, or Muon and Adam for dN
     model(x, y).backward()
     norm = optimizer.average_grads()            # over all ranks
     optimizer.step(lr_scale=0.5)
+    log(step, loss=loss, norm=norm)             # to stdout and <run>/log.jsonl
+    save_state(run, ranks, optimizer, model, step=step, settings=settings)
 
 Papers: AdamW (arXiv 1711.05101), Muon (kellerjordan.github.io/posts/muon), Polar Express
 (2505.16932), NorMuon (2510.05491), cautious weight decay (2510.12402), ZeRO (1910.02054).
 Differs from the papers: a rank owns whole parameters, not slices of them, because Muon needs whole
-matrices; what is sent between ranks is as much.
+matrices; the ranks send each other the same number of bytes.
 """
 import atexit
 import json
@@ -24,7 +27,6 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -32,19 +34,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.optim.adamw import adamw
 
-from model import FORMAT_VERSION, VOCABULARY, compiled, load_weights, save_weights, write_json
+from model import (VOCABULARY, compiled, load_weights, put_in_place, read_json,
+                   read_tensors, save_checkpoint, save_weights, write_json)
 
 # ---- Ranks: a single process is rank 0 of 1, and no code below asks which case it is -------------
 
 @dataclass(frozen=True)
 class Ranks:
+    """This process among those that torchrun started; is_main: it prints and writes files."""
     rank: int = 0
     world_size: int = 1
     device: str = "cpu"
     is_main: bool = True
 
     def sum(self, *values):
-        """Sums each number over all ranks, in fp64."""
+        """Sums each number over all ranks, in fp64. All ranks wait here for each other."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(total)
@@ -52,22 +56,28 @@ class Ranks:
 
 def init_ranks(device="auto"):
     """Joins the ranks that torchrun started, if it did. device: auto, cpu or cuda."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise SystemExit("--device cuda: this torch sees no CUDA GPU; it needs one and its "
-                             "driver; try --device cpu")
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    has_cuda = torch.cuda.is_available()
+    if device not in ("auto", "cpu", "cuda"):
+        raise SystemExit(f"--device must be auto, cpu or cuda, got {device}")
+    if device == "cuda" and not has_cuda:
+        raise SystemExit("--device cuda: PyTorch finds no CUDA GPU here; install its driver and a "
+                         "CUDA build of torch, or try --device cpu")
+    if has_cuda and device != "cpu":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        backend = "nccl"
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    else:
+        device = "cpu"
+        backend = "gloo"
     if world_size > 1:
-        dist.init_process_group("nccl" if "cuda" in device else "gloo")
+        dist.init_process_group(backend)
         atexit.register(dist.destroy_process_group)
     return Ranks(rank, world_size, device, is_main=rank == 0)
 
-# ---- The optimizer -------------------------------------------------------------------------------
+# ---- Muon: a matrix is updated by polar(momentum), all of whose singular values are near 1 -------
 
 POLAR_EXPRESS = (  # five quintics that push every singular value towards 1 (arXiv 2505.16932)
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -77,45 +87,57 @@ POLAR_EXPRESS = (  # five quintics that push every singular value towards 1 (arX
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 def polar(G):
-    """The factor U Vᵀ of G = U S Vᵀ, about; G (…, m, n). On a GPU bf16 is precise enough."""
-    X = G.bfloat16() if G.is_cuda else G.float()
-    X = X / (1.01 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    """About U Vᵀ for G = U S Vᵀ; G (…, m, n). On a GPU it computes in bf16, which is enough."""
+    X = G.bfloat16() if G.is_cuda else G
+    X = X / (1.01 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)      # singular values up to 1
     tall = X.shape[-2] > X.shape[-1]
-    X = X.mT if tall else X
-    for a, b, c in POLAR_EXPRESS:
+    if tall:                                                        # the smaller X Xᵀ is cheaper
+        X = X.mT
+    for a, b, c in POLAR_EXPRESS:       # s → a s + b s³ + c s⁵ for each singular value s
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
-    return (X.mT if tall else X).float()
+    if tall:
+        X = X.mT
+    return X.to(G.dtype)
 
-def as_matrices(W):
-    """c_attn.weight (3C, C) is three matrices, q, k and v; any other is one: a view (K, m, n)."""
-    K = 3 if W.shape[0] == 3 * W.shape[1] else 1
-    return W.view(K, W.shape[0] // K, W.shape[1])
+def short_axis(W):
+    """The axis of the shorter side of W (…, m, n), of the columns if both are equal."""
+    return -1 if W.shape[-2] >= W.shape[-1] else -2
 
 def muon(W, grad, buffer, variance, lr, decay, momentum, beta2=0.9):
-    """polar(Nesterov momentum), then NorMuon: rows of equal RMS along the longer side, the norm
-    kept. Decay is cautious (arXiv 2510.12402): only where the update shrinks W.
+    """One update of each matrix in W (K, m, n) → the next W, buffer and variance.
 
-    Of all matrices of a shape at once, (K, m, n); variance (K, m, 1) or, if m < n, (K, 1, n).
-    → the next W, buffer and variance. On a GPU it is compiled."""
+    polar() of the Nesterov momentum, then NorMuon: the rows along the longer side get the same mean
+    square, and the norm is kept. Decay is cautious: it acts only where the update shrinks W too.
+    buffer (K, m, n); variance (K, m, 1), or (K, 1, n) if m < n. On a GPU this is compiled.
+    """
     buffer = buffer.lerp(grad, 1 - momentum)
     U = polar(grad.lerp(buffer, momentum))
-    row_variance = U.square().mean(-1 if W.shape[-2] >= W.shape[-1] else -2, keepdim=True)
-    variance = variance.lerp(row_variance, 1 - beta2)
+    variance = variance.lerp(U.square().mean(short_axis(W), keepdim=True), 1 - beta2)
     scaled = U * variance.clamp_min(1e-10).rsqrt()
     U = F.normalize(scaled, dim=(-2, -1)) * U.norm(dim=(-2, -1), keepdim=True)
     lr = lr * max(1, W.shape[-2] / W.shape[-1]) ** 0.5
     return W - lr * (U + decay * W * (U * W >= 0)), buffer, variance
 
+def as_matrices(W):
+    """A view (K, m, n): c_attn.weight (3C, C) is three matrices, q, k and v; any other is one."""
+    K = 3 if W.shape[0] == 3 * W.shape[1] else 1
+    return W.view(K, W.shape[0] // K, W.shape[1])
+
+# ---- The optimizer: AdamW and Muon on several ranks ----------------------------------------------
+
 class Optimizer:
     """AdamW and Muon with ZeRO-1: each parameter has one rank that keeps its state and updates it.
 
     groups: dicts of `kind` ("adamw" or "muon"), `params` {name: parameter}, `lr`, `weight_decay`,
-    for AdamW `betas`, `eps`. After backward on every rank: average_grads(), then step(…).
+    and for AdamW `betas`, `eps`. After backward on every rank: average_grads(), then step(…).
     """
 
     def __init__(self, groups, ranks=Ranks()):
-        self.groups, self.ranks, self.steps, self.state = groups, ranks, 0, {}
+        self.groups = groups
+        self.ranks = ranks
+        self.steps = 0
+        self.state = {}         # {"parameter.key": tensor} of the parameters this rank owns
         self.params = {name: p for group in groups for name, p in group["params"].items()}
         by_size = sorted(self.params, key=lambda name: (-self.params[name].numel(), name))
         self.owner = {name: i % ranks.world_size for i, name in enumerate(by_size)}
@@ -133,34 +155,40 @@ class Optimizer:
         for p in self.params.values():
             p.grad = None
 
+    def send_all(self, collective, tensors):
+        """Starts to reduce each tensor {name: tensor} to its owner, or to broadcast it from there.
+        Returns what to wait for."""
+        if self.ranks.world_size == 1:
+            return []
+        return [collective(tensor, self.owner[name], async_op=True)
+                for name, tensor in tensors.items()]
+
     @torch.no_grad()
     def average_grads(self):
-        """Averages each gradient over the ranks, onto its owner; returns the norm of them all."""
+        """Averages each gradient over the ranks, onto its owner. Returns the norm of all."""
         for p in self.params.values():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for work in [self.send(dist.reduce, name, p.grad) for name, p in self.params.items()]:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for work in self.send_all(dist.reduce, {name: p.grad for name, p in self.params.items()}):
             work.wait()
         mine = [self.params[name].grad for name in filter(self.is_mine, self.params)]
-        if self.ranks.world_size > 1:
-            torch._foreach_div_(mine, self.ranks.world_size)
-        norms = torch.stack(torch._foreach_norm(mine)) if mine else torch.zeros(1)
-        return math.sqrt(self.ranks.sum(norms.double().square().sum().item())[0])
-
-    def send(self, collective, name, tensor):
-        """Starts reducing a tensor to its owner, or broadcasting it from there."""
-        if self.ranks.world_size == 1:
-            return SimpleNamespace(wait=lambda: None)
-        return collective(tensor, self.owner[name], async_op=True)
+        square = 0.0
+        if mine:
+            if self.ranks.world_size > 1:
+                torch._foreach_div_(mine, self.ranks.world_size)
+            square = torch.stack(torch._foreach_norm(mine)).double().square().sum().item()
+        return math.sqrt(self.ranks.sum(square)[0])
 
     @torch.no_grad()
     def step(self, lr_scale=1.0, grad_scale=1.0, momentum=0.95, decay_scale=1.0):
-        """The schedules scale each group's own lr and weight_decay; grad_scale clips gradients.
-        Parameters are on their way to the other ranks while their owners update the next."""
+        """Updates all parameters. The scales multiply each group's lr and weight_decay; grad_scale
+        clips the gradients. Updated parameters travel while their owners update the next ones."""
         self.steps += 1
         sent = []
         for group in sorted(self.groups, key=lambda group: group["kind"]):      # AdamW is quick
-            lr, decay = lr_scale * group["lr"], decay_scale * group["weight_decay"]
-            for names in self.together(group):
+            lr = lr_scale * group["lr"]
+            decay = decay_scale * group["weight_decay"]
+            for names in self.batches(group):
                 mine = list(filter(self.is_mine, names))
                 if mine and grad_scale != 1:
                     torch._foreach_mul_([self.params[name].grad for name in mine], grad_scale)
@@ -168,13 +196,14 @@ class Optimizer:
                     self.adamw(mine, lr, decay, group["betas"], group["eps"])
                 elif mine:
                     self.muon(mine, lr, decay, momentum)
-                sent += [self.send(dist.broadcast, name, self.params[name].data) for name in names]
+                sent += self.send_all(dist.broadcast,
+                                      {name: self.params[name].data for name in names})
         for work in sent:
             work.wait()
         self.zero_grad()
 
-    def together(self, group):
-        """The names of a group, as they are updated at once: for Muon those of equal shape."""
+    def batches(self, group):
+        """The names that are updated in one call: all of AdamW's, or Muon's of equal shape."""
         if group["kind"] == "adamw":
             return [list(group["params"])]
         by_shape = {}
@@ -183,71 +212,88 @@ class Optimizer:
         return sorted(by_shape.values(), key=lambda names: -self.params[names[0]].numel())
 
     def adamw(self, names, lr, decay, betas, eps):
-        """Adam with decoupled weight decay (arXiv 1711.05101, algorithm 2), PyTorch's, which makes
-        one pass over all tensors. With ^ for what is divided by 1 - βᵗ at step t:
+        """Adam with decoupled weight decay (arXiv 1711.05101, algorithm 2); PyTorch's function
+        updates all tensors in one pass. At step t, with m^ = m / (1 - β₁ᵗ), v^ = v / (1 - β₂ᵗ):
             m = β₁ m + (1 - β₁) g    v = β₂ v + (1 - β₂) g²    p = p - lr (m^ / (√v^ + ε) + decay p)
         """
         params = [self.params[name] for name in names]
-        m, v = ([self.slot(name, key, p) for name, p in zip(names, params)]
-                for key in ("exp_avg", "exp_avg_sq"))
-        before = torch.full((len(names),), self.steps - 1.0, device=params[0].device).unbind()
-        adamw([p.data for p in params], [p.grad for p in params], m, v, [], list(before),
-              fused=True, amsgrad=False, maximize=False, beta1=betas[0], beta2=betas[1], lr=lr,
-              weight_decay=decay, eps=eps)
+        m = [self.slot(name, "exp_avg", self.params[name]) for name in names]
+        v = [self.slot(name, "exp_avg_sq", self.params[name]) for name in names]
+        steps_before = torch.full((len(names),), self.steps - 1.0, device=params[0].device)
+        adamw([p.data for p in params], [p.grad for p in params], m, v, [],
+              list(steps_before.unbind()), fused=True, amsgrad=False, maximize=False,
+              beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=decay, eps=eps)
 
     def muon(self, names, lr, decay, momentum):
-        W = [as_matrices(self.params[name].data) for name in names]
-        grads = [as_matrices(self.params[name].grad) for name in names]
-        rows = [w[..., :1] if w.shape[-2] >= w.shape[-1] else w[..., :1, :] for w in W]
-        kept = [W, [self.slot(name, "momentum", w) for name, w in zip(names, W)],
-                [self.slot(name, "variance", row) for name, row in zip(names, rows)]]
-        update = compiled(muon, W[0].device.type)
-        numbers = map(torch.tensor, (lr, decay, momentum))      # as floats each would be compiled
-        stacks = [torch.cat(tensors) for tensors in (W, grads, *kept[1:])]
-        for tensors, result in zip(kept, update(*stacks, *numbers)):
-            torch._foreach_copy_(tensors, result.split([len(w) for w in W]))
+        """muon() of all these parameters in one call: their matrices have equal shapes."""
+        weights, grads, buffers, variances = [], [], [], []
+        for name in names:
+            W = as_matrices(self.params[name].data)
+            weights.append(W)
+            grads.append(as_matrices(self.params[name].grad))
+            buffers.append(self.slot(name, "momentum", W))
+            variances.append(self.slot(name, "variance", W.narrow(short_axis(W), 0, 1)))
+        update = compiled(muon, weights[0].device.type)
+        # tensors, because torch.compile would recompile for every new float
+        results = update(torch.cat(weights), torch.cat(grads), torch.cat(buffers),
+                         torch.cat(variances), torch.tensor(lr), torch.tensor(decay),
+                         torch.tensor(momentum))
+        sizes = [len(W) for W in weights]
+        for tensors, result in zip((weights, buffers, variances), results):
+            torch._foreach_copy_(tensors, result.split(sizes))
+
+# ---- The recipe: how each parameter is trained ---------------------------------------------------
 
 ADAM_RECIPE = {     # nanochat's, tuned at d12: lr, betas, weight decay
     "lm_head": (0.008, (0.8, 0.96), 0.01), "wte": (0.3, (0.8, 0.995), 0.001),
-    "wpe": (0.3, (0.8, 0.995), 0.001),      # ours, for a dN without RoPE
+    "wpe": (0.3, (0.8, 0.995), 0.001),      # our own, for a dN without RoPE
     "value_embeds": (0.15, (0.8, 0.995), 0.01), "resid_scalars": (0.005, (0.8, 0.95), 0.05),
     "x0_scalars": (0.5, (0.96, 0.95), 0.0), "backout_scalar": (0.2, (0.8, 0.95), 0.0)}
 D12_MATMUL_PARAMS = 110.1e6     # of d12 with 32,768 tokens, where decay and batch size were tuned
 
 def default_lr(config, batch_tokens):
-    """Of pretraining: 6e-4 for GPT-2's AdamW; for dN's Muon .02 √(batch_tokens / 2¹⁹).
+    """The peak learning rate of pretraining: 6e-4 for GPT-2's AdamW; for dN's Muon
+    0.02 √(batch_tokens / 2¹⁹).
 
-    The root was fitted to 2¹⁸ tokens and more; below it rates do not fall further, and toys get
-    twice as much: a d4 of 128 channels that saw 150 batches of 4096 tokens came to 2.51 bits a byte
-    by the root's rate, .0018, to 2.29 at .02, 2.26 at .028, 2.24 at .042 and 2.26 at .057; with 300
-    batches to 2.12 at .014, 2.09 at .02, 2.12 at .028 and 2.13 at .04 (a seed each)."""
+    The square root was fitted to batches of 2¹⁸ tokens and more; the rate does not fall below its
+    value there. Batches under 2¹⁶ tokens, which are a toy's, get 0.028. With a d4 of 128 channels
+    and 4096 tokens a batch, one seed each, val bits per byte were:
+        lr           .0018   .014   .020   .028   .040   .042   .057
+        150 batches   2.51          2.29   2.26          2.24   2.26
+        300 batches          2.12   2.09   2.12   2.13
+    """
     if not config.rms_norm:
         return 6e-4
-    return 0.028 if batch_tokens < 2 ** 16 else 0.02 * math.sqrt(max(0.5, batch_tokens / 2 ** 19))
+    if batch_tokens < 2 ** 16:
+        return 0.028
+    return 0.02 * math.sqrt(max(0.5, batch_tokens / 2 ** 19))
 
 def make_optimizer(model, ranks=Ranks(), lr=None, batch_tokens=2 ** 19):
-    """GPT-2's AdamW, or the modern mixture: Muon for the blocks' matrices, with this lr, and Adam
-    for the rest, with rates in proportion to it."""
-    params, config = dict(model.named_parameters()), model.config
+    """GPT-2's AdamW, or dN's mixture: Muon with this lr for the blocks' matrices, and Adam for the
+    other parameters, with rates in proportion to it."""
+    params = dict(model.named_parameters())
+    config = model.config
     lr = lr or default_lr(config, batch_tokens)
     if not config.rms_norm:
         adam = dict(kind="adamw", lr=lr, betas=(0.9, 0.95), eps=1e-8)
-        flat = {name: p for name, p in params.items() if p.ndim < 2}       # biases and norms
-        rest = {name: p for name, p in params.items() if p.ndim >= 2}
-        return Optimizer([dict(adam, params=rest, weight_decay=0.1),
-                          dict(adam, params=flat, weight_decay=0.0)], ranks)
-    width_scale = math.sqrt(768 / config.n_embd)
+        vectors = {name: p for name, p in params.items() if p.ndim < 2}    # biases and norms
+        matrices = {name: p for name, p in params.items() if p.ndim >= 2}
+        return Optimizer([dict(adam, params=matrices, weight_decay=0.1),
+                          dict(adam, params=vectors, weight_decay=0.0)], ranks)
     decay = 0.28 * math.sqrt(batch_tokens / 2 ** 19) * D12_MATMUL_PARAMS / model.matmul_params()
     groups = [dict(kind="muon", lr=lr, weight_decay=decay,
                    params={name: p for name, p in params.items() if name.startswith("h.")})]
-    for start, (rate, betas, decay) in ADAM_RECIPE.items():
-        group = {name: p for name, p in params.items() if name.startswith(start)}
+    for start, recipe in ADAM_RECIPE.items():
         if start == "wte" and config.tied_head:
-            rate, betas, decay = ADAM_RECIPE["lm_head"]
-        rate *= lr / 0.02 * (width_scale if start in VOCABULARY else 1.0)
+            recipe = ADAM_RECIPE["lm_head"]
+        rate, betas, decay = recipe
+        rate *= lr / 0.02
+        if start in VOCABULARY:
+            rate *= math.sqrt(768 / config.n_embd)
+        group = {name: p for name, p in params.items() if name.startswith(start)}
         groups.append(dict(kind="adamw", params=group, lr=rate, betas=betas, eps=1e-10,
                            weight_decay=decay))
-    assert sum(len(group["params"]) for group in groups) == len(params), "a parameter nobody trains"
+    assert sum(len(group["params"]) for group in groups) == len(params), "a parameter in no group"
     return Optimizer(groups, ranks)
 
 # ---- The run log: one grammar for every stage, on stdout and in <run>/log.jsonl ------------------
@@ -259,56 +305,77 @@ LOG_FORMATS = dict(
     truncated="truncated {:.0%}", kl="kl {:.4f}", hellaswag="hellaswag {:.4f}", core="core {:.4f}")
 
 class RunLog:
-    """log(7, loss=…, lr=…) prints `step  7/90 | loss 3.421875 | lr 5.98e-04`, logs a JSON row."""
+    """log(7, loss=…, lr=…) prints `step  7/90 | loss 3.421875 | lr 5.98e-04`, and appends the same
+    as a row of JSON to <run>/log.jsonl. Only the main rank writes."""
 
     def __init__(self, run, max_steps, ranks=Ranks(), resume_step=None):
-        self.max_steps, self.is_main, kept = max_steps, ranks.is_main, []
-        if self.is_main:
-            path = Path(run) / "log.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if resume_step is not None:     # what came after the saved step is going to come again
-                kept = [row for row in read_log(run) if row.get("step", 0) <= resume_step]
-            part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(part, path)
-            self.file = open(path, "a", buffering=1)
-        self.started = time.time() - (kept[-1]["seconds"] if kept else 0)
+        self.max_steps = max_steps
+        self.is_main = ranks.is_main
+        self.started = time.time()
+        if not self.is_main:
+            return
+        path = Path(run) / "log.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = []
+        if resume_step is not None:     # the steps after the saved one will be logged again
+            rows = [row for row in read_log(run) if row.get("step", 0) <= resume_step]
+        if rows:
+            self.started -= rows[-1]["seconds"]
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(part, path)
+        self.file = open(path, "a", buffering=1)
 
     def __call__(self, step, **values):
+        """Logs a step; a value of None is left out."""
         values = {key: value for key, value in values.items() if value is not None}
-        shown = (LOG_FORMATS[key].format(timedelta(seconds=int(value)) if key == "eta" else value)
-                 for key, value in values.items())
-        head = f"step {step:{len(str(self.max_steps))}d}/{self.max_steps}"
-        self.say(" | ".join([head, *shown]), step=step, **values)
+        shown = [f"step {step:{len(str(self.max_steps))}d}/{self.max_steps}"]
+        for key, value in values.items():
+            if key == "eta":
+                value = timedelta(seconds=int(value))
+            shown.append(LOG_FORMATS[key].format(value))
+        self.say(" | ".join(shown), step=step, **values)
 
     def say(self, text, **row):
-        """Prints a line on the main rank, and logs the row beside it if there is one."""
-        if self.is_main:
-            print(text, flush=True)
-            if row:
-                row["seconds"] = round(time.time() - self.started, 3)
-                self.file.write(json.dumps(row) + "\n")
+        """Prints a line, and appends `row` to the log, if there is one."""
+        if not self.is_main:
+            return
+        print(text, flush=True)
+        if row:
+            row["seconds"] = round(time.time() - self.started, 3)
+            self.file.write(json.dumps(row) + "\n")
 
     def header(self, args, model, device):
         """What it takes to repeat a run: command, commit, versions, device, flags, parameters."""
-        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse --short HEAD")
-        gpu = torch.cuda.get_device_name() if "cuda" in str(device) else None
-        row = dict(command=" ".join(sys.argv), commit=commit if len(commit) < 20 else "unknown",
+        failed, commit = subprocess.getstatusoutput(
+            f"git -C '{Path(__file__).parent}' rev-parse --short HEAD")
+        device_name = f"cpu x {torch.get_num_threads()}"
+        if "cuda" in str(device):
+            device_name = torch.cuda.get_device_name()
+        row = dict(command=" ".join(sys.argv), commit="unknown" if failed else commit,
                    torch=torch.__version__, python=sys.version.split()[0], flags=vars(args),
-                   params=model.num_params(), device=gpu or f"cpu x {torch.get_num_threads()}")
+                   params=model.num_params(), device=device_name)
         self.say("\n".join(f"{key:8s} {value}" for key, value in row.items()), header=row)
 
 def read_log(run):
-    """The rows of <run>/log.jsonl; a last line that a kill cut short, without its end, is left."""
+    """The rows of <run>/log.jsonl, less a last line that a kill cut short."""
     path = Path(run) / "log.jsonl"
-    rows = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(row) for row in rows]
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
-# ---- The training state: <run>/state/step_N ------------------------------------------------------
+# ---- The saved state: <run>/state/step_N ---------------------------------------------------------
+
+# It goes up whenever an older state would be resumed with another result. Version 2 has a new order
+# of train_gpt2.py's rows. The version of checkpoints is model.py's.
+STATE_VERSION = 2
 
 def save_state(run, ranks, optimizer, model, **state):
-    """What a bit-equal --resume needs, in <run>/state/step_N. Killed at any moment, the newest
-    complete folder holds weights, each rank's optimizer shard and generators, all of one step."""
+    """Writes what a bit-equal --resume needs to <run>/state/step_N: the weights, each rank's part
+    of the optimizer's state and its random generators, and `state`, which has the step.
+
+    It is written to step_N.part and then renamed, so that the newest step_N is always complete.
+    """
     final = Path(run) / "state" / f"step_{state['step']:06d}"
     part = final.with_suffix(".part")
     part.mkdir(parents=True, exist_ok=True)
@@ -316,10 +383,10 @@ def save_state(run, ranks, optimizer, model, **state):
     if "cuda" in ranks.device:
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     save_file(tensors, part / f"rank_{ranks.rank:05d}.safetensors")
-    ranks.sum(1)                        # every rank's file is there
+    ranks.sum(1)                        # wait until every rank's file is there
     if ranks.is_main:
         save_weights(part / "model.safetensors", model)
-        write_json(part / "state.json", dict(state, format_version=FORMAT_VERSION,
+        write_json(part / "state.json", dict(state, format_version=STATE_VERSION,
                                              optimizer_steps=optimizer.steps,
                                              world_size=ranks.world_size))
         shutil.rmtree(final, ignore_errors=True)
@@ -329,8 +396,8 @@ def save_state(run, ranks, optimizer, model, **state):
     ranks.sum(1)
 
 def load_state(run, resume, ranks, optimizer, model, settings):
-    """Restores what save_state wrote, for any number of ranks; returns its state, or None without
-    one. `settings`, the flags that decide what is computed, must be the run's."""
+    """Restores what save_state wrote, for any number of ranks. Returns its `state`, or None if
+    nothing was saved. `settings`, the flags that decide what is computed, must be the run's."""
     folder = max((Path(run) / "state").glob("step_" + 6 * "[0-9]"), default=None)
     if folder and not resume:
         raise SystemExit(f"{run} holds a saved run; training again would overwrite it; add "
@@ -338,33 +405,39 @@ def load_state(run, resume, ranks, optimizer, model, settings):
     if not folder:
         return None
     state = json.loads((folder / "state.json").read_text())
-    old = dict(state["settings"], format_version=state["format_version"])
-    new = dict(json.loads(json.dumps(settings)), format_version=FORMAT_VERSION)
+    if state["format_version"] != STATE_VERSION:
+        raise SystemExit(f"{run} holds a saved state of format {state['format_version']}; only "
+                         f"format {STATE_VERSION} can be resumed, because the order of the rows "
+                         "has changed; train again in another --out")
+    old = state["settings"]
+    new = json.loads(json.dumps(settings))
     changed = sorted(key for key in old | new if old.get(key) != new.get(key))
     if changed:
         raise SystemExit(f"{run} was begun with another {' and '.join(changed)}; a resumed run "
-                         "keeps its settings; give the same flags, or another --out")
-    load_weights(folder / "model.safetensors", model)
+                         "keeps its settings; give the same flags, or choose another --out")
+    weights = folder / "model.safetensors"
+    load_weights(weights, model, read_tensors(weights))
     for number in range(state["world_size"]):
         tensors = load_file(folder / f"rank_{number:05d}.safetensors", device=ranks.device)
-        rng = {name: tensors.pop(name).cpu() for name in list(tensors) if name.startswith("rng.")}
+        generators = {name: tensors.pop(name).cpu() for name in list(tensors)
+                      if name.startswith("rng.")}
         optimizer.state.update({name: tensor for name, tensor in tensors.items()
                                 if optimizer.is_mine(name.rpartition(".")[0])})
         if number == ranks.rank:
-            torch.set_rng_state(rng["rng.cpu"])
-            if "cuda" in ranks.device and "rng.cuda" in rng:
-                torch.cuda.set_rng_state(rng["rng.cuda"])
+            torch.set_rng_state(generators["rng.cpu"])
+            if "cuda" in ranks.device and "rng.cuda" in generators:
+                torch.cuda.set_rng_state(generators["rng.cuda"])
     optimizer.steps = state["optimizer_steps"]
     return state
 
 # ---- What every training loop repeats ------------------------------------------------------------
 
 def catch_signals():
-    """SIGTERM and SIGINT no longer kill: they are noted in the list that is returned. All ranks add
-    up their lists after a step, so that they leave after the same one."""
+    """From now on SIGTERM and SIGINT do not end the program; they are appended to the list that
+    this returns. The ranks add up its lengths after each step, so that all stop after the same."""
     caught = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: caught.append(number))
+        signal.signal(number, lambda number, frame: caught.append(number))
     return caught
 
 def check_finite(where, loss, norm):
@@ -374,7 +447,7 @@ def check_finite(where, loss, norm):
                          "was saved is kept; try a lower --lr in another --out")
 
 def finish(log, run, stage, step, started, stopped):
-    """The last line of a run; a run that a signal stopped exits with status 130."""
+    """Logs the last line of a run. One that a signal stopped exits with status 130."""
     if stopped:
         log.say(f"stopped and saved at step {step}; continue with the same command and --resume")
         raise SystemExit(130)

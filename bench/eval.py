@@ -4,14 +4,14 @@ Evaluation by log-likelihood, beside nanochat's: how many questions a second.
     python bench/eval.py                                        # a minute on a quiet CPU
     python bench/eval.py --device cuda --shapes d12             # 1 GPU
 
-in:  tasks of CORE, as eval.py reads them; .peers/nanochat, else it is reported as not measured
-out: a table a shape, and the same as one line of JSON
+in:  tasks of CORE, as eval.py reads them; .peers/nanochat, without which only ours is measured
+out: a table for each shape, and all of them as one line of JSON
 
-Both ask the same model the same questions in the same order, with the same shots and tokens; what
-takes time is reading them. Before anything is timed, both must find the same answers right, but for
-questions where eval.py scores another span on purpose, the whole answer: nanochat leaves out first
-tokens that all choices share, and adds last ones that all contexts share. How many these are is in
-the table.
+Both ask the same model the same questions in the same order, with the same shots and tokens; the
+time goes into reading them. Before anything is timed, the bench checks that both find the same
+answers right. Only questions on which the two score different spans are excepted: eval.py scores
+the whole answer, while nanochat leaves out first tokens that all choices share, and adds last
+tokens that all contexts share. The table says how many these are.
 """
 import argparse
 import statistics
@@ -26,12 +26,13 @@ import torch
 
 from bpe import Tokenizer
 from contenders import PEERS, Shape
-from eval import candidates, core_questions, core_tasks, existing, measure, read_rows, score
+from eval import (candidates, core_questions, core_tasks, existing, is_right, measure, read_rows,
+                  score)
 from measure import chosen_shapes, finish, in_turns, missing, ratio, shape_flags, spread, table
 from model import GPT, sdpa
 from training import Ranks
 
-SHAPES = {      # where: {name: modern, L, C, NH, V, T, tokens of a training step}
+SHAPES = {      # device or "quick": {name: modern, L, C, NH, V, T, tokens of a training step}
     "cpu": {"d4": Shape(True, 4, 256, 2, 8192, 2048, 1)},
     "cuda": {"gpt2": Shape(False, 12, 768, 12, 50257, 2048, 1),
              "d12": Shape(True, 12, 768, 6, 32768, 2048, 1),
@@ -40,26 +41,31 @@ SHAPES = {      # where: {name: modern, L, C, NH, V, T, tokens of a training ste
               "d2": Shape(True, 2, 64, 2, 8192, 2048, 1)}}
 TASKS = ["hellaswag_zeroshot", "arc_easy", "winograd", "lambada_openai"]    # all three types
 QUESTIONS = {"cpu": 12, "cuda": 256, "quick": 4}
-CORE = next((folder for folder in (ROOT / "data" / "eval_bundle",
-                                   ROOT.parent / "shared" / "data" / "core") if folder.is_dir()),
-            ROOT / "data" / "eval_bundle")
+CORE = ROOT / "data" / "eval_bundle"
+if not CORE.is_dir() and (ROOT.parent / "shared" / "data" / "core").is_dir():
+    CORE = ROOT.parent / "shared" / "data" / "core"
 
 class Ours:
+    """An untrained model and eval.py's functions."""
+
     def __init__(self, shape, tokenizer, device):
         torch.manual_seed(1)
-        self.model, self.tokenizer, self.device = GPT(shape.config()).eval(), tokenizer, device
-        with torch.no_grad():
+        self.model = GPT(shape.config()).eval()
+        self.tokenizer = tokenizer
+        self.device = device
+        with torch.no_grad():       # a new model's zeros would make every answer equally likely
             for p in self.model.parameters():
-                p.add_(torch.randn_like(p), alpha=2 * shape.C ** -0.5 if p.ndim > 1 else 0.1)
-        self.exactly(fp32=False)
+                std = 2 * shape.C ** -0.5 if p.ndim > 1 else 0.1
+                p.add_(torch.randn_like(p), alpha=std)
+        self.set_precision(fp32=False)
 
-    def exactly(self, fp32):
-        """Computes in fp32 from now on, or else in what it would take."""
+    def set_precision(self, fp32):
+        """fp32, or the precision that eval.py takes on this device."""
         self.model.use(self.device)
         if fp32:
             self.model.compute_dtype = torch.float32
             for block in self.model.h:
-                block.attn.kernel = sdpa        # others want bf16
+                block.attn.kernel = sdpa        # the other kernels need bf16
 
     def accuracy(self, task, rows):
         questions = core_questions(self.tokenizer, task, rows, len(rows))
@@ -67,15 +73,13 @@ class Ours:
         return measure(self, questions, len(rows), task.label, quiet)["accuracy"]
 
     def answers(self, task, rows):
-        """→ [(spans, whether it was right)]"""
+        """Yields (spans, whether the answer was right)."""
         for spans, gold in core_questions(self.tokenizer, task, rows, len(rows)):
-            scores = score(self.model, spans)
-            best = max(range(len(scores)), key=lambda i: scores[i][0])
-            yield spans, scores[0][1] if gold is None else best == gold
+            yield spans, is_right(score(self.model, spans), gold)
 
     def as_written(self, task, row, rest):
-        """A row of language modeling whose answer begins as the model would; if that is a word,
-        and there is no rest, it is right."""
+        """A row of language modeling whose answer begins with the model's own next token. Without
+        a rest, greedy decoding writes this answer, unless the token is only a space."""
         context = candidates(task, row)[0][0].rstrip()
         ids = [self.tokenizer.eot, *self.tokenizer.encode_ordinary(context)]
         logits = self.model(torch.tensor([ids], device=self.device))
@@ -83,17 +87,20 @@ class Ours:
         return dict(row, continuation=f"{word} {rest}".strip() or row["continuation"])
 
 class Nanochat:
-    """Its core_eval. To that it is a model: model(ids) → logits; and a tokenizer."""
+    """nanochat's core_eval. This object stands in for its model, model(ids) → logits, and for its
+    tokenizer, tokenizer(texts, prepend) → ids."""
 
     def __init__(self, ours, device):
         from nanochat import core_eval
-        self.core_eval, self.ours, self.device = core_eval, ours, device
+        self.core_eval = core_eval
+        self.ours = ours
+        self.device = device
         self.max_seq_len = ours.model.config.block_size
 
     def __call__(self, given, prepend=None):
         if torch.is_tensor(given):
             return self.ours.model(given)
-        core = self.ours.tokenizer.core         # with as many threads as nanochat's tokenizer has
+        core = self.ours.tokenizer.core         # 8 threads, as many as nanochat's tokenizer has
         return [[prepend, *ids] for ids in core.encode_ordinary_batch(given, num_threads=8)]
 
     def get_bos_token_id(self):
@@ -107,74 +114,123 @@ class Nanochat:
         return self.core_eval.evaluate_task(self, self, rows, self.device, self.about(task))
 
     def answers(self, task, rows):
-        """Yields (spans, whether it was right); the spans are caught on their way to the model."""
-        name = "batch_sequences_" + dict(multiple_choice="mc", schema="schema",
-                                         language_modeling="lm")[task.kind]
-        cut, caught = getattr(self.core_eval, name), []
-        setattr(self.core_eval, name, lambda *asked: caught.append(cut(*asked)) or caught[-1])
-        for i in range(len(rows)):
-            right = self.core_eval.evaluate_example(i, self, self, rows, self.device,
-                                                    self.about(task))
-            tokens, starts, _ = caught[-1]
-            yield [*zip(tokens, starts)], right
-        setattr(self.core_eval, name, cut)
+        """Yields (spans, whether the answer was right). The function that makes the spans is
+        replaced by one that keeps them, too."""
+        name = dict(multiple_choice="batch_sequences_mc", schema="batch_sequences_schema",
+                    language_modeling="batch_sequences_lm")[task.kind]
+        make_spans = getattr(self.core_eval, name)
+        made = []
+
+        def kept(*asked):
+            made.append(make_spans(*asked))
+            return made[-1]
+
+        setattr(self.core_eval, name, kept)
+        try:
+            for i in range(len(rows)):
+                right = self.core_eval.evaluate_example(i, self, self, rows, self.device,
+                                                        self.about(task))
+                tokens, starts, _ = made[-1]
+                yield list(zip(tokens, starts)), right
+        finally:
+            setattr(self.core_eval, name, make_spans)
 
 def check(ours, theirs, task, rows):
-    """In fp32 the same spans have the same outcome; → how many questions have others."""
-    ours.exactly(fp32=True)
-    if task.kind == "language_modeling":        # else no answer would be right
+    """Asserts that in fp32 equal spans have equal outcomes → on how many questions spans differ."""
+    ours.set_precision(fp32=True)
+    if task.kind == "language_modeling":        # otherwise no answer would be right
         rows = [ours.as_written(task, row, ["", row["continuation"]][i % 2])
                 for i, row in enumerate(rows)]
-    outcomes = [*zip(ours.answers(task, rows), theirs.answers(task, rows))]
-    for (a, mine), (b, other) in outcomes:
-        assert [ids for ids, _ in a] == [ids for ids, _ in b], f"{task.label}: other tokens"
-        assert mine == other or a != b, f"{task.label}: another outcome of {a}"
-    assert task.kind != "language_modeling" or any(mine for (_, mine), _ in outcomes), "none right"
-    differ = sum(a != b for (a, _), (b, _) in outcomes)
-    assert differ < len(rows) / 2, f"{task.label}: {differ} other spans"
-    ours.exactly(fp32=False)
+    differ = 0
+    anything_right = False
+    for (mine, right), (other, theirs_right) in zip(ours.answers(task, rows),
+                                                    theirs.answers(task, rows)):
+        anything_right = anything_right or right
+        assert [ids for ids, _ in mine] == [ids for ids, _ in other], f"{task.label}: other tokens"
+        if mine != other:
+            differ += 1
+        else:
+            assert right == theirs_right, f"{task.label}: another outcome of {mine}"
+    assert anything_right or task.kind != "language_modeling", f"{task.label}: none is right"
+    assert differ < len(rows) / 2, f"{task.label}: {differ} spans differ"
+    ours.set_precision(fp32=False)
     return f"{differ} of {len(rows)}"
 
 def read_tasks(n):
-    """[(task, its first n rows)]; shots are rows, too."""
+    """[(task, its first n rows)]; the shots are taken from the same rows."""
     found = {task.label: task for task in core_tasks(CORE)}
-    return [(replace(found[label], shots=min(found[label].shots, n - 1)),
-             read_rows(existing(CORE / "eval_data" / found[label].file))[:n]) for label in TASKS]
+    tasks = []
+    for label in TASKS:
+        task = replace(found[label], shots=min(found[label].shots, n - 1))
+        path = existing(CORE / "eval_data" / task.file)
+        tasks.append((task, read_rows(path, task.kind)[:n]))
+    return tasks
 
-def words_of(rows):
-    return [text for row in rows for value in row.values()
-            for text in (value if isinstance(value, list) else [str(value)])]
+def texts_of(rows):
+    """The values of all rows as texts, for a tokenizer to learn from."""
+    texts = []
+    for row in rows:
+        for value in row.values():
+            texts += value if isinstance(value, list) else [str(value)]
+    return texts
+
+def time_task(contenders, task, rows, args, other_spans):
+    """→ one row for each contender, timed in turns."""
+    right = {}
+
+    def asking(label, contender):
+        def ask():
+            right[label] = contender.accuracy(task, rows)
+        return ask
+
+    calls = {label: asking(label, contender) for label, contender in contenders.items()}
+    ms = in_turns(calls, args.repeats, device=args.device)
+    timed = []
+    for label, times in ms.items():
+        row = dict(task=task.label, contender=label, accuracy=right[label],
+                   other_spans=other_spans, spread=spread(times), all_ms=times,
+                   questions_s=1000 * len(rows) / statistics.median(times), ours_faster_by=None)
+        if label != "ours":
+            row["ours_faster_by"] = ratio(times, ms["ours"])
+        timed.append(row)
+    return timed
+
+def show_shape(name, shape, n_questions, timed, absent):
+    """Prints the table of one shape. absent: why nanochat is not measured, or None."""
+    head = [f"{name}: {shape.L} layers, {shape.C} channels, {n_questions} questions a task", "",
+            "accuracy", "other spans", "questions/s", "spread", "ours is faster by"]
+    rows = []
+    for row in timed:
+        other_spans = None if row["contender"] == "ours" else row["other_spans"]
+        rows.append([row["task"], row["contender"], f"{row['accuracy']:.4f}", other_spans,
+                     row["questions_s"], row["spread"], row["ours_faster_by"]])
+    if absent:
+        rows.append(["", "nanochat", absent, None, None, None, None])
+    table(head, rows)
 
 def main():
     parser = argparse.ArgumentParser(description="questions a second, beside nanochat")
     shape_flags(parser, repeats=3, timed="rounds")
     args = parser.parse_args()
     where, shapes = chosen_shapes(args, SHAPES)
-    tasks, report = read_tasks(QUESTIONS[where]), {}
-    tokenizer = Tokenizer.train([text for _, rows in read_tasks(1000) for text in words_of(rows)],
-                                8192)
+    tasks = read_tasks(QUESTIONS[where])
+    texts = [text for _, rows in read_tasks(1000) for text in texts_of(rows)]
+    tokenizer = Tokenizer.train(texts, 8192)
+    absent = None
+    if not (PEERS / "nanochat").is_dir():
+        absent = missing("nanochat")
+    report = {}
     for name, shape in shapes.items():
-        ours = Ours(shape, tokenizer, args.device)
-        absent = None if (PEERS / "nanochat").is_dir() else missing("nanochat")
-        found = dict(ours=ours) | ({} if absent else dict(nanochat=Nanochat(ours, args.device)))
+        contenders = dict(ours=Ours(shape, tokenizer, args.device))
+        if not absent:
+            contenders["nanochat"] = Nanochat(contenders["ours"], args.device)
         report[name] = []
         for task, rows in tasks:
-            differ = None if absent else check(ours, found["nanochat"], task, rows[:32])
-            right = {}
-            calls = {label: lambda label=label, c=c: right.update({label: c.accuracy(task, rows)})
-                     for label, c in found.items()}
-            ms = in_turns(calls, args.repeats, device=args.device)
-            report[name] += [dict(
-                task=task.label, contender=label, accuracy=right[label], other_spans=differ,
-                questions_s=1000 * len(rows) / statistics.median(mine), spread=spread(mine),
-                all_ms=mine, ours_faster_by=None if label == "ours" else ratio(mine, ms["ours"]))
-                for label, mine in ms.items()]
-        table([f"{name}: {shape.L} layers, {shape.C} channels, {QUESTIONS[where]} questions a task",
-               "", "accuracy", "other spans", "questions/s", "spread", "ours is faster by"],
-              [[row["task"], row["contender"], f"{row['accuracy']:.4f}",
-                row["other_spans"] if row["contender"] != "ours" else None, row["questions_s"],
-                row["spread"], row["ours_faster_by"]] for row in report[name]]
-              + [["", "nanochat", absent, *[None] * 4]] * bool(absent))
+            differ = None
+            if not absent:
+                differ = check(contenders["ours"], contenders["nanochat"], task, rows[:32])
+            report[name] += time_task(contenders, task, rows, args, differ)
+        show_shape(name, shape, QUESTIONS[where], report[name], absent)
     finish("eval", device=args.device, shapes=report)
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """
-Everything a GPU has to say about this project, in parts that go on where they were.
+All benches and tests that need a GPU, in resumable nine-minute runs.
 
-    bash bench/gpu.sh                           # 1 GPU: until done, or nine minutes are over
+    bash bench/gpu.sh                           # 1 GPU: as many parts as nine minutes hold
     bash bench/gpu.sh                           # again: the parts that are left
-    bash bench/gpu.sh --parts quality d24       # only these, again
+    bash bench/gpu.sh --parts quality d24       # run only these parts, even if they are done
     python bench/gpu.py --dry_run               # CPU: every part at tiny size
-    python bench/gpu.py --report                # the tables again, and into bench/RESULTS.md
+    python bench/gpu.py --report                # show the tables, and put them into RESULTS.md
 
-in:  .peers/{nanoGPT,nanochat,llm.c} where they are; data/proxy, English text, for quality
-out: data/bench/gpu/PART.json and PART.log; all tables last
+in:  checkouts of peers, .peers/{nanoGPT,nanochat,llm.c}; English text for quality, data/proxy
+out: data/bench/gpu/PART.json and PART.log of each part; then all tables
 
-Each part is a command with its own time limit. One that fails or runs out of time says so in the
-table, and is tried again by the next call; no other part waits for it.
+Each part is a command with its own time limit. The table says which parts failed or ran out of
+time; the next call tries them again, and the other parts do not depend on them.
 """
 import argparse
 import datetime
@@ -27,7 +27,7 @@ from pathlib import Path
 from measure import RESULTS, ROOT, commit, machine, put_section
 
 PROXY_SHARDS = "data/bench/proxy-32768"
-PARTS = {       # name: (seconds at most, command after `python`), the most telling first
+PARTS = {       # name: (seconds at most, command after `python`), in order of importance
     "ceilings": (30, "bench/kernels.py ceilings"),
     "trainers": (150, "bench/trainers.py"),
     "device_tests": (150, "-m pytest -q --timeout 100 tests/test_device.py "
@@ -46,32 +46,39 @@ PARTS = {       # name: (seconds at most, command after `python`), the most tell
     "rl": (60, "bench/rl.py"),
     "growth": (240, "bench/growth.py --plot data/bench/gpu/growth-cuda.svg"),
     "project": (20, "bench/project.py --measured data/bench/gpu")}
-TINY = {        # in a dry run: what takes the place of sizes, and of what only a GPU can do
+TINY = {        # flags of a dry run: tiny sizes, and other files where a GPU would be needed
     "trainers": "--shapes gpt2 --binary {out}/train_gpt2cu",
     "device_tests": "--collect-only", "sanitizer": "--binary {out}/train_gpt2cu",
     "pack": "--vocab_size 512 --train_mb 0.1 --shard_tokens 20000 --input {text}",
     "quality": "--max_steps 4 --eval_every 2 --val_tokens 2000",
     "project": ""}
 
+NO_DEVICE = ("trainers", "device_tests", "sanitizer", "pack", "project")    # without --device
+NO_QUICK = ("device_tests", "sanitizer", "pack", "project")                 # without --quick
+
 def command(part, args):
-    words = [sys.executable, *PARTS[part][1].replace("data/bench/gpu", args.out).split()]
-    if args.dry_run:
-        words = " ".join(words).replace(PROXY_SHARDS, f"{args.out}/proxy").split()
-        words += TINY.get(part, "").format(text=args.text, out=args.out).split()
-        quick = part not in ("device_tests", "pack", "project", "sanitizer")
-        words += ["--quick", "--device", "cpu", *(["--repeats", "2"] if part != "growth" else [])
-                  ] if quick else []
-    elif part not in ("trainers", "device_tests", "sanitizer", "pack", "project"):
-        words += ["--device", "cuda"]
-    return words
+    """The words of a part's command."""
+    text = PARTS[part][1].replace("data/bench/gpu", args.out)
+    if not args.dry_run:
+        words = text.split()
+        if part not in NO_DEVICE:
+            words += ["--device", "cuda"]
+        return [sys.executable, *words]
+    words = text.replace(PROXY_SHARDS, f"{args.out}/proxy").split()
+    words += TINY.get(part, "").format(text=args.text, out=args.out).split()
+    if part not in NO_QUICK:
+        words += ["--quick", "--device", "cpu"]
+        if part != "growth":
+            words += ["--repeats", "2"]
+    return [sys.executable, *words]
 
 def run(part, limit, args):
-    """→ the part's report: its last line of JSON, or why there is none; its log lies beside it."""
+    """Runs a part for at most `limit` seconds → its report, and PART.log with what it printed."""
     log = Path(args.out) / f"{part}.log"
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     if args.dry_run:
-        environment["OMP_NUM_THREADS"] = "1"        # tiny tensors are not worth a second thread
-    if part == "device_tests" and not args.dry_run:
+        environment["OMP_NUM_THREADS"] = "1"        # a second thread slows tiny tensors down
+    elif part == "device_tests":
         environment["DEVICE"] = "1"
     started = time.time()
     with open(log, "w") as file, subprocess.Popen(
@@ -81,65 +88,85 @@ def run(part, limit, args):
             process.wait(limit)
         except subprocess.TimeoutExpired:
             pass
-        finally:            # and whatever it started
+        finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    lines = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
+                os.killpg(process.pid, signal.SIGKILL)      # with all that it started
     report = dict(part=part, seconds=round(time.time() - started), command=PARTS[part][1],
                   date=str(datetime.date.today()), commit=commit(), machine=machine())
-    if process.returncode:
-        says = next((line for line in reversed(lines) if line.strip()), "")[:150]
-        report["failed"] = (f"over {limit:.0f} s" if process.returncode == -signal.SIGKILL else
-                            f"status {process.returncode}") + f": {says}"
-    elif lines[-1].startswith("{"):
-        report["tables"] = "\n".join(line for line in lines[:-1] if line[:1] in "|!")
-        report |= json.loads(lines[-1])
-    else:
-        report["tables"] = f"`{lines[-1][:150]}`"
-    return report
+    return report | outcome(process.returncode, log.read_text(errors="replace"), limit)
+
+def outcome(returncode, output, limit):
+    """What a part's output says: its tables and its JSON, or why there are none."""
+    lines = output.strip().splitlines() or ["it printed nothing"]
+    last = lines[-1]
+    if returncode == -signal.SIGKILL:
+        return {"failed": f"over {limit:.0f} s: {last[:150]}"}
+    if returncode:
+        return {"failed": f"status {returncode}: {last[:150]}"}
+    if not last.startswith("{"):
+        return {"tables": f"`{last[:150]}`"}
+    tables = [line for line in lines[:-1] if line.startswith(("|", "!"))]
+    return {"tables": "\n".join(tables), **json.loads(last)}
 
 def all_tables(out):
-    """Each part's tables, and one of all parts."""
-    reports = [json.loads(path.read_text()) for part in PARTS
-               if (path := Path(out) / f"{part}.json").exists()]
-    text = [f"#### {report['part']}\n\n{report['date']} · commit {report['commit']} · "
-            f"{report['machine']}\n\n`python {report['command']}`\n\n"
-            f"{report.get('tables', '').strip() or report.get('failed', '')}\n" for report in reports]
-    rows = [f"| {report['part']} | {report['seconds']} | {report.get('failed', 'done')} |"
-            for report in reports]
-    return "\n".join([*text, "| part | seconds | outcome |", "|---|---|---|", *rows])
+    """The tables of every part that has a report, and a table of these parts."""
+    sections = []
+    rows = []
+    for part in PARTS:
+        path = Path(out) / f"{part}.json"
+        if not path.exists():
+            continue
+        report = json.loads(path.read_text())
+        failed = report.get("failed", "")
+        sections.append(f"#### {part}\n\n{report['date']} · commit {report['commit']} · "
+                        f"{report['machine']}\n\n`python {report['command']}`\n\n"
+                        f"{report.get('tables', '').strip() or failed}\n")
+        rows.append(f"| {part} | {report['seconds']} | {failed or 'done'} |")
+    return "\n".join([*sections, "| part | seconds | outcome |", "|---|---|---|", *rows])
+
+def run_parts(args):
+    """Runs the parts that are chosen, or that are not done yet, until the time is over."""
+    deadline = time.time() + args.seconds
+    for part in args.parts or PARTS:
+        path = Path(args.out) / f"{part}.json"
+        if not args.parts and path.exists() and "failed" not in json.loads(path.read_text()):
+            continue
+        left = deadline - time.time()
+        most = PARTS[part][0]
+        if left < most / 3:
+            print(f"{part}: it may take {most} s, and {left:.0f} s are left; call again to run it",
+                  flush=True)
+            continue
+        print(f"{part} …", flush=True)
+        report = run(part, min(left, most), args)
+        path.write_text(json.dumps(report))
+        print(f"{part}: {report['seconds']} s, {report.get('failed', 'done')}", flush=True)
+
+def build_emulated_trainer(folder):
+    """train_gpt2cu for a CPU, if there is a compiler, so that a dry run has something to run."""
+    if shutil.which("g++"):
+        sys.path.insert(0, str(ROOT / "tests"))
+        from cuda_emulator.rewrite import build
+        source = (ROOT / "train_gpt2.cu").read_text(encoding="utf-8")
+        build(source, folder / "train_gpt2cu", "-O1")
 
 def main():
     parser = argparse.ArgumentParser(description="all benches of a GPU, in parts")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="only these, and again")
-    parser.add_argument("--seconds", type=float, default=540, help="all parts of a call together")
+    parser.add_argument("--seconds", type=float, default=540, help="for all parts of this call")
     parser.add_argument("--out", default="data/bench/gpu", help="folder of reports and logs")
     parser.add_argument("--dry_run", action="store_true", help="tiny sizes, on a CPU")
-    parser.add_argument("--text", default="README.md", help="of --dry_run: .jsonl to pack")
-    parser.add_argument("--report", action="store_true", help="only show what was measured")
+    parser.add_argument("--text", default="README.md", help="the .jsonl that --dry_run packs")
+    parser.add_argument("--report", action="store_true", help="run nothing, show the tables")
     args = parser.parse_args()
     os.chdir(ROOT)
-    args.out = "data/bench/dry" if args.dry_run and args.out == "data/bench/gpu" else args.out
+    if args.dry_run and args.out == "data/bench/gpu":
+        args.out = "data/bench/dry"
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    if args.dry_run and shutil.which("g++"):
-        sys.path.insert(0, str(ROOT / "tests"))
-        from cuda_emulator.rewrite import build
-        build((ROOT / "train_gpt2.cu").read_text(encoding="utf-8"),
-              Path(args.out) / "train_gpt2cu", "-O1")
-    deadline = time.time() + args.seconds
-    for part in [] if args.report else args.parts or PARTS:
-        path = Path(args.out) / f"{part}.json"
-        if path.exists() and not args.parts and "failed" not in json.loads(path.read_text()):
-            continue
-        left = deadline - time.time()
-        if left < PARTS[part][0] / 3:
-            print(f"{part}: {left:.0f} s are left, it may take {PARTS[part][0]}; the next call "
-                  "does it", flush=True)
-            continue
-        print(f"{part} …", flush=True)
-        report = run(part, min(left, PARTS[part][0]), args)
-        path.write_text(json.dumps(report))
-        print(f"{part}: {report['seconds']} s, {report.get('failed', 'done')}", flush=True)
+    if args.dry_run:
+        build_emulated_trainer(Path(args.out))
+    if not args.report:
+        run_parts(args)
     tables = all_tables(args.out)
     print(tables)
     if args.report:

@@ -7,8 +7,8 @@ What a GPU can do at most, and where the time of a training step goes.
 
 out: tables, and the same as one line of JSON
 
-FLOP of attention are counted as FlashAttention's papers count them: 4 T² HS a head forward, half of
-it under a causal mask, and 2.5 times that backward; a window's are those of the keys in reach.
+FLOP of attention are counted as in FlashAttention's papers: 4 T² HS per head forward, half of that
+under a causal mask, and 2.5 times as many backward. A window counts only the keys in reach.
 """
 import argparse
 import statistics
@@ -31,19 +31,25 @@ def median_ms(function, device, repeats):
 # ---- Ceilings ------------------------------------------------------------------------------------
 
 def ceilings(args):
-    """{name: rate}: TFLOP/s of large matmuls of random numbers, TB/s of a copy, read and write."""
+    """{name: rate}: TFLOP/s of large matmuls of random numbers, TB/s read and written by a copy."""
     device, found = args.device, {}
-    for N in (64, 128) if args.quick else (2048, 4096, 8192):
+    sizes = (2048, 4096, 8192)
+    copied_bytes = 2 ** 31
+    if args.quick:
+        sizes = (64, 128)
+        copied_bytes = 2 ** 20
+    for N in sizes:
         a, b = torch.randn(2, N, N, device=device, dtype=torch.bfloat16)
-        found[f"bf16 matmul {N}³, TFLOP/s"] = (2 * N ** 3 / 1e9
-                                              / median_ms(lambda: a @ b, device, args.repeats))
+        ms = median_ms(lambda: a @ b, device, args.repeats)
+        found[f"bf16 matmul {N}³, TFLOP/s"] = 2 * N ** 3 / 1e9 / ms
     try:
-        a8, b8 = to_fp8(a, torch.float8_e4m3fn), to_fp8(b, torch.float8_e4m3fn)
+        a8 = to_fp8(a, torch.float8_e4m3fn)
+        b8 = to_fp8(b, torch.float8_e4m3fn)
         ms = median_ms(lambda: fp8_matmul(a8, b8, fast_accum=device != "cpu"), device, args.repeats)
         found[f"fp8 matmul {N}³, TFLOP/s"] = 2 * N ** 3 / 1e9 / ms
     except RuntimeError as error:
         found["fp8 matmul"] = f"failed: {str(error).splitlines()[0][:90]}"
-    source = torch.ones(2 ** 20 if args.quick else 2 ** 31, dtype=torch.uint8, device=device)
+    source = torch.ones(copied_bytes, dtype=torch.uint8, device=device)
     copy = torch.empty_like(source)
     ms = median_ms(lambda: copy.copy_(source), device, args.repeats)
     found["copy, TB/s"] = 2 * source.numel() / 1e9 / ms
@@ -52,79 +58,105 @@ def ceilings(args):
 
 # ---- Attention -----------------------------------------------------------------------------------
 
+def time_kernel(kernel, inputs, window, args):
+    """{column: value} of one kernel: ms and TFLOP/s forward, and of forward and backward.
+    One that fails or differs from sdpa gets the reason under "missing"."""
+    q = inputs[0]
+    B, T, NH, HS = q.shape
+    scale = HS ** -0.5
+    gradient = torch.randn_like(q)
+    keys = sum(min(t + 1, window + 1) for t in range(T))
+    gflop = 4 * B * NH * HS * keys / 1e9
+
+    def forward():
+        with torch.no_grad():
+            return kernel(*inputs, window, scale)
+
+    def both():
+        torch.autograd.grad(kernel(*inputs, window, scale), inputs, gradient)
+
+    try:
+        wanted = sdpa(*inputs, window, scale).detach().float()
+        error = ((forward().float() - wanted).norm() / wanted.norm()).item()
+        assert error < 0.02, f"differs from sdpa by {error:.1%}"
+        ms = median_ms(forward, args.device, args.repeats)
+        both_ms = median_ms(both, args.device, args.repeats)
+    except Exception as error:      # a kernel that is not installed must not end the bench
+        return dict(missing=str(error).strip().splitlines()[0][:60])
+    return dict(forward_ms=ms, forward_tflops=gflop / ms, both_ms=both_ms,
+                both_tflops=3.5 * gflop / both_ms)
+
 def attention(args):
-    """Forward, and forward and backward, of each kernel that runs and agrees with sdpa."""
-    B, NH, shapes = (1, 2, [(16, 64, 64), (16, 64, 16)]) if args.quick else (
-        16, 12, [(64, 1024, 1024), (128, 2048, 2048), (128, 2048, 512)])
-    dtype, rows = torch.bfloat16, []
-    for HS, T, window in shapes:
-        q, k, v = torch.randn(3, B, T, NH, HS, device=args.device, dtype=dtype).unbind()
-        inputs = [t.requires_grad_() for t in (q, k, v)]
-        gradient, scale = torch.randn_like(q), HS ** -0.5
-        keys = sum(min(t + 1, window + 1) for t in range(T))
-        gflop = 4 * B * NH * HS * keys / 1e9
-        wanted = sdpa(*inputs, window, scale).detach()
+    """A row for each kernel at each shape."""
+    shapes = [(16, 12, 64, 1024, 1024), (16, 12, 128, 2048, 2048), (16, 12, 128, 2048, 512)]
+    if args.quick:
+        shapes = [(1, 2, 16, 64, 64), (1, 2, 16, 64, 16)]
+    rows = []
+    for B, NH, HS, T, window in shapes:
+        inputs = torch.randn(3, B, T, NH, HS, device=args.device, dtype=torch.bfloat16)
+        inputs = [t.requires_grad_() for t in inputs.unbind()]
         for kernel in (sdpa, varlen_attention, flash_attention_3):
-            def forward():
-                with torch.no_grad():
-                    return kernel(*inputs, window, scale)
-            def both():
-                torch.autograd.grad(kernel(*inputs, window, scale), inputs, gradient)
-            row = dict(kernel=kernel.__name__, HS=HS, T=T, window=window if window < T else "all")
-            rows.append(row)
-            try:
-                error = ((forward() - wanted).float().norm() / wanted.float().norm()).item()
-                assert error < 0.02, f"differs from sdpa by {error:.1%}"
-                ms, both_ms = (median_ms(f, args.device, args.repeats) for f in (forward, both))
-                row |= dict(forward_ms=ms, forward_tflops=gflop / ms, both_ms=both_ms,
-                            both_tflops=3.5 * gflop / both_ms)
-            except Exception as error:      # a kernel that is not there must not end the bench
-                row["missing"] = str(error).strip().splitlines()[0][:60]
-    keys = ("kernel", "HS", "T", "window", "forward_ms", "forward_tflops", "both_ms", "both_tflops",
-            "missing")
-    table([f"{B} rows, {NH} heads", "HS", "T", "window", "forward ms", "TFLOP/s",
-           "and backward ms", "TFLOP/s", ""], [[row.get(key, "") for key in keys] for row in rows])
+            row = dict(kernel=kernel.__name__, B=B, NH=NH, HS=HS, T=T, window=window)
+            rows.append(row | time_kernel(kernel, inputs, window, args))
+    keys = ("kernel", "B", "NH", "HS", "T", "window", "forward_ms", "forward_tflops", "both_ms",
+            "both_tflops", "missing")
+    table(["kernel", "B", "NH", "HS", "T", "window", "forward ms", "TFLOP/s", "and backward ms",
+           "TFLOP/s", ""], [[row.get(key, "") for key in keys] for row in rows])
     return rows
 
 # ---- Profile -------------------------------------------------------------------------------------
 
+def profile_step(shape, args, steps=3):
+    """→ {"ms", "busy_ms", "kernels": [(name, calls, ms)]} of one step of train_gpt2.py, the longest
+    kernels first."""
+    cuda = "cuda" in args.device
+    arm = Ours(shape, max_steps=100, device=args.device, fp8=args.fp8,
+               windows=best_windows(shape, args.device))
+    batch = torch.randint(0, shape.V, (2, shape.step_tokens // shape.T, shape.T),
+                          device=args.device)
+    rows = micro_batch(arm, shape, args.device)
+
+    def step():
+        train_step(arm, 0, *batch, rows)
+
+    ms = median_ms(step, args.device, steps)
+    activity = torch.profiler.ProfilerActivity.CPU
+    if cuda:
+        activity = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as trace:
+        for _ in range(steps):
+            step()
+        if cuda:
+            torch.cuda.synchronize()
+    kernels = []
+    for event in trace.key_averages():
+        total_us = event.self_device_time_total if cuda else event.self_cpu_time_total
+        kernels.append((event.key, event.count / steps, total_us / 1000 / steps))
+    kernels.sort(key=lambda kernel: -kernel[2])
+    return dict(ms=ms, busy_ms=sum(ms for _, _, ms in kernels), kernels=kernels[:15])
+
 def profile(args):
-    """{shape: {"ms", "busy_ms", "kernels": [(name, calls, ms)]}} of a step of train_gpt2.py."""
-    cuda, found = "cuda" in args.device, {}
-    activity = torch.profiler.ProfilerActivity
+    """{shape: what profile_step returns}."""
+    found = {}
     for name, shape in chosen_shapes(args, SHAPES)[1].items():
-        arm = Ours(shape, max_steps=100, device=args.device, fp8=args.fp8,
-                   windows=best_windows(shape, args.device) if cuda else "L")
-        batch = torch.randint(0, shape.V, (2, shape.step_tokens // shape.T, shape.T),
-                              device=args.device)
-        rows, steps = micro_batch(arm, shape, args.device), 3
-        step = lambda: train_step(arm, 0, *batch, rows)
-        ms = median_ms(step, args.device, steps)
-        with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as trace:
-            for _ in range(steps):
-                step()
-            if cuda:
-                torch.cuda.synchronize()
-        of = (lambda event: event.self_device_time_total) if cuda else (
-            lambda event: event.self_cpu_time_total)
-        events = sorted(trace.key_averages(), key=of, reverse=True)
-        kernels = [(event.key, event.count / steps, of(event) / 1000 / steps) for event in events]
-        busy = sum(kernel[2] for kernel in kernels)
-        found[name] = dict(ms=ms, busy_ms=busy, kernels=kernels[:15])
-        table([f"{name}: {ms:.1f} ms a step, {max(0, 1 - busy / ms):.0%} gaps", "calls a step",
-               "ms a step", "share"], [[kernel[:80].replace("|", "/"), calls, ms_, f"{ms_ / busy:.1%}"]
-                                       for kernel, calls, ms_ in kernels[:15]])
-        del arm
+        row = found[name] = profile_step(shape, args)
+        gaps = max(0, 1 - row["busy_ms"] / row["ms"])
+        table([f"{name}: {row['ms']:.1f} ms a step, {gaps:.0%} gaps", "calls a step", "ms a step",
+               "share"],
+              [[kernel[:80].replace("|", "/"), calls, ms, f"{ms / row['busy_ms']:.1%}"]
+               for kernel, calls, ms in row["kernels"]])
         torch._dynamo.reset()
     return found
 
+PARTS = {"ceilings": ceilings, "attention": attention, "profile": profile}
+
 def main():
     parser = argparse.ArgumentParser(description="ceilings, attention kernels, a step's profile")
-    parser.add_argument("part", choices=("ceilings", "attention", "profile"))
+    parser.add_argument("part", choices=list(PARTS))
     shape_flags(parser, repeats=20, timed="calls")
-    parser.add_argument("--fp8", type=int, default=0, help="of profile: 1: multiply in 8 bits")
+    parser.add_argument("--fp8", type=int, default=0, help="profile: 1 multiplies in 8 bits")
     args = parser.parse_args()
-    found = {"ceilings": ceilings, "attention": attention, "profile": profile}[args.part](args)
+    found = PARTS[args.part](args)
     finish(args.part, device=args.device, **{args.part: found})
 
 if __name__ == "__main__":

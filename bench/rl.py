@@ -5,17 +5,18 @@ to reward them and to learn from them.
     python bench/rl.py                          # a minute on a quiet CPU
     python bench/rl.py --device cuda            # 1 GPU
 
-in:  trl, transformers and datasets, if this Python has them; else they are reported as not measured
-out: a table a shape, and the same as one line of JSON
+in:  trl, transformers and datasets; if this Python lacks one, TRL is reported as not measured
+out: a table for each shape, and all of them as one line of JSON
 
-Both begin with the same GPT-2, answer the same questions with as many replies of as many tokens,
-and get the reward of the same function; nobody stops early. The objective is rl_grpo.py's: no
-division by the group's deviation, no KL, one update. TRL generates with transformers, not with
-vLLM, which would be a third contender. It knows no dN; there ours stands alone.
+Both start from the same GPT-2, write the same number of replies of the same length to the same
+questions, and use the same reward function; no reply stops early. The objective is that of
+rl_grpo.py: no division by the group's deviation, no KL, one update. TRL generates with
+transformers, not with vLLM, which would be a third contender. TRL has no dN, so for dN only ours is
+measured.
 
-Before anything is timed, the gradient of our step must be that of a policy gradient in float64,
-written down row by row; and of TRL's own replies, rewards and loss must come our advantages and,
-clipped, our gradient.
+Before anything is timed, two checks run. The gradient of our step must equal that of a policy
+gradient in float64, written row by row. And from TRL's own replies and rewards our code must
+compute TRL's advantages and its clipped gradient.
 """
 import argparse
 import contextlib
@@ -42,7 +43,7 @@ from training import Optimizer, Ranks
 from rl_grpo import advantages, learn, rollout_tensors
 from sample import Completion, Engine
 
-SHAPES = {      # where: {name: modern, L, C, NH, V, T, tokens of a training step}
+SHAPES = {      # device or "quick": {name: modern, L, C, NH, V, T, tokens of a training step}
     "cpu": {"gpt2": Shape(False, 4, 256, 4, 4096, 256, 1)},
     "cuda": {"gpt2": Shape(False, 12, 768, 12, 50257, 1024, 1),
              "d12": Shape(True, 12, 768, 6, 32768, 2048, 1),
@@ -53,21 +54,22 @@ SIZES = {"cpu": (4, 8, 48), "cuda": (16, 16, 128), "quick": (2, 4, 8)}  # prompt
 LEARNING = SimpleNamespace(updates=1, clip=0.2, kl=0.0, lr=1e-5)        # flags of rl_grpo.py
 
 def tokenizer_of(n_vocab):
-    """Bytes, and pairs of bytes up to this size: what is in a vocabulary costs nobody time."""
+    """A vocabulary of bytes and pairs of bytes. Its size takes time, its content does not."""
     n_pairs = n_vocab - 256 - len(SPECIAL_TOKENS)
-    pairs = itertools.islice(itertools.product(range(256), repeat=2), n_pairs)
-    tokens = [*((byte,) for byte in range(256)), *pairs]
-    ranks = {bytes(token): i for i, token in enumerate(tokens)}
+    tokens = [bytes([byte]) for byte in range(256)]
+    for pair in itertools.islice(itertools.product(range(256), repeat=2), n_pairs):
+        tokens.append(bytes(pair))
+    ranks = {token: i for i, token in enumerate(tokens)}
     special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
     return Tokenizer(ranks, PATTERNS["gpt4"], special, "pairs")
 
 def questions(n):
-    """Of one length: transformers' GPT-2 counts the positions of padding, too."""
+    """n questions of equal length, because transformers' GPT-2 counts padding as positions."""
     return [f"A farmer has {100 + i} sheep and buys {999 - i} more. How many are there?"
             for i in range(n)]
 
 def reward(text):
-    """The share of distinct characters: two replies are never worth the same."""
+    """Distinct characters as a share of all, so that hardly two replies are worth the same."""
     return len(set(text)) / max(1, len(text))
 
 # ---- Ours ----------------------------------------------------------------------------------------
@@ -82,11 +84,13 @@ class Ours:
     def __init__(self, shape, sizes, device):
         torch.manual_seed(1)
         n_prompts, self.group_size, self.new_tokens = sizes
-        self.model, self.ranks = GPT(shape.config()).use(device).eval(), Ranks(device=device)
-        self.tokenizer, self.optimizer = tokenizer_of(shape.V), optimizer_of(self.model, self.ranks)
+        self.model = GPT(shape.config()).use(device).eval()
+        self.ranks = Ranks(device=device)
+        self.optimizer = optimizer_of(self.model, self.ranks)
+        self.tokenizer = tokenizer_of(shape.V)
         self.prompts = self.tokenizer.encode_batch(questions(n_prompts))
-        self.engine = Engine(self.model, SimpleNamespace(special=defaultdict(lambda: -1)),
-                             python=None)       # no token ends a reply
+        never = SimpleNamespace(special=defaultdict(lambda: -1))    # no token ends a reply
+        self.engine = Engine(self.model, never, python=None)
         self.seed = 0
 
     def step(self, mark):
@@ -104,8 +108,8 @@ class Ours:
 
 # ---- Is it right? --------------------------------------------------------------------------------
 
-class Kept(Optimizer):
-    """Keeps the gradients, clipped, instead of following them."""
+class KeepsGradients(Optimizer):
+    """Keeps the clipped gradients instead of updating the parameters."""
 
     def step(self, lr_scale, grad_scale):
         self.grads = {name: p.grad * grad_scale for name, p in self.params.items()}
@@ -113,37 +117,47 @@ class Kept(Optimizer):
             p.grad = None
 
 def our_gradient(model, ids, mask, advantage, device):
-    """What learn() would follow, clipped to 1."""
+    """The gradient that learn() uses, clipped to a norm of 1."""
     ranks = Ranks(device=device)
-    optimizer = optimizer_of(model, ranks, Kept)
+    optimizer = optimizer_of(model, ranks, KeepsGradients)
     learn(model, optimizer, ranks, ids, mask, advantage, LEARNING, 1.0, None)
     return optimizer.grads
 
 def policy_gradient(model, ids, mask, advantage):
-    """In float64, a row at a time: of Σ A log p(token), over the tokens that were sampled in groups
-    that are not tied, divided by how many they are; then clipped to 1."""
-    model, V = copy.deepcopy(model).double(), model.config.vocab_size
-    model.compute_dtype, tokens = torch.float64, mask[advantage != 0].sum()
+    """The slow twin of our_gradient, in float64, one row at a time.
+
+        loss = -Σ A · log p(token) / n
+
+    The sum goes over the n tokens that were sampled in groups that are not tied. The gradient is
+    clipped to a norm of 1.
+    """
+    model = copy.deepcopy(model).double()
+    model.compute_dtype = torch.float64
+    V = model.config.vocab_size
+    softcap = model.config.softcap
+    tokens = mask[advantage != 0].sum()
     for row, sampled, A in zip(ids, mask, advantage.double()):
         hidden = model.hidden(row[None, :-1])[0]
         z = hidden @ model.lm_head.weight[:V].T
-        if s := model.config.softcap:
-            z = s * torch.tanh(z / s)
+        if softcap:
+            z = softcap * torch.tanh(z / softcap)
         logprobs = (z - z.logsumexp(-1, keepdim=True))[torch.arange(len(row) - 1), row[1:]]
         (-A * (logprobs * sampled[1:]).sum() / tokens).backward()
     norm = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
     return {name: p.grad * min(1.0, 1.0 / (norm + 1e-6)) for name, p in model.named_parameters()}
 
 def assert_equal(ours, theirs, tolerance):
-    """Of all gradients together: how far they are apart, as a share of their length."""
+    """Asserts that the distance between all gradients is below `tolerance` times their norm."""
     assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
     apart = sum((ours[name] - theirs[name]).double().square().sum() for name in ours)
     length = sum(gradient.double().square().sum() for gradient in theirs.values())
-    assert (apart / length).sqrt() < tolerance, f"gradients are {(apart / length).sqrt():.1e} apart"
+    distance = (apart / length).sqrt()
+    assert distance < tolerance, f"gradients are {distance:.1e} apart"
 
 def check_gradient(ours):
     """Our step against float64, on a CPU: two groups, one of them tied; one reply is shorter."""
-    model, prompts = copy.deepcopy(ours.model).use("cpu"), [ours.prompts[0]] * 6
+    model = copy.deepcopy(ours.model).use("cpu")
+    prompts = [ours.prompts[0]] * 6
     done = Engine(model, ours.engine.tokenizer, python=None).generate(prompts[:1], 8, 6)
     done[1] = Completion(done[1].ids[:5], done[1].sampled[:5])
     ids, mask = rollout_tensors(prompts, done, pad=0)
@@ -153,8 +167,8 @@ def check_gradient(ours):
                  policy_gradient(model, ids, mask, advantage), 1e-4)
 
 def check_against_trl(ours, trainer, gradients, device):
-    """Of its replies must come its advantages, and of its batch its gradient."""
-    batch = trainer.batch       # in random order
+    """From TRL's replies our code must compute its advantages, from its batch its gradient."""
+    batch = trainer.batch       # TRL shuffles it
     asked = [ours.prompts.index(row) for row in batch["prompt_ids"].tolist()]
     order = sorted(range(len(asked)), key=lambda i: asked[i])
     texts = trainer.processing_class.batch_decode(batch["completion_ids"][order],
@@ -166,20 +180,16 @@ def check_against_trl(ours, trainer, gradients, device):
     mask = torch.cat((torch.zeros_like(batch["prompt_mask"]), batch["completion_mask"]), 1)[order]
     V = ours.model.config.vocab_size
     mine = our_gradient(ours.model, ids, mask.float(), advantage, device)
-    assert_equal(dict(file_tensor(name, gradient, V) for name, gradient in mine.items()), gradients,
-                 1e-4 if ours.model.compute_dtype == torch.float32 else 0.05)
+    named = dict(file_tensor(name, gradient, V) for name, gradient in mine.items())
+    tolerance = 1e-4 if ours.model.compute_dtype == torch.float32 else 0.05
+    assert_equal(named, gradients, tolerance)
 
 # ---- TRL -----------------------------------------------------------------------------------------
 
-def trl_trainer(ours, shape, steps, device, folder):
-    """Its GRPOTrainer with our model and tokenizer. It leaves a mark behind its generating and
-    behind its rewarding, and keeps what it learns from."""
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
-    from transformers.utils import logging
-    from trl import GRPOConfig, GRPOTrainer
-    logging.disable_progress_bar()
+def marked_trainer():
+    """TRL's GRPOTrainer, which calls self.mark() after it generated and after it computed rewards,
+    and keeps the batch from which it learns."""
+    from trl import GRPOTrainer
 
     class Marked(GRPOTrainer):
         def _generate(self, *args, **options):
@@ -196,9 +206,20 @@ def trl_trainer(ours, shape, steps, device, folder):
             self.batch = inputs
             return super()._compute_loss(model, inputs)
 
+    return Marked
+
+def trl_trainer(ours, steps, device, folder):
+    """The marked trainer with our model and our tokenizer, which go through files in `folder`."""
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers.utils import logging
+    from trl import GRPOConfig
+    logging.disable_progress_bar()
     save_checkpoint(folder, ours.model)
     ours.tokenizer.export_hf(f"{folder}/tokenizer.json")
-    texts, cuda = questions(len(ours.prompts)), "cuda" in device
+    texts = questions(len(ours.prompts))
+    cuda = "cuda" in device
     config = GRPOConfig(
         output_dir=folder, max_steps=steps, num_generations=ours.group_size, temperature=1.0,
         per_device_train_batch_size=len(texts) * ours.group_size, shuffle_dataset=False,
@@ -208,7 +229,7 @@ def trl_trainer(ours, shape, steps, device, folder):
         learning_rate=LEARNING.lr, lr_scheduler_type="constant", adam_beta2=0.95, max_grad_norm=1.0,
         gradient_checkpointing=False, bf16=cuda, use_cpu=not cuda, report_to="none",
         save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
-    return Marked(
+    return marked_trainer()(
         GPT2LMHeadModel.from_pretrained(folder, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
         args=config, reward_funcs=lambda completions, **_: [reward(text) for text in completions],
         train_dataset=Dataset(InMemoryTable.from_pydict(dict(prompt=texts)), fingerprint="texts"),
@@ -218,10 +239,14 @@ def trl_trainer(ours, shape, steps, device, folder):
 # ---- Measuring -----------------------------------------------------------------------------------
 
 class Times:
-    """Of each contender's steps: [generate, reward, learn] in ms; MB it needs, on a GPU."""
+    """ms: {contender: [[generate, reward, learn] of each step]}; memory_mb on a GPU: {contender: MB
+    beside the models}."""
 
     def __init__(self, device):
-        self.clock, self.cuda, self.ms, self.memory_mb = Clock(device), "cuda" in device, {}, {}
+        self.clock = Clock(device)
+        self.cuda = "cuda" in device
+        self.ms = {}
+        self.memory_mb = {}
 
     def begin(self):
         if self.cuda:
@@ -240,9 +265,9 @@ class Times:
         ours.step(self.clock.mark)
         self.end("ours")
 
-def in_turns_with_trl(ours, shape, times, steps, device):
-    """TRL's trainer makes its steps, and before each of them we make one. Its first step comes
-    before our first: there the models are equal, and its gradient is checked."""
+def in_turns_with_trl(ours, times, steps, device):
+    """TRL's trainer runs its steps, and ours runs one before each of them except the first. In
+    TRL's first step the two models are still equal, so its gradient is checked there."""
     from transformers import TrainerCallback
 
     class Turns(TrainerCallback):
@@ -260,54 +285,73 @@ def in_turns_with_trl(ours, shape, times, steps, device):
             times.end("TRL")
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trl_trainer(ours, shape, steps, device, folder)
+        trainer = trl_trainer(ours, steps, device, folder)
         trainer.mark = times.clock.mark
         trainer.add_callback(Turns())
         with contextlib.redirect_stdout(sys.stderr):
             trainer.train()
 
 def rows_of(times, n_replies, warmup):
+    """→ one row of figures for each contender, ours first; the first `warmup` steps are left out.
+    TRL's step that is checked is left out, too."""
+    n_steps = len(times.ms["ours"]) - warmup
+    steps = {}
+    for label, ms in times.ms.items():
+        steps[label] = [sum(phases) for phases in ms[-n_steps:]]
     rows = []
     for label, ms in times.ms.items():
-        ms = ms[-(len(times.ms["ours"]) - warmup):]
-        steps = [sum(step) for step in ms]
-        rows.append(dict(contender=label, all_ms=ms, ms=statistics.median(steps),
-                         spread=spread(steps), phases=[*map(statistics.median, zip(*ms))],
-                         replies_s=1000 * n_replies / statistics.median(steps),
-                         memory_mb=times.memory_mb.get(label)))
-    ours = next([sum(step) for step in row["all_ms"]] for row in rows if row["contender"] == "ours")
-    for row in rows:
-        row["ours_faster_by"] = None if row["contender"] == "ours" else (
-            ratio([sum(step) for step in row["all_ms"]], ours))
+        ms = ms[-n_steps:]
+        phases = [statistics.median(phase) for phase in zip(*ms)]
+        step = statistics.median(steps[label])
+        row = dict(contender=label, all_ms=ms, ms=step, spread=spread(steps[label]), phases=phases,
+                   replies_s=1000 * n_replies / step, memory_mb=times.memory_mb.get(label),
+                   ours_faster_by=None)
+        if label != "ours":
+            row["ours_faster_by"] = ratio(steps[label], steps["ours"])
+        rows.append(row)
     return sorted(rows, key=lambda row: row["contender"] != "ours")
+
+def why_not_measured(shape):
+    """Why TRL is not measured on a shape, or None."""
+    if shape.modern:
+        return "not measured: TRL has no dN"
+    absent = [name for name in ("trl", "transformers", "datasets")
+              if importlib.util.find_spec(name) is None]
+    return f"not measured: pip install {' '.join(absent)}" if absent else None
+
+def show_shape(name, shape, sizes, rows, why):
+    """Prints the table of one shape. why: the reason that TRL is not measured, or None."""
+    n_prompts, group_size, new_tokens = sizes
+    head = [f"{name}: {shape.L} layers, {shape.C} channels; {n_prompts} x {group_size} replies "
+            f"of {new_tokens} tokens", "generate ms", "reward ms", "learn ms", "step ms", "spread",
+            "replies/s", "MB beside the models", "ours is faster by"]
+    lines = [[row["contender"], *row["phases"], row["ms"], row["spread"], row["replies_s"],
+              row["memory_mb"], row["ours_faster_by"]] for row in rows]
+    if why:
+        lines.append(["TRL", why, *[None] * 7])
+    table(head, lines)
 
 def main():
     parser = argparse.ArgumentParser(description="a GRPO step, beside TRL's")
     shape_flags(parser, repeats=5, timed="steps")
     args = parser.parse_args()
     where, shapes = chosen_shapes(args, SHAPES)
-    n_prompts, group_size, new_tokens = SIZES[where]
-    absent = [name for name in ("trl", "transformers", "datasets")
-              if importlib.util.find_spec(name) is None]
-    report, warmup = {}, 1
+    sizes = SIZES[where]
+    n_prompts, group_size, _ = sizes
+    warmup = 1
+    report = {}
     for name, shape in shapes.items():
         times = Times(args.device)
-        ours = Ours(shape, SIZES[where], args.device)
+        ours = Ours(shape, sizes, args.device)
         check_gradient(ours)
-        why = ("not measured: it knows no dN" if shape.modern else
-               f"not measured: pip install {' '.join(absent)}" if absent else None)
+        why = why_not_measured(shape)
         if why:
             for _ in range(warmup + args.repeats):
                 times.step(ours)
-        else:
-            in_turns_with_trl(ours, shape, times, 1 + warmup + args.repeats, args.device)
+        else:       # TRL's first step has no step of ours beside it
+            in_turns_with_trl(ours, times, 1 + warmup + args.repeats, args.device)
         rows = rows_of(times, n_prompts * group_size, warmup)
-        table([f"{name}: {shape.L} layers, {shape.C} channels; {n_prompts} x {group_size} replies "
-               f"of {new_tokens} tokens", "generate ms", "reward ms", "learn ms", "step ms",
-               "spread", "replies/s", "MB beside the models", "ours is faster by"],
-              [[row["contender"], *row["phases"], row["ms"], row["spread"], row["replies_s"],
-                row["memory_mb"], row["ours_faster_by"]] for row in rows]
-              + [["TRL", why, *[None] * 7]] * bool(why))
+        show_shape(name, shape, sizes, rows, why)
         report[name] = dict(rows=rows, not_measured=why)
     finish("rl", device=args.device, shapes=report)
 

@@ -1,21 +1,20 @@
 """
-Inference, beside what people would take instead: how long until the first token, and how many
-tokens a second after it.
+Inference beside its peers: the time to the first token, and tokens per second after it.
 
     python bench/sample.py                                      # two minutes on a quiet CPU
     python bench/sample.py --device cuda --shapes gpt2 d12      # 1 GPU
 
 in:  .peers/nanoGPT and .peers/nanochat; transformers, if this Python has it; a peer that is not
      there is reported as not measured
-out: a table a shape, and the same as one line of JSON
+out: a table for each shape, and the same as one line of JSON
 
-All have the same weights. Before anything is timed, their greedy tokens in fp32 must be ours. Then
-they take turns, and sample at temperature 1: in fp32 on a CPU, in bf16 on a GPU. Prefill is the
-time to the first token; decoding is the rest, one token after the other.
+All contenders have the same weights. Before they are timed, each must write the same greedy tokens
+in fp32. Then they take turns and sample at temperature 1, in fp32 on a CPU and in bf16 on a GPU.
+Prefill is the time to the first token; decoding is the time of the others, one after another.
 
-A step of decoding reads every weight, and the keys and values so far. How long that alone would
-take, at the rate at which this machine copies memory, over how long the step took, is the share of
-the bandwidth that is used.
+A step of decoding must read every weight, and the keys and values so far. The share of the
+bandwidth is the time that this reading would take, at the rate at which this machine copies memory,
+divided by the time that the step took.
 """
 import argparse
 import contextlib
@@ -25,6 +24,7 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,61 +46,74 @@ SHAPES = {      # where: {name: modern, L, C, NH, V, T, tokens of a training ste
              "d24": Shape(True, 24, 1536, 12, 32768, 4096, 1)},
     "quick": {"gpt2": Shape(False, 2, 64, 2, 500, 128, 1),
               "d2": Shape(True, 2, 64, 2, 500, 128, 1)}}
-LENGTHS = {     # where: prompts to prefill; rows that decode at once, their prompt, new tokens
+LENGTHS = {     # where: (lengths of prompts to prefill, rows to decode, their prompt, new tokens)
     "cpu": ([512], [1, 16], 64, 16), "cuda": ([1024, 2048], [1, 16, 128], 64, 128),
     "quick": ([32], [1, 3], 8, 6)}
 
-# No token ends a text: whoever asks this tokenizer writes as many as it is asked for.
+# A tokenizer without tokens that end a text: everybody writes as many tokens as they are asked for.
 ENDLESS = SimpleNamespace(special=defaultdict(lambda: -1), encode_special=lambda name: -1,
                           get_bos_token_id=lambda: -1)
 
 # ---- Contenders: generate(prompt, rows, new_tokens, greedy) → the new ids of each row ------------
 
 class Ours:
-    """Its weights are of a size at which every layer matters and tokens do not repeat."""
+    """The weights are large enough that every layer matters and that tokens do not repeat."""
 
     def __init__(self, shape, device):
         torch.manual_seed(1)
         self.model = GPT(shape.config())
         with torch.no_grad():
             for p in self.model.parameters():
-                p.add_(torch.randn_like(p), alpha=2 * shape.C ** -0.5 if p.ndim > 1 else 0.1)
+                std = 0.1
+                if p.ndim > 1:
+                    std = 2 * shape.C ** -0.5
+                p.add_(torch.randn_like(p), alpha=std)
         self.dtype = self.model.use(device).compute_dtype
         self.engine = Engine(self.model, ENDLESS, python=None)
 
-    def exactly(self, fp32):
-        """Computes in fp32, or else, from now on, in what it would take."""
-        self.model.compute_dtype = torch.float32 if fp32 else self.dtype
-        if not fp32:
+    def set_precision(self, fp32):
+        """Computes in fp32, or from now on in the dtype of inference."""
+        if fp32:
+            self.model.compute_dtype = torch.float32
+        else:
+            self.model.compute_dtype = self.dtype
             self.model.for_inference()
 
     def generate(self, prompt, rows, new_tokens, greedy=False):
-        return [c.ids for c in self.engine.generate([prompt], new_tokens, rows,
-                                                    temperature=0.0 if greedy else 1.0)]
+        completions = self.engine.generate([prompt], new_tokens, rows,
+                                           temperature=temperature(greedy))
+        return [completion.ids for completion in completions]
+
+def temperature(greedy):
+    return 0.0 if greedy else 1.0
 
 class NanoGPT:
-    """Without a cache: for each token it reads again all that is before it. Its GELU is exact, ours
-    is GPT-2's approximation; they differ by less than what would change a token here."""
+    """It has no cache, so for each token it reads all earlier ones again. Its GELU is exact and
+    ours is GPT-2's approximation; the difference is too small to change a token here."""
 
     def __init__(self, ours, shape, device):
         spec = importlib.util.spec_from_file_location("nanogpt", PEERS / "nanoGPT" / "model.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        self.device = device
         config = module.GPTConfig(shape.T, ours.config.padded_vocab, shape.L, shape.NH, shape.C)
         with contextlib.redirect_stdout(io.StringIO()):
-            self.model, self.device = module.GPT(config).to(device).eval(), device
-        self.model.load_state_dict({name if name == "lm_head.weight" else f"transformer.{name}": p
-                                    for name, p in ours.state_dict().items()})
+            self.model = module.GPT(config).to(device).eval()
+        weights = {}
+        for name, p in ours.state_dict().items():
+            if name != "lm_head.weight":
+                name = f"transformer.{name}"
+            weights[name] = p
+        self.model.load_state_dict(weights)
 
-    def exactly(self, fp32):
-        self.precision = lambda: (torch.autocast("cuda", torch.bfloat16)
-                                  if "cuda" in str(self.device) and not fp32
-                                  else contextlib.nullcontext())
+    def set_precision(self, fp32):
+        self.bf16 = "cuda" in str(self.device) and not fp32
 
     def generate(self, prompt, rows, new_tokens, greedy=False):
         idx = torch.tensor([prompt], device=self.device).repeat(rows, 1)
-        with self.precision():
-            ids = self.model.generate(idx, new_tokens, top_k=1 if greedy else None)
+        top_k = 1 if greedy else None
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.bf16):
+            ids = self.model.generate(idx, new_tokens, top_k=top_k)
         return ids[:, len(prompt):].tolist()
 
 class Transformers:
@@ -108,45 +121,48 @@ class Transformers:
         from transformers import GPT2LMHeadModel
         from transformers.utils import logging
         logging.disable_progress_bar()
+        self.dtype = ours.compute_dtype
         with tempfile.TemporaryDirectory() as folder:
             save_checkpoint(folder, ours)
             self.model = GPT2LMHeadModel.from_pretrained(folder).to(device).eval()
-        self.model.generation_config.eos_token_id, self.dtype = None, ours.compute_dtype
+        self.model.generation_config.eos_token_id = None
 
-    def exactly(self, fp32):
-        self.model.to(torch.float32 if fp32 else self.dtype)
+    def set_precision(self, fp32):
+        if fp32:
+            self.model.to(torch.float32)
+        else:
+            self.model.to(self.dtype)
 
     def generate(self, prompt, rows, new_tokens, greedy=False):
         idx = torch.tensor([prompt], device=self.model.device).repeat(rows, 1)
-        ids = self.model.generate(idx, attention_mask=torch.ones_like(idx), do_sample=not greedy,
-                                  max_new_tokens=new_tokens, pad_token_id=0,
-                                  **({} if greedy else dict(top_k=0)))
+        how = dict(do_sample=False)
+        if not greedy:
+            how = dict(do_sample=True, top_k=0)
+        ids = self.model.generate(idx, attention_mask=torch.ones_like(idx), pad_token_id=0,
+                                  max_new_tokens=new_tokens, **how)
         return ids[:, len(prompt):].tolist()
 
 class Nanochat:
-    """Its smear of the previous token, which we have not, begins at zero and stays there."""
+    """Its smear of the previous token, which ours does not have, starts at zero and stays there."""
 
     def __init__(self, ours, shape, device):
-        self.model, self.dtype = nanochat_model(shape, device).eval(), ours.compute_dtype
+        self.dtype = ours.compute_dtype
+        self.model = nanochat_model(shape, device).eval()
         from nanochat import engine, flash_attention, gpt
-        self.modules, self.engine = (engine, gpt), engine.Engine(self.model, ENDLESS)
-        self.flash_attention, self.fa3 = flash_attention, flash_attention.USE_FA3
-        weights = self.model.state_dict()
-        for name, p in ours.state_dict().items():
-            if name.endswith("c_attn.weight"):
-                parts = dict(zip("qkv", p.chunk(3)))
-                weights |= {"transformer." + name.replace("c_attn", f"c_{key}"): part
-                            for key, part in parts.items()}
-            else:
-                name = name.replace("value_gate", "ve_gate").replace("_scalar", "_lambda")
-                weights["transformer." * name.startswith(("wte", "h.")) + name] = p
-        self.model.load_state_dict(weights)
+        self.modules = engine, gpt
+        self.engine = engine.Engine(self.model, ENDLESS)
+        self.flash_attention = flash_attention
+        self.has_flash_attention_3 = flash_attention.USE_FA3
+        self.model.load_state_dict(self.model.state_dict() | nanochat_weights(ours))
 
-    def exactly(self, fp32):
-        model, dtype = self.model, torch.float32 if fp32 else self.dtype
+    def set_precision(self, fp32):
+        model = self.model
+        dtype = self.dtype
+        if fp32:
+            dtype = torch.float32
         for module in self.modules:
             module.COMPUTE_DTYPE = dtype
-        self.flash_attention.USE_FA3 = self.fa3 and not fp32
+        self.flash_attention.USE_FA3 = self.has_flash_attention_3 and not fp32
         model.cos, model.sin = model._precompute_rotary_embeddings(
             model.rotary_seq_len, 2 * model.cos.shape[-1])
         for embedding in (model.transformer.wte, model.value_embeds):
@@ -154,95 +170,148 @@ class Nanochat:
 
     def generate(self, prompt, rows, new_tokens, greedy=False):
         ids, _ = self.engine.generate_batch(prompt, rows, max_tokens=new_tokens,
-                                            temperature=0.0 if greedy else 1.0)
+                                            temperature=temperature(greedy))
         return [row[len(prompt):] for row in ids]
 
-def contenders(shape, device):
-    """{label: contender, or why it is not measured}; ours first."""
-    ours = Ours(shape, device)
-    found = {"ours": ours}
-    for label, make in ({"nanochat": Nanochat} if shape.modern else
-                        {"transformers": Transformers, "nanoGPT": NanoGPT}).items():
-        if label == "transformers":
-            here = importlib.util.find_spec(label)
-            found[label] = make(ours.model, shape, device) if here else (
-                f"not measured: pip install {label}")
+def nanochat_weights(model):
+    """Our parameters under nanochat's names: c_attn is three matrices there."""
+    weights = {}
+    for name, p in model.state_dict().items():
+        name = name.replace("value_gate", "ve_gate").replace("_scalar", "_lambda")
+        if name.startswith(("wte", "h.")):
+            name = f"transformer.{name}"
+        if name.endswith("c_attn.weight"):
+            for key, part in zip("qkv", p.chunk(3)):
+                weights[name.replace("c_attn", f"c_{key}")] = part
         else:
-            here = (PEERS / label).is_dir()
-            found[label] = make(ours.model, shape, device) if here else missing(label)
-    return found
+            weights[name] = p
+    return weights
+
+def contenders(shape, device):
+    """→ ({label: contender}, ours first; {label: why it is not measured})."""
+    found = {"ours": Ours(shape, device)}
+    absent = {}
+    peers = {"transformers": Transformers, "nanoGPT": NanoGPT}
+    if shape.modern:
+        peers = {"nanochat": Nanochat}
+    for label, make in peers.items():
+        if label == "transformers" and not importlib.util.find_spec(label):
+            absent[label] = f"not measured: pip install {label}"
+        elif label != "transformers" and not (PEERS / label).is_dir():
+            absent[label] = missing(label)
+        else:
+            found[label] = make(found["ours"].model, shape, device)
+    return found, absent
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
 def check(found, prompt, rows, new_tokens):
-    """All write the same greedy tokens in fp32, and no shorter text than they were asked for."""
+    """All contenders write the same greedy tokens in fp32, and as many as they are asked for."""
     for contender in found.values():
-        contender.exactly(fp32=True)
+        contender.set_precision(fp32=True)
     wanted = found["ours"].generate(prompt, rows, new_tokens, greedy=True)
     for label, contender in found.items():
         assert contender.generate(prompt, rows, new_tokens, greedy=True) == wanted, label
-        contender.exactly(fp32=False)
+        contender.set_precision(fp32=False)
         assert len(contender.generate(prompt, rows, new_tokens)[-1]) == new_tokens, label
-    assert len(set(wanted[0])) > new_tokens // 4, "the text repeats; a broken cache might not show"
+    different = len(set(wanted[0]))
+    assert different > new_tokens // 4, "the text repeats: a broken cache might go unnoticed"
 
 def copy_rate(device):
     """Bytes a second that copying memory reads and writes."""
-    source = torch.zeros(2 ** (32 if "cuda" in device else 28), dtype=torch.uint8, device=device)
+    n_bytes = 2 ** 28
+    if "cuda" in device:
+        n_bytes = 2 ** 32
+    source = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     ms = in_turns({"copy": lambda: target.copy_(source)}, 5, device=device)["copy"]
-    return 2000 * len(source) / statistics.median(ms)
+    return 1000 * 2 * n_bytes / statistics.median(ms)
 
 def step_bytes(model, rows, prompt_tokens, new_tokens):
-    """What a step of decoding has to read, halfway through."""
+    """The bytes that a step of decoding must read, halfway through the new tokens."""
     config = model.config
     cache = 2 * config.n_layer * config.n_embd * rows * (prompt_tokens + new_tokens / 2)
     return model.compute_dtype.itemsize * (model.matmul_params() + cache)
 
-def memory_mb(contender, *asked):
-    """On a GPU: the most it needs beside the weights."""
+def memory_mb(contender, prompt, rows, new_tokens):
+    """On a GPU: the most memory that it takes, without the weights; elsewhere None."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    contender.generate(*asked)
+    contender.generate(prompt, rows, new_tokens)
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
+def time_prefill(found, prompt, repeats, device):
+    """→ {label: ms of each repeat to the first token}."""
+    calls = {label: partial(contender.generate, prompt, 1, 1)
+             for label, contender in found.items()}
+    return in_turns(calls, repeats, device=device)
+
+def time_decoding(found, prompt, rows, new_tokens, repeats, device):
+    """→ {label: ms per token after the first, of each repeat}: the time of all tokens, less that of
+    the first."""
+    calls = {}
+    for label, contender in found.items():
+        for count in (1, new_tokens):
+            calls[label, count] = partial(contender.generate, prompt, rows, count)
+    ms = in_turns(calls, repeats, device=device)
+    decoding = {}
+    for label in found:
+        pairs = zip(ms[label, new_tokens], ms[label, 1])
+        decoding[label] = [(whole - first) / (new_tokens - 1) for whole, first in pairs]
+    return decoding
+
+def result_rows(job, ms, n_tokens, reads=None, rate=None, memory=None):
+    """ms: {label: [ms]} of one job → rows of the table. n_tokens: the tokens that are read or
+    written in each of these times. reads: bytes per step; rate: bytes per second."""
+    rows = []
+    for label, times in ms.items():
+        median = statistics.median(times)
+        row = dict(job=job, contender=label, all_ms=times, ms=median, spread=spread(times),
+                   memory_mb=memory[label], tok_s=1000 * n_tokens / median, bandwidth=None,
+                   ours_faster_by=None)
+        if reads:
+            row["bandwidth"] = 1000 * reads / rate / median
+        if label != "ours":
+            row["ours_faster_by"] = ratio(times, ms["ours"])
+        rows.append(row)
+    return rows
+
 def measure(found, shape, where, device, repeats):
-    """→ rows, one of each contender at each length."""
+    """→ (the rows of every contender at every length, bytes per second that memory is copied)."""
     prefills, batch_sizes, prompt_tokens, new_tokens = LENGTHS[where]
     prompt = torch.randint(0, shape.V, (max(*prefills, prompt_tokens),)).tolist()
-    rate, rows = copy_rate(device), []
-    jobs = [(1, n, 1) for n in prefills] + [(B, prompt_tokens, new_tokens) for B in batch_sizes]
-    for B, n, new in jobs:
-        calls = {(label, count): lambda c=c, count=count: c.generate(prompt[:n], B, count)
-                 for label, c in found.items() for count in {1, new}}
-        ms = in_turns(calls, repeats, device=device)
-        print(f"\r{B} x {n} + {new} tokens", end="", file=sys.stderr)
-        for label, c in found.items():
-            mine = ms[label, 1] if new == 1 else [
-                (whole - first) / (new - 1) for whole, first in zip(ms[label, new], ms[label, 1])]
-            reads = step_bytes(found["ours"].model, B, n, new)
-            rows.append(dict(
-                job=f"prefill {n:,}" if new == 1 else f"decode {B}", contender=label, all_ms=mine,
-                ms=statistics.median(mine), spread=spread(mine), memory_mb=memory_mb(c, prompt[:n],
-                                                                                     B, new),
-                tok_s=1000 * (n if new == 1 else B) / statistics.median(mine),
-                bandwidth=None if new == 1 else 1000 * reads / rate / statistics.median(mine)))
+    rate = copy_rate(device)
+    rows = []
+    for n in prefills:
+        print(f"\rprefill {n} tokens", end="", file=sys.stderr)
+        ms = time_prefill(found, prompt[:n], repeats, device)
+        memory = {label: memory_mb(c, prompt[:n], 1, 1) for label, c in found.items()}
+        rows += result_rows(f"prefill {n:,}", ms, n, memory=memory)
+    for B in batch_sizes:
+        print(f"\rdecode {B} x {new_tokens} tokens", end="", file=sys.stderr)
+        start = prompt[:prompt_tokens]
+        ms = time_decoding(found, start, B, new_tokens, repeats, device)
+        memory = {label: memory_mb(c, start, B, new_tokens) for label, c in found.items()}
+        reads = step_bytes(found["ours"].model, B, prompt_tokens, new_tokens)
+        rows += result_rows(f"decode {B}", ms, B, reads, rate, memory)
     print("\r", end="", file=sys.stderr)
-    ours = {row["job"]: row["all_ms"] for row in rows if row["contender"] == "ours"}
-    for row in rows:
-        row["ours_faster_by"] = None if row["contender"] == "ours" else (
-            ratio(row["all_ms"], ours[row["job"]]))
     return rows, rate
 
 def show(name, shape, rows, rate, absent):
+    cells = []
+    for row in rows:
+        bandwidth = None
+        if row["bandwidth"]:
+            bandwidth = f"{row['bandwidth']:.0%}"
+        cells.append([row["job"], row["contender"], row["ms"], row["spread"],
+                      f"{row['tok_s']:,.0f}", bandwidth, row["memory_mb"], row["ours_faster_by"]])
+    for label, why in absent.items():
+        cells.append([None, label, why, *[None] * 5])
     table([f"{name}: {shape.L} layers, {shape.C} channels, {shape.V:,} tokens", "", "ms", "spread",
-           "tok/s", f"of {rate / 1e9:,.0f} GB/s", "MB beside the weights",
-           "ours is faster by"],
-          [[row["job"], row["contender"], row["ms"], row["spread"], f"{row['tok_s']:,.0f}",
-            row["bandwidth"] and f"{row['bandwidth']:.0%}", row["memory_mb"],
-            row["ours_faster_by"]] for row in rows]
-          + [[None, label, why, *[None] * 5] for label, why in absent.items()])
+           "tok/s", f"of {rate / 1e9:,.0f} GB/s", "MB beside the weights", "ours is faster by"],
+          cells)
 
 def main():
     parser = argparse.ArgumentParser(description="prefill and decoding speed, beside peers")
@@ -251,9 +320,7 @@ def main():
     where, shapes = chosen_shapes(args, SHAPES)
     report = {}
     for name, shape in shapes.items():
-        found = contenders(shape, args.device)
-        absent = {label: why for label, why in found.items() if isinstance(why, str)}
-        found = {label: c for label, c in found.items() if label not in absent}
+        found, absent = contenders(shape, args.device)
         _, _, prompt_tokens, new_tokens = LENGTHS[where]
         prompt = torch.randint(0, shape.V, (prompt_tokens,)).tolist()
         check(found, prompt, 2, new_tokens)

@@ -1,9 +1,8 @@
 """
-Pretraining, beside what people would take instead: how many tokens a second, and what is learnt of
-the same tokens.
+Pretraining beside its peers: tokens per second, and val bits per byte after the same tokens.
 
     python bench/train.py                                       # speed, two minutes on a quiet CPU
-    python bench/train.py --quality 3 --data data/wiki          # and val bits per byte of 3 seeds
+    python bench/train.py --quality 3 --data data/wiki          # bits per byte, with 3 seeds
     python bench/train.py --device cuda --shapes d24            # 1 GPU
     python bench/train.py --device cuda --shapes d12 --quality 1 --data data/bench/proxy-32768 \
         --max_steps 610
@@ -12,10 +11,11 @@ in:  .peers/nanoGPT and .peers/nanochat, checkouts of karpathy's repositories; a
      there is reported as not measured. --quality reads token shards and their tokenizer
 out: a table, and the same as one line of JSON
 
-All run in this process on the same rows; see contenders.py for what each brings. On a CPU steps
-take turns, so that a busy machine slows all alike. On a GPU, which nobody shares, one contender
-after the other has all the memory; a step is what one GPU of eight would do of the recipe's batch,
-but for the optimizer, which eight would share. MFU is of the bf16 peak of the data sheet.
+All contenders run in this process on the same rows; contenders.py says what each of them brings.
+On a CPU they take turns step by step, so that a busy machine slows all of them down alike. A GPU is
+not shared, so there each contender runs alone and has all the memory. A step has the tokens that
+one GPU of eight would get of the recipe's batch, but it updates all parameters, which eight GPUs
+would divide among themselves. MFU is the share of the data sheet's bf16 peak.
 """
 import argparse
 import gc
@@ -53,15 +53,22 @@ SHAPES = {      # where: {name: modern, L, C, NH, V, T, tokens of a step}
 # ---- Speed ---------------------------------------------------------------------------------------
 
 def micro_batch(arm, shape, device):
-    """Rows at a time: what the contender chooses, else all on a CPU, and nanochat's 32 or, above
-    d12, 16 on a GPU; always a divisor of the step's rows."""
+    """Rows at a time, a divisor of the step's rows: as many as the contender asks for; otherwise
+    all on a CPU, and on a GPU nanochat's 32, or 16 for models above d12."""
     rows = shape.step_tokens // shape.T
-    most = arm.rows or (rows if "cuda" not in str(device) else 32 if shape.C <= 768 else 16)
-    return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(1, most))
+    if arm.rows:
+        most = arm.rows
+    elif "cuda" not in str(device):
+        most = rows
+    elif shape.C <= 768:
+        most = 32
+    else:
+        most = 16
+    return max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
 
-def train_step(arm, step, x, y, rows, clock=None):
-    """clock gets three marks: begin, gradients done, optimizer done."""
-    mark = clock.mark if clock else lambda: None
+def train_step(arm, step, x, y, rows, mark=lambda: None):
+    """One step of a contender; mark() is called at its beginning, when the gradients are there, and
+    after the update."""
     mark()
     for a, b in zip(x.split(rows), y.split(rows)):
         arm.gradients(a, b, len(a) / len(x))
@@ -70,43 +77,64 @@ def train_step(arm, step, x, y, rows, clock=None):
     mark()
 
 class Timed:
-    """A contender at work on one batch of random tokens: ms and the optimizer's ms of each step."""
+    """A contender that trains on one batch of random tokens, and the times of its steps."""
 
     def __init__(self, make, shape, device, warmup):
-        cuda = "cuda" in str(device)
-        if cuda:
+        self.cuda = "cuda" in str(device)
+        if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        self.arm, self.device, self.ms, self.optimizer_ms = make(), device, [], []
+        self.device = device
+        self.arm = make()
         self.batch = torch.randint(0, shape.V, (2, shape.step_tokens // shape.T, shape.T),
                                    device=device)
-        self.rows, self.steps = micro_batch(self.arm, shape, device), 0
+        self.rows = micro_batch(self.arm, shape, device)
+        self.steps = 0
+        self.forget()
         for _ in range(warmup):
             self.step()
-        self.ms, self.optimizer_ms = [], []
+        self.forget()
+
+    def forget(self):
+        """Drops the times so far."""
+        self.ms = []
+        self.optimizer_ms = []
 
     def step(self):
         clock = Clock(self.device)
-        train_step(self.arm, self.steps, *self.batch, self.rows, clock)
+        x, y = self.batch
+        train_step(self.arm, self.steps, x, y, self.rows, clock.mark)
         gradients, optimizer = clock.ms()
         self.ms.append(gradients + optimizer)
         self.optimizer_ms.append(optimizer)
         self.steps += 1
 
     def row(self, shape, label):
-        """What is kept of it, once it is done; its model may go."""
-        median, cuda = statistics.median(self.ms), "cuda" in str(self.device)
+        """The figures of the table."""
+        median = statistics.median(self.ms)
         tok_s = 1000 * shape.step_tokens / median
-        windows = self.arm.model.config.windows if "ours" in label else "L"
-        peak = peak_flops(str(self.device))
+        windows = "L"
+        if "ours" in label:
+            windows = self.arm.model.config.windows
+        memory_gb = None
+        if self.cuda:
+            memory_gb = torch.cuda.max_memory_allocated() / 1e9
         return dict(
-            contender=label, step_tokens=shape.step_tokens, ms=median, spread=spread(self.ms), tok_s=tok_s, all_ms=self.ms,
-            mfu=peak and shape.flops_per_token(windows) * tok_s / peak, rows=self.rows,
-            optimizer_share=statistics.median(self.optimizer_ms) / median,
-            memory_gb=torch.cuda.max_memory_allocated() / 1e9 if cuda else None)
+            contender=label, step_tokens=shape.step_tokens, ms=median, spread=spread(self.ms),
+            tok_s=tok_s, all_ms=self.ms, rows=self.rows, memory_gb=memory_gb,
+            mfu=mfu(shape.flops_per_token(windows) * tok_s, str(self.device)),
+            optimizer_share=statistics.median(self.optimizer_ms) / median)
+
+def mfu(flops, device):
+    """FLOP/s as a share of the peak; None if the peak is not known."""
+    peak = peak_flops(device)
+    if not peak:
+        return None
+    return flops / peak
 
 def alone(make, shape, label, repeats, device, warmup):
-    """A contender with all of a GPU's memory → its row. One that fails says why: the others go on."""
+    """Runs a contender with all of a GPU's memory → its row. The row of one that fails says why."""
+    timed = None
     try:
         timed = Timed(make, shape, device, warmup)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -117,160 +145,203 @@ def alone(make, shape, label, repeats, device, warmup):
     except Exception as error:
         return dict(contender=label, missing=f"failed: {str(error).strip().splitlines()[0][:90]}")
     finally:
-        timed = None
+        timed = None        # the next contender needs the memory
         gc.collect()
         torch._dynamo.reset()
         torch.cuda.empty_cache()
 
-def speed(shape, contenders, repeats, device):
-    """→ rows, ours first; those of missing peers say so."""
-    warmup = 5 if "cuda" in str(device) else 2      # compiling; the allocator's first blocks
-    steps, rows = warmup + repeats, {}
-    built = {}
-    for label, make in contenders.items():
-        if make is None:
-            rows[label] = dict(contender=label, missing=missing(label.split(",")[0]))
-        elif "cuda" in str(device):
-            rows[label] = alone(make, shape, label, repeats, device, warmup)
-        else:
-            built[label] = Timed(make, shape, device, warmup)
-        print(f"\r{label}: {steps} steps", end="", file=sys.stderr)
-    for _ in range(repeats if built else 0):
-        for timed in built.values():
+def in_turns(makes, shape, repeats, device, warmup):
+    """Runs contenders on a CPU, step by step in turns → {label: row}."""
+    contenders = {label: Timed(make, shape, device, warmup) for label, make in makes.items()}
+    for _ in range(repeats):
+        for timed in contenders.values():
             timed.step()
-    rows |= {label: timed.row(shape, label) for label, timed in built.items()}
-    ours = rows.get("ours", {}).get("all_ms")
-    for row in rows.values():
-        row["ours_faster_by"] = ratio(row["all_ms"], ours) if ours and "all_ms" in row else None
-    return [rows[label] for label in contenders]
+    return {label: timed.row(shape, label) for label, timed in contenders.items()}
+
+def speed(shape, contenders, repeats, device):
+    """contenders: {label: constructor, or None if it is missing} → their rows, ours first."""
+    present = {label: make for label, make in contenders.items() if make}
+    if "cuda" in str(device):       # the first steps compile
+        measured = {label: alone(make, shape, label, repeats, device, warmup=5)
+                    for label, make in present.items()}
+    else:                           # the first steps fill the allocator
+        measured = in_turns(present, shape, repeats, device, warmup=2)
+    rows = []
+    ours = measured.get("ours", {}).get("all_ms")
+    for label in contenders:
+        row = measured.get(label) or dict(contender=label, missing=missing(label.split(",")[0]))
+        row["ours_faster_by"] = None
+        if ours and "all_ms" in row:
+            row["ours_faster_by"] = ratio(row["all_ms"], ours)
+        rows.append(row)
+    return rows
+
+def percent(share, digits=0):
+    """A cell: a share as "12 %", or None."""
+    if share is None:
+        return None
+    return f"{share:.{digits}%}"
 
 def show_speed(name, shape, rows):
-    table([f"{name}: {shape.L} layers, {shape.C} channels, T {shape.T}, "
-           f"{shape.step_tokens:,} tokens a step", "ms", "spread", "tok/s", "MFU", "peak GB",
-           "optimizer", "recompiled", "ours is faster by"],
-          [[row["contender"], row["missing"], *[None] * 7] if "missing" in row else
-           [row["contender"], row["ms"], row["spread"], f"{row['tok_s']:,.0f}",
-            row["mfu"] and f"{row['mfu']:.1%}", row["memory_gb"], f"{row['optimizer_share']:.0%}",
-            row.get("recompiled"), row["ours_faster_by"]] for row in rows])
+    head = [f"{name}: {shape.L} layers, {shape.C} channels, T {shape.T}, "
+            f"{shape.step_tokens:,} tokens a step", "ms", "spread", "tok/s", "MFU", "peak GB",
+            "optimizer", "recompiled", "ours is faster by"]
+    cells = []
+    for row in rows:
+        if "missing" in row:
+            cells.append([row["contender"], row["missing"], *[None] * 7])
+            continue
+        cells.append([row["contender"], row["ms"], row["spread"], f"{row['tok_s']:,.0f}",
+                      percent(row["mfu"], 1), row["memory_gb"], percent(row["optimizer_share"]),
+                      row.get("recompiled"), row["ours_faster_by"]])
+    table(head, cells)
 
 # ---- Quality -------------------------------------------------------------------------------------
 
 class Scored:
-    """What train_gpt2.evaluate() asks of a model."""
+    """A contender with the parts of a model that train_gpt2.evaluate() uses."""
 
     def __init__(self, arm):
         self.arm = arm
-        self.eval, self.train = arm.model.eval, arm.model.train
+        self.eval = arm.model.eval
+        self.train = arm.model.train
 
     def __call__(self, x, y, reduction):
         return self.arm.losses(x, y)
 
+SETTLING_STEPS = 10     # at the beginning, which do not count for tokens per second
+
 def learn(data, shape, make, seed, args):
-    """Trains on the rows of a folder of shards → (val bits per byte of text at the end, the curve
-    [(step, seconds of training, bpb)], tokens a second after the first 10 steps)."""
+    """Trains a contender on a folder of shards → (val bits per byte at the end, the curve [(step,
+    seconds of training, bits per byte)], tokens per second after SETTLING_STEPS)."""
     torch.manual_seed(seed)
     arm = make()
-    loader, device = Loader(Shards(data, "train"), shape.T, seed), args.device
-    n_rows, rows = shape.step_tokens // shape.T, micro_batch(arm, shape, device)
-    n_bytes = torch.from_numpy(Tokenizer.load(Path(data) / "tokenizer").token_bytes()).long()
-    ranks, clock, seconds, curve, settled = Ranks(device=device), Clock(device), 0.0, [], 0.0
+    device = args.device
+    loader = Loader(Shards(data, "train"), shape.T, seed)
+    val_shards = Shards(data, "val")
+    token_bytes = Tokenizer.load(Path(data) / "tokenizer").token_bytes()
+    token_bytes = torch.from_numpy(token_bytes).long().to(device)
+    n_rows = shape.step_tokens // shape.T
+    rows = micro_batch(arm, shape, device)
+    settling = min(SETTLING_STEPS, args.max_steps - 1)
+    clock = Clock(device)
+    seconds = settled = 0.0
+    curve = []
     for step in range(args.max_steps):
+        if step == settling:
+            settled = seconds
         clock.mark()
-        train_step(arm, step, *loader.batch(step * n_rows, n_rows, device), rows)
+        x, y = loader.batch(step * n_rows, n_rows, device)
+        train_step(arm, step, x, y, rows)
         clock.mark()
         seconds += clock.ms()[0] / 1000
-        settled = seconds if step == min(9, args.max_steps - 2) else settled
-        last = step + 1 == args.max_steps
-        if last or (step + 1) % args.eval_every == 0:
-            bpb = evaluate(Scored(arm), Shards(data, "val"), n_bytes.to(device), shape.T,
-                           min(n_rows, 32), ranks, args.val_tokens)[1]
-            curve.append((step + 1, round(seconds, 2), bpb))
-        if step % 10 == 9:
-            print(f"\rseed {seed}: step {step + 1}/{args.max_steps}", end="", file=sys.stderr)
-    after = args.max_steps - min(10, args.max_steps - 1)
-    return curve[-1][2], curve, after * shape.step_tokens / (seconds - settled)
+        done = step + 1
+        if done == args.max_steps or done % args.eval_every == 0:
+            _, bpb = evaluate(Scored(arm), val_shards, token_bytes, shape.T, min(n_rows, 32),
+                              Ranks(device=device), args.val_tokens)
+            curve.append((done, round(seconds, 2), bpb))
+        if done % 10 == 0:
+            print(f"\rseed {seed}: step {done}/{args.max_steps}", end="", file=sys.stderr)
+    tok_s = (args.max_steps - settling) * shape.step_tokens / (seconds - settled)
+    return bpb, curve, tok_s
 
 def time_to_match(ours, theirs):
-    """When our curve [(step, seconds, bpb)] comes down to their last bpb, as a share of their time;
-    None if it does not."""
-    (_, total, goal), before = theirs[-1], None
+    """When our curve [(step, seconds, bpb)] reaches their last bpb, as a share of their time, by
+    interpolation between two evaluations; None if it does not."""
+    _, total, goal = theirs[-1]
+    before = None
     for _, seconds, bpb in ours:
         if bpb <= goal:
-            if before:      # on the line between two evaluations
-                seconds -= (seconds - before[0]) * (goal - bpb) / (before[1] - bpb)
+            if before:
+                earlier, higher = before
+                seconds -= (seconds - earlier) * (goal - bpb) / (higher - bpb)
             return seconds / total
         before = seconds, bpb
     return None
 
 def quality(name, shape, args):
-    """Each contender, seed after seed, on the same rows → rows of the table."""
-    data, rows = args.data, []
-    shape = replace(shape, V=Tokenizer.load(Path(data) / "tokenizer").n_vocab)
-    for label, make in arms(shape, args.max_steps, args.device).items():
-        if args.arms and label not in args.arms:
-            continue
+    """Trains each contender with each seed, on the same rows → rows of the table."""
+    shape = replace(shape, V=Tokenizer.load(Path(args.data) / "tokenizer").n_vocab)
+    rows = []
+    for label, make in chosen(arms(shape, args.max_steps, args.device), args).items():
+        row = dict(shape=name, contender=label)
+        rows.append(row)
         if make is None:
-            rows.append(dict(shape=name, contender=label, missing=missing(label.split(",")[0])))
+            row["missing"] = missing(label.split(",")[0])
             continue
-        runs = [learn(data, shape, make, seed, args) for seed in range(1, args.quality + 1)]
-        rows.append(dict(shape=name, contender=label, val_bpb=[bpb for bpb, _, _ in runs],
-                         mean=statistics.mean(bpb for bpb, _, _ in runs), curve=runs[0][1],
-                         tok_s=statistics.median(tok_s for _, _, tok_s in runs)))
+        runs = [learn(args.data, shape, make, seed, args) for seed in range(1, args.quality + 1)]
+        row["val_bpb"] = [bpb for bpb, _, _ in runs]
+        row["mean"] = statistics.mean(row["val_bpb"])
+        row["curve"] = runs[0][1]
+        row["tok_s"] = statistics.median(tok_s for _, _, tok_s in runs)
         if "cuda" in args.device:
             torch._dynamo.reset()
             torch.cuda.empty_cache()
-    curves = {row["contender"].split(",")[0]: row["curve"] for row in rows if "curve" in row}
+    ours = None
     for row in rows:
-        if "curve" in row and "ours" not in row["contender"] and "ours" in curves:
-            row["matched_in"] = time_to_match(curves["ours"], row["curve"])
+        if row["contender"].startswith("ours") and "curve" in row:
+            ours = row["curve"]
+    for row in rows:
+        if ours and "curve" in row and not row["contender"].startswith("ours"):
+            row["matched_in"] = time_to_match(ours, row["curve"])
     return rows
 
 def show_quality(rows, args):
-    table([f"{args.max_steps} steps", "val bits per byte, a seed each", "mean", "tok/s",
-           "ours is as good after", "seconds: bits per byte"],
-          [[f"{row['contender']} ({row['shape']})", row["missing"], *[None] * 4]
-           if "missing" in row else
-           [f"{row['contender']} ({row['shape']})",
-            ", ".join(f"{bpb:.4f}" for bpb in row["val_bpb"]), f"{row['mean']:.4f}",
-            f"{row['tok_s']:,.0f}",
-            f"{row['matched_in']:.0%} of its time" if row.get("matched_in") else None,
-            ", ".join(f"{s:.0f}: {bpb:.4f}" for _, s, bpb in row["curve"])] for row in rows])
+    cells = []
+    for row in rows:
+        label = f"{row['contender']} ({row['shape']})"
+        if "missing" in row:
+            cells.append([label, row["missing"], *[None] * 4])
+            continue
+        matched = None
+        if row.get("matched_in"):
+            matched = f"{row['matched_in']:.0%} of its time"
+        cells.append([label, ", ".join(f"{bpb:.4f}" for bpb in row["val_bpb"]),
+                      f"{row['mean']:.4f}", f"{row['tok_s']:,.0f}", matched,
+                      ", ".join(f"{s:.0f}: {bpb:.4f}" for _, s, bpb in row["curve"])])
+    table([f"{args.max_steps} steps", "val bits per byte, one per seed", "mean", "tok/s",
+           "ours is as good after", "seconds: bits per byte"], cells)
+
+# ---- Main ----------------------------------------------------------------------------------------
+
+def chosen(contenders, args):
+    """The contenders that --arms names; default: all."""
+    return {label: make for label, make in contenders.items()
+            if not args.arms or label in args.arms}
 
 def parse_args():
     parser = argparse.ArgumentParser(description="training speed and quality, beside peers")
     shape_flags(parser, repeats=12, timed="steps")
-    parser.add_argument("--arms", nargs="+", help="which contenders; default: all")
-    parser.add_argument("--quality", type=int, default=0, help="seeds to train; 0: speed only")
+    parser.add_argument("--arms", nargs="+", help="names of contenders; default: all")
+    parser.add_argument("--quality", type=int, default=0, help="seeds to train with; 0: only speed")
     parser.add_argument("--data", help="folder of shards, for --quality")
     parser.add_argument("--max_steps", type=int, default=150, help="steps of --quality")
     parser.add_argument("--eval_every", type=int, default=100, help="steps between evaluations")
-    parser.add_argument("--val_tokens", type=int, default=2 ** 18, help="tokens of an evaluation")
+    parser.add_argument("--val_tokens", type=int, default=2 ** 18, help="tokens per evaluation")
     args = parser.parse_args()
-    if args.quality and not args.shapes:        # 50,257 tokens are not the data's
-        args.shapes = [name for name in SHAPES["quick" if args.quick else args.device]
-                       if name != "gpt2-50k"]
-    shapes = chosen_shapes(args, SHAPES)[1]
+    _, shapes = chosen_shapes(args, SHAPES)
+    if args.quality and not args.shapes:        # --quality takes the vocabulary of the data
+        shapes.pop("gpt2-50k", None)
     if args.quality and not args.data:
-        raise SystemExit("--quality has no --data; it trains on token shards and their tokenizer; "
-                         "make some with python bench/pack.py, or try --data data/wiki")
+        raise SystemExit("--quality needs --data, a folder of token shards with their tokenizer; "
+                         "make one with python bench/pack.py")
     return args, shapes
 
 def main():
     args, shapes = parse_args()
     if "cuda" in args.device:
         torch.set_float32_matmul_precision("high")
-    report, learnt = {}, []
+    report = {}
+    learnt = []
     for name, shape in shapes.items():
         if args.quality:
             learnt += quality(name, shape, args)
             continue
-        contenders = {label: make for label, make in
-                      arms(shape, args.repeats + 5, args.device).items()
-                      if not args.arms or label in args.arms}
+        contenders = chosen(arms(shape, args.repeats + 5, args.device), args)
         report[name] = speed(shape, contenders, args.repeats, args.device)
-        print("\r", end="", file=sys.stderr)
         show_speed(name, shape, report[name])
     if args.quality:
+        print("\r", end="", file=sys.stderr)
         show_quality(learnt, args)
     finish("train", device=args.device, speed=report, quality=learnt)
 

@@ -1,9 +1,10 @@
 """
 What the tests of several stages share: a small tokenizer, a folder of token shards, runs of a
-stage's main() in this process or on two forked ranks, and mutants. Everything is tiny, offline, on
-the CPU, and on one thread, so that sums are added in one order and two runs can be compared bit by
-bit.
+stage's main() in this process or on two forked ranks, and mutants. Everything is tiny, offline and
+on the CPU. It runs on one thread, so that sums are added in the same order and two runs can be
+compared bit by bit.
 """
+import contextlib
 import inspect
 import multiprocessing
 import os
@@ -31,18 +32,24 @@ from model import GPT, GPTConfig, save_checkpoint
 
 torch.set_num_threads(1)
 
-# Real English that is on every machine: the manuals of three modules.
-DOCUMENTS = sorted((inspect.getdoc(value)
-                    for module in (statistics, random, pydoc) for value in vars(module).values()
-                    if getattr(value, "__module__", "") == module.__name__
-                    and inspect.getdoc(value)), key=len)
+def documents(*modules):
+    """Real English that is on every machine: the docstrings of these modules, short ones first."""
+    found = []
+    for module in modules:
+        for value in vars(module).values():
+            if getattr(value, "__module__", "") == module.__name__ and inspect.getdoc(value):
+                found.append(inspect.getdoc(value))
+    return sorted(found, key=len)
+
+
+DOCUMENTS = documents(statistics, random, pydoc)
 SIZES = dict(block_size=32, vocab_size=65, n_layer=4, n_head=2, n_embd=32)
 GPT2 = GPTConfig(**SIZES)
 MODERN = GPTConfig.preset("d4", **SIZES)       # windows "SSSL": layers 0, 1, 2 see 8 tokens back
 
 
 def noisy(config, seed=0, std=0.2):
-    """A model in which every parameter matters: a new one's biases and projections are zero."""
+    """A model in which every parameter matters: in a new one biases and projections are zero."""
     torch.manual_seed(seed)
     model = GPT(config).eval()
     with torch.no_grad():
@@ -52,9 +59,11 @@ def noisy(config, seed=0, std=0.2):
 
 
 def write_shard(path, tokens, magic=20240520, version=1, count=None):
+    if count is None:
+        count = len(tokens)
     header = np.zeros(256, np.int32)
-    header[:3] = magic, version, len(tokens) if count is None else count
-    dtype = np.uint16 if version == 1 else np.uint32
+    header[:3] = magic, version, count
+    dtype = {1: np.uint16}.get(version, np.uint32)
     Path(path).write_bytes(header.tobytes() + np.asarray(tokens, dtype).tobytes())
 
 
@@ -78,7 +87,7 @@ def data(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base_run(tokenizer, tmp_path_factory):
-    """The run of an untrained GPT-2 of two layers."""
+    """The run of an untrained GPT-2 with two layers."""
     run = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab, n_layer=2, n_head=2,
@@ -89,18 +98,19 @@ def base_run(tokenizer, tmp_path_factory):
 
 def run_main(module, *flags):
     """`python module.py flags…`, in this process."""
-    kept = sys.argv, [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    argv = sys.argv
     sys.argv = [f"{module.__name__}.py", *map(str, flags)]
     try:
         module.main()
     finally:
-        sys.argv, handlers = kept
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers):
+        sys.argv = argv
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def run_ranks(module, *flags, world_size=2, exit_code=0, seconds=60):
-    """`torchrun --nproc_per_node=2 module.py flags…`, on forks, which need not import torch."""
+    """`torchrun --nproc_per_node=2 module.py flags…`, in forks, which have torch imported."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -123,9 +133,22 @@ def run_ranks(module, *flags, world_size=2, exit_code=0, seconds=60):
     assert codes == [exit_code] * world_size, codes
 
 
+@contextlib.contextmanager
+def in_fp64():
+    """Everything that is computed in fp32 is computed in fp64 here, in forked ranks too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 def stop_at(monkeypatch, module, name, call, number=signal.SIGTERM):
     """Sends this process a signal when module.name is called for the n-th time."""
-    original, calls = getattr(module, name), []
+    original = getattr(module, name)
+    calls = []
 
     def counted(*args, **kwargs):
         calls.append(1)
@@ -139,11 +162,11 @@ def stop_at(monkeypatch, module, name, call, number=signal.SIGTERM):
 def assert_same_files(run, other, *names):
     for name in names:
         equal = (Path(run) / name).read_bytes() == (Path(other) / name).read_bytes()
-        assert equal, name      # pytest would spend minutes to show where two such files differ
+        assert equal, name      # given the bytes, pytest would spend minutes to show a difference
 
 
 def mutate(monkeypatch, owner, name, old, new):
-    """Puts in place of owner.name the same function with one piece of its source changed."""
+    """Replaces owner.name by the same function with one piece of its source changed."""
     function = getattr(owner, name)
     source = textwrap.dedent(inspect.getsource(function))
     found = source.count(old)

@@ -142,7 +142,7 @@ def test_too_long_and_unsupervised_conversations_are_left_out_and_counted(tokeni
     found = render_all(conversations, tokenizer, n - 1, SimpleNamespace(say=said.append))
     assert len(found) == 2 and said[0].startswith("2 conversations, ")
     assert f"left out: 2 longer than {n} tokens" in said[0]
-    with pytest.raises(SystemExit, match="none of 1 conversations.*;.*;"):
+    with pytest.raises(SystemExit, match="none of the 1 conversations .* fits into 100 tokens; give other --data"):
         render_all([good[:1]], tokenizer, 99, SimpleNamespace(say=quiet))
 
 
@@ -151,7 +151,7 @@ def test_too_long_and_unsupervised_conversations_are_left_out_and_counted(tokeni
     7, [dict(role="user", content=7)], [dict(role="assistant", content=[dict(type="sing")])]],
     ids=str)
 def test_conversation_that_cannot_be_rendered_is_one_line(messages, tokenizer):
-    with pytest.raises(SystemExit, match="cannot be rendered.*;.*;") as error:
+    with pytest.raises(SystemExit, match="cannot be rendered.*;.*; repair the files") as error:
         render_all([turn("Hi", "Yo"), messages], tokenizer, 99, SimpleNamespace(say=quiet))
     assert "\n" not in str(error.value)
 
@@ -317,7 +317,7 @@ def test_make_is_deterministic(documents, made, tmp_path):
 
 
 def test_too_few_documented_functions_is_one_line(documents, tmp_path):
-    with pytest.raises(SystemExit, match="describes 60 functions.*;.*;.*lower --functions"):
+    with pytest.raises(SystemExit, match="describes 60 functions.*; .*lower --functions"):
         make(documents, tmp_path, functions=61)
 
 
@@ -434,7 +434,7 @@ def test_finished_runs_are_kept_and_other_settings_refused(base_run, mixed, whol
 
 @pytest.mark.parametrize("tokens", [100, 64, 4 * 64 + 128, 1])
 def test_indivisible_batch_is_one_line_that_names_a_valid_one(base_run, eight, tokens, tmp_path):
-    with pytest.raises(SystemExit, match="not a multiple.*;.*;.*try --total_batch_size") as error:
+    with pytest.raises(SystemExit, match="must be a multiple.*; try --total_batch_size") as error:
         run_main(chat_sft, *flags(base_run, eight, tmp_path, total_batch_size=tokens))
     assert int(str(error.value).split()[-1]) % (4 * 64) == 0
 
@@ -461,7 +461,7 @@ def test_show_prints_the_learnt_in_green(tmp_path, tokenizer, eight, capsys):
     ("row_tensors", "mask[1:] == 1, ids[1:]", "mask[:-1] == 1, ids[1:]", check_row_tensors),
     ("row_tensors", "mask[1:] == 1, ids[1:]", "mask[1:] == 1, ids[:-1]", check_row_tensors),
     ("pack", "waiting.remove(best)", "waiting.pop(0)", check_pack),
-    ("pack", "room, row = T + 1, []", "room, row = T + 2, []", check_pack),
+    ("pack", "room = T + 1", "room = T + 2", check_pack),
     ("pack", "best = max(", "best = min(", check_pack)], ids=lambda value: str(value)[:20])
 def test_checks_notice_a_mutant(name, old, new, check, monkeypatch):
     check()
@@ -471,14 +471,16 @@ def test_checks_notice_a_mutant(name, old, new, check, monkeypatch):
         check()
 
 
-@pytest.mark.parametrize("name, old, new, check", [
-    ("make", "(tested if test else practiced)", "practiced", check_nothing_held_out_is_taught),
-    ("make", "if not test:", "if True:", check_nothing_held_out_is_taught),
-    ("bits", "sum(row[:i + 1])", "sum(row[:i])", check_replies),
-    ("arithmetic", "a - a % 10, a + b", "a - a % 10, a + b + 1", check_replies)],
+@pytest.mark.parametrize("owner, name, old, new, check", [
+    (conversations.Kind, "add", "self.tests.append", "self.practice.append",
+     check_nothing_held_out_is_taught),
+    (conversations.Kind, "add", "if not is_test:", "if True:", check_nothing_held_out_is_taught),
+    (conversations, "bits", "sum(row[:i + 1])", "sum(row[:i])", check_replies),
+    (conversations, "arithmetic", "result = a + b", "result = a + b + 1", check_replies)],
     ids=lambda value: str(value)[:20])
-def test_checks_of_make_notice_a_mutant(name, old, new, check, documents, tmp_path, monkeypatch):
-    mutate(monkeypatch, conversations, name, old, new)
+def test_checks_of_make_notice_a_mutant(owner, name, old, new, check, documents, tmp_path,
+                                        monkeypatch):
+    mutate(monkeypatch, owner, name, old, new)
     make(documents, tmp_path)
     with pytest.raises((AssertionError, SystemExit)):
         check(tmp_path)
@@ -486,7 +488,7 @@ def test_checks_of_make_notice_a_mutant(name, old, new, check, documents, tmp_pa
 
 @pytest.mark.parametrize("old, new", [
     ("((y >= 0).sum() / max(1, supervised))", "(1 / len(batches))"),
-    ("+ ranks.rank * args.batch_size", "+ 0"), ("* ranks.world_size).backward()", ").backward()")],
+    ("range(ranks.rank * args.batch_size, ", "range(0, "), ("* ranks.world_size).backward()", ").backward()")],
     ids=str)
 def test_two_ranks_notice_a_mutant(old, new, base_run, mixed, whole, tmp_path, monkeypatch):
     mutate(monkeypatch, chat_sft, "main", old, new)

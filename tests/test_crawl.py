@@ -5,6 +5,7 @@ import http.server
 import io
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import urllib3
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -146,23 +148,120 @@ def test_a_huge_record_is_passed_over(tmp_path, monkeypatch):
         pages, reasons = read(tmp_path / name)
         assert len(pages) == 1 and reasons == ["huge_record"]
 
-@pytest.mark.parametrize("body, head", [
-    ("Grüße".encode("cp1252"), "text/html; charset=ISO-8859-1"), ("Grüße".encode(), "text/html"),
-    ('<meta charset="windows-1252">'.encode() + "Grüße".encode("cp1252"), "text/html"),
-    ("\ufeffGrüße".encode(), "text/html; charset=nonsense"),
-    ("Grüße".encode("utf-16"), "text/html; charset=utf-16")])
-def test_charsets_come_from_header_meta_or_the_bytes(body, head):
-    assert crawl.decode(body, head).removeprefix('<meta charset="windows-1252">') == "Grüße"
+GERMAN = "Die Bäckerin öffnete früh. " * 40
+
+@pytest.mark.parametrize("body, head, text", [
+    ("Grüße".encode("cp1252"), "; charset=ISO-8859-1", "Grüße"), ("Grüße".encode(), "", "Grüße"),
+    (b'<meta charset="windows-1252">\xfc', "", '<meta charset="windows-1252">ü'),
+    ("\ufeffGrüße".encode(), "; charset=nonsense", "Grüße"), (b"caf\xe9", "", "café"),
+    ("\ufeffGrüße".encode(), "; charset=iso-8859-1", "Grüße"),
+    ("Grüße".encode("utf-16"), "; charset=utf-16", "Grüße"),
+    (GERMAN.encode() + b"\xa0", "; charset=utf-8", GERMAN + "\ufffd"),
+    (GERMAN.encode() + b"\xa0", "", GERMAN + "\ufffd"),
+    (b"caf\xe9 \x81", "; charset=cp1252", "café \ufffd"),
+    (b"<meta charset=utf-16>\xc3\xbc", "", "<meta charset=utf-16>ü"),
+    (b"<!-- <meta charset=utf-8> --><meta http-equiv=content-type content='a; charset=cp1251'>\xcf",
+     "", "<!-- <meta charset=utf-8> --><meta http-equiv=content-type content='a; charset=cp1251'>П"),
+    (b"<?xml encoding='iso-8859-2'?>\xb1", "", "<?xml encoding='iso-8859-2'?>ą"),
+    *((b"abc", f"; charset={name}", "abc") for name in ("undefined", "punycode", "hex", "utf-7"))])
+def test_charsets_are_those_that_a_browser_takes(body, head, text):
+    assert crawl.decode(body, f"text/html{head}") == text
+
+@pytest.mark.parametrize("codec, labels", [
+    ("cp1252", "iso8859-1 l1 cp819 latin-1 ascii x-cp1252"), ("cp1254", "iso-8859-9 latin5"),
+    ("cp874", "tis-620 dos-874"), ("cp932", "shift_jis windows-31j x-sjis"),
+    ("mac-roman", "x-mac-roman"), ("gbk", "gb2312 x-gbk"), ("cp949", "euc-kr ks_c_5601-1987")])
+def test_labels_of_charsets_are_those_of_the_whatwg(codec, labels):
+    for label in labels.split():
+        assert warc.charset_of(b"\xe9", f"text/html; charset={label}") == codec
+        assert warc.charset_of(f"<meta charset={label}>\xe9".encode("latin-1"), "") == codec
+
+def test_a_charset_that_browsers_refuse_and_pages_of_garbage_are_dropped(tmp_path):
+    (tmp_path / "x.warc.gz").write_bytes(html(b"\x1b$)Cabc", head="Content-Type: text/html; "
+        "charset=iso-2022-kr") + html(bytes(range(128, 256)), head="Content-Type: text/html; "
+        "charset=utf-8"))
+    assert read(tmp_path / "x.warc.gz") == ([], ["unknown_charset"] * 2)
+
+def test_no_record_is_fatal(tmp_path, monkeypatch):
+    monkeypatch.setattr(warc, "decode", lambda *_: 1 / 0)
+    (tmp_path / "x.warc.gz").write_bytes(html(b"worse") * 2)
+    assert read(tmp_path / "x.warc.gz") == ([], ["error_ZeroDivisionError"] * 2)
+
+def test_resource_records_of_html_are_pages(tmp_path):
+    records = [warc.warc_record("resource", f"https://a.org/{i}", b"<p>hello", mime)
+               for i, mime in enumerate(("text/html; charset=utf-8", "text/plain", "TEXT/HTML"))]
+    (tmp_path / "x.warc.gz").write_bytes(b"".join(records))
+    pages, reasons = read(tmp_path / "x.warc.gz")
+    assert [page["html"] for page in pages] == ["<p>hello"] * 2 and reasons == ["not_html"]
 
 @pytest.mark.parametrize("body, head", [
     (gzip.compress(b"<p>hello", mtime=0), "Content-Encoding: gzip"),
     (zlib.compress(b"<p>hello"), "Content-Encoding: deflate"),
-    (b"<p>hello", "Content-Encoding: gzip"),
+    (gzip.compress(b"<p>he") + gzip.compress(b"llo") + b"rubbish", "Content-Encoding: gzip"),
+    (gzip.compress(gzip.compress(b"<p>hello")), "Content-Encoding: gzip, gzip"),
+    (zlib.compress(gzip.compress(b"<p>hello")), "Content-Encoding: gzip, identity,Deflate"),
+    (zlib.compress(b"<p>hello")[2:-4], "Content-Encoding: deflate"),
+    (b"<p>hello", "Content-Encoding: gzip"), (b"<p>hello", "Content-Encoding: br"),
+    (b"<p>hello", "Content-Encoding: utf-8"),
     (b"4\r\n<p>h\r\n4\r\nello\r\n0\r\n\r\n", "Transfer-Encoding: chunked"),
     (b"<p>hello", "Transfer-Encoding: chunked")])
 def test_encoded_bodies_are_decoded_and_decoded_ones_left(tmp_path, body, head):
     (tmp_path / "x.warc.gz").write_bytes(html(body, head=f"Content-Type: text/html\r\n{head}"))
     assert read(tmp_path / "x.warc.gz")[0][0]["html"] == "<p>hello"
+
+def damaged(data, at):
+    return data[:at] + bytes([data[at] ^ 255]) + data[at + 1:]
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 10])
+@pytest.mark.parametrize("member", [0, 1, 2])
+def test_a_gzip_member_whose_first_bytes_are_damaged_is_counted(tmp_path, member, at):
+    members = [html("first"), html("second"), html("third")]
+    members[member] = damaged(members[member], at)
+    (tmp_path / "x.warc.gz").write_bytes(b"".join(members))
+    assert [len(found) for found in read(tmp_path / "x.warc.gz")] == [2, 1]
+
+@pytest.mark.parametrize("data, why", [
+    (b"Not an archive.\n" * 99, "no_record"), (gzip.compress(b"filedesc://a.arc\n"), "no_record"),
+    (b"\xfd7zXZ\0" + bytes(99), "no_record"), (gzip.compress(b""), "no_record"), (b"", None),
+    (b"\x28\xb5\x2f\xfd" + bytes(99), "zstd_is_not_installed")])
+def test_a_file_without_records_says_so(tmp_path, monkeypatch, data, why):
+    monkeypatch.setattr(warc, "zstd_file", lambda file: None)
+    (tmp_path / "x.warc.gz").write_bytes(data)
+    assert read(tmp_path / "x.warc.gz") == ([], [why] if why else [])
+
+def test_lines_that_end_in_lf_and_folded_headers_are_read(tmp_path):
+    body = b"HTTP/1.1 200 OK\nContent-Type:\n text/html;\n\tcharset=cp1252\n\n<p>\xfc\n\n<p>b\r\n\r\nc"
+    head = f"WARC/1.0\nWARC-Type: response\nContent-Length:\n {len(body)}\n\n".encode()
+    (tmp_path / "x.warc").write_bytes((head + body + b"\n\n") * 2)
+    pages, reasons = read(tmp_path / "x.warc")
+    assert [page["html"] for page in pages] == ["<p>ü\n\n<p>b\r\n\r\nc"] * 2 and not reasons
+
+@pytest.mark.parametrize("piece", [
+    b"WARC/1.0\r\n", b"xWARC/1.0\r\n", b"WARC/1.0\r\nA: b\r\n", b"WARC/1.0\r\n\r\n", b"\r\n\r\n",
+    b"WARC/1.0\r\nContent-Length: 9\r\n\r\n", b"WARC/1.0\r\nContent-Length: 99999\r\n\r\n"])
+def test_files_made_to_hang_the_reader_do_not(tmp_path, piece):
+    for name, data in (("x.warc", piece * (400_000 // len(piece))),
+                       ("y.warc.gz", gzip.compress(piece * (40_000_000 // len(piece))))):
+        (tmp_path / name).write_bytes(data)
+        started = time.process_time()
+        assert sum(1 for _ in warc.read_warc(tmp_path / name)) <= warc.MAX_BAD_RECORDS + 1
+        assert time.process_time() - started < 2
+
+@pytest.mark.parametrize("coding, module", [("br", "brotli"), ("zstd", "backports.zstd")])
+def test_bodies_of_other_codings_are_read_where_the_module_is_there(tmp_path, coding, module):
+    compress = pytest.importorskip(module, reason="an extra").compress
+    for body, page in ((compress(b"<p>hello"), "<p>hello"), (compress(b"<p>" + bytes(99 << 20)), 0)):
+        head = f"Content-Type: text/html\r\nContent-Encoding: {coding}"
+        (tmp_path / "x.warc.gz").write_bytes(html(body, head=head))
+        pages, reasons = read(tmp_path / "x.warc.gz")
+        assert pages[0]["html"] == page if page else reasons == ["page_too_large"]
+
+def test_compressed_bodies_that_cannot_be_read_are_dropped(tmp_path):
+    noise = random.Random(0).randbytes(999)
+    (tmp_path / "x.warc.gz").write_bytes(b"".join(
+        html(noise, head=f"Content-Type: text/html\r\nContent-Encoding: {coding}")
+        for coding in ("gzip", "deflate", "br", "zstd", "compress")))
+    assert read(tmp_path / "x.warc.gz") == ([], ["content_encoding"] * 5)
 
 # ---- text of a page ------------------------------------------------------------------------------
 
@@ -293,16 +392,146 @@ def test_requests_keep_the_delay_between_them(site):
 @pytest.mark.parametrize("tag, link", [
     ("<a href='/b'>", "http://a.org/b"), ('<A class=x HREF="b#top">', "http://a.org/c/b"),
     ("<a href=?x&amp;y>", "http://a.org/c/?x&y"), ("<a href='http://['>", None),
-    ("<abbr href=x>", None)])
+    ("<abbr href=x>", None), ("<area href=x>", "http://a.org/c/x"), ("<a href>", None),
+    ("<base href=/d/><a href=x>", "http://a.org/d/x"), ("<a data-href=x>", None),
+    ("<base href='http://['><a href=x>", "http://a.org/c/x"),
+    ("<a href='/l?a=1&copy=2&section=4'>", "http://a.org/l?a=1&copy=2&section=4"),
+    ("<a href='/a b'>", "http://a.org/a%20b"), ("<a title='a>b' href=/z>", "http://a.org/z"),
+    ("<a data-href=/no href=/yes href=/no>", "http://a.org/yes"),
+    ("<a href='/\u2028\x0c/ü?ü'>", "http://a.org/%E2%80%A8%0C/%C3%BC?%C3%BC"),
+    ("<a href='HTTP://A.ORG/Up'>", "http://a.org/Up"), ("<a href='//A.org?x'>", "http://a.org/?x"),
+    (f"<a href='/&#{'1' * 5000};'>", "http://a.org/%EF%BF%BD"), ("<!-- <a href=x> -->", None),
+    ("<script>'<a href=x>'</script>", None), (f"<a href='/{'x' * 9000}'>", None)])
 def test_links_are_made_absolute_and_odd_ones_left_out(tag, link):
-    answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n" + tag.encode()
+    answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + tag.encode()
     assert list(crawl.links_of("http://a.org/c/", answer)) == ([link] if link else [])
+
+@pytest.mark.parametrize("head, body, links", [
+    ("Content-Type: text/html; charset=latin1", "<a href='/ü?ü'>", ["http://a.org/%C3%BC?%FC"]),
+    ("Content-Type: TEXT/HTML", "<a href=/b>", ["http://a.org/b"]),
+    ("X: y", "<!doctype html><a href=/b>", ["http://a.org/b"]),
+    ("X: y", "<p>no head <a href=/b>", ["http://a.org/b"]), ("X: y", "text <a href=/b>", []),
+    ("Content-Type: text/plain", "<html><a href=/b>", []), ("Location: /Ã¼", "",
+                                                            ["http://a.org/%C3%BC"])])
+def test_links_are_found_in_whatever_is_html_and_in_its_charset(head, body, links):
+    answer = f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n{body}".encode("latin-1")
+    assert crawl.links_of("http://a.org/", answer) == links
+
+def test_urls_of_the_same_page_are_one():
+    urls = "http://a.org/a http://a.org/a? http://a.org/%61 HTTP://A.org:80/b/../a#x".split()
+    assert len({crawl.url_key(crawl.clean_url(url)) for url in urls}) == 1
+    others = "http://a.org/a/ http://a.org/a?b http://a.org/A https://a.org/a".split()
+    assert len({crawl.url_key(crawl.clean_url(url)) for url in [*others, urls[0]]}) == 5
 
 def test_pages_made_to_hang_a_link_finder_do_not():
     head, started = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n", time.process_time()
     for piece in (b"<a ", b"<a href=", b"<a x", b"<"):
         list(crawl.links_of("http://a.org/", head + piece * (200_000 // len(piece))))
     assert time.process_time() - started < 2
+
+@pytest.fixture
+def serve():
+    """serve({path: raw answers, of which the last is repeated}) → the address of such a server."""
+    servers = []
+
+    def start(answers):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.server.asked.append((self.path, self.headers["Accept-Encoding"]))
+                left = answers.get(self.path, [b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n"])
+                self.wfile.write(left.pop(0) if len(left) > 1 else left[0])
+
+            log_message = lambda *_: None
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.asked = []
+        server.handle_error = lambda *_: None
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+
+def answer(body, *headers, status="200 OK", n_bytes=None):
+    body = body if isinstance(body, bytes) else body.encode()
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {n_bytes or len(body)}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+OURS = "User-agent: deepdive-crawler\nDisallow: /a"
+
+@pytest.mark.parametrize("robots, refused, allowed", [
+    ("User-agent: *\nDisallow: /*.pdf$\nDisallow: /a*b", "/x.pdf /axb", "/x.pdf?1 /c"),
+    ("User-agent: *\nDisallow: /\nAllow: /p", "/q ?x", "/p/1"),
+    ("User-agent: *\n\nDisallow: /a\n\nDisallow: /b", "/a /b", "/c"),
+    ("User-agent: *\nDisallow: /a\nUser-agent: *\nDisallow: /b", "/a /b", "/c"),
+    ("\ufeffUser-agent: *\nDisallow: /a", "/a", "/c"),
+    ("User-agent: *\nDisallow: /a".encode("utf-16"), "/a", "/c"),
+    ("User-agent: *\nDisallow: /?x", "?x /?x", "/x"),
+    (f"{OURS}\nUser-agent: *\nDisallow: /b", "/a", "/b"),
+    (OURS.replace("deepdive-c", "Deepdive-C").replace("er\n", "er/1.0\n"), "/a", "/b"),
+    *((OURS.replace("deepdive-crawler", name), "", "/a") for name in
+      ("deepdive", "crawler", "deep", "deepdive-crawlers", "robots", "d"))])
+def test_robots_txt_is_read_as_rfc_9309_has_it(serve, robots, refused, allowed):
+    site = serve({"/robots.txt": [answer(robots, "Content-Type: application/octet-stream")]})
+    fetcher = crawl.Fetcher(0, {})
+    assert not any(fetcher.allowed(crawl.clean_url(site + path)) for path in refused.split())
+    assert all(fetcher.allowed(crawl.clean_url(site + path)) for path in allowed.split())
+
+@pytest.mark.parametrize("wanted, delay, is_open", [
+    ("0.5", 0.5, True), ("abc", 0, True), ("-1", 0, True), ("60", 60, True), ("61", 0, False),
+    ("86400", 0, False)])
+def test_a_crawl_delay_holds_for_its_host_and_one_too_long_closes_it(serve, capsys, wanted, delay,
+                                                                     is_open):
+    site, other = (serve({"/robots.txt": [answer(f"User-agent: *\n{line}")]})
+                   for line in (f"Crawl-delay: {wanted}", ""))
+    fetcher = crawl.Fetcher(0, {})
+    assert fetcher.allowed(f"{site}/") == is_open and fetcher.allowed(f"{other}/")
+    assert (fetcher.host(site).delay, fetcher.host(other).delay) == (delay, 0)
+    assert is_open != (f"asks for {wanted} s between two requests" in capsys.readouterr().err)
+
+@pytest.mark.parametrize("robots", [
+    answer("", status="503 No"), answer("\x01\x8b\x02", "Content-Encoding: compress"), b""])
+def test_a_host_whose_robots_txt_cannot_be_read_is_named(serve, capsys, monkeypatch, robots):
+    monkeypatch.setattr(urllib3.Retry, "DEFAULT_BACKOFF_MAX", 0)
+    assert not crawl.Fetcher(0, {}).allowed(serve({"/robots.txt": [robots]}) + "/")
+    assert "so no page of this host is fetched" in capsys.readouterr().err
+
+def test_a_body_that_is_cut_short_is_fetched_again_and_never_stored(serve):
+    head, chunked = "Content-Type: text/html", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"
+    site = serve({"/once": [answer("<p>x", head, n_bytes=9), answer("<p>whole", head)],
+                  "/always": [answer("<p>x", head, n_bytes=9)],
+                  "/chunked": [chunked + b"\r\n9\r\n<p>x"]})
+    records = [gzip.decompress(crawl.Fetcher(0, {}).record(f"{site}/{name}")[0])
+               for name in ("once", "always", "chunked")]
+    assert b"<p>whole" in records[0]
+    assert all(b"Type: metadata" in record and b"cut short 3 times" in record
+               for record in records[1:])
+
+def test_answers_with_many_headers_are_read_and_only_gzip_is_asked_for(serve):
+    site = serve({"/": [answer("<p>x", "Content-Type: text/html", *["X: y"] * 300)]})
+    assert b"<p>x" in gzip.decompress(crawl.Fetcher(0, {}).record(f"{site}/")[0])
+    assert "br" not in crawl.Fetcher(0, {}).session.headers["Accept-Encoding"]
+
+@pytest.mark.parametrize("page, why", [
+    (answer("", "Location: http://www.example.org/x", status="301 Moved"),
+     "the first link leads to http://www.example.org/x;"), (None, "cannot be read (Failed to resolve")])
+def test_a_crawl_that_gets_no_page_says_why_and_fails(serve, tmp_path, capsys, page, why):
+    seed = serve({"/": [page]}) if page else "http://nowhere.invalid/"
+    with pytest.raises(SystemExit, match="holds no page; other records: .*; see the lines above"):
+        run_main(crawl, seed, "--out", tmp_path)
+    assert why in capsys.readouterr().err
+
+def test_ctrl_c_ends_a_crawl_in_one_line_at_once(site, tmp_path):
+    command = [sys.executable, str(ROOT / "crawl.py"), f"{site}slow-body", "--out", str(tmp_path)]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while "0/" not in child.stderr.read(20):
+        pass
+    child.send_signal(signal.SIGINT)
+    said = child.communicate(timeout=15)[1]
+    assert said.strip().endswith("interrupted; run the same command again to continue")
+    assert "Traceback" not in said
 
 def test_a_full_disk_ends_a_crawl_in_one_line(monkeypatch, tmp_path, site):
     class Full(io.BytesIO):

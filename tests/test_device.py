@@ -1,6 +1,6 @@
 """
-What only a GPU can get wrong: precision, kernels, compiling. bench/gpu.sh runs this on one;
-TEST_DEVICE=cpu runs the same on a CPU, which proves the tests themselves.
+What only a GPU can get wrong: precision, kernels, compiling. bench/gpu.sh runs these tests on one;
+TEST_DEVICE=cpu runs them on a CPU, which tests the tests themselves.
 """
 import os
 
@@ -21,7 +21,8 @@ CUDA = DEVICE == "cuda"
 pytestmark = pytest.mark.skipif(CUDA and not torch.cuda.is_available(), reason="no GPU")
 
 SIZES = dict(n_layer=3, vocab_size=500, block_size=256, n_embd=256)
-CONFIGS = {"gpt2": GPTConfig(**SIZES, n_head=4), "modern": GPTConfig.preset("d3", **SIZES, n_head=2)}
+CONFIGS = {"gpt2": GPTConfig(**SIZES, n_head=4),
+           "modern": GPTConfig.preset("d3", **SIZES, n_head=2)}
 
 
 def batch():
@@ -41,7 +42,8 @@ def model_on(device, config, **options):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_and_gradients_are_those_of_fp32_on_a_cpu(name):
-    here, there = model_on("cpu", CONFIGS[name]), model_on(DEVICE, CONFIGS[name])
+    here = model_on("cpu", CONFIGS[name])
+    there = model_on(DEVICE, CONFIGS[name])
     losses = []
     for model, device in ((here, "cpu"), (there, DEVICE)):
         x, y = (t.to(device) for t in batch())
@@ -64,15 +66,17 @@ def test_the_chosen_kernel_sees_the_keys_that_plain_attention_sees():
 
 
 @pytest.mark.parametrize("name, compiled, fp8", [
-    ("gpt2", False, False), ("gpt2", True, False), ("modern", False, False), ("modern", True, False),
-    ("modern", True, True)])
+    ("gpt2", False, False), ("gpt2", True, False), ("modern", False, False),
+    ("modern", True, False), ("modern", True, True)])
 def test_fifty_steps_learn_a_batch_and_are_compiled_once(name, compiled, fp8):
     if fp8 and not CUDA:
-        pytest.skip("a CPU multiplies 8-bit numbers one by one; test_model.py does a few")
+        pytest.skip("a CPU multiplies 8-bit numbers slowly; test_model.py has smaller tests")
     torch._dynamo.reset()
     model = model_on(DEVICE, CONFIGS[name], fp8=fp8).train()
     optimizer = make_optimizer(model, lr=None if name == "modern" else 2e-3)
-    hidden = torch.compile(model.hidden, dynamic=False) if compiled and CUDA else model.hidden
+    hidden = model.hidden
+    if compiled and CUDA:
+        hidden = torch.compile(model.hidden, dynamic=False)
     x, y = (t.to(DEVICE) for t in batch())
     losses, graphs = [], []
     for step in range(50):
@@ -97,7 +101,8 @@ def test_an_optimizers_step_is_that_of_a_cpu(name):
             p.grad = torch.randn(p.shape).to(p.device)
         make_optimizer(model).step()
     for old, p, q in zip(before, *(model.parameters() for model in models)):
-        moved, on_device = p.detach() - old, q.detach().cpu() - old
+        moved = p.detach() - old
+        on_device = q.detach().cpu() - old
         assert (moved - on_device).norm() <= 0.05 * moved.norm()        # Muon's polar() in bf16
 
 
@@ -127,7 +132,7 @@ def stop_after(step):
 
     def is_spike(window, value):
         calls.append(value)
-        if len(calls) > 2 * step:           # it is asked twice a step
+        if len(calls) > 2 * step:           # it is called twice a step
             raise KeyboardInterrupt
         return False
     return is_spike

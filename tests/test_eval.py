@@ -1,12 +1,14 @@
 """
-eval.py: the scored span is the answer and nothing else (against a twin that feeds one token at a
-time), tasks are right when a rigged model knows the answers, and reports say what the logs say.
+eval.py: replies that cheat do not pass, the scored span is the answer and nothing else (against a
+twin that feeds one token at a time), and tasks are right when a rigged model knows the answers.
 """
+import contextlib
+import dataclasses
 import doctest
+import gzip
 import json
 import random
 import shutil
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
@@ -15,11 +17,10 @@ import torch
 import eval as eval_module
 from conftest import GPT2, MODERN, ROOT, mutate, noisy, run_main
 from eval import (HELLASWAG, Task, batches, centered, core, core_questions, core_tasks,
-                  letter_questions, mean_of, read_rows, run_task, score, solve, token_spans)
+                  final_answer, is_correct, letter_questions, mean_of, read_problems, read_rows,
+                  run_task, score, solve, token_spans)
 from model import load_checkpoint, save_weights
-from report import Run, accuracy_sources, curve, ticks, verdicts
 from sample import Engine
-from training import RunLog
 
 T = GPT2.block_size
 CORE = ROOT.parent / "shared" / "data" / "core"
@@ -34,6 +35,145 @@ def write_jsonl(path, rows):
 def test_docstring_examples_are_true():
     result = doctest.testmod(eval_module)
     assert result.attempted > 0 and result.failed == 0
+
+
+# ---- what a right answer is
+
+@pytest.mark.parametrize("text, answer", [
+    ("#### 72", "72"), ("7 + 8 = 15\n#### 1,234", "1234"), ("#### $18.00.", "18.00"), ("72", None),
+    ("####", None), ("#### ", None), ("####\n72", None), ("#### 1 #### 2", "2"), ("#### -3", "-3"),
+    ("#### 3\nand 4", "3"), ("####Even ", "even"), ("#### 4 or 5", "4 or 5"), ("### 5", None),
+    ("#### .5", ".5"), ("", None), ("#### 1,2,3", "1,2,3"), ("#### 12,5", "12,5"),
+    ("#### 5\r\n", "5"), ("#### a\t b", "a b"), ("#### 5 $.", "5"), ("#### **5**", "5"),
+    ("#### $\\boxed{5}$.", "5"), ("#### \u22125", "-5"), ("#### 5 apples", "5 apples")])
+def test_final_answer_is_the_whole_line_after_the_last_mark(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize("check, answer, right, wrong", [
+    ("final", "even", ["0 even #### even", "#### odd\n#### even", "#### Even."],
+     ["even", "#### even odd", "#### odd even", "#### even or odd", "####", "", "#### eve",
+      "#### even #### odd", "even ####", "#### not even"]),
+    ("final", "12", ["#### 12", "#### $12", "#### 12."], ["#### 1", "#### 112", "#### 1 2", "12",
+                                                          "#### 12 13", "#### -12", "#### 12.5"]),
+    ("final", "5", ["#### 5", "#### 5 apples", "#### 5%", "#### 5 (five)", "#### 5€", "#### 5.0",
+                    "#### $5.00", "#### 05", "#### +5", "#### **5**", "#### \\boxed{5}", "#### €5",
+                    "#### 5 kg.", "#### \uff15", "#### 5 $.", "#### \\$5", "#### 6 #### 5",
+                    "####: 5", "#### =5", "#### 5 m\u00b2", "#### 5 ft^2."],
+     ["#### .5", "#### -5", "#### 5 or 6", "#### 5 or six", "#### 5, 6", "#### 6 5", "#### 5/6",
+      "#### 5 million", "#### 5k", "#### 5 hundred", "#### 5\u00b2", "#### 5\u00bd", "#### 5.0.0",
+      "#### 5 and a half", "#### not 5", "#### 1 2 3 4 5 6 7 8 9 10", "#### 5 #### 6", "#### 5:30",
+      "#### 5 \\boxed{6}", "####\n5", "#### 5,0", "#### \u00b2", "#### 5 + 1", "#### 5x2",
+      "#### 5 m20", "5"]),
+    ("final", "18", ["#### 18 dollars every day", "#### $18/day"], ["#### 1 8", "#### 1,8"]),
+    ("final", "-5", ["#### \u22125", "#### -$5.00", "#### $-5"], ["#### 5", "#### --5"]),
+    ("final", "1,234", ["#### 1234", "#### 1,234.0", "#### 1.234e3"],
+     ["#### 1234,0", "#### 12,34"]),
+    ("final", "1,2,3", ["#### 1,2,3", "#### 1,2,3."], ["#### 123", "#### 1", "#### 1,23"]),
+    ("final", "(1,2)", ["#### (1,2)", "#### **(1,2)**"], ["#### (12)", "#### 12", "#### 1,2"]),
+    ("final", "12,5", ["#### 12,5"], ["#### 125", "#### 12.5", "#### 12"]),
+    ("final", "0,125", ["#### 0,125"], ["#### 125", "#### 0125"]),
+    ("final", "3 pm", ["#### 3 PM."], ["#### 3 am", "#### 3", "#### 3 pm or 4 pm"]),
+    ("final", "5e", ["#### 5E"], ["#### 5"]),
+    ("contains", "5", ["It is 5.", "5", "$5.00", "3-5", "(5)", "**5**", "so 5, 6"],
+     ["1.5", "15", "5.1", "-5", "1,5", "5th", "2.5.1", ".5", "5,000", "v5", "5\u00b2", "-\u22125"]),
+    ("contains", "Ada", ["I am Ada.", "ada"], ["Adam", "I am Adams", "", "A d a", "Canada"]),
+    ("contains", "C++", ["I like C++.", "c++"], ["C", "XC++", "C+"]),
+    ("overlap", "Return the mean of the data.",
+     ["Return the mean of the data.", "It is to return the mean of data"],
+     ["", "the the the the", "the", "Return", "Return the mode, or raise if data is empty."])])
+def test_replies_are_judged_as_a_person_would(check, answer, right, wrong):
+    problem = dict(answer=answer, check=check)
+    assert [reply for reply in right if not is_correct(reply, problem)] == []
+    assert [reply for reply in wrong if is_correct(reply, problem)] == []
+
+
+def test_an_answer_stays_the_same_if_it_is_taken_again():
+    rng = random.Random(0)
+    pieces = ["5", "1,234", ".", "$", " ", "\r", "\t", "*", "`", "\\", "\\boxed{", "}", "####",
+              "#", "a", "\u0130", "\u2028", "\u2212", "-", "%", ",", "\u0665", "\u00b2", "e", "or"]
+    for _ in range(20_000):
+        answer = final_answer("#### " + "".join(rng.choices(pieces, k=rng.randint(1, 7))))
+        assert answer is None or final_answer("#### " + answer) == answer
+        assert answer is None or is_correct("#### " + answer, dict(answer=answer, check="final"))
+
+
+def write_lines(path, *rows):
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_gsm8ks_rows_are_read_as_they_are(tmp_path):
+    worked = dict(question="How many?", answer="She has 48/2 = <<48/2=24>>24.\n#### 1,024")
+    path = write_lines(tmp_path / "x.jsonl", worked, "", dict(question="a\u2028b", answer="7"))
+    first, second = read_problems(path)
+    assert first["answer"] == "1024" and first["check"] == "final"
+    assert first["messages"] == [dict(role="user", content="How many?")]
+    assert second["answer"] == "7" and second["question"] == "a\u2028b"
+
+
+SAID = [dict(role="user", content="?")]
+
+
+@pytest.mark.parametrize("row", [
+    "{", "[1, 2]", "3", '"text"', "null", "[" * 200_000, "\0",
+    '{"question": "?", "answer": ' + "9" * 5000, dict(question="?"), dict(answer="1"), dict(question="?", answer=""),
+    dict(question="?", answer=5), dict(question="?", answer=None), dict(question="?", answer=["1"]),
+    dict(question="?", answer="####"), dict(question="?", answer="1", check="never"),
+    dict(question="?", answer="1", check=[]), dict(question="?", answer="1", kind=["a"]),
+    dict(question="?", answer="1", kind=None), dict(question=None, answer="1"),
+    dict(question=["?"], answer="1"), dict(question=" ", answer="1"),
+    dict(messages=3, answer="1"), dict(messages=[], answer="1"), dict(messages=["?"], answer="1"),
+    dict(messages=[dict(role="human", content="?")], answer="1"),
+    dict(messages=[dict(role=["user"], content="?")], answer="1"),
+    dict(messages=[dict(role="user", content=5)], answer="1"),
+    dict(messages=[dict(role="user")], answer="1"),
+    dict(messages=[dict(role="user", content=[dict(type="text")])], answer="1"),
+    dict(messages=[dict(role="user", content=[dict(type="text", text=5)])], answer="1"),
+    dict(messages=[*SAID, dict(role="user", content=[dict(type="think", text="?")])], answer="1")],
+    ids=lambda row: str(row)[:60])
+def test_a_bad_problem_is_one_line_with_its_number(row, tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", dict(question="1", answer="1"), row)
+    with pytest.raises(SystemExit, match=r"x.jsonl, line 2: .*; repair the file") as error:
+        read_problems(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_any_problem_that_is_accepted_can_be_rendered(tmp_path, tokenizer):
+    rng = random.Random(0)
+    values = [None, 5, "", "a", "user", "text", [], ["a"], {}, SAID, SAID[0], "####", 1.5, True,
+              dict(role="assistant", content=[dict(type="think", text="b")]), "\ud800"]
+    for _ in range(500):
+        keys = ("question", "messages", "answer", "kind", "check")
+        row = {key: rng.choice(values) for key in keys if rng.random() < 0.6}
+        row = rng.choice([row, dict(row, messages=[rng.choice(values), rng.choice(values)])])
+        path = write_lines(tmp_path / "x.jsonl", dict(dict(question="?", answer="1"), **row))
+        with contextlib.suppress(SystemExit):
+            [problem] = read_problems(path)
+            tokenizer.render(problem["messages"], for_completion=True)
+            is_correct("#### 1", problem)
+            dict.fromkeys([problem["kind"]])
+
+
+def test_missing_empty_and_foreign_problem_files_are_one_line(tmp_path):
+    (tmp_path / "latin1.jsonl").write_bytes(b'{"question": "\xe9"}')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "plain.jsonl.gz").write_bytes(b"{}")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"question": "?"}\n' * 9)[:-9])
+    (tmp_path / "folder.jsonl").mkdir()
+    for name in ("latin1.jsonl", "empty.jsonl", "missing.jsonl", "plain.jsonl.gz", "cut.jsonl.gz",
+                 "folder.jsonl"):
+        with pytest.raises(SystemExit, match=f"{name}.*;.*chat_sft.py make") as error:
+            read_problems(tmp_path / name)
+        assert "\n" not in str(error.value) and "b'" not in str(error.value)
+
+
+def test_problems_may_be_gzipped_and_begin_with_a_byte_order_mark(tmp_path):
+    text = b'\xef\xbb\xbf{"question": "?", "answer": "1"}\r\n'
+    (tmp_path / "x.jsonl").write_bytes(text)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text))
+    assert read_problems(tmp_path / "x.jsonl") == read_problems(tmp_path / "x.jsonl.gz")
 
 
 # ---- log-likelihood
@@ -76,8 +216,8 @@ def test_batched_scores_are_those_of_one_token_at_a_time(config):
 
 @pytest.mark.parametrize("owner, old, new", [
     ("batches", "ids[start:]\n", "ids[start - 1:-1]\n"),
-    ("batches", "y[b, start - 1:len(ids) - 1] = ids[:-1], ids[start:]",
-     "y[b, start:len(ids) - 1] = ids[:-1], ids[start + 1:]"),
+    ("batches", "y[b, start - 1:len(ids) - 1] = ids[start:]",
+     "y[b, start:len(ids) - 1] = ids[start + 1:]"),
     ("score", "p.mean()", "p.sum()"), ("score", "g.all()", "g.any()")])
 def test_a_span_that_is_off_by_one_would_be_noticed(owner, old, new, monkeypatch):
     mutate(monkeypatch, eval_module, owner, old, new)
@@ -249,12 +389,58 @@ def test_shots_are_seeded_and_never_the_question_itself(tokenizer):
 
 
 def test_rows_come_in_one_order_from_plain_and_gzipped_files(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [dict(n=n, text="a\u2028b") for n in range(20)])
-    rows = read_rows(path)
-    assert rows == read_rows(path) and sorted(row["n"] for row in rows) == list(range(20))
+    path = write_jsonl(tmp_path / "rows.jsonl", [
+        dict(n=n, context="a\u2028b", continuation="c") for n in range(20)])
+    rows = read_rows(path, "language_modeling")
+    assert rows == read_rows(path, "language_modeling")
+    assert sorted(row["n"] for row in rows) == list(range(20))
     assert [row["n"] for row in rows] != list(range(20))
-    (tmp_path / "rows.jsonl.gz").write_bytes(eval_module.gzip.compress(path.read_bytes()))
-    assert read_rows(tmp_path / "rows.jsonl.gz") == rows
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert read_rows(tmp_path / "rows.jsonl.gz", "language_modeling") == rows
+
+
+TWO = dict(query="a", choices=["b", "c"], gold=1)
+
+
+@pytest.mark.parametrize("kind, row, said", [
+    ("multiple_choice", dict(TWO, gold="1"), 'gold must be a whole number from 0 to 1, .* got "1"'),
+    ("multiple_choice", dict(TWO, gold=7), "got 7"), ("letters", dict(TWO, gold=2), "got 2"),
+    ("multiple_choice", dict(TWO, gold=-1), "got -1"), ("letters", dict(TWO, gold=1.0), "got 1.0"),
+    ("multiple_choice", dict(TWO, gold=True), "got true"),
+    ("multiple_choice", dict(TWO, choices=[]), r"choices must be a list .* got \[\]"),
+    ("multiple_choice", dict(TWO, choices="bc"), 'got "bc"'),
+    ("multiple_choice", dict(TWO, choices=["b", ""]), 'each of choices must be .* got ""'),
+    ("multiple_choice", dict(TWO, choices=["b", 5]), "got 5"),
+    ("letters", dict(TWO, choices=["b"] * 11), "choices must be at most 10, got 11"),
+    ("letters", dict(TWO, query=None), "query must be a text, got null"),
+    ("schema", dict(TWO, context_options=["a"], continuation="b"), "from 0 to 0"),
+    ("schema", TWO, "there is no context_options"),
+    ("language_modeling", dict(context="a", continuation=""), "continuation must be"),
+    ("language_modeling", dict(context=3, continuation="a"), "context must be a text, got 3")])
+def test_a_question_that_cannot_be_asked_is_refused_by_file_and_line(kind, row, said, tmp_path):
+    good = dict(TWO, context_options=["a", "b"], continuation="c", context="")
+    path = write_jsonl(tmp_path / "rows.jsonl", [good, row])
+    with pytest.raises(SystemExit, match=f"rows.jsonl, line 2: .*{said}.*; get the file again"):
+        read_rows(path, kind)
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ("schema,1,", "schema,-1,", "num_fewshot must be a whole number, got -1"),
+    ("schema,1,", "schema,x,", "num_fewshot must be a whole number, got x"),
+    (',""" """,50\nlm', ",,50\nlm", "continuation_delimiter must be a text"),
+    (',""" """,50\nlm', ",3,50\nlm", "continuation_delimiter must be a text in quotes, got 3"),
+    (',50\nlm', ",100\nlm", "random_baseline_percent must be from 0 to 99, got 100"),
+    (',50\nlm', ",nan\nlm", "random_baseline_percent must be from 0 to 99, got nan"),
+    (',50\nlm', ",-5\nlm", "random_baseline_percent must be from 0 to 99, got -5"),
+    ("schema,", "essay,", "type must be one of multiple_choice, schema, .* got essay"),
+    ('sc,a/sc.jsonl,schema,1,""" """,50', "sc", "type must be a text"),
+    ("label,file", "name,file", "there is no label")])
+def test_a_bad_list_of_tasks_is_one_line_with_the_number_of_the_task(old, new, said, core_folder):
+    assert TABLE.count(old) == 1
+    (core_folder / "core_tasks.csv").write_text(TABLE.replace(old, new))
+    with pytest.raises(SystemExit, match=f"core_tasks.csv, task [12]: {said}.*; repair") as error:
+        core_tasks(core_folder)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(not CORE.exists(), reason="the CORE files are not on this machine")
@@ -269,7 +455,7 @@ def test_core_runs_on_the_real_files_and_says_that_coqa_is_missing(base_run, tok
 def test_the_real_rows_make_three_types_of_questions(tokenizer):
     tasks = {task.label: task for task in core_tasks(CORE)}
     for label, spans_a_row in dict(winograd=2, jeopardy=1, arc_easy=4).items():
-        rows = read_rows(CORE / "eval_data" / tasks[label].file)
+        rows = read_rows(CORE / "eval_data" / tasks[label].file, tasks[label].kind)
         [(spans, gold)] = core_questions(tokenizer, tasks[label], rows, 1)
         ids, start = spans[gold or 0]
         answer = rows[0].get("continuation") or rows[0]["choices"][gold]
@@ -309,7 +495,7 @@ def test_accuracy_is_counted_for_each_kind(tokenizer, tmp_path):
     assert result["n"] == 3 and result["accuracy"] == pytest.approx(2 / 3) and result["cut"] == 0
 
 
-def test_gsm8k_counts_the_number_behind_the_last_marks(tokenizer, tmp_path):
+def test_gsm8k_counts_the_number_after_the_last_marks(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "test.jsonl", [
         dict(question="a?", answer="so 1,000 <<500*2=1000>>\n#### 1,000"),
         dict(question="b?", answer="\n#### 7")])
@@ -338,6 +524,38 @@ def test_a_finished_task_is_skipped_until_weights_or_arguments_change(base_run, 
     assert "skipped" not in capsys.readouterr().out
 
 
+def test_results_are_shown_even_if_they_cannot_be_written(base_run, tmp_path, monkeypatch, capsys):
+    path = write_jsonl(tmp_path / "\x1b.jsonl", [dict(question="a?", answer="1", kind=kind)
+                                                 for kind in ("\x1b[2J", "\ud800")])
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(eval_module, "write_json", full)
+    with pytest.raises(SystemExit, match="eval.json cannot be written: No space left on device; "):
+        run_main(eval_module, "--model", base_run, "--tasks", path, "--max_new_tokens", 2)
+    out = capsys.readouterr().out
+    assert "accuracy 0.0000 | \\x1b[2J 0.0000 | \\ud800 0.0000 | n 2" in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize("stored", ["[]", "{", '{"%s": 3}', "[" * 200_000])
+def test_a_damaged_eval_json_is_named_or_measured_again(stored, base_run, tmp_path):
+    run = shutil.copytree(base_run, tmp_path / "run")
+    path = write_jsonl(tmp_path / "rows.jsonl", [dict(question="a?", answer="1")])
+    (run / "eval.json").write_text(stored.replace("%s", str(path)))
+    with contextlib.suppress(SystemExit):
+        run_main(eval_module, "--model", run, "--tasks", path, "--max_new_tokens", 2)
+        assert json.loads((run / "eval.json").read_text())[str(path)]["n"] == 1
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_a_model_of_almost_no_context_is_measured_all_the_same(block_size, tokenizer, core_folder):
+    config = dataclasses.replace(GPT2, block_size=block_size, vocab_size=tokenizer.n_vocab)
+    engine = Engine(noisy(config), tokenizer)
+    assert core(engine, core_folder)["n"] == 6
+    path = write_jsonl(core_folder / "p.jsonl", [dict(question="a?", answer="1")])
+    assert solve(engine, path) == dict(accuracy=0.0, n=1, cut=1,
+                                       kinds=dict(problems=dict(accuracy=0.0, n=1)))
+
+
 def test_a_base_model_is_asked_in_the_chat_prompt_and_that_is_said(base_run, tmp_path, capsys):
     run = shutil.copytree(base_run, tmp_path / "run")
     path = write_jsonl(tmp_path / "test.jsonl", [dict(question="a?", answer="1")])
@@ -346,213 +564,38 @@ def test_a_base_model_is_asked_in_the_chat_prompt_and_that_is_said(base_run, tmp
     run_main(eval_module, "--model", run, "--tasks", "gsm8k,chat", "--gsm8k", path, "--core_dir",
              tmp_path, "--max_new_tokens", 4)
     out, results = capsys.readouterr().out, json.loads((run / "eval.json").read_text())
-    assert out.count("a base model, asked in the chat prompt") == 2
+    assert out.count("a base model is asked, which has never seen the chat prompt") == 2
     assert results["chat"]["left_out"] == ["arc_challenge", "mmlu", "humaneval"]
     assert list(results["chat"]["tasks"]) == ["arc_easy", "gsm8k"]
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--tasks", "helaswag"], "helaswag is not there; a task is hellaswag"),
-    (["--tasks", "hellaswag"], "hellaswag.jsonl is not there"),
-    (["--tasks", "core"], "core_tasks.csv is not there"),
-    (["--tasks", "gsm8k", "--gsm8k", "no.jsonl"], "grade-school-math"),
-    (["--tasks", "broken.jsonl"], "problems are lines"),
-    (["--tasks", "empty.jsonl"], "is empty"),
-    (["--tasks", "hellaswag", "--core_dir", "."], "has no 'choices'"),
-    (["--tasks", "x", "--max_examples", "-1"], "below 0"),
-    (["--tasks", "empty.jsonl", "--model", "none"], "no folder"),
-    (["report", "none"], "no folder")])
-def test_a_bad_input_ends_in_one_line_of_three_clauses(flags, said, base_run, tmp_path,
-                                                       monkeypatch):
+    (["--tasks", "helaswag"], "helaswag is missing; --tasks takes hellaswag, core, gsm8k"),
+    (["--tasks", "hellaswag"], "hellaswag.jsonl is missing; get it"),
+    (["--tasks", "core"], "core_tasks.csv is missing; "),
+    (["--tasks", "gsm8k", "--gsm8k", "no.jsonl"], "no.jsonl is missing; get test.jsonl"),
+    (["--tasks", "broken.jsonl"], "broken.jsonl, line 1: "),
+    (["--tasks", "empty.jsonl"], "empty.jsonl is empty; a problem is a line "),
+    (["--tasks", "hellaswag", "--core_dir", "."], "hellaswag.jsonl, line 1: there is no query; "),
+    (["--tasks", "x", "--max_examples", "-1"], "--max_examples must be at least 1, got -1"),
+    (["--tasks", "x", "--max_examples", "0"], "--max_examples must be at least 1, got 0"),
+    (["--tasks", "x", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
+    (["hellaswag", "--max_examples", "0"], "--max_examples must be at least 1, got 0"),
+    (["--tasks", "good.jsonl,"], "--tasks good.jsonl,: a name is empty"),
+    (["--tasks", ""], "--tasks : a name is empty"),
+    (["--tasks", "good.jsonl", "--model", "none"], "none is not a run's folder; "),
+    (["report", "none"], "none is not a run's folder; ")])
+def test_a_bad_input_ends_in_one_line_that_says_what_to_do(flags, said, base_run, tmp_path,
+                                                           monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "eval_data" / HELLASWAG.file, [dict(ctx="a", endings=["b"], label=0)])
+    write_jsonl(tmp_path / "good.jsonl", [dict(question="a?", answer="1")])
     for name, text in dict(broken='{"a": ', empty="\n").items():
         (tmp_path / f"{name}.jsonl").write_text(text)
-    model = ["--model", base_run] if not {"report", "--model"} & set(flags) else []
+    model = []
+    if flags[0] == "--tasks" and "--model" not in flags:
+        model = ["--model", base_run]
     with pytest.raises(SystemExit) as stopped:
         run_main(eval_module, *flags, *model)
     message = str(stopped.value)
-    assert said in message and "\n" not in message and message.count(";") >= 2
-
-
-# ---- reports
-
-def write_run(path, stage, rows=()):
-    """A run folder, its log written by the trainers' own RunLog."""
-    log = RunLog(path, 20)
-    log.say("", header=dict(command=f"train {stage} <b>", commit="abc123", params=4, torch="2",
-                            python="3", device="cpu", flags=dict(seed=1)))
-    for step, values in rows:
-        log.say("", **({} if step is None else dict(step=step)), **values)
-    (path / "config.json").write_text(json.dumps(dict(deepdive=dict(stage=stage, step=20))))
-    return path
-
-
-def demo(tmp_path, bpb=2.1, identity=0.9, functions=0.6, bits=0.95, sft_bits=0.3):
-    """Three runs that pass, unless a figure is changed."""
-    after = dict(identity=identity, functions=functions, bits=sft_bits)
-    base = [(s, dict(val_loss=6 - s / 9, val_bpb=4 - s / 12)) for s in range(0, 21, 10)]
-    base += [(s, dict(sample=f"the <script>alert('x')</script> & {s}")) for s in range(0, 21, 10)]
-    base += [(s, dict(loss=6 - s / 9)) for s in range(1, 21)]
-    base += [(None, dict(val_bpb=bpb, gzip=2.5, xz=2.3))]
-    sft = [(0, dict(when="before", accuracy=dict(identity=0.0, functions=0.1, bits=0.4))),
-           (9, dict(loss=1.0)), (20, dict(when="after", accuracy=after))]
-    rl = [(0, dict(kind="bits", accuracy=sft_bits, reply_tokens=4.0))]
-    rl += [(s, dict(reward=s / 20, reply_tokens=4.0 + s)) for s in range(1, 21)]
-    rl += [(20, dict(kind="bits", accuracy=bits, reply_tokens=20.0))]
-    return [write_run(tmp_path / name, name, rows) for name, rows in
-            dict(pretrain=base, sft=sft, rl=rl).items()]
-
-
-SECTIONS = "runs verdicts data loss bpb samples accuracy rl results cost".split()
-
-
-class Checker(HTMLParser):
-    """Every tag is closed, and nothing that a page could load or run is in it."""
-    opened = ()
-
-    def handle_starttag(self, tag, attributes):
-        assert tag not in ("script", "img", "link", "iframe", "object", "b")
-        assert not {"src", "href", "onload", "style"} & set(dict(attributes))
-        self.opened += (tag,) if tag != "meta" else ()
-
-    def handle_endtag(self, tag):
-        assert self.opened[-1] == tag
-        self.opened = self.opened[:-1]
-
-
-def report_of(*flags):
-    """The page that `eval.py report` writes into the last run."""
-    run_main(eval_module, "report", *flags)
-    page = (flags[-1] / "report.html").read_text("utf-8")
-    checker = Checker()
-    checker.feed(page)
-    assert checker.opened == () and page.count("<section id=") == len(SECTIONS)
-    assert [name for name in SECTIONS if f"<section id={name}>" in page] == SECTIONS
-    assert not any(word in page for word in ("url(", "@import", "http:", "https:"))
-    return page
-
-
-def test_a_report_escapes_html_and_contains_every_section(tmp_path):
-    page = report_of(*demo(tmp_path))
-    assert "&lt;script&gt;" in page and "<script" not in page and "train sft &lt;b&gt;" in page
-    for text in ("abc123", "gzip -9 2.5", "xz -9e 2.3", "chance, bits 0.5", "30.0%", "95.0%"):
-        assert text in page, text
-    assert page.count("<svg") == 6          # 2 losses, bits a byte, reward, length, accuracy
-    assert "Nothing of this" in page        # nothing was measured by eval.py
-
-
-def test_a_report_shows_the_filters_and_every_measurement(tmp_path):
-    runs = demo(tmp_path)
-    result = dict(accuracy=0.5, n=4, cut=0, kinds=dict(bits=dict(accuracy=0.5, n=4)),
-                  arguments=dict(files="f00", max_new_tokens=9))
-    core_result = dict(core=0.1234, n=3, left_out=["coqa"], tasks=dict(
-        copa=dict(accuracy=0.75, centered=0.5, n=3)))
-    (runs[0] / "eval.json").write_text(json.dumps({"h.jsonl": result, "core": core_result}))
-    funnel = {"step": "language", "in": 100, "kept": 70, "dropped": {"is_<de>": 30}, "bytes": 2e6,
-              "flagged": dict(short=5), "docs_per_s": 12.0, "seconds": 3600}
-    (tmp_path / "index.json").write_text(json.dumps(dict(funnel=[funnel])))
-    page = report_of("--data", tmp_path, *runs)
-    for text in ("70.0%", "is_&lt;de&gt; 30", "short 5", "2.00", "1:00:00, summed", "core 0.1234",
-                 "left out: coqa", "centered 0.5000", "4 of h.jsonl (hash f00)"):
-        assert text in page, text
-
-
-@pytest.mark.parametrize("pieces", ["nothing", "header only", "cut line", "no config", "rl only"])
-def test_a_run_that_lacks_pieces_has_a_report_all_the_same(tmp_path, pieces):
-    run = tmp_path / "run"
-    run.mkdir()
-    if pieces == "header only":
-        write_run(run, "pretrain")
-    if pieces == "cut line":
-        (run / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "seconds": 3}\n{"step": 2, "lo')
-    if pieces == "no config":
-        (run / "log.jsonl").write_text('{"step": 1, "reward": NaN}\n{"step": 2, "reward": 0.5}\n')
-        assert Run(run).stage == "RL" and Run(run).points("reward") == [(2, 0.5)]
-    if pieces == "rl only":
-        run = demo(tmp_path)[2]
-    page = report_of("--data", tmp_path / "no", run)
-    assert "No filter table" in page and "fall short" in page
-
-
-def test_cost_is_the_trainers_own_or_one_gpus_hours(tmp_path):
-    for name, row in dict(own=dict(usd=7.5), hours={}).items():
-        row = dict(step=3, seconds=1800.0, **row)
-        header = dict(header=dict(flags=dict(gpu_hour_usd=4.0)), seconds=0)
-        write_jsonl(tmp_path / name / "log.jsonl", [header, row])
-    page = report_of(tmp_path / "hours", tmp_path / "own")
-    assert "$7.50" in page and "$2.00" in page and "0:30:00" in page and "1:00:00" in page
-
-
-def test_a_curve_draws_lines_levels_and_round_ticks():
-    line = [(s, s * s) for s in range(2000)]
-    svg = curve("a < b", {"x & y": line, "none": []}, {"level": 5.0})
-    points = svg.split("points='")[1].split("'")[0].split()
-    assert "a &lt; b" in svg and "x &amp; y" in svg and "none" not in svg and len(points) == 400
-    xs, ys = zip(*(map(float, point.split(",")) for point in points))
-    assert list(xs) == sorted(xs) and list(ys) == sorted(ys, reverse=True) and max(ys) <= 240
-    assert curve("", {}) == curve("", {"x": []}) == "" and "circle" in curve("", {"x": [(0, 1.0)]})
-
-
-@pytest.mark.parametrize("low, high", [(0, 9.3), (-0.4, 0.7), (1.21, 1.23), (3, 20000), (0.5, 1.5)])
-def test_ticks_are_few_and_lie_within(low, high):
-    found = ticks(low, high, 5)
-    steps = [b - a for a, b in zip(found, found[1:])]
-    assert 1 < len(found) <= 6 and low <= found[0] and found[-1] <= high * (1 + 1e-12)
-    assert max(steps) == pytest.approx(min(steps)) and f"{steps[0]:.0e}"[0] in "125"
-
-
-# ---- verdicts
-
-FIGURES = dict(bpb=(2.49, 2.51), identity=(0.30, 0.29), functions=(0.41, 0.39), bits=(0.51, 0.49),
-               sft_bits=(0.79, 0.81))
-
-
-@pytest.mark.parametrize("figure", FIGURES)
-def test_a_verdict_flips_when_its_figure_is_changed(tmp_path, figure):
-    enough, short = FIGURES[figure]
-    said = [[verdict for verdict, _, _ in verdicts([Run(run) for run in demo(
-        tmp_path / str(value), **{figure: value})])] for value in (enough, short)]
-    which = dict(bpb=0, identity=1, functions=2, bits=3, sft_bits=3)[figure]
-    assert said[0] == ["pass"] * 4 and said[1].count("fall short") == 1
-    assert said[1][which] == "fall short"
-
-
-def test_the_summary_prints_figures_and_is_strict_only_when_asked(tmp_path, capsys):
-    runs = demo(tmp_path, bits=0.44)        # 14 points, and below chance
-    for flags, status in (([], 0), (["--strict"], 1)):
-        with pytest.raises(SystemExit) as stopped:
-            run_main(eval_module, "summary", *runs, *flags)
-        assert stopped.value.code == status
-    lines = capsys.readouterr().out.splitlines()[-4:]
-    assert lines[0].startswith("pass       | ") and "model 2.1000, gzip -9 2.5000" in lines[0]
-    assert lines[3].startswith("fall short | ") and "SFT 30.0%, RL 44.0%: +14.0 points" in lines[3]
-    assert "chance 50%" in lines[3] and len({line.index("|", 12) for line in lines}) == 1
-
-
-def test_a_missing_figure_falls_short(tmp_path):
-    judged = verdicts([Run(demo(tmp_path)[1])])
-    assert [verdict for verdict, _, _ in judged] == ["fall short", "pass", "pass", "fall short"]
-    assert judged[0][2].startswith("no figure") and judged[3][2].startswith("no figure")
-
-
-def test_figures_of_different_problems_are_never_compared(tmp_path):
-    runs = demo(tmp_path, bits=0.31)
-
-    def measured(run, share, files):
-        result = dict(n=9, kinds=dict(bits=dict(accuracy=share, n=9)),
-                      arguments=dict(files=files, max_new_tokens=128))
-        (run / "eval.json").write_text(json.dumps({"held_out.jsonl": result}))
-
-    for files, verdict in (("other", "fall short"), ("same", "pass")):
-        measured(runs[1], 0.2, "same")
-        measured(runs[2], 0.9, files)
-        assert verdicts([Run(run) for run in runs])[3][0] == verdict
-
-
-def test_rls_own_first_measurement_stands_for_sft(tmp_path):
-    runs = demo(tmp_path, bits=0.95, sft_bits=0.35)
-    [(source, stages)] = accuracy_sources([Run(run) for run in reversed(runs)])
-    assert source == "training logs" and stages["RL"]["bits"] == 0.95
-    assert stages["SFT"] == dict(identity=0.9, functions=0.6, bits=0.35)
-    assert stages["base"] == dict(identity=0.0, functions=0.1, bits=0.4)
+    assert said in message and "\n" not in message and ";" in message

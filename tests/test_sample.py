@@ -7,14 +7,16 @@ import json
 import math
 import os
 import re
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 import sample
-from conftest import mutate, noisy, run_main
-from eval import final_answer, is_correct, read_problems
+from conftest import ROOT, mutate, noisy, run_main
 from model import GPTConfig, KVCache, load_checkpoint, save_checkpoint
 from sample import Engine, find_run, next_token_probs, run_python
 
@@ -105,12 +107,14 @@ def test_a_draw_at_the_wrong_end_would_be_noticed(old, new, monkeypatch):
 
 
 def twin_probs(logits, temperature, top_k, top_p, min_p):
-    """One row, from the definitions: a token stays if it passes each cut."""
+    """One row, from the definitions: a token stays if it passes each cut; p is a share of what k
+    left."""
     weights = [math.exp(z / temperature) for z in logits.double().tolist()]
     p = [w / sum(weights) for w in weights]
     order, kept, before = sorted(range(len(p)), key=lambda i: -p[i]), [0.0] * len(p), 0.0
+    left = sum(sorted(p, reverse=True)[:top_k])
     for rank, i in enumerate(order):
-        if not (top_k and rank >= top_k or top_p and before >= top_p
+        if not (top_k and rank >= top_k or top_p and before >= top_p * left
                 or min_p and p[i] < min_p * p[order[0]]):
             kept[i] = p[i]
         before += p[i]
@@ -135,6 +139,52 @@ def test_top_k_top_p_and_min_p_equal_their_slow_twin(cut):
     check_cuts(**cut)
 
 
+@pytest.mark.parametrize("cut", [cut for cut in CUTS if cut.get("temperature") is None], ids=str)
+def test_cuts_keep_what_transformers_keeps(cut):
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = 2 * torch.randn(200, 500, generator=torch.Generator().manual_seed(1))
+    expected = logits
+    for name, warper in dict(top_k="TopK", top_p="TopP", min_p="MinP").items():
+        if name in cut:
+            expected = getattr(process, f"{warper}LogitsWarper")(cut[name])(None, expected)
+    assert torch.equal(next_token_probs(logits, **cut) > 0, expected > -math.inf)
+
+
+def test_top_p_1_keeps_every_token_and_a_tiny_temperature_is_greedy():
+    logits = torch.randn(3, 100_000, generator=torch.Generator().manual_seed(0))
+    assert (next_token_probs(logits, top_p=1.0) > 0).all()
+    assert torch.equal(next_token_probs(logits, 1e-45), next_token_probs(logits, 0))
+
+
+@pytest.mark.parametrize("given, said", [
+    (dict(temperature=-1.0), "temperature must be at least 0, got -1"),
+    (dict(temperature=math.nan), "temperature must be at least 0, got nan"),
+    (dict(top_k=0), "top_k must be at least 1, got 0"), (dict(top_k=-1), "top_k must be"),
+    (dict(top_p=0.0), "top_p must be above 0"), (dict(top_p=-0.5), "top_p must be above 0"),
+    (dict(top_p=1.5), "top_p must be above 0 and at most 1, got 1.5"), (dict(min_p=1.5), "min_p must be from 0 to 1, got 1.5")], ids=str)
+def test_sampling_out_of_range_is_refused_before_anything_is_written(given, said, engine, base_run):
+    with pytest.raises(ValueError, match=said):
+        engine.generate(["a"], 1, **given)
+    (name, value), = given.items()
+    with pytest.raises(SystemExit, match=f"^--{said}"):
+        run_main(sample, "--model", base_run, f"--{name}", value)
+
+
+def test_a_model_with_damaged_weights_is_named(tokenizer, engine):
+    for temperature in (0.0, 1.0):
+        broken = noisy(engine.model.config)
+        broken.wte.weight.data[:] = math.nan
+        with pytest.raises(ValueError, match="not finite; its weights are damaged"):
+            Engine(broken, tokenizer).generate(["a"], 1, temperature=temperature)
+
+
+def test_ids_that_only_pad_the_vocabulary_are_never_written(tokenizer):
+    config = GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab + 300, n_layer=1, n_head=1,
+                       n_embd=16)
+    ids = Engine(noisy(config), tokenizer).generate(["a"], 40, 4, temperature=3.0)[0].ids
+    assert max(ids) < tokenizer.n_vocab
+
+
 # ---- the loop
 
 def test_same_seed_repeats_and_another_does_not(engine):
@@ -156,6 +206,29 @@ def check_rows_equal_single_runs(engine):
 
 def test_rows_of_a_batch_equal_single_runs(engine):
     check_rows_equal_single_runs(engine)
+
+
+def check_each_row_has_its_own_end(engine):
+    """Prompts that leave 1, 4, 44 and 60 tokens of 64; the first to end are the longest ones."""
+    prompts = [list(range(1, n + 1)) for n in (63, 20, 60, 4)]
+    alone = [engine.generate([prompt], 99, temperature=0)[0] for prompt in prompts]
+    assert [len(completion.ids) for completion in alone] == [1, 44, 4, 60]
+    assert engine.generate(prompts, 99, temperature=0) == alone
+    assert engine.generate(prompts[1:], 50, 3, temperature=0) == [
+        engine.generate([prompt], 50, temperature=0)[0] for prompt in prompts[1:] for _ in range(3)]
+
+
+def test_a_long_prompt_does_not_cut_the_replies_of_its_batch(engine):
+    check_each_row_has_its_own_end(engine)
+
+
+def test_a_row_that_stops_early_may_wait_beside_others_until_the_cache_is_full(engine):
+    prompts = [[5] * 55, [7] * 6, [9] * 7, [11] * 8]
+    alone = [engine.generate([prompt], 99, temperature=0)[0] for prompt in prompts]
+    stop = {alone[0].ids[1]}
+    alone = [engine.generate([prompt], 99, temperature=0, stop=stop)[0] for prompt in prompts]
+    assert len(alone[0].ids) <= 2 and max(len(completion.ids) for completion in alone) > 9
+    assert engine.generate(prompts, 99, temperature=0, stop=stop) == alone
 
 
 def test_finished_rows_are_dropped_from_the_cache(engine, monkeypatch):
@@ -247,7 +320,11 @@ def test_a_call_runs_from_the_last_opening_token(tokenizer):
 @pytest.mark.parametrize("code, expected", [
     ("6 * 7", "42"), ("print('a')\nprint('b')", "a\nb"), ("'éü'", "éü"), (" 1 + 1 ", "2"),
     ("import math\nprint(math.factorial(20))", "2432902008176640000"), ("x = 3", ""), ("None", ""),
-    ("sum(i for i in range(5))", "10"), ("", ""), ("def f(n):\n    return n\nprint(f(3))", "3"),
+    ("sum(i for i in range(5))", "10"), ("", ""), ("a = 5\na * 2", "10"), ("a = 5\nNone", ""),
+    ("print(1)\n1 / 0", "1\nZeroDivisionError: division by zero"), ("#", ""),
+    ("import sys; sys.exit(3)", "Error: exit status 3"), ("import sys; sys.exit(0)", ""),
+    ("import os; os._exit(7)", "Error: exit status 7"), ("print(1); print(2)\n3", "1\n2\n3"),
+ ("def f(n):\n    return n\nprint(f(3))", "3"),
     ("1 / 0", "ZeroDivisionError: division by zero"), ("{}[7]", "KeyError: 7"),
     ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
     ("raise KeyError('k')", "KeyError: 'k'"), ("import sys; sys.exit('bye')", "bye"),
@@ -269,7 +346,8 @@ def test_python_tool_survives_code_of_any_shape():
     ("import time; time.sleep(99)", "TimeoutError: no result after 1 s"),
     ("'x' * 10 ** 10", "MemoryError"), ("x = []\nwhile True: x.append('x' * 10 ** 6 + str(len(x)))",
                                         "MemoryError"),
-    ("while True: print('y' * 99)", "y" * 99), ("print('y' * 10 ** 7)", "y" * 400),
+    ("while True: print('y' * 99)", "y" * 99), ("print('y' * 10 ** 4)", "y" * 400),
+    ("print('y' * 10 ** 7)", "y" * 300),
     ("import sys\nwhile True: sys.stderr.write('e' * 99)", "e" * 99)])
 def test_python_tool_is_bounded_in_time_memory_and_output(code, expected):
     started = time.time()
@@ -298,6 +376,91 @@ def test_python_tool_refuses_ways_around_its_guard(code):
     assert re.search("not allowed|ImportError|ModuleNotFound", run_python(code))
 
 
+def test_much_output_hides_no_error_and_a_crash_does_not_look_like_success():
+    said = run_python("print('y' * 999)\n1 / 0")
+    assert len(said) == 400 and said.endswith("y\nZeroDivisionError: division by zero")
+    crash = "import sys; sys.setrecursionlimit(10 ** 9)\nf = lambda: f()\nprint('a', flush=True); f()"
+    assert re.fullmatch("a\n(Error: .*|.*Error.*)", run_python(crash))
+    assert sample.failure(-9, "", "") == "Error: killed by SIGKILL"
+
+
+GUARD_OFF = """
+import sys
+main = sys.modules["__main__"]
+main.guard.__code__ = (lambda event, args: None).__code__
+import os, ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+def call(*args):
+    if libc.syscall(*args) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+"""
+ATTEMPTS = [        # each would be done if only the guard were there
+    "open('/etc/passwd').read()", "open('x', 'w')", "open('/proc/self/environ').read()",
+    "open(f'/proc/{os.getppid()}/cmdline').read()", "os.open('/etc/passwd', os.O_RDONLY)",
+    "os.listdir('/')", "os.mkdir('x')", "os.symlink('a', 'b')", "os.mkfifo('x')", "os.mknod('x')",
+    "os.unlink('/etc/hostname')", "os.chmod('.', 0o777)", "os.utime('.')", "os.chown('.', 1, 1)",
+    "os.rename('/etc/hostname', 'x')", "os.truncate('/etc/hostname', 0)", "os.setxattr('.', 'user.a', b'b')",
+    "import socket; socket.create_connection(('127.0.0.1', 80))",
+    "import _socket; _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)",
+    "import socket; socket.socket(socket.AF_UNIX)", "import socket; socket.socketpair()",
+    "os.fork()", "os.posix_spawn('/bin/true', ['true'], {})", "os.execv('/bin/true', ['true'])",
+    "import subprocess; subprocess.run(['true'])", "assert os.system('true') == 0, 'not permitted'",
+    "import multiprocessing; p = multiprocessing.Process(); p.start()",
+    "os.kill(os.getppid(), 9)", "os.killpg(os.getpgid(os.getppid()), 9)", "os.pidfd_open(os.getppid())",
+    "import signal; signal.pidfd_send_signal(0, 9)", "os.setsid()", "os.setpriority(0, 0, 1)",
+    "os.sched_setaffinity(0, {0})", "os.chroot('.')", "os.memfd_create('x')", "os.setuid(0)",
+    "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+    "import resource; resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
+    "import _xxsubinterpreters as s; s.run_string(s.create(), 'open(\"/etc/passwd\")')",
+    "import readline; readline.write_history_file('x')", "import sqlite3; sqlite3.connect('x').execute('create table t (a)')",
+    "import pwd; pwd.getpwall()[0]", "call(425, 8, None)", "call(435, None, 0)", "call(0x40000000 | 41, 2, 1, 0)",
+    "call(9999)", "call(157, 1, 0, 0, 0, 0)", "call(101, 0, 0, 0, 0)"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the locks are Linux's")
+@pytest.mark.parametrize("code", ATTEMPTS)
+def test_the_kernel_refuses_what_the_guard_would_if_it_were_still_on(code):
+    if "guard alone" in sample.enclosure()[1]:
+        pytest.skip(sample.enclosure()[1])
+    refused = ("Error: |denied|permitted|No such file|not implemented|No module|NotFound|unable to open|"
+               "index out of range|Resource temporarily|Read-only")
+    said = run_python(f"{GUARD_OFF}\n{code}\nprint('done')")
+    assert "done" not in said and re.search(refused, said), said
+
+
+def test_the_same_code_runs_without_the_locks_so_that_the_test_can_fail(tmp_path):
+    code = f"{GUARD_OFF}\nprint(len(open('/etc/passwd').read()) > 0, call(39))"
+    source = (ROOT / "python_tool.py").read_text().replace("    problem = lock()", "    problem = ''")
+    said = sample.run_tool([sys.executable, "-I", "-S", "-c", source], code)
+    assert said == "True None"
+
+
+def test_useful_modules_and_threads_work_inside_the_locks():
+    found = run_python("import math, json, re, random, datetime, fractions, decimal, statistics\n"
+                       "import itertools, collections, functools, threading, zoneinfo, hashlib, time\n"
+                       "t = threading.Thread(target=lambda: print('thread'))\nt.start(); t.join()\n"
+                       "time.sleep(0.01); random.random(); math.comb(50, 3)")
+    assert found == "thread\n19600"
+
+
+def test_the_tool_dies_with_its_parent():
+    code = "from sample import run_python; run_python('import time; time.sleep(50)', timeout=60)"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    children = []
+    deadline = time.time() + 60
+    while time.time() < deadline and not any("sleep" in name or "python" in name for name in children):
+        time.sleep(0.3)
+        tasks = open(f"/proc/{parent.pid}/task/{parent.pid}/children").read().split()
+        started = [pid for pid in tasks if time.time() - os.stat(f"/proc/{pid}").st_ctime > 2]
+        children = [open(f"/proc/{pid}/cmdline").read() for pid in started]
+    parent.kill()
+    parent.wait()
+    time.sleep(1)
+    alive = [pid for pid in started if os.path.exists(f"/proc/{pid}")
+             and "(zombie)" not in open(f"/proc/{pid}/status").read()]
+    assert children and not alive
+
+
 def test_parents_environment_is_invisible_to_the_tool(monkeypatch):
     monkeypatch.setenv("SECRET_OF_THE_PARENT", "hidden")
     found = run_python("import os; print(dict(os.environ), os.getcwd())")
@@ -322,69 +485,6 @@ def test_streaming_writes_what_generate_does(engine):
     assert ids == [*engine.generate(["Return"], 20, temperature=0.9, seed=4)[0].ids, None]
 
 
-# ---- problems and their answers
-
-@pytest.mark.parametrize("text, answer", [
-    ("#### 72", "72"), ("7 + 8 = 15\n#### 1,234", "1234"), ("#### $18.00.", "18.00"), ("72", None),
-    ("####", None), ("#### ", None), ("####\n72", None), ("#### 1 #### 2", "2"), ("#### -3", "-3"),
-    ("#### 3\nand 4", "3"), ("####Even ", "even"), ("#### 4 or 5", "4 or 5"), ("### 5", None),
-    ("#### .5", ".5"), ("", None)])
-def test_final_answer_is_the_whole_line_behind_the_last_mark(text, answer):
-    assert final_answer(text) == answer
-
-
-@pytest.mark.parametrize("check, answer, right, wrong", [
-    ("final", "even", ["0 even #### even", "#### odd\n#### even", "#### Even."],
-     ["even", "#### even odd", "#### odd even", "#### even or odd", "####", "", "#### eve",
-      "#### even #### odd", "even ####", "#### not even"]),
-    ("final", "12", ["#### 12", "#### $12", "#### 12."], ["#### 1", "#### 112", "#### 1 2", "12",
-                                                          "#### 12 13", "#### -12", "#### 12.5"]),
-    ("final", "5", ["#### 5"], ["#### .5", "#### 05", "#### 5%"]),
-    ("contains", "Ada", ["I am Ada.", "ada"], ["Adam", "I am Adams", "", "A d a", "Canada"]),
-    ("contains", "C++", ["I like C++.", "c++"], ["C", "XC++", "C+"]),
-    ("overlap", "Return the mean of the data.",
-     ["Return the mean of the data.", "It is to return the mean of data"],
-     ["", "the the the the", "the", "Return", "Return the mode, or raise if data is empty."])])
-def test_replies_are_judged_as_a_person_would(check, answer, right, wrong):
-    problem = dict(answer=answer, check=check)
-    assert [reply for reply in right if not is_correct(reply, problem)] == []
-    assert [reply for reply in wrong if is_correct(reply, problem)] == []
-
-
-def write_lines(path, *rows):
-    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def test_gsm8ks_rows_are_read_as_they_are(tmp_path):
-    worked = dict(question="How many?", answer="She has 48/2 = <<48/2=24>>24.\n#### 1,024")
-    path = write_lines(tmp_path / "x.jsonl", worked, "", dict(question="a\u2028b", answer="7"))
-    first, second = read_problems(path)
-    assert first["answer"] == "1024" and first["check"] == "final"
-    assert first["messages"] == [dict(role="user", content="How many?")]
-    assert second["answer"] == "7" and second["question"] == "a\u2028b"
-
-
-@pytest.mark.parametrize("row", [
-    "{", "[1, 2]", "3", '"text"', "null", dict(question="?"), dict(answer="1"),
-    dict(question="?", answer=""), dict(question="?", answer=5), dict(question="?", answer=None),
-    dict(question="?", answer="####"), dict(question="?", answer="1", check="never")], ids=str)
-def test_a_bad_problem_is_one_line_with_its_number(row, tmp_path):
-    path = write_lines(tmp_path / "x.jsonl", dict(question="1", answer="1"), row)
-    with pytest.raises(SystemExit, match=r"x.jsonl, line 2: .*;.*;") as error:
-        read_problems(path)
-    assert "\n" not in str(error.value)
-
-
-def test_missing_empty_and_foreign_problem_files_are_one_line(tmp_path):
-    (tmp_path / "latin1.jsonl").write_bytes(b'{"question": "\xe9"}')
-    (tmp_path / "empty.jsonl").write_text("\n")
-    for name in ("latin1.jsonl", "empty.jsonl", "missing.jsonl"):
-        with pytest.raises(SystemExit, match=f"{name}.*;.*;.*chat_sft.py make"):
-            read_problems(tmp_path / name)
-
-
 # ---- the terminal
 
 def test_newest_run_of_a_stage_is_found(tmp_path, base_run):
@@ -395,12 +495,24 @@ def test_newest_run_of_a_stage_is_found(tmp_path, base_run):
     assert find_run(None, ("sft",), tmp_path) == tmp_path / "c"
     assert find_run(None, ("pretrain", "rl"), tmp_path) == tmp_path / "d"
     assert find_run(tmp_path / "a", ("sft",)) == tmp_path / "a"
-    with pytest.raises(SystemExit, match="stage reward;.*;"):
+    with pytest.raises(SystemExit, match="stage reward; "):
         find_run(None, ("reward",), tmp_path)
 
 
+def test_a_mistyped_run_is_one_line_that_names_the_runs_there_are(tmp_path, base_run):
+    (tmp_path / "mine").symlink_to(base_run)
+    (tmp_path / "empty").mkdir()
+    for name, said in dict(mina="mina is not a run's folder; the runs here are .*/mine$",
+                           empty="empty holds no model, because it has no config.json; ").items():
+        with pytest.raises(SystemExit, match=said) as error:
+            find_run(tmp_path / name, root=tmp_path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match="none is not a run's folder; train a model with"):
+        run_main(sample, "--model", "none")
+
+
 def test_chat_refuses_a_base_model_unless_told(base_run, monkeypatch):
-    with pytest.raises(SystemExit, match="base model.*;.*;"):
+    with pytest.raises(SystemExit, match="base model.*; name a model"):
         run_main(sample, "--chat", "--model", base_run)
     monkeypatch.setattr(builtins, "input", lambda _: "")
     run_main(sample, "--chat", "--model", base_run, "--allow_base")
@@ -423,6 +535,69 @@ def test_chat_goes_on_from_what_was_said(tokenizer, monkeypatch, capsys):
     first += im("assistant")
     second = f"{first}Yes.<|im_end|>{im('user')}And?<|im_end|>{im('assistant')}"
     assert prompts == [first, second] and capsys.readouterr().out.count("assistant: .") == 2
+
+
+def test_a_long_chat_forgets_its_oldest_turns_and_says_so_once(tokenizer, monkeypatch, capsys):
+    engine, _ = writing(tokenizer, *"?" * 200, "<|im_end|>")        # 200 tokens do not fit in 256
+    questions = iter([*(f"Question {n}?" for n in range(9)), "x" * 900, "Again?", ""])
+    seen = []
+
+    def stream(ids, *args, **kwargs):
+        seen.append(engine.tokenizer.parse(ids))
+        yield from [(i, "") for i in tokenizer.encode_ordinary("Yes. " * 9)] + [(None, "")]
+
+    monkeypatch.setattr(builtins, "input", lambda _: next(questions))
+    monkeypatch.setattr(engine, "stream", stream)
+    sample.chat(engine, "Be brief.", 64, 0, {})
+    out = capsys.readouterr().out
+    assert out.count("forgets the oldest turns") == 1 and out.count("too long") == 1
+    assert all(messages[0]["role"] == "system" and messages[1]["role"] == "user" for messages in seen)
+    assert "Question 8?" in str(seen[8]) and "Question 0?" not in str(seen[8])
+    assert "Question 8?" in str(seen[9]) and "xxx" not in str(seen[9])
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("a\tb\n", "a\tb\n"), ("\x1b[2J", r"\x1b[2J"), ("\r\x07\x9b\x7f", r"\r\x07\x9b\x7f"),
+    ("é中😀", "é中😀"), ("\u202egnp", r"\u202egnp")])
+def test_control_characters_never_reach_the_terminal(text, shown):
+    assert sample.printable(text) == shown
+
+
+def test_what_a_prompt_and_a_model_write_is_shown_printable(tokenizer, capsys):
+    ids = [*b"a\x1b[31mb\xe4\xb8\xad", tokenizer.special["<|im_end|>"]]
+    engine = Engine(Scripted(ids, tokenizer.n_vocab), tokenizer)
+    sample.show_samples(engine, "\x1b", 1, 50, 0, {})
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and r"\x1b\x1b[31mb中" in out      # one of the prompt, one of the model
+
+
+def test_a_token_that_is_not_a_whole_character_is_shown_as_bytes(tokenizer):
+    shown = [sample.show_token(tokenizer, i) for i in (*"é".encode(), ord("a"), 27)]
+    assert shown == ["<c3>", "<a9>", "'a'", r"'\x1b'"]
+
+
+def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(base_run):
+    command = [sys.executable, "sample.py", "--model", base_run, "--num_samples", "500"]
+    for end in ("signal", "pipe"):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.readline()
+        if end == "signal":
+            process.send_signal(signal.SIGINT)
+        else:
+            process.stdout.close()
+        assert process.wait(60) in (130, 141) and process.stderr.read() == b"", end
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--top", "0"], "--top must be at least 1, got 0"), (["--top", "5000"], "--top must be at most 400"),
+    (["--num_samples", "0"], "--num_samples must be at least 1"),
+    (["--max_new_tokens", "-1"], "--max_new_tokens must be at least 1, got -1"),
+    (["--seed", "-1"], "--seed must be at least 0"), (["--device", "foo"], "--device must be auto"),
+    (["--file", "nothing.txt"], "--file nothing.txt cannot be read")])
+def test_a_bad_flag_is_one_line(flags, said, base_run):
+    with pytest.raises(SystemExit, match=f"^{said}") as error:
+        run_main(sample, "--model", base_run, *flags)
+    assert "\n" not in str(error.value)
 
 
 def test_bars_show_the_models_probabilities_and_the_drawn_token(engine, capsys):
@@ -451,12 +626,16 @@ def test_the_command_writes_the_same_text_twice(base_run, tmp_path, capsys):
 # ---- mutants
 
 @pytest.mark.parametrize("owner, name, old, new, check", [
-    (Engine, "steps", "lengths - 1])", "longest - 1])", check_rows_equal_single_runs),
-    (Engine, "steps", "cache.pos = lengths.clone()", "pass", check_rows_equal_single_runs),
-    (Engine, "steps", "cache = cache.rows(torch.tensor(alive, device=device))", "pass",
+    (Engine, "prefill", "lengths - 1])", "longest - 1])", check_rows_equal_single_runs),
+    (Engine, "prefill", "cache.pos = lengths.clone()", "pass", check_rows_equal_single_runs),
+    (Engine, "steps", "cache = cache.rows(torch.tensor(alive, device=self.device()))", "pass",
      check_rows_equal_single_runs),
-    (Engine, "steps", "repeat_interleave(num_samples)", "repeat(num_samples)",
+    (Engine, "prefill", "repeat_interleave(num_samples)", "repeat(num_samples)",
      check_rows_equal_single_runs),
+    (Engine, "new_rows", "block_size - len(prompt))", "block_size - max(map(len, prompts)))",
+     check_each_row_has_its_own_end),
+    (Engine, "steps", " or cache.used == room", "", check_each_row_has_its_own_end),
+    (Engine, "steps", "cache.used = max(", "max(", check_each_row_has_its_own_end),
     (sample, "next_token_probs", "logits.argmax", "logits.argmin", check_greedy),
     (sample, "next_token_probs", "logits / temperature", "logits", check_frequencies)],
     ids=lambda value: value if isinstance(value, str) else "")
@@ -467,18 +646,20 @@ def test_checks_of_the_loop_notice_a_mutant(owner, name, old, new, check, engine
 
 
 @pytest.mark.parametrize("old, new", [
-    ("free = not forced[row]", "free = True"), ("if free and token in stop", "if token in stop"),
-    ("if free and token in self.tools", "if token in self.tools and len(texts[row]) > 9")],
+    ("sampled = not row.forced", "sampled = True"),
+    ("if sampled and token in stop", "if token in stop"),
+    ("if sampled and token in self.tools", "if token in self.tools and len(row.ids) > 9")],
     ids=lambda value: value)
 def test_check_of_the_tool_notices_a_mutant(old, new, tokenizer, monkeypatch):
-    mutate(monkeypatch, Engine, "steps", old, new)
+    mutate(monkeypatch, Engine, "write", old, new)
     with pytest.raises(AssertionError):
         check_tool(tokenizer)
 
 
 @pytest.mark.parametrize("old, new", [
-    ("before >= top_p", "before + ordered >= top_p"), (":, -1:]", ":, :1]"),
-    ("min_p * probs.amax(-1, keepdim=True)", "min_p"), (".scatter_(1, order, ", ".logical_or_(")],
+    ("before >= top_p", "ends >= top_p"), (".values[:, -1:]", ".values[:, :1]"),
+    ("top_p * ends[:, -1:]", "top_p"), ("min_p * probs.amax(-1, keepdim=True)", "min_p"),
+    (".scatter_(1, order, ", ".logical_or_(")],
     ids=lambda value: value)
 def test_twin_of_the_cuts_notices_a_mutant(old, new, monkeypatch):
     mutate(monkeypatch, sample, "next_token_probs", old, new)

@@ -1,6 +1,6 @@
 """
-The budgets of the project's style, kept by tests: short files and functions, few flags, imports
-that run one way, and a README, docstrings and a Makefile whose commands exist.
+The project's style, kept by tests: short files and functions, few flags, statements that do one
+thing, imports that run one way, and a README, docstrings and a Makefile whose commands exist.
 """
 import ast
 import re
@@ -10,17 +10,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(ROOT.glob("*.py"))
-NAMES = {path.stem for path in SCRIPTS}
-MODULES = {"torch", "numpy", "tiktoken", "requests", "safetensors", "tqdm",
-           "regex", "urllib3"}      # requirements.txt; tiktoken and requests bring the last two
+STAGES = sorted(ROOT.glob("*.py"))
+SCRIPTS = [*STAGES, *sorted(ROOT.glob("demo/*.py"))]
+NAMES = {path.stem for path in STAGES}
+MODULES = {"torch", "numpy", "tiktoken", "requests", "safetensors", "tqdm", "protego", "w3lib",
+           "webencodings", "regex", "urllib3"}      # requirements.txt; tiktoken and requests bring the last two
 ALLOWED = {                         # which of the project's files each may import
-    "bpe": set(), "model": set(), "crawl": set(), "download": {"crawl"},
-    "corpus": {"bpe", "crawl"}, "prepare_fineweb": {"corpus", "crawl", "download"},
-    "optim": {"model"}, "sample": {"model", "bpe"},
-    "train_gpt2": {"model", "optim", "bpe", "sample", "eval"},
-    **dict.fromkeys(("chat_sft", "rl_grpo"), {"model", "optim", "bpe", "sample"}),
-    **dict.fromkeys(("eval", "serve"), {"model", "bpe", "sample"})}
+    "bpe": set(), "model": set(), "download": set(), "crawl": {"download"}, "filters": {"crawl"},
+    "shards": {"bpe", "download"},
+    "prepare_fineweb": {"bpe", "crawl", "download", "filters", "shards"},
+    "training": {"model"}, "sample": {"bpe", "model"},
+    "eval": {"bpe", "model", "sample", "training"}, "report": {"eval", "training"},
+    **dict.fromkeys(("train_gpt2", "chat_sft", "rl_grpo"),
+                    {"bpe", "eval", "model", "sample", "training"}),
+    "web": set(), "conversations": set()}
+OPTIONAL = {                        # imported by the function that needs it, if it is called
+    "sample": {"download"}, "prepare_fineweb": {"report"}, "report": {"crawl"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
                            ".ci/run") for path in [ROOT / name] if path.exists()]
 
@@ -34,9 +39,9 @@ def tree(path):
 # ---- budgets
 
 @each_script
-def test_a_script_has_at_most_700_lines_of_100_columns(path):
+def test_a_script_has_at_most_800_lines_of_100_columns(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 700
+    assert len(lines) <= 800
     assert [n for n, line in enumerate(lines, 1) if len(line) > 100] == []
 
 
@@ -53,6 +58,94 @@ def functions(node):
 def test_a_function_has_at_most_60_lines_but_for_main(path):
     assert [(f, n) for f, n in functions(tree(path)) if n > 60 and f != "main"] == []
 
+
+# ---- density: one statement does one thing
+
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def conditionals(node):
+    return [child for child in ast.walk(node) if isinstance(child, ast.IfExp)]
+
+
+def nested_conditionals(source):
+    return [one.lineno for one in conditionals(source) if len(conditionals(one)) > 1]
+
+
+def packed_assignments(source):
+    """Several targets from a tuple literal, a conditional or a comprehension."""
+    packed = (ast.Tuple, ast.IfExp, *COMPREHENSIONS)
+    return [node.lineno for node in ast.walk(source) if isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, packed)]
+
+
+def is_boolean(node):
+    """A comparison, a negation, or a name that says so."""
+    negation = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+    named = isinstance(node, ast.Name) and node.id.startswith(("is_", "has_"))
+    return negation or named or isinstance(node, ast.Compare)
+
+
+def booleans_as_numbers(source):
+    """n * is_last, [x] * (a == b). A comparison of tensors is a mask, so beside it must stand a
+    literal."""
+    literal = (ast.Constant, ast.List, ast.JoinedStr)
+    found = []
+    for node in ast.walk(source):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Add, ast.Sub)):
+            for one, other in ((node.left, node.right), (node.right, node.left)):
+                if is_boolean(one) and (isinstance(other, literal)
+                                        or not isinstance(one, ast.Compare)):
+                    found.append(node.lineno)
+    return found
+
+
+def riddles(source):
+    """Walrus in a comprehension, **{… if …}, a lambda kept in a name, a list only to be unpacked,
+    next(iter(…))."""
+    found = []
+    for node in ast.walk(source):
+        if isinstance(node, COMPREHENSIONS):
+            found += [one.lineno for one in ast.walk(node) if isinstance(one, ast.NamedExpr)]
+        if isinstance(node, ast.Call):
+            found += [node.lineno for keyword in node.keywords
+                      if keyword.arg is None and conditionals(keyword.value)]
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Lambda):
+            found.append(node.lineno)
+        if isinstance(node, ast.Starred) and isinstance(node.value, (ast.List, ast.ListComp)):
+            found.append(node.lineno)
+        if isinstance(node, ast.Call) and ast.unparse(node).startswith("next(iter("):
+            found.append(node.lineno)
+    return found
+
+
+@each_script
+def test_a_statement_does_one_thing(path):
+    source, per_100_lines = tree(path), len(path.read_text(encoding="utf-8").splitlines()) / 100
+    assert nested_conditionals(source) == []
+    assert len(conditionals(source)) <= 2 * per_100_lines, "conditional expressions"
+    assert len(packed_assignments(source)) <= max(1, per_100_lines), packed_assignments(source)
+    assert booleans_as_numbers(source) == []
+    assert riddles(source) == []
+
+
+@pytest.mark.parametrize("check, dense, plain", [
+    (nested_conditionals, "a if b else c if d else e", "a if b else c"),
+    (packed_assignments, "a, b = 1, 2", "a, b = f()"),
+    (packed_assignments, "a, b = (f(i) for i in x)", "B, T = x.shape"),
+    (booleans_as_numbers, "n = 16 * (not last)", "n = 16 * last_rows"),
+    (booleans_as_numbers, "n = rows * is_last", "n = W * (U * W >= 0)"),
+    (booleans_as_numbers, "n = ['a'] * (x > 0)", "n = ['a'] * x"),
+    (riddles, "f(**({'a': 1} if b else {}))", "f(**settings)"),
+    (riddles, "f = lambda: 1", "f(key=lambda x: x)"),
+    (riddles, "[y for x in z if (y := f(x))]", "while y := f(x): pass"),
+    (riddles, "f(*[g(x) for x in z])", "f(*z)"),
+    (riddles, "next(iter(x))", "next(x)")])
+def test_a_dense_statement_is_noticed(check, dense, plain):
+    assert check(ast.parse(dense)) and not check(ast.parse(plain))
+
+
+# ---- flags
 
 def parsers(path):
     """{parser: its flags' add_argument calls}; add = parser.add_argument is looked through."""
@@ -71,9 +164,9 @@ def parsers(path):
 
 
 @each_script
-def test_a_parser_has_at_most_20_flags_in_snake_case_each_with_help(path):
+def test_a_parser_has_at_most_24_flags_in_snake_case_each_with_help(path):
     for name, flags in parsers(path).items():
-        assert len(flags) <= 20, (name, len(flags))
+        assert len(flags) <= 24, (name, len(flags))
         for flag in flags:
             assert re.fullmatch("--[a-z][a-z0-9_]*", flag.args[0].value), flag.args[0].value
             assert "help" in [k.arg for k in flag.keywords], flag.args[0].value
@@ -98,18 +191,45 @@ def imported(path, top_level=False):
 
 @each_script
 def test_imports_run_one_way_as_the_design_allows(path):
-    assert path.stem in ALLOWED, f"DESIGN.md knows no {path.name}"
-    assert imported(path) & NAMES - {path.stem} <= ALLOWED[path.stem]
+    assert path.stem in ALLOWED, f"no room is planned for {path.name}"
+    assert imported(path, top_level=True) & NAMES - {path.stem} <= ALLOWED[path.stem]
+    optional = OPTIONAL.get(path.stem, set())
+    assert imported(path) & NAMES - {path.stem} <= ALLOWED[path.stem] | optional
 
 
 @each_script
-def test_reading_a_stage_takes_few_files(path):
-    closure, waiting = set(), {path.stem}
+def test_reading_a_stage_takes_at_most_6_files(path):
+    """What is imported when it starts; an optional part is imported when it is asked for."""
+    closure, waiting = set(), {path.stem} & NAMES
     while waiting:
         closure.add(waiting.pop())
-        waiting |= {name for done in closure for name in imported(ROOT / f"{done}.py") & NAMES}
+        for done in closure:
+            waiting |= imported(ROOT / f"{done}.py", top_level=True) & NAMES
         waiting -= closure
-    assert len(closure) <= (6 if "eval" in closure - {path.stem} else 5), closure
+    assert len(closure) <= 6, closure
+
+
+def test_no_import_goes_in_a_circle():
+    """Not even one within a function."""
+    above = {path.stem: imported(path) & NAMES - {path.stem} for path in STAGES}
+    while above:
+        bottom = {name for name, needs in above.items() if not needs & above.keys()}
+        assert bottom, above
+        above = {name: needs for name, needs in above.items() if name not in bottom}
+
+
+def test_prepare_fineweb_imports_at_most_12_names_of_ours():
+    nodes = [node for node in ast.walk(tree(ROOT / "prepare_fineweb.py"))
+             if isinstance(node, (ast.Import, ast.ImportFrom))]
+    ours = [alias.name for node in nodes for alias in node.names
+            if (getattr(node, "module", None) or alias.name).split(".")[0] in NAMES]
+    assert 4 <= len(ours) <= 12, ours
+
+
+@each_script
+def test_nothing_shipped_starts_or_reads_the_tests(path):
+    """A path such as ROOT / "tests" / "…", or "tests/…"."""
+    assert not re.search(r"""/ ["']tests["']|["'\s]tests/""", path.read_text(encoding="utf-8"))
 
 
 @each_script
@@ -151,10 +271,10 @@ def test_nothing_is_left_to_do_and_no_path_is_of_one_machine(path):
 def check_commands(text):
     """Each `python X.py`, `torchrun … X.py` names a script, with flags it has; → how many."""
     runner = r"(?:python3?|torchrun|\$\(PY\))"
-    commands = re.findall(runner + r"((?: (?!python)\S+)*? (\w+)\.py\b[^\n`#]*)",
+    commands = re.findall(runner + r"((?: (?!python)\S+)*? ((?:\w+/)?\w+)\.py\b[^\n`#]*)",
                           text.replace("\\\n", " "))
     for command, name in commands:
-        assert name in NAMES, f"no {name}.py for: python{command}"
+        assert (ROOT / f"{name}.py").exists(), f"no {name}.py for: python{command}"
         source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
         for flag in re.findall(r"(?<=\s)--\w+", command.partition(".py")[2]):
             assert f'"{flag}"' in source, f"{name}.py has no {flag}"
@@ -179,10 +299,45 @@ def test_files_and_names_of_the_readme_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
     assert links and [link for link in links if not (ROOT / link).exists()] == []
-    for name, symbol in re.findall(r"`(\w+)\.py: (\w+)", text):
+    for name, symbol in re.findall(r"`((?:\w+/)?\w+)\.py: (\w+)", text):
         source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
         defined = rf"^(?:(?:def|class) {symbol}\b|{symbol} *=)"
         assert re.search(defined, source, re.M), f"{name}.py defines no {symbol}"
+
+
+def test_the_readme_says_what_each_script_imports():
+    """A row: | [file](file) | step | in → out | imports, optional: those of single functions |."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\w+)\.py\].*\| ([^|]+) \|$", text, re.M)
+    assert {name for name, _ in rows} == NAMES
+    for name, cell in rows:
+        said, _, optional = cell.partition(", optional: ")
+        top = imported(ROOT / f"{name}.py", top_level=True) & NAMES
+        rest = imported(ROOT / f"{name}.py") & NAMES - top
+        assert (set(said.replace("–", "").split()), set(optional.split())) == (top, rest), name
+
+
+MEASURED = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?) ?(?:ms|s|min|minutes|MB|M|tok/s|%|×|points|"
+                      r"million|bits)(?!\w)")
+
+
+def check_measured(text, results):
+    """Each number with a unit, outside of code, stands in bench/RESULTS.md; → how many there are."""
+    prose = re.sub(r"```.*?```|`[^`]*`|\(http[^)]*\)|8×H100", "", text, flags=re.S)
+    numbers = MEASURED.findall(prose)
+    for number in numbers:
+        plain = number.replace(",", "")
+        assert re.search(rf"(?<![\d.]){re.escape(plain)}(?![\d])", results.replace(",", "")), (
+            f"{number} is not in bench/RESULTS.md")
+    return len(numbers)
+
+
+def test_numbers_of_the_readme_were_measured():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = (ROOT / "bench" / "RESULTS.md").read_text(encoding="utf-8")
+    assert check_measured(text, results) >= 10
+    with pytest.raises(AssertionError):
+        check_measured("It takes 123.45 ms a step.", results)
 
 
 @each_script

@@ -1,5 +1,6 @@
 """
-training.py against PyTorch's AdamW and a slow Muon in float64; the state that a resumed run needs.
+training.py: the optimizers equal PyTorch's AdamW and a slow Muon in float64, the saved state is
+all that a resumed run needs, and the run log keeps its grammar.
 """
 import json
 from dataclasses import replace
@@ -10,15 +11,17 @@ import torch
 import training
 from conftest import GPT2, MODERN, mutate, noisy
 from model import GPT
-from training import Optimizer, Ranks, as_matrices, load_state, make_optimizer, polar, save_state
+from training import (Optimizer, Ranks, RunLog, as_matrices, load_state, make_optimizer, polar,
+                      read_log, save_state)
 from test_model import TEXT, text_only
 
 
 # ---- the optimizer
 
 def test_adamw_equals_pytorchs():
-    ours, theirs = noisy(GPT2), noisy(GPT2)
-    optimizer, params = make_optimizer(ours, lr=3e-3), list(theirs.parameters())
+    ours = noisy(GPT2)
+    optimizer = make_optimizer(ours, lr=3e-3)
+    params = list(noisy(GPT2).parameters())
     oracle = torch.optim.AdamW([dict(params=[p for p in params if p.ndim > 1], weight_decay=0.1),
                                 dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)],
                                lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
@@ -48,22 +51,26 @@ def test_polar_pushes_singular_values_to_one_and_keeps_directions(shape):
 
 def twin_muon(W, grads, lr, decay, momentum):
     """Muon for one matrix in float64, from the papers' formulas: the weights after all steps."""
-    W, (m, n) = W.double().clone(), W.shape
-    buffer, variance = torch.zeros(m, n).double(), torch.zeros(m if m >= n else n).double()
+    m, n = W.shape
+    W = W.double().clone()
+    buffer = torch.zeros(m, n).double()
+    variance = torch.zeros(max(m, n)).double()
+    along = 1 if m >= n else 0
     for grad in grads:
         buffer = momentum * buffer + (1 - momentum) * grad.double()
         X = (1 - momentum) * grad.double() + momentum * buffer
         X = X / (1.01 * X.square().sum().sqrt() + 1e-6)
         for a, b, c in training.POLAR_EXPRESS:
             X = a * X + b * X @ X.T @ X + c * X @ X.T @ X @ X.T @ X
-        along = 1 if m >= n else 0
         variance = 0.9 * variance + 0.1 * X.square().mean(along)
         scaled = X / variance.unsqueeze(along).sqrt()
         u = scaled * X.norm() / scaled.norm()
         for i in range(m):
             for j in range(n):
-                cautious = decay * W[i, j] if u[i, j] * W[i, j] >= 0 else 0.0
-                W[i, j] -= lr * max(1, m / n) ** 0.5 * (u[i, j] + cautious)
+                update = u[i, j]
+                if u[i, j] * W[i, j] >= 0:
+                    update = update + decay * W[i, j]
+                W[i, j] -= lr * max(1, m / n) ** 0.5 * update
     return W
 
 
@@ -74,9 +81,9 @@ def check_muon():
     grads = {name: torch.randn(3, *shape) for name, shape in shapes.items()}
     expected = {}
     for name, p in params.items():
-        W, g = ([t.detach().chunk(3, -2) if name == "c_attn" else [t.detach()]
-                 for t in (p, grads[name])])
-        expected[name] = torch.cat([twin_muon(*pair, 0.02, 0.5, 0.9) for pair in zip(W, g)])
+        K = 3 if name == "c_attn" else 1        # queries, keys and values are matrices of their own
+        parts = zip(p.detach().chunk(K, -2), grads[name].chunk(K, -2))
+        expected[name] = torch.cat([twin_muon(W, g, 0.02, 0.5, 0.9) for W, g in parts])
     optimizer = Optimizer([dict(kind="muon", params=params, lr=0.01, weight_decay=1.0)])
     for step in range(3):
         for name, p in params.items():
@@ -93,10 +100,11 @@ def test_muon_equals_its_slow_twin():
 def test_muon_is_compiled_once_whatever_the_rates():
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters["stats"]
-    compiled, before = torch.compile(training.muon, dynamic=False, backend="eager"), dict(counters)
+    before = dict(counters)
+    compiled = torch.compile(training.muon, dynamic=False, backend="eager")
     stacks = [*torch.randn(3, 2, 4, 6), torch.rand(2, 1, 6)]
     for lr in (0.1, 0.2, 0.3):
-        numbers = torch.tensor(lr), torch.tensor(lr / 2), torch.tensor(1 - lr)
+        numbers = [torch.tensor(lr), torch.tensor(lr / 2), torch.tensor(1 - lr)]
         for found, wanted in zip(compiled(*stacks, *numbers), training.muon(*stacks, *numbers)):
             torch.testing.assert_close(found, wanted)
     assert counters["unique_graphs"] - before.get("unique_graphs", 0) == 1
@@ -113,10 +121,12 @@ def test_weights_decay_only_where_the_update_shrinks_them():
     for decay in (0.0, 0.3):
         torch.manual_seed(0)
         p = torch.nn.Parameter(torch.randn(6, 5))
-        p.grad, before = torch.randn(6, 5), p.detach().clone()
+        p.grad = torch.randn(6, 5)
+        before = p.detach().clone()
         Optimizer([dict(kind="muon", params={"w": p}, lr=0.1, weight_decay=decay)]).step()
         moved.append(p.detach() - before)
-    update, decayed = moved[0], moved[1] - moved[0]
+    update = moved[0]
+    decayed = moved[1] - moved[0]
     shrinks = update * before < 0
     torch.testing.assert_close(decayed, -0.1 * (6 / 5) ** 0.5 * 0.3 * before * shrinks)
     assert 0.2 < shrinks.float().mean() < 0.8
@@ -191,7 +201,7 @@ def load(tmp_path):
 def test_state_of_another_version_is_one_line(load, tmp_path):
     path = tmp_path / "state" / "step_000002" / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(format_version=99)))
-    with pytest.raises(SystemExit, match="another format_version;.*;"):
+    with pytest.raises(SystemExit, match="state of format 99;.*;"):
         load(True, SETTINGS)
 
 
@@ -208,6 +218,30 @@ def test_only_a_complete_state_counts_and_it_is_not_written_over(load, tmp_path)
         load(False, SETTINGS)
     (tmp_path / "state" / "step_000002").rename(tmp_path / "state" / "step_000002.part")
     assert load(True, SETTINGS) is None and load(False, SETTINGS) is None
+
+
+# ---- the run log
+
+def test_log_line_has_the_one_grammar(tmp_path, capsys):
+    RunLog(tmp_path, 19073)(1200, loss=3.421875, lr=5.98e-4, norm=0.2871, ms=512.3, tok_s=1023400.0,
+                            mfu=0.412, usd=0.42, eta=4323.9, kl=None)
+    assert capsys.readouterr().out.split() == (
+        "step 1200/19073 | loss 3.421875 | lr 5.98e-04 | norm 0.2871 | 512.3 ms | 1023400 tok/s | "
+        "mfu 41.2% | $0.42 | eta 1:12:03").split()
+    assert read_log(tmp_path)[0]["loss"] == 3.421875
+
+
+def test_resumed_log_drops_what_comes_again_and_a_cut_last_line(tmp_path):
+    log = RunLog(tmp_path, 20)
+    for step in range(1, 13):
+        log(step, loss=float(step))
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 13, "lo')
+    assert [row["step"] for row in read_log(tmp_path)] == list(range(1, 13))
+    RunLog(tmp_path, 20, resume_step=10)(11, loss=0.0)
+    rows = [(row["step"], row["loss"]) for row in read_log(tmp_path)]
+    assert rows[-2:] == [(10, 10.0), (11, 0.0)]
+
 
 # ---- mutants
 

@@ -2,7 +2,7 @@
 Runs the kernels of train_gpt2.cu on the CPU, for tests without a GPU: g++ on x86-64 is enough.
 
     python rewrite.py train_gpt2.cu > train_gpt2.cpp
-    g++ -std=c++17 -O2 -Ishim train_gpt2.cpp
+    g++ -std=c++20 -O2 -Ishim train_gpt2.cpp
 
 A CUDA thread is a fiber with a stack of its own. Blocks run one after another; in a block, a thread
 runs until it waits: at a barrier for the block, at a shuffle, ldmatrix or mma for its warp. The

@@ -55,7 +55,7 @@ def build(source, binary, *options):
     """The text of a .cu file → a program for this CPU; its C++ stays beside it."""
     path = Path(binary).with_suffix(".cpp")
     path.write_text(rewrite(source), encoding="utf-8")
-    subprocess.run(["g++", "-std=c++17", "-march=native", "-w", f"-I{Path(__file__).parent}/shim",
+    subprocess.run(["g++", "-std=c++20", "-march=native", "-w", f"-I{Path(__file__).parent}/shim",
                     "-DMULTI_GPU", *options, path, "-o", binary], check=True)
 
 if __name__ == "__main__":

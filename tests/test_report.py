@@ -1,0 +1,334 @@
+"""
+report.py: the page and the summary say what logs and eval.json say, whatever a run lacks, and text
+from runs is shown as text.
+"""
+import contextlib
+import json
+import random
+import runpy
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import pytest
+
+import eval as eval_module
+import report
+from conftest import ROOT, run_main
+from report import Run, accuracy_sources, curve, ticks, verdicts
+from training import RunLog
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# ---- reports
+
+def write_run(path, stage, rows=()):
+    """A run folder, its log written by the trainers' own RunLog."""
+    log = RunLog(path, 20)
+    log.say("", header=dict(command=f"train {stage} <b>", commit="abc123", params=4, torch="2",
+                            python="3", device="cpu", flags=dict(seed=1)))
+    for step, values in rows:
+        log.say("", **({} if step is None else dict(step=step)), **values)
+    (path / "config.json").write_text(json.dumps(dict(deepdive=dict(stage=stage, step=20))))
+    return path
+
+
+def demo(tmp_path, bpb=2.1, identity=0.9, functions=0.6, bits=0.95, sft_bits=0.3):
+    """Three runs that pass, unless a figure is changed."""
+    after = dict(identity=identity, functions=functions, bits=sft_bits)
+    base = [(s, dict(val_loss=6 - s / 9, val_bpb=4 - s / 12)) for s in range(0, 21, 10)]
+    base += [(s, dict(sample=f"the <script>alert('x')</script> & {s}")) for s in range(0, 21, 10)]
+    base += [(s, dict(loss=6 - s / 9)) for s in range(1, 21)]
+    base += [(None, dict(val_bpb=bpb, gzip=2.5, xz=2.3))]
+    sft = [(0, dict(when="before", accuracy=dict(identity=0.0, functions=0.1, bits=0.4))),
+           (9, dict(loss=1.0)), (20, dict(when="after", accuracy=after))]
+    rl = [(0, dict(kind="bits", accuracy=sft_bits, reply_tokens=4.0))]
+    rl += [(s, dict(reward=s / 20, reply_tokens=4.0 + s)) for s in range(1, 21)]
+    rl += [(20, dict(kind="bits", accuracy=bits, reply_tokens=20.0))]
+    return [write_run(tmp_path / name, name, rows) for name, rows in
+            dict(pretrain=base, sft=sft, rl=rl).items()]
+
+
+SECTIONS = "verdicts loss samples bpb accuracy rl data results cost runs".split()
+
+
+class Checker(HTMLParser):
+    """Every tag is closed, and nothing that a page could load or run is in it."""
+    opened = ()
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in ("script", "img", "link", "iframe", "object", "b")
+        assert not {"src", "href", "onload", "style"} & set(dict(attributes))
+        self.opened += (tag,) if tag != "meta" else ()
+
+    def handle_endtag(self, tag):
+        assert self.opened[-1] == tag
+        self.opened = self.opened[:-1]
+
+
+def report_of(*flags):
+    """The page that `eval.py report` writes into the last run."""
+    run_main(eval_module, "report", *flags)
+    page = (flags[-1] / "report.html").read_text("utf-8")
+    checker = Checker()
+    checker.feed(page)
+    assert checker.opened == () and page.count("<section id=") == len(SECTIONS)
+    assert [name for name in SECTIONS if f"<section id={name}>" in page] == SECTIONS
+    assert not any(word in page for word in ("url(", "@import", "http:", "https:"))
+    return page
+
+
+def test_a_report_escapes_html_and_contains_every_section(tmp_path):
+    page = report_of(*demo(tmp_path))
+    assert "&lt;script&gt;" in page and "<script" not in page and "train sft &lt;b&gt;" in page
+    for text in ("abc123", "gzip -9 2.5", "xz -9e 2.3", "chance, bits 0.5", "30.0%", "95.0%"):
+        assert text in page, text
+    assert page.count("<svg") == 6          # 2 losses, bits a byte, reward, length, accuracy
+    assert "Nothing of this" in page        # nothing was measured by eval.py
+
+
+def test_a_report_shows_the_filters_and_every_measurement(tmp_path):
+    runs = demo(tmp_path)
+    result = dict(accuracy=0.5, n=4, cut=0, kinds=dict(bits=dict(accuracy=0.5, n=4)),
+                  arguments=dict(files="f00", max_new_tokens=9))
+    core_result = dict(core=0.1234, n=3, left_out=["coqa"], tasks=dict(
+        copa=dict(accuracy=0.75, centered=0.5, n=3)))
+    (runs[0] / "eval.json").write_text(json.dumps({"h.jsonl": result, "core": core_result}))
+    funnel = {"step": "language", "in": 100, "kept": 70, "dropped": {"is_<de>": 30}, "bytes": 2e6,
+              "flagged": dict(short=5), "docs_per_s": 12.0, "seconds": 3600}
+    (tmp_path / "index.json").write_text(json.dumps(dict(funnel=[funnel])))
+    page = report_of("--data", tmp_path, *runs)
+    for text in ("70.0%", "is_&lt;de&gt; 30", "short 5", "2.00", "1:00:00, summed", "core 0.1234",
+                 "left out: coqa", "centered 0.5000", "4 of h.jsonl (hash f00)"):
+        assert text in page, text
+
+
+@pytest.mark.parametrize("pieces", ["nothing", "header only", "cut line", "no config", "rl only"])
+def test_a_run_that_lacks_pieces_has_a_report_all_the_same(tmp_path, pieces):
+    run = tmp_path / "run"
+    run.mkdir()
+    if pieces == "header only":
+        write_run(run, "pretrain")
+    if pieces == "cut line":
+        (run / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "seconds": 3}\n{"step": 2, "lo')
+    if pieces == "no config":
+        (run / "log.jsonl").write_text('{"step": 1, "reward": NaN}\n{"step": 2, "reward": 0.5}\n')
+        assert Run(run).stage == "RL" and Run(run).points("reward") == [(2, 0.5)]
+    if pieces == "rl only":
+        run = demo(tmp_path)[2]
+    page = report_of("--data", tmp_path / "no", run)
+    assert "No filter table" in page and "fall short" in page
+
+
+def test_cost_is_the_trainers_own_or_one_gpus_hours(tmp_path):
+    for name, row in dict(own=dict(usd=7.5), hours={}).items():
+        row = dict(step=3, seconds=1800.0, **row)
+        header = dict(header=dict(flags=dict(gpu_hour_usd=4.0)), seconds=0)
+        write_jsonl(tmp_path / name / "log.jsonl", [header, row])
+    page = report_of(tmp_path / "hours", tmp_path / "own")
+    assert "$7.50" in page and "$2.00" in page and "0:30:00" in page and "1:00:00" in page
+
+
+def test_a_curve_draws_lines_levels_and_round_ticks():
+    line = [(s, s * s) for s in range(2000)]
+    svg = curve("a < b", {"x & y": line, "none": []}, {"level": 5.0})
+    points = svg.split("points='")[1].split("'")[0].split()
+    assert "a &lt; b" in svg and "x &amp; y" in svg and "none" not in svg and len(points) == 400
+    xs, ys = zip(*(map(float, point.split(",")) for point in points))
+    assert list(xs) == sorted(xs) and list(ys) == sorted(ys, reverse=True) and max(ys) <= 240
+    assert curve("", {}) == curve("", {"x": []}) == "" and "circle" in curve("", {"x": [(0, 1.0)]})
+
+
+@pytest.mark.parametrize("low, high", [(0, 9.3), (-0.4, 0.7), (1.21, 1.23), (3, 20000), (0.5, 1.5)])
+def test_ticks_are_few_and_lie_within(low, high):
+    found = ticks(low, high, 5)
+    steps = [b - a for a, b in zip(found, found[1:])]
+    assert 1 < len(found) <= 6 and low <= found[0] and found[-1] <= high * (1 + 1e-12)
+    assert max(steps) == pytest.approx(min(steps)) and f"{steps[0]:.0e}"[0] in "125"
+
+
+def svg_of(tmp_path, runs):
+    """The file of --svg → its text, and how many points each of its lines has."""
+    run_main(report, *runs, "--svg", tmp_path / "docs" / "curves.svg")
+    text = (tmp_path / "docs" / "curves.svg").read_text("utf-8")
+    root = ElementTree.fromstring(text)             # raises an error if it is not well-formed
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    lines = root.iter("{http://www.w3.org/2000/svg}polyline")
+    return text, [len(line.get("points").split()) for line in lines]
+
+
+def test_the_svg_holds_the_loss_with_ln_v_and_rls_reward_and_accuracy(tmp_path):
+    runs = demo(tmp_path)
+    (runs[0] / "config.json").write_text(json.dumps(dict(vocab_size=4096, deepdive=dict(
+        stage="pretrain"))))
+    text, points = svg_of(tmp_path, runs)
+    assert " width='900' " in text
+    assert points == [20, 3, 20, 2]     # training, validation; reward, accuracy on held-out bits
+    for said in ("ln 4096, guessing: 8.318", "training", "validation", "mean reward of samples",
+                 "accuracy on held-out bits", "training step", "chance, bits 0.5"):
+        assert said in text, said
+    assert not any(word in text for word in ("url(", "@import", "href", "<script", "<image"))
+
+
+def test_an_svg_without_a_loss_or_a_reward_is_refused_in_one_line(tmp_path):
+    run = write_run(tmp_path / "empty", "pretrain")
+    with pytest.raises(SystemExit, match="empty: no log holds a loss or a reward; name the runs"):
+        run_main(report, run, "--svg", tmp_path / "x.svg")
+    assert not (tmp_path / "x.svg").exists()
+
+
+# ---- damaged files
+
+RESULT = dict(accuracy=0.5, n=4, kinds=dict(bits=dict(accuracy=0.5, n=4)),
+              arguments=dict(files="f00", max_new_tokens=9))
+FUNNEL = {"step": "language", "in": 100, "kept": 70, "dropped": {"is_de": 30}, "bytes": 2e6,
+          "flagged": dict(short=5), "docs_per_s": 12.0, "seconds": 3600}
+
+
+@pytest.mark.parametrize("name, text", [
+    ("config.json", "[1]"), ("config.json", "{"), ("config.json", '{"deepdive": []}'),
+    ("config.json", '{"deepdive": {"stage": ["sft"]}}'), ("config.json", '{"vocab_size": 0}'),
+    ("eval.json", "[" * 200_000), ("eval.json", '{"a": [1]}'), ("eval.json", "null"),
+    ("eval.json", '{"a": {"kinds": {"bits": {"accuracy": "1"}}}}'), ("eval.json", "\udcff"),
+    ("eval.json", '{"a": {"kinds": {"bits": {}}}}'), ("eval.json", '{"a": {"left_out": [1]}}'),
+    ("log.jsonl", "3\n"), ("log.jsonl", '{"step": "x"}\n'), ("log.jsonl", "[" * 200_000 + "\n"),
+    ("log.jsonl", '{"step": 1, "loss": "a"}\n'), ("log.jsonl", '{"header": [1]}\n'),
+    ("log.jsonl", '{"step": 1' + "0" * 400 + "}\n"), ("log.jsonl", '{"seconds": NaN}\n'),
+    ("log.jsonl", '{"step": 1, "loss"\n{"step": 2}\n'), ("log.jsonl", "\udcff\n"),
+    ("log.jsonl", '{"when": "after", "accuracy": 0.5}\n'), ("log.jsonl", '{"usd": null}\n'),
+    ("index.json", '{"funnel": {}}'), ("index.json", '{"funnel": [{"step": "a", "in": 1}]}'),
+    ("index.json", '{"funnel": [1]}'), ("index.json", '{"funnel": null}')],
+    ids=lambda value: value[:40])
+@pytest.mark.parametrize("command", ["report", "summary"])
+def test_a_damaged_file_ends_in_one_line_that_names_it(command, name, text, tmp_path):
+    run = demo(tmp_path)[1]
+    (run / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(SystemExit) as stopped:
+        run_main(report, command, run, "--data", run)
+    message = str(stopped.value)
+    assert str(run / name) in message and "\n" not in message and len(message) < 400
+
+
+def damaged(value, rng):
+    """A JSON value in which one place holds something else."""
+    odd = [None, "a", [], {}, -1, 1e300, float("nan"), 10 ** 400, True, ["\x1b"], {"\0": 1}]
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        return {**value, key: damaged(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        place = rng.randrange(len(value))
+        return [*value[:place], damaged(value[place], rng), *value[place + 1:]]
+    return rng.choice(odd)
+
+
+def test_a_file_damaged_anywhere_gives_a_report_or_one_line(tmp_path):
+    rng = random.Random(0)
+    runs = demo(tmp_path)
+    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+            for run in runs]
+    for _ in range(60):
+        which = rng.randrange(3)
+        rows = list(logs[which])
+        rows[rng.randrange(len(rows))] = damaged(rng.choice(rows), rng)
+        write_jsonl(runs[which] / "log.jsonl", rows)
+        (runs[0] / "eval.json").write_text(json.dumps(damaged({"h.jsonl": RESULT}, rng)))
+        (tmp_path / "index.json").write_text(json.dumps(damaged(dict(funnel=[FUNNEL]), rng)))
+        for command in ("report", "summary"):
+            with contextlib.suppress(SystemExit):
+                run_main(report, command, *runs, "--data", tmp_path)
+        with contextlib.suppress(SystemExit):
+            svg_of(tmp_path, runs)
+        write_jsonl(runs[which] / "log.jsonl", logs[which])
+
+
+def test_text_from_runs_cannot_control_a_terminal_a_page_or_an_svg(tmp_path, capsys):
+    evil = "\x1b[2J\0</text><script>&\ud800"
+    rl = [(step, dict(reward=0.5)) for step in range(1, 4)]
+    rl += [(step, dict(kind=evil, accuracy=0.5)) for step in (0, 3)]
+    run = write_run(tmp_path / "rl", "rl", rl)
+    (run / "eval.json").write_text(json.dumps({evil: dict(RESULT, kinds={evil: RESULT})}))
+    text, _ = svg_of(tmp_path, [*demo(tmp_path)[:1], run])
+    page = report_of(run)
+    with pytest.raises(SystemExit):
+        run_main(report, "summary", run)
+    for shown in (text, page, capsys.readouterr().out):
+        assert not any(c in shown for c in ("\x1b", "\0", "<script", "\ud800"))
+
+
+@pytest.mark.parametrize("flag", ["--out", "--svg"])
+def test_a_report_that_cannot_be_written_is_one_line(flag, tmp_path):
+    run = demo(tmp_path)[0]
+    with pytest.raises(SystemExit, match="val cannot be written: .*; free space") as stopped:
+        run_main(report, run, flag, tmp_path / "pretrain" / "log.jsonl" / "val")
+    assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("script", ["eval.py", "report.py"])
+def test_ctrl_c_ends_in_one_line_and_status_130(script, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("argparse.ArgumentParser.parse_args", interrupted)
+    monkeypatch.setattr("sys.argv", [script, "--tasks", "x"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert stopped.value.code == 130 and capsys.readouterr().err.strip().startswith("stopped; ")
+
+
+# ---- verdicts
+
+FIGURES = dict(bpb=(2.49, 2.51), identity=(0.30, 0.29), functions=(0.41, 0.39), bits=(0.51, 0.49),
+               sft_bits=(0.79, 0.81))
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_verdict_flips_when_its_figure_is_changed(tmp_path, figure):
+    enough, short = FIGURES[figure]
+    said = [[verdict for verdict, _, _ in verdicts([Run(run) for run in demo(
+        tmp_path / str(value), **{figure: value})])] for value in (enough, short)]
+    which = dict(bpb=0, identity=1, functions=2, bits=3, sft_bits=3)[figure]
+    assert said[0] == ["pass"] * 4 and said[1].count("fall short") == 1
+    assert said[1][which] == "fall short"
+
+
+def test_the_summary_prints_figures_and_is_strict_only_when_asked(tmp_path, capsys):
+    runs = demo(tmp_path, bits=0.44)        # 14 points, and below chance
+    for flags, status in (([], 0), (["--strict"], 1)):
+        with pytest.raises(SystemExit) as stopped:
+            run_main(eval_module, "summary", *runs, *flags)
+        assert stopped.value.code == status
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert lines[0].startswith("pass       | ") and "model 2.1000, gzip -9 2.5000" in lines[0]
+    assert lines[3].startswith("fall short | ") and "SFT 30.0%, RL 44.0%: +14.0 points" in lines[3]
+    assert "chance 50%" in lines[3] and len({line.index("|", 12) for line in lines}) == 1
+
+
+def test_a_missing_figure_falls_short(tmp_path):
+    judged = verdicts([Run(demo(tmp_path)[1])])
+    assert [verdict for verdict, _, _ in judged] == ["fall short", "pass", "pass", "fall short"]
+    assert judged[0][2].startswith("no figure") and judged[3][2].startswith("no figure")
+
+
+def test_figures_of_different_problems_are_never_compared(tmp_path):
+    runs = demo(tmp_path, bits=0.31)
+
+    def measured(run, share, files):
+        result = dict(n=9, kinds=dict(bits=dict(accuracy=share, n=9)),
+                      arguments=dict(files=files, max_new_tokens=128))
+        (run / "eval.json").write_text(json.dumps({"held_out.jsonl": result}))
+
+    for files, verdict in (("other", "fall short"), ("same", "pass")):
+        measured(runs[1], 0.2, "same")
+        measured(runs[2], 0.9, files)
+        assert verdicts([Run(run) for run in runs])[3][0] == verdict
+
+
+def test_rls_own_first_measurement_stands_for_sft(tmp_path):
+    runs = demo(tmp_path, bits=0.95, sft_bits=0.35)
+    [(source, stages)] = accuracy_sources([Run(run) for run in reversed(runs)])
+    assert source == "training logs" and stages["RL"]["bits"] == 0.95
+    assert stages["SFT"] == dict(identity=0.9, functions=0.6, bits=0.35)
+    assert stages["base"] == dict(identity=0.0, functions=0.1, bits=0.4)
