@@ -132,7 +132,7 @@ def guarded(function, *arguments):
     return page, reason
 
 class Funnel:
-    """What index.json says of the steps: how many pages each took, kept, dropped and noted, and why.
+    """What index.json says of the steps: how many pages each took, kept, dropped or noted.
 
     rows: {step: counts}. samples: {"step: reason": up to 5 pages that were dropped or noted}.
     """
@@ -630,7 +630,7 @@ def choose_settings(args, files):
 def make_documents(args):
     """From the source to OUT/documents and OUT/index.json; finished parts are kept.
 
-    If the source is a data set of token shards, it is only downloaded, and their paths are returned.
+    If the source is a data set of token shards, they are downloaded and their paths returned.
     """
     out = args.out
     if args.dataset:
