@@ -421,7 +421,8 @@ def test_rows_that_are_no_documents_are_counted(tmp_path):
     assert [row["id"] for row in corpus.read_documents(tmp_path / "0.jsonl.gz")] == ["a.jsonl/1"]
 
 SLEEPING = """
-import runpy, time, filters
+import runpy, signal, time, filters
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 filters.language = lambda page, model: time.sleep(60)
 runpy.run_path("prepare_fineweb.py", run_name="__main__")"""
 
