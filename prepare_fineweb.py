@@ -555,7 +555,7 @@ def pages_to_inspect(files, text, urls):
         for record, _ in read_warc(file):
             if not record:
                 continue
-            url = record[0].get("warc-target-uri", "")
+            url = record[0].get("warc-target-uri", "").strip("<>")
             is_wanted = text in url if urls is None else url in urls
             if is_wanted:
                 page, _ = guarded(parse_record, *record)

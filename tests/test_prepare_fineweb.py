@@ -555,7 +555,7 @@ def test_an_input_that_changed_but_not_in_size_is_refused(tmp_path):
     for text in (PROSE, PROSE.replace("river", "brook")):
         (tmp_path / "in.txt").write_text(text[:400])
         done = run(*arguments, check=False)
-    assert done.returncode and "was made with inputs" in done.stderr
+    assert done.returncode and "was made with inputs that differ from this run's" in done.stderr
 
 @pytest.mark.parametrize("arguments, found", [
     (("--out", "x"), "neither --source nor the word tokenize"),
