@@ -717,6 +717,8 @@ def check_flags(args):
     if args.inspect and args.source not in ("warc", "crawl"):
         raise SystemExit(f"--inspect reads WARC files, got --source {args.source}; give --source "
                          "warc or crawl")
+    if args.out.exists() and not args.out.is_dir():
+        raise SystemExit(f"--out {args.out} is not a folder; choose another --out")
     if not 0 <= args.val_fraction < 1:
         raise SystemExit(f"--val_fraction must be at least 0 and below 1, got {args.val_fraction}")
     for flag in ("max_pages", "num_shards", "workers"):

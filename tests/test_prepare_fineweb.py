@@ -565,6 +565,7 @@ def test_an_input_that_changed_but_not_in_size_is_refused(tmp_path):
     (("tokenize", "--out", "x"), "tokenize needs --tokenizer"),
     (("tokenize", "--out", "x", "--tokenizer", "gpt2"), "lists no documents"),
     (("--source", "commoncrawl", "--out", "x"), "takes the name of one crawl"),
+    (("--source", "text", __file__, "--out", __file__), "is not a folder; choose another --out"),
     (("--source", "finewebb", "--out", "x"), "finewebb is not a known source"),
     (("--source", "text", __file__, "--out", "x", "--row_tokens", "1"),
      "at most --shard_tokens 100000000, got 1"),
