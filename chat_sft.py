@@ -22,7 +22,8 @@ Differs from the papers: rows are filled by best fit and then padded, so that no
 ever cut or split.
 """
 import argparse
-import json
+import codecs
+import math
 import random
 import re
 import runpy
@@ -33,9 +34,9 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from eval import is_correct, read_problems
+from eval import check_messages, digest, is_correct, read_lines, read_problems
 from model import load_checkpoint, save_checkpoint
-from sample import Engine, find_run, load_tokenizer
+from sample import Engine, check_at_least, find_run, load_tokenizer, printable, quiet_end
 from training import (RunLog, catch_signals, check_finite, default_lr, finish, init_ranks,
                       load_state, make_optimizer, save_state)
 
@@ -45,29 +46,35 @@ REPLY_TOKENS = 96       # of an answer to a held-out problem, at most
 
 # ---- Conversations → rows of tokens --------------------------------------------------------------
 
+UNKNOWN_FIELDS = ("tool_calls", "function_call", "reasoning_content", "weight")
+
+def split_weight(spec):
+    """FILE or FILE:weight → (FILE, weight)."""
+    weighted = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", spec)
+    if weighted:
+        return weighted[1], float(weighted[2])
+    return spec, 1.0
+
+def as_messages(row):
+    """One row of a file of conversations → its messages; ValueError says what is wrong with it."""
+    messages = row["messages"]
+    check_messages(messages)
+    for message in messages:
+        for name in UNKNOWN_FIELDS:
+            if message.get(name) is not None:
+                raise ValueError(f"a message has {name}, which would be lost; write it as a part of "
+                                 "content (bpe.py: PARTS), or remove it")
+    return messages
+
 def read_conversations(spec):
-    """FILE or FILE:weight → a list of message lists.
+    """FILE or FILE:weight → a list of message lists, from a .jsonl or .jsonl.gz.
 
     With weight 2 each conversation comes twice; with weight 0.5 the first half of the file comes
     once. Raises SystemExit that names the line which is not {"messages": [{"role", "content"}]}.
     """
-    path = spec
-    weight = 1.0
-    weighted = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", spec)
-    if weighted:
-        path = weighted[1]
-        weight = float(weighted[2])
-    rows = []
-    number = 0
-    try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-            if line.strip():
-                rows.append(json.loads(line)["messages"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(
-            f"{path}, line {number}: {type(error).__name__}: {error}; each line must be "
-            '{"messages": [{"role", "content"}]} in UTF-8; repair the file, or make one with '
-            "python chat_sft.py make") from None
+    path, weight = split_weight(spec)
+    rows = read_lines(path, as_messages, 'a conversation is a line {"messages": [{"role": …, '
+                      '"content": …}]}; repair the file, or make one with python chat_sft.py make')
     copies = int(weight)
     first_part = round((weight - copies) * len(rows))
     return rows * copies + rows[:first_part]
@@ -78,12 +85,7 @@ def render_all(conversations, tokenizer, T, log):
     Conversations that are longer, or in which the assistant says nothing, are left out, and their
     number is logged. Raises SystemExit if none is left.
     """
-    try:
-        rendered = [tokenizer.render(messages) for messages in conversations]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SystemExit(
-            f"a conversation cannot be rendered: {type(error).__name__}: {error}; each turn must "
-            'be {"role", "content"}; repair the files given with --data') from None
+    rendered = [tokenizer.render(messages) for messages in conversations]
     fitting = [(ids, mask) for ids, mask in rendered if len(ids) <= T + 1 and any(mask)]
     tokens = sum(len(ids) for ids, _ in fitting)
     supervised = sum(sum(mask) for _, mask in fitting)
@@ -166,13 +168,15 @@ class Loader:
         return x.to(device), y.to(device)
 
 def show(args):
-    """Prints conversations token by token: what is learnt is green, what is only read is grey."""
+    """Prints conversations token by token: what is learnt is green, what is only read is grey.
+    A character of several tokens appears with its last one."""
     tokenizer = Tokenizer.load(args.tokenizer)
     for messages in read_conversations(args.file)[:args.count]:
-        ids, mask = tokenizer.render(messages)
-        for i, is_learnt in zip(ids, mask):
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for i, is_learnt in zip(*tokenizer.render(messages)):
             color = 32 if is_learnt else 90
-            print(f"\033[{color}m{tokenizer.decode([i])}", end="")
+            text = decoder.decode(tokenizer.decode_bytes([i]))
+            print(f"\033[{color}m{printable(text)}", end="")
         print("\033[0m\n")
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -220,7 +224,25 @@ def parse_args():
     add("--save_every", type=int, default=200, help="steps between saved states")
     add("--seed", type=int, default=1337, help="of the order of the conversations")
     add("--device", default="auto", help="auto, cpu or cuda")
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_at_least(1, args, "batch_size", "total_batch_size", "save_every")
+    check_at_least(0, args, "seed")
+    for name, value in (("epochs", args.epochs), ("lr", args.lr)):
+        if value is not None and not 0 < value < math.inf:
+            raise SystemExit(f"--{name} must be above 0, got {value}")
+    return args
+
+def read_held_out(path, tokenizer, T, log):
+    """The problems of a file whose question leaves room for an answer; how many do not is logged."""
+    if not path:
+        return []
+    problems = read_problems(path)
+    fitting = [p for p in problems
+               if len(tokenizer.render(p["messages"], for_completion=True)[0]) < T]
+    if len(fitting) < len(problems):
+        log.say(f"{path}: {len(problems) - len(fitting)} of {len(problems)} questions are longer "
+                f"than {T - 1} tokens and are left out")
+    return fitting
 
 def main():
     args = parse_args()
@@ -236,15 +258,17 @@ def main():
     # the rate of a large batch: a pretrained model's gradients are less noisy than a new one's
     lr = args.lr or default_lr(model.config, 2 ** 16)
     optimizer = make_optimizer(model, ranks, lr, total_rows * T)
+    conversations = []
+    for spec in args.data:
+        conversations += read_conversations(spec)
 
-    settings = dict(data=args.data, epochs=args.epochs, total_rows=total_rows, lr=args.lr,
+    # contents count, not names: a resumed run must read the same conversations
+    data = {spec: digest(split_weight(spec)[0]) for spec in args.data}
+    settings = dict(data=data, epochs=args.epochs, total_rows=total_rows, lr=args.lr,
                     seed=args.seed, base=meta["run"])
     state = load_state(run, args.resume, ranks, optimizer, model, settings) or {}
     first_step = step = state.get("step", 0)
     log = RunLog(run, 0, ranks, resume_step=state.get("step"))
-    conversations = []
-    for spec in args.data:
-        conversations += read_conversations(spec)
     fitting = render_all(conversations, tokenizer, T, log)
     loader = Loader(fitting, T, args.seed, tokenizer.special["<|pad|>"])
     rows_an_epoch = len(pack(fitting, T, args.seed, epoch=0))
@@ -252,9 +276,7 @@ def main():
     if step >= max_steps:
         return log.say(f"{run} is trained: step {step} of {max_steps}")
     log.header(args, model, ranks.device)
-    problems = []
-    if args.held_out:
-        problems = read_problems(args.held_out)
+    problems = read_held_out(args.held_out, tokenizer, T, log)
 
     def report_accuracy(when):
         if problems and ranks.is_main:
@@ -311,7 +333,9 @@ def parse_show_args():
     parser.add_argument("file", help="a .jsonl of conversations")
     parser.add_argument("--tokenizer", default="gpt2", help="folder of a tokenizer, or gpt2")
     parser.add_argument("--count", type=int, default=5, help="conversations to show")
-    return parser.parse_args(sys.argv[2:])
+    args = parser.parse_args(sys.argv[2:])
+    check_at_least(1, args, "count")
+    return args
 
 if __name__ == "__main__":
     command = sys.argv[1] if len(sys.argv) > 1 else ""
@@ -320,6 +344,7 @@ if __name__ == "__main__":
         script = Path(__file__).parent / "demo" / "conversations.py"
         runpy.run_path(str(script), run_name="__main__")
     elif command == "show":
-        show(parse_show_args())
+        with quiet_end():
+            show(parse_show_args())
     else:
         main()

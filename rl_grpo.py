@@ -26,6 +26,7 @@ is no KL term, and a batch of samples gets one update, so that the clip never ac
 """
 import argparse
 import copy
+import math
 import random
 import time
 from pathlib import Path
@@ -33,9 +34,9 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from eval import is_correct, read_problems
+from eval import digest, is_correct, read_problems
 from model import load_checkpoint, save_checkpoint
-from sample import Engine, find_run
+from sample import Engine, check_at_least, find_run
 from training import (Optimizer, RunLog, catch_signals, check_finite, finish, init_ranks,
                       load_state, save_state)
 
@@ -204,17 +205,32 @@ def parse_args():
     add("--save_every", type=int, default=25, help="steps between saved states")
     add("--seed", type=int, default=1337, help="of the order of questions and of the samples")
     add("--device", default="auto", help="auto, cpu or cuda")
-    return parser.parse_args()
-
-def check_args(args, world_size):
-    """Raises SystemExit if the ranks cannot share the questions, or a group is too small."""
-    if args.prompts % world_size:
-        nearest = (args.prompts // world_size + 1) * world_size
-        raise SystemExit(f"--prompts {args.prompts} must be a multiple of the {world_size} ranks; "
-                         f"try --prompts {nearest}")
+    args = parser.parse_args()
+    check_at_least(1, args, "max_steps", "prompts", "max_new_tokens", "updates", "eval_every",
+                   "save_every")
+    check_at_least(0, args, "clip", "kl", "seed")
+    if not 0 < args.lr < math.inf:
+        raise SystemExit(f"--lr must be above 0, got {args.lr}")
     if args.group_size < 2:
         raise SystemExit("--group_size must be at least 2, since a reply is compared with the rest "
                          f"of its group, got {args.group_size}; try --group_size 16")
+    return args
+
+def check_ranks(prompts, world_size):
+    """Raises SystemExit if the ranks cannot share the questions of a step."""
+    if prompts % world_size:
+        nearest = (prompts // world_size + 1) * world_size
+        raise SystemExit(f"--prompts {prompts} must be a multiple of the {world_size} ranks; "
+                         f"try --prompts {nearest}")
+
+def that_fit(path, problems, tokenizer, block_size, log):
+    """The problems whose question leaves room for a reply; how many do not is logged."""
+    fitting = [p for p in problems
+               if len(tokenizer.render(p["messages"], for_completion=True)[0]) < block_size]
+    if len(fitting) < len(problems):
+        log.say(f"{path}: {len(problems) - len(fitting)} of {len(problems)} questions are longer "
+                f"than {block_size - 1} tokens and are left out")
+    return fitting
 
 SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates", "clip",
             "kl", "std", "seed")        # flags that a resumed run must not change
@@ -233,12 +249,9 @@ def main():
     run = Path(args.out)
     signals = catch_signals()
     ranks = init_ranks(args.device)
-    check_args(args, ranks.world_size)
+    check_ranks(args.prompts, ranks.world_size)
     problems = read_problems(args.task)
-    kinds = {p["kind"] for p in problems}
-    held_out = []
-    if args.held_out:
-        held_out = [p for p in read_problems(args.held_out) if p["kind"] in kinds]
+    held_out = read_problems(args.held_out) if args.held_out else []
     base = find_run(args.model, ("sft",))
     model, meta = load_checkpoint(base, ranks.device)
     model.eval()    # no dropout: the probabilities of the samples are the ones that are trained
@@ -249,12 +262,25 @@ def main():
     optimizer = Optimizer([dict(adamw, params=dict(model.named_parameters()))], ranks)
 
     settings = {key: getattr(args, key) for key in SETTINGS} | dict(base=meta["run"])
+    settings["task"] = digest(args.task)    # its content counts, not its name
     state = load_state(run, args.resume, ranks, optimizer, model, settings) or {}
     first_step = step = state.get("step", 0)
     log = RunLog(run, args.max_steps, ranks, resume_step=state.get("step"))
     if step >= args.max_steps:
         return log.say(f"{run} is trained: step {step} of {args.max_steps}")
     log.header(args, model, ranks.device)
+    block_size = model.config.block_size
+    problems = that_fit(args.task, problems, tokenizer, block_size, log)
+    if not problems:
+        raise SystemExit(f"no question of {args.task} fits into {block_size - 1} tokens; give "
+                         "shorter problems, or a model with a larger block_size")
+    kinds = {p["kind"] for p in problems}
+    others = sorted({p["kind"] for p in held_out} - kinds)
+    if others:
+        log.say(f"{args.held_out}: only kinds that are practised are tested; left out: "
+                f"{', '.join(others)}")
+    held_out = that_fit(args.held_out, [p for p in held_out if p["kind"] in kinds], tokenizer,
+                        block_size, log)
 
     def report_accuracy():
         if held_out and ranks.is_main:

@@ -160,6 +160,9 @@ def common_words(data, count):
     counts = Counter()
     for text in read_texts(train_files(data)[0]):
         counts.update(re.findall(r"\b[a-z]{3,6}\b", text))
+    if not counts:
+        raise SystemExit(f"{data}/documents has no lower-case words of 3 to 6 letters to spell; "
+                         "prepare English documents")
     return sorted(counts, key=lambda word: (-counts[word], word))[:count]
 
 # ---- The files -----------------------------------------------------------------------------------
@@ -250,7 +253,10 @@ def main():
     add("--step_by_step", type=float, default=0.2, help="share of bits answered in steps")
     add("--held_out", type=int, default=100, help="held-out problems of each kind")
     add("--seed", type=int, default=1337, help="of the problems")
-    make(parser.parse_args())
+    args = parser.parse_args()
+    if min(args.functions, args.examples, args.held_out) < 1:
+        parser.error("--functions, --examples and --held_out must be at least 1")
+    make(args)
 
 if __name__ == "__main__":
     main()

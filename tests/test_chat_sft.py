@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import chat_sft
-from chat_sft import Loader, pack, read_conversations, render_all, row_tensors
+from chat_sft import Loader, pack, read_conversations, read_held_out, render_all, row_tensors
 from conftest import assert_same_files, mutate, run_main, run_ranks, stop_at
 from demo import conversations
 from demo.conversations import held_out
@@ -150,10 +151,53 @@ def test_too_long_and_unsupervised_conversations_are_left_out_and_counted(tokeni
     [dict(role="robot", content="x")], [dict(content="x")], [dict(role="user")], ["text"], "text",
     7, [dict(role="user", content=7)], [dict(role="assistant", content=[dict(type="sing")])]],
     ids=str)
-def test_conversation_that_cannot_be_rendered_is_one_line(messages, tokenizer):
-    with pytest.raises(SystemExit, match="cannot be rendered.*;.*; repair the files") as error:
-        render_all([turn("Hi", "Yo"), messages], tokenizer, 99, SimpleNamespace(say=quiet))
+def test_conversation_that_cannot_be_rendered_is_one_line_with_its_place(messages, tmp_path):
+    path = write_conversations(tmp_path / "x.jsonl", [turn("Hi", "Yo"), messages])
+    with pytest.raises(SystemExit, match=r"x\.jsonl, line 2: .*; repair the file") as error:
+        read_conversations(str(path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["tool_calls", "function_call", "reasoning_content", "weight"])
+def test_what_would_be_lost_of_a_message_is_refused(field, tmp_path):
+    messages = [dict(role="user", content="Hi"), dict(role="assistant", content="", **{field: 1})]
+    path = write_conversations(tmp_path / "x.jsonl", [messages])
+    with pytest.raises(SystemExit, match=f"line 1: a message has {field}"):
+        read_conversations(str(path))
+
+
+def test_zipped_conversations_with_a_byte_order_mark_are_read(tmp_path):
+    line = json.dumps(dict(messages=turn("Hi", "Yo")))
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(f"\ufeff{line}\r\n\r\n{line}".encode()))
+    assert read_conversations(f"{tmp_path}/x.jsonl.gz:1.5") == 3 * [turn("Hi", "Yo")]
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("batch_size", 0), ("total_batch_size", 0), ("save_every", 0), ("seed", -1), ("epochs", 0),
+    ("epochs", "nan"), ("lr", 0), ("lr", "inf"), ("lr", -1)])
+def test_a_flag_out_of_range_is_one_line_before_any_work(flag, value, tmp_path):
+    with pytest.raises(SystemExit, match=f"--{flag} must be (above|at least) .*, got {value}"):
+        run_main(chat_sft, "--data", "x.jsonl", "--out", tmp_path / "run", f"--{flag}", value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_must_read_the_same_conversations(base_run, eight, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(Path(eight).read_bytes())
+    run_main(chat_sft, *flags(base_run, data, tmp_path / "run", epochs=1))
+    data.write_bytes(b"\n".join(data.read_bytes().split(b"\n")[:4]))
+    with pytest.raises(SystemExit, match="another data"):
+        run_main(chat_sft, *flags(base_run, data, tmp_path / "run", epochs=1), "--resume")
+
+
+def test_held_out_questions_that_do_not_fit_are_counted(tokenizer, tmp_path):
+    said = []
+    rows = [dict(question=q, answer="1", kind="sum", check="final") for q in ("1?", "1? " * 60)]
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_held_out(path, tokenizer, 64, SimpleNamespace(say=said.append))
+    assert [p["question"] for p in found] == ["1?"]
+    assert "1 of 2 questions are longer than 63 tokens" in said[0]
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "7", '{"message": []}', '{"messages": '])

@@ -316,6 +316,39 @@ def test_a_group_of_one_is_refused(assistant, task, tmp_path):
         run_main(rl_grpo, *flags(assistant, task, tmp_path, group_size=1))
 
 
+@pytest.mark.parametrize("flag, value", [
+    ("max_steps", 0), ("prompts", 0), ("max_new_tokens", -1), ("updates", 0), ("eval_every", 0),
+    ("save_every", 0), ("clip", -1), ("kl", -1), ("seed", -1), ("lr", 0), ("lr", "nan")])
+def test_a_flag_out_of_range_is_one_line_before_any_work(flag, value, tmp_path):
+    with pytest.raises(SystemExit, match=f"--{flag} must be (above|at least) .*, got {value}"):
+        run_main(rl_grpo, "--task", "x.jsonl", "--out", tmp_path / "run", f"--{flag}", value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_questions_that_do_not_fit_and_kinds_not_practised_are_counted(assistant, tmp_path, capsys):
+    fits = dict(question="red", answer="red even", kind="colour")
+    long = dict(question="red " * 200, answer="red even", kind="colour")
+    other = dict(question="1?", answer="1", kind="sum")
+    for name, rows in (("task", [fits, long]), ("held_out", [fits, long, other])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_main(rl_grpo, *flags(assistant, tmp_path / "task", tmp_path / "run", max_steps=1,
+                             prompts=1), "--held_out", tmp_path / "held_out")
+    said = capsys.readouterr().out
+    assert said.count("1 of 2 questions are longer than") == 2 and "left out: sum" in said
+    (tmp_path / "task").write_text(json.dumps(long))
+    with pytest.raises(SystemExit, match="no question of .*task fits into"):
+        run_main(rl_grpo, *flags(assistant, tmp_path / "task", tmp_path / "none"))
+
+
+def test_a_resumed_run_must_practise_the_same_problems(assistant, task, tmp_path):
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(task.read_bytes())
+    run_main(rl_grpo, *flags(assistant, copy, tmp_path / "run", max_steps=1))
+    copy.write_bytes(b"\n".join(copy.read_bytes().split(b"\n")[:1]))
+    with pytest.raises(SystemExit, match="another task"):
+        run_main(rl_grpo, *flags(assistant, copy, tmp_path / "run", max_steps=1), "--resume")
+
+
 def test_all_tied_replies_change_nothing_and_are_warned_of(assistant, tmp_path, capsys):
     task = tmp_path / "hopeless.jsonl"
     task.write_text('{"question": "red", "answer": "never"}\n')

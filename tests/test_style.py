@@ -16,16 +16,19 @@ NAMES = {path.stem for path in STAGES}
 MODULES = {"torch", "numpy", "tiktoken", "requests", "safetensors", "tqdm", "protego", "w3lib",
            "webencodings", "regex", "urllib3"}      # requirements.txt; tiktoken and requests bring the last two
 ALLOWED = {                         # which of the project's files each may import
-    "bpe": set(), "model": set(), "download": set(), "crawl": {"download"}, "filters": {"crawl"},
-    "shards": {"bpe", "download"},
-    "prepare_fineweb": {"bpe", "crawl", "download", "filters", "shards"},
+    "bpe": set(), "model": set(), "download": set(), "corpus": set(), "python_tool": set(),
+    "warc": set(), "filters": set(), "crawl": {"download", "warc"},
+    "shards": {"bpe", "corpus", "download"},
+    "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
     "training": {"model"}, "sample": {"bpe", "model"},
-    "eval": {"bpe", "model", "sample", "training"}, "report": {"eval", "training"},
+    "eval": {"bpe", "model", "sample", "training"},
+    "report": {"eval", "training"},
     **dict.fromkeys(("train_gpt2", "chat_sft", "rl_grpo"),
                     {"bpe", "eval", "model", "sample", "training"}),
     "web": set(), "conversations": set()}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
-    "sample": {"download"}, "prepare_fineweb": {"report"}, "report": {"crawl"}}
+    "bpe": {"corpus"}, "sample": {"download", "python_tool"},
+    "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
                            ".ci/run") for path in [ROOT / name] if path.exists()]
 
