@@ -52,7 +52,7 @@ def read_rows(path):
                 raise ValueError(f'row {number} has no string "text"')
             if row["text"] is None:
                 yield None, "null_text"
-            elif not row["text"].strip():
+            elif not row["text"] or row["text"].isspace():
                 yield None, "empty_text"
             else:
                 yield row, None
@@ -174,6 +174,9 @@ def read_index(out):
     if (index.get("format"), index.get("version")) != ("deepdive data", 1):
         raise SystemExit(f"{path} has format {index.get('format')} version {index.get('version')}, "
                          f"not deepdive data version 1; remove {out} and prepare the data again")
+    if not isinstance(index.get("samples"), dict):
+        raise SystemExit(f"{path} is damaged: it has no samples; remove {out} and prepare the data "
+                         "again")
     for name, fields in INDEX_LISTS.items():
         rows = index.get(name)
         if not isinstance(rows, list) or not all(has_fields(row, fields) for row in rows):
@@ -196,11 +199,18 @@ def read_json(path):
     return value
 
 def refuse_changes(before, now, out, remedy):
-    """Stop if a folder was made with other settings than this run has."""
-    for key in now:
-        if before.get(key) != now[key]:
-            raise SystemExit(f"{out} was made with {key} {before.get(key)}, but this run has "
-                             f"{now[key]}; {remedy}")
+    """Stop if a folder was made with other settings than this run has; settings are flat JSON."""
+    for key, value in now.items():
+        other = before.get(key)
+        if other == value:
+            continue
+        if isinstance(value, dict) and isinstance(other, dict):
+            names = sorted(value.keys() | other.keys())
+            changed = [name for name in names if value.get(name) != other.get(name)]
+            raise SystemExit(f"{out} was made with {key} that differ from this run's in "
+                             f"{changed[0]}; {remedy}")
+        raise SystemExit(f"{out} was made with {key} {json.dumps(other)}, but this run has "
+                         f"{json.dumps(value)}; {remedy}")
 
 def print_funnel(index):
     """Print what each step received, kept and dropped, and what the splits hold."""

@@ -59,6 +59,218 @@ VERSION = "1.0"
 USER_AGENT = f"{AGENT}/{VERSION} (educational; obeys robots.txt)"
 MANUAL = "http://manual.localhost"  # stands for demo/web.py, whose port changes with every run
 
+<<<<<<< HEAD
+=======
+def verdict(page, **broken):
+    """(page, None), or (None, the name of the first rule that is broken)."""
+    for rule, is_broken in broken.items():
+        if is_broken:
+            return None, rule
+    return page, None
+
+# ---- HTML → text ---------------------------------------------------------------------------------
+
+HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
+HIDDEN = set("""title script style noscript template svg iframe select button
+    textarea""".split())                               # hold no text of the page
+LAYOUT = {"nav", "header", "footer", "aside"}          # rarely hold any
+BLOCK_TAGS = {*HEADINGS, *LAYOUT, *"""form p div li dd dt td th tr pre blockquote section article
+    main ul ol dl br table caption figcaption figure hr body address details summary
+    center""".split()}
+VOID_TAGS = set("area base br col embed hr img input link meta param source track wbr".split())
+
+class Block(NamedTuple):
+    """Text between two block tags."""
+    tag: str           # the tag that begins it; "div" after an end tag, "p" after <br>
+    text: str
+    link_share: float  # of its characters, those within <a href>
+    in_main: bool      # within <main> or <article>
+    in_form: bool
+
+class BlockReader(TagReader):
+    """HTML → self.blocks. An element whose tag is in `skipped` is left out with its contents."""
+
+    def __init__(self, skipped):
+        super().__init__()
+        self.skipped = skipped
+        self.blocks = []
+        self.open_tags = []      # the elements that enclose the present position
+        self.n_open = Counter()  # how many of them have each tag
+        self.skip_depth = None   # len(open_tags) at the beginning of the element being skipped
+        self.in_link = False
+        self.in_pre = False
+        self.pieces = []
+        self.begin_block("body")
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID_TAGS:
+            self.open_tags.append(tag)
+            self.n_open[tag] += 1
+            if tag in self.skipped and self.skip_depth is None:
+                self.skip_depth = len(self.open_tags)
+                self.pieces.append(" ")
+        if tag == "a":
+            names = {name for name, _ in attributes}
+            self.in_link = "href" in names or not names & {"name", "id"}  # <a name=top> is a target
+        if tag == "br":
+            self.pieces.append("\n")
+        if tag in BLOCK_TAGS and (tag == "pre" or not self.n_open["pre"]):
+            self.begin_block("p" if tag == "br" else tag)
+
+    def handle_endtag(self, tag):
+        if self.n_open[tag]:
+            closed = None
+            while closed != tag:  # what was left open inside the element ends with it
+                closed = self.open_tags.pop()
+                self.n_open[closed] -= 1
+            if self.skip_depth is not None and len(self.open_tags) < self.skip_depth:
+                self.skip_depth = None
+        if tag == "a":
+            self.in_link = False
+        if tag in BLOCK_TAGS and not self.n_open["pre"]:
+            self.begin_block("div")
+
+    def handle_data(self, text):
+        if self.skip_depth is None:
+            self.pieces.append(text)
+            if self.in_link:
+                self.link_chars += len(text.strip())
+
+    def begin_block(self, tag):
+        """Store the block that ends here, if it has any text, and begin another one."""
+        text = "".join(self.pieces)
+        text = text.strip("\n").rstrip() if self.in_pre else " ".join(text.split())
+        if text.strip():
+            link_share = self.link_chars / len(text)
+            self.blocks.append(Block(self.tag, text, link_share, self.in_main, self.in_form))
+        self.tag, self.pieces, self.link_chars = tag, [], 0
+        self.in_pre = self.n_open["pre"] > 0
+        self.in_main = self.n_open["main"] + self.n_open["article"] > 0
+        self.in_form = self.n_open["form"] > 0
+
+def blocks_of(html, skipped):
+    """HTML → its Blocks, without the elements whose tags are in `skipped`."""
+    reader = BlockReader(skipped)
+    reader.read(html)
+    reader.begin_block("div")
+    return reader.blocks
+
+def content_blocks(html):
+    """The blocks of a page without its layout. Forms are dropped too, unless they hold most of the
+    text, because some sites put each page into one.
+    """
+    blocks = blocks_of(html, HIDDEN | LAYOUT)
+    chars = {True: 0, False: 0}
+    for block in blocks:
+        chars[block.in_form] += len(block.text) * (1 - block.link_share)
+    if chars[True] < chars[False]:
+        blocks = [block for block in blocks if not block.in_form]
+    return blocks or blocks_of(html, HIDDEN)
+
+def is_surely_text(block):
+    """Whether a block with few links is text, whatever its neighbours are."""
+    n_words = len(block.text.split())
+    return (block.tag == "pre" or n_words >= 12 or (block.tag == "p" and block.in_main)
+            or (n_words >= 4 and block.text[-1] in ".!?:”。"))
+
+def plain_text(html):
+    """The main text of a page, one line per block: our extractor for want of trafilatura.
+
+    Layout elements are dropped. Where <main> or <article> holds a third of the text, all that is
+    outside is dropped too. A block that is half links is boilerplate; one of 12 words, or of 4
+    words and a full stop, is text. A short block is classified like the block before it. A heading
+    is kept if text follows it.
+    """
+    blocks = content_blocks(html)
+    chars = {True: 0, False: 0}
+    for block in blocks:
+        chars[block.in_main] += len(block.text)
+    only_main = chars[True] * 2 > chars[False]
+    lines, headings, is_text = [], [], False
+    for block in blocks:
+        if only_main and not block.in_main:
+            continue
+        if block.link_share > 0.5:
+            is_text = False
+            continue
+        if block.tag in HEADINGS:
+            headings.append(f"\n{block.text}")
+            continue
+        is_text = is_text or is_surely_text(block)
+        if is_text:
+            lines += headings
+            lines.append(block.text)
+        headings = []
+    return "\n".join(lines).strip()
+
+class Extractor:
+    """extract_text(page) → (page with "text" instead of "html", None) or (None, reason).
+
+    name: "trafilatura", called as FineWeb does; "resiliparse" (main content; a dozen times as fast,
+    but it finds another text); or "plain" for plain_text. Each runs in a forked child, which is
+    killed and replaced when a page takes longer than PAGE_SECONDS (TimeoutError) or makes it crash
+    (EOFError). A signal could not stop it: Python handles signals between two of its own
+    instructions, and what hangs or crashes is C code.
+    """
+    __name__ = "extract_text"  # prepare_fineweb.py's steps are known by their names
+
+    def __init__(self, name):
+        self.child = None
+        self.extract = plain_text
+        if name == "trafilatura":  # imported here, so that a new child need not import it
+            from trafilatura import extract
+            self.extract = functools.partial(extract, favor_precision=True, include_comments=False)
+        if name == "resiliparse":
+            from resiliparse.extract.html2text import extract_plain_text
+            self.extract = functools.partial(extract_plain_text, main_content=True, links=False,
+                                             alt_texts=False, form_fields=False, noscript=False)
+
+    def serve(self, pipe):
+        """The child: HTML comes through the pipe, and its text or an exception goes back."""
+        self.pipe.close()  # the parent's side, so that recv notices when the parent is gone
+        resource.setrlimit(resource.RLIMIT_DATA, (PAGE_MEMORY_BYTES, PAGE_MEMORY_BYTES))
+        with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+            while True:
+                html = pipe.recv()
+                try:
+                    pipe.send(self.extract(html) or "")
+                except Exception as error:
+                    pipe.send(error)
+
+    def start(self):
+        """Start the child."""
+        fork = multiprocessing.get_context("fork")
+        self.pipe, childs_end = fork.Pipe()
+        self.child = fork.Process(target=self.serve, args=(childs_end,), daemon=True)
+        self.child.start()
+        childs_end.close()
+
+    def __call__(self, page):
+        if "text" in page:  # a WET record
+            return page, None
+        if self.child is None:
+            self.start()
+        try:
+            self.pipe.send(page["html"])
+            text = self.pipe.recv() if self.pipe.poll(PAGE_SECONDS) else TimeoutError()
+        except (EOFError, OSError) as crash:
+            text = crash
+        if isinstance(text, Exception):
+            self.close()
+            raise text
+        if not text.strip():
+            return None, "no_text"
+        rest = {key: value for key, value in page.items() if key != "html"}
+        return rest | {"text": text.strip()}, None
+
+    def close(self):
+        """End the child; the next page starts another one."""
+        if self.child:
+            self.child.kill()
+            self.child.join()
+            self.child = None
+
+>>>>>>> prepare
 # ---- Links ---------------------------------------------------------------------------------------
 
 class LinkReader(TagReader):

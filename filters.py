@@ -322,7 +322,7 @@ def fineweb_quality(page):
 
 # ---- Personal data -------------------------------------------------------------------------------
 
-# Of other scripts only those that put spaces between words: the text before a Chinese address stays.
+# Only scripts that put spaces between words: the Chinese text before an address must stay.
 NAME_LETTER = "A-Za-zÀ-ÖØ-öø-ɏͰ-ԯḀ-῿\u0300-\u036f"
 SYMBOLS = ".!#$%&'’*+/=?^`{|}~-"  # RFC 5322, 3.2.3, allows them in the part before the @
 LOCAL_PART = re.compile(rf"[0-9_{NAME_LETTER}{re.escape(SYMBOLS)}]*")

@@ -132,7 +132,7 @@ def guarded(function, *arguments):
     return page, reason
 
 class Funnel:
-    """What index.json says of the steps: how many pages each took, kept, dropped and noted, and why.
+    """What index.json says of the steps: how many pages each took, kept, dropped or noted.
 
     rows: {step: counts}. samples: {"step: reason": up to 5 pages that were dropped or noted}.
     """
@@ -555,7 +555,7 @@ def pages_to_inspect(files, text, urls):
         for record, _ in read_warc(file):
             if not record:
                 continue
-            url = record[0].get("warc-target-uri", "")
+            url = record[0].get("warc-target-uri", "").strip("<>")
             is_wanted = text in url if urls is None else url in urls
             if is_wanted:
                 page, _ = guarded(parse_record, *record)
@@ -630,7 +630,7 @@ def choose_settings(args, files):
 def make_documents(args):
     """From the source to OUT/documents and OUT/index.json; finished parts are kept.
 
-    If the source is a data set of token shards, it is only downloaded, and their paths are returned.
+    If the source is a data set of token shards, they are downloaded and their paths returned.
     """
     out = args.out
     if args.dataset:
@@ -717,6 +717,8 @@ def check_flags(args):
     if args.inspect and args.source not in ("warc", "crawl"):
         raise SystemExit(f"--inspect reads WARC files, got --source {args.source}; give --source "
                          "warc or crawl")
+    if args.out.exists() and not args.out.is_dir():
+        raise SystemExit(f"--out {args.out} is not a folder; choose another --out")
     if not 0 <= args.val_fraction < 1:
         raise SystemExit(f"--val_fraction must be at least 0 and below 1, got {args.val_fraction}")
     for flag in ("max_pages", "num_shards", "workers"):

@@ -552,7 +552,7 @@ def write_whole(out, text):
         raise cannot_write(out, error) from None
     print(f"{out}: {len(text) / 1e3:.0f} kB, open it in a browser")
 
-# ---- The filters' page: what each step did to some pages ------------------------------------------
+# ---- The filters' page: what each step did to some pages -----------------------------------------
 
 INSPECTION_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
 <title>What each step did</title><style>

@@ -6,7 +6,7 @@
 
 in:  DATA/documents/{train,val}_00000.jsonl.gz … and DATA/index.json, from prepare_fineweb.py
 out: DATA/NAME_val_000000.bin, DATA/NAME_train_000001.bin …  256 int32 (magic 20240520, version 1
-         for uint16 or 2 for uint32, number of tokens), then the tokens; NAME is the last part of DATA
+         for uint16 or 2 for uint32, token count), then the tokens; NAME is the last part of DATA
      DATA/index.json (grows shard by shard), DATA/token_bytes.npy, DATA/tokenizer/
 
 `prepare_fineweb.py tokenize --out DATA --tokenizer DIR` is the same command.
@@ -250,8 +250,8 @@ def check_data(out):
 def check_tokens(path, tokens, tokenizer):
     """Stop if the tokens of a shard cannot be those of a tokenizer."""
     if len(tokens) and tokens.max() >= tokenizer.n_vocab:
-        raise SystemExit(f"{path} has token {tokens.max()}, but tokenizer {tokenizer.name} has only "
-                         f"{tokenizer.n_vocab}; give the tokenizer that made it")
+        raise SystemExit(f"{path} has token {tokens.max()}, but tokenizer {tokenizer.name} has "
+                         f"only {tokenizer.n_vocab}; give the tokenizer that made it")
     if len(tokens) and tokenizer.eot not in tokens:
         raise SystemExit(f"{path} has no end-of-text token {tokenizer.eot} of tokenizer "
                          f"{tokenizer.name}; give the tokenizer that made it")

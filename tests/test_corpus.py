@@ -80,6 +80,15 @@ def test_a_parquet_without_text_ends_in_one_line(tmp_path, columns):
         with pytest.raises(SystemExit, match='a.parquet cannot be read: .* has no .*"text"; '):
             list(read(tmp_path / "a.parquet"))
 
+@pytest.mark.parametrize("before, now, found", [
+    ({"seed": 1}, {"seed": 2}, "seed 1, but this run has 2; remove"),
+    ({}, {"quality": "fineweb"}, 'quality null, but this run has "fineweb"; remove'),
+    ({"inputs": {"a": "1", "b": "2"}}, {"inputs": {"a": "1", "b": "3"}}, "inputs that differ .* b;")])
+def test_other_settings_are_named(before, now, found):
+    corpus.refuse_changes(before, {"more": None}, "out", "remove it")
+    with pytest.raises(SystemExit, match=f"out was made with {found}"):
+        corpus.refuse_changes(before, now, "out", "remove it")
+
 def test_a_line_or_text_that_memory_could_not_hold_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "MAX_LINE_BYTES", 1 << 20)
     monkeypatch.setattr(corpus, "MAX_TXT_BYTES", 1 << 20)

@@ -163,8 +163,8 @@ def test_fineweb_quality_has_a_reason_for_each_rule(text, why):
     (".3.3.3.0 and 1.3.3.3.0",) * 2, ("user@example", "user@example"),
     *((f"({address})", "(email@example.com)") for address in (
         "o'brien@x.org", "o’brien@x.org", "müller@x.org", "mu\u0308ller@x.org", "a/b=c@x.org",
-        f"{'long.' * 20}name@x.org", "иван@почта.рф", "joe@xn--mnchen-3ya.xn--p1ai", "a@a.b.c.d.e.f.g.h.i.j.com",
-        "email@123.123.123.123", "joe@[8.8.8.8]")),
+        f"{'long.' * 20}name@x.org", "иван@почта.рф", "joe@xn--mnchen-3ya.xn--p1ai",
+        "a@a.b.c.d.e.f.g.h.i.j.com", "email@123.123.123.123", "joe@[8.8.8.8]")),
     ("'joe@x.org'", "'email@example.com'"), ("发user@x.com请", "发email@example.com请")])
 def test_public_addresses_are_replaced_and_private_ones_kept(before, after):
     assert filters.pii(page(before))[0]["text"] == after
@@ -335,7 +335,8 @@ def test_a_mistake_on_a_ray_cluster_ends_in_one_line_too(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\nbroken')
     done = run("--source", "text", tmp_path / "a.jsonl", "--out", tmp_path / "o", "--ray", "local",
                check=False)
-    assert done.returncode == 1 and "a.jsonl cannot be read: line 2 is not JSON" in done.stderr.splitlines()[-1]
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "a.jsonl cannot be read: line 2 is not JSON" in last
 
 @pytest.mark.parametrize("name", ["trafilatura", "resiliparse"])
 def test_other_extractors_give_the_main_text_and_not_the_navigation(tmp_path, name):
@@ -411,8 +412,17 @@ def test_lone_surrogates_in_any_field_of_a_row_are_replaced(tmp_path):
     kept, = corpus.read_documents(tmp_path / "0.jsonl.gz")
     assert (kept["text"], kept["title"], kept["more"]) == ("a ? b", "?", [{"?": "?"}])
 
+def test_rows_that_are_no_documents_are_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "a"}\n{"text": ""}\n'
+                                      '{"text": "b", "score": 1e999}\n')
+    pf.run_task(tmp_path / "a.jsonl", tmp_path / "0", plain_settings(is_filtered=False), None)
+    read = json.loads((tmp_path / "0.json").read_text())["rows"]["read"]
+    assert read["dropped"] == {"null_text": 1, "empty_text": 1, "error_ValueError": 1}
+    assert [row["id"] for row in corpus.read_documents(tmp_path / "0.jsonl.gz")] == ["a.jsonl/1"]
+
 SLEEPING = """
-import runpy, time, filters
+import runpy, signal, time, filters
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 filters.language = lambda page, model: time.sleep(60)
 runpy.run_path("prepare_fineweb.py", run_name="__main__")"""
 
@@ -545,7 +555,7 @@ def test_an_input_that_changed_but_not_in_size_is_refused(tmp_path):
     for text in (PROSE, PROSE.replace("river", "brook")):
         (tmp_path / "in.txt").write_text(text[:400])
         done = run(*arguments, check=False)
-    assert done.returncode and "was made with inputs" in done.stderr
+    assert done.returncode and "was made with inputs that differ from this run's" in done.stderr
 
 @pytest.mark.parametrize("arguments, found", [
     (("--out", "x"), "neither --source nor the word tokenize"),
@@ -555,6 +565,7 @@ def test_an_input_that_changed_but_not_in_size_is_refused(tmp_path):
     (("tokenize", "--out", "x"), "tokenize needs --tokenizer"),
     (("tokenize", "--out", "x", "--tokenizer", "gpt2"), "lists no documents"),
     (("--source", "commoncrawl", "--out", "x"), "takes the name of one crawl"),
+    (("--source", "text", __file__, "--out", __file__), "is not a folder; choose another --out"),
     (("--source", "finewebb", "--out", "x"), "finewebb is not a known source"),
     (("--source", "text", __file__, "--out", "x", "--row_tokens", "1"),
      "at most --shard_tokens 100000000, got 1"),
