@@ -34,10 +34,10 @@ import torch
 
 from bpe import Tokenizer
 from eval import is_correct, read_problems
-from model import load_checkpoint, save_checkpoint
+from model import load_checkpoint
 from sample import Engine, find_run, load_tokenizer
-from training import (RunLog, catch_signals, check_finite, default_lr, finish, init_ranks,
-                      load_state, make_optimizer, save_state)
+from training import (RunLog, already_trained, catch_signals, check_finite, contents, default_lr,
+                      finish, init_ranks, load_state, make_optimizer, save_run)
 
 # ---- Conversations → rows of tokens --------------------------------------------------------------
 
@@ -177,18 +177,19 @@ def main():
                          f"evenly; try --total_batch_size {nearest}")
     lr = args.lr or default_lr(model.config, 2 ** 16)       # not a toy's: it is no noise any more
     optimizer = make_optimizer(model, ranks, lr, total_rows * T)
+    conversations = [messages for spec in args.data for messages in read_conversations(spec)]
     settings = dict(data=args.data, epochs=args.epochs, total_rows=total_rows, lr=args.lr,
-                    seed=args.seed, base=meta["run"])
+                    seed=args.seed, base=meta["run"], contents_of_data=contents(conversations))
     state = load_state(run, args.resume, ranks, optimizer, model, settings)
     step, position = (state["step"], state["position"]) if state else (0, 0)
     log = RunLog(run, 0, ranks, resume_step=step if state else None)
-    conversations = [messages for spec in args.data for messages in read_conversations(spec)]
     fitting = render_all(conversations, tokenizer, T, log)
     loader = Loader(fitting, T, args.seed, tokenizer.special["<|pad|>"])
     rows_an_epoch = len(pack(loader.conversations, T, args.seed, 0))
     max_steps = log.max_steps = max(1, round(args.epochs * rows_an_epoch / total_rows))
     if step >= max_steps:
-        return log.say(f"{run} is trained: step {step} of {max_steps}")
+        return already_trained(log, run, ranks, model, tokenizer, "sft", step, max_steps,
+                               base=meta["run"])
     log.header(args, model, ranks.device)
     problems = read_problems(args.held_out) if args.held_out else []
 
@@ -199,16 +200,15 @@ def main():
             log.say(f"held out, {when}: {shares}", step=step, when=when, accuracy=accuracy)
 
     def save():
-        save_state(run, ranks, optimizer, model, step=step, position=position, settings=settings)
-        if ranks.is_main:
-            save_checkpoint(run, model, tokenizer, stage="sft", step=step, base=meta["run"])
+        save_run(run, ranks, optimizer, model, tokenizer, "sft", dict(base=meta["run"]), step=step,
+                 position=position, settings=settings)
 
     if step == 0:
         report_accuracy("before")
-    started, first_step = time.time(), step
+    started, first_step = time.perf_counter(), step
     model.train()
     while step < max_steps and not stop:
-        tick = time.time()
+        tick = time.perf_counter()
         mine = position + ranks.rank * args.batch_size
         batches = [loader.batch(mine + first, args.batch_size, ranks.device)
                    for first in range(0, total_rows, micro_rows)]
@@ -228,16 +228,15 @@ def main():
         lr_scale = min(1.0, (step + 1) / 10) * min(1.0, 2 * left)
         optimizer.step(lr_scale, grad_scale=min(1.0, 1.0 / (norm + 1e-6)), decay_scale=0.0)
         step, position = step + 1, position + total_rows
-        seconds = time.time() - tick
+        seconds = time.perf_counter() - tick
         log(step, loss=loss, lr=lr_scale * optimizer.groups[0]["lr"], norm=norm, ms=1000 * seconds,
             tok_s=total_rows * T / seconds,
-            eta=(time.time() - started) / (step - first_step) * (max_steps - step))
+            eta=(time.perf_counter() - started) / (step - first_step) * (max_steps - step))
+        if step == max_steps:
+            report_accuracy("after")    # before the last save, after which a resume does nothing
         if step % args.save_every == 0 or step == max_steps or stop:
             save()
-    stopped = stop and step < max_steps
-    if not stopped:
-        report_accuracy("after")
-    finish(log, run, "sft", step, started, stopped)
+    finish(log, run, "sft", step, stopped=stop and step < max_steps)
 
 def parse_show_args():
     parser = argparse.ArgumentParser(prog="chat_sft.py show")

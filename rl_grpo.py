@@ -32,10 +32,10 @@ import torch
 
 from bpe import Tokenizer
 from eval import is_correct, read_problems
-from model import load_checkpoint, save_checkpoint
+from model import load_checkpoint
 from sample import Engine, find_run
-from training import (Optimizer, RunLog, catch_signals, check_finite, finish, init_ranks,
-                      load_state, save_state)
+from training import (Optimizer, RunLog, already_trained, catch_signals, check_finite, contents,
+                      finish, init_ranks, load_state, save_run)
 
 def advantages(rewards, divide_by_std=False):
     """rewards (prompts, group_size) → the same shape: each reply against the mean of its own group.
@@ -193,18 +193,19 @@ def main():
     engine = Engine(model, tokenizer)
     kept = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates", "clip",
             "kl", "std", "seed")
-    settings = {key: getattr(args, key) for key in kept} | dict(base=meta["run"])
+    settings = {key: getattr(args, key) for key in kept}
+    settings |= dict(base=meta["run"], contents_of_task=contents(problems))
     state = load_state(run, args.resume, ranks, optimizer, model, settings)
     step = state["step"] if state else 0
     log = RunLog(run, args.max_steps, ranks, resume_step=step if state else None)
     if step >= args.max_steps:
-        return log.say(f"{run} is trained: step {step} of {args.max_steps}")
+        return already_trained(log, run, ranks, model, tokenizer, "rl", step, args.max_steps,
+                               base=meta["run"])
     log.header(args, model, ranks.device)
 
     def save():
-        save_state(run, ranks, optimizer, model, step=step, settings=settings)
-        if ranks.is_main:
-            save_checkpoint(run, model, tokenizer, stage="rl", step=step, base=meta["run"])
+        save_run(run, ranks, optimizer, model, tokenizer, "rl", dict(base=meta["run"]), step=step,
+                 settings=settings)
 
     def report_accuracy():
         if held_out and ranks.is_main:
@@ -216,7 +217,7 @@ def main():
                         step=step, kind=kind, accuracy=share, reply_tokens=tokens)
 
     order = random.Random(args.seed).sample(range(len(problems)), len(problems))
-    started, first_step = time.time(), step
+    started, first_step = time.perf_counter(), step
     while True:
         last = step == args.max_steps
         if (step % args.eval_every == 0 or last) and (step == 0 or step > first_step):
@@ -226,7 +227,7 @@ def main():
         if last or stop:
             break
 
-        tick = time.time()
+        tick = time.perf_counter()
         mine = [problems[order[(step * args.prompts + i) % len(order)]]
                 for i in range(ranks.rank, args.prompts, ranks.world_size)]
         seed = hash((args.seed, step, ranks.rank)) % 2 ** 31
@@ -248,15 +249,15 @@ def main():
         stop = stops > 0
         step += 1
         log(step, reward=reward / n, reply_tokens=tokens / n, tied=tied / n,
-            truncated=truncated / n, norm=norm, kl=kl, loss=loss, ms=1000 * (time.time() - tick),
-            eta=(time.time() - started) / (step - first_step) * (args.max_steps - step))
+            truncated=truncated / n, norm=norm, kl=kl, loss=loss, ms=1000 * (time.perf_counter() - tick),
+            eta=(time.perf_counter() - started) / (step - first_step) * (args.max_steps - step))
         if truncated > n / 2:
             log.say(f"warning: {truncated / n:.0%} of the replies were cut off and earned nothing; "
                     "raise --max_new_tokens")
         if tied > 0.9 * n:
             log.say(f"warning: {tied / n:.0%} of the groups are tied, all right or all wrong; "
                     "give problems that are sometimes solved, or raise --group_size")
-    finish(log, run, "rl", step, started, stopped=stop and step < args.max_steps)
+    finish(log, run, "rl", step, stopped=stop and step < args.max_steps)
 
 if __name__ == "__main__":
     main()

@@ -40,11 +40,10 @@ import torch
 
 from bpe import Tokenizer
 from eval import scores
-from model import (GPT, GPTConfig, find_compiler, find_kernel, load_checkpoint, save_checkpoint,
-                   sdpa)
+from model import GPT, GPTConfig, find_compiler, find_kernel, load_checkpoint, sdpa
 from sample import Engine, find_run
-from training import (D12_MATMUL_PARAMS, RunLog, catch_signals, check_finite, finish, init_ranks,
-                      load_state, make_optimizer, save_state)
+from training import (D12_MATMUL_PARAMS, RunLog, already_trained, catch_signals, check_finite,
+                      finish, init_ranks, load_state, make_optimizer, save_run)
 
 # ---- Data ----------------------------------------------------------------------------------------
 
@@ -346,7 +345,7 @@ def main():
     losses, norms = (state["losses"], state["norms"]) if state else ([], [])    # for is_spike
     log = RunLog(run, args.max_steps, ranks, resume_step=step if state else None)
     if step >= args.max_steps:
-        return log.say(f"{run} is trained: step {step} of {args.max_steps}")
+        return already_trained(log, run, ranks, model, tokenizer, "pretrain", step, args.max_steps)
     log.header(args, model, ranks.device)
     log.say(f"{args.total_batch_size} tokens a step = {B} rows x {T} tokens x "
             f"{ranks.world_size} ranks x {grad_accum_steps} accumulated; {args.max_steps} steps = "
@@ -363,13 +362,12 @@ def main():
     hidden = compile(model.hidden)      # of training only: evaluation and samples use the raw model
     peak = peak_flops(ranks.device)
     gpu_usd, earlier_usd = (args.gpu_hour_usd or 0) * ranks.world_size, usd
-    started, recent, phase, val_bpb = time.time(), [], "the first collective", None
+    started, recent, phase, val_bpb = time.perf_counter(), [], "the first collective", None
 
     def save():
-        save_state(run, ranks, optimizer, model, step=step, position=position, usd=usd,
-                   losses=losses, norms=norms, settings=settings)
-        if ranks.is_main:
-            save_checkpoint(run, model, tokenizer, stage="pretrain", step=step, val_bpb=val_bpb)
+        save_run(run, ranks, optimizer, model, tokenizer, "pretrain", dict(val_bpb=val_bpb),
+                 step=step, position=position, usd=usd, losses=losses, norms=norms,
+                 settings=settings)
 
     def batch(micro_step):
         """Rows of a micro-step; one behind the last is the first of the next step."""
@@ -413,7 +411,7 @@ def main():
             if last or stop:
                 break
 
-            phase, tick = "training", time.time()
+            phase, tick = "training", time.perf_counter()
             loss = torch.zeros((), device=ranks.device)
             for micro_step in range(grad_accum_steps):
                 micro_loss = model.loss(hidden(x), y) / grad_accum_steps
@@ -436,10 +434,10 @@ def main():
                              for last_ones, value in ((losses, loss), (norms, norm)))
             step, position = step + 1, position + args.total_batch_size // T
 
-            seconds = time.time() - tick
+            seconds = time.perf_counter() - tick
             recent = [*recent[-19:], seconds]
             tok_s = args.total_batch_size / seconds
-            usd = earlier_usd + (time.time() - started) / 3600 * gpu_usd
+            usd = earlier_usd + (time.perf_counter() - started) / 3600 * gpu_usd
             log(step, loss=loss, lr=lr_scale * optimizer.groups[0]["lr"], norm=norm,
                 ms=1000 * seconds, tok_s=tok_s, usd=usd or None,
                 mfu=peak and flops_per_token * tok_s / peak / ranks.world_size,
@@ -450,7 +448,7 @@ def main():
                 gc.collect()
                 gc.freeze()
 
-    finish(log, run, "pretrain", step, started, stopped=stop and not last)
+    finish(log, run, "pretrain", step, stopped=stop and not last)
 
 if __name__ == "__main__":
     with suppress(BrokenPipeError):
