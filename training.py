@@ -38,8 +38,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.adamw import adamw
 
-from model import (FORMAT_VERSION, VOCABULARY, compiled, load_weights, put_in_place, read_json,
-                   read_tensors, save_checkpoint, save_weights, write_json)
+from model import (VOCABULARY, compiled, load_weights, put_in_place, read_json, read_tensors,
+                   save_checkpoint, save_weights, write_json)
 
 # ---- Ranks: a single process is rank 0 of 1, and no code below asks which case it is -------------
 
@@ -420,13 +420,17 @@ def one_line_if_full(run):
 
 # ---- The saved run: its checkpoint, and <run>/state/step_N to continue from ----------------------
 
+# It goes up whenever an older state would be resumed with another result. Version 2 has a new order
+# of train_gpt2.py's rows. The version of checkpoints is model.py's.
+STATE_VERSION = 2
+
 def save_run(run, ranks, optimizer, model, tokenizer, stage, meta=None, **state):
     """Saves a run on all ranks. `state`, which has the step and the settings, is what load_state
     will return; `meta` joins config.json.
 
-    A new state is complete as step_N.part before the checkpoint is written, and gets its name after
-    it. So a kill or a power cut at any moment leaves a run that --resume continues, to the end and
-    with the same weights: the newest step_N is whole, and the checkpoint is never older.
+    The new state is complete as step_N.part before the checkpoint is written, and it gets its name
+    afterwards. So a kill or a power cut at any moment leaves a run that --resume can finish with
+    the same weights: the newest step_N is whole, and the checkpoint is never older than it.
     """
     tensors = [*model.parameters(), *optimizer.state.values()]
     n_broken = sum(1 for tensor in tensors if not tensor.isfinite().all())
@@ -438,7 +442,7 @@ def save_run(run, ranks, optimizer, model, tokenizer, stage, meta=None, **state)
         if ranks.is_main:
             save_checkpoint(run, model, tokenizer, stage=stage, step=state["step"], **meta or {})
             name_state(part)
-    ranks.sum(0)                        # no rank goes on before the run is saved
+    ranks.sum(0)                        # no rank continues before the run is saved
 
 def write_state(run, ranks, optimizer, model, **state):
     """Writes what a bit-equal --resume needs to <run>/state/step_N.part: the weights, each rank's
@@ -454,7 +458,7 @@ def write_state(run, ranks, optimizer, model, **state):
     ranks.sum(0)                        # wait until every rank's file is there
     if ranks.is_main:
         save_weights(part / "model.safetensors", model)
-        write_json(part / "state.json", dict(state, format_version=FORMAT_VERSION,
+        write_json(part / "state.json", dict(state, format_version=STATE_VERSION,
                                              optimizer_steps=optimizer.steps,
                                              world_size=ranks.world_size))
     return part
@@ -468,44 +472,15 @@ def name_state(part):
         if folder != final and folder.is_dir():
             shutil.rmtree(folder)
 
-def newest_state(run):
-    """The folder <run>/state/step_N with the largest N, or None."""
-    found = {}
-    for folder in (Path(run) / "state").glob("step_*"):
-        number = re.fullmatch("step_([0-9]+)", folder.name)
-        if number and folder.is_dir():
-            found[int(number[1])] = folder
-    return found[max(found)] if found else None
-
-def lock_run(run):
-    """Keeps other processes out of this run until this one ends, killed or not. False if one of
-    them is in it."""
-    with one_line_if_full(run):
-        Path(run).mkdir(parents=True, exist_ok=True)
-        # never closed: closing it would free the lock
-        file = os.open(Path(run) / "lock", os.O_RDWR | os.O_CREAT)
-    try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:                     # this file system has no locks
-        pass
-    return True
-
 def load_state(run, resume, ranks, optimizer, model, settings):
-    """Restores what save_run wrote, for any number of ranks. Returns its `state`, or None if nothing
+    """Restores what save_run wrote, by any number of ranks. Returns its `state`, or None if nothing
     was saved. `settings`, the flags that decide what is computed, must be the run's. From here on
-    no other process can train in this folder."""
+    no other process can train in this run."""
     n_locked_out = 0
     if ranks.is_main and not lock_run(run):
         n_locked_out = 1
     if ranks.sum(n_locked_out)[0]:
-        raise SystemExit(f"another process is training in {run}; wait for its end, or choose "
+        raise SystemExit(f"another process is training in {run}; wait until it ends, or choose "
                          "another --out")
     folder = newest_state(run)
     if folder and not resume:
@@ -534,12 +509,42 @@ def load_state(run, resume, ranks, optimizer, model, settings):
                          "another --out")
     return state
 
+def newest_state(run):
+    """The folder <run>/state/step_N with the largest N, or None."""
+    found = {}
+    for folder in (Path(run) / "state").glob("step_*"):
+        number = re.fullmatch("step_([0-9]+)", folder.name)
+        if number and folder.is_dir():
+            found[int(number[1])] = folder
+    return found[max(found)] if found else None
+
+def lock_run(run):
+    """Keeps other processes from training in this run until this one ends or is killed. Returns
+    False if another one keeps this one out."""
+    with one_line_if_full(run):
+        Path(run).mkdir(parents=True, exist_ok=True)
+        # never closed: closing it would free the lock
+        file = os.open(Path(run) / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:                     # this file system has no locks
+        pass
+    return True
+
 def refuse_model_without_state(run, resume):
-    """A folder may hold a model that no training here can continue: HF's, or one whose state/ was
-    removed. It is not overwritten. (A run that was killed in its first save has a state/.)"""
-    began_here = resume and (Path(run) / "state").is_dir()
+    """Keeps a model that cannot be continued from being overwritten: HF's, or one whose state/ was
+    removed. A run that was killed in its first save has a state/, and --resume begins it again."""
+    if resume and (Path(run) / "state").is_dir():
+        return
     for name in ("config.json", "model.safetensors"):
-        if (Path(run) / name).exists() and not began_here:
+        if (Path(run) / name).exists():
             raise SystemExit(f"{run} holds a model but no saved state to continue from; training "
                              "would overwrite it; choose another --out")
 
@@ -552,11 +557,15 @@ def read_state(folder, settings):
             raise SystemExit(f"{folder}/state.json: {name} is {state.get(name)}; {advice}")
     if not isinstance(state.get("settings"), dict):
         raise SystemExit(f"{folder}/state.json has no settings; {advice}")
-    old = dict(state["settings"], format_version=state.get("format_version"))
-    new = dict(json.loads(json.dumps(settings)), format_version=FORMAT_VERSION)
+    run = folder.parent.parent
+    if state.get("format_version") != STATE_VERSION:
+        raise SystemExit(f"{run} holds a saved state of format {state.get('format_version')}; only "
+                         f"format {STATE_VERSION} can be resumed, because the order of the rows "
+                         "has changed; train again in another --out")
+    old = state["settings"]
+    new = json.loads(json.dumps(settings))
     changed = sorted(key for key in old | new if old.get(key) != new.get(key))
     if changed:
-        run = folder.parent.parent
         raise SystemExit(f"{run} was begun with another {' and '.join(changed)}; a resumed run "
                          "keeps its settings; give the same flags, or choose another --out")
     return state
@@ -567,7 +576,9 @@ def read_rank(path, device):
         if not path.is_file():
             raise OSError("there is no such file")
         tensors = load_file(path, device=device)
-        if tensors["rng.cpu"].shape != torch.get_rng_state().shape:
+        generator = tensors["rng.cpu"]
+        wanted = torch.get_rng_state()
+        if (generator.dtype, generator.shape) != (wanted.dtype, wanted.shape):
             raise OSError("its random generator is damaged")
     except (OSError, SafetensorError, KeyError) as error:
         raise SystemExit(f"{path}: {error}; this saved state is damaged; remove its folder, or "

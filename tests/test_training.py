@@ -215,7 +215,7 @@ def load(tmp_path):
 def test_state_of_another_version_is_one_line(load, tmp_path):
     path = tmp_path / "state" / "step_000002" / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(format_version=99)))
-    with pytest.raises(SystemExit, match="another format_version;.*;"):
+    with pytest.raises(SystemExit, match="state of format 99;.*;"):
         load(True, SETTINGS)
 
 
