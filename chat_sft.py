@@ -34,11 +34,11 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from eval import check_messages, digest, is_correct, read_lines, read_problems
-from model import load_checkpoint, save_checkpoint
+from eval import check_messages, is_correct, read_lines, read_problems
+from model import load_checkpoint
 from sample import Engine, check_at_least, find_run, load_tokenizer, printable, quiet_end
-from training import (RunLog, catch_signals, check_finite, default_lr, finish, init_ranks,
-                      load_state, make_optimizer, save_state)
+from training import (RunLog, already_trained, catch_signals, check_finite, contents, default_lr,
+                      finish, init_ranks, load_state, make_optimizer, save_run)
 
 WARMUP_STEPS = 10
 WAITING = 100           # conversations among which the one that fits a row best is looked for
@@ -262,10 +262,8 @@ def main():
     for spec in args.data:
         conversations += read_conversations(spec)
 
-    # contents count, not names: a resumed run must read the same conversations
-    data = {spec: digest(split_weight(spec)[0]) for spec in args.data}
-    settings = dict(data=data, epochs=args.epochs, total_rows=total_rows, lr=args.lr,
-                    seed=args.seed, base=meta["run"])
+    settings = dict(data=args.data, epochs=args.epochs, total_rows=total_rows, lr=args.lr,
+                    seed=args.seed, base=meta["run"], contents_of_data=contents(conversations))
     state = load_state(run, args.resume, ranks, optimizer, model, settings) or {}
     first_step = step = state.get("step", 0)
     log = RunLog(run, 0, ranks, resume_step=state.get("step"))
@@ -274,7 +272,8 @@ def main():
     rows_an_epoch = len(pack(fitting, T, args.seed, epoch=0))
     max_steps = log.max_steps = max(1, round(args.epochs * rows_an_epoch / total_rows))
     if step >= max_steps:
-        return log.say(f"{run} is trained: step {step} of {max_steps}")
+        return already_trained(log, run, ranks, model, tokenizer, "sft", step, max_steps,
+                               base=meta["run"])
     log.header(args, model, ranks.device)
     problems = read_held_out(args.held_out, tokenizer, T, log)
 
@@ -285,25 +284,24 @@ def main():
             log.say(f"held out, {when}: {shares}", step=step, when=when, accuracy=accuracy)
 
     def save():
-        save_state(run, ranks, optimizer, model, step=step, settings=settings)
-        if ranks.is_main:
-            save_checkpoint(run, model, tokenizer, stage="sft", step=step, base=meta["run"])
+        save_run(run, ranks, optimizer, model, tokenizer, "sft", dict(base=meta["run"]), step=step,
+                 settings=settings)
 
-    started = time.time()
+    started = time.perf_counter()
     stop = False
     model.train()
     while True:
         last = step == max_steps
         if step == 0:
             report_accuracy("before")
+        if last:
+            report_accuracy("after")    # before the last save, after which a resume does nothing
         if last or stop or (step % args.save_every == 0 and step > first_step):
             save()
-        if last:
-            report_accuracy("after")
         if last or stop:
             break
 
-        tick = time.time()
+        tick = time.perf_counter()
         batches = []
         for first in range(ranks.rank * args.batch_size, total_rows,
                            args.batch_size * ranks.world_size):
@@ -322,11 +320,11 @@ def main():
         lr_scale = learning_rate_scale(step, max_steps)
         optimizer.step(lr_scale, grad_scale=min(1.0, 1.0 / (norm + 1e-6)), decay_scale=0.0)
         step += 1
-        seconds = time.time() - tick
-        seconds_a_step = (time.time() - started) / (step - first_step)
+        seconds = time.perf_counter() - tick
+        seconds_a_step = (time.perf_counter() - started) / (step - first_step)
         log(step, loss=loss, lr=lr_scale * optimizer.groups[0]["lr"], norm=norm, ms=1000 * seconds,
             tok_s=total_rows * T / seconds, eta=seconds_a_step * (max_steps - step))
-    finish(log, run, "sft", step, started, stopped=stop and not last)
+    finish(log, run, "sft", step, stopped=stop and not last)
 
 def parse_show_args():
     parser = argparse.ArgumentParser(prog="chat_sft.py show")

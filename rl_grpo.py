@@ -34,11 +34,11 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from eval import digest, is_correct, read_problems
-from model import load_checkpoint, save_checkpoint
+from eval import is_correct, read_problems
+from model import load_checkpoint
 from sample import Engine, check_at_least, find_run
-from training import (Optimizer, RunLog, catch_signals, check_finite, finish, init_ranks,
-                      load_state, save_state)
+from training import (Optimizer, RunLog, already_trained, catch_signals, check_finite, contents,
+                      finish, init_ranks, load_state, save_run)
 
 ROWS = 64               # replies that pass through the model at once while learning
 QUESTIONS = 128         # held-out questions that are answered at once
@@ -261,13 +261,14 @@ def main():
     adamw = dict(kind="adamw", lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     optimizer = Optimizer([dict(adamw, params=dict(model.named_parameters()))], ranks)
 
-    settings = {key: getattr(args, key) for key in SETTINGS} | dict(base=meta["run"])
-    settings["task"] = digest(args.task)    # its content counts, not its name
+    settings = {key: getattr(args, key) for key in SETTINGS}
+    settings |= dict(base=meta["run"], contents_of_task=contents(problems))
     state = load_state(run, args.resume, ranks, optimizer, model, settings) or {}
     first_step = step = state.get("step", 0)
     log = RunLog(run, args.max_steps, ranks, resume_step=state.get("step"))
     if step >= args.max_steps:
-        return log.say(f"{run} is trained: step {step} of {args.max_steps}")
+        return already_trained(log, run, ranks, model, tokenizer, "rl", step, args.max_steps,
+                               base=meta["run"])
     log.header(args, model, ranks.device)
     block_size = model.config.block_size
     problems = that_fit(args.task, problems, tokenizer, block_size, log)
@@ -292,12 +293,11 @@ def main():
                         step=step, kind=kind, accuracy=share, reply_tokens=tokens)
 
     def save():
-        save_state(run, ranks, optimizer, model, step=step, settings=settings)
-        if ranks.is_main:
-            save_checkpoint(run, model, tokenizer, stage="rl", step=step, base=meta["run"])
+        save_run(run, ranks, optimizer, model, tokenizer, "rl", dict(base=meta["run"]), step=step,
+                 settings=settings)
 
     order = random.Random(args.seed).sample(range(len(problems)), len(problems))
-    started = time.time()
+    started = time.perf_counter()
     stop = False
     while True:
         last = step == args.max_steps
@@ -308,7 +308,7 @@ def main():
         if last or stop:
             break
 
-        tick = time.time()
+        tick = time.perf_counter()
         mine = []
         for i in range(ranks.rank, args.prompts, ranks.world_size):
             mine.append(problems[order[(step * args.prompts + i) % len(order)]])
@@ -331,12 +331,12 @@ def main():
             sum(lengths), len(signals))
         stop = stops > 0
         step += 1
-        seconds_a_step = (time.time() - started) / (step - first_step)
+        seconds_a_step = (time.perf_counter() - started) / (step - first_step)
         log(step, reward=reward / n, reply_tokens=tokens / n, tied=tied / n,
-            truncated=truncated / n, norm=norm, kl=kl, loss=loss, ms=1000 * (time.time() - tick),
+            truncated=truncated / n, norm=norm, kl=kl, loss=loss, ms=1000 * (time.perf_counter() - tick),
             eta=seconds_a_step * (args.max_steps - step))
         warn(log, truncated / n, tied / n)
-    finish(log, run, "rl", step, started, stopped=stop and not last)
+    finish(log, run, "rl", step, stopped=stop and not last)
 
 if __name__ == "__main__":
     main()

@@ -49,11 +49,11 @@ import torch
 from bpe import Tokenizer
 from eval import scores
 from model import (GPT, GPT2_SIZES, GPTConfig, find_compiler, find_kernel, load_checkpoint,
-                   save_checkpoint, sdpa)
+                   sdpa)
 from sample import (Engine, check_at_least, choose_device, find_run, has_tokenizer, load_tokenizer,
                     quiet_end)
-from training import (D12_MATMUL_PARAMS, RunLog, catch_signals, check_finite, finish, init_ranks,
-                      load_state, make_optimizer, save_state)
+from training import (D12_MATMUL_PARAMS, RunLog, already_trained, catch_signals, check_finite,
+                      finish, init_ranks, load_state, make_optimizer, save_run)
 
 # ---- Data ----------------------------------------------------------------------------------------
 
@@ -675,7 +675,8 @@ def main():
         resume_step = progress.step
     log = RunLog(run, args.max_steps, ranks, resume_step=resume_step)
     if progress.step >= args.max_steps:
-        return log.say(f"{run} is trained: step {progress.step} of {args.max_steps}")
+        return already_trained(log, run, ranks, model, tokenizer, "pretrain", progress.step,
+                               args.max_steps)
     log.header(args, model, ranks.device)
     log_plan(log, args, model, T, ranks, grad_accum_steps, train_shards.n_tokens)
     hidden = find_compiler(ranks.device)[0](model.hidden)   # evaluations and samples stay eager
@@ -685,10 +686,8 @@ def main():
         profiler.start()
 
     def save():
-        save_state(run, ranks, optimizer, model, **vars(progress), settings=settings)
-        if ranks.is_main:
-            save_checkpoint(run, model, tokenizer, stage="pretrain", step=progress.step,
-                            val_bpb=val_bpb)
+        save_run(run, ranks, optimizer, model, tokenizer, "pretrain", dict(val_bpb=val_bpb),
+                 **vars(progress), settings=settings)
 
     def batch(micro_step):
         """This rank's rows of a micro-step. The one after the last is the next step's first."""
@@ -701,7 +700,6 @@ def main():
     val_bpb = None
     with named_failures(ranks, first_step, "the first collective"):
         ranks.sum(1)
-    started = time.time()
     meter = Meter(args, model, T, ranks, progress.usd)
     model.train()
     x, y = batch(0)
@@ -767,7 +765,7 @@ def main():
 
     if profiler:
         profiler.stop()
-    finish(log, run, "pretrain", step, started, stopped=stop and not is_last)
+    finish(log, run, "pretrain", step, stopped=stop and not is_last)
 
 if __name__ == "__main__":
     with quiet_end():

@@ -8,7 +8,7 @@ the saved state from which --resume continues, and the lines that all loops repe
     norm = optimizer.average_grads()            # over all ranks
     optimizer.step(lr_scale=0.5)
     log(step, loss=loss, norm=norm)             # to stdout and <run>/log.jsonl
-    save_state(run, ranks, optimizer, model, step=step, settings=settings)
+    save_run(run, ranks, optimizer, model, tokenizer, "pretrain", step=step, settings=settings)
 
 Papers: AdamW (arXiv 1711.05101), Muon (kellerjordan.github.io/posts/muon), Polar Express
 (2505.16932), NorMuon (2510.05491), cautious weight decay (2510.12402), ZeRO (1910.02054).
@@ -16,14 +16,17 @@ Differs from the papers: a rank owns whole parameters, not slices of them, becau
 matrices; the ranks send each other the same number of bytes.
 """
 import atexit
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,11 +34,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.adamw import adamw
 
-from model import (VOCABULARY, compiled, load_weights, put_in_place, read_json,
-                   read_tensors, save_checkpoint, save_weights, write_json)
+from model import (VOCABULARY, compiled, load_weights, put_in_place, read_json, read_tensors,
+                   save_checkpoint, save_weights, write_json)
 
 # ---- Ranks: a single process is rank 0 of 1, and no code below asks which case it is -------------
 
@@ -150,6 +154,25 @@ class Optimizer:
         if f"{name}.{key}" not in self.state:
             self.state[f"{name}.{key}"] = torch.zeros_like(like)
         return self.state[f"{name}.{key}"]
+
+    def missing_state(self):
+        """The first tensor of this rank's state that is not there or not fit to continue from."""
+        if self.steps == 0:
+            return None
+        for group in self.groups:
+            for name in filter(self.is_mine, group["params"]):
+                W = self.params[name]
+                like = {"exp_avg": W, "exp_avg_sq": W}
+                if group["kind"] == "muon":
+                    W = as_matrices(W)
+                    like = {"momentum": W, "variance": W.narrow(short_axis(W), 0, 1)}
+                for key, tensor in like.items():
+                    found = self.state.get(f"{name}.{key}")
+                    if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+                        return f"{name}.{key}"
+                    if not found.isfinite().all():
+                        return f"{name}.{key}"
+        return None
 
     def zero_grad(self):
         for p in self.params.values():
@@ -311,20 +334,27 @@ class RunLog:
     def __init__(self, run, max_steps, ranks=Ranks(), resume_step=None):
         self.max_steps = max_steps
         self.is_main = ranks.is_main
-        self.started = time.time()
+        self.run = run
+        self.started = time.perf_counter()
+        self.earlier_seconds = 0.0
         if not self.is_main:
             return
         path = Path(run) / "log.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
         rows = []
         if resume_step is not None:     # the steps after the saved one will be logged again
             rows = [row for row in read_log(run) if row.get("step", 0) <= resume_step]
         if rows:
-            self.started -= rows[-1]["seconds"]
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(part, path)
-        self.file = open(path, "a", buffering=1)
+            self.earlier_seconds = rows[-1].get("seconds", 0.0)
+        with one_line_if_full(run):
+            part = path.with_suffix(".part")
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            put_in_place(part, path)
+            self.file = open(path, "a", buffering=1)
+
+    def seconds(self):
+        """Seconds since this process began the log."""
+        return time.perf_counter() - self.started
 
     def __call__(self, step, **values):
         """Logs a step; a value of None is left out."""
@@ -342,8 +372,9 @@ class RunLog:
             return
         print(text, flush=True)
         if row:
-            row["seconds"] = round(time.time() - self.started, 3)
-            self.file.write(json.dumps(row) + "\n")
+            row["seconds"] = round(self.earlier_seconds + self.seconds(), 3)
+            with one_line_if_full(self.run):
+                self.file.write(json.dumps(row) + "\n")
 
     def header(self, args, model, device):
         """What it takes to repeat a run: command, commit, versions, device, flags, parameters."""
@@ -358,67 +389,111 @@ class RunLog:
         self.say("\n".join(f"{key:8s} {value}" for key, value in row.items()), header=row)
 
 def read_log(run):
-    """The rows of <run>/log.jsonl, less a last line that a kill cut short."""
+    """The rows of <run>/log.jsonl. A last line that a kill cut short is left out; so is a damaged
+    line, with a word about it on stderr."""
     path = Path(run) / "log.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    rows = []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            is_row = isinstance(row, dict) and isinstance(row.get("step", 0), int)
+        except (ValueError, RecursionError):
+            is_row = False
+        if is_row:
+            rows.append(row)
+        elif line.strip():
+            print(f"{path}, line {number} is damaged and is left out", file=sys.stderr)
+    return rows
 
-# ---- The saved state: <run>/state/step_N ---------------------------------------------------------
+@contextmanager
+def one_line_if_full(run):
+    """A full disk, a folder that cannot be written and the like end the program with one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise SystemExit(f"{run} cannot be written: {problem}; what was saved before is kept; free "
+                         "some space, or choose another --out") from None
+
+# ---- The saved run: its checkpoint, and <run>/state/step_N to continue from ----------------------
 
 # It goes up whenever an older state would be resumed with another result. Version 2 has a new order
 # of train_gpt2.py's rows. The version of checkpoints is model.py's.
 STATE_VERSION = 2
 
-def save_state(run, ranks, optimizer, model, **state):
-    """Writes what a bit-equal --resume needs to <run>/state/step_N: the weights, each rank's part
-    of the optimizer's state and its random generators, and `state`, which has the step.
+def save_run(run, ranks, optimizer, model, tokenizer, stage, meta=None, **state):
+    """Saves a run on all ranks. `state`, which has the step and the settings, is what load_state
+    will return; `meta` joins config.json.
 
-    It is written to step_N.part and then renamed, so that the newest step_N is always complete.
+    The new state is complete as step_N.part before the checkpoint is written, and it gets its name
+    afterwards. So a kill or a power cut at any moment leaves a run that --resume can finish with
+    the same weights: the newest step_N is whole, and the checkpoint is never older than it.
     """
-    final = Path(run) / "state" / f"step_{state['step']:06d}"
-    part = final.with_suffix(".part")
+    tensors = [*model.parameters(), *optimizer.state.values()]
+    n_broken = sum(1 for tensor in tensors if not tensor.isfinite().all())
+    if ranks.sum(n_broken)[0]:
+        raise SystemExit(f"step {state['step']}: weights are not finite, so they are not saved; "
+                         "what was saved before is kept; try a lower --lr in another --out")
+    with one_line_if_full(run):
+        part = write_state(run, ranks, optimizer, model, **state)
+        if ranks.is_main:
+            save_checkpoint(run, model, tokenizer, stage=stage, step=state["step"], **meta or {})
+            name_state(part)
+    ranks.sum(0)                        # no rank continues before the run is saved
+
+def write_state(run, ranks, optimizer, model, **state):
+    """Writes what a bit-equal --resume needs to <run>/state/step_N.part: the weights, each rank's
+    part of the optimizer's state and its random generators, and `state`. Returns the folder."""
+    part = Path(run) / "state" / f"step_{state['step']:06d}.part"
     part.mkdir(parents=True, exist_ok=True)
     tensors = {**optimizer.state, "rng.cpu": torch.get_rng_state()}
     if "cuda" in ranks.device:
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, part / f"rank_{ranks.rank:05d}.safetensors")
-    ranks.sum(1)                        # wait until every rank's file is there
+    path = part / f"rank_{ranks.rank:05d}.safetensors"
+    save_file(tensors, f"{path}.part")
+    put_in_place(f"{path}.part", path)
+    ranks.sum(0)                        # wait until every rank's file is there
     if ranks.is_main:
         save_weights(part / "model.safetensors", model)
         write_json(part / "state.json", dict(state, format_version=STATE_VERSION,
                                              optimizer_steps=optimizer.steps,
                                              world_size=ranks.world_size))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(part, final)
-        for old in set(final.parent.iterdir()) - {final}:
-            shutil.rmtree(old)
-    ranks.sum(1)
+    return part
+
+def name_state(part):
+    """Renames step_N.part to step_N, and deletes the older states."""
+    final = part.with_suffix("")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(part, final)
+    for folder in final.parent.glob("step_*"):
+        if folder != final and folder.is_dir():
+            shutil.rmtree(folder)
 
 def load_state(run, resume, ranks, optimizer, model, settings):
-    """Restores what save_state wrote, for any number of ranks. Returns its `state`, or None if
-    nothing was saved. `settings`, the flags that decide what is computed, must be the run's."""
-    folder = max((Path(run) / "state").glob("step_" + 6 * "[0-9]"), default=None)
+    """Restores what save_run wrote, by any number of ranks. Returns its `state`, or None if nothing
+    was saved. `settings`, the flags that decide what is computed, must be the run's. From here on
+    no other process can train in this run."""
+    n_locked_out = 0
+    if ranks.is_main and not lock_run(run):
+        n_locked_out = 1
+    if ranks.sum(n_locked_out)[0]:
+        raise SystemExit(f"another process is training in {run}; wait until it ends, or choose "
+                         "another --out")
+    folder = newest_state(run)
     if folder and not resume:
         raise SystemExit(f"{run} holds a saved run; training again would overwrite it; add "
                          "--resume to continue it, or choose another --out")
     if not folder:
+        refuse_model_without_state(run, resume)
         return None
-    state = json.loads((folder / "state.json").read_text())
-    if state["format_version"] != STATE_VERSION:
-        raise SystemExit(f"{run} holds a saved state of format {state['format_version']}; only "
-                         f"format {STATE_VERSION} can be resumed, because the order of the rows "
-                         "has changed; train again in another --out")
-    old = state["settings"]
-    new = json.loads(json.dumps(settings))
-    changed = sorted(key for key in old | new if old.get(key) != new.get(key))
-    if changed:
-        raise SystemExit(f"{run} was begun with another {' and '.join(changed)}; a resumed run "
-                         "keeps its settings; give the same flags, or choose another --out")
+    state = read_state(folder, settings)
     weights = folder / "model.safetensors"
     load_weights(weights, model, read_tensors(weights))
     for number in range(state["world_size"]):
-        tensors = load_file(folder / f"rank_{number:05d}.safetensors", device=ranks.device)
+        tensors = read_rank(folder / f"rank_{number:05d}.safetensors", ranks.device)
         generators = {name: tensors.pop(name).cpu() for name in list(tensors)
                       if name.startswith("rng.")}
         optimizer.state.update({name: tensor for name, tensor in tensors.items()
@@ -428,7 +503,91 @@ def load_state(run, resume, ranks, optimizer, model, settings):
             if "cuda" in ranks.device and "rng.cuda" in generators:
                 torch.cuda.set_rng_state(generators["rng.cuda"])
     optimizer.steps = state["optimizer_steps"]
+    missing = optimizer.missing_state()
+    if missing:
+        raise SystemExit(f"{folder}: {missing} is missing or damaged; remove this folder, or choose "
+                         "another --out")
     return state
+
+def newest_state(run):
+    """The folder <run>/state/step_N with the largest N, or None."""
+    found = {}
+    for folder in (Path(run) / "state").glob("step_*"):
+        number = re.fullmatch("step_([0-9]+)", folder.name)
+        if number and folder.is_dir():
+            found[int(number[1])] = folder
+    return found[max(found)] if found else None
+
+def lock_run(run):
+    """Keeps other processes from training in this run until this one ends or is killed. Returns
+    False if another one keeps this one out."""
+    with one_line_if_full(run):
+        Path(run).mkdir(parents=True, exist_ok=True)
+        # never closed: closing it would free the lock
+        file = os.open(Path(run) / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:                     # this file system has no locks
+        pass
+    return True
+
+def refuse_model_without_state(run, resume):
+    """Keeps a model that cannot be continued from being overwritten: HF's, or one whose state/ was
+    removed. A run that was killed in its first save has a state/, and --resume begins it again."""
+    if resume and (Path(run) / "state").is_dir():
+        return
+    for name in ("config.json", "model.safetensors"):
+        if (Path(run) / name).exists():
+            raise SystemExit(f"{run} holds a model but no saved state to continue from; training "
+                             "would overwrite it; choose another --out")
+
+def read_state(folder, settings):
+    """state.json, if it is whole and of a run with these settings."""
+    advice = "this saved state is damaged; remove its folder, or choose another --out"
+    state = read_json(folder / "state.json", advice)
+    for name in ("step", "world_size", "optimizer_steps"):
+        if not isinstance(state.get(name), int) or state[name] < 0:
+            raise SystemExit(f"{folder}/state.json: {name} is {state.get(name)}; {advice}")
+    if not isinstance(state.get("settings"), dict):
+        raise SystemExit(f"{folder}/state.json has no settings; {advice}")
+    run = folder.parent.parent
+    if state.get("format_version") != STATE_VERSION:
+        raise SystemExit(f"{run} holds a saved state of format {state.get('format_version')}; only "
+                         f"format {STATE_VERSION} can be resumed, because the order of the rows "
+                         "has changed; train again in another --out")
+    old = state["settings"]
+    new = json.loads(json.dumps(settings))
+    changed = sorted(key for key in old | new if old.get(key) != new.get(key))
+    if changed:
+        raise SystemExit(f"{run} was begun with another {' and '.join(changed)}; a resumed run "
+                         "keeps its settings; give the same flags, or choose another --out")
+    return state
+
+def read_rank(path, device):
+    """The tensors that one rank saved."""
+    try:
+        if not path.is_file():
+            raise OSError("there is no such file")
+        tensors = load_file(path, device=device)
+        generator = tensors["rng.cpu"]
+        wanted = torch.get_rng_state()
+        if (generator.dtype, generator.shape) != (wanted.dtype, wanted.shape):
+            raise OSError("its random generator is damaged")
+    except (OSError, SafetensorError, KeyError) as error:
+        raise SystemExit(f"{path}: {error}; this saved state is damaged; remove its folder, or "
+                         "choose another --out") from None
+    return tensors
+
+def contents(value):
+    """A hash of data, for `settings`: a run is not resumed on other data under the same name."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 # ---- What every training loop repeats ------------------------------------------------------------
 
@@ -446,9 +605,28 @@ def check_finite(where, loss, norm):
         raise SystemExit(f"{where}: loss {loss}, norm {norm}; training needs finite numbers; what "
                          "was saved is kept; try a lower --lr in another --out")
 
-def finish(log, run, stage, step, started, stopped):
+def already_trained(log, run, ranks, model, tokenizer, stage, step, max_steps, **meta):
+    """Ends a resume that has no step left to train: writes the checkpoint again if it is missing or
+    of another step."""
+    if ranks.is_main and not is_checkpoint_of(run, stage, step):
+        with one_line_if_full(run):
+            save_checkpoint(run, model, tokenizer, stage=stage, step=step, **meta)
+        log.say(f"{run}: the checkpoint of step {step} was missing; it is written again")
+    log.say(f"{run} is trained: step {step} of {max_steps}")
+
+def is_checkpoint_of(run, stage, step):
+    """Whether the run's checkpoint is there and of this stage and step."""
+    if not (Path(run) / "model.safetensors").exists():
+        return False
+    try:
+        meta = json.loads((Path(run) / "config.json").read_text())["deepdive"]
+        return (meta["stage"], meta["step"]) == (stage, step)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+def finish(log, run, stage, step, stopped):
     """Logs the last line of a run. One that a signal stopped exits with status 130."""
     if stopped:
         log.say(f"stopped and saved at step {step}; continue with the same command and --resume")
         raise SystemExit(130)
-    log.say(f"{run}: stage {stage}, step {step}, {time.time() - started:.0f} s")
+    log.say(f"{run}: stage {stage}, step {step}, {log.seconds():.0f} s")

@@ -186,7 +186,7 @@ def test_a_resumed_run_must_read_the_same_conversations(base_run, eight, tmp_pat
     data.write_bytes(Path(eight).read_bytes())
     run_main(chat_sft, *flags(base_run, data, tmp_path / "run", epochs=1))
     data.write_bytes(b"\n".join(data.read_bytes().split(b"\n")[:4]))
-    with pytest.raises(SystemExit, match="another data"):
+    with pytest.raises(SystemExit, match="another contents_of_data"):
         run_main(chat_sft, *flags(base_run, data, tmp_path / "run", epochs=1), "--resume")
 
 

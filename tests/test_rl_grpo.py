@@ -345,7 +345,7 @@ def test_a_resumed_run_must_practise_the_same_problems(assistant, task, tmp_path
     copy.write_bytes(task.read_bytes())
     run_main(rl_grpo, *flags(assistant, copy, tmp_path / "run", max_steps=1))
     copy.write_bytes(b"\n".join(copy.read_bytes().split(b"\n")[:1]))
-    with pytest.raises(SystemExit, match="another task"):
+    with pytest.raises(SystemExit, match="another contents_of_task"):
         run_main(rl_grpo, *flags(assistant, copy, tmp_path / "run", max_steps=1), "--resume")
 
 

@@ -3,16 +3,26 @@ training.py: the optimizers equal PyTorch's AdamW and a slow Muon in float64, th
 all that a resumed run needs, and the run log keeps its grammar.
 """
 import json
+import math
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import chat_sft
+import model as model_module
+import rl_grpo
+import train_gpt2
 import training
-from conftest import GPT2, MODERN, mutate, noisy
-from model import GPT
+from conftest import GPT2, MODERN, ROOT, assert_same_files, mutate, noisy, run_main
+from model import GPT, load_checkpoint
 from training import (Optimizer, Ranks, RunLog, as_matrices, load_state, make_optimizer, polar,
-                      read_log, save_state)
+                      read_log, save_run)
 from test_model import TEXT, text_only
 
 
@@ -160,6 +170,10 @@ def test_every_scheduled_number_reaches_the_weights(knob):
 
 # ---- the state
 
+def save(run, optimizer, model, **state):
+    save_run(run, Ranks(), optimizer, model, None, "pretrain", **state)
+
+
 @pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
 def test_state_restores_weights_optimizer_and_random_numbers(config, tmp_path):
     def start():
@@ -175,8 +189,8 @@ def test_state_restores_weights_optimizer_and_random_numbers(config, tmp_path):
 
     model, optimizer = start()
     train(model, optimizer, 2)
-    save_state(tmp_path, Ranks(), optimizer, model, step=1, position=10, settings={})
-    save_state(tmp_path, Ranks(), optimizer, model, step=2, position=20, settings=dict(a=1))
+    save(tmp_path, optimizer, model, step=1, position=10, settings={})
+    save(tmp_path, optimizer, model, step=2, position=20, settings=dict(a=1))
     expected = train(model, optimizer, 3)
     model, optimizer = start()
     state = load_state(tmp_path, True, Ranks(), optimizer, model, dict(a=1))
@@ -193,7 +207,7 @@ def load(tmp_path):
     """A run with one saved state in tmp_path → load_state for it."""
     model = GPT(GPT2)
     optimizer = make_optimizer(model)
-    save_state(tmp_path, Ranks(), optimizer, model, step=2, position=20, settings=SETTINGS)
+    save(tmp_path, optimizer, model, step=2, position=20, settings=SETTINGS)
     return lambda resume, settings: load_state(tmp_path, resume, Ranks(), optimizer, model,
                                                settings)
 
@@ -217,7 +231,289 @@ def test_only_a_complete_state_counts_and_it_is_not_written_over(load, tmp_path)
     with pytest.raises(SystemExit, match="overwrite.*--resume"):
         load(False, SETTINGS)
     (tmp_path / "state" / "step_000002").rename(tmp_path / "state" / "step_000002.part")
-    assert load(True, SETTINGS) is None and load(False, SETTINGS) is None
+    assert load(True, SETTINGS) is None
+    with pytest.raises(SystemExit, match="holds a model but no saved state"):
+        load(False, SETTINGS)
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(patch, call):
+    """Raises Killed before the n-th time that saving touches the disk."""
+    calls = []
+
+    def counted(original):
+        def function(*args, **kwargs):
+            calls.append(original)
+            if len(calls) == call:
+                raise Killed
+            return original(*args, **kwargs)
+        return function
+
+    for owner, name in [(training, "save_file"), (model_module, "save_file"),
+                        (training.os, "replace"), (training.os, "fsync"),
+                        (training.shutil, "rmtree")]:
+        patch.setattr(owner, name, counted(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("call", range(1, 16))
+def test_a_kill_at_any_moment_of_saving_leaves_a_run_that_can_be_finished(call, tmp_path):
+    def train(steps):
+        torch.manual_seed(0)
+        model = GPT(GPT2)
+        optimizer = make_optimizer(model)
+        resume = (tmp_path / "state").exists()
+        state = load_state(tmp_path, resume, Ranks(), optimizer, model, {}) or dict(step=0)
+        for step in range(state["step"] + 1, steps + 1):
+            model(TEXT, TEXT.roll(-1, 1)).backward()
+            optimizer.step()
+            save(tmp_path, optimizer, model, step=step, settings={})
+        return state["step"]
+
+    train(1)
+    with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+        kill_at(patch, call)
+        train(2)
+    assert load_checkpoint(tmp_path)[1]["step"] >= train(2) >= 1
+    assert load_checkpoint(tmp_path)[1]["step"] == 2
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_000002"]
+
+
+def test_the_kills_above_reach_the_end_of_saving(tmp_path):
+    model = GPT(GPT2)
+    optimizer = make_optimizer(model)
+    save(tmp_path, optimizer, model, step=1, settings={})
+    for call, is_killed in ((14, True), (16, False)):
+        with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+            kill_at(patch, call)
+            save(tmp_path, optimizer, model, step=2, settings={})
+            assert not is_killed
+
+
+def trainers(base_run, data, folder):
+    """{trainer: flags, without --out}: runs of a few steps that save at each."""
+    ask = [dict(role="user", content="red"), dict(role="assistant", content="#### even")]
+    (folder / "chat.jsonl").write_text((json.dumps(dict(messages=ask)) + "\n") * 20)
+    (folder / "task.jsonl").write_text(json.dumps(dict(question="red", answer="even")) + "\n")
+    return {train_gpt2: ["--model", "gpt2", "--config", "n_embd=32", "n_head=2", "block_size=32",
+                         "n_layer=1", "--data", data, "--total_batch_size", 64, "--max_steps", 3,
+                         "--save_every", 1],
+            chat_sft: ["--model", base_run, "--data", folder / "chat.jsonl", "--batch_size", 1,
+                       "--held_out", folder / "task.jsonl", "--save_every", 1],
+            rl_grpo: ["--model", base_run, "--task", folder / "task.jsonl", "--max_steps", 2,
+                      "--prompts", 1, "--group_size", 2, "--max_new_tokens", 4,
+                      "--save_every", 1]}
+
+
+@pytest.mark.parametrize("trainer", [train_gpt2, chat_sft, rl_grpo], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("function", ["write_state", "save_checkpoint", "name_state"])
+def test_a_trainer_killed_in_its_last_save_finishes_with_resume(trainer, function, base_run, data,
+                                                               tmp_path):
+    flags = trainers(base_run, data, tmp_path)[trainer]
+    run_main(trainer, *flags, "--out", tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        original = getattr(training, function)
+
+        def killed(*args, **kwargs):
+            newest = training.newest_state(tmp_path / "whole").name
+            if (tmp_path / "killed" / "state" / f"{newest}.part" / "state.json").exists() or (
+                    function == "write_state" and f"step_{kwargs['step']:06d}" == newest):
+                raise Killed
+            return original(*args, **kwargs)
+
+        patch.setattr(training, function, killed)
+        run_main(trainer, *flags, "--out", tmp_path / "killed")
+    run_main(trainer, *flags, "--out", tmp_path / "killed", "--resume")
+    assert_same_files(tmp_path / "killed", tmp_path / "whole", "model.safetensors", "config.json")
+    rows = [[(row["step"], row.get("when")) for row in read_log(tmp_path / name) if "step" in row]
+            for name in ("killed", "whole")]
+    assert rows[0] == rows[1]
+    assert trainer is not chat_sft or [when for _, when in rows[0] if when] == ["before", "after"]
+
+
+@pytest.mark.parametrize("trainer", [train_gpt2, chat_sft, rl_grpo], ids=lambda m: m.__name__)
+def test_a_resume_of_a_finished_run_writes_its_checkpoint_again(trainer, base_run, data, tmp_path,
+                                                               capsys):
+    flags = [*trainers(base_run, data, tmp_path)[trainer], "--out", tmp_path / "run"]
+    run_main(trainer, *flags)
+    whole = (tmp_path / "run" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "model.safetensors").unlink()
+    run_main(trainer, *flags, "--resume")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == whole
+    assert "is written again" in capsys.readouterr().out
+    run_main(trainer, *flags, "--resume")
+    assert "is written again" not in capsys.readouterr().out
+
+
+def break_weights(model, optimizer):
+    model.h[0].mlp.c_fc.weight.data[0, 0] = math.nan
+
+
+def break_state(model, optimizer):
+    next(iter(optimizer.state.values())).view(-1)[0] = math.inf
+
+
+@pytest.mark.parametrize("damage", [break_weights, break_state])
+def test_nothing_that_is_not_finite_is_saved(damage, tmp_path):
+    model = GPT(GPT2)
+    optimizer = make_optimizer(model)
+    model(TEXT, TEXT).backward()
+    optimizer.step()
+    save(tmp_path, optimizer, model, step=1, settings={})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    damage(model, optimizer)
+    with pytest.raises(SystemExit, match="step 2: .*not finite.*; try a lower --lr"):
+        save(tmp_path, optimizer, model, step=2, settings={})
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("trainer", [train_gpt2, chat_sft, rl_grpo], ids=lambda m: m.__name__)
+def test_a_learning_rate_that_breaks_the_weights_saves_nothing(trainer, base_run, data, tmp_path):
+    flags = trainers(base_run, data, tmp_path)[trainer]
+    with pytest.raises(SystemExit, match="finite"):
+        run_main(trainer, *flags, "--out", tmp_path / "run", "--lr", "1e38")
+    if (tmp_path / "run" / "model.safetensors").exists():
+        load_checkpoint(tmp_path / "run")       # saved before, and refused if not finite
+
+
+@pytest.mark.parametrize("steps", [(999_999, 1_000_000), (9, 10), (1_000_000, 12_345_678)])
+def test_the_state_with_the_largest_step_is_the_newest(steps, load, tmp_path):
+    for step in steps:
+        folder = tmp_path / "state" / f"step_{step:06d}"
+        shutil.copytree(tmp_path / "state" / "step_000002", folder)
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | dict(step=step)))
+    (tmp_path / "state" / "notes.txt").write_text("mine")
+    (tmp_path / "state" / "step_999999999.part").mkdir()
+    assert load(True, SETTINGS)["step"] == steps[-1]
+
+
+def test_saving_leaves_files_in_state_that_are_not_its_own(load, tmp_path):
+    (tmp_path / "state" / "notes.txt").write_text("mine")
+    (tmp_path / "state" / "step_000003.part").mkdir()
+    model = GPT(GPT2)
+    save(tmp_path, make_optimizer(model), model, step=4, settings=SETTINGS)
+    names = sorted(path.name for path in (tmp_path / "state").iterdir())
+    assert names == ["notes.txt", "step_000004"]
+
+
+STATE_DAMAGES = {
+    "no state.json": lambda folder: (folder / "state.json").unlink(),
+    "cut state.json": lambda folder: (folder / "state.json").write_text('{"step": 2, '),
+    "a list": lambda folder: (folder / "state.json").write_text("[]"),
+    "empty": lambda folder: (folder / "state.json").write_text("{}"),
+    "deep": lambda folder: (folder / "state.json").write_text("[" * 200_000),
+    "binary": lambda folder: (folder / "state.json").write_bytes(b"\xff\x00"),
+    "text step": lambda folder: edit_state(folder, step="2"),
+    "negative ranks": lambda folder: edit_state(folder, world_size=-1),
+    "many ranks": lambda folder: edit_state(folder, world_size=10 ** 9),
+    "null steps": lambda folder: edit_state(folder, optimizer_steps=None),
+    "no settings": lambda folder: edit_state(folder, settings=None),
+    "no rank file": lambda folder: (folder / "rank_00000.safetensors").unlink(),
+    "cut rank file": lambda folder: (folder / "rank_00000.safetensors").write_bytes(b"12345678"),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "no moment": lambda folder: edit_rank(folder, "ln_f.weight.exp_avg", None),
+    "a moment's shape": lambda folder: edit_rank(folder, "ln_f.weight.exp_avg", torch.zeros(3)),
+    "nan": lambda folder: edit_rank(folder, "ln_f.weight.exp_avg", torch.full((32,), math.nan)),
+    "no generator": lambda folder: edit_rank(folder, "rng.cpu", None)}
+
+
+def edit_state(folder, **changes):
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | changes))
+
+
+def edit_rank(folder, name, value):
+    tensors = load_file(folder / "rank_00000.safetensors") | {name: value}
+    save_file({name: t for name, t in tensors.items() if t is not None},
+              folder / "rank_00000.safetensors")
+
+
+@pytest.mark.parametrize("damage", STATE_DAMAGES.values(), ids=STATE_DAMAGES)
+def test_a_damaged_state_is_one_line_that_names_its_place(damage, tmp_path):
+    model = GPT(GPT2)
+    optimizer = make_optimizer(model)
+    model(TEXT, TEXT).backward()
+    optimizer.step()
+    save(tmp_path, optimizer, model, step=2, settings=SETTINGS)
+    damage(tmp_path / "state" / "step_000002")
+    model = GPT(GPT2)
+    with pytest.raises(SystemExit) as error:
+        load_state(tmp_path, True, Ranks(), make_optimizer(model), model, SETTINGS)
+    assert str(error.value).startswith(f"{tmp_path}/state/step_000002")
+    assert "; " in str(error.value) and "\n" not in str(error.value)
+
+
+LOCKED = """
+import sys, training
+print(training.lock_run(sys.argv[1]), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_is_trained_by_one_process_at_a_time_and_a_kill_frees_it(load, tmp_path):
+    assert load(True, SETTINGS)["step"] == 2
+    command = [sys.executable, "-c", LOCKED, str(tmp_path / "other")]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"True\n"
+        assert not training.lock_run(tmp_path / "other")
+        with pytest.raises(SystemExit, match="another process is training in .*other; "):
+            load_state(tmp_path / "other", False, Ranks(), None, None, {})
+        other.kill()
+    assert training.lock_run(tmp_path / "other")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_model_without_a_state_is_not_overwritten(name, resume, load, tmp_path):
+    shutil.rmtree(tmp_path / "state")
+    for other in {"config.json", "model.safetensors"} - {name}:
+        (tmp_path / other).unlink()
+    with pytest.raises(SystemExit, match="holds a model but no saved state.*; choose another --out"):
+        load(resume, SETTINGS)
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("owner, name", [
+    (training, "save_file"), (model_module, "save_file"), (model_module, "write_json"),
+    (training.os, "fsync"), (training, "name_state")], ids=lambda value: getattr(value, "__name__", value))
+def test_a_full_disk_is_one_line_and_the_saved_state_is_kept(owner, name, load, tmp_path,
+                                                             monkeypatch):
+    model = GPT(GPT2)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as error:
+        patch.setattr(owner, name, full)
+        save(tmp_path, make_optimizer(model), model, step=3, settings=SETTINGS)
+    assert str(error.value).startswith(f"{tmp_path} cannot be written: No space left on device; ")
+    assert load(True, SETTINGS)["step"] == 2
+
+
+def test_a_file_in_place_of_the_run_is_one_line(tmp_path):
+    (tmp_path / "run").write_text("")
+    for function in (training.lock_run, lambda run: RunLog(run, 3)):
+        with pytest.raises(SystemExit, match="run cannot be written: "):
+            function(tmp_path / "run")
+
+
+def test_contents_tell_data_apart_and_not_its_name():
+    rows = [dict(question="a", answer="1"), dict(question="b", answer="2")]
+    assert training.contents(rows) == training.contents([dict(row) for row in rows])
+    assert len({training.contents(other) for other in (rows, rows[:1], rows[::-1], [])}) == 4
+
+
+@pytest.mark.parametrize("trainer", [chat_sft, rl_grpo], ids=lambda m: m.__name__)
+def test_a_run_is_not_resumed_on_other_data_under_the_same_name(trainer, base_run, data, tmp_path):
+    flags = [*trainers(base_run, data, tmp_path)[trainer], "--out", tmp_path / "run"]
+    run_main(trainer, *flags)
+    for path in (tmp_path / "chat.jsonl", tmp_path / "task.jsonl"):
+        path.write_text(path.read_text().replace("red", "blue"))
+    with pytest.raises(SystemExit, match="was begun with another contents_of_"):
+        run_main(trainer, *flags, "--resume")
+
 
 
 # ---- the run log
@@ -241,6 +537,26 @@ def test_resumed_log_drops_what_comes_again_and_a_cut_last_line(tmp_path):
     RunLog(tmp_path, 20, resume_step=10)(11, loss=0.0)
     rows = [(row["step"], row["loss"]) for row in read_log(tmp_path)]
     assert rows[-2:] == [(10, 10.0), (11, 0.0)]
+
+
+@pytest.mark.parametrize("line", [b"", b"   ", b"\0\0\0", b'{"step": 2, "lo', b"\xff\xfe", b"[1]", b"7",
+                                  b"[" * 200_000, b'{"step": "2"}'], ids=lambda line: line[:12])
+def test_a_damaged_line_of_the_log_is_left_out_and_named(line, tmp_path, capsys):
+    good = b'{"step": 1, "seconds": 5.0}\n', b'{"step": 3, "seconds": 9.0}\n'
+    (tmp_path / "log.jsonl").write_bytes(good[0] + line + b"\n" + good[1])
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 3]
+    assert ("log.jsonl, line 2 is damaged" in capsys.readouterr().err) == bool(line.strip())
+    log = RunLog(tmp_path, 20, resume_step=3)
+    log(4, loss=1.0)
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 3, 4]
+    assert 9.0 <= read_log(tmp_path)[-1]["seconds"] < 10.0
+
+
+def test_seconds_do_not_depend_on_the_clock_of_the_wall(tmp_path, monkeypatch):
+    log = RunLog(tmp_path, 20)
+    monkeypatch.setattr(training.time, "time", lambda: 0.0)
+    log(1, loss=1.0)
+    assert 0.0 <= read_log(tmp_path)[-1]["seconds"] < 10.0 and log.seconds() > 0
 
 
 # ---- mutants
