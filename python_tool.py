@@ -38,6 +38,7 @@ DENIED = {              # system call: its number on x86-64, on arm64; None: it 
     "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434),
     "pidfd_getfd": (438, 438), "ptrace": (101, 117), "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271), "process_madvise": (440, 440), "kcmp": (312, 272),
+    "migrate_pages": (256, 238), "move_pages": (279, 239), "vhangup": (153, 58),
     "setsid": (112, 157), "setpgid": (109, 154), "prctl": (157, 167),
     # limits, priorities, identities
     "setrlimit": (160, 164), "prlimit64": (302, 261), "setpriority": (141, 140),
@@ -74,6 +75,10 @@ DENIED = {              # system call: its number on x86-64, on arm64; None: it 
 CLONE = (56, 220)
 CLONE3 = (435, 435)
 CLONE_THREAD = 0x10000
+
+# The last one is the folder it starts in, which sample.py makes and which is empty
+READABLE = (sys.base_prefix, "/usr/lib", "/usr/share/zoneinfo", "/lib", "/lib64", "/dev/null",
+            "/dev/urandom", ".")
 
 # Instructions of the packet filter, and what it can answer
 LOAD = 0x20
@@ -116,8 +121,7 @@ def lock_files(libc):
         return f"Landlock fails: {os.strerror(ctypes.get_errno())}"
     read_file = 1 << 2
     read_folder = 1 << 3
-    for path in (sys.base_prefix, "/usr/lib", "/usr/share/zoneinfo", "/lib", "/lib64", "/dev/null",
-                 "/dev/urandom", "."):
+    for path in READABLE:
         if os.path.exists(path):
             handle = os.open(path, os.O_PATH)
             allowed = read_file

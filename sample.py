@@ -267,14 +267,15 @@ class Engine:
         the context, however long the other prompts are."""
         block_size = self.model.config.block_size
         rows = []
+        if max_new_tokens < 1:
+            return rows
         for prompt in prompts:
             if not 1 <= len(prompt) < block_size:
                 raise ValueError(f"a prompt has {len(prompt)} tokens, but the model reads 1 to "
                                  f"{block_size - 1}; shorten it")
             max_tokens = min(max_new_tokens, block_size - len(prompt))
             for _ in range(num_samples):
-                if max_tokens > 0:
-                    rows.append(Row(len(rows), len(prompt), max_tokens))
+                rows.append(Row(len(rows), len(prompt), max_tokens))
         return rows
 
     def prefill(self, prompts, num_samples, max_new_tokens):

@@ -473,6 +473,9 @@ def parse_args():
     choose_device(args.device)
     return args
 
+YES_OR_NO = {"1": True, "true": True, "yes": True, "on": True,
+             "0": False, "false": False, "no": False, "off": False}
+
 def parse_config(given):
     """--config KEY=VALUE … → {field of GPTConfig: value of its type}."""
     names = [name for name in GPTConfig.__dataclass_fields__ if name != "vocab_size"]
@@ -491,9 +494,6 @@ def parse_config(given):
                              f"{name}={getattr(GPTConfig, name):g}") from None
     return fields
 
-YES_OR_NO = {"1": True, "true": True, "yes": True, "on": True,
-             "0": False, "false": False, "no": False, "off": False}
-
 def parse_field(kind, text):
     """A text as bool, int, float or str; ValueError if it is not one."""
     if kind is not bool:
@@ -501,27 +501,6 @@ def parse_field(kind, text):
     if text.lower() not in YES_OR_NO:
         raise ValueError
     return YES_OR_NO[text.lower()]
-
-def check_config(config):
-    """Stops at a shape that no model can have."""
-    C = config.n_embd
-    NH = config.n_head
-    for name in ("n_layer", "n_head", "n_embd", "block_size"):
-        if getattr(config, name) < 1:
-            raise SystemExit(f"--config {name} must be at least 1, got {getattr(config, name)}")
-    if C % NH:
-        raise SystemExit(f"n_embd {C} is not a multiple of n_head {NH}; try --config "
-                         f"n_embd={max(1, C // NH) * NH}")
-    if config.rope and C // NH % 2:
-        raise SystemExit(f"n_embd {C} over n_head {NH} makes heads of {C // NH} channels, but rope "
-                         f"needs an even number; try --config n_embd={C + NH}")
-    if not 0 <= config.dropout < 1:
-        raise SystemExit(f"--config dropout must be at least 0 and below 1, got {config.dropout}")
-    if not 0 <= config.softcap < math.inf:
-        raise SystemExit(f"--config softcap must be at least 0, got {config.softcap}")
-    if not config.windows or set(config.windows) - set("SL"):
-        raise SystemExit("--config windows must be one or more of the letters S and L, got "
-                         f"{config.windows or 'nothing'}; try --config windows=SSSL")
 
 def build_model(args, tokenizer, device):
     """The model that --init_from names, or a new one as --model and --config describe it."""
@@ -536,9 +515,7 @@ def build_model(args, tokenizer, device):
     if find_kernel(device)[0] is sdpa:  # only the other kernels skip the keys outside of a window
         fields["windows"] = "L"
     fields |= parse_config(args.config)
-    config = GPTConfig.preset(args.model, **fields)
-    check_config(config)
-    return GPT(config)
+    return GPT(GPTConfig.preset(args.model, **fields))
 
 def row_tokens(args, config):
     """T, the tokens of a row: --seq_len, or as many as the model has positions."""

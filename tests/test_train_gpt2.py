@@ -661,10 +661,10 @@ def test_a_flag_out_of_range_is_one_line_and_0_is_not_the_default(flag, value, s
     "n_layer=0", "n_head=0", "n_head=-2", "n_embd=0", "block_size=0", "dropout=1.5", "dropout=nan",
     "softcap=-1", "windows=", "windows=XQ", "rope=maybe", "rope=2", "rope=", "n_embd=6", "n_embd"])
 def test_a_shape_that_no_model_has_is_one_line(given, data, tmp_path):
-    with pytest.raises(SystemExit, match=given.split("=")[0]) as error:
+    with pytest.raises(SystemExit, match=f"{given.split('=')[0]}.*(must be|multiple)|rope needs") as error:
         run_main(train_gpt2, "--model", "d2", "--data", data, "--out", tmp_path, "--config",
                  "n_embd=32", "n_head=2", given)
-    assert "\n" not in str(error.value) and "must be" in str(error.value) or "rope" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("text, value", [
@@ -702,7 +702,7 @@ def test_profile_writes_a_trace_and_names_the_longest(data, tmp_path, capsys):
 def test_bad_config_is_one_line(data, tmp_path, given, words):
     with pytest.raises(SystemExit, match=words) as error:
         run_main(train_gpt2, "--data", data, "--out", tmp_path, "--config", *given)
-    assert str(error.value).count(";") == 1 and "\n" not in str(error.value)
+    assert "; " in str(error.value) and "\n" not in str(error.value)
 
 
 def test_config_switches_parts_of_the_recipe_off(data, tmp_path):
