@@ -497,8 +497,8 @@ def file_tensors(model):
     return [file_tensor(name, p, V) for name, p in model.named_parameters()]
 
 def put_in_place(part, path):
-    """Gives a finished file its name once its bytes are on the disk: neither a reader nor a power
-    cut ever finds half a file under that name."""
+    """Gives a finished file its name after its bytes are on the disk, so that there is never half
+    a file under that name, neither for a reader nor after a power cut."""
     with open(part, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -530,8 +530,8 @@ def save_weights(path, model):
     put_in_place(f"{path}.part", path)
 
 def read_tensors(path):
-    """{name without "transformer.": tensor} of a model.safetensors, or of its parts in the same
-    folder: transformers splits models over 5 GB."""
+    """The tensors of a model.safetensors {name without "transformer.": tensor}, or those of its
+    parts in the same folder, because transformers splits models over 5 GB."""
     parts = [Path(path)]
     if not parts[0].exists():
         parts = sorted(parts[0].parent.glob("model-*-of-*.safetensors")) or parts
@@ -554,8 +554,8 @@ def find_tensor(tensors, key, shape, path):
         raise SystemExit(f"{path}: {key} is {found}; config.json asks for {tuple(shape)}; take "
                          "both files from one checkpoint")
     if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-        raise SystemExit(f"{path}: {key} has values that are not finite numbers; the file is "
-                         "damaged; copy it again or train the model again")
+        raise SystemExit(f"{path}: {key} has values that are not finite floating-point numbers; "
+                         "the file is damaged; copy it again or train the model again")
     return tensor
 
 @torch.no_grad()
@@ -579,7 +579,7 @@ def save_checkpoint(run, model, tokenizer=None, stage="pretrain", step=0, **extr
     save_weights(run / "model.safetensors", model)
     if tokenizer is not None:
         tokenizer.save(run)
-    # transformers refuses a model of type deepdive: it would leave the modern parts out
+    # transformers must not open a model with modern parts: it would leave them out
     plain = GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head,
                       config.n_embd, config.dropout, tied_head=config.tied_head)
     write_json(run / "config.json", dict(
@@ -593,7 +593,7 @@ def save_checkpoint(run, model, tokenizer=None, stage="pretrain", step=0, **extr
                       model=asdict(config))))
 
 def config_from_hf(described):
-    """HF's config.json of a GPT-2 → GPTConfig. Its dropout is not taken over."""
+    """HF's config.json of a GPT-2 → GPTConfig, with dropout 0."""
     sizes = {name: described.get(name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
     config = GPTConfig(**sizes, block_size=described.get("n_positions"),
                        tied_head=described.get("tie_word_embeddings", True))
@@ -610,11 +610,11 @@ def read_config(path):
     meta = described.get("deepdive", dict(format_version=FORMAT_VERSION, stage="pretrain", step=0))
     kind = described.get("model_type")
     try:
-        if kind not in ("gpt2", "deepdive") or meta["format_version"] != FORMAT_VERSION:
-            raise SystemExit(f"a {kind} model of format {meta['format_version']}; only gpt2 and "
-                             f"deepdive of format {FORMAT_VERSION} can be read")
+        if kind not in ("gpt2", "deepdive") or meta.get("format_version") != FORMAT_VERSION:
+            raise SystemExit(f"this is a {kind} model of format {meta.get('format_version')}; only "
+                             f"gpt2 and deepdive of format {FORMAT_VERSION} can be read")
         config = GPTConfig(**meta["model"]) if "model" in meta else config_from_hf(described)
-    except (SystemExit, TypeError, KeyError) as error:
+    except (SystemExit, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}: {error}; train this model again, or name another") from None
     return config, meta
 

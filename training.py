@@ -446,7 +446,7 @@ def save_run(run, ranks, optimizer, model, tokenizer, stage, meta=None, **state)
 
 def write_state(run, ranks, optimizer, model, **state):
     """Writes what a bit-equal --resume needs to <run>/state/step_N.part: the weights, each rank's
-    part of the optimizer's state and its random generators, and `state`. Returns the folder."""
+    part of the optimizer's state and its random generators, and `state`. Returns that folder."""
     part = Path(run) / "state" / f"step_{state['step']:06d}.part"
     part.mkdir(parents=True, exist_ok=True)
     tensors = {**optimizer.state, "rng.cpu": torch.get_rng_state()}
@@ -505,8 +505,8 @@ def load_state(run, resume, ranks, optimizer, model, settings):
     optimizer.steps = state["optimizer_steps"]
     missing = optimizer.missing_state()
     if missing:
-        raise SystemExit(f"{folder}: {missing} is missing or damaged; remove this folder, or choose "
-                         "another --out")
+        raise SystemExit(f"{folder}: {missing} is missing or damaged; remove this folder, or "
+                         "choose another --out")
     return state
 
 def newest_state(run):
