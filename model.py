@@ -254,7 +254,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(L))
         self.ln_f = Norm(config)
-        self.lm_head = Linear(C, V, bias=False)
+        self.lm_head = Linear(C, V, bias=False)     # tied below, after it was initialised
         if config.value_embeds:
             self.value_embeds = nn.ModuleDict()
             for layer in filter(config.has_value_embed, range(L)):
@@ -310,7 +310,7 @@ class GPT(nn.Module):
             pos = pos + cache.pos[:, None]                                           # (B, T)
         longest = T if cache is None else cache.used + T
         assert longest <= config.block_size, (longest, config.block_size)
-        x = self.wte(idx).to(self.compute_dtype)
+        x = self.wte(idx).to(self.compute_dtype)                                     # (B, T, C)
         rotary = None
         if config.rope:
             rotary = self.rope_cos[pos], self.rope_sin[pos]                 # (B or 1, T, 1, HS/2)
@@ -319,7 +319,7 @@ class GPT(nn.Module):
         if config.rms_norm:
             x = rms_norm(x)
         x = self.dropout(x)
-        x0 = x
+        x0 = x                          # residual_scalars add a share of it before each block
         for layer, block in enumerate(self.h):
             if config.residual_scalars:
                 x = (self.resid_scalars[layer] * x + self.x0_scalars[layer] * x0).to(x.dtype)
@@ -348,7 +348,7 @@ class GPT(nn.Module):
     def loss(self, x, targets, reduction="mean"):
         """The cross-entropy of what hidden() returned. It is a method of its own so that a trainer
         can compile hidden() alone: the loss is a loop over chunks, which compiling would unroll."""
-        x, flat = x.flatten(0, 1), targets.flatten()
+        x, flat = x.flatten(0, 1), targets.flatten()                        # (B·T, C), (B·T,)
         if reduction == "mean":
             return CrossEntropy.apply(x, self.lm_head.weight, flat, self.config)
         size = chunk_rows(x, self.config.vocab_size)
@@ -442,7 +442,7 @@ class KVCache:
         S = self.used + T
         if window not in self.masks:    # layers with the same window share it
             self.masks[window] = visible(at, torch.arange(S, device=k.device), window)
-        all_k = self.k[layer, :, :, :S].transpose(1, 2)
+        all_k = self.k[layer, :, :, :S].transpose(1, 2)                     # (B, S, NH, HS)
         all_v = self.v[layer, :, :, :S].transpose(1, 2)
         return all_k, all_v, self.masks[window]
 
@@ -644,7 +644,7 @@ def flash_attention_3(q, k, v, window, scale):
 def varlen_attention(q, k, v, window, scale):
     from torch.nn.attention.varlen import varlen_attn   # PyTorch's own FlashAttention
     B, T = q.shape[:2]
-    starts = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
+    starts = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)      # of the rows
     y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts, starts, T, T,
                     scale=scale, window_size=(window, 0))
     return y.view(q.shape)
@@ -707,7 +707,7 @@ class Fp8Matmul(torch.autograd.Function):
     def backward(ctx, dy):
         x, x_scale, weight, weight_scale = ctx.saved_tensors
         dy8, dy_scale = to_fp8(dy, torch.float8_e5m2)
-        transposed = weight.t().contiguous(), weight_scale
+        transposed = weight.t().contiguous(), weight_scale      # fp8_matmul wants rows along K
         dx = fp8_matmul((dy8, dy_scale), transposed)
         dW = fp8_matmul((dy8.t().contiguous(), dy_scale), (x.t().contiguous(), x_scale))
         return dx.to(dy.dtype), dW.to(dy.dtype)
@@ -745,9 +745,9 @@ def loss_and_gradient(z, target, share, s):
     s: the soft-cap. On a GPU this is compiled into one or two passes over z.
     """
     t = z.float()
-    y = t.div_(s).tanh_() * s if s else t
+    y = t.div_(s).tanh_() * s if s else t               # with a soft-cap, t becomes tanh(z / s)
     y_target = y.gather(1, target)
-    top = y.amax(-1, keepdim=True)
+    top = y.amax(-1, keepdim=True)      # subtracted, so that exp cannot overflow
     dy = y.sub_(top).exp_()             # the loss needs its sum, the gradient all of it
     sum_exp = dy.sum(-1, keepdim=True)
     loss = ((top + sum_exp.log() - y_target) * share).sum()
@@ -776,14 +776,14 @@ class CrossEntropy(torch.autograd.Function):
         dW = torch.zeros_like(weight)
         target = targets.clamp(min=0)[:, None]
         share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)
-        share = share[:, None]
+        share = share[:, None]          # (N, 1): each token's weight in the mean
         total = torch.zeros((), device=x.device)
         size = chunk_rows(x, V)
         buffer = x.new_empty(min(size, len(x)), V)
         chunk_loss = compiled(loss_and_gradient, x.device.type)
         for start in range(0, len(x), size):
             part = slice(start, start + size)
-            z = torch.mm(x[part], W.T, out=buffer[:len(x[part])])
+            z = torch.mm(x[part], W.T, out=buffer[:len(x[part])])           # (n, V)
             loss, dz = chunk_loss(z, target[part], share[part], s)
             total += loss
             torch.mm(dz, W, out=dx[part])
