@@ -254,7 +254,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(L))
         self.ln_f = Norm(config)
-        self.lm_head = Linear(C, V, bias=False)
+        self.lm_head = Linear(C, V, bias=False)     # tied below, after it was initialised
         if config.value_embeds:
             self.value_embeds = nn.ModuleDict()
             for layer in filter(config.has_value_embed, range(L)):
@@ -310,7 +310,7 @@ class GPT(nn.Module):
             pos = pos + cache.pos[:, None]                                           # (B, T)
         longest = T if cache is None else cache.used + T
         assert longest <= config.block_size, (longest, config.block_size)
-        x = self.wte(idx).to(self.compute_dtype)
+        x = self.wte(idx).to(self.compute_dtype)                                     # (B, T, C)
         rotary = None
         if config.rope:
             rotary = self.rope_cos[pos], self.rope_sin[pos]                 # (B or 1, T, 1, HS/2)
@@ -319,7 +319,7 @@ class GPT(nn.Module):
         if config.rms_norm:
             x = rms_norm(x)
         x = self.dropout(x)
-        x0 = x
+        x0 = x                          # residual_scalars add a share of it before each block
         for layer, block in enumerate(self.h):
             if config.residual_scalars:
                 x = (self.resid_scalars[layer] * x + self.x0_scalars[layer] * x0).to(x.dtype)
@@ -348,7 +348,7 @@ class GPT(nn.Module):
     def loss(self, x, targets, reduction="mean"):
         """The cross-entropy of what hidden() returned. It is a method of its own so that a trainer
         can compile hidden() alone: the loss is a loop over chunks, which compiling would unroll."""
-        x, flat = x.flatten(0, 1), targets.flatten()
+        x, flat = x.flatten(0, 1), targets.flatten()                        # (B·T, C), (B·T,)
         if reduction == "mean":
             return CrossEntropy.apply(x, self.lm_head.weight, flat, self.config)
         size = chunk_rows(x, self.config.vocab_size)
@@ -442,7 +442,7 @@ class KVCache:
         S = self.used + T
         if window not in self.masks:    # layers with the same window share it
             self.masks[window] = visible(at, torch.arange(S, device=k.device), window)
-        all_k = self.k[layer, :, :, :S].transpose(1, 2)
+        all_k = self.k[layer, :, :, :S].transpose(1, 2)                     # (B, S, NH, HS)
         all_v = self.v[layer, :, :, :S].transpose(1, 2)
         return all_k, all_v, self.masks[window]
 
@@ -497,8 +497,8 @@ def file_tensors(model):
     return [file_tensor(name, p, V) for name, p in model.named_parameters()]
 
 def put_in_place(part, path):
-    """Gives a finished file its name once its bytes are on the disk: neither a reader nor a power
-    cut ever finds half a file under that name."""
+    """Gives a finished file its name after its bytes are on the disk, so that there is never half
+    a file under that name, neither for a reader nor after a power cut."""
     with open(part, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -530,8 +530,8 @@ def save_weights(path, model):
     put_in_place(f"{path}.part", path)
 
 def read_tensors(path):
-    """{name without "transformer.": tensor} of a model.safetensors, or of its parts in the same
-    folder: transformers splits models over 5 GB."""
+    """The tensors of a model.safetensors {name without "transformer.": tensor}, or those of its
+    parts in the same folder, because transformers splits models over 5 GB."""
     parts = [Path(path)]
     if not parts[0].exists():
         parts = sorted(parts[0].parent.glob("model-*-of-*.safetensors")) or parts
@@ -554,8 +554,8 @@ def find_tensor(tensors, key, shape, path):
         raise SystemExit(f"{path}: {key} is {found}; config.json asks for {tuple(shape)}; take "
                          "both files from one checkpoint")
     if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-        raise SystemExit(f"{path}: {key} has values that are not finite numbers; the file is "
-                         "damaged; copy it again or train the model again")
+        raise SystemExit(f"{path}: {key} has values that are not finite floating-point numbers; "
+                         "the file is damaged; copy it again or train the model again")
     return tensor
 
 @torch.no_grad()
@@ -579,7 +579,7 @@ def save_checkpoint(run, model, tokenizer=None, stage="pretrain", step=0, **extr
     save_weights(run / "model.safetensors", model)
     if tokenizer is not None:
         tokenizer.save(run)
-    # transformers refuses a model of type deepdive: it would leave the modern parts out
+    # transformers must not open a model with modern parts: it would leave them out
     plain = GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head,
                       config.n_embd, config.dropout, tied_head=config.tied_head)
     write_json(run / "config.json", dict(
@@ -593,7 +593,7 @@ def save_checkpoint(run, model, tokenizer=None, stage="pretrain", step=0, **extr
                       model=asdict(config))))
 
 def config_from_hf(described):
-    """HF's config.json of a GPT-2 → GPTConfig. Its dropout is not taken over."""
+    """HF's config.json of a GPT-2 → GPTConfig, with dropout 0."""
     sizes = {name: described.get(name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
     config = GPTConfig(**sizes, block_size=described.get("n_positions"),
                        tied_head=described.get("tie_word_embeddings", True))
@@ -610,11 +610,11 @@ def read_config(path):
     meta = described.get("deepdive", dict(format_version=FORMAT_VERSION, stage="pretrain", step=0))
     kind = described.get("model_type")
     try:
-        if kind not in ("gpt2", "deepdive") or meta["format_version"] != FORMAT_VERSION:
-            raise SystemExit(f"a {kind} model of format {meta['format_version']}; only gpt2 and "
-                             f"deepdive of format {FORMAT_VERSION} can be read")
+        if kind not in ("gpt2", "deepdive") or meta.get("format_version") != FORMAT_VERSION:
+            raise SystemExit(f"this is a {kind} model of format {meta.get('format_version')}; only "
+                             f"gpt2 and deepdive of format {FORMAT_VERSION} can be read")
         config = GPTConfig(**meta["model"]) if "model" in meta else config_from_hf(described)
-    except (SystemExit, TypeError, KeyError) as error:
+    except (SystemExit, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}: {error}; train this model again, or name another") from None
     return config, meta
 
@@ -644,7 +644,7 @@ def flash_attention_3(q, k, v, window, scale):
 def varlen_attention(q, k, v, window, scale):
     from torch.nn.attention.varlen import varlen_attn   # PyTorch's own FlashAttention
     B, T = q.shape[:2]
-    starts = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
+    starts = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)      # of the rows
     y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts, starts, T, T,
                     scale=scale, window_size=(window, 0))
     return y.view(q.shape)
@@ -707,7 +707,7 @@ class Fp8Matmul(torch.autograd.Function):
     def backward(ctx, dy):
         x, x_scale, weight, weight_scale = ctx.saved_tensors
         dy8, dy_scale = to_fp8(dy, torch.float8_e5m2)
-        transposed = weight.t().contiguous(), weight_scale
+        transposed = weight.t().contiguous(), weight_scale      # fp8_matmul wants rows along K
         dx = fp8_matmul((dy8, dy_scale), transposed)
         dW = fp8_matmul((dy8.t().contiguous(), dy_scale), (x.t().contiguous(), x_scale))
         return dx.to(dy.dtype), dW.to(dy.dtype)
@@ -745,9 +745,9 @@ def loss_and_gradient(z, target, share, s):
     s: the soft-cap. On a GPU this is compiled into one or two passes over z.
     """
     t = z.float()
-    y = t.div_(s).tanh_() * s if s else t
+    y = t.div_(s).tanh_() * s if s else t               # with a soft-cap, t becomes tanh(z / s)
     y_target = y.gather(1, target)
-    top = y.amax(-1, keepdim=True)
+    top = y.amax(-1, keepdim=True)      # subtracted, so that exp cannot overflow
     dy = y.sub_(top).exp_()             # the loss needs its sum, the gradient all of it
     sum_exp = dy.sum(-1, keepdim=True)
     loss = ((top + sum_exp.log() - y_target) * share).sum()
@@ -776,14 +776,14 @@ class CrossEntropy(torch.autograd.Function):
         dW = torch.zeros_like(weight)
         target = targets.clamp(min=0)[:, None]
         share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)
-        share = share[:, None]
+        share = share[:, None]          # (N, 1): each token's weight in the mean
         total = torch.zeros((), device=x.device)
         size = chunk_rows(x, V)
         buffer = x.new_empty(min(size, len(x)), V)
         chunk_loss = compiled(loss_and_gradient, x.device.type)
         for start in range(0, len(x), size):
             part = slice(start, start + size)
-            z = torch.mm(x[part], W.T, out=buffer[:len(x[part])])
+            z = torch.mm(x[part], W.T, out=buffer[:len(x[part])])           # (n, V)
             loss, dz = chunk_loss(z, target[part], share[part], s)
             total += loss
             torch.mm(dz, W, out=dx[part])

@@ -147,6 +147,8 @@ class Optimizer:
         self.owner = {name: i % ranks.world_size for i, name in enumerate(by_size)}
 
     def is_mine(self, name):
+        """Whether this rank owns a parameter. Large ones are dealt out first, so that all ranks
+        have about the same work."""
         return self.owner[name] == self.ranks.rank
 
     def slot(self, name, key, like):
@@ -156,7 +158,8 @@ class Optimizer:
         return self.state[f"{name}.{key}"]
 
     def missing_state(self):
-        """The first tensor of this rank's state that is not there or not fit to continue from."""
+        """The first tensor of this rank's state that is not there or not fit to continue from, or
+        None. It would begin at 0, and the resumed run would differ from the one it continues."""
         if self.steps == 0:
             return None
         for group in self.groups:
@@ -175,6 +178,7 @@ class Optimizer:
         return None
 
     def zero_grad(self):
+        """Frees the gradients; the next backward makes new ones."""
         for p in self.params.values():
             p.grad = None
 
@@ -321,6 +325,7 @@ def make_optimizer(model, ranks=Ranks(), lr=None, batch_tokens=2 ** 19):
 
 # ---- The run log: one grammar for every stage, on stdout and in <run>/log.jsonl ------------------
 
+# {key of log.jsonl: how its value is printed}; train_gpt2.cu prints the same
 LOG_FORMATS = dict(
     loss="loss {:.6f}", val_loss="val_loss {:.6f}", val_bpb="val_bpb {:.4f}", lr="lr {:.2e}",
     norm="norm {:.4f}", ms="{:.1f} ms", tok_s="{:.0f} tok/s", mfu="mfu {:.1%}", usd="${:.2f}",
@@ -336,7 +341,7 @@ class RunLog:
         self.is_main = ranks.is_main
         self.run = run
         self.started = time.perf_counter()
-        self.earlier_seconds = 0.0
+        self.earlier_seconds = 0.0      # of the processes that this one continues
         if not self.is_main:
             return
         path = Path(run) / "log.jsonl"
@@ -350,7 +355,7 @@ class RunLog:
             part.parent.mkdir(parents=True, exist_ok=True)
             part.write_text("".join(json.dumps(row) + "\n" for row in rows))
             put_in_place(part, path)
-            self.file = open(path, "a", buffering=1)
+            self.file = open(path, "a", buffering=1)        # a kill loses no finished line
 
     def seconds(self):
         """Seconds since this process began the log."""
@@ -446,7 +451,7 @@ def save_run(run, ranks, optimizer, model, tokenizer, stage, meta=None, **state)
 
 def write_state(run, ranks, optimizer, model, **state):
     """Writes what a bit-equal --resume needs to <run>/state/step_N.part: the weights, each rank's
-    part of the optimizer's state and its random generators, and `state`. Returns the folder."""
+    part of the optimizer's state and its random generators, and `state`. Returns that folder."""
     part = Path(run) / "state" / f"step_{state['step']:06d}.part"
     part.mkdir(parents=True, exist_ok=True)
     tensors = {**optimizer.state, "rng.cpu": torch.get_rng_state()}
@@ -494,6 +499,7 @@ def load_state(run, resume, ranks, optimizer, model, settings):
     load_weights(weights, model, read_tensors(weights))
     for number in range(state["world_size"]):
         tensors = read_rank(folder / f"rank_{number:05d}.safetensors", ranks.device)
+        # the optimizer's state goes to its owners now, the generators to the rank of this number
         generators = {name: tensors.pop(name).cpu() for name in list(tensors)
                       if name.startswith("rng.")}
         optimizer.state.update({name: tensor for name, tensor in tensors.items()
@@ -505,8 +511,8 @@ def load_state(run, resume, ranks, optimizer, model, settings):
     optimizer.steps = state["optimizer_steps"]
     missing = optimizer.missing_state()
     if missing:
-        raise SystemExit(f"{folder}: {missing} is missing or damaged; remove this folder, or choose "
-                         "another --out")
+        raise SystemExit(f"{folder}: {missing} is missing or damaged; remove this folder, or "
+                         "choose another --out")
     return state
 
 def newest_state(run):
@@ -563,7 +569,7 @@ def read_state(folder, settings):
                          f"format {STATE_VERSION} can be resumed, because the order of the rows "
                          "has changed; train again in another --out")
     old = state["settings"]
-    new = json.loads(json.dumps(settings))
+    new = json.loads(json.dumps(settings))      # as they would be read back: tuples become lists
     changed = sorted(key for key in old | new if old.get(key) != new.get(key))
     if changed:
         raise SystemExit(f"{run} was begun with another {' and '.join(changed)}; a resumed run "

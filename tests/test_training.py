@@ -456,7 +456,8 @@ sys.stdin.read()
 def test_a_run_is_trained_by_one_process_at_a_time_and_a_kill_frees_it(load, tmp_path):
     assert load(True, SETTINGS)["step"] == 2
     command = [sys.executable, "-c", LOCKED, str(tmp_path / "other")]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
         assert other.stdout.readline() == b"True\n"
         assert not training.lock_run(tmp_path / "other")
         with pytest.raises(SystemExit, match="another process is training in .*other; "):
@@ -471,8 +472,20 @@ def test_a_model_without_a_state_is_not_overwritten(name, resume, load, tmp_path
     shutil.rmtree(tmp_path / "state")
     for other in {"config.json", "model.safetensors"} - {name}:
         (tmp_path / other).unlink()
-    with pytest.raises(SystemExit, match="holds a model but no saved state.*; choose another --out"):
+    with pytest.raises(SystemExit, match="a model but no saved state.*; choose another --out"):
         load(resume, SETTINGS)
+
+
+@pytest.mark.parametrize("trainer", [train_gpt2, chat_sft, rl_grpo], ids=lambda m: m.__name__)
+def test_a_trainer_does_not_overwrite_the_model_it_starts_from(trainer, base_run, data, tmp_path):
+    flags = trainers(base_run, data, tmp_path)[trainer]
+    if trainer is train_gpt2:
+        flags = ["--init_from", base_run, "--data", data, "--total_batch_size", 64]
+    before = (base_run / "model.safetensors").read_bytes()
+    for more in ([], ["--resume"]):
+        with pytest.raises(SystemExit, match="holds a model but no saved state"):
+            run_main(trainer, *flags, *more, "--out", base_run)
+    assert (base_run / "model.safetensors").read_bytes() == before
 
 
 def full(*args, **kwargs):
@@ -481,7 +494,8 @@ def full(*args, **kwargs):
 
 @pytest.mark.parametrize("owner, name", [
     (training, "save_file"), (model_module, "save_file"), (model_module, "write_json"),
-    (training.os, "fsync"), (training, "name_state")], ids=lambda value: getattr(value, "__name__", value))
+    (training.os, "fsync"), (training, "name_state")],
+    ids=lambda value: getattr(value, "__name__", value))
 def test_a_full_disk_is_one_line_and_the_saved_state_is_kept(owner, name, load, tmp_path,
                                                              monkeypatch):
     model = GPT(GPT2)
@@ -539,8 +553,9 @@ def test_resumed_log_drops_what_comes_again_and_a_cut_last_line(tmp_path):
     assert rows[-2:] == [(10, 10.0), (11, 0.0)]
 
 
-@pytest.mark.parametrize("line", [b"", b"   ", b"\0\0\0", b'{"step": 2, "lo', b"\xff\xfe", b"[1]", b"7",
-                                  b"[" * 200_000, b'{"step": "2"}'], ids=lambda line: line[:12])
+@pytest.mark.parametrize("line", [
+    b"", b"   ", b"\0\0\0", b'{"step": 2, "lo', b"\xff\xfe", b"[1]", b"7", b"[" * 200_000,
+    b'{"step": "2"}'], ids=lambda line: line[:12])
 def test_a_damaged_line_of_the_log_is_left_out_and_named(line, tmp_path, capsys):
     good = b'{"step": 1, "seconds": 5.0}\n', b'{"step": 3, "seconds": 9.0}\n'
     (tmp_path / "log.jsonl").write_bytes(good[0] + line + b"\n" + good[1])
