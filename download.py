@@ -90,6 +90,7 @@ def one_line_when_interrupted():
         raise SystemExit("interrupted; run the same command again to continue") from None
 
 def file_sha256(path):
+    """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -178,6 +179,7 @@ class Part:
             self.path.unlink(missing_ok=True)
 
     def bytes_here(self):
+        """How much of the file is on the disk."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def receive(self, progress):
@@ -271,6 +273,7 @@ def download_gpt2(name, folder):
 # ---- Data sets of the Hub and crawls of Common Crawl ---------------------------------------------
 
 def is_crawl(source):
+    """Whether a source is a crawl of Common Crawl, not a data set on the Hub."""
     return source.startswith("CC-MAIN-")
 
 def check_source(source, num_shards):
