@@ -42,7 +42,7 @@ from tqdm import tqdm
 from w3lib.html import get_base_url
 from w3lib.url import canonicalize_url, safe_url_string
 
-from download import one_line_when_full, one_line_when_interrupted, whole_file
+from download import one_line_when_full, one_line_when_interrupted, whole_file, why_of
 from warc import (MAX_PAGE_BYTES, TagReader, charset_of, decode, is_html, parse_answer,
                   parse_record, read_warc, warc_record)
 
@@ -132,12 +132,6 @@ def origin_of(url):
     """https://host:port of a URL."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}"
-
-def why_of(error):
-    """The innermost reason of an error of requests, in one line."""
-    if error.args and isinstance(error.args[0], urllib3.exceptions.MaxRetryError):
-        error = error.args[0].reason
-    return str(error).rpartition(": ")[2] or type(error).__name__
 
 def warn(text):
     """Print a line, above the progress bar if there is one."""

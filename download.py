@@ -34,6 +34,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import requests
+import urllib3
 from tqdm import tqdm
 
 HUB = "https://huggingface.co"
@@ -101,6 +102,15 @@ class Unfit(Exception):
         super().__init__(why)
         self.pause_seconds = min(pause_seconds, MAX_PAUSE_SECONDS)
 
+def why_of(error):
+    """The reason of an error of requests in a few words, without its Python objects."""
+    cause = error.args[0] if error.args else None
+    if isinstance(cause, urllib3.exceptions.ProtocolError):
+        return "the connection was cut"
+    if isinstance(cause, urllib3.exceptions.MaxRetryError):
+        error = cause.reason
+    return str(error).rpartition(": ")[2] or type(error).__name__
+
 def pause_of(answer):
     """Seconds that a server asks to wait: Retry-After holds a number or a date (RFC 9110)."""
     wait = answer.headers.get("Retry-After", "")
@@ -155,9 +165,9 @@ def persist(url, attempt, bytes_here=nothing_here,
                 tries = 0
             tries += 1
             if tries == TRIES:
-                why = str(error).splitlines()[0]
-                raise SystemExit(f"{url} failed {TRIES} times, the last time with: {why}; {remedy},"
-                                 " then run the same command again to continue") from None
+                raise SystemExit(
+                    f"{url} failed {TRIES} times, the last time with: {why_of(error)}; {remedy}, "
+                    "then run the same command again to continue") from None
             pause = PAUSE_SECONDS * 2 ** (tries - 1)
             time.sleep(max(pause, getattr(error, "pause_seconds", 0)))
 
@@ -251,9 +261,10 @@ def stated(url):
     answer = requests.head(url, timeout=SILENCE_SECONDS)
     check_status(url, answer)
     digest = answer.headers.get("X-Linked-ETag", "").strip('"')
-    if len(digest) != 64:
+    size = answer.headers.get("X-Linked-Size", "")
+    if len(digest) != 64 or not size.isdecimal():
         return None, None
-    return int(answer.headers["X-Linked-Size"]), digest
+    return int(size), digest
 
 def download_gpt2(name, folder):
     """Download config.json and model.safetensors of "gpt2" … "gpt2-xl" into folder; returns folder.
