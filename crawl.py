@@ -42,7 +42,7 @@ from tqdm import tqdm
 from w3lib.html import get_base_url
 from w3lib.url import canonicalize_url, safe_url_string
 
-from download import one_line_when_full, one_line_when_interrupted, whole_file
+from download import one_line_when_full, one_line_when_interrupted, whole_file, why_of
 from warc import (MAX_PAGE_BYTES, TagReader, charset_of, decode, is_html, parse_answer,
                   parse_record, read_warc, warc_record)
 
@@ -54,6 +54,9 @@ SILENCE_SECONDS = 20          # a try has failed after so long without a byte
 BODY_TRIES = 3                # for a body that is cut short
 MAX_DELAY_SECONDS = 60        # a host whose robots.txt asks for a longer Crawl-delay is left out
 MAX_URL_CHARS = 8000          # a longer link is ignored (RFC 9110, 4.1)
+MAX_LINKS = 10_000            # of one page; further ones are ignored
+BATCH = 32                    # URLs that are fetched together, and then looked at in order
+REQUESTS_PER_HOST = 4         # at once
 AGENT = "deepdive-crawler"    # our name in robots.txt
 VERSION = "1.0"
 USER_AGENT = f"{AGENT}/{VERSION} (educational; obeys robots.txt)"
@@ -95,7 +98,7 @@ def host_of(url):
     return urlsplit(url_key(url)).netloc
 
 def links_in(url, answer):
-    """Yield links_of(url, answer); may raise any error."""
+    """Yield the links of links_of, without its guard against errors."""
     _, headers, body = parse_answer(answer)
     content_type = headers.get("content-type", "")
     found, base, charset = [], url, "utf-8"
@@ -110,7 +113,7 @@ def links_in(url, answer):
         # in href="?a=1&copy=2", &copy is not ©
         reader.read(re.sub("&(?=[a-zA-Z0-9]++(?!;))", "&amp;", html))
         found += reader.found
-    for link in found:
+    for link in found[:MAX_LINKS]:
         with contextlib.suppress(ValueError):  # "http://[" is not a URL
             clean = clean_url(urljoin(base, link), charset)
             if re.fullmatch("[!-~]+", clean) and len(clean) <= MAX_URL_CHARS:
@@ -130,12 +133,6 @@ def origin_of(url):
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}"
 
-def why_of(error):
-    """The innermost reason of an error of requests, in one line."""
-    if error.args and isinstance(error.args[0], urllib3.exceptions.MaxRetryError):
-        error = error.args[0].reason
-    return str(error).rpartition(": ")[2]
-
 def warn(text):
     """Print a line, above the progress bar if there is one."""
     tqdm.write(text, file=sys.stderr)
@@ -146,7 +143,7 @@ class Robots:
     """
 
     def __init__(self, text):
-        names_us = re.search(rf"(?im)^[ \t]*user-?agent[ \t]*:[ \t]*{AGENT}(?![\w-])", text)
+        names_us = re.search(rf"(?i)(^|[\r\n])\s*user-?agent\s*:\s*{AGENT}(?![\w-])", text)
         self.agent = f"{AGENT}/{VERSION}" if names_us else "*"
         self.rules = Protego.parse(text)
         self.delay = self.rules.crawl_delay(self.agent) or 0
@@ -155,13 +152,14 @@ class Robots:
         return self.rules.can_fetch(url, self.agent)
 
 class Host:
-    """What a crawl knows of one origin: its robots.txt, and the delay between two requests."""
+    """What a crawl knows of one origin. A slow host does not hold up the others."""
 
     def __init__(self, delay):
-        self.delay = delay  # in seconds
-        self.turn = threading.Lock()
-        self.robots = None  # once it is read
-        self.is_open = True
+        self.delay = delay            # seconds before each request
+        self.turn = threading.Lock()  # held during these seconds
+        self.slots = threading.Semaphore(REQUESTS_PER_HOST)
+        self.robots = None            # its Robots, once they are read
+        self.is_open = True           # whether any page may be fetched
 
 class Fetcher:
     """HTTP with retries, deadlines and robots.txt, for use by several threads.
@@ -230,14 +228,16 @@ class Fetcher:
         A thread cannot be stopped, but one that is late can be left behind.
         """
         host = self.host(url)
-        with host.turn:
-            time.sleep(host.delay)
         answers = queue.SimpleQueue()
-        threading.Thread(target=lambda: answers.put(self.ask(url)), daemon=True).start()
-        try:
-            return answers.get(timeout=FETCH_SECONDS)
-        except queue.Empty:
-            return b"", f"no complete answer within {FETCH_SECONDS} s"
+        asking = threading.Thread(target=lambda: answers.put(self.ask(url)), daemon=True)
+        with host.slots:
+            with host.turn:
+                time.sleep(host.delay)
+            asking.start()
+            try:
+                return answers.get(timeout=FETCH_SECONDS)
+            except queue.Empty:
+                return b"", f"no complete answer within {FETCH_SECONDS} s"
 
     def record(self, url):
         """URL → (WARC record, links). A URL that has no answer gives a "metadata" record."""
@@ -249,8 +249,8 @@ class Fetcher:
     def read_robots(self, origin):
         """→ (the Robots of an origin, None) or (None, why no page may be fetched).
 
-        One that does not exist (status 4xx) allows everything, one that the server fails to send
-        (5xx, silence) nothing (RFC 9309, 2.3.1).
+        A robots.txt that does not exist (status 4xx) allows everything. One that the server fails
+        to send (5xx, silence) allows nothing (RFC 9309, 2.3.1).
         """
         answer, why = self.fetch(origin + "/robots.txt")
         if why:
@@ -321,7 +321,7 @@ class Crawl:
     def next_batch(self, max_pages):
         """The next URLs to fetch that robots.txt allows; empty at the end of the crawl."""
         batch = []
-        while self.frontier and len(batch) < min(32, max_pages - len(self.fetched)):
+        while self.frontier and len(batch) < min(BATCH, max_pages - len(self.fetched)):
             url = self.frontier.popleft()
             if url_key(url) in self.fetched:
                 continue
@@ -377,7 +377,7 @@ def crawl(seeds, folder, max_pages, delay=None):
 
     seeds: URLs; none means the manual of this machine. delay: seconds between two requests; None
     means default_delay. A Crawl-delay in robots.txt may lengthen it. Pages in files that exist
-    already count as fetched. Four requests run at once where the delay allows.
+    already count as fetched. REQUESTS_PER_HOST run at once where the delay allows.
     """
     check_seeds(seeds)
     if delay is not None and not 0 <= delay <= threading.TIMEOUT_MAX:
@@ -396,7 +396,7 @@ def crawl(seeds, folder, max_pages, delay=None):
             paths.append(path)
         progress = stack.enter_context(tqdm(
             total=max_pages, initial=len(state.fetched), desc="crawl", unit="page"))
-        threads = stack.enter_context(ThreadPool(4))  # it does not wait for late threads
+        threads = stack.enter_context(ThreadPool(BATCH))  # its end does not wait for late ones
         records = state.records(max_pages, threads)
         for first in records:
             paths.append(folder / f"crawl_{len(paths):05d}.warc.gz")

@@ -34,6 +34,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import requests
+import urllib3
 from tqdm import tqdm
 
 HUB = "https://huggingface.co"
@@ -90,6 +91,7 @@ def one_line_when_interrupted():
         raise SystemExit("interrupted; run the same command again to continue") from None
 
 def file_sha256(path):
+    """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -99,6 +101,15 @@ class Unfit(Exception):
     def __init__(self, why, pause_seconds=0):
         super().__init__(why)
         self.pause_seconds = min(pause_seconds, MAX_PAUSE_SECONDS)
+
+def why_of(error):
+    """The reason of an error of requests in a few words, without its Python objects."""
+    cause = error.args[0] if error.args else None
+    if isinstance(cause, urllib3.exceptions.ProtocolError):
+        return "the connection was cut"
+    if isinstance(cause, urllib3.exceptions.MaxRetryError):
+        error = cause.reason
+    return str(error).rpartition(": ")[2] or type(error).__name__
 
 def pause_of(answer):
     """Seconds that a server asks to wait: Retry-After holds a number or a date (RFC 9110)."""
@@ -154,9 +165,9 @@ def persist(url, attempt, bytes_here=nothing_here,
                 tries = 0
             tries += 1
             if tries == TRIES:
-                why = str(error).splitlines()[0]
-                raise SystemExit(f"{url} failed {TRIES} times, the last time with: {why}; {remedy},"
-                                 " then run the same command again to continue") from None
+                raise SystemExit(
+                    f"{url} failed {TRIES} times, the last time with: {why_of(error)}; {remedy}, "
+                    "then run the same command again to continue") from None
             pause = PAUSE_SECONDS * 2 ** (tries - 1)
             time.sleep(max(pause, getattr(error, "pause_seconds", 0)))
 
@@ -178,6 +189,7 @@ class Part:
             self.path.unlink(missing_ok=True)
 
     def bytes_here(self):
+        """How much of the file is on the disk."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def receive(self, progress):
@@ -249,9 +261,10 @@ def stated(url):
     answer = requests.head(url, timeout=SILENCE_SECONDS)
     check_status(url, answer)
     digest = answer.headers.get("X-Linked-ETag", "").strip('"')
-    if len(digest) != 64:
+    size = answer.headers.get("X-Linked-Size", "")
+    if len(digest) != 64 or not size.isdecimal():
         return None, None
-    return int(answer.headers["X-Linked-Size"]), digest
+    return int(size), digest
 
 def download_gpt2(name, folder):
     """Download config.json and model.safetensors of "gpt2" … "gpt2-xl" into folder; returns folder.
@@ -271,6 +284,7 @@ def download_gpt2(name, folder):
 # ---- Data sets of the Hub and crawls of Common Crawl ---------------------------------------------
 
 def is_crawl(source):
+    """Whether a source is a crawl of Common Crawl, not a data set on the Hub."""
     return source.startswith("CC-MAIN-")
 
 def check_source(source, num_shards):

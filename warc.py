@@ -326,7 +326,11 @@ def is_html(mime, text):
     return "<html" in text[:4096].lower() or FIRST_TAG.match(text) is not None
 
 class TagReader(HTMLParser):
-    """html.parser, made to take linear time and to raise no error on any input, in all versions."""
+    """html.parser, made to take linear time and to raise no error on any input.
+
+    Older versions of it search the whole page again for every comment, declaration or tag that is
+    not closed, and fail on some declarations. The methods below decide these cases at once.
+    """
 
     def read(self, html):
         """Call the handle_… methods for a page. A tag that the end of the page cuts is ignored."""
@@ -340,8 +344,8 @@ class TagReader(HTMLParser):
         """A tag that cannot be read, as <a href='x> is, ends at the next ">"."""
         end = super().parse_starttag(i)
         if end < 0:
-            end = self.rawdata.find(">", i) + 1
-        return end or -1
+            end = self.rawdata.find(">", i) + 1 or -1
+        return end
 
     def parse_comment(self, i, report=1):
         """Skip <!-- … -->; one that is not closed lasts to the end, as in browsers."""
@@ -350,7 +354,7 @@ class TagReader(HTMLParser):
 
     def parse_html_declaration(self, i):
         """Skip <!DOCTYPE …> and <![CDATA[ … ]]> up to the next ">", as browsers do."""
-        return self.rawdata.find(">", i) + 1
+        return self.rawdata.find(">", i) + 1 or -1
 
 class MetaCharset(TagReader):
     """The charset that the beginning of a page names: <meta charset=…>, <meta

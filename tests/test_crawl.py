@@ -516,6 +516,16 @@ def test_a_crawl_delay_holds_for_its_host_and_one_too_long_closes_it(serve, caps
     assert (fetcher.host(site).delay, fetcher.host(other).delay) == (delay, 0)
     assert is_open != (f"asks for {wanted} s between two requests" in capsys.readouterr().err)
 
+def test_a_slow_host_does_not_hold_up_another_one(serve):
+    slow, fast = serve({}), serve({})
+    fetcher = crawl.Fetcher(0, {})
+    fetcher.host(slow).delay = 1
+    with crawl.ThreadPool(crawl.BATCH) as threads:
+        late = threads.map_async(fetcher.record, [f"{slow}/{i}" for i in range(8)])
+        started = time.time()
+        threads.map(fetcher.record, [f"{fast}/{i}" for i in range(8)])
+        assert time.time() - started < 3 and not late.ready()
+
 @pytest.mark.parametrize("robots", [
     answer("", status="503 No"), answer("\x01\x8b\x02", "Content-Encoding: compress"), b""])
 def test_a_host_whose_robots_txt_cannot_be_read_is_named(serve, capsys, monkeypatch, robots):
@@ -535,7 +545,7 @@ def test_a_body_that_is_cut_short_is_fetched_again_and_never_stored(serve):
                for record in records[1:])
 
 def test_answers_with_many_headers_are_read_and_only_gzip_is_asked_for(serve):
-    site = serve({"/": [answer("<p>x", "Content-Type: text/html", *["X: y"] * 300)]})
+    site = serve({"/": [answer("<p>x", "Content-Type: TEXT/HTML", *["X: y"] * 300)]})
     assert b"<p>x" in gzip.decompress(crawl.Fetcher(0, {}).record(f"{site}/")[0])
     assert "br" not in crawl.Fetcher(0, {}).session.headers["Accept-Encoding"]
 
