@@ -2790,24 +2790,28 @@ static Part* make_parts(Table table, int rank, int world_size) {
 
 // ---- §13 Model ----------------------------------------------------------------------------------
 //
-// A layer, of either recipe: x → norm → attention → + x → norm → MLP → + x_mid. Both sums are left
-// to the norm that follows, which has to read both summands anyway (§5).
+// A layer of either recipe, where x and x_mid are the residual stream:
+//
+//   x_mid = x + attention(norm(x))    the next layer's x = x_mid + MLP(norm(x_mid))
+//
+// A layer does not add the output of its last matmul, the branch, to the stream. The norm that
+// follows does, since it has to read both summands anyway (§5).
 
 // What a layer's forward pass keeps for its backward pass
 struct LayerActivations {
     floatX* x;                  // (BT, C) the residual stream before the layer
-    floatX* ln_1;               // (BT, C)
+    floatX* ln_1;               // (BT, C) the first norm's output
     floatX* qkv;                // (BT, 3C)
     floatX* y;                  // (BT, C) attention's output
     floatX* x_mid;              // (BT, C) the residual stream between attention and MLP
-    floatX* ln_2;               // (BT, C)
-    floatX* fc;                 // (BT, 4C)
-    floatX* act;                // (BT, 4C) GELU or ReLU² of fc
+    floatX* ln_2;               // (BT, C) the second norm's output
+    floatX* fc;                 // (BT, 4C) the input of GELU or ReLU²
+    floatX* act;                // (BT, 4C) its output
     float* lse;                 // (B, NH, T)
     float *ln_1_mean, *ln_1_rstd, *ln_2_mean, *ln_2_rstd;       // (BT)
-    Mix mix;                    // in dN: λ x + μ x0; the next two are attention's additions
-    Rotary rotary;
-    ValueEmbed embed;
+    Mix mix;                    // only in dN: λ x + μ x0
+    Rotary rotary;              // only in dN
+    ValueEmbed embed;           // only in every second layer of dN
 };
 
 struct Model {
@@ -2818,29 +2822,32 @@ struct Model {
     floatX* parameters;                     // all of them, on each rank
     float* gradients;                       // likewise
     float *masters, *m, *v;                 // of this rank's part of each bucket
-    Part* parts;
+    Part* parts;                            // what this rank owns of each bucket
     MuonWorkspace muon;
 
     LayerActivations* layers;
-    floatX *x_last, *ln_f;                  // (BT, C) the stream after all layers, and normalised
+    floatX *x_last, *ln_f;                  // (BT, C) the stream after all layers, and its norm
     float *ln_f_mean, *ln_f_rstd;           // (BT)
     floatX* logits;                         // (HEAD_ROWS, Vp)
-    float* losses;                          // (BT)
+    float* losses;                          // (BT), in nats
     double* loss_sum;
     int *inputs, *targets;                  // (BT)
-    int* index;                             // a TokenIndex, in three parts
+    int* index;                             // (3 BT + 1) the three arrays of a TokenIndex
 
     floatX *branch, *dbranch;               // (BT, C) what a branch adds to the stream
     floatX* dx;                             // (BT, C) the gradient of the residual stream
-    floatX* dwide;                          // (BT, 4C) dact; also dqkv, followed by dembed
-    float *partials, *delta, *square_sums;
+    floatX* dwide;                          // (BT, 4C) dact and dfc; later dqkv, then dembed
+    float *partials, *delta, *square_sums;  // workspace: sums over rows, attention, gradient_norm
 
-    floatX *s, *dx0, *dmiddle;              // dN's: the stream in a layer; x0 is layers[0].x
-    float *x0_rstd, *dgate;
-    Mix backout;                            // what is subtracted before the head
+    // Only in dN, where x0 is layers[0].x
+    floatX *s, *dx0, *dmiddle;              // (BT, C) s as in §5, d x0, and backout's gradient
+    float *x0_rstd, *dgate;                 // (BT), (BT, NH)
+    Mix backout;                            // what the last norm subtracts from the stream
 };
 
-const int HEAD_ROWS = 8192;                 // tokens whose logits are in memory at a time
+const int HEAD_ROWS = 8192;                 // tokens whose logits are in memory at the same time
+
+// Where a tensor's parameters, or its gradients, are. `which` is a number of the tensor table.
 
 static floatX* global_parameter(Model* model, int which) {
     return model->parameters + model->table.tensors[which].offset;
@@ -2852,13 +2859,13 @@ static int64_t layer_offset(Model* model, int layer, int which) {
     return model->table.tensors[model->table.layer_tensors[layer] + which].offset;
 }
 
-// An upper bound of the bytes of one row's activations, and of everything else
+// Upper bounds in bytes: *row for the activations of one row, *fixed for everything else
 static void memory_bytes(Config config, int T, int recompute, int world_size, double* fixed,
                          double* row) {
     double C = config.n_embd;
     double L = config.n_layer;
     double N = make_table(config, world_size).size;
-    const double widths[] = {16, 12, 10};       // of a layer, in C; see allocate_activations
+    const double widths[] = {16, 12, 10};       // allocate_layer, in (BT, C), by recompute
     double width = widths[min(recompute, 2)];
     *row = T * (sizeof(floatX) * C * (width * L + 18) + 4 * (4 * config.n_head + 4) * (L + 1));
     *fixed = N * (sizeof(floatX) + 4 + 12.0 / world_size) + WORKSPACE_BYTES +
@@ -2877,13 +2884,13 @@ static AttentionSizes attention_sizes(const Model* model, int l) {
             min(config.window(l), model->T), sharpness};
 }
 
-// --recompute 1 computes act again in the backward pass, 2 also the outputs of the norms: then all
-// layers share the memory that the first layer has for them.
+// --recompute 1 computes act again in the backward pass; --recompute 2 also the outputs of the
+// norms. What is computed again has memory in the first layer only, which all layers share.
 static void allocate_layer(Model* model, int l) {
     int64_t BT = (int64_t)model->B * model->T;
     int64_t C = model->config.n_embd;
     LayerActivations* a = &model->layers[l];
-    *a = model->layers[0];                  // so that what is not allocated below is shared
+    *a = model->layers[0];                  // shares what is not allocated below
     a->x = allocate_x(BT * C);
     a->qkv = allocate_x(BT * 3 * C);
     a->y = allocate_x(BT * C);
@@ -2944,7 +2951,8 @@ static Rotary make_rotary(int T, int half) {
     return rotary;
 }
 
-// What only dN has: how each layer's stream is mixed, attention's additions, and room for Muon
+// Sets up what only dN has: the mix of each layer, rotary positions and value embeddings, backout,
+// and Muon's workspace.
 static void allocate_modern(Model* model) {
     Config config = model->config;
     int64_t BT = (int64_t)model->B * model->T;
@@ -2993,12 +3001,13 @@ static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks
     allocate_activations(&model);
     if (config.modern) { allocate_modern(&model); }
     start_cublas();
-    CHECK_CUDA(cudaDeviceSynchronize());        // the zeros are there before other streams begin
+    CHECK_CUDA(cudaDeviceSynchronize());        // all zeros are written before a stream uses them
     return model;
 }
 
-// GPT-2's layer. In: the stream, which is a->x, or where a branch is given, the x_mid of the layer
-// before plus that branch. Out: x_mid and model->branch, still to be added.
+// GPT-2's layer. In: the stream. Without a branch it is a->x. With a branch it is the previous
+// layer's x_mid plus the branch, and the first norm writes it to a->x. Out: a->x_mid and
+// model->branch, whose sum is the stream after the layer.
 static void layer_forward(Model* model, int l, const floatX* branch) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
@@ -3025,8 +3034,8 @@ static void layer_forward(Model* model, int l, const floatX* branch) {
     linear_forward(model->branch, a->act, p(FC_PROJ_W), p(FC_PROJ_B), {BT, 4 * C, C}, stream);
 }
 
-// The same backwards. In and out: model->dx, the gradient of the stream after the layer, then of
-// the stream before it.
+// The backward pass of layer_forward. model->dx is, in: the gradient of the stream after the layer;
+// out: of the stream before it.
 static void layer_backward(Model* model, int l) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
@@ -3069,8 +3078,8 @@ static void layer_backward(Model* model, int l) {
                         .partials = partials, .BT = BT, .C = C}, stream);
 }
 
-// dN's layer: x → s = λ x + μ x0 → ln_1 → attention → x_mid = s + branch → ln_2 → MLP. In the first
-// layer x is there already; in the others it is the x_mid of the layer before plus its branch.
+// dN's layer, in which s = λ x + μ x0 takes the place of x. The first layer finds x in a->x. In the
+// others, the first norm adds the branch to the previous layer's x_mid and writes x.
 static void modern_layer_forward(Model* model, int l) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
@@ -3098,8 +3107,8 @@ static void modern_layer_forward(Model* model, int l) {
     linear_forward(branch, a->act, p(FC_PROJ_W), NULL, {BT, 4 * C, C}, stream);
 }
 
-// The same backwards. In and out: model->dx, the gradient of the stream after the layer, then of x.
-// model->dx0 grows by what goes to the first embedding.
+// The backward pass of modern_layer_forward. model->dx is, in: the gradient of the stream after the
+// layer; out: of x. To model->dx0 it adds the gradient of x0.
 static void modern_layer_backward(Model* model, int l, TokenIndex index) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
@@ -3146,9 +3155,9 @@ static void modern_layer_backward(Model* model, int l, TokenIndex index) {
                       .BT = BT, .C = C}, stream);
 }
 
-// Head and loss, HEAD_ROWS tokens at a time: memory never holds all logits, and with `train` their
-// gradient takes their place at once. Out: losses (BT); with train, dbranch = d ln_f, and the
-// head's gradient grows, which in GPT-2 is dwte.
+// Head and loss, for HEAD_ROWS tokens at a time, so that memory never holds all logits. Out: losses
+// (BT). With `train`, the gradient of the logits overwrites them; dbranch = d ln_f, and the
+// gradient of the head's weight (in GPT-2 it is wte) is added to.
 static void head(Model* model, bool train) {
     int C = model->config.n_embd;
     int V = model->config.vocab_size;
@@ -3175,6 +3184,7 @@ static void head(Model* model, bool train) {
     }
 }
 
+// *model->loss_sum += Σ losses
 static void sum_losses(Model* model) {
     int BT = model->B * model->T;
     launch({"loss_sum", 4.0 * BT}, {1, 256, model->stream}, loss_sum_kernel, model->loss_sum,
@@ -3195,8 +3205,8 @@ static void gpt2_forward(Model* model) {
                        .BT = BT, .C = C}, model->stream);
 }
 
-// The normalised embedding is x0, where the stream begins. The last norm subtracts what the stream
-// was after the middle layer, times a learned number (backout).
+// The stream begins with x0, the normalised embedding. The last norm first subtracts the stream
+// after the middle layer, times a learned number (backout).
 static void modern_forward(Model* model) {
     int C = model->config.n_embd;
     int L = model->config.n_layer;
@@ -3220,7 +3230,7 @@ static void forward(Model* model, bool train) {
     head(model, train);
 }
 
-// Buckets first … end - 1 go to the ranks that own them.
+// Sums the gradients of buckets first … end - 1 over the ranks; each sum goes to its owner (§11).
 static void send_gradients(Model* model, Ranks* ranks, int first, int end) {
     for (int i = first; i < end; i++) {
         Bucket bucket = model->table.buckets[i];
@@ -3232,7 +3242,7 @@ static void zero(floatX* matrix, int64_t n, cudaStream_t stream) {
     CHECK_CUDA(cudaMemsetAsync(matrix, 0, n * sizeof(floatX), stream));
 }
 
-// gpt2_forward backwards. `layer_is_done` is called after each layer's backward pass.
+// The backward pass of gpt2_forward. It calls layer_is_done(l) after the backward pass of layer l.
 template <class Callback>
 static void gpt2_backward(Model* model, TokenIndex index, Callback layer_is_done) {
     int C = model->config.n_embd;
@@ -3253,8 +3263,9 @@ static void gpt2_backward(Model* model, TokenIndex index, Callback layer_is_done
     wpe_backward(global_gradient(model, WPE), model->dx, model->B, model->T, C, stream);
 }
 
-// modern_forward backwards. dmiddle is what backout sends to the stream after the middle layer. x0
-// is where the stream begins and is mixed into each layer, so its gradient is dx0 + dx.
+// The backward pass of modern_forward. dmiddle is the gradient that backout gives to the stream
+// after the middle layer. x0 is mixed into each layer (dx0) and also begins the stream (dx), so its
+// gradient is dx0 + dx.
 template <class Callback>
 static void modern_backward(Model* model, TokenIndex index, Callback layer_is_done) {
     int C = model->config.n_embd;
@@ -3282,8 +3293,9 @@ static void modern_backward(Model* model, TokenIndex index, Callback layer_is_do
     wte_backward(global_gradient(model, WTE), dx, index, BT, C, stream);
 }
 
-// After forward(…, true): adds to all gradients. n_groups is of the TokenIndex in model->index. In
-// the last micro-step each bucket goes to the other ranks as soon as it is whole.
+// Adds the gradients of this micro-batch to all gradients; call it after forward(model, true).
+// n_groups is that of the TokenIndex in model->index. In the last micro-step, each bucket is sent
+// to its owner as soon as its gradients are complete.
 static void backward(Model* model, int n_groups, bool last_micro_step, Ranks* ranks) {
     int BT = model->B * model->T;
     const int* of_layer = model->table.layer_buckets;
@@ -3300,8 +3312,8 @@ static void backward(Model* model, int n_groups, bool last_micro_step, Ranks* ra
     if (last_micro_step) { send_gradients(model, ranks, 0, of_layer[0]); }
 }
 
-// The norm of the gradients' average over micro-steps and ranks. Of a bucket that every rank has,
-// only rank 0 counts its gradients.
+// The norm of the gradients, averaged over micro-steps and ranks. If every rank owns a bucket, only
+// rank 0 counts it.
 static double gradient_norm(Model* model, Ranks* ranks, int grad_accum_steps) {
     int n = model->table.n_buckets;
     size_t bytes = sizeof(float) * n * NORM_BLOCKS;
@@ -3332,8 +3344,8 @@ static void zero_gradients(Model* model) {
     end_work(work, model->stream);
 }
 
-// What one step does. decay_scale multiplies the weight decay of each AdamGroup, and muon_decay,
-// which is that of Muon. `steps` is the number of this step, from 1.
+// The settings of one step. decay_scale multiplies both the weight decay of each AdamGroup and
+// muon_decay, the weight decay of Muon. `steps` is the number of this step, from 1.
 struct Update { double lr, grad_scale, momentum, decay_scale, muon_decay; int steps; };
 
 // What this rank owns of a bucket
@@ -3378,7 +3390,7 @@ static void muon_bucket_update(Model* model, Bucket bucket, Part part, Update up
     }
 }
 
-// Each rank sends the parameters that it owns, the bucket or a part of it, to the other ranks.
+// Each rank sends the parameters of a bucket that it owns to the other ranks.
 static void send_parameters(Model* model, Ranks* ranks, Bucket bucket) {
     gather(ranks, model->parameters + bucket.offset, bucket.size * sizeof(floatX), bucket.owner,
            model->stream);
@@ -3400,7 +3412,7 @@ static void optimizer_step(Model* model, Ranks* ranks, Update update) {
     zero_gradients(model);
 }
 
-// Makes the bf16 parameters what they were after `steps` updates, from the masters.
+// Computes the bf16 parameters from the masters, as they were after `steps` updates.
 static void restore_parameters(Model* model, Ranks* ranks, int steps) {
     for (int i = 0; i < model->table.n_buckets; i++) {
         Part part = model->parts[i];
