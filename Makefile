@@ -1,8 +1,8 @@
 # make demo   web → tokenizer → base model → assistant → reasoner → report, on a CPU, in minutes
-# make test   everything checked, offline
-# make bench  how fast this is beside peers, on a CPU, into bench/RESULTS.md; on a GPU: bench/gpu.sh
-# make train_gpt2cu   the CUDA trainer; make check says what it would be built with
-# Each step is a command you can type yourself. A demo that was interrupted goes on where it was.
+# make test   run all tests, offline
+# make bench  measure speed against other projects on a CPU → bench/RESULTS.md (on a GPU: bench/gpu.sh)
+# make train_gpt2cu   compile the CUDA trainer; make check prints the compiler and libraries it would use
+# Each step is a command you can type yourself. After an interruption, make demo continues where it stopped.
 SIZE ?= small
 SEED ?= 1337
 DATA ?= data/demo-$(SIZE)
@@ -62,7 +62,8 @@ test: setup
 bench: setup
 	bash bench/cpu.sh
 
-# nvcc; cuBLASLt and, for several GPUs, NCCL from a CUDA toolkit or from the wheels of requirements-extra.txt
+# The CUDA trainer needs nvcc and cuBLASLt, and NCCL for several GPUs. The two libraries are taken from a
+# CUDA toolkit, or else from the wheels that requirements-extra.txt names.
 NVCC  ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 WHEEL ?= $(firstword $(wildcard .venv/lib/python3*/site-packages/nvidia))
 find   = $(firstword $(foreach d,/usr/local/cuda $(WHEEL)/cu13 $(WHEEL)/nccl /usr,$(wildcard $(d)/$(1))))
@@ -72,8 +73,8 @@ GPU_ARCHS ?= $(or $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format
 link   = $(if $(1),-isystem $(dir $(1))../include -L$(dir $(1)) -l:$(notdir $(1)) -Xlinker -rpath=$(abspath $(dir $(1))))
 
 train_gpt2cu: train_gpt2.cu
-	@test -n "$(NVCC)" || { echo "nvcc is not here; it compiles CUDA; install CUDA 13 or give NVCC=PATH"; exit 1; }
-	@test -n "$(CUBLAS)" || { echo "libcublasLt is not here; matmuls need it; install what requirements-extra.txt names"; exit 1; }
+	@test -n "$(NVCC)" || { echo "nvcc, the CUDA compiler, is not here; install CUDA 13 or give NVCC=PATH"; exit 1; }
+	@test -n "$(CUBLAS)" || { echo "libcublasLt is not here; install the CUDA wheels that requirements-extra.txt names"; exit 1; }
 	$(NVCC) -O3 -std=c++20 $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -Xptxas -v -Xcompiler -Wall \
 	    $(if $(filter FP32,$(PRECISION)),-DFP32,--use_fast_math) $(if $(NCCL),-DMULTI_GPU) $< -o $@ $(call link,$(CUBLAS)) $(call link,$(NCCL))
 

@@ -3,19 +3,19 @@ Byte-level BPE, the kind of tokenizer that GPT-2 and GPT-4 have: train one, use 
 
 A split pattern cuts the text into chunks; a chunk is about a word with the space before it. Every
 chunk begins as its UTF-8 bytes, which are the ids 0 to 255. Training merges the most frequent pair
-of neighbouring ids into a new id, again and again. The list of these merges is the tokenizer. To
-encode a text means to apply the same merges to its chunks, in the order in which they were learnt.
+of neighbouring ids into a new id, again and again. The list of these merges is the tokenizer.
+Encoding applies the same merges to the chunks of a text, in the order in which they were learnt.
 
   python bpe.py train --input data/web --vocab_size 32768 --pattern gpt4 --out data/tokenizer
   python bpe.py show "Hello world" --tokenizer data/tokenizer gpt2 cl100k_base [--html out.html]
   python bpe.py merges "low lower lowest"             learn merges from a sentence, step by step
   python bpe.py compare --tokenizer data/tokenizer    bytes per token, beside OpenAI's tokenizers
   python bpe.py export --tokenizer data/tokenizer --out tokenizer.json    also: encode, decode
-in   .txt .jsonl .jsonl.gz .parquet (rows with a "text"), or folders of them; val_* is left out
+in   .txt .jsonl .jsonl.gz .parquet (rows with a "text"), or folders of them; val_* are left out
 out  DIR/tokenizer.tiktoken (base64 token, space, rank), DIR/tokenizer.json (pattern, specials)
 
-A toy example. In these three words "lo" and "ow" are the most frequent pairs, and the tie goes to
-"lo", whose bytes (108, 111) are smaller. It becomes id 256; "low", " low" and " lowe" follow.
+A toy example. In these three words "lo" and "ow" are the most frequent pairs. The tie goes to "lo",
+whose bytes (108, 111) are smaller, and it becomes id 256. "low", " low" and " lowe" follow.
   >>> bpe_train({b"low": 1, b" lower": 1, b" lowest": 1}, num_merges=4)
   [(108, 111), (256, 119), (32, 257), (258, 101)]
   >>> tok = Tokenizer.train(["low lower lowest"], vocab_size=256 + 4 + len(SPECIAL_TOKENS))
@@ -25,7 +25,7 @@ A toy example. In these three words "lo" and "ow" are the most frequent pairs, a
 `bpe_train` and `bpe_encode` are the specification, slow and short. `Merger` finds the same merges
 fast, and tiktoken's Rust core, made from our ranks, finds the same tokens fast.
 Papers: Sennrich et al. 2016 (arXiv 1508.07909, BPE on words); Radford et al. 2019 (GPT-2, BPE on
-bytes). Differs from the papers: ties, which they leave open, go to the smallest pair of ids.
+bytes). Differs from the papers: they leave ties open; here a tie goes to the smallest pair of ids.
 """
 import argparse
 import base64
@@ -50,8 +50,8 @@ import tiktoken
 # ---- the idea: slow and short, the specification of all that follows ----------------------------
 def bpe_train(chunk_counts, num_merges):
     """Learn merges: {chunk as bytes: how often it occurs} -> list of pairs (a, b) of ids.
-    The i-th pair is merged into the new id 256 + i. The list has num_merges pairs, or fewer if
-    nothing is left to merge because every chunk is a single id."""
+    Pair number i, from 0, is merged into the new id 256 + i. The list has num_merges pairs, or
+    fewer if nothing is left to merge because every chunk is a single id."""
     words = [(list(chunk), times) for chunk, times in chunk_counts.items()]     # bytes are ids
     merges = []
     while len(merges) < num_merges:
@@ -62,14 +62,14 @@ def bpe_train(chunk_counts, num_merges):
         if not pair_counts:
             break
         highest = max(pair_counts.values())
-        best = min(pair for pair, count in pair_counts.items() if count == highest)     # the tie
+        best = min(pair for pair, count in pair_counts.items() if count == highest)     # of a tie
         new_id = 256 + len(merges)
         words = [(merge_pair(ids, best, new_id), times) for ids, times in words]
         merges.append(best)
     return merges
 
 def merge_pair(ids, pair, new_id):
-    """Replace every occurrence of a pair by new_id, from left to right.
+    """Replace every occurrence of a pair in a list of ids by new_id, from left to right.
     >>> merge_pair([1, 2, 3, 1, 2], pair=(1, 2), new_id=256)
     [256, 3, 256]"""
     merged = []
@@ -82,8 +82,8 @@ def merge_pair(ids, pair, new_id):
 
 def bpe_encode(chunk, ranks, limit=1 << 30):
     """Encode one chunk: bytes -> list of its tokens as bytes.
-    As long as two neighbours together are a token, join the two whose token has the lowest rank
-    (it was learnt first), the leftmost if there are several. Only ranks below `limit` count.
+    While two neighbours together are a token, join the two whose token has the lowest rank (it was
+    learnt first), the leftmost ones if there are several. Only ranks below `limit` count.
     >>> bpe_encode(b"lower", {b"lo": 256, b"low": 257, b"er": 258})
     [b'low', b'er']"""
     parts = [bytes([byte]) for byte in chunk]
@@ -98,9 +98,9 @@ def bpe_encode(chunk, ranks, limit=1 << 30):
     return parts
 
 # ---- split patterns and special tokens ----------------------------------------------------------
-# These match what the published patterns match, and differ from them in two ways. A second + as in
-# ++, ?+ and *+ keeps the regex engine from giving characters back where that cannot help. Brackets
-# around \p{L} and \p{N} make room for A-Za-z and 0-9, which ASCII_CLASS below puts there.
+# These match what the published patterns match, and differ from them in two ways. The second + in
+# ++, ?+ and *+ stops the regex engine from backtracking where that cannot help. \p{L} and \p{N} are
+# in brackets, so that the ASCII forms of the patterns can have A-Za-z and 0-9 there (ASCII_CLASS).
 O200K_WORD = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s"
               r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|")
 PATTERNS = {
@@ -109,21 +109,21 @@ PATTERNS = {
             r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s*[\r\n]|\s+(?!\S)|\s+",
     "o200k": O200K_WORD % ("*", "+") + O200K_WORD % ("+", "*") +
              r"[\p{N}]{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"}
-# <|endoftext|> begins every document. A turn is <|im_start|>role<|im_sep|>content<|im_end|>; parts
-# of the content other than text stand between two tokens of their own.
+# <|endoftext|> begins every document. A turn is <|im_start|>role<|im_sep|>content<|im_end|>. A part
+# of the content that is not text stands between two tokens of its own.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>", "<|think|>",
                   "<|/think|>", "<|python|>", "<|/python|>", "<|output|>", "<|/output|>",
                   "<|search|>", "<|/search|>", "<|pad|>")
 ROLES = ("system", "user", "assistant", "tool")
-PARTS = ("text", "think", "python", "output", "search")     # only assistants use others than text
+PARTS = ("text", "think", "python", "output", "search")     # roles but the assistant have only text
 # For parse: {(state, special token): next state}. A state is "role", a part, or None between turns.
 MOVES = {(None, "<|endoftext|>"): None, (None, "<|im_start|>"): "role",
          ("role", "<|im_sep|>"): "text"}
 MOVES |= {("text", f"<|{part}|>"): part for part in PARTS[1:]}
 MOVES |= {(part, f"<|/{part}|>"): "text" for part in PARTS[1:]}
 MOVES |= {(part, "<|im_end|>"): None for part in PARTS}
-# OpenAI's tokenizers with their patterns; the ids of GPT-4's chat tokens, left out of its ranks
-PRETRAINED = {"gpt2": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}
+PRETRAINED = {"gpt2": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}     # name: pattern
+# GPT-4's chat tokens, which cl100k_base leaves out, have ids in the gap after its ranks.
 GPT4_GAP = {"<|im_start|>": 100264, "<|im_end|>": 100265, "<|im_sep|>": 100266}
 
 # ---- the tokenizer ------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 class Tokenizer:
     """A vocabulary {token bytes: id}, a split pattern (a regex) and special tokens {name: id}.
     The id of a token is also its rank, because merges into tokens of a lower rank go first.
-    Text never turns into a special token by itself: encode_ordinary, encode_batch and render treat
+    Text never becomes a special token by accident: encode_ordinary, encode_batch and render treat
     the name of a special token as plain characters, and encode refuses it unless it is allowed."""
 
     def __init__(self, ranks, pattern, special, name, training=None):
@@ -141,10 +141,10 @@ class Tokenizer:
         self.pattern = pattern
         self.special = special                  # {name: id}
         self.name = name
-        self.training = training                # what it was trained on, as tokenizer.json says
+        self.training = training                # a dict, saved in tokenizer.json: input, time, …
         self.eot = special["<|endoftext|>"]     # begins every document and conversation
         self.n_vocab = max(*ranks.values(), *special.values()) + 1
-        self.token_of = [None] * self.n_vocab   # id -> bytes; None for ids that GPT-4 leaves out
+        self.token_of = [None] * self.n_vocab   # id -> bytes; None for ids that GPT-4 does not use
         special_ids = {token.encode(): i for token, i in special.items()}
         for token, i in itertools.chain(ranks.items(), special_ids.items()):
             self.token_of[i] = token
@@ -153,9 +153,9 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size, pattern="gpt4", *, name="deepdive", log=lambda line: None):
-        """Train on an iterable of str. vocab_size INCLUDES the 256 bytes and the special tokens, so
-        n_vocab will be vocab_size, or less if the text has too few pairs to merge, which stderr is
-        told. SystemExit if vocab_size is out of range or if there is no text."""
+        """Train on an iterable of str. vocab_size includes the 256 bytes and the special tokens.
+        If the text has too few pairs to merge, n_vocab is smaller, and a line on stderr says so.
+        SystemExit if vocab_size is out of range or if there is no text."""
         assert pattern in PATTERNS, (pattern, list(PATTERNS))
         smallest = 256 + len(SPECIAL_TOKENS)
         if not smallest <= vocab_size <= ID_MASK:
@@ -175,13 +175,13 @@ class Tokenizer:
     @classmethod
     def pretrained(cls, name):
         """OpenAI's "gpt2", "cl100k_base" (GPT-4) or "o200k_base" (GPT-4o), with our special tokens
-        added. SystemExit if its vocabulary is not on this machine and cannot be downloaded."""
+        added. SystemExit if the vocabulary is not on this machine and cannot be downloaded."""
         from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS
         try:
             source = ENCODING_CONSTRUCTORS[name]()
         except OSError as error:                # includes the connection errors of requests
-            raise SystemExit(f"{name} cannot be downloaded ({type(error).__name__}); connect once, "
-                             f"or set TIKTOKEN_CACHE_DIR to a folder that holds its vocabulary")
+            raise SystemExit(f"{name} cannot be downloaded ({type(error).__name__}); go online, or "
+                             f"set TIKTOKEN_CACHE_DIR to a folder that holds its vocabulary")
         special = source["special_tokens"] | (GPT4_GAP if name == "cl100k_base" else {})
         for token in SPECIAL_TOKENS:
             if token not in special:
@@ -190,7 +190,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name):
-        """Load what save wrote, or a pretrained tokenizer by its name; SystemExit if neither."""
+        """Load what save wrote, or OpenAI's tokenizer of that name. SystemExit if it is neither."""
         folder = Path(name)
         if str(name) in PRETRAINED and not folder.is_dir():
             return cls.pretrained(str(name))
@@ -218,22 +218,22 @@ class Tokenizer:
         header = {"format": "deepdive tokenizer", "version": 1, "training": self.training,
                   "name": self.name, "pattern": self.pattern, "special_tokens": self.special,
                   "ranks_sha256": hashlib.sha256(data.encode()).hexdigest()}
-        # An interrupted save must not leave the old tokenizer.json beside new ranks
+        # The old header goes first: an interrupted save must not leave it beside new ranks.
         (folder / "tokenizer.json").unlink(missing_ok=True)
         write_whole(folder / "tokenizer.tiktoken", data)
         write_whole(folder / "tokenizer.json", json.dumps(header, indent=1) + "\n")
 
     @functools.cached_property
     def sha256(self):
-        """Hash of ranks, pattern and special tokens; token shards name their tokenizer by it."""
+        """Hash of ranks, pattern and special tokens, by which token shards name their tokenizer."""
         ranks = sorted((token.hex(), rank) for token, rank in self.ranks.items())
         content = json.dumps([ranks, self.pattern, sorted(self.special.items())])
         return hashlib.sha256(content.encode()).hexdigest()
 
     @functools.cached_property
     def merges(self):
-        """[(a, b, new id)] in the order of learning, recovered from the ranks: the merges that
-        were learnt before a token turn its bytes into exactly two parts."""
+        """[(a, b, new id)] in the order of learning, recovered from the ranks: applied to the bytes
+        of a token, the merges learnt before it leave exactly two parts, a and b."""
         merges = []
         for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
             if len(token) > 1:
@@ -246,7 +246,7 @@ class Tokenizer:
         runs = re.findall(r"\s{99,}", text) if len(text) > MAX_SPACES else []
         if max(map(len, runs), default=0) <= MAX_SPACES:
             return self.core.encode_ordinary(text)
-        # Split the text here, and let the core encode each chunk as a whole
+        # The core's regex engine would fail, so regex cuts the text and the core gets the chunks.
         core = tiktoken.Encoding(self.name, pat_str=r"[\s\S]+", mergeable_ranks=self.ranks,
                                  special_tokens={})
         chunks = regex.findall(self.pattern, repair(text))
@@ -259,8 +259,8 @@ class Tokenizer:
         return self.core.encode_ordinary_batch(texts, num_threads=CORES)
 
     def encode(self, text, *, allowed_special=frozenset(), disallowed_special="all"):
-        """str -> list of ids, where names of special tokens in allowed_special (a set, or "all")
-        become their ids. ValueError for names in disallowed_special (a collection, or "all" for
+        """str -> list of ids. Names of special tokens in allowed_special (a set, or "all") become
+        their ids. ValueError if the text has one in disallowed_special (a collection, or "all" for
         those that are not allowed). Other names are plain text."""
         if not any(name in text for name in self.special):
             return self.encode_ordinary(text)
@@ -268,7 +268,7 @@ class Tokenizer:
                                 disallowed_special=disallowed_special)
 
     def decode_bytes(self, ids):
-        """ids -> bytes, which may end within a character. ValueError if an id has no token."""
+        """ids -> bytes, which may end inside a character. ValueError if an id has no token."""
         ids = list(ids)
         for i in ids:
             if not 0 <= i < self.n_vocab or self.token_of[i] is None:
@@ -286,12 +286,12 @@ class Tokenizer:
         return lengths
 
     def render(self, messages, for_completion=False):
-        """[{"role", "content"}, ...] -> (list of ids, list loss_mask of 0 and 1, equally long).
+        """[{"role", "content"}, ...] -> (ids, loss_mask), two lists of equal length.
         content is a str, or a list of parts {"type", "text"}; only the assistant may have types
-        other than "text". loss_mask is 1 on what the assistant says (text, thoughts, tool calls,
+        other than "text". loss_mask is 1 on what the assistant writes (text, thoughts, tool calls,
         its <|im_end|>) and 0 on headers, other roles and what tools returned. for_completion adds
-        the header of an assistant's turn, for a model to continue. Messages that are added later
-        do not change the ids of those before. ValueError if a role or a type is unknown."""
+        the header of an assistant's turn, for a model to continue. Adding a message does not change
+        the ids of the messages before it. ValueError if a role or a type is unknown."""
         special = self.special
         ids = [self.eot]
         loss_mask = [0]
@@ -319,9 +319,9 @@ class Tokenizer:
 
     def parse(self, ids):
         """The inverse of render: the ids of one conversation -> its messages.
-        It forgives the mistakes of models: a turn that is cut short is returned as far as it goes,
+        It tolerates the mistakes of models: of a turn that is cut short it returns what is there,
         a special token in the wrong place becomes its name, and an <|endoftext|> after the first
-        id ends the conversation. ValueError if text stands outside of turns."""
+        id ends the conversation. ValueError if there is text outside of turns."""
         ids = list(ids)
         if self.eot in ids[1:]:
             ids = ids[:ids.index(self.eot, 1)]
@@ -350,7 +350,7 @@ class Tokenizer:
 
     def export_hf(self, path):
         """Write a tokenizer.json for tokenizers.Tokenizer.from_file, which gives the same ids."""
-        # A byte is written as its own character if that is visible, else as one from U+0100 on
+        # A byte is written as the character of its code if that is visible, else from U+0100 on.
         letters = {byte: chr(byte) for byte in range(256)}
         hidden = [byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "]
         letters |= {byte: chr(256 + n) for n, byte in enumerate(hidden)}
@@ -382,7 +382,7 @@ def checked(message):
     return role, [(part["type"], part["text"]) for part in parts]
 
 def repair(text):
-    """Put U+FFFD for lone surrogates (half an emoji in broken JSON), which UTF-8 cannot hold."""
+    """Replace lone surrogates (half an emoji in broken JSON) by U+FFFD: UTF-8 cannot hold them."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 def write_whole(path, text):
@@ -401,11 +401,11 @@ def reason(error):
 
 # ---- training fast, first half: text -> how often each chunk occurs -----------------------------
 # Text repeats itself, and str.split is far faster than a pattern. In all three patterns a space
-# after a character that is not whitespace begins a chunk, so text is cut there first, and each
-# different piece goes through the pattern once. Pieces of ASCII go through a short form of the
+# after a character that is not whitespace begins a chunk. So text is cut there first, and each
+# different piece goes through the pattern once. ASCII pieces go through an ASCII form of the
 # pattern with Python's own re, which is faster than regex but does not know Unicode's classes.
 ASCII_CLASS = {"L": "A-Za-z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9"}
-LATER_SPACE = re.compile(r" (?<=\s )")      # a space after whitespace, where text is not cut
+LATER_SPACE = re.compile(r" (?<=\s )")      # a space after whitespace; text is not cut there
 
 def count_batch(texts, pattern):
     """list of str -> {chunk as bytes: occurrences}, as findall(pattern) finds them in each."""
@@ -418,7 +418,7 @@ def count_batch(texts, pattern):
         ends, inner = cut_at_spaces(repair(text))
         chunks.update(find(ends))
         pieces.update(inner)
-    groups = defaultdict(list)              # equally frequent pieces, to search them all at once
+    groups = defaultdict(list)              # pieces that are equally frequent, to search at once
     for piece, times in pieces.items():
         groups[times, piece.isascii()].append(piece)
     for (times, is_ascii), group in groups.items():

@@ -2,19 +2,19 @@ r"""
 Supervised fine-tuning: conversations → an assistant.
 
     python chat_sft.py make --data data/demo --out data/demo/chat     # conversations and problems
-    python chat_sft.py show data/demo/chat/bits.jsonl                 # what is supervised is green
+    python chat_sft.py show data/demo/chat/bits.jsonl                 # supervised tokens are green
     python chat_sft.py --model runs/demo --data data/demo/chat/*.jsonl --out runs/demo-sft  # CPU
     torchrun --standalone --nproc_per_node=8 chat_sft.py \
         --model runs/d24 --data chat.jsonl:2 --out runs/d24-sft                             # 8 GPUs
 
-    in:  a base model's run; .jsonl of {"messages": [{"role", "content"}]}, FILE:2 reads it twice
+    in:  a base model's run; a .jsonl of {"messages": [{"role", "content"}]}. FILE:2 reads it twice
     out: <run>/model.safetensors, config.json, tokenizer, log.jsonl, state/ for --resume
 
-The algorithm is that of pretraining: predict the next token. Two things change. The text is
-conversations instead of documents. And only the assistant's own tokens are learnt: the user's
-words, the headers of turns and the answers of tools are read, but they carry no loss.
+The algorithm is that of pretraining: predict the next token. Two things change. First, the text is
+conversations instead of documents. Second, only the assistant's own tokens are learnt: the model
+reads the user's words, the headers of turns and the outputs of tools, but they carry no loss.
 
-`make` is demo/conversations.py, which writes the demo's conversations and problems.
+`make` runs demo/conversations.py, which writes the demo's conversations and problems.
 
 Papers: InstructGPT (arXiv 2203.02155), packing (2107.02027), tool use (GSM8K's calculator,
 2110.14168).
@@ -41,36 +41,37 @@ from training import (RunLog, already_trained, catch_signals, check_finite, cont
                       finish, init_ranks, load_state, make_optimizer, save_run)
 
 WARMUP_STEPS = 10
-WAITING = 100           # conversations among which the one that fits a row best is looked for
-REPLY_TOKENS = 96       # of an answer to a held-out problem, at most
+WAITING = 100           # conversations from which `pack` chooses the next one
+REPLY_TOKENS = 96       # longest reply to a held-out problem
 
 # ---- Conversations → rows of tokens --------------------------------------------------------------
 
+# Fields of messages in other formats. Ignoring them would lose what they say.
 UNKNOWN_FIELDS = ("tool_calls", "function_call", "reasoning_content", "weight")
 
 def split_weight(spec):
-    """FILE or FILE:weight → (FILE, weight)."""
+    """FILE or FILE:weight → (FILE, weight), where the default weight is 1."""
     weighted = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", spec)
     if weighted:
         return weighted[1], float(weighted[2])
     return spec, 1.0
 
 def as_messages(row):
-    """One row of a file of conversations → its messages; ValueError says what is wrong with it."""
+    """A row {"messages": [...]} → its messages. Raises ValueError that says what is wrong."""
     messages = row["messages"]
     check_messages(messages)
     for message in messages:
         for name in UNKNOWN_FIELDS:
             if message.get(name) is not None:
-                raise ValueError(f"a message has {name}, which would be lost; write it as a part of "
-                                 "content (bpe.py: PARTS), or remove it")
+                raise ValueError(f"a message has {name}, which would be ignored; write it as a "
+                                 "part of content (bpe.py: PARTS), or remove it")
     return messages
 
 def read_conversations(spec):
     """FILE or FILE:weight → a list of message lists, from a .jsonl or .jsonl.gz.
 
     With weight 2 each conversation comes twice; with weight 0.5 the first half of the file comes
-    once. Raises SystemExit that names the line which is not {"messages": [{"role", "content"}]}.
+    once. Raises SystemExit that names a line that is not {"messages": [{"role", "content"}]}.
     """
     path, weight = split_weight(spec)
     rows = read_lines(path, as_messages, 'a conversation is a line {"messages": [{"role": …, '
@@ -80,7 +81,7 @@ def read_conversations(spec):
     return rows * copies + rows[:first_part]
 
 def render_all(conversations, tokenizer, T, log):
-    """Message lists → (ids, loss_mask) pairs of at most T + 1 tokens.
+    """Message lists → pairs (ids, loss_mask), two equally long lists of at most T + 1 items.
 
     Conversations that are longer, or in which the assistant says nothing, are left out, and their
     number is logged. Raises SystemExit if none is left.
@@ -98,10 +99,11 @@ def render_all(conversations, tokenizer, T, log):
     return fitting
 
 def pack(conversations, T, seed, epoch):
-    """(ids, loss_mask) pairs → rows: lists of indices of whole conversations, T + 1 tokens at most.
+    """Pairs (ids, loss_mask) → rows. A row is a list of indices of conversations, which together
+    have at most T + 1 tokens.
 
-    Best fit: of the next WAITING conversations the longest one that fits into the row goes in,
-    until none fits. The order of conversations and rows follows from the seed and the epoch.
+    Best fit: of the next WAITING conversations, the longest one that fits is added to the row,
+    until none fits. The seed and the epoch fix the order of conversations and rows.
     """
     lengths = [len(ids) for ids, _ in conversations]
     order = list(range(len(conversations)))
@@ -123,14 +125,14 @@ def pack(conversations, T, seed, epoch):
             waiting.remove(best)
             row.append(best)
             room -= lengths[best]
-        # without this shuffle the longest conversation would always come first
+        # without this shuffle, the longest conversation would come first in every row
         rows.append(shuffler.sample(row, len(row)))
     shuffler.shuffle(rows)
     return rows
 
 def row_tensors(row, conversations, T, pad):
-    """A packed row → inputs and targets, int64 (T,). A target is -1, which the loss leaves out,
-    where the mask is 0 and on padding."""
+    """A packed row → inputs and targets, int64 (T,) each. Where the mask is 0 and on padding, the
+    target is -1, which the loss ignores."""
     ids = []
     mask = []
     for c in row:
@@ -142,15 +144,17 @@ def row_tensors(row, conversations, T, pad):
     return ids[:-1], torch.where(mask[1:] == 1, ids[1:], -1)
 
 class Loader:
-    """The rows of all epochs as one sequence, so that a position is one integer: rows read."""
+    """The rows of all epochs as one sequence. A position in it is a number of rows, which is all
+    that a saved state needs to remember."""
 
     def __init__(self, conversations, T, seed, pad):
         self.conversations, self.T = conversations, T
         self.seed, self.pad = seed, pad
-        self.epochs = []        # packed when a row of them is first asked for
+        self.epochs = []        # each one is packed when its first row is needed
         self.starts = [0]       # the position at which each epoch begins
 
     def row(self, position):
+        """The row at a position → inputs, targets (T,)."""
         while position >= self.starts[-1]:
             self.epochs.append(pack(self.conversations, self.T, self.seed, len(self.epochs)))
             self.starts.append(self.starts[-1] + len(self.epochs[-1]))
@@ -168,8 +172,8 @@ class Loader:
         return x.to(device), y.to(device)
 
 def show(args):
-    """Prints conversations token by token: what is learnt is green, what is only read is grey.
-    A character of several tokens appears with its last one."""
+    """Prints conversations token by token: tokens that are learnt in green, the others in grey.
+    A character that is split into several tokens is printed with the last of them."""
     tokenizer = Tokenizer.load(args.tokenizer)
     for messages in read_conversations(args.file)[:args.count]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -182,7 +186,7 @@ def show(args):
 # ---- Main ----------------------------------------------------------------------------------------
 
 def held_out_accuracy(engine, problems):
-    """Greedy replies to problems → {kind: share answered rightly}."""
+    """Answers problems greedily → {kind: share of right replies}."""
     replies = engine.answer([p["messages"] for p in problems], max_new_tokens=REPLY_TOKENS,
                             temperature=0)
     by_kind = {}
@@ -191,13 +195,15 @@ def held_out_accuracy(engine, problems):
     return {kind: sum(right) / len(right) for kind, right in by_kind.items()}
 
 def learning_rate_scale(step, max_steps):
-    """Linear warm-up, then constant, then linearly to 0 over the second half."""
+    """The factor of the learning rate: it rises linearly for WARMUP_STEPS, stays at 1, and falls
+    linearly to 0 over the second half of the steps."""
     warmup = min(1.0, (step + 1) / WARMUP_STEPS)
     left = 1 - step / max_steps
     return warmup * min(1.0, 2 * left)
 
 def rows_a_step(args, T, world_size):
-    """--total_batch_size in rows; raises SystemExit if the ranks cannot share it evenly."""
+    """--total_batch_size (tokens) in rows of T tokens. Raises SystemExit if the ranks cannot share
+    them evenly."""
     micro_rows = args.batch_size * world_size
     if not args.total_batch_size:
         return micro_rows
@@ -217,12 +223,12 @@ def parse_args():
     add("--out", required=True, help="run folder")
     add("--resume", action="store_true", help="continue from <out>/state, if there is one")
     add("--epochs", type=float, default=1.0, help="passes over the conversations")
-    add("--batch_size", type=int, default=16, help="rows at a time on one rank")
+    add("--batch_size", type=int, default=16, help="rows in one forward pass on one rank")
     add("--total_batch_size", type=int, help="tokens a step (default: one batch on each rank)")
     add("--lr", type=float, help="peak learning rate of AdamW, or of Muon for dN")
-    add("--held_out", help="problems that are answered before and after training")
+    add("--held_out", help="problems to answer before and after training, never to train on")
     add("--save_every", type=int, default=200, help="steps between saved states")
-    add("--seed", type=int, default=1337, help="of the order of the conversations")
+    add("--seed", type=int, default=1337, help="seed of the conversations' order")
     add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     check_at_least(1, args, "batch_size", "total_batch_size", "save_every")
@@ -233,7 +239,8 @@ def parse_args():
     return args
 
 def read_held_out(path, tokenizer, T, log):
-    """The problems of a file whose question leaves room for an answer; how many do not is logged."""
+    """The problems of a file whose question leaves room for an answer in T tokens. The number of
+    the others is logged."""
     if not path:
         return []
     problems = read_problems(path)
@@ -255,7 +262,8 @@ def main():
     T = model.config.block_size
     engine = Engine(model, tokenizer)
     total_rows = rows_a_step(args, T, ranks.world_size)
-    # the rate of a large batch: a pretrained model's gradients are less noisy than a new one's
+    # The rate that pretraining would use with 65,536 tokens a step, whatever the batch here:
+    # gradients of a pretrained model are less noisy than those of a new one.
     lr = args.lr or default_lr(model.config, 2 ** 16)
     optimizer = make_optimizer(model, ranks, lr, total_rows * T)
     conversations = []
@@ -306,7 +314,7 @@ def main():
         for first in range(ranks.rank * args.batch_size, total_rows,
                            args.batch_size * ranks.world_size):
             batches.append(loader.batch(step * total_rows + first, args.batch_size, ranks.device))
-        # One mean over all supervised tokens of the step, on all ranks: each token counts equally.
+        # The loss is one mean over the supervised tokens of all ranks, so that each counts equally.
         supervised = ranks.sum(sum((y >= 0).sum().item() for _, y in batches))[0]
         loss = 0.0
         for x, y in batches:

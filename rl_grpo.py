@@ -5,24 +5,25 @@ Reinforcement learning on problems whose answers can be checked: an assistant �
     torchrun --standalone --nproc_per_node=8 rl_grpo.py --model runs/d24-sft \
         --task gsm8k.jsonl --held_out gsm8k_test.jsonl --out runs/d24-rl                # 8 GPUs
 
-    in:  an assistant's run; .jsonl of {"question", "answer"}; GSM8K's files are read as they are
+    in:  an assistant's run; a .jsonl of {"question", "answer"}, as in GSM8K's own files
     out: <run>/model.safetensors, config.json, tokenizer, log.jsonl, state/ for --resume
 
 For each question the model writes group_size replies. A reply is worth 1 if its final answer is
 right, and 0 otherwise. Its advantage is that reward minus the mean reward of its group. Every token
-that the model sampled, the end token too, is made more likely in proportion to the advantage of its
-reply. Nobody shows the model how to think: whatever thinking leads to right answers grows.
+that the model sampled, the end token too, is made more likely if the advantage of its reply is
+positive and less likely if it is negative, in proportion. Nobody shows the model how to think: any
+thinking that leads to right answers becomes more likely.
 
-Watch the reward, the length of replies and the share of tied groups, in which all replies are right
-or all are wrong, so that there is nothing to learn from. Do not watch the loss: on fresh samples
-only its gradient has a meaning, its value has none.
+Watch the reward, the length of the replies and the share of tied groups. In a tied group all
+replies are right or all are wrong, so that there is nothing to learn from. Do not watch the loss:
+its gradient is what trains the model, but its value says nothing.
 
 Papers: GRPO (DeepSeekMath, arXiv 2402.03300), DeepSeek-R1 (2501.12948), Dr. GRPO (2503.20783), DAPO
 (2503.14476), PPO's clip (1707.06347), the KL estimator k3 (joschu.net/blog/kl-approx.html).
-Differs from the papers: the defaults are those of Dr. GRPO and DAPO. Advantages are not divided by
-the group's deviation, the loss is one mean over all tokens of the groups that are not tied, there
-is no KL term, and a batch of samples gets one update, so that the clip never acts. --std, --kl and
---updates bring GRPO's terms back.
+Differs from GRPO: the defaults are those of Dr. GRPO and DAPO. Advantages are not divided by the
+group's standard deviation, the loss is one mean over all tokens of the groups that are not tied,
+there is no KL term, and each batch of samples gets a single update, so that the clip never acts.
+--std, --kl and --updates bring GRPO's terms back.
 """
 import argparse
 import copy
@@ -40,13 +41,13 @@ from sample import Engine, check_at_least, find_run
 from training import (Optimizer, RunLog, already_trained, catch_signals, check_finite, contents,
                       finish, init_ranks, load_state, save_run)
 
-ROWS = 64               # replies that pass through the model at once while learning
-QUESTIONS = 128         # held-out questions that are answered at once
+ROWS = 64               # replies in one forward and backward pass
+QUESTIONS = 128         # held-out questions that are answered in one batch
 
 # ---- The objective -------------------------------------------------------------------------------
 
 def advantages(rewards, divide_by_std=False):
-    """rewards (prompts, group_size) → the same shape: each reply against the mean of its own group.
+    """rewards (prompts, group_size) → advantages of that shape: reward minus the group's mean.
 
     >>> advantages(torch.tensor([[1., 0., 0., 1.], [1., 1., 1., 1.]]))
     tensor([[ 0.5000, -0.5000, -0.5000,  0.5000],
@@ -58,8 +59,9 @@ def advantages(rewards, divide_by_std=False):
     return advantage
 
 def policy_loss(logprobs, old_logprobs, ref_logprobs, advantage, mask, clip, kl):
-    """The clipped objective plus the KL term, and the KL itself, both summed over sampled tokens.
-    All arguments are (N, T), except advantage (N,). Divide both results by the number of tokens.
+    """→ (the loss, an estimate of the KL in nats), each a sum over the tokens where mask is 1.
+    logprobs, old_logprobs, ref_logprobs, mask (N, T); advantage (N,). Without a reference model
+    ref_logprobs is None. For means, divide both results by the number of sampled tokens.
 
         ratio = π(token) / π_old(token)
         loss  = -min(ratio · A, clip(ratio, 1 - clip, 1 + clip) · A) + kl · k3
@@ -78,8 +80,8 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantage, mask, clip, kl)
 # ---- Replies → tensors → an update ---------------------------------------------------------------
 
 def rollout(engine, problems, args, seed):
-    """Samples group_size replies to each problem → prompts, completions, and rewards of shape
-    (problems, group_size). A reply that was cut off earns nothing."""
+    """Samples group_size replies to each problem → prompts and completions, one of each for every
+    reply, and rewards (problems, group_size). A reply that was cut off earns 0."""
     prompts = [engine.tokenizer.render(p["messages"], for_completion=True)[0] for p in problems]
     completions = engine.generate(prompts, args.max_new_tokens, args.group_size, temperature=1.0,
                                   seed=seed)
@@ -92,7 +94,8 @@ def rollout(engine, problems, args, seed):
     return prompts, completions, torch.tensor(rewards).view(len(problems), args.group_size)
 
 def rollout_tensors(prompts, completions, pad):
-    """Prompts and completions → ids and mask (N, T); the mask is 1 for tokens the model sampled."""
+    """Prompts and completions → ids (N, T) int64, padded on the right with `pad`, and mask (N, T).
+    The mask is 1 for tokens that the model sampled, and 0 for prompts, tool outputs and padding."""
     longest = max(len(p) + len(c.ids) for p, c in zip(prompts, completions))
     ids = torch.full((len(prompts), longest), pad)
     mask = torch.zeros(len(prompts), longest)
@@ -103,10 +106,11 @@ def rollout_tensors(prompts, completions, pad):
     return ids, mask
 
 def token_logprobs(model, ids, mask, rows=ROWS):
-    """ids (N, T), mask (N, T - 1) → log p of each token of ids[:, 1:] where the mask is 1, else 0.
+    """ids (N, T), mask (N, T - 1) → log p (N, T - 1) of the tokens ids[:, 1:], in nats; 0 where
+    the mask is 0.
 
-    A few rows pass through the model at a time. Only marked positions pass through the head, so
-    that prompts and padding cost no logits.
+    `rows` rows pass through the model at a time. Only positions where the mask is 1 pass through
+    the head, so that no logits are computed for prompts and padding.
     """
     found = []
     for part, marked in zip(ids.split(rows), mask.bool().split(rows)):
@@ -117,9 +121,10 @@ def token_logprobs(model, ids, mask, rows=ROWS):
     return torch.cat(found)
 
 def learn(model, optimizer, ranks, ids, mask, advantage, args, lr_scale, reference):
-    """One batch of rollouts → `updates` optimizer steps. Returns (loss, norm, kl) of the last one;
-    kl is None without a reference model."""
-    # A tied group has no advantage; with a reference it still has the gradient of the KL term.
+    """Takes args.updates optimizer steps on one batch of rollouts: ids and mask (N, T), advantage
+    (N,), which rollout_tensors and advantages made. Returns (loss, gradient norm, kl) of the last
+    step; kl is None without a reference model."""
+    # Replies of a tied group have advantage 0. Only the KL term can learn from them.
     live = (advantage != 0) | (reference is not None)
     ids = ids[live].to(ranks.device)
     mask = mask[:, 1:][live].to(ranks.device)
@@ -137,7 +142,7 @@ def learn(model, optimizer, ranks, ids, mask, advantage, args, lr_scale, referen
         for start in range(0, len(ids), ROWS):
             rows = slice(start, start + ROWS)
             logprobs = token_logprobs(model, ids[rows], mask[rows])
-            # with a single update the policy is still the one that sampled
+            # with a single update, the policy is still the one that sampled the replies
             old = old_logprobs[rows] if args.updates > 1 else logprobs.detach()
             ref = ref_logprobs[rows] if reference is not None else None
             part, part_kl = policy_loss(logprobs, old, ref, advantage[rows], mask[rows], args.clip,
@@ -156,7 +161,7 @@ def learn(model, optimizer, ranks, ids, mask, advantage, args, lr_scale, referen
 # ---- Measuring -----------------------------------------------------------------------------------
 
 def accuracy_by_kind(engine, problems, max_new_tokens):
-    """Greedy replies to problems → {kind: (share right, mean length of a reply in tokens)}."""
+    """Answers problems greedily → {kind: (share of right replies, mean tokens of a reply)}."""
     prompts = [engine.tokenizer.render(p["messages"], for_completion=True)[0] for p in problems]
     right = {}
     lengths = {}
@@ -171,11 +176,11 @@ def accuracy_by_kind(engine, problems, max_new_tokens):
             for kind in right}
 
 def thinking_pays(rewards, lengths):
-    """Is there anything to discover? Compares the shorter replies with the longer ones.
+    """Are longer replies right more often? If not, RL settles on short guesses, and SFT has to
+    teach the steps better first.
 
-    → (middle, mean reward of replies up to this length, mean reward of longer ones). Where longer
-    replies are not more often right, RL settles on short guesses; then SFT has to teach the steps
-    better.
+    rewards and lengths (tokens), one for each reply → (middle, mean reward of replies up to this
+    length, mean reward of longer replies). The middle is halfway from the shortest to the longest.
     """
     middle = (min(lengths) + max(lengths)) / 2
     short = [r for r, n in zip(rewards, lengths) if n <= middle]
@@ -189,21 +194,21 @@ def parse_args():
     add = parser.add_argument
     add("--model", help="run folder of an assistant (default: the newest one)")
     add("--task", required=True, help="problems to practise, .jsonl")
-    add("--held_out", help="problems that are only tested: before, during and after training")
+    add("--held_out", help="problems to test before, during and after training, never to train on")
     add("--out", required=True, help="run folder")
     add("--resume", action="store_true", help="continue from <out>/state, if there is one")
     add("--max_steps", type=int, default=50, help="batches of rollouts")
-    add("--prompts", type=int, default=16, help="questions a step, over all ranks")
+    add("--prompts", type=int, default=16, help="questions of a step, on all ranks together")
     add("--group_size", type=int, default=16, help="replies to each question")
-    add("--max_new_tokens", type=int, default=128, help="tokens of a reply, at most")
+    add("--max_new_tokens", type=int, default=128, help="longest reply, in tokens")
     add("--lr", type=float, default=1e-4, help="learning rate of AdamW; it falls linearly to 0")
     add("--updates", type=int, default=1, help="optimizer steps on each batch of rollouts")
-    add("--clip", type=float, default=0.2, help="the ratio may leave 1 by this much (updates > 1)")
-    add("--kl", type=float, default=0.0, help="weight of the KL to --model")
+    add("--clip", type=float, default=0.2, help="limit of |ratio - 1|; acts only if --updates > 1")
+    add("--kl", type=float, default=0.0, help="weight of the KL divergence from --model")
     add("--std", action="store_true", help="divide advantages by the group's standard deviation")
     add("--eval_every", type=int, default=10, help="steps between tests on held-out problems")
     add("--save_every", type=int, default=25, help="steps between saved states")
-    add("--seed", type=int, default=1337, help="of the order of questions and of the samples")
+    add("--seed", type=int, default=1337, help="seed of the questions' order and of the samples")
     add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     check_at_least(1, args, "max_steps", "prompts", "max_new_tokens", "updates", "eval_every",
@@ -212,8 +217,8 @@ def parse_args():
     if not 0 < args.lr < math.inf:
         raise SystemExit(f"--lr must be above 0, got {args.lr}")
     if args.group_size < 2:
-        raise SystemExit("--group_size must be at least 2, since a reply is compared with the rest "
-                         f"of its group, got {args.group_size}; try --group_size 16")
+        raise SystemExit(f"--group_size must be at least 2, got {args.group_size}; "
+                         "try --group_size 16")
     return args
 
 def check_ranks(prompts, world_size):
@@ -223,8 +228,9 @@ def check_ranks(prompts, world_size):
         raise SystemExit(f"--prompts {prompts} must be a multiple of the {world_size} ranks; "
                          f"try --prompts {nearest}")
 
-def that_fit(path, problems, tokenizer, block_size, log):
-    """The problems whose question leaves room for a reply; how many do not is logged."""
+def problems_that_fit(path, problems, tokenizer, block_size, log):
+    """The problems whose question leaves room for a reply in block_size tokens. The number of the
+    others is logged."""
     fitting = [p for p in problems
                if len(tokenizer.render(p["messages"], for_completion=True)[0]) < block_size]
     if len(fitting) < len(problems):
@@ -232,11 +238,12 @@ def that_fit(path, problems, tokenizer, block_size, log):
                 f"than {block_size - 1} tokens and are left out")
     return fitting
 
+# Flags that a resumed run must not change
 SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates", "clip",
-            "kl", "std", "seed")        # flags that a resumed run must not change
+            "kl", "std", "seed")
 
 def warn(log, truncated, tied):
-    """Warnings of a step, from shares of its replies."""
+    """Logs warnings about a step: `truncated` and `tied` are shares of its replies, 0 to 1."""
     if truncated > 0.5:
         log.say(f"warning: {truncated:.0%} of the replies were cut off and earned nothing; raise "
                 "--max_new_tokens")
@@ -254,7 +261,7 @@ def main():
     held_out = read_problems(args.held_out) if args.held_out else []
     base = find_run(args.model, ("sft",))
     model, meta = load_checkpoint(base, ranks.device)
-    model.eval()    # no dropout: the probabilities of the samples are the ones that are trained
+    model.eval()    # without dropout, training sees the same probabilities as sampling
     tokenizer = Tokenizer.load(base)
     engine = Engine(model, tokenizer)
     reference = copy.deepcopy(model) if args.kl else None
@@ -271,7 +278,7 @@ def main():
                                base=meta["run"])
     log.header(args, model, ranks.device)
     block_size = model.config.block_size
-    problems = that_fit(args.task, problems, tokenizer, block_size, log)
+    problems = problems_that_fit(args.task, problems, tokenizer, block_size, log)
     if not problems:
         raise SystemExit(f"no question of {args.task} fits into {block_size - 1} tokens; give "
                          "shorter problems, or a model with a larger block_size")
@@ -280,8 +287,8 @@ def main():
     if others:
         log.say(f"{args.held_out}: only kinds that are practised are tested; left out: "
                 f"{', '.join(others)}")
-    held_out = that_fit(args.held_out, [p for p in held_out if p["kind"] in kinds], tokenizer,
-                        block_size, log)
+    held_out = [p for p in held_out if p["kind"] in kinds]
+    held_out = problems_that_fit(args.held_out, held_out, tokenizer, block_size, log)
 
     def report_accuracy():
         if held_out and ranks.is_main:

@@ -1,6 +1,6 @@
 /*
-Pretraining in CUDA C++, of GPT-2 and of dN, the modern recipe: the same shards, checkpoints, flags
-and log lines as train_gpt2.py.
+Pretraining of GPT-2 and of dN, the modern recipe, in CUDA C++. Shards, checkpoints, flags and log
+lines are those of train_gpt2.py.
 
     make train_gpt2cu
     ./train_gpt2cu --model gpt2 --data data/fineweb --out runs/gpt2                        # 1 GPU
@@ -27,27 +27,28 @@ backward, and the functions that launch them. §13 puts the rooms together; the 
 Three figures show the layouts that are hard to see in code: the registers of a tensor-core multiply
 (§2), the swizzle of shared memory and the double buffer of key and value tiles (both §7).
 
-Numerics: weights and activations are bf16 (floatX); every sum and every statistic is fp32. Each
-rank keeps fp32 masters and moments of its 1/world_size of the parameters (ZeRO-1, arXiv
-1910.02054). Of the matrices that Muon trains, a rank owns whole layers, as it does in optim.py.
-Gradients of parameters are fp32 and accumulate. Gradients of activations are bf16 and overwrite,
-except along the residual stream, where they add up. With -DFP32 everything is fp32, for cards
-before sm_80 and for tests. There are no floating-point atomics: the same run gives the same bits.
+Numerics: weights and activations are bf16 (floatX); sums and statistics are computed in fp32. Each
+rank keeps fp32 master weights and optimizer states of its 1/world_size of the parameters (ZeRO-1,
+arXiv 1910.02054). A rank owns the matrices that Muon trains by whole layers, as in training.py.
+Gradients of parameters are fp32 and accumulate over micro-steps. Gradients of activations are bf16
+and overwrite what was there, except along the residual stream, where they add up. With -DFP32
+everything is fp32, for cards before sm_80 and for tests. There are no floating-point atomics: the
+same run gives the same bits.
 
-Memory: a matrix is stored as HF's GPT-2 stores it, (in, out), so that files hold what memory holds.
+Memory: matrices are stored as in HF's GPT-2, (in, out), so that files and memory hold the same.
 
 Sizes: B rows, T positions, C channels, V vocabulary, Vp V rounded up to a multiple of 64, L layers,
 NH heads, HS = C / NH channels a head, BT = B * T tokens, OC output channels. "Moves 3 BTC" above a
 kernel means that it reads and writes 3 * B * T * C elements of floatX in all. "Grid 12 x 256" means
-12 blocks of 256 threads.
+12 blocks of 256 threads. 1 GB is 1e9 bytes.
 
 Papers: GPT-2 (Radford et al. 2019), FlashAttention-2 (arXiv 2307.08691), online softmax
 (1805.02867), AdamW (1711.05101), stochastic rounding (2010.06192); for dN, those of model.py and
-optim.py.
+training.py.
 Differs from the papers: FlashAttention-2 adds up dQ with atomics. Here a second kernel computes dQ,
-with 7 matmuls in all instead of 5, so that every sum has one order.
-Differs from train_gpt2.py: of CORE, only HellaSwag is evaluated; a text's bits per byte are not
-compared with gzip and xz.
+so that every sum has a fixed order. The backward pass has 7 matmuls instead of 5.
+Differs from train_gpt2.py: HellaSwag is the only task of CORE that is evaluated. Bits per byte of a
+text are not compared with gzip and xz.
 */
 #include <algorithm>
 #include <arpa/inet.h>
@@ -111,7 +112,7 @@ static void check_cublas(cublasStatus_t status, int line) {
 #define CHECK_CUDA(call) check_cuda(call, __LINE__)
 #define CHECK_CUBLAS(call) check_cublas(call, __LINE__)
 
-// GPU memory that is filled with zeros
+// Allocates GPU memory and fills it with zeros.
 static void* allocate(size_t bytes) {
     void* pointer = NULL;
     if (cudaMalloc(&pointer, bytes) != cudaSuccess) {
@@ -129,18 +130,18 @@ template <class Number> __host__ __device__ constexpr Number ceil_div(Number a, 
     return (a + b - 1) / b;
 }
 
-// The least that one launch has to do: bytes to move and FLOP to compute. --profile compares the
-// time that the launch takes with it.
+// The least that one launch has to do: bytes to move and FLOP to compute. --profile compares it
+// with the time that the launch takes.
 struct Work { const char* name; double bytes, flops = 0; };
 
-// In a profiled step two events enclose each launch. add_times sums the times between them by the
-// name of the work.
+// In a profiled step, one event is recorded before each launch and one after it. add_times sums the
+// times between them for each name of work.
 struct KernelTime { char name[64]; int calls; double ms, bytes, flops; };
 struct Launch { int kernel; cudaEvent_t begin, end; };
 static struct {
     bool on;
     KernelTime kernels[96];
-    Launch* launches;                   // those of one step; their events are used again
+    Launch* launches;                   // of one step; the next step uses their events again
     int n_kernels, n_launches, capacity, n_steps;
     double ms;                          // of all profiled steps
 } profile;
@@ -183,7 +184,7 @@ static void end_work(Work work, cudaStream_t stream) {
 // Where a launch runs: blocks of threads, on a stream, with dynamic shared memory for each block.
 struct Grid { dim3 blocks, threads; cudaStream_t stream; size_t shared_bytes = 0; };
 
-// At least n threads, in blocks of 256. Those beyond n have to return early.
+// At least n threads, in blocks of 256. Threads from number n on have to return early.
 static Grid one_thread_each(int64_t n, cudaStream_t stream) {
     return {(unsigned)ceil_div(n, (int64_t)256), 256, stream};
 }
@@ -208,8 +209,9 @@ static void add_times(double step_ms) {
     profile.ms += step_ms;
 }
 
-// Longest first. "of bound" is the time that memory or tensor cores would take at their peak, as a
-// share of the time taken. A peak of 0 is unknown.
+// Prints one row for each name of work, the longest time first. "of bound" is the time that memory
+// or tensor cores would need at their peak rate, as a share of the time taken. A peak rate of 0
+// means that it is unknown.
 static void print_profile(double bytes_per_s, double flops_per_s) {
     int steps = profile.n_steps;
     double rest_ms = profile.ms;
@@ -235,19 +237,19 @@ static void print_profile(double bytes_per_s, double flops_per_s) {
 
 // ---- §2 Reductions, 128-bit loads, tensor cores -------------------------------------------------
 //
-// A kernel runs in a grid of blocks of threads. 32 threads of a block form a warp, which executes
-// one instruction at a time; a thread's number in its warp is its lane. Each thread has its own
-// registers. Threads of a warp can read one another's registers by shuffles. Threads of a block
-// share some memory on the chip, and wait for one another at a barrier, __syncthreads(). Blocks do
-// not communicate, and run in any order.
+// A kernel is a function that many threads run at once: a grid of blocks, each of up to 1024
+// threads. 32 threads of a block form a warp, which executes one instruction at a time; a thread's
+// number in its warp is its lane. Each thread has its own registers. Threads of a warp can read one
+// another's registers by shuffles. Threads of a block share some memory on the chip, and wait for
+// one another at a barrier, __syncthreads(). Blocks run in any order and do not communicate.
 
 const int WARP = 32;
 
 __device__ int64_t thread_in_grid() { return (int64_t)blockIdx.x * blockDim.x + threadIdx.x; }
 
 // Memory bandwidth is used best when each thread moves 16 bytes at once. So a thread works on a
-// Pack, PACK = 8 bf16 or 4 fp32 neighbours in a row, and each row's length is a multiple of PACK.
-// Arithmetic on a Pack is in fp32.
+// Pack: PACK neighbouring elements of a row, 8 in bf16 or 4 in fp32. Rows have a multiple of PACK
+// elements. Arithmetic on a Pack is in fp32.
 const int PACK = 16 / sizeof(floatX);
 struct alignas(16) Pack {
     floatX values[PACK];
@@ -258,7 +260,7 @@ struct alignas(16) Pack {
 __device__ Pack load(const floatX* address) { return *(const Pack*)address; }
 __device__ void store(floatX* address, Pack pack) { *(Pack*)address = pack; }
 
-// The sum over a warp, which every lane gets. In each of five steps a lane adds the value of the
+// Returns the sum over a warp to every lane. In each of five steps a lane adds the value of the
 // lane whose number differs in one bit (16, 8, 4, 2, 1). Both lanes of a pair compute the same sum,
 // so all lanes end with the same bits.
 __device__ float warp_sum(float value) {
@@ -275,7 +277,7 @@ __device__ float warp_max(float value) {
     return value;
 }
 
-// The sum over a block of up to 1024 threads, which every thread gets. Each warp leaves its sum in
+// Returns the sum over a block of up to 1024 threads to every thread. Each warp leaves its sum in
 // shared memory. After the first barrier all of these are there, and each warp adds up the 32 or
 // fewer sums. The second barrier is for kernels that call this twice: a fast warp must not
 // overwrite sums that a slow one still reads.
@@ -292,7 +294,7 @@ __device__ float block_sum(float value) {
     return value;
 }
 
-// A kernel calls this at most once: it has no second barrier.
+// The same for the maximum. A kernel may call this only once: it has no second barrier.
 __device__ float block_max(float value) {
     __shared__ float of_warp[WARP];
     int lane = threadIdx.x % WARP;
@@ -305,8 +307,9 @@ __device__ float block_max(float value) {
 }
 
 // Tensor cores multiply small matrices that lie in the registers of a warp. The instruction used
-// here is C += A B with C (16, 8) fp32, A (16, 16) and B (16, 8) bf16. Figure 1: which lane (L0 …
-// L31) holds which elements, and in which register. A register of A or B holds two bf16.
+// here is C += A B with C (16, 8) in fp32, A (16, 16) and B (16, 8) in bf16. Figure 1 shows which
+// lane (L0 … L31) holds which elements, and in which register. A register of A or B holds two
+// neighbouring bf16.
 //
 //     A   columns   0,1  2,3  4,5  6,7 │ 8,9   …  14,15      C   columns   0,1  2,3  4,5  6,7
 //       row 0       L0   L1   L2   L3  │ L0   L1   L2   L3     row 0       L0   L1   L2   L3
@@ -318,15 +321,15 @@ __device__ float block_max(float value) {
 //       …                a[1]          │      a[3]             …             c[2], c[3]
 //       row 15      L28  L29  L30  L31 │ L28  L29  L30  L31    row 15      L28  L29  L30  L31
 //
-//     B's transpose (8, 16) is spread like the upper half of A: b[0] is in the place of a[0], and
-//     b[1] in that of a[2].
+//     The transpose of B, (8, 16), is spread like the upper half of A, rows 0 … 7: b[0] has the
+//     place of a[0], and b[1] that of a[2].
 //
 // So lane L owns two neighbours in row L / 4 of the result and two in row L / 4 + 8. Each row is
-// spread over four neighbouring lanes, a quad. Two C's side by side are spread as one A is, so that
-// a result can be the left factor of the next multiply without leaving its registers (multiply_add
+// spread over four neighbouring lanes, a quad. Two C's side by side are spread like one A, so that
+// a result can be the left factor of the next product without leaving its registers (multiply_add
 // in §7).
 
-// The only inline PTX. On the CPU, the emulator in tests/cuda_emulator has the same names.
+// This is the only inline PTX. tests/cuda_emulator has functions of the same names for the CPU.
 #if !defined(CUEMU) && !defined(FP32)
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return (uint32_t)__cvta_generic_to_shared(pointer);
@@ -349,27 +352,27 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t r[4], const void* row) {
                  : "r"(shared_address(row)) : "memory");
 }
 
-// The same with each 8 x 8 matrix transposed on the way
+// The same, but each 8 x 8 matrix is transposed on its way into the registers.
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t r[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row)) : "memory");
 }
 
-// Starts a copy of 16 bytes to shared memory that passes no register; only the first `valid` bytes
-// are read, the others become zeros. The thread continues at once.
+// Starts a copy of 16 bytes to shared memory, which bypasses the registers, and returns at once.
+// Only the first `valid` bytes are read; the others become zeros.
 __device__ __forceinline__ void cp_async16(void* to, const void* from, int valid) {
     asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;"
                  :: "r"(shared_address(to)), "l"(from), "r"(valid) : "memory");
 }
 
-// Makes one group of the copies that this thread has started since the last call.
+// Makes one group of all copies that this thread has started since the last call.
 __device__ __forceinline__ void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until at most the PENDING newest groups of this thread are still on their way. What other
-// threads have copied is there only after a barrier.
+// Waits until all groups of this thread are complete, except the PENDING newest ones. What other
+// threads copied can be read only after a barrier.
 template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
 }
@@ -378,7 +381,7 @@ template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
 // ---- §3 Embedding -------------------------------------------------------------------------------
 //
 //   out[b, t] = wte[token[b, t]] + wpe[t]              out (B, T, C), wte (Vp, C), wpe (T, C)
-//   dwte[v] += Σ dout[b, t] where token = v            dwpe[t] += Σ_b dout[b, t]
+//   dwte[v] += Σ dout[b, t] where token[b, t] = v      dwpe[t] += Σ_b dout[b, t]
 
 // One thread: one Pack of one token. Grid BT*C/PACK/256 x 256. Moves 3 BTC; bound by memory.
 __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte,
@@ -394,20 +397,21 @@ __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const f
     store(out + at, sum);
 }
 
-// Which positions hold which token, grouped by token. Several positions may add to one row of dwte.
-// Atomic additions would come in any order and give other bits in each run. With this index, one
-// block sums a row, and the order of the sum is fixed.
+// The positions of a batch, grouped by their token. Several positions add to one row of dwte. If
+// they did so atomically, the order would vary and each run would give other bits. With this index
+// one block sums a row, always in the same order.
 struct TokenIndex {
-    int* positions;     // (BT) grouped by token, ascending within a group
+    int* positions;     // (BT) indices into (B, T), grouped by token, ascending within a group
     int* starts;        // (n_groups + 1) where each group begins in `positions`
     int* tokens;        // (n_groups) the token of each group
-    int n_groups;       // how many different tokens there are
+    int n_groups;       // how many different tokens the batch has
 };
 
 // One block of 32 x 8: one token, 32 Packs of its channels. Each of the 8 rows of threads, a warp,
 // sums every 8th position of the token. After the barrier, when all 8 sums are there, the first row
-// adds them up. The lane is the last index of `sums`, so that a warp writes to 32 different banks.
-// Grid (n_groups, C/PACK/32). Reads BTC once and moves 2 rows of fp32 a token; bound by memory.
+// adds them up. The lane is the last index of `sums`, so that a warp writes to 32 different banks
+// of shared memory. Grid (n_groups, C/PACK/32). Reads BTC once, and reads and writes one fp32 row
+// for each different token; bound by memory.
 __global__ void wte_backward_kernel(float* dwte, const floatX* dout, TokenIndex index, int C) {
     __shared__ float sums[8][PACK][WARP];
     int c = (blockIdx.y * WARP + threadIdx.x) * PACK;
@@ -469,9 +473,9 @@ static void wpe_backward(float* dwpe, const floatX* dout, int B, int T, int C,
 //
 //   gradient[c] += Σ_rows matrix[row, c]
 //
-// A matrix has many more rows than columns, so one block for some columns would leave most of the
-// GPU idle. There are two steps, each with a fixed order: blocks sum shares of the rows into
-// `partials` (n_partials, width), then add_partials_kernel sums those.
+// A matrix has many more rows than columns. If one block summed whole columns, there would be too
+// few blocks for the GPU. So there are two steps, each with a fixed order: blocks sum shares of the
+// rows into `partials` (n_partials, width), then add_partials_kernel sums these.
 
 const int ROW_SPLITS = 64;
 
@@ -516,7 +520,7 @@ __global__ void add_partials_kernel(float* gradient, const float* partials, int 
     gradient[c] += sum;
 }
 
-// gradient (columns) += the sum of the first `columns` of the rows of partials (n_partials, width)
+// gradient (columns) += Σ_i partials[i, 0 … columns - 1], where partials is (n_partials, width)
 static void add_partials(float* gradient, const float* partials, int n_partials, int width,
                          int columns, cudaStream_t stream) {
     launch({"add_partials", 4.0 * (n_partials + 2) * columns},
@@ -524,6 +528,7 @@ static void add_partials(float* gradient, const float* partials, int n_partials,
            partials, n_partials, width, columns);
 }
 
+// dbias (OC) += Σ_rows dout (BT, OC); partials (ROW_SPLITS, OC) is workspace.
 static void bias_backward(float* dbias, float* partials, const floatX* dout, int BT, int OC,
                           cudaStream_t stream) {
     dim3 grid(ceil_div(OC, PACK * WARP), ROW_SPLITS);
@@ -536,15 +541,15 @@ static void bias_backward(float* dbias, float* partials, const floatX* dout, int
 // ---- §5 Residual + norms ------------------------------------------------------------------------
 //
 // GPT-2 has LayerNorm. Each norm first adds b, the output of the branch before it, to the residual
-// stream a. One kernel does both, so that the sum x need not be read again.
+// stream a. One kernel does both, so that the sum x is not read from memory again.
 //
 //   x = a + b    mean = Σ x / C    rstd = 1 / sqrt(Σ (x - mean)² / C + 1e-5)
 //   n = (x - mean) rstd    out = n weight + bias
 //   dn = dout weight    dx += (dn - Σ dn / C - n Σ (dn n) / C) rstd
 //   dweight += Σ_rows dout n    dbias += Σ_rows dout
 
-const int NORM_WARPS = 4;                        // of a block, each with a row of its own
-const float RMS_EPSILON = 1.1920929e-7f;         // fp32's epsilon, which PyTorch's rms_norm takes
+const int NORM_WARPS = 4;                        // warps of a block; each has one row at a time
+const float RMS_EPSILON = 1.1920929e-7f;         // fp32's epsilon, as in PyTorch's rms_norm
 
 // Shapes are (BT, C) unless a comment says otherwise. A pointer may be NULL if its default is NULL.
 struct LayerNormForward {
@@ -557,10 +562,10 @@ struct LayerNormForward {
     int BT, C;
 };
 
-// One warp: one row. The row stays in shared memory, so that memory is read once, and yet the
-// squares are summed after the mean is known (Σ x² / C - mean², in one pass, would lose digits). No
-// barrier is needed, because a lane reads only what it wrote itself. Grid BT/4 x 128. Moves 4 BTC,
-// or 2 BTC without b; bound by memory.
+// One warp: one row. The row stays in shared memory between two passes: the first sums x, and the
+// second sums (x - mean)². (Σ x² / C - mean² would take one pass but lose digits.) No barrier is
+// needed, because a lane reads only what it wrote itself. Grid BT/4 x 128. Moves 4 BTC, or 2 BTC
+// without b; bound by memory.
 __global__ void layernorm_forward_kernel(LayerNormForward norm) {
     extern __shared__ float rows[];     // (NORM_WARPS, C)
     int C = norm.C;
@@ -612,13 +617,13 @@ struct LayerNormBackward {
     int BT, C;
 };
 
-const int NORM_PARTIALS = 256;  // blocks at most
-const int NORM_ROWS = 2;        // rows of an iteration; they share its two barriers
+const int NORM_PARTIALS = 256;  // most blocks of layernorm_backward_kernel
+const int NORM_ROWS = 2;        // rows in one iteration, which share its two barriers
 
 // One block: every gridDim-th pair of rows. One thread: a Pack of channels, whose dweight and dbias
 // it sums over all these rows in registers. Grid n_partials x C/PACK. Moves 4 BTC; bound by memory.
 // The sums over a row go through of_warp. After the first barrier every warp's sums are there. The
-// second barrier keeps a fast warp from writing those of the next rows before all have read these.
+// second one keeps a fast warp from writing sums of the next rows before all warps have read these.
 __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
     __shared__ float of_warp[2][NORM_ROWS][WARP];       // Σ dn and Σ (dn n) of each warp
     int C = norm.C;
@@ -703,20 +708,22 @@ static void layernorm_backward(LayerNormBackward norm, cudaStream_t stream) {
 }
 
 // dN has RMSNorm, without a mean, a weight or a bias. Before the norm, two learned numbers for each
-// layer, λ and μ, mix the residual stream x with the first embedding e. Without e, s is x.
+// layer, λ and μ, mix the residual stream x with e, the embedding at the start of the stream. The
+// last norm instead subtracts e, the stream after the middle layer, times μ ("backout"). So μ has a
+// sign ±, and λ is 1 there. Without e, s is x.
 //
-//   x = a + b    s = λ x + μ e    rstd = 1 / sqrt(Σ s² / C + 1.19e-7)    out = n = s rstd
-//   ds = dx + (dout - n Σ (dout n) / C) rstd
-//   dλ += Σ ds x    dμ += Σ ds e    dx = λ ds    de += μ ds
+//   x = a + b    s = λ x ± μ e    rstd = 1 / sqrt(Σ s² / C + 1.19e-7)    out = n = s rstd
+//   ds = dx + (dout - n Σ (dout n) / C) rstd       where dx on the right comes from later uses of s
+//   dλ += Σ ds x    dμ += ± Σ ds e    dx = λ ds    de += ± μ ds
 
 struct Mix {
     const floatX* e;                    // (BT, C); NULL: no mix
     const float* lambda;                // NULL: 1
     const float* mu;
-    float sign;                         // 1 or -1, which μ is multiplied by
+    float sign;                         // 1 or -1, the sign of μ
 };
 
-// s for the Pack of x at offset `at`
+// The Pack of s for a Pack of x, which is at offset `at` in (BT, C)
 __device__ Pack mixed(Pack x, Mix mix, int64_t at) {
     if (mix.e == NULL) { return x; }
     float lambda = mix.lambda != NULL ? *mix.lambda : 1.0f;
@@ -781,18 +788,19 @@ struct RmsNormBackward {
     const int* tokens = NULL;           // (BT), the rows of x
     const float* rstd;                  // (BT)
     Mix mix = {};
-    floatX* dx;                         // in: what else adds to ds; out: the gradient of x
+    floatX* dx;                         // in: the gradient of s from its later uses; out: of x
     floatX* de = NULL;                  // added to
-    float* dlambda = NULL;              // one number each, added to
-    float* dmu = NULL;
+    float* dlambda = NULL;              // one number, added to
+    float* dmu = NULL;                  // one number, added to
     float* partials = NULL;             // (RMS_PARTIALS, 2): dλ, dμ; only with a mix
     int BT, C;
 };
 
-const int RMS_PARTIALS = 1024;  // blocks at most
+const int RMS_PARTIALS = 1024;  // most blocks of rmsnorm_backward_kernel
 
-// One warp: every n-th row, n being the number of warps. It reads a row twice, the second time from
-// the L1 cache. Grid up to RMS_PARTIALS x 128. Moves 4 BTC, or 7 BTC with a mix; bound by memory.
+// One warp: every n-th row, where n is the number of warps in the grid. It reads a row twice, the
+// second time from the L1 cache. Grid up to RMS_PARTIALS x 128. Moves 4 BTC, or 7 BTC with a mix;
+// bound by memory.
 __global__ void rmsnorm_backward_kernel(RmsNormBackward norm) {
     Mix mix = norm.mix;
     int C = norm.C;
@@ -864,7 +872,7 @@ static void rmsnorm_backward(RmsNormBackward norm, cudaStream_t stream) {
     if (norm.dmu != NULL) { add_partials(norm.dmu, norm.partials + 1, blocks, 2, 1, stream); }
 }
 
-// One thread: one Pack of sum += other. Grid n/PACK/256 x 256. Moves 3n; bound by memory.
+// sum += other. One thread: one Pack. Grid n/PACK/256 x 256. Moves 3n; bound by memory.
 __global__ void add_kernel(floatX* sum, const floatX* other, int64_t n) {
     int64_t at = thread_in_grid() * PACK;
     if (at >= n) { return; }
@@ -884,9 +892,9 @@ static void add_to(floatX* sum, const floatX* other, int64_t n, cudaStream_t str
 //   y = x w + bias            x (rows, C), w (C, OC), y (rows, OC)
 //   dx = dy wᵀ                dw += xᵀ dy
 //
-// cuBLAS stores matrices by columns. What is (rows, C) to us is the transpose, (C, rows), to it. So
-// each product is computed as its own transpose, yᵀ = wᵀ xᵀ: A is w, B is x, D is y, and no matrix
-// is ever moved.
+// cuBLAS stores matrices by columns, we by rows. So it takes our (rows, C) for the transpose,
+// (C, rows). Each product is therefore computed as its own transpose, yᵀ = wᵀ xᵀ, where A is w, B
+// is x and D is y. No matrix is ever moved.
 
 enum Transpose { NEITHER, TRANSPOSE_A, TRANSPOSE_B };
 enum Epilogue { PLAIN, ADD_BIAS, ADD_BIAS_GELU, TIMES_DGELU };
@@ -901,7 +909,8 @@ struct Matmul {
     bool operator==(const Matmul&) const = default;
 };
 
-// What cuBLASLt chose for a Matmul. Choosing takes longer than a small matmul, so plans are kept.
+// The kernel that cuBLASLt chose for a Matmul. Plans are kept, since choosing takes longer than a
+// small matmul.
 struct MatmulPlan {
     Matmul matmul;
     char name[64];
@@ -929,8 +938,8 @@ template <class Value> static void set(cublasLtMatmulDesc_t operation,
     CHECK_CUBLAS(cublasLtMatmulDescSetAttribute(operation, attribute, &value, sizeof value));
 }
 
-// An epilogue works on D before it is written: bias (m) is added; aux (m, n), which is the input of
-// GELU, is written by ADD_BIAS_GELU and read by TIMES_DGELU. Either may be NULL.
+// An epilogue changes D before it is written. `bias` (m) is added. `aux` (m, n) is the input of
+// GELU, which ADD_BIAS_GELU writes and TIMES_DGELU reads. Each is NULL if the epilogue has none.
 static void set_epilogue(cublasLtMatmulDesc_t operation, Matmul mm, const floatX* bias,
                          floatX* aux) {
     const cublasLtEpilogue_t epilogues[] = {
@@ -1028,7 +1037,7 @@ static void run_matmul(MatmulPlan* plan, void* d, Operands x, cudaStream_t strea
     end_work(work, stream);
 }
 
-// D = op(A) op(B), or D += where mm.accumulate says so; bias and aux are for the epilogue.
+// D = op(A) op(B), or D += op(A) op(B) with mm.accumulate; bias and aux are for the epilogue.
 static void matmul(void* d, const floatX* a, const floatX* b, Matmul mm, cudaStream_t stream,
                    const floatX* bias = NULL, floatX* aux = NULL) {
     MatmulPlan* plan = plan_matmul(mm, bias, aux);
@@ -1058,7 +1067,7 @@ static void linear_backward_input(floatX* dx, const floatX* dy, const floatX* w,
     matmul(dx, w, dy, {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A}, stream);
 }
 
-// du = dy wᵀ gelu'(u): back through a linear layer, then through the GELU in front of it
+// du = dy wᵀ gelu'(u): back through a linear layer, then through the GELU that made its input
 static void linear_gelu_backward_input(floatX* du, const floatX* dy, const floatX* w, floatX* u,
                                        LinearSizes n, cudaStream_t stream) {
     Matmul mm = {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A,
@@ -1076,21 +1085,21 @@ static void linear_backward_weight(float* dw, float* dbias, float* partials, con
 
 // ---- §7 Attention -------------------------------------------------------------------------------
 //
-// For each head (sharpness is 1 in GPT-2 and 1.44 in dN):
+// For each head, with scale = sharpness / sqrt(HS), where sharpness is 1 in GPT-2 and 1.44 in dN:
 //
-//   S[t, s] = q[t]·k[s] sharpness / sqrt(HS) for t - window ≤ s ≤ t    P = softmax(S)
-//   y[t] = Σ_s P[t, s] v[s]    delta[t] = dy[t]·y[t]    dP[t, s] = dy[t]·v[s]
-//   dS = P (dP - delta[t]) sharpness
-//   dv[s] = Σ_t P[t, s] dy[t]    dq[t] = Σ_s dS[t, s] k[s] / sqrt(HS)    dk likewise with q
+//   S[t, s] = q[t]·k[s] scale for t - window ≤ s ≤ t    P = softmax of each row of S
+//   y[t] = Σ_s P[t, s] v[s]
+//   dP[t, s] = dy[t]·v[s]    delta[t] = dy[t]·y[t]    dS[t, s] = P[t, s] (dP[t, s] - delta[t])
+//   dv[s] = Σ_t P[t, s] dy[t]    dq[t] = scale Σ_s dS[t, s] k[s]    dk[s] = scale Σ_t dS[t, s] q[t]
 //
-// qkv (B, T, 3, NH, HS), y (B, T, NH, HS). S and P, (T, T) each, are never in memory: the forward
-// pass keeps only lse (B, NH, T), the logarithm of each softmax's denominator, from which the
-// backward pass computes P again. Powers have base 2, as in the GPU's instruction, and lse is a
-// logarithm to base 2: P = 2^(S / ln 2 - lse).
+// qkv (B, T, 3, NH, HS), y (B, T, NH, HS). S and P, (T, T) each, are never in memory. The forward
+// pass keeps only lse (B, NH, T), the logarithm of the sum of exponentials of each row of S, and
+// with it the backward pass computes P again. The GPU's instruction computes powers of 2, so lse is
+// a logarithm to base 2: P[t, s] = 2^(S[t, s] / ln 2 - lse[t]). In the code a score is S / ln 2.
 //
-// Online softmax: a query takes its keys one after another (or a tile after another) and keeps the
-// highest score so far, the sum of 2^(score - highest), and Σ 2^(score - highest) v. When the
-// highest grows, both sums shrink by 2^(old highest - new highest).
+// Online softmax: a query takes its keys one by one (or tile by tile) and keeps the highest score
+// so far, Σ 2^(score - highest) and Σ 2^(score - highest) v. When the highest score grows, both
+// sums are multiplied by 2^(old highest - new highest).
 //
 // The plain kernels come first: they are the specification. In bf16, heads of 64 and 128 channels
 // use the fast kernels, FlashAttention-2, which compute the same on tensor cores.
@@ -1099,22 +1108,22 @@ struct AttentionSizes {
     int B, T, NH, HS, window;
     float sharpness;
     double bytes() const { return (double)B * T * NH * HS * sizeof(floatX); }     // of y
-    double flops() const {                          // 2 a channel of each query and key it sees
+    double flops() const {              // of one product: 2 for each channel of each pair t, s
         return (double)B * window * (2 * T - window) * NH * HS;
     }
 };
 
-// Where a head's first q is in qkv (its k and v follow after C and 2C), with width 3; or its first
-// row of y, with width 1.
+// With width 3, where the first q of a head is in qkv; its k and v are C and 2C later. With width
+// 1, where the first row of a head is in y.
 __device__ int64_t head_start(int b, int h, int T, int NH, int HS, int width) {
     return (int64_t)b * T * width * NH * HS + h * HS;
 }
 
 // The plain kernels serve fp32, and head sizes other than 64 and 128. A warp has one query or key
-// of one head, a lane the channels lane, lane + 32, … of it, in registers. So each key is read once
-// by each query: these reads, most of which the L2 cache serves, bound the kernels.
+// of one head in registers; a lane has its channels lane, lane + 32, …. Each query reads each of
+// its keys. These reads, most of which the L2 cache serves, bound the kernels.
 
-const int LANE_CHANNELS = 8;        // of a lane; so HS is at most 256
+const int LANE_CHANNELS = 8;        // channels of a lane; so HS is at most 256
 
 // The row of a head that a warp works on
 struct HeadRow {
@@ -1157,7 +1166,7 @@ __device__ void add_scaled(float (&sum)[LANE_CHANNELS], float factor,
 
 const float LOG2_E = 1.44269504f;   // 1 / ln 2
 
-// One warp: y and lse of one query. Grid B*NH*T/4 x 128. 2 BT²C FLOP without a window.
+// One warp: y and lse of one query. Grid B*NH*T/4 x 128. 2 BT²C FLOP if no window limits the keys.
 __global__ void plain_attention_forward_kernel(floatX* y, float* lse, const floatX* qkv,
                                                AttentionSizes sizes) {
     HeadRow at(sizes);
@@ -1208,8 +1217,8 @@ __global__ void attention_delta_kernel(float* delta, const floatX* y, const floa
     if (lane == 0) { delta[((int64_t)b * NH + h) * T + t] = sum; }
 }
 
-// One warp: dq of one query when KEYS is false; dk and dv of one key when it is true, from all the
-// queries that see the key. Grid B*NH*T/4 x 128.
+// One warp. If KEYS is false: dq of one query, from the keys that it sees. If KEYS is true: dk and
+// dv of one key, from the queries that see it. Grid B*NH*T/4 x 128.
 template <bool KEYS>
 __global__ void plain_attention_backward_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy,
                                                 const float* lse, const float* delta,
@@ -1252,9 +1261,9 @@ __global__ void plain_attention_backward_kernel(floatX* dqkv, const floatX* qkv,
 // The fast kernels. A block has 64 queries (or keys) of a head and walks over tiles of keys (or
 // queries), which its 4 warps share. So a tile is read from memory once for 64 rows.
 //
-// A tile is rows of HS channels in shared memory, in chunks of 8 channels, 16 bytes. Figure 2, the
-// swizzle: chunk i of row r lies in slot i ^ (r % 8) of its row. For HS = 64, the slots hold these
-// chunks:
+// A tile is a number of rows of HS channels in shared memory. A row is cut into chunks of 8
+// channels, 16 bytes. Figure 2, the swizzle: chunk i of row r lies in slot i ^ (r % 8) of its row.
+// For HS = 64, the slots hold these chunks:
 //
 //     slot     0  1  2  3  4  5  6  7      Shared memory has 32 banks of 4 bytes, and a slot covers
 //     row 0    0  1  2  3  4  5  6  7      4 of them. ldmatrix reads the same chunk of 8 rows at
@@ -1271,8 +1280,9 @@ template <int HS> __device__ floatX* chunk_at(floatX* tile, int row, int chunk) 
     return tile + row * HS + (chunk ^ (row % 8)) * 8;
 }
 
-// Begins to copy rows first … first + ROWS - 1 of a matrix; those from T on are zeros. One thread:
-// every 128th chunk; 8 (or 16) neighbouring threads read a row, which is contiguous in memory.
+// Begins to copy rows first … first + ROWS - 1 of a matrix into a tile; rows from T on become
+// zeros. `stride` is the distance of two rows in memory. One thread copies every 128th chunk; 8 (or
+// 16, if HS is 128) neighbouring threads copy a row, which is contiguous in memory.
 template <int HS, int ROWS>
 __device__ void load_tile(floatX* tile, const floatX* from, int64_t stride, int first, int T) {
     for (int i = threadIdx.x; i < ROWS * HS / 8; i += ATTENTION_THREADS) {
@@ -1284,9 +1294,10 @@ __device__ void load_tile(floatX* tile, const floatX* from, int64_t stride, int 
     }
 }
 
-// A warp's product (16, N) = a[row … row + 15] bᵀ of tiles a and b (N, HS). product[j] is columns
-// 8 j … 8 j + 7, spread over the lanes as C in Figure 1. A row of the tile b is a column of bᵀ. By
-// Figure 1 a lane holds neighbours of a column of B, so ldmatrix need not transpose.
+// product (16, N) = a[row … row + 15] bᵀ for a warp, where a and b (N, HS) are tiles. product[j]
+// has columns 8 j … 8 j + 7, spread over the lanes like C in Figure 1. A row of the tile b is a
+// column of bᵀ, and by Figure 1 a register holds two neighbours of a column of B. So ldmatrix need
+// not transpose.
 template <int HS, int N>
 __device__ void multiply_transposed(float (&product)[N / 8][4], floatX* a, int row, floatX* b) {
     int lane = threadIdx.x % WARP;
@@ -1299,7 +1310,7 @@ __device__ void multiply_transposed(float (&product)[N / 8][4], floatX* a, int r
         ldmatrix_x4(left, chunk_at<HS>(a, row + lane % 16, k / 8 + lane / 16));
 #pragma unroll
         for (int n = 0; n < N; n += 16) {
-            uint32_t right[4];          // of 16 columns: two B's
+            uint32_t right[4];          // two B's, which are 16 columns of bᵀ
             ldmatrix_x4(right, chunk_at<HS>(b, n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
             mma_m16n8k16_bf16(product[n / 8], left, right);
             mma_m16n8k16_bf16(product[n / 8 + 1], left, right + 2);
@@ -1314,9 +1325,9 @@ __device__ uint32_t pack_bf16(float low, float high) {
     return bits;
 }
 
-// sum (16, HS) += a (16, K) b, where multiply_transposed left a in registers and b is a tile
-// (K, HS). By Figure 1, columns 0 … 7 of a C lie as the left half of an A, and columns 8 … 15, the
-// next part, as the right half: a only has to be rounded to bf16, and no lane needs another's part.
+// sum (16, HS) += a b for a warp, where a (16, K) is a product of multiply_transposed, still in
+// registers, and b (K, HS) is a tile. By Figure 1 a C is spread like the left half of an A, and the
+// next C like its right half. So a only has to be rounded to bf16; no lane needs another's part.
 template <int HS, int K>
 __device__ void multiply_add(float (&sum)[HS / 8][4], const float (&a)[K / 8][4], floatX* b) {
     int lane = threadIdx.x % WARP;
@@ -1336,8 +1347,8 @@ __device__ void multiply_add(float (&sum)[HS / 8][4], const float (&a)[K / 8][4]
     }
 }
 
-// Writes a warp's (16, HS) to rows first … first + 15 of a matrix, but not beyond T. A lane has
-// parts of two rows, which it multiplies by scale_0 and scale_8.
+// Writes a warp's rows (16, HS) to rows first … first + 15 of a matrix, but not to rows from T on.
+// A lane has parts of rows lane/4 and lane/4 + 8, which it multiplies by scale_0 and scale_8.
 template <int HS>
 __device__ void store_rows(floatX* to, int64_t stride, int first, int T,
                            const float (&rows)[HS / 8][4], float scale_0, float scale_8) {
@@ -1357,7 +1368,7 @@ __device__ void store_rows(floatX* to, int64_t stride, int first, int T,
     }
 }
 
-// The maximum, the sum over a row of Figure 1's C, which lies in four neighbouring lanes
+// The maximum and the sum over a quad. A row of Figure 1's C is spread over these four lanes.
 __device__ float quad_max(float value) {
     value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
     return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
@@ -1368,29 +1379,31 @@ __device__ float quad_sum(float value) {
     return value + __shfl_xor_sync(~0u, value, 2);
 }
 
-const float LOWEST = -1e30f;        // below each score, and finite: a row may see none of a tile
+// Where the highest score starts. It is below every score. It is finite, because a row may see no
+// key of a tile: -INFINITY - -INFINITY would be NaN.
+const float LOWEST = -1e30f;
 
-// Whether key ≤ query ≤ key + window. The difference to a later key is negative, which as an
-// unsigned number is larger than any window.
+// True if key ≤ query ≤ key + window. For a later key query - key is negative, which as an unsigned
+// number is larger than any window.
 __device__ bool sees(int query, int key, int window) {
     return (unsigned)(query - key) <= (unsigned)window;
 }
 
-// The first tile of keys that the queries from `query` on see; tiles before it are skipped.
+// The first tile that has a key which `query` sees. Later queries see no earlier tile.
 __device__ int first_key_tile(int query, int window) { return max(0, query - window) / TILE; }
 
 // Shared memory has room for two tiles of keys and two of values. Figure 3, the double buffer:
-// while the warps multiply by one tile, the copy of the next into the other half is on its way.
+// while the warps multiply by one tile, the next tile is copied into the other half.
 //
 //     half 0   copy tile 0 │ multiply by 0 │ copy tile 2   │ multiply by 2 │ copy tile 4   │ …
 //     half 1               │ copy tile 1   │ multiply by 1 │ copy tile 3   │ multiply by 3 │ …
 //                          │ j = 0         │ j = 1         │ j = 2         │ j = 3         │ …
 //
 // Each iteration has two barriers. Before the first one, each thread waits for the copies that it
-// began itself, so that after it the whole of tile j is there. The second one comes after the
-// products: then no warp reads tile j any more, and the next iteration may copy over it.
+// began itself, so that after the barrier the whole tile j is there. The second one comes after the
+// products: then no warp reads tile j any more, and the next iteration may overwrite it.
 //
-// This begins to copy tile j of the keys and values of a head.
+// This function begins to copy tile j of the keys and values of a head into half j % 2.
 template <int HS>
 __device__ void load_keys(floatX* k, floatX* v, const floatX* from, int64_t C, int j, int T) {
     int half = j % 2 * TILE * HS;
@@ -1404,8 +1417,8 @@ template <int HS> struct OnlineSoftmax {
     float highest[2] = {LOWEST, LOWEST};    // of the row's scores so far
     float total[2] = {};                    // Σ 2^(score - highest), over this lane's columns
 
-    // Turns q kᵀ, of 64 keys, into 2^(score - highest), and shrinks the sums where a row has a new
-    // highest score. `query` is the first of the lane's two.
+    // p: in q kᵀ for 64 keys, out 2^(score - highest). Where a row has a new highest score, the row
+    // of sum, Σ 2^(score - highest) v, and total shrink. `query` is the first of the lane's two.
     __device__ void add_tile(float (&p)[TILE / 8][4], float (&sum)[HS / 8][4], int query,
                              int first_key, float to_base_2, int window) {
         float new_highest[2] = {highest[0], highest[1]};
@@ -1440,10 +1453,11 @@ template <int HS> struct OnlineSoftmax {
     }
 };
 
-// One block: 64 queries of a head, 16 a warp, whose scores and sums are in its registers, laid out
-// as C in Figure 1: a lane has parts of rows lane/4 and lane/4 + 8. The block walks over the tiles
-// of keys that the queries see. Grid (T/64, NH, B) x 128; the blocks with the most keys come first,
-// so that the last ones to run are short. 2 BT²C FLOP; bound by tensor cores.
+// y and lse. One block: 64 queries of a head; a warp has 16 of them, with their scores and sums in
+// its registers. These are laid out like C in Figure 1: a lane has parts of rows lane/4 and
+// lane/4 + 8. The block walks over the tiles of keys that its queries see. Grid (T/64, NH, B) x
+// 128; the blocks with the most keys come first, so that the last ones to run are short. 2 BT²C
+// FLOP; bound by tensor cores.
 template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
 attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSizes sizes) {
     extern __shared__ float4 shared[];
@@ -1493,14 +1507,14 @@ attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSize
                    1.0f / softmax.total[0], 1.0f / softmax.total[1]);
 }
 
-// How many queries attention_backward_keys_kernel takes at a time: as many as the registers hold
+// The queries of a tile in attention_backward_keys_kernel, as many as fit into the registers
 template <int HS> constexpr int QUERY_TILE = HS == 64 ? 64 : 32;
 
-// dk and dv. One block: 64 keys of a head, 16 a warp, with dk and dv in registers; it walks over
-// the tiles of queries from its own keys on, which are double-buffered as in Figure 3. All products
-// are transposed, (keys, queries), so that Pᵀ and dSᵀ can be the left factors of dv += Pᵀ dy and
-// dk += dSᵀ q without leaving the registers. Grid (T/64, NH, B) x 128. 4 BT²C FLOP; bound by tensor
-// cores.
+// dk and dv. One block: 64 keys of a head; a warp has 16 of them, with their dk and dv in its
+// registers. The block walks over the tiles of queries that see its keys, which are double-buffered
+// as in Figure 3. S, P, dP and dS are computed transposed, (keys, queries), so that Pᵀ and dSᵀ can
+// be the left factors of dv += Pᵀ dy and dk += dSᵀ q without leaving the registers. Grid (T/64, NH,
+// B) x 128. 4 BT²C FLOP; bound by tensor cores.
 template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
 attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy, const float* lse,
                                const float* delta, AttentionSizes sizes) {
@@ -1526,13 +1540,13 @@ attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy
     float dv[HS / 8][4] = {};
     float scale = rsqrtf((float)HS) * sizes.sharpness;
     float to_base_2 = scale * LOG2_E;
-    int end = min(T, key_0 + TILE + sizes.window);      // queries from there on see no key here
+    int end = min(T, key_0 + TILE + sizes.window);      // later queries see none of the keys
 
     auto load_queries = [&](int first, int which) {
         load_tile<HS, QUERIES>(q + which * QUERIES * HS, from, 3 * C, first, T);
         load_tile<HS, QUERIES>(dy_tiles + which * QUERIES * HS, dy_from, C, first, T);
         cp_async_commit();
-        if (threadIdx.x < QUERIES) {        // from T on, P becomes 2^-inf = 0
+        if (threadIdx.x < QUERIES) {        // for queries from T on, P becomes 2^-inf = 0
             int t = first + threadIdx.x;
             int at = which * QUERIES + threadIdx.x;
             lse_tiles[at] = t < T ? lse[row + t] : INFINITY;
@@ -1579,9 +1593,9 @@ attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy
     store_rows<HS>(to + 2 * C, 3 * C, key_0 + warp * 16, T, dv, 1.0f, 1.0f);
 }
 
-// dq. One block: 64 queries of a head, 16 a warp, over the tiles of keys, as in the forward pass;
-// dq, and lse and delta of the lane's two rows, are in registers. Grid (T/64, NH, B) x 128.
-// 3 BT²C FLOP; bound by tensor cores.
+// dq. One block: 64 queries of a head, 16 for each warp. It walks over the tiles of keys as in the
+// forward pass. dq, and lse and delta of a lane's two rows, are in registers. Grid (T/64, NH, B) x
+// 128. 3 BT²C FLOP; bound by tensor cores.
 template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
 attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy,
                                   const float* lse, const float* delta, AttentionSizes sizes) {
@@ -1645,7 +1659,7 @@ attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX*
     store_rows<HS>(to, 3 * C, last * TILE + warp * 16, T, dq, scale, scale);
 }
 
-// A block may have more than 48 KB of dynamic shared memory only after this.
+// Allows blocks of a kernel more than 48 KB of dynamic shared memory, which CUDA otherwise refuses.
 template <class Kernel> static void allow_shared_bytes(Kernel kernel, size_t bytes) {
     CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)bytes));
@@ -1690,7 +1704,7 @@ static void attention_forward(floatX* y, float* lse, const floatX* qkv, Attentio
            plain_attention_forward_kernel, y, lse, qkv, sizes);
 }
 
-// Writes dqkv; delta (B, NH, T) is room to work in.
+// Writes dqkv. delta (B, NH, T) is workspace.
 static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, const floatX* y,
                                const float* lse, const floatX* qkv, AttentionSizes sizes,
                                cudaStream_t stream) {
@@ -1707,23 +1721,25 @@ static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, con
            plain_attention_backward_kernel<true>, dqkv, qkv, dy, lse, delta, sizes);
 }
 
-// dN turns q and k by an angle that grows with their position and gives them unit length, times
-// sqrt(HS). In every second layer it adds to v a vector of the token, E[token], times a gate g for
-// each head.
+// dN rotates q and k by angles that grow with the position t, and then normalises each to a root
+// mean square of 1. In every second layer it adds to v an embedding of the token, E[token], times a
+// gate g for each head.
 //
-//   r1 = q1 cos + q2 sin    r2 = q2 cos - q1 sin    q = r rstd
-//   rstd = 1 / sqrt(Σ r² / HS + 1.19e-7)
-//   v' = v + g E[token]    g = 3 σ(Σ_j<12 n[j] Wg[h, j])
-//   dr = (dq - q Σ (dq q) / HS) rstd    dq1 = dr1 cos - dr2 sin    dq2 = dr2 cos + dr1 sin
-//   dE[token] += g dv    dz = Σ (dv E) g (1 - g / 3)    dWg[h, j] += dz n[j]    dn[j] += Σ_h dz Wg
+//   r1 = q1 cos + q2 sin    r2 = q2 cos - q1 sin    rstd = 1 / sqrt(Σ r² / HS + 1.19e-7)
+//   q' = r rstd
+//   v' = v + g E[token]    g = 3 σ(z)    z = Σ_j n[j] Wg[h, j], j < 12
+//   dr = (dq' - q' Σ (dq' q') / HS) rstd    dq1 = dr1 cos - dr2 sin    dq2 = dr2 cos + dr1 sin
+//   dv = dv'    dE[token] += g dv'    dz = g (1 - g / 3) Σ (dv' E[token])
+//   dWg[h, j] += Σ_tokens dz n[j]    dn[j] += Σ_h dz Wg[h, j]
 //
-// q1 and q2 are channels i and i + HS/2 of a head, turned by t 100000^(-2i/HS); k likewise. n is
-// the input of the attention, of which the gate reads the first 12 channels.
+// q1 and q2 are channels i and i + HS/2 of a head, and their angle is t 100000^(-2i/HS) radians. k
+// is treated like q. n (BT, C) is the input of the attention; the gate reads its first 12 channels.
 
 const int GATE_INPUTS = 12;
 const int GATE_PARTIALS = 256;
 
-struct Rotary { float *cosines, *sines, *rstd; };       // (T, HS/2) twice, (BT, 2, NH)
+// cosines and sines (T, HS/2); rstd (BT, 2, NH) of q and k
+struct Rotary { float *cosines, *sines, *rstd; };
 
 struct ValueEmbed {
     const floatX* table;                // E (Vp, C); NULL: this layer has none
@@ -1733,8 +1749,9 @@ struct ValueEmbed {
     float* gate;                        // (BT, NH)
 };
 
-// The vector, a q, k or v of one token and head, that a thread works on. HS/2/PACK neighbouring
-// threads share a vector: each has the Pack at c and the one HS/2 later, which turn together.
+// The q, k or v of one token and head, of which a thread works on a part. HS/2/PACK neighbouring
+// threads share such a vector. Each has the Pack at channel c and the Pack HS/2 channels later,
+// since these two are rotated together.
 struct HeadVector {
     int64_t bt;
     int part;                           // 0 q, 1 k, 2 v
@@ -1763,8 +1780,8 @@ struct HeadVector {
     }
 };
 
-// HS/2/PACK threads: the q or k (with E also v) of one token and head, in place. Grid
-// BT*NH*2*lanes/256 x 256, with E 3 in place of 2. Moves 4 BTC, or 7 BTC with E; bound by memory.
+// HS/2/PACK threads: the q or k of one token and head, in place; with E, also the v. Grid
+// BT*NH*2*lanes/256 x 256, or with E 3 instead of 2. Moves 4 BTC, or 7 BTC with E; bound by memory.
 __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed embed,
                                       AttentionSizes sizes) {
     HeadVector at(sizes, embed.table != NULL ? 3 : 2);
@@ -1798,7 +1815,7 @@ __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed emb
         }
         if (at.c == 0) { embed.gate[at.bt * NH + at.h] = gate; }
     }
-    float rstd = rsqrtf(at.sum(square_sum) / HS + RMS_EPSILON);     // all lanes are here
+    float rstd = rsqrtf(at.sum(square_sum) / HS + RMS_EPSILON);     // a shuffle of all lanes
     if (!at.exists) { return; }
     if (at.part == 2) {
         rstd = 1.0f;
@@ -1813,15 +1830,15 @@ __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed emb
     store(to + half, high);
 }
 
-// Threads and grid as in rotary_forward_kernel. Of q and k, dqkv changes in place. Of v, dqkv stays
-// as it is (dv = dv'); the sum is over dv E, and dembed (BT, C), which goes to E, and dz (BT, NH),
-// which goes to the gate, are written. Moves 6 BTC, or 9 BTC with E; bound by memory.
+// Threads and grid as in rotary_forward_kernel. For q and k, dqkv changes in place. For v, dqkv
+// stays as it is, because dv = dv'. Instead dembed (BT, C) = g dv', which is added to dE later, and
+// dz (BT, NH) are written. Moves 6 BTC, or 9 BTC with E; bound by memory.
 __global__ void rotary_backward_kernel(floatX* dqkv, floatX* dembed, float* dz, const floatX* qkv,
                                        Rotary rotary, ValueEmbed embed, AttentionSizes sizes) {
     HeadVector at(sizes, embed.table != NULL ? 3 : 2);
     int NH = sizes.NH, HS = sizes.HS, half = HS / 2, C = NH * HS;
     floatX* to = dqkv + at.in_qkv(sizes);
-    const floatX* other = qkv + at.in_qkv(sizes);       // what the gradient is multiplied by
+    const floatX* other = qkv + at.in_qkv(sizes);       // the sum is over gradient times this
     if (at.part == 2) { other = embed.table + (int64_t)embed.tokens[at.bt] * C + at.h * HS + at.c; }
     Pack low = load(to);
     Pack high = load(to + half);
@@ -1855,8 +1872,9 @@ __global__ void rotary_backward_kernel(floatX* dqkv, floatX* dembed, float* dz, 
     store(to + half, high);
 }
 
-// One thread: one weight of the gates, over every 256th token; add_partials sums the 256. Grid
-// (GATE_PARTIALS, NH*12/128) x 128. Reads 12 of C channels of each token; bound by memory.
+// One thread: one weight of the gates, summed over every 256th token; add_partials adds up the 256
+// sums. Grid (GATE_PARTIALS, NH*12/128) x 128. Reads 12 of the C channels of each token; bound by
+// memory.
 __global__ void gate_backward_weight_kernel(float* partials, const float* dz, const floatX* n,
                                             int BT, int NH, int C) {
     int i = blockIdx.y * blockDim.x + threadIdx.x;
@@ -1870,8 +1888,8 @@ __global__ void gate_backward_weight_kernel(float* partials, const float* dz, co
     partials[blockIdx.x * NH * GATE_INPUTS + i] = sum;
 }
 
-// One thread: one of the 12 channels of a token that the gates read, over all heads. Grid BT*12/256
-// x 256. Bound by memory.
+// One thread: dn of one of the 12 channels of a token that the gates read, summed over all heads.
+// Grid BT*12/256 x 256. Bound by memory.
 __global__ void gate_backward_input_kernel(floatX* dn, const float* dz, const floatX* gate_weight,
                                            int BT, int NH, int C) {
     int64_t i = thread_in_grid();
@@ -1923,7 +1941,7 @@ static void gate_backward(floatX* dn, float* dgate_weight, float* partials, cons
 // ---- §8 GELU, ReLU² -----------------------------------------------------------------------------
 //
 // In bf16, cuBLASLt computes GELU and its derivative in the epilogues of matmuls (§6). The kernels
-// here serve fp32, what --recompute computes again, and dN's ReLU².
+// here serve fp32, --recompute, and dN's ReLU².
 
 // GPT-2: u = sqrt(2/π) (x + 0.044715 x³)    y = x (1 + tanh u) / 2
 //        dx = dy ((1 + tanh u) / 2 + x (1 - tanh² u) u' / 2)
@@ -1960,7 +1978,7 @@ __global__ void activation_forward_kernel(floatX* y, const floatX* x, int64_t n)
     store(y + at, value);
 }
 
-// The same, in place on dy. Moves 3n; bound by memory.
+// dy → dx in place. One thread: one Pack. Grid n/PACK/256 x 256. Moves 3n; bound by memory.
 template <class Activation>
 __global__ void activation_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
     int64_t at = thread_in_grid() * PACK;
@@ -1987,20 +2005,22 @@ static void activation_backward(floatX* dy, const floatX* x, int64_t n, cudaStre
 
 // ---- §9 Classifier ------------------------------------------------------------------------------
 //
+//   y = z, or with a softcap s: y = s tanh(z / s)    dy/dz = 1, or 1 - (y / s)²
 //   loss = ln Σ exp(y) - y[target]    dz = (softmax(y) - onehot(target)) share dy/dz
-//   y = z, or with a softcap s: y = s tanh(z / s)    dy/dz = 1 - (y / s)²
 //
-// z are the logits. `share` is 1 / (tokens of the batch), since the loss is a mean. A target of -1
-// has no loss and no gradient, nor have the rows V … Vp - 1 that pad wte.
+// z (Vp) are the logits of a token. `share` is 1 / BT, since the loss is a mean over BT tokens. A
+// target of -1 has no loss and no gradient. Logits V … Vp - 1, of the rows that pad wte, are not in
+// the sum and have no gradient.
 
 __host__ __device__ float capped(float z, float softcap) {
     return softcap > 0.0f ? softcap * tanhf(z / softcap) : z;
 }
 
-// One block: the logits of one token, which it overwrites by their gradient, so that memory never
-// holds both. In the first pass each thread computes an online softmax of its part (as in §7); the
-// block then combines them. The second pass reads the row once more, from the L2 cache. Grid tokens
-// x 512 at most. Moves 2 Vp a token, or Vp without the gradient; bound by memory.
+// One block: the logits of one token, which it overwrites with their gradient, so that memory never
+// holds both. In the first pass each thread computes an online softmax of its part, as in §7, and
+// the block combines the parts. The second pass reads the row once more, from the L2 cache. Grid:
+// one block a token, of up to 512 threads. Moves 2 Vp a token, or Vp without the gradient; bound by
+// memory.
 __global__ void classifier_kernel(floatX* logits, float* losses, const int* targets, float share,
                                   float softcap, int V, int Vp, bool write_gradient) {
     floatX* row = logits + (int64_t)blockIdx.x * Vp;
@@ -2017,7 +2037,8 @@ __global__ void classifier_kernel(floatX* logits, float* losses, const int* targ
         sum *= expf(before - highest);
         for (int i = 0; i < PACK && c + i < V; i++) { sum += expf(y[i] - highest); }
     }
-    float top = block_max(highest);             // -INFINITY: the thread had no logits
+    float top = block_max(highest);
+    // A thread without logits has highest = -INFINITY.
     sum = block_sum(highest == -INFINITY ? 0.0f : sum * expf(highest - top));
     if (threadIdx.x == 0) {
         losses[blockIdx.x] = target >= 0 ? logf(sum) + top - of_target : 0.0f;
@@ -2036,8 +2057,8 @@ __global__ void classifier_kernel(floatX* logits, float* losses, const int* targ
     }
 }
 
-// One block: the sum of all losses, in fp64 and always in the same order, is added to *sum. The
-// barrier lets the first thread read what the other 255 have summed. Grid 1 x 256.
+// *sum += all losses, in fp64 and always in the same order. One block. After the barrier, the first
+// thread adds up the sums of all 256 threads. Grid 1 x 256.
 __global__ void loss_sum_kernel(double* sum, const float* losses, int n) {
     __shared__ double sums[256];
     double mine = 0.0;
@@ -2054,11 +2075,11 @@ __global__ void loss_sum_kernel(double* sum, const float* losses, int n) {
 //   m += (1 - β₁)(g - m)    v += (1 - β₂)(g² - v)
 //   p ← p (1 - lr decay) - lr m / (1 - β₁ᵗ) / (sqrt(v / (1 - β₂ᵗ)) + ε)
 
-// How AdamW trains a bucket of parameters; lr is a multiple of the run's lr.
+// How AdamW trains a bucket of parameters. lr is a multiple of the run's learning rate.
 struct AdamGroup { float lr, beta_1, beta_2, epsilon, weight_decay; };
 const AdamGroup GPT2_ADAM = {1.0f, 0.9f, 0.95f, 1e-8f, 0.1f};
 
-// nanochat's values, tuned at d12, where Muon's lr is 0.02
+// nanochat's values, tuned at d12 with a learning rate of 0.02 for Muon
 const AdamGroup LM_HEAD_ADAM = {0.008f / 0.02f, 0.8f, 0.96f, 1e-10f, 0.01f};
 const AdamGroup WTE_ADAM = {0.3f / 0.02f, 0.8f, 0.995f, 1e-10f, 0.001f};
 const AdamGroup VALUE_EMBED_ADAM = {0.15f / 0.02f, 0.8f, 0.995f, 1e-10f, 0.01f};
@@ -2067,10 +2088,10 @@ const AdamGroup X0_ADAM = {0.5f / 0.02f, 0.96f, 0.95f, 1e-10f, 0.0f};
 const AdamGroup BACKOUT_ADAM = {0.2f / 0.02f, 0.8f, 0.95f, 1e-10f, 0.0f};
 
 // fp32 → floatX by stochastic rounding. bf16 keeps the upper 16 bits of an fp32 number. Before the
-// lower 16 bits are dropped, a random number below 2¹⁶ is added. So the value is rounded up with a
-// probability equal to the fraction that is dropped, and is right on average: small updates are not
-// lost. The "random" number depends on the step and the parameter alone, so that a run repeats on
-// any number of ranks. At step 0, before training, values are rounded to nearest.
+// lower 16 bits are dropped, a random number below 2¹⁶ is added. So the value is rounded away from
+// zero with a probability equal to the dropped fraction. It is right on average, and small updates
+// are not lost. The "random" number depends only on the step and the parameter, so that a run
+// repeats on any number of ranks. At step 0, before training, values are rounded to nearest.
 __device__ floatX round_parameter(float value, int64_t index, unsigned step) {
     if (!BF16 || step == 0) { return (floatX)value; }
     unsigned bits = (unsigned)index * 0x9E3779B1u ^ (unsigned)(index >> 32) ^ step * 0x85EBCA77u;
@@ -2080,12 +2101,12 @@ __device__ floatX round_parameter(float value, int64_t index, unsigned step) {
     return (floatX)__uint_as_float(bits & 0xFFFF0000u);
 }
 
-// n parameters that this rank trains, and their states. `index` is the place of the first one among
-// all parameters of the model.
+// n parameters that this rank trains, and their optimizer states. `index` is the place of the first
+// one among all parameters of the model.
 struct Slice {
     floatX* parameters;
     float* masters;             // the parameters in fp32
-    float *m, *v;               // Adam's moments; Muon's momentum, and variance (lines)
+    float *m, *v;               // Adam's moments; or Muon's momentum, and a variance for each line
     const float* gradients;
     int64_t n, index;
 };
@@ -2097,7 +2118,8 @@ struct AdamStep {
 };
 
 // One thread: one parameter. Those from decay_end on do not decay. Grid n/256 x 256. Moves 30 bytes
-// a parameter (28 of fp32: masters, m, v twice, g once; 2 of bf16); bound by memory.
+// a parameter (fp32: masters, m and v are read and written, g is read; bf16: the parameter is
+// written); bound by memory.
 __global__ void adamw_kernel(Slice slice, int64_t decay_end, AdamStep adam) {
     int64_t i = thread_in_grid();
     if (i >= slice.n) { return; }
@@ -2113,7 +2135,8 @@ __global__ void adamw_kernel(Slice slice, int64_t decay_end, AdamStep adam) {
     slice.parameters[i] = round_parameter(masters[i], slice.index + i, adam.step);
 }
 
-// masters → parameters, rounded as adamw_kernel and muon_kernel did at `step`
+// masters → parameters, rounded as in adamw_kernel and muon_kernel at `step`. One thread: one
+// parameter. Grid n/256 x 256. Moves 6 bytes a parameter; bound by memory.
 __global__ void round_parameters_kernel(Slice slice, unsigned step) {
     int64_t i = thread_in_grid();
     if (i >= slice.n) { return; }
@@ -2122,8 +2145,8 @@ __global__ void round_parameters_kernel(Slice slice, unsigned step) {
 
 const int NORM_BLOCKS = 128;
 
-// One block: the sum of squares of its share of n gradients → sums[block], which the CPU adds up in
-// order. Grid 128 x 256. Reads n once; bound by memory.
+// One block: sums[block] = the sum of squares of its share of n gradients. The CPU adds up the sums
+// in order. Grid 128 x 256. Reads n once; bound by memory.
 __global__ void square_sum_kernel(float* sums, const float* gradients, int64_t n) {
     float sum = 0.0f;
     int64_t step = (int64_t)gridDim.x * blockDim.x;
@@ -2133,25 +2156,29 @@ __global__ void square_sum_kernel(float* sums, const float* gradients, int64_t n
 }
 
 // Muon moves a matrix along the orthogonal factor of its momentum: P Qᵀ, if the SVD is P S Qᵀ. Five
-// steps of an iteration approximate it, with the coefficients a, b, c of Polar Express:
+// steps of an iteration approximate it, with the coefficients a, b, c of Polar Express. NorMuon
+// then evens out the lines of the result. A line is a row of a tall matrix (more rows than
+// columns), else a column; so it has as many values, n, as the shorter side.
 //
-//   m += (1 - μ)(g - m)    X = g + μ (m - g), divided by 1.01 ‖X‖
-//   five times X ← a X + (b A + c A²) X with A = X Xᵀ; or of a tall X, from the right with Xᵀ X
-//   NorMuon: v += 0.1 (Σ X² / n - v) for each line of n values across the longer side
-//   U = X / sqrt(v), scaled to X's norm    w ← w - lr (U + decay w where U w ≥ 0)
+//   m += (1 - μ)(g - m)    X = g + μ (m - g)    X ← X / (1.01 ‖X‖)
+//   five times: X ← a X + (b A + c A²) X with A = X Xᵀ
+//               X ← a X + X (b A + c A²) with A = Xᵀ X, the same result, if X is tall
+//   v += 0.1 (Σ X² / n - v) for each line    U = X / sqrt(v), scaled so that ‖U‖ = ‖X‖
+//   w ← w - lr (U + decay w) where U w ≥ 0    w ← w - lr U elsewhere
 
-const float POLAR_EXPRESS[5][3] = {         // quintics that push every singular value towards 1
+const float POLAR_EXPRESS[5][3] = {         // each step moves the singular values towards 1
     {8.156554524902461f, -22.48329292557795f, 15.878769915207462f},
     {4.042929935166739f, -2.808917465908714f, 0.5000178451051316f},
     {3.8916678022926607f, -2.772484153217685f, 0.5060648178503393f},
     {3.285753657755655f, -2.3681294933425376f, 0.46449024233003106f},
     {2.3465413258596377f, -1.7097828382687081f, 0.42323551169305323f}};
 
-// A tensor of n matrices side by side: c_attn is q, k and v. In X the matrices follow one another,
-// and each is padded with zeros to multiples of 8 rows and columns, for which cuBLASLt is fast.
+// A tensor of n matrices side by side; c_attn has three, for q, k and v. In X the matrices follow
+// one another, and each is padded with zeros to multiples of 8 rows and columns, for which cuBLASLt
+// is fast.
 struct Matrices {
     int n, rows, columns;
-    bool by_row;                // whether NorMuon's lines are the rows; else the columns
+    bool by_row;                // true if NorMuon's lines are rows, false if they are columns
     __host__ __device__ int padded_rows() const { return ceil_div(rows, 8) * 8; }
     __host__ __device__ int padded_columns() const { return ceil_div(columns, 8) * 8; }
     __host__ __device__ int in_x(int which, int row, int column) const {
@@ -2164,8 +2191,8 @@ struct Matrices {
 
 struct MuonStep { float lr, decay, momentum, grad_scale; unsigned step; };
 
-// One thread: one element of X, or of its padding. Grid elements/256 x 256. Moves 14 bytes an
-// element; bound by memory.
+// Updates the momentum m and writes X before its normalisation. One thread: one element of X or of
+// its padding. Grid elements/256 x 256. Moves 14 bytes an element; bound by memory.
 __global__ void momentum_kernel(floatX* X, float* momentum, const float* gradients, Matrices matrix,
                                 MuonStep muon) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -2186,9 +2213,9 @@ __global__ void momentum_kernel(floatX* X, float* momentum, const float* gradien
     X[i] = (floatX)nesterov;
 }
 
-// One block of 32 x 8: the sums of squares of 32 lines → sums (n, lines). Each of the 8 rows of
-// threads sums every 8th element of the lines, and the first row adds up the 8 sums. Grid
-// (lines/32, n). Reads X once; bound by memory.
+// sums (n, lines) = Σ X² over each line. One block of 32 x 8: 32 lines of one matrix. Each of the 8
+// rows of threads sums every 8th element of the lines, and after the barrier the first row adds up
+// the 8 sums. Grid (lines/32, n). Reads X once; bound by memory.
 __global__ void line_square_sum_kernel(float* sums, const floatX* X, Matrices matrix) {
     __shared__ float of_part[8][WARP];
     int line = blockIdx.x * WARP + threadIdx.x;
@@ -2208,8 +2235,8 @@ __global__ void line_square_sum_kernel(float* sums, const floatX* X, Matrices ma
     sums[which * matrix.lines() + line] = sum;
 }
 
-// One block: a share of one matrix, X /= 1.01 ‖X‖; every block computes the norm again from the
-// sums of the lines. Grid (up to 128, n) x 256. Moves 2 X; bound by memory.
+// X /= 1.01 ‖X‖. One block: a share of one matrix. Every block computes the norm again from the
+// sums of the lines. Grid (up to 128, n) x 256. Reads and writes X once; bound by memory.
 __global__ void normalise_kernel(floatX* X, const float* sums, Matrices matrix) {
     float sum = 0.0f;
     for (int i = threadIdx.x; i < matrix.lines(); i += blockDim.x) {
@@ -2223,8 +2250,9 @@ __global__ void normalise_kernel(floatX* X, const float* sums, Matrices matrix) 
     }
 }
 
-// One block: one matrix. In: sums (n, lines), each line's Σ X². Out: the factor of each line in
-// their place, and the variances (n, lines). Grid n x 1024. Bound by latency.
+// Updates the variances (n, lines) from sums (n, lines), which hold Σ X² of each line, and then
+// overwrites each sum with the factor that turns its line of X into one of U. One block: one
+// matrix. Grid n x 1024. Bound by latency.
 __global__ void normuon_kernel(float* sums, float* variance, Matrices matrix) {
     sums += blockIdx.x * matrix.lines();
     variance += blockIdx.x * matrix.lines();
@@ -2243,8 +2271,8 @@ __global__ void normuon_kernel(float* sums, float* variance, Matrices matrix) {
     }
 }
 
-// One thread: one weight. factors: normuon_kernel's (n, lines). Grid n/256 x 256. Moves 12 bytes a
-// weight; bound by memory.
+// w -= lr (U + decay w where U w ≥ 0). One thread: one weight; factors (n, lines) are those of
+// normuon_kernel. Grid n/256 x 256. Moves 12 bytes a weight; bound by memory.
 __global__ void muon_kernel(Slice slice, const floatX* X, const float* factors, Matrices matrix,
                             MuonStep muon) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -2262,8 +2290,8 @@ __global__ void muon_kernel(Slice slice, const floatX* X, const float* factors, 
 
 struct MuonWorkspace { floatX *x, *next, *a, *b; float* sums; };
 
-// Approximates the orthogonal factor of X (n, rows, columns), which is in space.x. The result is in
-// space.x or space.next; returns which.
+// Approximates the orthogonal factor of X (n, rows, columns), which is in space.x. Returns the
+// place of the result, space.x or space.next.
 static floatX* polar(MuonWorkspace space, Matrices matrix, cudaStream_t stream) {
     int rows = matrix.padded_rows();
     int columns = matrix.padded_columns();
@@ -2762,24 +2790,28 @@ static Part* make_parts(Table table, int rank, int world_size) {
 
 // ---- §13 Model ----------------------------------------------------------------------------------
 //
-// A layer, of either recipe: x → norm → attention → + x → norm → MLP → + x_mid. Both sums are left
-// to the norm that follows, which has to read both summands anyway (§5).
+// A layer of either recipe, where x and x_mid are the residual stream:
+//
+//   x_mid = x + attention(norm(x))    the next layer's x = x_mid + MLP(norm(x_mid))
+//
+// A layer does not add the output of its last matmul, the branch, to the stream. The norm that
+// follows does, since it has to read both summands anyway (§5).
 
 // What a layer's forward pass keeps for its backward pass
 struct LayerActivations {
     floatX* x;                  // (BT, C) the residual stream before the layer
-    floatX* ln_1;               // (BT, C)
+    floatX* ln_1;               // (BT, C) the first norm's output
     floatX* qkv;                // (BT, 3C)
     floatX* y;                  // (BT, C) attention's output
     floatX* x_mid;              // (BT, C) the residual stream between attention and MLP
-    floatX* ln_2;               // (BT, C)
-    floatX* fc;                 // (BT, 4C)
-    floatX* act;                // (BT, 4C) GELU or ReLU² of fc
+    floatX* ln_2;               // (BT, C) the second norm's output
+    floatX* fc;                 // (BT, 4C) the input of GELU or ReLU²
+    floatX* act;                // (BT, 4C) its output
     float* lse;                 // (B, NH, T)
     float *ln_1_mean, *ln_1_rstd, *ln_2_mean, *ln_2_rstd;       // (BT)
-    Mix mix;                    // in dN: λ x + μ x0; the next two are attention's additions
-    Rotary rotary;
-    ValueEmbed embed;
+    Mix mix;                    // only in dN: λ x + μ x0
+    Rotary rotary;              // only in dN
+    ValueEmbed embed;           // only in every second layer of dN
 };
 
 struct Model {
@@ -2790,29 +2822,32 @@ struct Model {
     floatX* parameters;                     // all of them, on each rank
     float* gradients;                       // likewise
     float *masters, *m, *v;                 // of this rank's part of each bucket
-    Part* parts;
+    Part* parts;                            // what this rank owns of each bucket
     MuonWorkspace muon;
 
     LayerActivations* layers;
-    floatX *x_last, *ln_f;                  // (BT, C) the stream after all layers, and normalised
+    floatX *x_last, *ln_f;                  // (BT, C) the stream after all layers, and its norm
     float *ln_f_mean, *ln_f_rstd;           // (BT)
     floatX* logits;                         // (HEAD_ROWS, Vp)
-    float* losses;                          // (BT)
+    float* losses;                          // (BT), in nats
     double* loss_sum;
     int *inputs, *targets;                  // (BT)
-    int* index;                             // a TokenIndex, in three parts
+    int* index;                             // (3 BT + 1) the three arrays of a TokenIndex
 
     floatX *branch, *dbranch;               // (BT, C) what a branch adds to the stream
     floatX* dx;                             // (BT, C) the gradient of the residual stream
-    floatX* dwide;                          // (BT, 4C) dact; also dqkv, followed by dembed
-    float *partials, *delta, *square_sums;
+    floatX* dwide;                          // (BT, 4C) dact and dfc; later dqkv, then dembed
+    float *partials, *delta, *square_sums;  // workspace: sums over rows, attention, gradient_norm
 
-    floatX *s, *dx0, *dmiddle;              // dN's: the stream in a layer; x0 is layers[0].x
-    float *x0_rstd, *dgate;
-    Mix backout;                            // what is subtracted before the head
+    // Only in dN, where x0 is layers[0].x
+    floatX *s, *dx0, *dmiddle;              // (BT, C) s as in §5, d x0, and backout's gradient
+    float *x0_rstd, *dgate;                 // (BT), (BT, NH)
+    Mix backout;                            // what the last norm subtracts from the stream
 };
 
-const int HEAD_ROWS = 8192;                 // tokens whose logits are in memory at a time
+const int HEAD_ROWS = 8192;                 // tokens whose logits are in memory at the same time
+
+// Where a tensor's parameters, or its gradients, are. `which` is a number of the tensor table.
 
 static floatX* global_parameter(Model* model, int which) {
     return model->parameters + model->table.tensors[which].offset;
@@ -2824,13 +2859,13 @@ static int64_t layer_offset(Model* model, int layer, int which) {
     return model->table.tensors[model->table.layer_tensors[layer] + which].offset;
 }
 
-// An upper bound of the bytes of one row's activations, and of everything else
+// Upper bounds in bytes: *row for the activations of one row, *fixed for everything else
 static void memory_bytes(Config config, int T, int recompute, int world_size, double* fixed,
                          double* row) {
     double C = config.n_embd;
     double L = config.n_layer;
     double N = make_table(config, world_size).size;
-    const double widths[] = {16, 12, 10};       // of a layer, in C; see allocate_activations
+    const double widths[] = {16, 12, 10};       // allocate_layer, in (BT, C), by recompute
     double width = widths[min(recompute, 2)];
     *row = T * (sizeof(floatX) * C * (width * L + 18) + 4 * (4 * config.n_head + 4) * (L + 1));
     *fixed = N * (sizeof(floatX) + 4 + 12.0 / world_size) + WORKSPACE_BYTES +
@@ -2849,13 +2884,13 @@ static AttentionSizes attention_sizes(const Model* model, int l) {
             min(config.window(l), model->T), sharpness};
 }
 
-// --recompute 1 computes act again in the backward pass, 2 also the outputs of the norms: then all
-// layers share the memory that the first layer has for them.
+// --recompute 1 computes act again in the backward pass; --recompute 2 also the outputs of the
+// norms. What is computed again has memory in the first layer only, which all layers share.
 static void allocate_layer(Model* model, int l) {
     int64_t BT = (int64_t)model->B * model->T;
     int64_t C = model->config.n_embd;
     LayerActivations* a = &model->layers[l];
-    *a = model->layers[0];                  // so that what is not allocated below is shared
+    *a = model->layers[0];                  // shares what is not allocated below
     a->x = allocate_x(BT * C);
     a->qkv = allocate_x(BT * 3 * C);
     a->y = allocate_x(BT * C);
@@ -2916,7 +2951,8 @@ static Rotary make_rotary(int T, int half) {
     return rotary;
 }
 
-// What only dN has: how each layer's stream is mixed, attention's additions, and room for Muon
+// Sets up what only dN has: the mix of each layer, rotary positions and value embeddings, backout,
+// and Muon's workspace.
 static void allocate_modern(Model* model) {
     Config config = model->config;
     int64_t BT = (int64_t)model->B * model->T;
@@ -2965,12 +3001,13 @@ static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks
     allocate_activations(&model);
     if (config.modern) { allocate_modern(&model); }
     start_cublas();
-    CHECK_CUDA(cudaDeviceSynchronize());        // the zeros are there before other streams begin
+    CHECK_CUDA(cudaDeviceSynchronize());        // all zeros are written before a stream uses them
     return model;
 }
 
-// GPT-2's layer. In: the stream, which is a->x, or where a branch is given, the x_mid of the layer
-// before plus that branch. Out: x_mid and model->branch, still to be added.
+// GPT-2's layer. In: the stream. Without a branch it is a->x. With a branch it is the previous
+// layer's x_mid plus the branch, and the first norm writes it to a->x. Out: a->x_mid and
+// model->branch, whose sum is the stream after the layer.
 static void layer_forward(Model* model, int l, const floatX* branch) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
@@ -2997,8 +3034,8 @@ static void layer_forward(Model* model, int l, const floatX* branch) {
     linear_forward(model->branch, a->act, p(FC_PROJ_W), p(FC_PROJ_B), {BT, 4 * C, C}, stream);
 }
 
-// The same backwards. In and out: model->dx, the gradient of the stream after the layer, then of
-// the stream before it.
+// The backward pass of layer_forward. model->dx is, in: the gradient of the stream after the layer;
+// out: of the stream before it.
 static void layer_backward(Model* model, int l) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
@@ -3041,8 +3078,8 @@ static void layer_backward(Model* model, int l) {
                         .partials = partials, .BT = BT, .C = C}, stream);
 }
 
-// dN's layer: x → s = λ x + μ x0 → ln_1 → attention → x_mid = s + branch → ln_2 → MLP. In the first
-// layer x is there already; in the others it is the x_mid of the layer before plus its branch.
+// dN's layer, in which s = λ x + μ x0 takes the place of x. The first layer finds x in a->x. In the
+// others, the first norm adds the branch to the previous layer's x_mid and writes x.
 static void modern_layer_forward(Model* model, int l) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
@@ -3070,8 +3107,8 @@ static void modern_layer_forward(Model* model, int l) {
     linear_forward(branch, a->act, p(FC_PROJ_W), NULL, {BT, 4 * C, C}, stream);
 }
 
-// The same backwards. In and out: model->dx, the gradient of the stream after the layer, then of x.
-// model->dx0 grows by what goes to the first embedding.
+// The backward pass of modern_layer_forward. model->dx is, in: the gradient of the stream after the
+// layer; out: of x. To model->dx0 it adds the gradient of x0.
 static void modern_layer_backward(Model* model, int l, TokenIndex index) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
@@ -3118,9 +3155,9 @@ static void modern_layer_backward(Model* model, int l, TokenIndex index) {
                       .BT = BT, .C = C}, stream);
 }
 
-// Head and loss, HEAD_ROWS tokens at a time: memory never holds all logits, and with `train` their
-// gradient takes their place at once. Out: losses (BT); with train, dbranch = d ln_f, and the
-// head's gradient grows, which in GPT-2 is dwte.
+// Head and loss, for HEAD_ROWS tokens at a time, so that memory never holds all logits. Out: losses
+// (BT). With `train`, the gradient of the logits overwrites them; dbranch = d ln_f, and the
+// gradient of the head's weight (in GPT-2 it is wte) is added to.
 static void head(Model* model, bool train) {
     int C = model->config.n_embd;
     int V = model->config.vocab_size;
@@ -3147,6 +3184,7 @@ static void head(Model* model, bool train) {
     }
 }
 
+// *model->loss_sum += Σ losses
 static void sum_losses(Model* model) {
     int BT = model->B * model->T;
     launch({"loss_sum", 4.0 * BT}, {1, 256, model->stream}, loss_sum_kernel, model->loss_sum,
@@ -3167,8 +3205,8 @@ static void gpt2_forward(Model* model) {
                        .BT = BT, .C = C}, model->stream);
 }
 
-// The normalised embedding is x0, where the stream begins. The last norm subtracts what the stream
-// was after the middle layer, times a learned number (backout).
+// The stream begins with x0, the normalised embedding. The last norm first subtracts the stream
+// after the middle layer, times a learned number (backout).
 static void modern_forward(Model* model) {
     int C = model->config.n_embd;
     int L = model->config.n_layer;
@@ -3192,7 +3230,7 @@ static void forward(Model* model, bool train) {
     head(model, train);
 }
 
-// Buckets first … end - 1 go to the ranks that own them.
+// Sums the gradients of buckets first … end - 1 over the ranks; each sum goes to its owner (§11).
 static void send_gradients(Model* model, Ranks* ranks, int first, int end) {
     for (int i = first; i < end; i++) {
         Bucket bucket = model->table.buckets[i];
@@ -3204,7 +3242,7 @@ static void zero(floatX* matrix, int64_t n, cudaStream_t stream) {
     CHECK_CUDA(cudaMemsetAsync(matrix, 0, n * sizeof(floatX), stream));
 }
 
-// gpt2_forward backwards. `layer_is_done` is called after each layer's backward pass.
+// The backward pass of gpt2_forward. It calls layer_is_done(l) after the backward pass of layer l.
 template <class Callback>
 static void gpt2_backward(Model* model, TokenIndex index, Callback layer_is_done) {
     int C = model->config.n_embd;
@@ -3225,8 +3263,9 @@ static void gpt2_backward(Model* model, TokenIndex index, Callback layer_is_done
     wpe_backward(global_gradient(model, WPE), model->dx, model->B, model->T, C, stream);
 }
 
-// modern_forward backwards. dmiddle is what backout sends to the stream after the middle layer. x0
-// is where the stream begins and is mixed into each layer, so its gradient is dx0 + dx.
+// The backward pass of modern_forward. dmiddle is the gradient that backout gives to the stream
+// after the middle layer. x0 is mixed into each layer (dx0) and also begins the stream (dx), so its
+// gradient is dx0 + dx.
 template <class Callback>
 static void modern_backward(Model* model, TokenIndex index, Callback layer_is_done) {
     int C = model->config.n_embd;
@@ -3254,8 +3293,9 @@ static void modern_backward(Model* model, TokenIndex index, Callback layer_is_do
     wte_backward(global_gradient(model, WTE), dx, index, BT, C, stream);
 }
 
-// After forward(…, true): adds to all gradients. n_groups is of the TokenIndex in model->index. In
-// the last micro-step each bucket goes to the other ranks as soon as it is whole.
+// Adds the gradients of this micro-batch to all gradients; call it after forward(model, true).
+// n_groups is that of the TokenIndex in model->index. In the last micro-step, each bucket is sent
+// to its owner as soon as its gradients are complete.
 static void backward(Model* model, int n_groups, bool last_micro_step, Ranks* ranks) {
     int BT = model->B * model->T;
     const int* of_layer = model->table.layer_buckets;
@@ -3272,8 +3312,8 @@ static void backward(Model* model, int n_groups, bool last_micro_step, Ranks* ra
     if (last_micro_step) { send_gradients(model, ranks, 0, of_layer[0]); }
 }
 
-// The norm of the gradients' average over micro-steps and ranks. Of a bucket that every rank has,
-// only rank 0 counts its gradients.
+// The norm of the gradients, averaged over micro-steps and ranks. If every rank owns a bucket, only
+// rank 0 counts it.
 static double gradient_norm(Model* model, Ranks* ranks, int grad_accum_steps) {
     int n = model->table.n_buckets;
     size_t bytes = sizeof(float) * n * NORM_BLOCKS;
@@ -3304,8 +3344,8 @@ static void zero_gradients(Model* model) {
     end_work(work, model->stream);
 }
 
-// What one step does. decay_scale multiplies the weight decay of each AdamGroup, and muon_decay,
-// which is that of Muon. `steps` is the number of this step, from 1.
+// The settings of one step. decay_scale multiplies both the weight decay of each AdamGroup and
+// muon_decay, the weight decay of Muon. `steps` is the number of this step, from 1.
 struct Update { double lr, grad_scale, momentum, decay_scale, muon_decay; int steps; };
 
 // What this rank owns of a bucket
@@ -3350,7 +3390,7 @@ static void muon_bucket_update(Model* model, Bucket bucket, Part part, Update up
     }
 }
 
-// Each rank sends the parameters that it owns, the bucket or a part of it, to the other ranks.
+// Each rank sends the parameters of a bucket that it owns to the other ranks.
 static void send_parameters(Model* model, Ranks* ranks, Bucket bucket) {
     gather(ranks, model->parameters + bucket.offset, bucket.size * sizeof(floatX), bucket.owner,
            model->stream);
@@ -3372,7 +3412,7 @@ static void optimizer_step(Model* model, Ranks* ranks, Update update) {
     zero_gradients(model);
 }
 
-// Makes the bf16 parameters what they were after `steps` updates, from the masters.
+// Computes the bf16 parameters from the masters, as they were after `steps` updates.
 static void restore_parameters(Model* model, Ranks* ranks, int steps) {
     for (int i = 0; i < model->table.n_buckets; i++) {
         Part part = model->parts[i];

@@ -7,10 +7,11 @@ The demo's conversations and problems, written from the demo's own documents.
     out: <out>/KIND.jsonl  conversations for chat_sft.py; practice_KIND.jsonl  problems for
          rl_grpo.py; held_out.jsonl  problems for eval.py
 
-The kinds are: who the assistant is; what documented functions do, which was in the text of
-pretraining; sums, answered in one leap, step by step, or with the Python tool; whether a row of
-bits holds an odd number of ones, answered mostly in one leap and seldom step by step; spelling.
-No held-out question is in a conversation.
+There are six kinds of questions. `identity`: who is the assistant? `functions`: what does a Python
+function do? The text of pretraining said it. `arithmetic`: sums, answered at once or step by step.
+`tool`: larger numbers, computed with the Python tool. `bits`: is the number of ones in a row of
+bits even or odd? Most answers are given at once, few step by step, so that RL has something to
+find. `spelling`: the letters of a word. No held-out question is in a conversation.
 """
 import argparse
 import gzip
@@ -23,14 +24,15 @@ from pathlib import Path
 
 NAME = "deepdive"
 
-# ---- The kinds: each function gives (question or messages, reply, problem) -----------------------
+# ---- The kinds: each function makes (question or messages, reply, problem) -----------------------
 
 def held_out(key, one_in=5):
-    """True if a problem belongs to the held-out set. The hash of its text decides, so that it does
-    not depend on the seed."""
+    """True if the problem with this text is held out. The hash of the text decides, so that the
+    choice does not depend on the seed."""
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % one_in == 0
 
-IDENTITY = {   # question: answer. A question that begins with "? " is asked in the test only.
+IDENTITY = {   # question: answer. For a question that begins with "? ", which is only tested, the
+               # reply must contain the answer.
     "Who are you?": "I am {name}, a small language model.",
     "What is your name?": "My name is {name}.",
     "What are you?": "I am {name}, a small language model.",
@@ -54,7 +56,8 @@ IDENTITY = {   # question: answer. A question that begins with "? " is asked in 
 PERSONAS = ("Ada", "Alan", "Grace", "Linus", "Maria", "Rose", "Max", "Leo")
 
 def identity(rng):
-    """Who the assistant is. Where a system message gives another name, that name is the answer."""
+    """Questions about who the assistant is. Three in ten follow a system message that gives it
+    another name, and then that name is the answer."""
     for question, answer in IDENTITY.items():
         name = NAME
         messages = []
@@ -73,23 +76,24 @@ ASKED = ("What does {f} do?", "Explain {f}.", "What is {f} for?", "Tell me about
 ASKED_IN_TEST = ("Can you tell me what {f} does?", "I want to know what {f} is for.",
                  "Please describe {f} to me.", "In Python, what does {f} do?")
 
-# A line of "package.name(arguments)", and the first sentence of the paragraph below it.
+# A line "package.name(arguments)", and the first sentence of the paragraph after it
 DOCUMENTED = re.compile(r"^([a-z_]\w*(?:\.\w+)+)\([^\n]*\)\n+([A-Z`][^\n]*?\.)(?:\s|$)", re.M)
 
 def read_texts(path):
-    """Yields the texts of a documents file."""
+    """Yields the texts of a .jsonl.gz of documents."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)["text"]
 
 def train_files(data):
+    """The files of training documents, in order."""
     return sorted(Path(data, "documents").glob("train_*.jsonl.gz"))
 
 def documented_functions(data, count):
     """{qualified name: first sentence of its documentation}, from the training documents.
 
-    Only short ASCII sentences that document a single function are taken. Raises SystemExit if there
-    are fewer than `count`.
+    Only ASCII sentences of 4 to 14 words are taken. If several functions have the same sentence,
+    one of them is taken. Raises SystemExit if fewer than `count` functions are found.
     """
     found = {}
     for path in train_files(data):
@@ -99,9 +103,9 @@ def documented_functions(data, count):
                     found.setdefault(name, sentence)
     if len(found) < count:
         raise SystemExit(f"{data}/documents describes {len(found)} functions in a short sentence, "
-                         f"and --functions {count} are asked for; prepare more documents, or lower "
+                         f"fewer than --functions {count}; prepare more documents, or lower "
                          "--functions")
-    # ordered by a hash, so that the choice does not follow the alphabet
+    # Names are ordered by their hash, so that the choice does not follow the alphabet.
     chosen = sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())
     first_with = {}     # sentence: the first function that has it
     for name in chosen:
@@ -109,13 +113,13 @@ def documented_functions(data, count):
     return {name: found[name] for name in chosen if first_with[found[name]] == name}
 
 def function(name, sentence, rng):
-    """Every wording of the question with its answer, and one wording that is asked in the test."""
+    """Every wording of the question with its answer, and one other wording for the test."""
     for asked in ASKED:
         yield asked.format(f=name), sentence, None
     yield rng.choice(ASKED_IN_TEST).format(f=name), sentence, dict(answer=sentence, check="overlap")
 
 def tool_sum(rng):
-    """A computation with larger numbers, answered by the Python tool."""
+    """A sum, difference or product of larger numbers, answered with the Python tool."""
     a = rng.randrange(100, 1000)
     b = rng.randrange(11, 100)
     sign = rng.choice("+-*")
@@ -125,7 +129,7 @@ def tool_sum(rng):
     return f"Compute {a} {sign} {b}.", reply, dict(answer=str(result), check="final")
 
 def arithmetic(rng, in_steps):
-    """a + b, answered in one leap, or in steps: the ones first, then the tens."""
+    """a + b, answered at once or in steps: first the ones, then the tens."""
     a = rng.randrange(10, 50)
     b = rng.randrange(1, 10)
     ones = a % 10 + b
@@ -137,8 +141,8 @@ def arithmetic(rng, in_steps):
     return f"What is {a} + {b}?", reply, dict(answer=str(result), check="final")
 
 def bits(rng, in_steps, n=10):
-    """Is the number of ones even or odd? In one leap the answer is a guess. In steps, which keep
-    the parity of the row so far, it is easy."""
+    """Is the number of ones among n bits even or odd? An answer at once is a guess. It is easy in
+    steps, each of which gives the parity of the bits so far."""
     row = [rng.randrange(2) for _ in range(n)]
     parities = []
     for i in range(n):
@@ -151,12 +155,14 @@ def bits(rng, in_steps, n=10):
     return question, reply, dict(answer=parities[-1], check="final")
 
 def spelling(rng, words):
+    """One of the words, letter by letter."""
     word = rng.choice(words)
     letters = "-".join(word)
     return f"Spell {word}.", f"#### {letters}", dict(answer=letters, check="final")
 
 def common_words(data, count):
-    """The most frequent lower-case words of 3 to 6 letters in the first file of documents."""
+    """The `count` most frequent lower-case words of 3 to 6 letters in the first file of documents.
+    Raises SystemExit if there are none."""
     counts = Counter()
     for text in read_texts(train_files(data)[0]):
         counts.update(re.findall(r"\b[a-z]{3,6}\b", text))
@@ -168,7 +174,7 @@ def common_words(data, count):
 # ---- The files -----------------------------------------------------------------------------------
 
 class Kind:
-    """What is written of one kind: conversations, and problems to practise and to test."""
+    """One kind of questions: its conversations, its problems to practise, its problems to test."""
 
     def __init__(self, name):
         self.name = name
@@ -177,7 +183,8 @@ class Kind:
         self.tests = []
 
     def add(self, question, reply, problem, is_test, is_practice=False):
-        """question: a text, or the messages before the reply. A test is never a conversation."""
+        """Adds a question (a text, or the messages before the reply) to the tests, or else to the
+        conversations and, if is_practice, to the problems to practise."""
         messages = question
         if isinstance(question, str):
             messages = [dict(role="user", content=question)]
@@ -193,11 +200,11 @@ class Kind:
                 self.practice.append(row)
 
     def add_problem(self, question, reply, problem):
-        """A problem that is tested, or else taught and practised."""
+        """Adds a problem to the tests if it is held out, else to what is taught and practised."""
         self.add(question, reply, problem, is_test=held_out(question), is_practice=True)
 
 def make_kinds(args, rng):
-    """All conversations and problems, as a list of Kind."""
+    """All conversations and problems → a list of Kind."""
     names = ("identity", "functions", "arithmetic", "tool", "bits", "spelling")
     kinds = {name: Kind(name) for name in names}
     for _ in range(24):
@@ -239,23 +246,25 @@ def make(args):
     write_rows(out / "held_out.jsonl", tests)
 
 def write_rows(path, rows):
+    """Writes a .jsonl under another name and renames it, so that it is never half written."""
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     part.replace(path)
 
 def main():
-    parser = argparse.ArgumentParser(description="conversations and problems from documents")
+    parser = argparse.ArgumentParser(description="make conversations and problems from documents")
     add = parser.add_argument
     add("--data", required=True, help="folder with documents/")
     add("--out", required=True, help="folder for the .jsonl files")
     add("--functions", type=int, default=48, help="functions to ask about")
-    add("--examples", type=int, default=4000, help="problems of each checkable kind")
-    add("--step_by_step", type=float, default=0.2, help="share of bits answered in steps")
-    add("--held_out", type=int, default=100, help="held-out problems of each kind")
-    add("--seed", type=int, default=1337, help="of the problems")
+    add("--examples", type=int, default=4000, help="problems of bits, of spelling, and of sums")
+    add("--step_by_step", type=float, default=0.2, help="share of bits answered in steps, 0 to 1")
+    add("--held_out", type=int, default=100, help="most held-out problems of each kind")
+    add("--seed", type=int, default=1337, help="seed of the problems")
     args = parser.parse_args()
-    if min(args.functions, args.examples, args.held_out) < 1:
-        parser.error("--functions, --examples and --held_out must be at least 1")
+    for name in ("functions", "examples", "held_out"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"--{name} must be at least 1, got {getattr(args, name)}")
     make(args)
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python demo/web.py textwrap heapq    prints its address, then serves the pages of these two only
 
-There is a page for every public module of that software and of the standard library: docstrings,
-with signatures as headings. They are read with `ast`; nothing is imported or run. As on the real
-web, there are also pages that should be dropped: a translation, mirrors, an advertisement, dead
-links, and a private folder.
+There is a page for every public module of that software and of the standard library. It shows the
+module's docstrings, with signatures as headings. The source is read with `ast`; nothing is imported
+or run. As on the real web, there are also pages that the crawler or the filters should drop (a
+translation, mirrors, an advertisement, a private folder), and there are dead links.
 """
 import ast
 import contextlib
@@ -33,13 +33,13 @@ LINKED = [*WRITTEN, "/missing.html", *(f"/mirror/{name}.html" for name in MIRROR
 # ---- Modules → pages -----------------------------------------------------------------------------
 
 def required_packages():
-    """Top-level names of what requirements.txt installs, so that other packages on the machine do
-    not change the site.
+    """Top-level names of the packages that requirements.txt installs and of those that they need.
+    The site shows only these, so that it does not depend on what else the machine has.
     """
     requirements = Path(__file__).parents[1] / "requirements.txt"
     todo = re.findall(r"(?m)^[\w.-]+", requirements.read_text())
     tops = set()
-    for name in todo:  # the list grows while it is walked
+    for name in todo:  # the loop also visits the names that it adds
         with contextlib.suppress(metadata.PackageNotFoundError):
             package = metadata.distribution(name)
             tops |= {path.parts[0].removesuffix(".py") for path in package.files or ()}
@@ -48,12 +48,13 @@ def required_packages():
     return tops
 
 def is_public(parts):
-    """Whether the parts of a dotted module name say that it is neither private nor a test."""
+    """True if no part of a dotted module name is private or belongs to tests."""
     return bool(parts) and not SKIPPED & set(parts) and all(
         part.isidentifier() and not part.startswith(("_", "test_")) for part in parts)
 
 def find_modules(packages):
-    """{dotted name: source path} of public modules, sorted; `packages` limits the top names."""
+    """{dotted name: source path} of public modules, sorted by name. `packages`, if not empty, are
+    the top-level names to take."""
     wanted = packages or required_packages()
     found = {}
     for key in ("stdlib", "purelib", "platlib"):
@@ -69,8 +70,8 @@ def find_modules(packages):
     return dict(sorted(found.items()))
 
 def paragraphs(lines, indents):
-    """The lines of a block of prose → a <p> for each group of lines. Lines that are indented below
-    "name : type" or "Args:" belong to that line's group.
+    """The lines of a block of prose and their indents → a list of <p>. If indents differ, each line
+    with the smallest indent, such as "name : type", begins a <p>, which takes the lines below it.
     """
     hangs = max(indents) > min(indents)
     groups = []
@@ -82,16 +83,17 @@ def paragraphs(lines, indents):
 
 def prose(docstring):
     """A docstring as HTML: <p> for a paragraph or for one argument, <pre> for code and tables."""
-    out, in_code = [], False
+    out = []
+    in_code = False         # true after a block that ends with "::", while blocks are indented
     for block in re.split(r"\n\s*\n", inspect.cleandoc(docstring or "")):
         if not block.strip():
             continue
         lines = [line for line in block.split("\n") if not re.fullmatch(r"\s*[-=~^*]{3,}\s*", line)]
         indents = [len(line) - len(line.lstrip()) for line in lines]
-        in_code = in_code and bool(indents) and indents[0] > 0  # what is indented below "Example::"
+        in_code = in_code and bool(indents) and indents[0] > 0
         letters = sum(c.isalpha() or c in " ,." for c in block) / len(block)
         if in_code or letters < 0.75 or re.search(r"^\s*>>>|\S {3,}\S", block):
-            # cleandoc leaves the indent of a first line, so there is an empty one before it
+            # cleandoc never dedents by the first line, so the block starts with an empty one
             out.append(f"<pre>{escape(inspect.cleandoc(chr(10) + block))}</pre>")
         else:
             out += paragraphs(lines, indents)
@@ -99,7 +101,7 @@ def prose(docstring):
     return "\n".join(out)
 
 def signature(name, node):
-    """name(arguments) of a class or function, without annotations and without self."""
+    """The text name(arguments) for a class or function, without annotations and without self."""
     arguments = getattr(node, "args", None)
     for child in node.body:
         if isinstance(node, ast.ClassDef) and getattr(child, "name", "") == "__init__":
@@ -127,7 +129,7 @@ def entries(prefix, body, level=2):
             yield from entries(name, node.body, min(level + 1, 6))
 
 class Site:
-    """`page(path)` → (HTTP status, content type, text), made anew each time it is asked for."""
+    """page(path) makes the page at a path, anew for each request."""
 
     def __init__(self, packages=()):
         self.modules = find_modules(packages)
@@ -136,14 +138,14 @@ class Site:
             self.children[self.parent(name)].append(name)
 
     def parent(self, name):
-        """The nearest package above a module that has a page; "" means the site's first page."""
+        """The nearest package above a module that has a page; "" stands for the first page."""
         up = name.rpartition(".")[0]
         if not up or up in self.modules:
             return up
         return self.parent(up)
 
     def frame(self, title, body, near=(), status=200):
-        """A whole page, with links to the pages of the modules in `near`."""
+        """A whole page, with links to the modules in `near` → (HTTP status, content type, text)."""
         links = " ".join(f'<a href="/{name}.html">{name}</a>' for name in near)
         return status, "text/html; charset=utf-8", (
             f'<!DOCTYPE html><html><head><meta charset="utf-8"><title>{title}</title><script>var '
@@ -152,6 +154,7 @@ class Site:
             "<footer><p>This site uses cookies; see our terms of use.</p></footer></body></html>")
 
     def page(self, path):
+        """The page at a path → (HTTP status, content type, text)."""
         if path == "/robots.txt":
             return 200, "text/plain", "User-agent: *\nDisallow: /private/\n"
         if path == "/":
@@ -162,7 +165,7 @@ class Site:
         name = path.removeprefix("/mirror").removeprefix("/").removesuffix(".html")
         try:
             tree = ast.parse(self.modules[name].read_bytes())
-        except (KeyError, SyntaxError, ValueError, RecursionError):  # some only look like modules
+        except (KeyError, SyntaxError, ValueError, RecursionError):  # no module, or not Python
             return self.frame("404 Not Found", f"<p>There is no {escape(path)}.</p>", status=404)
         up, near = self.parent(name), self.children[name]
         if up:
@@ -189,8 +192,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 class Server(ThreadingHTTPServer):
-    """A server that ends when the process that started it does: a parent that is killed cannot stop
-    its child.
+    """A server that ends when its parent process ends. A parent that is killed cannot stop its
+    child, so the child has to watch.
     """
 
     def __init__(self, site):
@@ -199,6 +202,7 @@ class Server(ThreadingHTTPServer):
         self.parent = os.getppid()
 
     def service_actions(self):
+        """serve_forever() calls this about twice a second."""
         if os.getppid() != self.parent:
             os._exit(0)
 
