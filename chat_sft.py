@@ -34,8 +34,8 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from eval import check_messages, is_correct, read_lines, read_problems
 from model import load_checkpoint
+from problems import check_messages, is_correct, problems_that_fit, read_lines, read_problems
 from sample import Engine, check_at_least, find_run, load_tokenizer, printable, quiet_end
 from training import (RunLog, already_trained, catch_signals, check_finite, contents, default_lr,
                       finish, init_ranks, load_state, make_optimizer, save_run)
@@ -238,19 +238,6 @@ def parse_args():
             raise SystemExit(f"--{name} must be above 0, got {value}")
     return args
 
-def read_held_out(path, tokenizer, T, log):
-    """The problems of a file whose question leaves room for an answer in T tokens. The number of
-    the others is logged."""
-    if not path:
-        return []
-    problems = read_problems(path)
-    fitting = [p for p in problems
-               if len(tokenizer.render(p["messages"], for_completion=True)[0]) < T]
-    if len(fitting) < len(problems):
-        log.say(f"{path}: {len(problems) - len(fitting)} of {len(problems)} questions are longer "
-                f"than {T - 1} tokens and are left out")
-    return fitting
-
 def main():
     args = parse_args()
     run = Path(args.out)
@@ -283,7 +270,9 @@ def main():
         return already_trained(log, run, ranks, model, tokenizer, "sft", step, max_steps,
                                base=meta["run"])
     log.header(args, model, ranks.device)
-    problems = read_held_out(args.held_out, tokenizer, T, log)
+    problems = []
+    if args.held_out:
+        problems = problems_that_fit(args.held_out, read_problems(args.held_out), tokenizer, T, log)
 
     def report_accuracy(when):
         if problems and ranks.is_main:

@@ -1,5 +1,5 @@
 """
-Evaluation: what a right answer is, and how well a model does, in numbers.
+Evaluation: how well a model does, in numbers.
 
     python eval.py --model runs/demo-rl --tasks data/demo/chat/held_out.jsonl             # CPU
     python eval.py --model runs/d24 --tasks hellaswag,core                                # 1 GPU
@@ -30,7 +30,6 @@ has no HumanEval, because that would run code that a model wrote.
 """
 import argparse
 import csv
-import gzip
 import hashlib
 import itertools
 import json
@@ -40,11 +39,8 @@ import re
 import runpy
 import signal
 import sys
-import zlib
 from array import array
-from collections import Counter
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 
 if __name__ == "__main__":      # Ctrl-C during the slow imports below ends without a traceback
@@ -53,140 +49,19 @@ if __name__ == "__main__":      # Ctrl-C during the slow imports below ends with
 import torch
 from tqdm import tqdm
 
-from bpe import checked
 from model import load_checkpoint, write_json
-from sample import Engine, find_run, load_tokenizer
+from problems import (STAGES, cannot_write, check_text, figures, is_correct, printable, quoted,
+                      read_json, read_lines, read_problems, reason)
+from sample import Engine, check_at_least, find_run, load_tokenizer
 from training import Ranks, init_ranks
 
-STAGES = dict(pretrain="base", sft="SFT", rl="RL")
 SEED = 1337     # shuffles the rows of every test set; --max_examples N takes the first N
 GET_CORE = ("get it with: curl -LO https://karpathy-public.s3.us-west-2.amazonaws.com/"
             "eval_bundle.zip && unzip eval_bundle.zip -d data; or name its folder with --core_dir")
 GET_GSM8K = ("get test.jsonl from https://github.com/openai/grade-school-math, folder "
              "grade_school_math/data; or name it with --gsm8k")
 
-# ---- What a right answer is ----------------------------------------------------------------------
-
-# 5, 05, .5, 5.0, 1e3, and 1,234: a comma only between groups of three digits
-NUMBER = r"(?:(?:(?!0)\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3})?"
-MINUS_SIGNS = str.maketrans("\u2212\u2013\ufe63\uff0d", "----")
-SQUARED = r"(?<=[mt])(?:\^?[23]|[²³])(?!\w)"       # of m², ft^2 or cm3
-NOT_A_UNIT = r"^k\b|\b(?:and|or|dozen|hundred|thousand|million|billion|trillion)\b"
-
-def final_answer(text):
-    """The rest of the line after the last ####, GSM8K's mark: in lower case, without the signs that
-    decorate an answer and without the commas in a number. None if nothing is left.
-
-    >>> final_answer("6 * 700 = 4,200\\n#### **$4,200.**")
-    '4200'
-    """
-    if "####" not in text:
-        return None
-    line = text.rpartition("####")[2].split("\n")[0].lower().translate(MINUS_SIGNS)
-    line = re.sub(r"\\+\$", "$", line)
-    if "\\boxed{" in line:
-        line = line.replace("\\boxed{", " ").replace("}", " ")
-    line = " ".join(line.split()).lstrip(" $*`:=").rstrip(" $*`.,")
-    if as_number(line) is not None:
-        number = re.search(NUMBER, line)[0]
-        line = line.replace(number, number.replace(",", ""), 1)
-    return line or None
-
-def as_number(text, with_words=False):
-    """A text → Decimal; None if the text is not just one number, perhaps with signs like $ and %.
-
-    with_words: words may follow ("18 dollars a day"), but no second number, no "or", no "million".
-
-    >>> as_number("$1,234.50"), as_number("5 apples"), as_number("5 apples", with_words=True)
-    (Decimal('1234.50'), None, Decimal('5'))
-    """
-    text = re.sub(r"^([-+]?) ?[$€£¥] ?", r"\1", text)
-    found = re.match(rf"[-+]?{NUMBER}", text)
-    if not found:
-        return None
-    rest = re.sub(SQUARED, "", text[found.end():])
-    if any(c.isnumeric() for c in rest) or re.search(NOT_A_UNIT, rest):
-        return None
-    if not with_words and any(c.isalpha() for c in rest):
-        return None
-    return Decimal(found[0].replace(",", ""))
-
-def is_final(reply, answer):
-    """The answer stands after the last ####. If it is a number, values are compared, else texts."""
-    said = final_answer(reply)
-    wanted = final_answer("#### " + answer)
-    if said is None or wanted is None:
-        return False
-    number = as_number(wanted)
-    if number is None:
-        return said == wanted
-    return as_number(said, with_words=True) == number
-
-def is_contained(reply, answer):
-    """The answer is a word or several words of the reply; a number is one of the reply's numbers.
-    """
-    reply = reply.lower().translate(MINUS_SIGNS)
-    answer = answer.lower().translate(MINUS_SIGNS)
-    number = as_number(answer)
-    if number is None:
-        return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply) is not None
-    found = re.findall(rf"(?<![\w.,])[-+]?{NUMBER}(?![\d.,]*\d|\w)", reply)
-    return any(as_number(text) == number for text in set(found))
-
-def overlaps(reply, answer):
-    """At least 3 in 5 words are shared: F1 = 2 · shared / (words of both) ≥ 0.6."""
-    ours = Counter(re.findall(r"\w+", reply.lower()))
-    theirs = Counter(re.findall(r"\w+", answer.lower()))
-    shared = (ours & theirs).total()
-    return 2 * shared >= 0.6 * max(1, ours.total() + theirs.total())
-
-CHECKS = dict(final=is_final, contains=is_contained, overlap=overlaps)
-
-def is_correct(reply, problem):
-    """True if the reply solves {"answer", "check"}; check is a name in CHECKS."""
-    return CHECKS[problem["check"]](reply, problem["answer"])
-
-# ---- Files of problems and of questions ----------------------------------------------------------
-
-def read_problems(path):
-    """A .jsonl of {"question", "answer"} or {"messages", "answer"} → problems, as as_problem
-    completes them. "kind" and "check" are optional."""
-    return read_lines(path, as_problem, 'a problem is a line {"question": …, "answer": …}; repair '
-                      "the file, or make one with python chat_sft.py make")
-
-def as_problem(row):
-    """One row of a file of problems → the problem; ValueError says what is wrong with the row.
-
-    Of the worked solution in a row of GSM8K only the result after #### is kept.
-    """
-    problem = dict(row)
-    if "messages" not in problem:
-        check_text("question", problem["question"])
-        problem["messages"] = [dict(role="user", content=problem["question"])]
-    check_messages(problem["messages"])
-    problem.setdefault("kind", "problems")
-    check_text("kind", problem["kind"])
-    problem.setdefault("check", "final")
-    check_text("check", problem["check"])
-    if problem["check"] not in CHECKS:
-        raise ValueError(f"check must be one of {', '.join(CHECKS)}, got {problem['check']}")
-    answer = problem["answer"]
-    check_text("answer", answer)
-    if problem["check"] == "final":
-        problem["answer"] = final_answer(answer) or final_answer("#### " + answer)
-        if problem["answer"] is None:
-            raise ValueError(f"the answer holds nothing after ####, got {quoted(answer)}")
-    return problem
-
-def check_messages(messages):
-    """ValueError if these are not the messages that Tokenizer.render takes."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages must be a list of at least one, got {quoted(messages)}")
-    for message in messages:
-        _, parts = checked(as_object(message))
-        for _, text in parts:
-            if not isinstance(text, str):
-                raise ValueError(f"content must be a text, got {quoted(text)}")
+# ---- Test sets -----------------------------------------------------------------------------------
 
 FIELDS = dict(multiple_choice=("query", "choices"), schema=("context_options", "continuation"),
               language_modeling=("context", "continuation"), letters=("query", "choices"))
@@ -229,71 +104,6 @@ def existing(path):
         if found.is_file():
             return found
     return None
-
-def read_lines(path, parse, remedy):
-    """The objects of a .jsonl or .jsonl.gz, each as parse(object) returns it. parse raises
-    ValueError for what it refuses; the SystemExit names file and line, and the remedy."""
-    opened = gzip.open if str(path).endswith(".gz") else open
-    rows = []
-    number = 0
-    try:
-        with opened(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                text = line.decode("utf-8-sig")     # a byte order mark may stand at the start
-                if text.strip():
-                    rows.append(parse(as_object(json.loads(text))))
-    except OSError as error:
-        raise SystemExit(f"{path} cannot be read: {reason(error)}; {remedy}") from None
-    except (ValueError, KeyError, EOFError, zlib.error, RecursionError) as error:
-        raise SystemExit(f"{path}, line {max(1, number)}: {reason(error)}; {remedy}") from None
-    if not rows:
-        raise SystemExit(f"{path} is empty; {remedy}")
-    return rows
-
-def read_json(path):
-    """A JSON object; {} if there is no file."""
-    if not Path(path).is_file():
-        return {}
-    try:
-        return as_object(json.loads(Path(path).read_bytes().decode("utf-8-sig")))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SystemExit(f"{path} is damaged: {reason(error)}; make it again") from None
-
-def as_object(value):
-    """The value; ValueError if it is not a JSON object."""
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON object is needed, got {quoted(value)}")
-    return value
-
-def check_text(name, value):
-    """ValueError if the value is not a text with something in it."""
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} must be a text that is not empty, got {quoted(value)}")
-
-def reason(error):
-    """What an exception found wrong, in words for a user."""
-    if isinstance(error, KeyError):
-        return f"there is no {error.args[0]}"
-    if isinstance(error, json.JSONDecodeError):
-        return f"it is not JSON: {error.msg} at column {error.colno}"
-    if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.start + 1} is not UTF-8"
-    if isinstance(error, RecursionError):
-        return "the JSON is nested too deeply"
-    if isinstance(error, gzip.BadGzipFile):
-        return "it is not a gzip file"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return printable(str(error))
-
-def quoted(value):
-    """A JSON value for an error message: as JSON writes it, and not too long."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + " …"
-
-def printable(text):
-    """A text from a file, with escapes for characters that would control the terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 # ---- Log-likelihood ------------------------------------------------------------------------------
 
@@ -612,17 +422,6 @@ def chat_core(engine, folder, gsm8k, max_examples=None, max_new_tokens=256):
 
 # ---- Measuring a run -----------------------------------------------------------------------------
 
-def figures(result):
-    """A task's result as the fields of a log line."""
-    fields = [f"{key} {value:.4f}" for key, value in result.items() if isinstance(value, float)]
-    kinds = result.get("kinds", {})
-    if len(kinds) > 1:
-        fields += [f"{kind} {task['accuracy']:.4f}" for kind, task in kinds.items()]
-    fields += [f"{key} {result[key]}" for key in ("n", "cut") if result.get(key)]
-    if result.get("left_out"):
-        fields.append(f"left out: {', '.join(result['left_out'])}")
-    return fields
-
 def say(*fields):
     """Prints fields as a line of the log."""
     print(printable(" | ".join(fields)), flush=True)
@@ -692,15 +491,8 @@ def parse_args():
     add("--max_new_tokens", type=int, help="tokens per reply, at most (128; gsm8k and chat: 256)")
     add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    check_at_least_1(args, "max_examples", "max_new_tokens")
+    check_at_least(1, args, "max_examples", "max_new_tokens")
     return args
-
-def check_at_least_1(args, *names):
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise SystemExit(f"--{name} must be at least 1, got {value}; leave it out for the "
-                             "default")
 
 def measure_run():
     """Runs the tasks that --tasks names and adds each result to <run>/eval.json."""
@@ -734,10 +526,6 @@ def measure_run():
         except OSError as error:
             raise cannot_write(run / "eval.json", error) from None
 
-def cannot_write(path, error):
-    return SystemExit(f"{path} cannot be written: {reason(error)}; free space or make its folder "
-                      "writable, and give the same command again")
-
 # ---- HellaSwag for train_gpt2.cu, which has no tokenizer -----------------------------------------
 
 def hellaswag_words(questions, n_questions, n_vocab):
@@ -764,7 +552,7 @@ def write_hellaswag():
     add("--tokenizer", default="gpt2", help="folder of a tokenizer, or gpt2")
     add("--max_examples", type=int, default=500, help="questions, at most (train_gpt2.py asks 500)")
     args = parser.parse_args()
-    check_at_least_1(args, "max_examples")
+    check_at_least(1, args, "max_examples")
     path = existing(Path(args.core_dir, "eval_data", HELLASWAG.file))
     if not path:
         raise SystemExit(f"{args.core_dir} holds no HellaSwag; {GET_CORE}")

@@ -28,7 +28,7 @@ from pathlib import Path
 if __name__ == "__main__":      # Ctrl-C during the slow imports below ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from eval import STAGES, cannot_write, figures, printable, read_json, reason
+from problems import STAGES, cannot_write, figures, printable, read_json, reason
 from training import read_log
 
 # ---- What runs left on disk ----------------------------------------------------------------------

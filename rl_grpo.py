@@ -35,8 +35,8 @@ from pathlib import Path
 import torch
 
 from bpe import Tokenizer
-from eval import is_correct, read_problems
 from model import load_checkpoint
+from problems import is_correct, problems_that_fit, read_problems
 from sample import Engine, check_at_least, find_run
 from training import (Optimizer, RunLog, already_trained, catch_signals, check_finite, contents,
                       finish, init_ranks, load_state, save_run)
@@ -228,16 +228,6 @@ def check_ranks(prompts, world_size):
         raise SystemExit(f"--prompts {prompts} must be a multiple of the {world_size} ranks; "
                          f"try --prompts {nearest}")
 
-def problems_that_fit(path, problems, tokenizer, block_size, log):
-    """The problems whose question leaves room for a reply in block_size tokens. The number of the
-    others is logged."""
-    fitting = [p for p in problems
-               if len(tokenizer.render(p["messages"], for_completion=True)[0]) < block_size]
-    if len(fitting) < len(problems):
-        log.say(f"{path}: {len(problems) - len(fitting)} of {len(problems)} questions are longer "
-                f"than {block_size - 1} tokens and are left out")
-    return fitting
-
 # Flags that a resumed run must not change
 SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates", "clip",
             "kl", "std", "seed")
@@ -338,9 +328,10 @@ def main():
             sum(lengths), len(signals))
         stop = stops > 0
         step += 1
+        ms = 1000 * (time.perf_counter() - tick)
         seconds_a_step = (time.perf_counter() - started) / (step - first_step)
         log(step, reward=reward / n, reply_tokens=tokens / n, tied=tied / n,
-            truncated=truncated / n, norm=norm, kl=kl, loss=loss, ms=1000 * (time.perf_counter() - tick),
+            truncated=truncated / n, norm=norm, kl=kl, loss=loss, ms=ms,
             eta=seconds_a_step * (args.max_steps - step))
         warn(log, truncated / n, tied / n)
     finish(log, run, "rl", step, stopped=stop and not last)

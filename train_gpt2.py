@@ -47,7 +47,6 @@ import numpy as np
 import torch
 
 from bpe import Tokenizer
-from eval import scores
 from model import (GPT, GPT2_SIZES, GPTConfig, find_compiler, find_kernel, load_checkpoint,
                    sdpa)
 from sample import (Engine, check_at_least, choose_device, find_run, has_tokenizer, load_tokenizer,
@@ -298,6 +297,11 @@ def compressors_bpb(shards, tokenizer):
     gzipped = gzip.compress(text, 9)
     xzipped = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
     return {"gzip": 8 * len(gzipped) / len(text), "xz": 8 * len(xzipped) / len(text)}
+
+def benchmark_scores(engine, core_dir, ranks):
+    """Accuracy on HellaSwag and the CORE metric, of CORE_EXAMPLES questions a task."""
+    from eval import scores
+    return scores(engine, core_dir, CORE_EXAMPLES, ranks)
 
 def show_compressors(log, step, val_shards, tokenizer, val_bpb):
     """Logs the model's bits per byte beside those of gzip and xz."""
@@ -692,7 +696,7 @@ def main():
                                              val_tokens)
                 figures = {"val_loss": val_loss, "val_bpb": val_bpb}
                 if args.core_dir:
-                    figures |= scores(engine, args.core_dir, CORE_EXAMPLES, ranks)
+                    figures |= benchmark_scores(engine, args.core_dir, ranks)
                 log(step, **figures)
                 if step == 0 and not args.init_from:
                     check_first_loss(val_loss, config)

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 import chat_sft
-from chat_sft import Loader, pack, read_conversations, read_held_out, render_all, row_tensors
+from chat_sft import Loader, pack, read_conversations, render_all, row_tensors
 from conftest import assert_same_files, mutate, run_main, run_ranks, stop_at
 from demo import conversations
 from demo.conversations import held_out
-from eval import is_correct, read_problems
+from problems import is_correct, problems_that_fit, read_problems
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from sample import Engine, run_python
 from training import read_log
@@ -195,7 +195,8 @@ def test_held_out_questions_that_do_not_fit_are_counted(tokenizer, tmp_path):
     rows = [dict(question=q, answer="1", kind="sum", check="final") for q in ("1?", "1? " * 60)]
     path = tmp_path / "held_out.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = read_held_out(path, tokenizer, 64, SimpleNamespace(say=said.append))
+    log = SimpleNamespace(say=said.append)
+    found = problems_that_fit(path, read_problems(path), tokenizer, 64, log)
     assert [p["question"] for p in found] == ["1?"]
     assert "1 of 2 questions are longer than 63 tokens" in said[0]
 

@@ -195,10 +195,8 @@ FUNNEL = {"step": "language", "in": 100, "kept": 70, "dropped": {"is_de": 30}, "
     ("eval.json", "[" * 200_000), ("eval.json", '{"a": [1]}'), ("eval.json", "null"),
     ("eval.json", '{"a": {"kinds": {"bits": {"accuracy": "1"}}}}'), ("eval.json", "\udcff"),
     ("eval.json", '{"a": {"kinds": {"bits": {}}}}'), ("eval.json", '{"a": {"left_out": [1]}}'),
-    ("log.jsonl", "3\n"), ("log.jsonl", '{"step": "x"}\n'), ("log.jsonl", "[" * 200_000 + "\n"),
     ("log.jsonl", '{"step": 1, "loss": "a"}\n'), ("log.jsonl", '{"header": [1]}\n'),
     ("log.jsonl", '{"step": 1' + "0" * 400 + "}\n"), ("log.jsonl", '{"seconds": NaN}\n'),
-    ("log.jsonl", '{"step": 1, "loss"\n{"step": 2}\n'), ("log.jsonl", "\udcff\n"),
     ("log.jsonl", '{"when": "after", "accuracy": 0.5}\n'), ("log.jsonl", '{"usd": null}\n'),
     ("index.json", '{"funnel": {}}'), ("index.json", '{"funnel": [{"step": "a", "in": 1}]}'),
     ("index.json", '{"funnel": [1]}'), ("index.json", '{"funnel": null}')],
@@ -211,6 +209,17 @@ def test_a_damaged_file_ends_in_one_line_that_names_it(command, name, text, tmp_
         run_main(report, command, run, "--data", run)
     message = str(stopped.value)
     assert str(run / name) in message and "\n" not in message and len(message) < 400
+
+
+@pytest.mark.parametrize("line", ["3", '{"step": "x"}', "[" * 200_000, '{"step": 1, "loss"',
+                                  "\udcff", "a\0b"], ids=lambda line: line[:20])
+def test_a_damaged_line_of_a_log_is_named_and_left_out(line, tmp_path, capsys):
+    run = demo(tmp_path)[1]
+    log = (run / "log.jsonl").read_bytes()
+    (run / "log.jsonl").write_bytes(line.encode("utf-8", "surrogateescape") + b"\n\n" + log)
+    run_main(report, "report", run)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{run}/log.jsonl, line 1 is damaged and is left out"]
 
 
 def damaged(value, rng):

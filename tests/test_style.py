@@ -20,14 +20,14 @@ ALLOWED = {                         # which of the project's files each may impo
     "warc": set(), "filters": set(), "crawl": {"download", "warc"},
     "shards": {"bpe", "corpus", "download"},
     "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
-    "training": {"model"}, "sample": {"bpe", "model"},
-    "eval": {"bpe", "model", "sample", "training"},
-    "report": {"eval", "training"},
-    **dict.fromkeys(("train_gpt2", "chat_sft", "rl_grpo"),
-                    {"bpe", "eval", "model", "sample", "training"}),
+    "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model", "python_tool"},
+    "eval": {"model", "problems", "sample", "training"},
+    "report": {"problems", "training"},
+    "train_gpt2": {"bpe", "model", "sample", "training"},
+    **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
     "python_tool": set(), "web": set(), "conversations": set()}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
-    "bpe": {"corpus"}, "sample": {"download", "python_tool"},
+    "bpe": {"corpus"}, "sample": {"download"}, "train_gpt2": {"eval"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
                            ".ci/run") for path in [ROOT / name] if path.exists()]
