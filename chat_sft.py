@@ -270,8 +270,9 @@ def main():
     for spec in args.data:
         conversations += read_conversations(spec)
 
-    # A resumed run must read the same conversations, so the content of the files is compared too.
-    data = {spec: digest(split_weight(spec)[0]) for spec in args.data}
+    # A resumed run must read the same conversations in the same order, so the settings list the
+    # files with hashes of their content.
+    data = [[spec, digest(split_weight(spec)[0])] for spec in args.data]
     settings = dict(data=data, epochs=args.epochs, total_rows=total_rows, lr=args.lr,
                     seed=args.seed, base=meta["run"])
     state = load_state(run, args.resume, ranks, optimizer, model, settings) or {}
