@@ -2161,7 +2161,8 @@ __global__ void square_sum_kernel(float* sums, const float* gradients, int64_t n
 // Muon moves a matrix along the orthogonal factor of its momentum: P Qᵀ, if the SVD is P S Qᵀ. Five
 // steps of an iteration approximate it, with the coefficients a, b, c of Polar Express. NorMuon
 // then evens out the lines of the result. A line is a row of a tall matrix (more rows than
-// columns), else a column; so it has as many values, n, as the shorter side.
+// columns), else a column; so it has as many values, n, as the shorter side. In a square matrix a
+// line has the weights of one output.
 //
 //   m += (1 - μ)(g - m)    X = g + μ (m - g)    X ← X / (1.01 ‖X‖)
 //   five times: X ← a X + (b A + c A²) X with A = X Xᵀ
