@@ -10,9 +10,9 @@ Reinforcement learning on problems whose answers can be checked: an assistant â†
 
 For each question the model writes group_size replies. A reply is worth 1 if its final answer is
 right, and 0 otherwise. Its advantage is that reward minus the mean reward of its group. Every token
-that the model sampled, the end token too, is made more likely if the advantage of its reply is
-positive and less likely if it is negative, in proportion. Nobody shows the model how to think: any
-thinking that leads to right answers becomes more likely.
+that the model sampled, the end token too, becomes more likely if the advantage of its reply is
+positive, and less likely if it is negative; a larger advantage has a larger effect. Nobody shows
+the model how to think: any thinking that leads to right answers becomes more likely.
 
 Watch the reward, the length of the replies and the share of tied groups. In a tied group all
 replies are right or all are wrong, so that there is nothing to learn from. Do not watch the loss:
@@ -23,7 +23,7 @@ Papers: GRPO (DeepSeekMath, arXiv 2402.03300), DeepSeek-R1 (2501.12948), Dr. GRP
 Differs from GRPO: the defaults are those of Dr. GRPO and DAPO. Advantages are not divided by the
 group's standard deviation, the loss is one mean over all tokens of the groups that are not tied,
 there is no KL term, and each batch of samples gets a single update, so that the clip never acts.
---std, --kl and --updates bring GRPO's terms back.
+--std, --kl and --updates bring back all of GRPO but its mean over each reply.
 """
 import argparse
 import copy
@@ -224,9 +224,9 @@ def parse_args():
 def check_ranks(prompts, world_size):
     """Raises SystemExit if the ranks cannot share the questions of a step."""
     if prompts % world_size:
-        nearest = (prompts // world_size + 1) * world_size
+        next_multiple = (prompts // world_size + 1) * world_size
         raise SystemExit(f"--prompts {prompts} must be a multiple of the {world_size} ranks; "
-                         f"try --prompts {nearest}")
+                         f"try --prompts {next_multiple}")
 
 # Flags that a resumed run must not change
 SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates", "clip",

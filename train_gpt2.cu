@@ -11,8 +11,9 @@ lines are those of train_gpt2.py.
          <core_dir>/hellaswag.bin, which python eval.py hellaswag writes
     out: <run>/model.safetensors, config.json, log.jsonl, state/ for --resume
 
-Map. To learn CUDA, read §2 … §10: each room has the equations of one layer, its kernels forward and
-backward, and the functions that launch them. §13 puts the rooms together; the rest is plumbing.
+Map. To learn CUDA, read §2 … §10. From §3 on, each section has the equations of one kind of layer,
+its forward and backward kernels, and the functions that launch them. §13 builds the model from
+them. The rest is plumbing.
     §1 types, failures, launches, --profile      §11 ranks: torchrun's environment, NCCL
     §2 reductions, 128-bit loads, tensor cores   §12 tensor table
     §3 embedding                                 §13 model: forward, backward, update
@@ -197,7 +198,7 @@ static void launch(Work work, Grid grid, void (*kernel)(Parameters...), Argument
     end_work(work, grid.stream);
 }
 
-// Call this after a profiled step, once the GPU has finished it.
+// Adds the times of one profiled step. Call it once the GPU has finished the step.
 static void add_times(double step_ms) {
     for (int i = 0; i < profile.n_launches; i++) {
         float ms = 0.0f;
@@ -976,8 +977,8 @@ static void choose_algorithm(MatmulPlan* plan) {
                                                 plan->d, plan->d, preference, 1, &plan->chosen,
                                                 &found));
     if (found == 0) {
-        die("cuBLASLt has no kernel for a %d x %d x %d matmul; choose sizes that are multiples of "
-            "8, such as --config n_embd=%d", mm.m, mm.n, mm.k, ceil_div(mm.m, 64) * 64);
+        die("cuBLASLt has no kernel for a %d x %d x %d matmul; choose an n_embd that is a multiple "
+            "of 64, such as --config n_embd=768 n_head=12", mm.m, mm.n, mm.k);
     }
     CHECK_CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
 }
@@ -2074,6 +2075,8 @@ __global__ void loss_sum_kernel(double* sum, const float* losses, int n) {
 //
 //   m += (1 - β₁)(g - m)    v += (1 - β₂)(g² - v)
 //   p ← p (1 - lr decay) - lr m / (1 - β₁ᵗ) / (sqrt(v / (1 - β₂ᵗ)) + ε)
+//
+// g is the gradient of a parameter p, m and v are its moments, and t is the step's number, from 1.
 
 // How AdamW trains a bucket of parameters. lr is a multiple of the run's learning rate.
 struct AdamGroup { float lr, beta_1, beta_2, epsilon, weight_decay; };
@@ -2158,7 +2161,8 @@ __global__ void square_sum_kernel(float* sums, const float* gradients, int64_t n
 // Muon moves a matrix along the orthogonal factor of its momentum: P Qᵀ, if the SVD is P S Qᵀ. Five
 // steps of an iteration approximate it, with the coefficients a, b, c of Polar Express. NorMuon
 // then evens out the lines of the result. A line is a row of a tall matrix (more rows than
-// columns), else a column; so it has as many values, n, as the shorter side.
+// columns), else a column; so it has as many values, n, as the shorter side. In a square matrix a
+// line has the weights of one output.
 //
 //   m += (1 - μ)(g - m)    X = g + μ (m - g)    X ← X / (1.01 ‖X‖)
 //   five times: X ← a X + (b A + c A²) X with A = X Xᵀ

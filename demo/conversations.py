@@ -93,7 +93,7 @@ def documented_functions(data, count):
     """{qualified name: first sentence of its documentation}, from the training documents.
 
     Only ASCII sentences of 4 to 14 words are taken. If several functions have the same sentence,
-    one of them is taken. Raises SystemExit if fewer than `count` functions are found.
+    one of them is taken. Raises SystemExit if fewer than `count` functions are left.
     """
     found = {}
     for path in train_files(data):
@@ -101,16 +101,17 @@ def documented_functions(data, count):
             for name, sentence in DOCUMENTED.findall(text):
                 if 4 <= len(sentence.split()) <= 14 and len(name) <= 36 and sentence.isascii():
                     found.setdefault(name, sentence)
-    if len(found) < count:
-        raise SystemExit(f"{data}/documents describes {len(found)} functions in a short sentence, "
-                         f"fewer than --functions {count}; prepare more documents, or lower "
-                         "--functions")
     # Names are ordered by their hash, so that the choice does not follow the alphabet.
     chosen = sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())
     first_with = {}     # sentence: the first function that has it
     for name in chosen:
         first_with.setdefault(found[name], name)
-    return {name: found[name] for name in chosen if first_with[found[name]] == name}
+    documented = {name: found[name] for name in chosen if first_with[found[name]] == name}
+    if len(documented) < count:
+        raise SystemExit(f"{data}/documents describes {len(documented)} functions in a short "
+                         f"sentence of their own, fewer than --functions {count}; prepare more "
+                         "documents, or lower --functions")
+    return documented
 
 def function(name, sentence, rng):
     """Every wording of the question with its answer, and one other wording for the test."""

@@ -1,8 +1,8 @@
 """
-What the tests of several stages share: a small tokenizer, a folder of token shards, runs of a
-stage's main() in this process or on two forked ranks, and mutants. Everything is tiny, offline and
-on the CPU. It runs on one thread, so that sums are added in the same order and two runs can be
-compared bit by bit.
+What the tests of several stages share: a small tokenizer, a folder of token shards, functions that
+run a stage's main() in this process or on two forked ranks, and mutants. Everything is tiny, works
+offline and runs on the CPU, on one thread: then every sum is added up in the same order, and two
+runs can be compared bit by bit.
 """
 import contextlib
 import inspect
@@ -33,7 +33,7 @@ from model import GPT, GPTConfig, save_checkpoint
 torch.set_num_threads(1)
 
 def documents(*modules):
-    """Real English that is on every machine: the docstrings of these modules, short ones first."""
+    """The docstrings in these modules, short ones first: real English that every machine has."""
     found = []
     for module in modules:
         for value in vars(module).values():
@@ -45,11 +45,12 @@ def documents(*modules):
 DOCUMENTS = documents(statistics, random, pydoc)
 SIZES = dict(block_size=32, vocab_size=65, n_layer=4, n_head=2, n_embd=32)
 GPT2 = GPTConfig(**SIZES)
-MODERN = GPTConfig.preset("d4", **SIZES)       # windows "SSSL": layers 0, 1, 2 see 8 tokens back
+MODERN = GPTConfig.preset("d4", **SIZES)    # windows "SSSL": layers 0, 1, 2 see only 8 tokens back
 
 
 def noisy(config, seed=0, std=0.2):
-    """A model in which every parameter matters: in a new one biases and projections are zero."""
+    """A model in eval mode in which every parameter matters: normal noise with deviation `std` is
+    added to all, since in a new model biases and projections are zero."""
     torch.manual_seed(seed)
     model = GPT(config).eval()
     with torch.no_grad():
@@ -59,6 +60,8 @@ def noisy(config, seed=0, std=0.2):
 
 
 def write_shard(path, tokens, magic=20240520, version=1, count=None):
+    """Writes a shard: 256 int32 of header, then the tokens as uint16 (version 1) or uint32. A count
+    other than the number of tokens makes a damaged shard."""
     if count is None:
         count = len(tokens)
     header = np.zeros(256, np.int32)
@@ -69,13 +72,14 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """400 tokens, of which the model pads its tables to 448 rows."""
+    """A tokenizer with 400 tokens. The model pads tables of that vocabulary to 448 rows."""
     return Tokenizer.train(DOCUMENTS, 400)
 
 
 @pytest.fixture(scope="session")
 def data(tokenizer, tmp_path_factory):
-    """Shards and a tokenizer, as prepare_fineweb.py leaves them: two to train on, one for val."""
+    """A folder with a tokenizer and shards, as prepare_fineweb.py writes them: one shard of 700
+    tokens for validation, and shards of 3300 and 5000 tokens for training."""
     folder = tmp_path_factory.mktemp("data")
     ids = [i for text in DOCUMENTS for i in (tokenizer.eot, *tokenizer.encode_ordinary(text))]
     tokenizer.save(folder / "tokenizer")
@@ -87,7 +91,7 @@ def data(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base_run(tokenizer, tmp_path_factory):
-    """The run of an untrained GPT-2 with two layers."""
+    """The run folder of an untrained GPT-2 with two layers."""
     run = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab, n_layer=2, n_head=2,
@@ -97,7 +101,7 @@ def base_run(tokenizer, tmp_path_factory):
 
 
 def run_main(module, *flags):
-    """`python module.py flags…`, in this process."""
+    """Runs `python module.py flags…` in this process, and restores argv and signal handlers."""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     argv = sys.argv
     sys.argv = [f"{module.__name__}.py", *map(str, flags)]
@@ -110,7 +114,8 @@ def run_main(module, *flags):
 
 
 def run_ranks(module, *flags, world_size=2, exit_code=0, seconds=60):
-    """`torchrun --nproc_per_node=2 module.py flags…`, in forks, which have torch imported."""
+    """Runs `torchrun --nproc_per_node=2 module.py flags…`, with forks of this process as ranks, so
+    that they need not import torch again. Each rank must end with exit_code within `seconds`."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -127,7 +132,7 @@ def run_ranks(module, *flags, world_size=2, exit_code=0, seconds=60):
     deadline = time.time() + seconds
     for process in ranks:
         process.join(max(0, deadline - time.time()))
-    codes = [process.exitcode for process in ranks]         # None: still running
+    codes = [process.exitcode for process in ranks]         # None for a rank that still runs
     for process in ranks:
         process.kill()
     assert codes == [exit_code] * world_size, codes
@@ -135,7 +140,7 @@ def run_ranks(module, *flags, world_size=2, exit_code=0, seconds=60):
 
 @contextlib.contextmanager
 def in_fp64():
-    """Everything that is computed in fp32 is computed in fp64 here, in forked ranks too."""
+    """A context in which fp32 computations are done in fp64, in forked ranks too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         torch.set_default_dtype(torch.float64)
@@ -146,7 +151,7 @@ def in_fp64():
 
 
 def stop_at(monkeypatch, module, name, call, number=signal.SIGTERM):
-    """Sends this process a signal when module.name is called for the n-th time."""
+    """Sends this process the signal `number` when module.name is called for the `call`-th time."""
     original = getattr(module, name)
     calls = []
 
@@ -160,13 +165,15 @@ def stop_at(monkeypatch, module, name, call, number=signal.SIGTERM):
 
 
 def assert_same_files(run, other, *names):
+    """The files of these names in two folders must be equal to the byte."""
     for name in names:
         equal = (Path(run) / name).read_bytes() == (Path(other) / name).read_bytes()
-        assert equal, name      # given the bytes, pytest would spend minutes to show a difference
+        assert equal, name      # pytest would spend minutes on showing a difference of the bytes
 
 
 def mutate(monkeypatch, owner, name, old, new):
-    """Replaces owner.name by the same function with one piece of its source changed."""
+    """Replaces owner.name by a mutant: the same function with `old` in its source changed to `new`.
+    `old` must occur once."""
     function = getattr(owner, name)
     source = textwrap.dedent(inspect.getsource(function))
     found = source.count(old)

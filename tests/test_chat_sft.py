@@ -190,6 +190,15 @@ def test_a_resumed_run_must_read_the_same_conversations(base_run, eight, tmp_pat
         run_main(chat_sft, *flags(base_run, data, tmp_path / "run", epochs=1), "--resume")
 
 
+def test_a_resumed_run_must_read_its_files_in_the_same_order(base_run, eight, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(Path(eight).read_bytes())
+    run_main(chat_sft, *flags(base_run, eight, tmp_path / "run", epochs=1), "--data", eight, other)
+    with pytest.raises(SystemExit, match="another data"):
+        run_main(chat_sft, *flags(base_run, eight, tmp_path / "run", epochs=1), "--resume",
+                 "--data", other, eight)
+
+
 def test_held_out_questions_that_do_not_fit_are_counted(tokenizer, tmp_path):
     said = []
     rows = [dict(question=q, answer="1", kind="sum", check="final") for q in ("1?", "1? " * 60)]
@@ -364,6 +373,15 @@ def test_make_is_deterministic(documents, made, tmp_path):
 def test_too_few_documented_functions_is_one_line(documents, tmp_path):
     with pytest.raises(SystemExit, match="describes 60 functions.*; .*lower --functions"):
         make(documents, tmp_path, functions=61)
+
+
+def test_functions_that_share_a_sentence_count_once(tmp_path):
+    (tmp_path / "documents").mkdir()
+    text = "".join(f"tools.{name}(x)\n\nReturn one of the values.\n\n" for name in ("a", "b"))
+    with gzip.open(tmp_path / "documents" / "train_000.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps(dict(id="0", text=text)) + "\n")
+    with pytest.raises(SystemExit, match="describes 1 functions .*fewer than --functions 2"):
+        conversations.documented_functions(tmp_path, 2)
 
 
 # ---- runs
