@@ -628,13 +628,15 @@ def verdict(page, **broken):
 # ---- The command line ----------------------------------------------------------------------------
 
 def count_pages(paths):
-    """WARC files → (how many pages they hold, {reason: how many other records})."""
+    """WARC files of a crawl → (how many pages they hold, {reason: how many other records})."""
     n_pages = 0
     reasons = Counter()
     for path in paths:
         for record, reason in read_warc(path):
             if record:
                 _, reason = parse_record(*record)
+            if reason == "metadata_record":  # its payload says why a URL has no answer
+                reason = record[1].decode("utf-8", "replace")[:80]
             if reason:
                 reasons[reason] += 1
             else:
@@ -655,10 +657,10 @@ def main():
     with one_line_when_full(), one_line_when_interrupted():
         paths = crawl(args.seeds, args.out / "warc", args.max_pages, args.delay)
         n_pages, reasons = count_pages(paths)
-    others = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common()) or "none"
+    others = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common()) or "none"
     if not n_pages:
-        raise SystemExit(f"{args.out}/warc holds no page; other records: {others}; see the lines "
-                         "above, or give another seed URL")
+        raise SystemExit(f"{args.out}/warc holds no page; other records: {others}; give another "
+                         "seed URL")
     print(f"{args.out}/warc holds {n_pages} pages in {len(paths)} files; other records: {others}")
 
 if __name__ == "__main__":
