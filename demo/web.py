@@ -91,7 +91,7 @@ def prose(docstring):
         in_code = in_code and bool(indents) and indents[0] > 0  # what is indented below "Example::"
         letters = sum(c.isalpha() or c in " ,." for c in block) / len(block)
         if in_code or letters < 0.75 or re.search(r"^\s*>>>|\S {3,}\S", block):
-            # cleandoc leaves the indent of a first line, so there is an empty one before it
+            # cleandoc does not count the indent of a first line, so an empty one goes before it
             out.append(f"<pre>{escape(inspect.cleandoc(chr(10) + block))}</pre>")
         else:
             out += paragraphs(lines, indents)
@@ -152,6 +152,7 @@ class Site:
             "<footer><p>This site uses cookies; see our terms of use.</p></footer></body></html>")
 
     def page(self, path):
+        """The answer to a request. Below /mirror/, the same pages are there once more."""
         if path == "/robots.txt":
             return 200, "text/plain", "User-agent: *\nDisallow: /private/\n"
         if path == "/":
@@ -174,10 +175,11 @@ class Site:
 # ---- The server ----------------------------------------------------------------------------------
 
 class Handler(BaseHTTPRequestHandler):
+    """Answers GET with a page of the server's site."""
     protocol_version = "HTTP/1.1"  # keeps the connection open between pages
 
     def log_message(self, *_):
-        pass
+        """Print nothing: the crawl has its own progress bar."""
 
     def do_GET(self):
         status, mime, text = self.server.site.page(self.path.partition("?")[0])
@@ -199,6 +201,7 @@ class Server(ThreadingHTTPServer):
         self.parent = os.getppid()
 
     def service_actions(self):
+        """Called twice a second by serve_forever."""
         if os.getppid() != self.parent:
             os._exit(0)
 
