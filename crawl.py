@@ -577,7 +577,7 @@ class Extractor:
         """The child: HTML comes through the pipe, and its text or an exception goes back."""
         self.pipe.close()  # the parent's side, so that recv notices when the parent is gone
         resource.setrlimit(resource.RLIMIT_DATA, (PAGE_MEMORY_BYTES, PAGE_MEMORY_BYTES))
-        with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
             while True:
                 html = pipe.recv()
                 try:
