@@ -47,8 +47,7 @@ import numpy as np
 import torch
 
 from bpe import Tokenizer
-from model import (GPT, GPT2_SIZES, GPTConfig, find_compiler, find_kernel, load_checkpoint,
-                   sdpa)
+from model import GPT, GPT2_SIZES, GPTConfig, find_compiler, find_kernel, load_checkpoint, sdpa
 from sample import (Engine, check_at_least, choose_device, find_run, has_tokenizer, load_tokenizer,
                     quiet_end)
 from training import (D12_MATMUL_PARAMS, RunLog, already_trained, catch_signals, check_finite,
