@@ -618,13 +618,6 @@ class Extractor:
             self.child.join()
             self.child = None
 
-def verdict(page, **broken):
-    """(page, None), or (None, the name of the first rule that is broken)."""
-    for rule, is_broken in broken.items():
-        if is_broken:
-            return None, rule
-    return page, None
-
 # ---- The command line ----------------------------------------------------------------------------
 
 def count_pages(paths):
