@@ -3392,16 +3392,26 @@ static void restore_parameters(Model* model, Ranks* ranks, int steps) {
 // that either trainer continues with the other's models. There is no JSON parser: files of ours and
 // of HF's GPT-2 have a known shape, in which searching for a key is enough.
 
+// Opens a file to read it; -1: there is none. Others, like folders and pipes, end the run.
+static int open_file(const char* path, struct stat* status) {
+    int file = open(path, O_RDONLY | O_NONBLOCK);       // a pipe would wait for a writer
+    if (file < 0) { return -1; }
+    if (fstat(file, status) != 0 || !S_ISREG(status->st_mode)) {
+        die("%s is not a regular file; remove it, and put the file itself there", path);
+    }
+    return file;
+}
+
 // A whole file, followed by zeros, or NULL if there is no such file.
 static char* read_file(const char* path, size_t* bytes = NULL) {
-    FILE* file = fopen(path, "rb");
-    if (file == NULL) { return NULL; }
-    fseek(file, 0, SEEK_END);
-    long size = ftell(file);
-    rewind(file);
+    struct stat status = {};
+    int number = open_file(path, &status);
+    if (number < 0) { return NULL; }
+    FILE* file = fdopen(number, "rb");
+    size_t size = status.st_size;
     char* text = (char*)calloc(1, size + 64);       // zeros also end a file that was cut short
     if (bytes != NULL) { *bytes = size; }
-    if (fread(text, 1, size, file) != (size_t)size) {
+    if (text == NULL || fread(text, 1, size, file) != size) {
         die("%s cannot be read to its end; check the disk, or copy the file again", path);
     }
     fclose(file);
@@ -3429,6 +3439,48 @@ static double json_number(const char* text, const char* key, double fallback) {
     return value != NULL ? strtod(value, NULL) : fallback;
 }
 
+// Whether n bytes are one JSON object, as far as its brackets show. One that was cut short is not.
+static bool is_object(const char* text, size_t n) {
+    size_t i = strspn(text, " \r\n\t");
+    int depth = 0;
+    bool in_string = false;
+    if (text[i] != '{') { return false; }
+    for (; i < n; i++) {
+        char c = text[i];
+        if (c == '\0') { return false; }
+        if (in_string && c == '\\') { i++; }        // an escaped quote does not end the string
+        if (c == '"') { in_string = !in_string; }
+        if (in_string) { continue; }
+        if (c == '{' || c == '[') { depth++; }
+        if (c == '}' || c == ']') { depth--; }
+        if (depth == 0) { return i + 1 + strspn(text + i + 1, " \r\n\t") == n; }
+    }
+    return false;
+}
+
+// A file that holds one JSON object, or NULL if there is no such file
+static char* read_json(const char* path) {
+    size_t bytes = 0;
+    char* text = read_file(path, &bytes);
+    if (text != NULL && !is_object(text, bytes)) {
+        die("%s is damaged: it is not one whole JSON object; copy it again, or remove it", path);
+    }
+    return text;
+}
+
+// An integer by its key. A value that is missing, or is not an integer within bounds, ends the run.
+static int64_t json_integer(const char* path, const char* text, const char* key, int64_t least,
+                            int64_t most) {
+    const char* value = json_find(text, key);
+    char* end = NULL;
+    if (value == NULL) { value = "nothing"; }
+    int64_t found = strtoll(value, &end, 10);
+    bool is_integer = end > value && strchr(",} \r\n\t", *end) != NULL;
+    if (is_integer && found >= least && found <= most) { return found; }
+    die("%s: %s must be an integer from %lld to %lld, got %.*s; copy this file again, or remove it",
+        path, key, (long long)least, (long long)most, (int)strcspn(value, ",}\r\n"), value);
+}
+
 // folder/name. The strings of the last four calls stay valid.
 static const char* joined(const char* folder, const char* name) {
     static char paths[4][4096];
@@ -3440,19 +3492,19 @@ static const char* joined(const char* folder, const char* name) {
     return path;
 }
 
-// Like fopen, but a folder that cannot be written to is the user's mistake
-static FILE* create(const char* path) {
-    FILE* file = fopen(path, "wb");
-    if (file == NULL) {
-        die("%s cannot be written: %s; choose another --out", path, strerror(errno));
-    }
-    return file;
+// A folder that cannot be written to is the user's mistake.
+[[noreturn]] static void die_uncreated(const char* path) {
+    die("%s cannot be written: %s; choose another --out", path, strerror(errno));
 }
 
-// The disk is full, nearly always.
+// The disk is full, nearly always. The half that was written is deleted.
 [[noreturn]] static void die_unwritten(const char* path) {
-    die("%s cannot be written: %s; free disk space, then continue with --resume", path,
-        strerror(errno));
+    const char* problem = strerror(errno);
+    char part[4200];
+    snprintf(part, sizeof part, "%s.part", path);
+    unlink(part);
+    die("%s cannot be written: %s; free disk space, then continue with --resume (what was saved "
+        "before is kept)", path, problem);
 }
 
 static void write_all(FILE* file, const void* data, size_t bytes, const char* path) {
@@ -3462,16 +3514,22 @@ static void write_all(FILE* file, const void* data, size_t bytes, const char* pa
 // A file is written as <path>.part and gets its name when all of it is on the disk, so a reader
 // never sees half of a file. create_part begins one, finish ends it.
 static FILE* create_part(const char* path) {
-    char part[4096];
+    char part[4200];
     snprintf(part, sizeof part, "%s.part", path);
-    return create(part);
+    FILE* file = fopen(part, "wb");
+    if (file == NULL) { die_uncreated(path); }
+    return file;
 }
 
 static void finish(FILE* file, const char* path) {
-    char part[4096];
+    char part[4200];
     snprintf(part, sizeof part, "%s.part", path);
-    if (fflush(file) != 0 || fsync(fileno(file)) != 0) { die_unwritten(path); }
-    if (fclose(file) != 0 || rename(part, path) != 0) { die_unwritten(path); }
+    bool is_written = fflush(file) == 0 && !ferror(file) && fsync(fileno(file)) == 0;
+    if (!is_written || fclose(file) != 0 || rename(part, path) != 0) { die_unwritten(path); }
+    *strrchr(part, '/') = '\0';         // the new name is on the disk once the folder is
+    int folder = open(part, O_RDONLY);
+    fsync(folder);
+    close(folder);
 }
 
 // A safetensors file is 8 bytes with a number n, n bytes of JSON, and then the data:
@@ -3486,13 +3544,15 @@ struct SafeTensors {
     size_t size;
 };
 
+const uint64_t MAX_HEADER_BYTES = 1 << 24;      // a hundred times what GPT-2 XL needs
+
 // Maps the file, so that tensors are read from the disk only when they are used.
 static SafeTensors open_safetensors(const char* path) {
-    int file = open(path, O_RDONLY);
     struct stat status = {};
     uint64_t n = 0;
-    bool is_readable = file >= 0 && fstat(file, &status) == 0 && read(file, &n, 8) == 8;
-    if (!is_readable || n + 8 > (uint64_t)status.st_size) {
+    int file = open_file(path, &status);
+    bool is_readable = file >= 0 && read(file, &n, 8) == 8;
+    if (!is_readable || n > MAX_HEADER_BYTES || n + 8 > (uint64_t)status.st_size) {
         die("%s is missing or cut short; copy it again, or train it again", path);
     }
     size_t size = status.st_size;
@@ -3528,12 +3588,16 @@ static void read_tensor(SafeTensors file, const char* name, int64_t n, float* va
         die("%s lacks the tensor %s that config.json asks for; take both files from one checkpoint",
             file.path, name);
     }
-    int width = bytes_of_dtype(json_find(entry, "dtype"));
-    const char* offsets = strchr(json_find(entry, "data_offsets"), '[');
-    char* comma = NULL;
-    size_t begin = strtoull(offsets + 1, &comma, 10);
-    size_t end = strtoull(comma + 1, NULL, 10);
-    if (width == 0 || end - begin != (size_t)n * width || end > file.data_size) {
+    char own[512];                      // the entry without those that follow
+    snprintf(own, min(sizeof own, strcspn(entry, "}") + 1), "%s", entry);
+    const char* dtype = json_find(own, "dtype");
+    const char* offsets = json_find(own, "data_offsets");
+    int width = dtype != NULL ? bytes_of_dtype(dtype) : 0;
+    unsigned long long begin = 0;
+    unsigned long long end = 0;
+    bool has_place = offsets != NULL && sscanf(offsets, "[%llu ,%llu", &begin, &end) == 2;
+    if (width == 0 || !has_place || begin > end || end > file.data_size ||
+        end - begin != (size_t)n * width) {
         die("%s: the tensor %s is cut short, or does not hold the %lld values in F32 or BF16 that "
             "config.json asks for; take both files, complete, from one checkpoint", file.path, name,
             (long long)n);
@@ -3543,6 +3607,10 @@ static void read_tensor(SafeTensors file, const char* name, int64_t n, float* va
         uint32_t bits = 0;              // a bf16 is the upper half of an fp32
         memcpy((char*)&bits + 4 - width, data + i * width, width);
         memcpy(&values[i], &bits, 4);
+        if (!isfinite(values[i])) {
+            die("%s: the tensor %s has values that are not finite numbers; use another checkpoint",
+                file.path, name);
+        }
     }
 }
 
@@ -3704,10 +3772,23 @@ static void write_config(FILE* file, Config c) {
     fprintf(file, "}");
 }
 
+// No model has so many layers, or so many of anything else: a number above is a mistake.
+const int MAX_LAYERS = 1000;
+const int MAX_SIZE = 1 << 22;
+
+// Copies 1 to 63 letters S and L that `end` follows; false: the text has others.
+static bool read_windows(const char* text, char end, char* windows) {
+    size_t n = strspn(text, "SL");
+    if (n < 1 || n > 63 || text[n] != end) { return false; }
+    snprintf(windows, n + 1, "%s", text);
+    return true;
+}
+
 // The config of a folder with a model of ours or of HF's. The kernels have GPT-2 and dN; mixtures,
 // which model.py allows, are refused.
 static Config read_config(const char* folder) {
-    char* text = read_file(joined(folder, "config.json"));
+    const char* path = joined(folder, "config.json");
+    char* text = read_json(path);
     if (text == NULL) {
         die("%s/config.json does not exist; name a folder with config.json and model.safetensors "
             "with --init_from, or leave it out to train from scratch", folder);
@@ -3720,15 +3801,21 @@ static Config read_config(const char* folder) {
             "and dN, with all; use python train_gpt2.py", folder, n_modern, N_MODERN_FIELDS);
     }
     Config config = {};
-    config.block_size = (int)json_number(text, "n_positions", 1024);
-    config.vocab_size = (int)json_number(text, "vocab_size", 50257);
-    config.n_layer = (int)json_number(text, "n_layer", 0);
-    config.n_head = (int)json_number(text, "n_head", 0);
-    config.n_embd = (int)json_number(text, "n_embd", 0);
+    config.block_size = (int)json_integer(path, text, "n_positions", 1, MAX_SIZE);
+    config.vocab_size = (int)json_integer(path, text, "vocab_size", 1, MAX_SIZE);
+    config.n_layer = (int)json_integer(path, text, "n_layer", 1, MAX_LAYERS);
+    config.n_head = (int)json_integer(path, text, "n_head", 1, MAX_SIZE);
+    config.n_embd = (int)json_integer(path, text, "n_embd", 1, MAX_SIZE);
     config.modern = is_modern;
-    config.softcap = json_number(text, "softcap", 0);
-    const char* windows = json_find(text, "windows");
-    if (windows != NULL) { sscanf(windows, "\"%63[SL]", config.windows); }
+    if (is_modern) {
+        const char* windows = json_find(text, "windows");
+        config.softcap = json_number(text, "softcap", 0);
+        bool is_cap = config.softcap >= 0 && config.softcap <= 1e6;
+        if (!is_cap || windows == NULL || !read_windows(windows + 1, '"', config.windows)) {
+            die("%s: softcap must be from 0 to 1000000, and windows 1 to 63 letters S and L; copy "
+                "this file again, or remove it", path);
+        }
+    }
     free(text);
     return config;
 }
@@ -4081,14 +4168,16 @@ static ValLoss evaluate(Model* model, Loader* loader, Shards shards, const int* 
 // <data>/token_bytes.npy: the number of bytes of each token, or NULL if there is no such file
 static int* read_token_bytes(const char* data, int V) {
     const char* path = joined(data, "token_bytes.npy");
-    char* npy = read_file(path);
+    size_t n_bytes = 0;
+    char* npy = read_file(path, &n_bytes);
     if (npy == NULL) { return NULL; }
     // .npy: 8 bytes of magic and version, 2 of the header's size, the header, a Python dict; data
     uint16_t header_size;
     memcpy(&header_size, npy + 8, 2);
     char shape[64];
     snprintf(shape, sizeof shape, "'shape': (%d,)", V);
-    if (strstr(npy + 10, "<i4") == NULL || strstr(npy + 10, shape) == NULL) {
+    bool is_valid = strstr(npy + 10, "<i4") != NULL && strstr(npy + 10, shape) != NULL;
+    if (!is_valid || n_bytes != 10 + (size_t)header_size + 4 * (size_t)V) {
         die("%s is not an int32 array of %d numbers, one for each token; run python "
             "prepare_fineweb.py tokenize again", path, V);
     }
@@ -4820,10 +4909,18 @@ static HellaSwag open_hellaswag(const char* core_dir, int V) {
     }
     HellaSwag questions = {data + 5, data[4], 0};
     const int* at = questions.data;
+    const int* end = data + data[3];
+    auto check = [&](bool is_whole) {
+        if (is_whole) { return; }
+        die("%s is damaged; delete it and run python eval.py hellaswag again", path);
+    };
     for (int q = 0; q < questions.n_questions; q++) {
+        check(at + 2 <= end);
         int n_answers = at[1];
         at += 2;
         for (int i = 0; i < n_answers; i++) {
+            check(at + 2 <= end && at[0] >= 2 && next_answer(at) <= end);
+            for (int k = 0; k < at[0]; k++) { check(at[2 + k] >= 0 && at[2 + k] < V); }
             questions.longest = max(questions.longest, at[0]);
             at = next_answer(at);
         }
@@ -4950,13 +5047,14 @@ static int decode_base64(const char* begin, const char* end, char* bytes) {
 // tokenizer.tiktoken has a line for each token: its bytes in base64, a space, its number.
 static Vocabulary read_vocabulary(const char* data, int V) {
     char* text = read_file(joined(data, "tokenizer/tokenizer.tiktoken"));
-    char* header = read_file(joined(data, "tokenizer/tokenizer.json"));
+    const char* header_path = joined(data, "tokenizer/tokenizer.json");
+    char* header = read_json(header_path);
     Vocabulary vocabulary = {};
     vocabulary.bytes = (char**)calloc(V, sizeof(char*));
     vocabulary.sizes = (int*)calloc(V, sizeof(int));
     if (text == NULL || header == NULL) { return vocabulary; }
     vocabulary.n = V;
-    vocabulary.eot = (int)json_number(header, "<|endoftext|>", V - 1);
+    vocabulary.eot = (int)json_integer(header_path, header, "<|endoftext|>", 0, V - 1);
     for (char* line = strtok(text, "\n"); line != NULL; line = strtok(NULL, "\n")) {
         char* space = strchr(line, ' ');
         int token = space != NULL ? atoi(space) : -1;
@@ -5002,6 +5100,10 @@ static int encode_word(const Vocabulary* vocabulary, const char* word, int size,
     for (int i = 0; i < n; i++) {
         int begin = i > 0 ? ends[i - 1] : 0;
         ids[i] = find_token(vocabulary, word + begin, ends[i] - begin);
+        if (ids[i] < 0) {
+            die("%s/tokenizer/tokenizer.tiktoken has no token for the letter %c; copy the file "
+                "again", arguments.data, word[begin]);
+        }
     }
     return n;
 }
@@ -5432,8 +5534,10 @@ static char* join_words(int n, char** words) {
 // shards.py leaves the vocabulary's size in index.json. llm.c's shards have no such file; they
 // consist of GPT-2's tokens.
 static int read_vocab_size(const char* data) {
-    char* index = read_file(joined(data, "index.json"));
-    int V = index != NULL ? (int)json_number(index, "n_vocab", 50257) : 50257;
+    const char* path = joined(data, "index.json");
+    char* index = read_json(path);
+    if (index == NULL) { return 50257; }
+    int V = (int)json_integer(path, index, "n_vocab", 1, MAX_SIZE);
     free(index);
     return V;
 }
