@@ -4192,7 +4192,8 @@ static int* read_token_bytes(const char* data, int V) {
 // The flags of train_gpt2.py, with their names and meanings. One table drives parsing, --help and
 // the header of the log.
 
-// Defaults of 0 and NULL mean that no flag was given; plan_batch and main then choose a value.
+// Defaults of 0 and NULL, and the -1 of max_steps, mean that no flag was given; plan_batch and main
+// then choose a value.
 struct Arguments {
     const char* model = "gpt2";
     const char* config = "";
@@ -4202,7 +4203,7 @@ struct Arguments {
     const char* core_dir = NULL;
     bool resume = false;
     bool profile = false;
-    int64_t max_steps = 0;
+    int64_t max_steps = -1;
     int64_t total_batch_size = 0;       // tokens
     int64_t batch_size = 0;             // rows
     int64_t seq_len = 0;                // tokens
@@ -4222,16 +4223,18 @@ struct Flag {
     int64_t* integer;
     double* real;
     bool* is_on;                // a switch, which has no value, like --resume
+    double least, most;         // of a number
 };
 
 static Flag text_flag(const char* name, const char** text, const char* help) {
     return {name, help, text, NULL, NULL, NULL};
 }
-static Flag integer_flag(const char* name, int64_t* integer, const char* help) {
-    return {name, help, NULL, integer, NULL, NULL};
+static Flag integer_flag(const char* name, int64_t* integer, int64_t least, int64_t most,
+                         const char* help) {
+    return {name, help, NULL, integer, NULL, NULL, (double)least, (double)most};
 }
-static Flag real_flag(const char* name, double* real, const char* help) {
-    return {name, help, NULL, NULL, real, NULL};
+static Flag real_flag(const char* name, double* real, double least, double most, const char* help) {
+    return {name, help, NULL, NULL, real, NULL, least, most};
 }
 static Flag switch_flag(const char* name, bool* is_on, const char* help) {
     return {name, help, NULL, NULL, NULL, is_on};
@@ -4239,6 +4242,9 @@ static Flag switch_flag(const char* name, bool* is_on, const char* help) {
 
 // Set once, before anything else runs; plan_batch fills in the rest.
 static Arguments arguments;
+
+const int64_t BILLION = 1000000000;
+const int64_t MAX_BATCH_TOKENS = 1 << 28;       // kernels and buffers index a batch by ints
 
 static const Flag FLAGS[] = {
     text_flag("model", &arguments.model, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or dN: N layers"),
@@ -4248,21 +4254,24 @@ static const Flag FLAGS[] = {
     switch_flag("resume", &arguments.resume, "continue from <out>/state, if there is one"),
     text_flag("init_from", &arguments.init_from,
               "begin with this model: a run's folder, or gpt2 … gpt2-xl"),
-    integer_flag("max_steps", &arguments.max_steps, "steps (default: by the model's size)"),
-    integer_flag("total_batch_size", &arguments.total_batch_size, "tokens a step, over all ranks"),
-    integer_flag("batch_size", &arguments.batch_size, "rows at a time on one rank"),
-    integer_flag("seq_len", &arguments.seq_len,
+    integer_flag("max_steps", &arguments.max_steps, 0, BILLION,
+                 "steps (default: by the model's size)"),
+    integer_flag("total_batch_size", &arguments.total_batch_size, 1, MAX_BATCH_TOKENS,
+                 "tokens a step, over all ranks"),
+    integer_flag("batch_size", &arguments.batch_size, 1, BILLION, "rows at a time on one rank"),
+    integer_flag("seq_len", &arguments.seq_len, 1, BILLION,
                  "tokens in a row (default, and at most: the model's block_size)"),
-    real_flag("lr", &arguments.lr, "peak learning rate of AdamW, or for dN of Muon"),
-    integer_flag("eval_every", &arguments.eval_every, "steps between evaluations"),
+    real_flag("lr", &arguments.lr, 1e-38, 1e38, "peak learning rate of AdamW, or for dN of Muon"),
+    integer_flag("eval_every", &arguments.eval_every, 1, BILLION, "steps between evaluations"),
     text_flag("core_dir", &arguments.core_dir, "eval_bundle folder: also evaluate HellaSwag"),
-    integer_flag("save_every", &arguments.save_every, "steps between saved states"),
-    real_flag("gpu_hour_usd", &arguments.gpu_hour_usd,
+    integer_flag("save_every", &arguments.save_every, 1, BILLION, "steps between saved states"),
+    real_flag("gpu_hour_usd", &arguments.gpu_hour_usd, 0, 1e9,
               "price of one GPU hour in dollars: show the run's cost"),
-    integer_flag("seed", &arguments.seed, "seed of the initial weights and of the order of rows"),
-    integer_flag("recompute", &arguments.recompute,
+    integer_flag("seed", &arguments.seed, 0, 1ll << 62,
+                 "seed of the initial weights and of the order of rows"),
+    integer_flag("recompute", &arguments.recompute, 0, 2,
                  "to save memory, compute again in the backward pass: 1 GELU, 2 also the norms"),
-    integer_flag("deterministic", &arguments.deterministic,
+    integer_flag("deterministic", &arguments.deterministic, 0, 1,
                  "1: the same run gives the same bits, which is always so here"),
     switch_flag("profile", &arguments.profile, "time each kernel of steps 10-12"),
 };
@@ -4295,20 +4304,27 @@ static int parse_config(int argc, char** argv, int i) {
     return i;
 }
 
-// Stores the word after a flag; a number must be a number to its last letter.
+// Stores the word after a flag; a number must be a number to its last letter, and within bounds.
 static void parse_value(const Flag* flag, char* value) {
     char* end = NULL;           // where strtoll or strtod stopped
     if (flag->text != NULL) {
         *flag->text = value;
         return;
     }
+    double number = strtod(value, &end);
     if (flag->integer != NULL) {
         *flag->integer = strtoll(value, &end, 10);
     } else {
-        *flag->real = strtod(value, &end);
+        *flag->real = number;
     }
     if (*end != '\0' || end == value) {
         die("--%s must be a number, got %s; see --help", flag->name, value);
+    }
+    if (number > flag->most) {
+        die("--%s must be at most %.10g, got %s; see --help", flag->name, flag->most, value);
+    }
+    if (!(number >= flag->least)) {             // also nan
+        die("--%s must be at least %.10g, got %s; see --help", flag->name, flag->least, value);
     }
 }
 
@@ -4324,7 +4340,9 @@ static void parse_arguments(int argc, char** argv) {
             *flag->is_on = true;
             continue;
         }
-        if (i + 1 == argc) { die("%s has no value; see --help", argv[i]); }
+        if (i + 1 == argc || starts_with(argv[i + 1], "--")) {
+            die("%s has no value; see --help", argv[i]);
+        }
         if (flag->text == &arguments.config) {
             i = parse_config(argc, argv, i);
         } else {
@@ -4335,18 +4353,22 @@ static void parse_arguments(int argc, char** argv) {
     if (arguments.data == NULL || arguments.out == NULL) {
         die("--data or --out is missing; try --data data/fineweb --out runs/gpt2");
     }
-    if (arguments.eval_every < 1 || arguments.save_every < 1) {
-        die("--eval_every and --save_every must be at least 1, got %lld and %lld; try 250 and 1000",
-            (long long)arguments.eval_every, (long long)arguments.save_every);
-    }
 }
 
 // The number of key=number in a list like "n_layer=2 n_head=2 "
-static int matched_integer(const char* text, const char* key, int fallback) {
+static int matched_integer(const char* text, const char* key, int fallback, int most) {
     char pattern[32];
     snprintf(pattern, sizeof pattern, "%s=", key);
     const char* found = strstr(text, pattern);
-    return found != NULL ? atoi(found + strlen(pattern)) : fallback;
+    if (found == NULL) { return fallback; }
+    const char* digits = found + strlen(pattern);
+    char* end = NULL;
+    long long number = strtoll(digits, &end, 10);
+    if (end == digits || (*end != ' ' && *end != '\0') || number < 1 || number > most) {
+        die("--config %s must be an integer from 1 to %d, got %.*s; try --config %s=%d", key, most,
+            (int)strcspn(digits, " "), digits, key, fallback);
+    }
+    return (int)number;
 }
 
 // Other fields of GPTConfig would need other kernels.
@@ -4374,25 +4396,29 @@ static Config preset(const char* name, int V) {
         if (strcmp(name, size.name) != 0) { continue; }
         return {1024, V, size.n_layer, size.n_head, size.n_embd};
     }
-    int depth = name[0] == 'd' ? atoi(name + 1) : 0;
-    if (depth < 1) {
+    char* end = (char*)name;
+    long depth = name[0] == 'd' ? strtol(name + 1, &end, 10) : 0;
+    if (*end != '\0' || depth < 1 || depth > MAX_LAYERS) {
         die("the model %s does not exist; choose gpt2, gpt2-medium, gpt2-large, gpt2-xl, or d1, "
             "d2, … as in --model d12", name);
     }
-    int NH = ceil_div(64 * depth, 128);     // 64 channels a layer, rounded up to heads of 128
-    return {2048, V, depth, NH, 128 * NH, true, 15.0, "SSSL"};
+    int NH = ceil_div(64 * (int)depth, 128);    // 64 channels a layer, in whole heads of 128
+    return {2048, V, (int)depth, NH, 128 * NH, true, 15.0, "SSSL"};
 }
 
 // The config of a new model: --model, changed by --config
 static Config choose_config(int V) {
     Config config = preset(arguments.model, V);
-    check_fields(arguments.config, config.modern);
-    config.block_size = matched_integer(arguments.config, "block_size", config.block_size);
-    config.n_layer = matched_integer(arguments.config, "n_layer", config.n_layer);
-    config.n_head = matched_integer(arguments.config, "n_head", config.n_head);
-    config.n_embd = matched_integer(arguments.config, "n_embd", config.n_embd);
-    const char* windows = strstr(arguments.config, "windows=");
-    if (config.modern && windows != NULL) { sscanf(windows, "windows=%63[SL]", config.windows); }
+    const char* text = arguments.config;
+    check_fields(text, config.modern);
+    config.block_size = matched_integer(text, "block_size", config.block_size, MAX_SIZE);
+    config.n_layer = matched_integer(text, "n_layer", config.n_layer, MAX_LAYERS);
+    config.n_head = matched_integer(text, "n_head", config.n_head, MAX_SIZE);
+    config.n_embd = matched_integer(text, "n_embd", config.n_embd, MAX_SIZE);
+    const char* windows = strstr(text, "windows=");
+    if (windows != NULL && !read_windows(windows + strlen("windows="), ' ', config.windows)) {
+        die("--config windows must be 1 to 63 letters S and L; try --config windows=SSSL");
+    }
     return config;
 }
 
@@ -4418,16 +4444,12 @@ static const char* init_folder() {
 // V is the size of the shards' vocabulary, T the length of a row.
 static void check_config(Config config, int V, int64_t T) {
     int C = config.n_embd, NH = config.n_head;
-    int HS = NH > 0 ? C / NH : 0;
+    int HS = C / NH;
     if (config.vocab_size != V) {
         die("the model has %d tokens, but the tokenizer of the shards has %d; use the shards of "
             "the model's tokenizer", config.vocab_size, V);
     }
-    if (config.n_layer < 1 || config.block_size < 1) {
-        die("n_layer and block_size must be at least 1, got %d and %d; try --config n_layer=12 "
-            "block_size=1024", config.n_layer, config.block_size);
-    }
-    if (NH < 1 || C % NH != 0 || HS > WARP * LANE_CHANNELS || C % 8 != 0 || C > 3072) {
+    if (C % NH != 0 || HS > WARP * LANE_CHANNELS || C % 8 != 0 || C > 3072) {
         die("n_embd must be a multiple of 8 and of n_head, at most 3072 and at most 256 a head, "
             "got n_embd %d and n_head %d; try --config n_embd=768 n_head=12", C, NH);
     }
@@ -5316,7 +5338,7 @@ static int64_t plan_batch(Config config, int world_size) {
             "try --total_batch_size %lld", (long long)a->total_batch_size, (long long)micro_tokens,
             max(llround(times), 1ll) * micro_tokens);
     }
-    if (a->max_steps == 0) {
+    if (a->max_steps < 0) {
         a->max_steps = max(llround(default_tokens(config) / a->total_batch_size), 1ll);
     }
     return a->total_batch_size / micro_tokens;

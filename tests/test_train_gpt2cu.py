@@ -505,7 +505,20 @@ def test_a_new_models_loss_is_that_of_a_guess_and_python_reads_it(bf16, cuda_dat
     (["--fp8", 1], "--fp8 is a flag of train_gpt2.py"),
     (["--layers", 3], "--layers is not a flag"),
     (["--lr", "high"], "--lr must be a number, got high"),
-    (["--eval_every", 0], "must be at least 1, got 0")])
+    (["--lr", 0], "--lr must be at least 1e-38, got 0"), (["--lr", -1], "must be at least"),
+    (["--lr", "nan"], "at least 1e-38, got nan"), (["--lr", "inf"], "at most 1e+38, got inf"),
+    *((["--" + name, value], f"--{name} must be at least 1, got {value}") for value in (0, -1) for
+      name in ("batch_size", "seq_len", "total_batch_size", "eval_every", "save_every")),
+    (["--max_steps", -1], "must be at least 0"), (["--seed", -1], "must be at least 0"),
+    (["--batch_size", "9" * 30], "must be at most"), (["--batch_size", "1e3"], "must be a number"),
+    (["--recompute", 3], "must be at most 2"), (["--deterministic", 2], "must be at most 1"),
+    (["--gpu_hour_usd", -2], "must be at least 0, got -2"),
+    (["--core_dir", "--resume"], "--core_dir has no value"),
+    (["--model", "d3x"], "d1, d2"), (["--model", "d99999999999999999999"], "d1, d2"),
+    (["--model", "gpt2", "--config", "n_head=0"], "n_head must be an integer from 1 to"),
+    (["--model", "gpt2", "--config", "n_layer=2x"], "got 2x; try --config n_layer=12"),
+    (["--model", "d1", "--config", "windows=XQ"], "windows must be"),
+    (["--model", "d1", "--config", "windows="], "windows must be")])
 def test_a_mistake_ends_in_one_line_that_names_the_remedy(bf16, init, cuda_data, tmp_path, flags,
                                                           found):
     start = [] if "--model" in flags else ["--init_from", init]
