@@ -54,6 +54,7 @@ compared with gzip and xz.
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
@@ -4466,7 +4467,8 @@ static void check_config(Config config, int V, int64_t T) {
 
 // ---- §17 The log and saved states ---------------------------------------------------------------
 //
-// The twin of RunLog, save_state and load_state in training.py, and of is_spike in train_gpt2.py:
+// The twin of RunLog, save_run and load_state in training.py, and of is_spike in train_gpt2.py:
+//   <run>/lock                                       held while a process trains in the run
 //   <run>/log.jsonl                                  JSON lines: the header, steps, samples
 //   <run>/config.json, model.safetensors             the model, in fp32
 //   <run>/state/step_000250/rank_00000.safetensors   masters and moments of a rank's parts
@@ -4497,19 +4499,36 @@ static void make_folders(const char* path) {
     mkdir(part, 0777);
 }
 
+// Calls visit(path) for everything in a folder. No pattern is needed, in which a * or [ of --out
+// would have a meaning.
+template <class Visit> static void for_each_file(const char* folder, Visit visit) {
+    DIR* entries = opendir(folder);
+    if (entries == NULL) { return; }
+    char path[4400];
+    int n = snprintf(path, sizeof path, "%s/", folder);
+    for (dirent* entry = readdir(entries); entry != NULL; entry = readdir(entries)) {
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) { continue; }
+        snprintf(path + n, sizeof path - n, "%s", entry->d_name);
+        visit(path);
+    }
+    closedir(entries);
+}
+
 // Copies the old log's lines up to the resumed step; those after it will be written again. Then the
 // clock continues from the last line's seconds, so that they count time spent, not time passed.
-static void keep_old_lines(Log* log, char* old, int64_t resume_step) {
-    char* line = old;
-    char* end = strchr(line, '\n');
+// Lines that are not whole objects are damaged, and are left out.
+static void keep_old_lines(Log* log, char* line, char* file_end, int64_t resume_step) {
+    char* end = (char*)memchr(line, '\n', file_end - line);
     while (end != NULL) {
         *end = '\0';
-        if (json_number(line, "step", 0) <= resume_step) { fprintf(log->file, "%s\n", line); }
-        if (json_find(line, "seconds") != NULL) {
-            log->started = seconds_now() - json_number(line, "seconds", 0);
+        bool is_whole = is_object(line, end - line);
+        if (is_whole && json_number(line, "step", 0) <= resume_step) {
+            fprintf(log->file, "%s\n", line);
         }
+        double seconds = json_number(line, "seconds", NAN);
+        if (is_whole && isfinite(seconds)) { log->started = seconds_now() - seconds; }
         line = end + 1;
-        end = strchr(line, '\n');
+        end = (char*)memchr(line, '\n', file_end - line);
     }
 }
 
@@ -4518,11 +4537,13 @@ static Log open_log(int64_t max_steps, int64_t resume_step, bool resumes, bool i
     Log log = {NULL, max_steps, seconds_now(), is_main};
     if (!is_main) { return log; }
     const char* path = joined(arguments.out, "log.jsonl");
-    char* old = resumes ? read_file(path) : NULL;
+    size_t bytes = 0;
+    char* old = resumes ? read_file(path, &bytes) : NULL;
     log.file = create_part(path);
-    if (old != NULL) { keep_old_lines(&log, old, resume_step); }
+    if (old != NULL) { keep_old_lines(&log, old, old + bytes, resume_step); }
     finish(log.file, path);
     log.file = fopen(path, "a");
+    if (log.file == NULL) { die_uncreated(path); }
     free(old);
     return log;
 }
@@ -4534,7 +4555,7 @@ static void say(Log* log, const char* line, const char* row) {
     fflush(stdout);
     if (row == NULL) { return; }
     fprintf(log->file, "{%s, \"seconds\": %.3f}\n", row, seconds_now() - log->started);
-    fflush(log->file);
+    if (fflush(log->file) != 0) { die_unwritten(joined(arguments.out, "log.jsonl")); }
 }
 
 // A line alone, by printf's format
@@ -4639,15 +4660,19 @@ static void write_window(FILE* file, const char* name, const Window* window) {
     fprintf(file, "]");
 }
 
-static Window read_window(const char* text, const char* name) {
+static Window read_window(const char* path, const char* text, const char* name) {
     Window window = {};
     const char* list = json_find(text, name);
-    if (list == NULL) { return window; }
-    char* at = (char*)list + 1;
-    while (*at != ']' && *at != '\0') {
-        window.values[window.n] = strtod(at, &at);
-        window.n++;
-        at += strspn(at, ", ");
+    const char* at = list != NULL ? list + 1 : "";
+    while (*at != ']') {
+        char* end = NULL;
+        double value = strtod(at, &end);
+        if (end == at || !isfinite(value) || window.n == SPIKE_WINDOW) {
+            die("%s: %s must be a list of up to %d numbers; copy this file again, or remove it",
+                path, name, SPIKE_WINDOW);
+        }
+        push(&window, value);
+        at = end + strspn(end, ", ");
     }
     return window;
 }
@@ -4703,9 +4728,18 @@ static int64_t state_size(Table table, const Part* parts, int tensor) {
     return tensor == SECOND_MOMENTS ? end.v : end.state;
 }
 
-// Six digits, so that folders sort by their steps
 static void state_folder(char* path, int64_t step) {
     snprintf(path, 4096, "%s/state/step_%06lld", arguments.out, (long long)step);
+}
+
+// One of this rank's arrays, in memory of the CPU that the caller frees
+static float* copy_state(Model* model, int tensor) {
+    const float* from[] = {model->masters, model->m, model->v};
+    int64_t bytes = state_size(model->table, model->parts, tensor) * sizeof(float);
+    float* values = (float*)malloc(bytes);
+    CHECK_CUDA(cudaMemcpyAsync(values, from[tensor], bytes, cudaMemcpyDeviceToHost, model->stream));
+    CHECK_CUDA(cudaStreamSynchronize(model->stream));
+    return values;
 }
 
 // Writes this rank's arrays to <folder>/rank_N.safetensors.
@@ -4717,13 +4751,9 @@ static void save_shard(Model* model, Ranks* ranks, const char* folder) {
     write_header(file, N_STATE_TENSORS, [&](int i) {
         return Entry{STATE_TENSORS[i], state_size(model->table, model->parts, i), 0};
     }, path);
-    const float* from[] = {model->masters, model->m, model->v};
     for (int i = 0; i < N_STATE_TENSORS; i++) {
-        int64_t bytes = state_size(model->table, model->parts, i) * sizeof(float);
-        float* values = (float*)malloc(bytes);
-        CHECK_CUDA(cudaMemcpyAsync(values, from[i], bytes, cudaMemcpyDeviceToHost, model->stream));
-        CHECK_CUDA(cudaStreamSynchronize(model->stream));
-        write_all(file, values, bytes, path);
+        float* values = copy_state(model, i);
+        write_all(file, values, state_size(model->table, model->parts, i) * sizeof(float), path);
         free(values);
     }
     finish(file, path);
@@ -4746,29 +4776,44 @@ static void write_state(Config config, Ranks* ranks, const State* state, int64_t
 
 // Deletes all states but the one in `folder`. An interrupted save leaves one without state.json.
 static void delete_other_states(const char* folder) {
-    char pattern[4200];
-    snprintf(pattern, sizeof pattern, "%s/state/step_*/*", arguments.out);
-    glob_t found;
-    if (glob(pattern, 0, NULL, &found) != 0) { return; }
-    for (size_t i = 0; i < found.gl_pathc; i++) {
-        char* path = found.gl_pathv[i];
-        if (starts_with(path, folder)) { continue; }
-        unlink(path);
-        *strrchr(path, '/') = '\0';
-        rmdir(path);                // succeeds after the folder's last file
-    }
-    globfree(&found);
+    for_each_file(joined(arguments.out, "state"), [&](const char* other) {
+        bool is_state = starts_with(strrchr(other, '/') + 1, "step_");
+        if (!is_state || strcmp(other, folder) == 0) { return; }
+        for_each_file(other, [](const char* path) { unlink(path); });
+        rmdir(other);
+    });
 }
 
-// <run>/state/step_N: each rank writes its shard, then rank 0 writes state.json, without which the
-// folder does not count, and deletes older states. So a run that is killed at any moment has a
-// complete state of one step.
-static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n_tokens) {
+// Ends the run if a master weight or a moment is not a finite number, before anything is written.
+static void check_weights(Model* model, Ranks* ranks, int64_t step) {
+    double n_broken = 0;
+    for (int i = 0; i < N_STATE_TENSORS; i++) {
+        float* values = copy_state(model, i);
+        int64_t n = state_size(model->table, model->parts, i);
+        for (int64_t k = 0; k < n; k++) {
+            if (!isfinite(values[k])) { n_broken++; }
+        }
+        free(values);
+    }
+    ranks_sum(ranks, &n_broken, 1);
+    if (n_broken == 0) { return; }
+    die("step %lld: %.0f weights or moments are not finite, so nothing is saved; try a lower --lr "
+        "in another --out (what was saved before is kept)", (long long)step, n_broken);
+}
+
+// Saves the state of a step and the checkpoint. Each rank writes its shard into <run>/state/step_N;
+// then the checkpoint is written; rank 0 writes state.json, without which the folder does not
+// count, and deletes older states. So a run that is killed at any moment has the complete state of
+// one step, and a checkpoint that is not older.
+static void save_run(Model* model, Ranks* ranks, const State* state, int64_t n_tokens,
+                     double val_bpb) {
+    check_weights(model, ranks, state->step);
     char folder[4096];
     state_folder(folder, state->step);
     make_folders(folder);
     save_shard(model, ranks, folder);
     barrier(ranks);                 // now every rank's shard is there
+    save_checkpoint(model, ranks, state->step, val_bpb);
     if (ranks->rank == 0) {
         write_state(model->config, ranks, state, n_tokens, joined(folder, "state.json"));
         delete_other_states(folder);
@@ -4776,16 +4821,56 @@ static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n
     barrier(ranks);
 }
 
-// The newest step that has a state.json, or -1. glob sorts by name, and so by step.
+// Writes the checkpoint of a finished run again if it was deleted or is of another step.
+static void repair_checkpoint(Log* log, Model* model, Ranks* ranks, int64_t step) {
+    struct stat weights = {};
+    char* config = read_file(joined(arguments.out, "config.json"));
+    bool has_weights = stat(joined(arguments.out, "model.safetensors"), &weights) == 0 &&
+                       weights.st_size > 4 * model->table.file_size;
+    bool has_config = config != NULL && json_number(config, "step", -1) == step &&
+                      json_is(config, "stage", "\"pretrain\"");
+    free(config);
+    double n_found = has_weights && has_config ? 1 : 0;
+    ranks_sum(ranks, &n_found, 1);          // all ranks take part in writing
+    if (n_found == ranks->world_size) { return; }
+    save_checkpoint(model, ranks, step, 0);
+    say_text(log, "the checkpoint of step %lld was missing and is written again", (long long)step);
+}
+
+// The newest step whose folder has a state.json, or -1
 static int64_t newest_state() {
-    char pattern[4096];
-    snprintf(pattern, sizeof pattern, "%s/state/step_*/state.json", arguments.out);
-    glob_t found;
-    if (glob(pattern, 0, NULL, &found) != 0) { return -1; }
-    const char* path = found.gl_pathv[found.gl_pathc - 1];
-    int64_t step = atoll(path + strlen(path) - strlen("000000/state.json"));
-    globfree(&found);
-    return step;
+    int64_t newest = -1;
+    for_each_file(joined(arguments.out, "state"), [&](const char* folder) {
+        char expected[4096];
+        const char* name = strrchr(folder, '/') + 1;
+        if (!starts_with(name, "step_")) { return; }
+        int64_t step = strtoll(name + strlen("step_"), NULL, 10);
+        state_folder(expected, step);
+        bool is_state = strcmp(folder, expected) == 0;
+        if (is_state && access(joined(folder, "state.json"), F_OK) == 0) {
+            newest = max(newest, step);
+        }
+    });
+    return newest;
+}
+
+// Keeps other processes from training in this run, until this one ends or is killed. Rank 0 locks
+// <run>/lock as training.py does, and never closes it.
+static void lock_run(Ranks* ranks) {
+    double n_refused = 0;
+    if (ranks->rank == 0) {
+        make_folders(arguments.out);
+        const char* path = joined(arguments.out, "lock");
+        int file = open(path, O_RDWR | O_CREAT, 0666);
+        if (file < 0) { die_uncreated(path); }
+        bool is_held = lockf(file, F_TLOCK, 0) != 0 && (errno == EACCES || errno == EAGAIN);
+        if (is_held) { n_refused++; }       // other errors: this file system has no locks
+    }
+    ranks_sum(ranks, &n_refused, 1);
+    if (n_refused > 0) {
+        die("another process is training in %s; wait until it ends, or choose another --out",
+            arguments.out);
+    }
 }
 
 // Which elements of a bucket, counted from its first, a rank has of a state tensor; the first of
@@ -4860,17 +4945,27 @@ static void load_shards(Model* model, Ranks* ranks, const char* folder, int old_
         "--out", arguments.out);
 }
 
-// Restores what save_state wrote, for any number of ranks; false: there is nothing to resume.
+// Restores what save_run wrote, for any number of ranks; false: there is nothing to resume.
 static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_tokens) {
     int64_t step = newest_state();
     if (step >= 0 && !arguments.resume) {
         die("%s holds a saved run, which would be overwritten; add --resume to continue it, or "
             "choose another --out", arguments.out);
     }
-    if (step < 0) { return false; }
+    if (step < 0) {
+        // a run that was killed in its first save has a folder state/; --resume begins it again
+        bool begins_again = arguments.resume && access(joined(arguments.out, "state"), F_OK) == 0;
+        bool has_model = access(joined(arguments.out, "config.json"), F_OK) == 0 ||
+                         access(joined(arguments.out, "model.safetensors"), F_OK) == 0;
+        if (!has_model || begins_again) { return false; }
+        die("%s holds a model but no saved state, and training would overwrite the model; choose "
+            "another --out", arguments.out);
+    }
     char folder[4096];
     state_folder(folder, step);
-    char* text = read_file(joined(folder, "state.json"));
+    char path[4200];
+    snprintf(path, sizeof path, "%s/state.json", folder);
+    char* text = read_json(path);
     int version = (int)json_number(text, "format_version", 0);
     if (version != STATE_VERSION) {
         die("%s holds a saved state of format %d, but only format %d can be resumed, because the "
@@ -4880,13 +4975,14 @@ static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_token
     // settings are compared as text: the same settings are written as the same bytes
     char* settings = to_string([&](FILE* file) { write_settings(file, model->config, n_tokens); });
     if (strstr(text, settings) == NULL) { die_changed(text, settings); }
-    state->step = step;
-    state->position = (int64_t)json_number(text, "position", 0);
-    state->optimizer_steps = (int64_t)json_number(text, "optimizer_steps", 0);
-    state->usd = json_number(text, "usd", 0);
-    state->losses = read_window(text, "losses");
-    state->norms = read_window(text, "norms");
-    load_shards(model, ranks, folder, (int)json_number(text, "world_size", 1));
+    int64_t position = step * (arguments.total_batch_size / arguments.seq_len);
+    state->step = json_integer(path, text, "step", step, step);
+    state->position = json_integer(path, text, "position", position, position);
+    state->optimizer_steps = json_integer(path, text, "optimizer_steps", 0, step);
+    state->usd = fmax(json_number(text, "usd", 0), 0);
+    state->losses = read_window(path, text, "losses");
+    state->norms = read_window(path, text, "norms");
+    load_shards(model, ranks, folder, (int)json_integer(path, text, "world_size", 1, MAX_SIZE));
     free(text);
     free(settings);
     restore_parameters(model, ranks, (int)state->optimizer_steps);
@@ -5476,6 +5572,10 @@ static double log_evaluation(Log* log, Model* model, Loader* loader, Ranks* rank
     bool is_last = step == arguments.max_steps;
     ValLoss val = evaluate(model, loader, validation->shards, validation->token_bytes,
                            is_last ? validation->shards.n_tokens : VAL_TOKENS, ranks);
+    if (!isfinite(val.val_loss)) {
+        die("step %lld: val_loss %f must be finite; try a lower --lr in another --out (what was "
+            "saved is kept)", (long long)step, val.val_loss);
+    }
     Row row = begin_row(log, step);
     add(&row, "val_loss", val.val_loss, "val_loss %.6f");
     if (val.val_bpb > 0) { add(&row, "val_bpb", val.val_bpb, "val_bpb %.4f"); }
@@ -5570,6 +5670,7 @@ int main(int argc, char** argv) {
     const Arguments& a = arguments;
     signal(SIGTERM, on_signal);
     signal(SIGINT, on_signal);
+    signal(SIGXFSZ, SIG_IGN);           // a file beyond ulimit -f is an error of write instead
     int V = read_vocab_size(a.data);
     Shards train_shards = open_shards(a.data, "train");
     Validation validation = open_validation(V);
@@ -5586,7 +5687,7 @@ int main(int argc, char** argv) {
     Loader loader = make_loader(train_shards, a.batch_size, a.seq_len, V, a.seed);
 
     // weights: from a saved state, from another model, or random
-    make_folders(a.out);
+    lock_run(&ranks);
     State state = {};
     bool resumed = load_state(&model, &ranks, &state, train_shards.n_tokens);
     if (!resumed && init_from != NULL) {
@@ -5595,7 +5696,8 @@ int main(int argc, char** argv) {
         initialise(&model, &ranks, a.seed);
     }
     Log log = open_log(a.max_steps, state.step, resumed, ranks.rank == 0);
-    if (state.step >= a.max_steps) {
+    if (resumed && state.step >= a.max_steps) {
+        repair_checkpoint(&log, &model, &ranks, state.step);
         say_text(&log, "%s is trained: step %lld of %lld", a.out, (long long)state.step,
                  (long long)a.max_steps);
         return 0;
@@ -5619,8 +5721,7 @@ int main(int argc, char** argv) {
             val_bpb = log_evaluation(&log, &model, &loader, &ranks, &validation, state.step);
         }
         if (is_last || stop || (state.step % a.save_every == 0 && done > 0)) {
-            save_state(&model, &ranks, &state, train_shards.n_tokens);
-            save_checkpoint(&model, &ranks, state.step, val_bpb);
+            save_run(&model, &ranks, &state, train_shards.n_tokens, val_bpb);
         }
         if (is_last || stop) { break; }
 
@@ -5649,7 +5750,7 @@ int main(int argc, char** argv) {
         push(&state.losses, loss);
         push(&state.norms, norm);
 
-        double seconds = seconds_now() - tick;
+        double seconds = fmax(seconds_now() - tick, 1e-9);      // it divides tok/s
         if (profile.on) {
             add_times(1000 * seconds);
             if (done == 11) { print_profile(peak_bandwidth(), peak); }
