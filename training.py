@@ -114,6 +114,10 @@ def muon(W, grad, buffer, variance, lr, decay, momentum, beta2=0.9):
     polar() of the Nesterov momentum, then NorMuon: the rows along the longer side get the same mean
     square, and the norm is kept. Decay is cautious: it acts only where the update shrinks W too.
     buffer (K, m, n); variance (K, m, 1), or (K, 1, n) if m < n. On a GPU this is compiled.
+
+    Differs from nanochat's Muon: neither MuonEq, which equalises the rows before polar(), nor
+    Muon+, which sets the norm to √min(m, n) after it. On a d4 neither lowered val bits per byte
+    (bench/RESULTS.md). Muon+ enlarges the update of a gradient of low rank.
     """
     buffer = buffer.lerp(grad, 1 - momentum)
     U = polar(grad.lerp(buffer, momentum))
@@ -395,7 +399,7 @@ class RunLog:
 
 def read_log(run):
     """The rows of <run>/log.jsonl. A last line that a kill cut short is left out; so is a damaged
-    line, with a word about it on stderr."""
+    line, which is named on stderr."""
     path = Path(run) / "log.jsonl"
     if not path.exists():
         return []
