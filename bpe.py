@@ -262,10 +262,18 @@ class Tokenizer:
         """str -> list of ids. Names of special tokens in allowed_special (a set, or "all") become
         their ids. ValueError if the text has one in disallowed_special (a collection, or "all" for
         those that are not allowed). Other names are plain text."""
-        if not any(name in text for name in self.special):
+        found = {name for name in self.special if name in text}
+        allowed = found if allowed_special == "all" else found & set(allowed_special)
+        refused = found - allowed if disallowed_special == "all" else found & set(disallowed_special)
+        if refused:
+            raise ValueError(f"the text holds {min(refused)}, the name of a special token, which "
+                             "is not allowed here")
+        if not allowed:
             return self.encode_ordinary(text)
-        return self.core.encode(text, allowed_special=allowed_special,
-                                disallowed_special=disallowed_special)
+        ids = []
+        for piece in re.split("(" + "|".join(map(re.escape, sorted(allowed))) + ")", text):
+            ids += [self.special[piece]] if piece in allowed else self.encode_ordinary(piece)
+        return ids
 
     def decode_bytes(self, ids):
         """ids -> bytes, which may end inside a character. ValueError if an id has no token."""
@@ -746,11 +754,12 @@ def main(argv=None):
     add("--special", action="store_true", help="show, encode: take names of special tokens as such")
     add("--html", help="show: HTML page to write as well")
     add("--steps", type=int, default=10, help="merges: how many to show")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")      # a terminal may know ASCII only
     if args.command == "train" and args.input and args.out:
         return train_command(args)
     try:
-        files = {Path(path).name: Path(path).read_bytes().decode() for path in args.file}
+        files = {path: Path(path).read_bytes().decode() for path in args.file}
     except (OSError, ValueError) as error:
         raise SystemExit(f"--file cannot be read ({reason(error)}); give a text file in UTF-8")
     text = "".join(files.values()) or " ".join(args.text)

@@ -55,6 +55,7 @@ BODY_TRIES = 3                # for a body that is cut short
 MAX_DELAY_SECONDS = 60        # a host whose robots.txt asks for a longer Crawl-delay is left out
 MAX_URL_CHARS = 8000          # a longer link is ignored (RFC 9110, 4.1)
 MAX_LINKS = 10_000            # of one page; further ones are ignored
+MAX_ROBOTS_CHARS = 512 << 10  # of a robots.txt; what follows is not read (RFC 9309, 2.5)
 BATCH = 32                    # URLs that are fetched together, and then looked at in order
 REQUESTS_PER_HOST = 4         # at once
 AGENT = "deepdive-crawler"    # our name in robots.txt
@@ -95,6 +96,7 @@ def url_key(url):
     return parts._replace(netloc=parts.netloc.removesuffix(default_port)).geturl()
 
 def host_of(url):
+    """The host of a URL, with its port if that is not the default one."""
     return urlsplit(url_key(url)).netloc
 
 def links_in(url, answer):
@@ -182,6 +184,7 @@ class Fetcher:
         http.client._MAXHEADERS = 1000  # some answers have more than its 100
 
     def host(self, url):
+        """The Host that a URL is on."""
         return self.hosts.setdefault(origin_of(url), Host(self.delay))
 
     def ask_once(self, url):
@@ -262,7 +265,7 @@ class Fetcher:
             return Robots(""), None
         if body is None:
             return None, "cannot be read (unknown Content-Encoding)"
-        robots = Robots(decode(body, "text/plain; charset=utf-8"))
+        robots = Robots(decode(body, "text/plain; charset=utf-8")[:MAX_ROBOTS_CHARS])
         if robots.delay > MAX_DELAY_SECONDS:
             return None, (f"asks for {robots.delay:.0f} s between two requests, and a crawl waits "
                           f"at most {MAX_DELAY_SECONDS} s")
@@ -327,7 +330,7 @@ class Crawl:
                 continue
             if self.fetcher.allowed(url):
                 batch.append(url)
-            else:
+            elif self.fetcher.host(url).is_open:
                 self.n_forbidden += 1
         return batch
 
@@ -398,7 +401,7 @@ def crawl(seeds, folder, max_pages, delay=None):
             total=max_pages, initial=len(state.fetched), desc="crawl", unit="page"))
         threads = stack.enter_context(ThreadPool(BATCH))  # its end does not wait for late ones
         records = state.records(max_pages, threads)
-        for first in records:
+        for first in records:  # a file is begun when there is a record for it
             paths.append(folder / f"crawl_{len(paths):05d}.warc.gz")
             others = itertools.islice(records, PAGES_PER_WARC - 1)
             with whole_file(paths[-1]) as file:
@@ -574,7 +577,7 @@ class Extractor:
         """The child: HTML comes through the pipe, and its text or an exception goes back."""
         self.pipe.close()  # the parent's side, so that recv notices when the parent is gone
         resource.setrlimit(resource.RLIMIT_DATA, (PAGE_MEMORY_BYTES, PAGE_MEMORY_BYTES))
-        with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
             while True:
                 html = pipe.recv()
                 try:
@@ -615,23 +618,18 @@ class Extractor:
             self.child.join()
             self.child = None
 
-def verdict(page, **broken):
-    """(page, None), or (None, the name of the first rule that is broken)."""
-    for rule, is_broken in broken.items():
-        if is_broken:
-            return None, rule
-    return page, None
-
 # ---- The command line ----------------------------------------------------------------------------
 
 def count_pages(paths):
-    """WARC files → (how many pages they hold, {reason: how many other records})."""
+    """WARC files of a crawl → (how many pages they hold, {reason: how many other records})."""
     n_pages = 0
     reasons = Counter()
     for path in paths:
         for record, reason in read_warc(path):
             if record:
                 _, reason = parse_record(*record)
+            if reason == "metadata_record":  # its payload says why a URL has no answer
+                reason = record[1].decode("utf-8", "replace")[:80]
             if reason:
                 reasons[reason] += 1
             else:
@@ -652,10 +650,10 @@ def main():
     with one_line_when_full(), one_line_when_interrupted():
         paths = crawl(args.seeds, args.out / "warc", args.max_pages, args.delay)
         n_pages, reasons = count_pages(paths)
-    others = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common()) or "none"
+    others = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common()) or "none"
     if not n_pages:
-        raise SystemExit(f"{args.out}/warc holds no page; other records: {others}; see the lines "
-                         "above, or give another seed URL")
+        raise SystemExit(f"{args.out}/warc holds no page; other records: {others}; give another "
+                         "seed URL")
     print(f"{args.out}/warc holds {n_pages} pages in {len(paths)} files; other records: {others}")
 
 if __name__ == "__main__":

@@ -145,6 +145,7 @@ def ask(url, **headers):
     return answer
 
 def nothing_here():
+    """For persist, where a failed try leaves nothing behind."""
     return 0
 
 def persist(url, attempt, bytes_here=nothing_here,
@@ -299,16 +300,18 @@ def check_source(source, num_shards):
 def listing(url, parse):
     """GET a small answer → (parse(its bytes), the URL of the next page or None)."""
     def attempt():
+        """Whatever goes wrong, a mirror's answer in HTML for instance, may be better next time."""
         with ask(url) as answer:
             content = answer.content
             following = answer.links.get("next", {}).get("url")
         try:
             return parse(content), following
-        except Exception:  # of whatever parser
+        except Exception:
             raise Unfit("the answer is not the list that was asked for") from None
     return persist(url, attempt)
 
 def parse_revision(content):
+    """The Hub's answer about a branch → the commit that it points to now."""
     return re.fullmatch("[0-9a-f]{40}", json.loads(content)["sha"])[0]
 
 def parse_tree(content):

@@ -588,7 +588,7 @@ def save_checkpoint(run, model, tokenizer=None, stage="pretrain", step=0, **extr
         n_embd=config.n_embd, n_positions=config.block_size, activation_function="gelu_new",
         layer_norm_epsilon=1e-5, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
         resid_pdrop=config.dropout, tie_word_embeddings=config.tied_head,
-        eos_token_id=getattr(tokenizer, "eot", 50256),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), getattr(tokenizer, "eot", 50256)),
         deepdive=dict(extra, format_version=FORMAT_VERSION, stage=stage, step=step,
                       model=asdict(config))))
 

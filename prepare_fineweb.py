@@ -467,7 +467,6 @@ def in_processes(function, tasks, args):
         except BrokenProcessPool:
             raise SystemExit(KILLED) from None
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 worker.kill()  # the pool would wait for the end of its task
             raise

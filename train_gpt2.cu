@@ -56,6 +56,7 @@ text are not compared with gzip and xz.
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
@@ -3436,16 +3437,26 @@ static void restore_parameters(Model* model, Ranks* ranks, int steps) {
 // that either trainer continues with the other's models. There is no JSON parser: files of ours and
 // of HF's GPT-2 have a known shape, in which searching for a key is enough.
 
+// Opens a file to read it; -1: there is none. Others, like folders and pipes, end the run.
+static int open_file(const char* path, struct stat* status) {
+    int file = open(path, O_RDONLY | O_NONBLOCK);       // a pipe would wait for a writer
+    if (file < 0) { return -1; }
+    if (fstat(file, status) != 0 || !S_ISREG(status->st_mode)) {
+        die("%s is not a regular file; remove it, and put the file itself there", path);
+    }
+    return file;
+}
+
 // A whole file, followed by zeros, or NULL if there is no such file.
 static char* read_file(const char* path, size_t* bytes = NULL) {
-    FILE* file = fopen(path, "rb");
-    if (file == NULL) { return NULL; }
-    fseek(file, 0, SEEK_END);
-    long size = ftell(file);
-    rewind(file);
+    struct stat status = {};
+    int number = open_file(path, &status);
+    if (number < 0) { return NULL; }
+    FILE* file = fdopen(number, "rb");
+    size_t size = status.st_size;
     char* text = (char*)calloc(1, size + 64);       // zeros also end a file that was cut short
     if (bytes != NULL) { *bytes = size; }
-    if (fread(text, 1, size, file) != (size_t)size) {
+    if (text == NULL || fread(text, 1, size, file) != size) {
         die("%s cannot be read to its end; check the disk, or copy the file again", path);
     }
     fclose(file);
@@ -3473,6 +3484,48 @@ static double json_number(const char* text, const char* key, double fallback) {
     return value != NULL ? strtod(value, NULL) : fallback;
 }
 
+// Whether n bytes are one JSON object, as far as its brackets show. One that was cut short is not.
+static bool is_object(const char* text, size_t n) {
+    size_t i = strspn(text, " \r\n\t");
+    int depth = 0;
+    bool in_string = false;
+    if (text[i] != '{') { return false; }
+    for (; i < n; i++) {
+        char c = text[i];
+        if (c == '\0') { return false; }
+        if (in_string && c == '\\') { i++; }        // an escaped quote does not end the string
+        if (c == '"') { in_string = !in_string; }
+        if (in_string) { continue; }
+        if (c == '{' || c == '[') { depth++; }
+        if (c == '}' || c == ']') { depth--; }
+        if (depth == 0) { return i + 1 + strspn(text + i + 1, " \r\n\t") == n; }
+    }
+    return false;
+}
+
+// A file that holds one JSON object, or NULL if there is no such file
+static char* read_json(const char* path) {
+    size_t bytes = 0;
+    char* text = read_file(path, &bytes);
+    if (text != NULL && !is_object(text, bytes)) {
+        die("%s is damaged: it is not one whole JSON object; copy it again, or remove it", path);
+    }
+    return text;
+}
+
+// An integer by its key. A value that is missing, or is not an integer within bounds, ends the run.
+static int64_t json_integer(const char* path, const char* text, const char* key, int64_t least,
+                            int64_t most) {
+    const char* value = json_find(text, key);
+    char* end = NULL;
+    if (value == NULL) { value = "nothing"; }
+    int64_t found = strtoll(value, &end, 10);
+    bool is_integer = end > value && strchr(",} \r\n\t", *end) != NULL;
+    if (is_integer && found >= least && found <= most) { return found; }
+    die("%s: %s must be an integer from %lld to %lld, got %.*s; copy this file again, or remove it",
+        path, key, (long long)least, (long long)most, (int)strcspn(value, ",}\r\n"), value);
+}
+
 // folder/name. The strings of the last four calls stay valid.
 static const char* joined(const char* folder, const char* name) {
     static char paths[4][4096];
@@ -3484,19 +3537,19 @@ static const char* joined(const char* folder, const char* name) {
     return path;
 }
 
-// Like fopen, but a folder that cannot be written to is the user's mistake
-static FILE* create(const char* path) {
-    FILE* file = fopen(path, "wb");
-    if (file == NULL) {
-        die("%s cannot be written: %s; choose another --out", path, strerror(errno));
-    }
-    return file;
+// A folder that cannot be written to is the user's mistake.
+[[noreturn]] static void die_uncreated(const char* path) {
+    die("%s cannot be written: %s; choose another --out", path, strerror(errno));
 }
 
-// The disk is full, nearly always.
+// The disk is full, nearly always. The half that was written is deleted.
 [[noreturn]] static void die_unwritten(const char* path) {
-    die("%s cannot be written: %s; free disk space, then continue with --resume", path,
-        strerror(errno));
+    const char* problem = strerror(errno);
+    char part[4200];
+    snprintf(part, sizeof part, "%s.part", path);
+    unlink(part);
+    die("%s cannot be written: %s; free disk space, then continue with --resume (what was saved "
+        "before is kept)", path, problem);
 }
 
 static void write_all(FILE* file, const void* data, size_t bytes, const char* path) {
@@ -3506,16 +3559,22 @@ static void write_all(FILE* file, const void* data, size_t bytes, const char* pa
 // A file is written as <path>.part and gets its name when all of it is on the disk, so a reader
 // never sees half of a file. create_part begins one, finish ends it.
 static FILE* create_part(const char* path) {
-    char part[4096];
+    char part[4200];
     snprintf(part, sizeof part, "%s.part", path);
-    return create(part);
+    FILE* file = fopen(part, "wb");
+    if (file == NULL) { die_uncreated(path); }
+    return file;
 }
 
 static void finish(FILE* file, const char* path) {
-    char part[4096];
+    char part[4200];
     snprintf(part, sizeof part, "%s.part", path);
-    if (fflush(file) != 0 || fsync(fileno(file)) != 0) { die_unwritten(path); }
-    if (fclose(file) != 0 || rename(part, path) != 0) { die_unwritten(path); }
+    bool is_written = fflush(file) == 0 && !ferror(file) && fsync(fileno(file)) == 0;
+    if (!is_written || fclose(file) != 0 || rename(part, path) != 0) { die_unwritten(path); }
+    *strrchr(part, '/') = '\0';         // the new name is on the disk once the folder is
+    int folder = open(part, O_RDONLY);
+    fsync(folder);
+    close(folder);
 }
 
 // A safetensors file is 8 bytes with a number n, n bytes of JSON, and then the data:
@@ -3530,13 +3589,15 @@ struct SafeTensors {
     size_t size;
 };
 
+const uint64_t MAX_HEADER_BYTES = 1 << 24;      // a hundred times what GPT-2 XL needs
+
 // Maps the file, so that tensors are read from the disk only when they are used.
 static SafeTensors open_safetensors(const char* path) {
-    int file = open(path, O_RDONLY);
     struct stat status = {};
     uint64_t n = 0;
-    bool is_readable = file >= 0 && fstat(file, &status) == 0 && read(file, &n, 8) == 8;
-    if (!is_readable || n + 8 > (uint64_t)status.st_size) {
+    int file = open_file(path, &status);
+    bool is_readable = file >= 0 && read(file, &n, 8) == 8;
+    if (!is_readable || n > MAX_HEADER_BYTES || n + 8 > (uint64_t)status.st_size) {
         die("%s is missing or cut short; copy it again, or train it again", path);
     }
     size_t size = status.st_size;
@@ -3572,12 +3633,16 @@ static void read_tensor(SafeTensors file, const char* name, int64_t n, float* va
         die("%s lacks the tensor %s that config.json asks for; take both files from one checkpoint",
             file.path, name);
     }
-    int width = bytes_of_dtype(json_find(entry, "dtype"));
-    const char* offsets = strchr(json_find(entry, "data_offsets"), '[');
-    char* comma = NULL;
-    size_t begin = strtoull(offsets + 1, &comma, 10);
-    size_t end = strtoull(comma + 1, NULL, 10);
-    if (width == 0 || end - begin != (size_t)n * width || end > file.data_size) {
+    char own[512];                      // the entry without those that follow
+    snprintf(own, min(sizeof own, strcspn(entry, "}") + 1), "%s", entry);
+    const char* dtype = json_find(own, "dtype");
+    const char* offsets = json_find(own, "data_offsets");
+    int width = dtype != NULL ? bytes_of_dtype(dtype) : 0;
+    unsigned long long begin = 0;
+    unsigned long long end = 0;
+    bool has_place = offsets != NULL && sscanf(offsets, "[%llu ,%llu", &begin, &end) == 2;
+    if (width == 0 || !has_place || begin > end || end > file.data_size ||
+        end - begin != (size_t)n * width) {
         die("%s: the tensor %s is cut short, or does not hold the %lld values in F32 or BF16 that "
             "config.json asks for; take both files, complete, from one checkpoint", file.path, name,
             (long long)n);
@@ -3587,6 +3652,10 @@ static void read_tensor(SafeTensors file, const char* name, int64_t n, float* va
         uint32_t bits = 0;              // a bf16 is the upper half of an fp32
         memcpy((char*)&bits + 4 - width, data + i * width, width);
         memcpy(&values[i], &bits, 4);
+        if (!isfinite(values[i])) {
+            die("%s: the tensor %s has values that are not finite numbers; use another checkpoint",
+                file.path, name);
+        }
     }
 }
 
@@ -3748,10 +3817,23 @@ static void write_config(FILE* file, Config c) {
     fprintf(file, "}");
 }
 
+// No model has so many layers, or so many of anything else: a number above is a mistake.
+const int MAX_LAYERS = 1000;
+const int MAX_SIZE = 1 << 22;
+
+// Copies 1 to 63 letters S and L that `end` follows; false: the text has others.
+static bool read_windows(const char* text, char end, char* windows) {
+    size_t n = strspn(text, "SL");
+    if (n < 1 || n > 63 || text[n] != end) { return false; }
+    snprintf(windows, n + 1, "%s", text);
+    return true;
+}
+
 // The config of a folder with a model of ours or of HF's. The kernels have GPT-2 and dN; mixtures,
 // which model.py allows, are refused.
 static Config read_config(const char* folder) {
-    char* text = read_file(joined(folder, "config.json"));
+    const char* path = joined(folder, "config.json");
+    char* text = read_json(path);
     if (text == NULL) {
         die("%s/config.json does not exist; name a folder with config.json and model.safetensors "
             "with --init_from, or leave it out to train from scratch", folder);
@@ -3764,15 +3846,21 @@ static Config read_config(const char* folder) {
             "and dN, with all; use python train_gpt2.py", folder, n_modern, N_MODERN_FIELDS);
     }
     Config config = {};
-    config.block_size = (int)json_number(text, "n_positions", 1024);
-    config.vocab_size = (int)json_number(text, "vocab_size", 50257);
-    config.n_layer = (int)json_number(text, "n_layer", 0);
-    config.n_head = (int)json_number(text, "n_head", 0);
-    config.n_embd = (int)json_number(text, "n_embd", 0);
+    config.block_size = (int)json_integer(path, text, "n_positions", 1, MAX_SIZE);
+    config.vocab_size = (int)json_integer(path, text, "vocab_size", 1, MAX_SIZE);
+    config.n_layer = (int)json_integer(path, text, "n_layer", 1, MAX_LAYERS);
+    config.n_head = (int)json_integer(path, text, "n_head", 1, MAX_SIZE);
+    config.n_embd = (int)json_integer(path, text, "n_embd", 1, MAX_SIZE);
     config.modern = is_modern;
-    config.softcap = json_number(text, "softcap", 0);
-    const char* windows = json_find(text, "windows");
-    if (windows != NULL) { sscanf(windows, "\"%63[SL]", config.windows); }
+    if (is_modern) {
+        const char* windows = json_find(text, "windows");
+        config.softcap = json_number(text, "softcap", 0);
+        bool is_cap = config.softcap >= 0 && config.softcap <= 1e6;
+        if (!is_cap || windows == NULL || !read_windows(windows + 1, '"', config.windows)) {
+            die("%s: softcap must be from 0 to 1000000, and windows 1 to 63 letters S and L; copy "
+                "this file again, or remove it", path);
+        }
+    }
     free(text);
     return config;
 }
@@ -4144,14 +4232,16 @@ static ValLoss evaluate(Model* model, Loader* loader, Shards shards, const int* 
 // <data>/token_bytes.npy: the number of bytes of each token, or NULL if there is no such file
 static int* read_token_bytes(const char* data, int V) {
     const char* path = joined(data, "token_bytes.npy");
-    char* npy = read_file(path);
+    size_t n_bytes = 0;
+    char* npy = read_file(path, &n_bytes);
     if (npy == NULL) { return NULL; }
     // .npy: 8 bytes of magic and version, 2 of the header's size, the header, a Python dict; data
     uint16_t header_size;
     memcpy(&header_size, npy + 8, 2);
     char shape[64];
     snprintf(shape, sizeof shape, "'shape': (%d,)", V);
-    if (strstr(npy + 10, "<i4") == NULL || strstr(npy + 10, shape) == NULL) {
+    bool is_valid = strstr(npy + 10, "<i4") != NULL && strstr(npy + 10, shape) != NULL;
+    if (!is_valid || n_bytes != 10 + (size_t)header_size + 4 * (size_t)V) {
         die("%s is not an int32 array of %d numbers, one for each token; run python "
             "prepare_fineweb.py tokenize again", path, V);
     }
@@ -4166,7 +4256,8 @@ static int* read_token_bytes(const char* data, int V) {
 // The flags of train_gpt2.py, with their names and meanings. One table drives parsing, --help and
 // the header of the log.
 
-// Defaults of 0 and NULL mean that no flag was given; plan_batch and main then choose a value.
+// Defaults of 0 and NULL, and the -1 of max_steps, mean that no flag was given; plan_batch and main
+// then choose a value.
 struct Arguments {
     const char* model = "gpt2";
     const char* config = "";
@@ -4176,7 +4267,7 @@ struct Arguments {
     const char* core_dir = NULL;
     bool resume = false;
     bool profile = false;
-    int64_t max_steps = 0;
+    int64_t max_steps = -1;
     int64_t total_batch_size = 0;       // tokens
     int64_t batch_size = 0;             // rows
     int64_t seq_len = 0;                // tokens
@@ -4196,16 +4287,18 @@ struct Flag {
     int64_t* integer;
     double* real;
     bool* is_on;                // a switch, which has no value, like --resume
+    double least, most;         // of a number
 };
 
 static Flag text_flag(const char* name, const char** text, const char* help) {
     return {name, help, text, NULL, NULL, NULL};
 }
-static Flag integer_flag(const char* name, int64_t* integer, const char* help) {
-    return {name, help, NULL, integer, NULL, NULL};
+static Flag integer_flag(const char* name, int64_t* integer, int64_t least, int64_t most,
+                         const char* help) {
+    return {name, help, NULL, integer, NULL, NULL, (double)least, (double)most};
 }
-static Flag real_flag(const char* name, double* real, const char* help) {
-    return {name, help, NULL, NULL, real, NULL};
+static Flag real_flag(const char* name, double* real, double least, double most, const char* help) {
+    return {name, help, NULL, NULL, real, NULL, least, most};
 }
 static Flag switch_flag(const char* name, bool* is_on, const char* help) {
     return {name, help, NULL, NULL, NULL, is_on};
@@ -4213,6 +4306,9 @@ static Flag switch_flag(const char* name, bool* is_on, const char* help) {
 
 // Set once, before anything else runs; plan_batch fills in the rest.
 static Arguments arguments;
+
+const int64_t BILLION = 1000000000;
+const int64_t MAX_BATCH_TOKENS = 1 << 28;       // kernels and buffers index a batch by ints
 
 static const Flag FLAGS[] = {
     text_flag("model", &arguments.model, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or dN: N layers"),
@@ -4222,21 +4318,24 @@ static const Flag FLAGS[] = {
     switch_flag("resume", &arguments.resume, "continue from <out>/state, if there is one"),
     text_flag("init_from", &arguments.init_from,
               "begin with this model: a run's folder, or gpt2 … gpt2-xl"),
-    integer_flag("max_steps", &arguments.max_steps, "steps (default: by the model's size)"),
-    integer_flag("total_batch_size", &arguments.total_batch_size, "tokens a step, over all ranks"),
-    integer_flag("batch_size", &arguments.batch_size, "rows at a time on one rank"),
-    integer_flag("seq_len", &arguments.seq_len,
+    integer_flag("max_steps", &arguments.max_steps, 0, BILLION,
+                 "steps (default: by the model's size)"),
+    integer_flag("total_batch_size", &arguments.total_batch_size, 1, MAX_BATCH_TOKENS,
+                 "tokens a step, over all ranks"),
+    integer_flag("batch_size", &arguments.batch_size, 1, BILLION, "rows at a time on one rank"),
+    integer_flag("seq_len", &arguments.seq_len, 1, BILLION,
                  "tokens in a row (default, and at most: the model's block_size)"),
-    real_flag("lr", &arguments.lr, "peak learning rate of AdamW, or for dN of Muon"),
-    integer_flag("eval_every", &arguments.eval_every, "steps between evaluations"),
+    real_flag("lr", &arguments.lr, 1e-38, 1e38, "peak learning rate of AdamW, or for dN of Muon"),
+    integer_flag("eval_every", &arguments.eval_every, 1, BILLION, "steps between evaluations"),
     text_flag("core_dir", &arguments.core_dir, "eval_bundle folder: also evaluate HellaSwag"),
-    integer_flag("save_every", &arguments.save_every, "steps between saved states"),
-    real_flag("gpu_hour_usd", &arguments.gpu_hour_usd,
+    integer_flag("save_every", &arguments.save_every, 1, BILLION, "steps between saved states"),
+    real_flag("gpu_hour_usd", &arguments.gpu_hour_usd, 0, 1e9,
               "price of one GPU hour in dollars: show the run's cost"),
-    integer_flag("seed", &arguments.seed, "seed of the initial weights and of the order of rows"),
-    integer_flag("recompute", &arguments.recompute,
+    integer_flag("seed", &arguments.seed, 0, 1ll << 62,
+                 "seed of the initial weights and of the order of rows"),
+    integer_flag("recompute", &arguments.recompute, 0, 2,
                  "to save memory, compute again in the backward pass: 1 GELU, 2 also the norms"),
-    integer_flag("deterministic", &arguments.deterministic,
+    integer_flag("deterministic", &arguments.deterministic, 0, 1,
                  "1: the same run gives the same bits, which is always so here"),
     switch_flag("profile", &arguments.profile, "time each kernel of steps 10-12"),
 };
@@ -4269,20 +4368,27 @@ static int parse_config(int argc, char** argv, int i) {
     return i;
 }
 
-// Stores the word after a flag; a number must be a number to its last letter.
+// Stores the word after a flag; a number must be a number to its last letter, and within bounds.
 static void parse_value(const Flag* flag, char* value) {
     char* end = NULL;           // where strtoll or strtod stopped
     if (flag->text != NULL) {
         *flag->text = value;
         return;
     }
+    double number = strtod(value, &end);
     if (flag->integer != NULL) {
         *flag->integer = strtoll(value, &end, 10);
     } else {
-        *flag->real = strtod(value, &end);
+        *flag->real = number;
     }
     if (*end != '\0' || end == value) {
         die("--%s must be a number, got %s; see --help", flag->name, value);
+    }
+    if (number > flag->most) {
+        die("--%s must be at most %.10g, got %s; see --help", flag->name, flag->most, value);
+    }
+    if (!(number >= flag->least)) {             // also nan
+        die("--%s must be at least %.10g, got %s; see --help", flag->name, flag->least, value);
     }
 }
 
@@ -4298,7 +4404,9 @@ static void parse_arguments(int argc, char** argv) {
             *flag->is_on = true;
             continue;
         }
-        if (i + 1 == argc) { die("%s has no value; see --help", argv[i]); }
+        if (i + 1 == argc || starts_with(argv[i + 1], "--")) {
+            die("%s has no value; see --help", argv[i]);
+        }
         if (flag->text == &arguments.config) {
             i = parse_config(argc, argv, i);
         } else {
@@ -4309,18 +4417,22 @@ static void parse_arguments(int argc, char** argv) {
     if (arguments.data == NULL || arguments.out == NULL) {
         die("--data or --out is missing; try --data data/fineweb --out runs/gpt2");
     }
-    if (arguments.eval_every < 1 || arguments.save_every < 1) {
-        die("--eval_every and --save_every must be at least 1, got %lld and %lld; try 250 and 1000",
-            (long long)arguments.eval_every, (long long)arguments.save_every);
-    }
 }
 
 // The number of key=number in a list like "n_layer=2 n_head=2 "
-static int matched_integer(const char* text, const char* key, int fallback) {
+static int matched_integer(const char* text, const char* key, int fallback, int most) {
     char pattern[32];
     snprintf(pattern, sizeof pattern, "%s=", key);
     const char* found = strstr(text, pattern);
-    return found != NULL ? atoi(found + strlen(pattern)) : fallback;
+    if (found == NULL) { return fallback; }
+    const char* digits = found + strlen(pattern);
+    char* end = NULL;
+    long long number = strtoll(digits, &end, 10);
+    if (end == digits || (*end != ' ' && *end != '\0') || number < 1 || number > most) {
+        die("--config %s must be an integer from 1 to %d, got %.*s; try --config %s=%d", key, most,
+            (int)strcspn(digits, " "), digits, key, fallback);
+    }
+    return (int)number;
 }
 
 // Other fields of GPTConfig would need other kernels.
@@ -4348,25 +4460,29 @@ static Config preset(const char* name, int V) {
         if (strcmp(name, size.name) != 0) { continue; }
         return {1024, V, size.n_layer, size.n_head, size.n_embd};
     }
-    int depth = name[0] == 'd' ? atoi(name + 1) : 0;
-    if (depth < 1) {
+    char* end = (char*)name;
+    long depth = name[0] == 'd' ? strtol(name + 1, &end, 10) : 0;
+    if (*end != '\0' || depth < 1 || depth > MAX_LAYERS) {
         die("the model %s does not exist; choose gpt2, gpt2-medium, gpt2-large, gpt2-xl, or d1, "
             "d2, … as in --model d12", name);
     }
-    int NH = ceil_div(64 * depth, 128);     // 64 channels a layer, rounded up to heads of 128
-    return {2048, V, depth, NH, 128 * NH, true, 15.0, "SSSL"};
+    int NH = ceil_div(64 * (int)depth, 128);    // 64 channels a layer, in whole heads of 128
+    return {2048, V, (int)depth, NH, 128 * NH, true, 15.0, "SSSL"};
 }
 
 // The config of a new model: --model, changed by --config
 static Config choose_config(int V) {
     Config config = preset(arguments.model, V);
-    check_fields(arguments.config, config.modern);
-    config.block_size = matched_integer(arguments.config, "block_size", config.block_size);
-    config.n_layer = matched_integer(arguments.config, "n_layer", config.n_layer);
-    config.n_head = matched_integer(arguments.config, "n_head", config.n_head);
-    config.n_embd = matched_integer(arguments.config, "n_embd", config.n_embd);
-    const char* windows = strstr(arguments.config, "windows=");
-    if (config.modern && windows != NULL) { sscanf(windows, "windows=%63[SL]", config.windows); }
+    const char* text = arguments.config;
+    check_fields(text, config.modern);
+    config.block_size = matched_integer(text, "block_size", config.block_size, MAX_SIZE);
+    config.n_layer = matched_integer(text, "n_layer", config.n_layer, MAX_LAYERS);
+    config.n_head = matched_integer(text, "n_head", config.n_head, MAX_SIZE);
+    config.n_embd = matched_integer(text, "n_embd", config.n_embd, MAX_SIZE);
+    const char* windows = strstr(text, "windows=");
+    if (windows != NULL && !read_windows(windows + strlen("windows="), ' ', config.windows)) {
+        die("--config windows must be 1 to 63 letters S and L; try --config windows=SSSL");
+    }
     return config;
 }
 
@@ -4392,16 +4508,12 @@ static const char* init_folder() {
 // V is the size of the shards' vocabulary, T the length of a row.
 static void check_config(Config config, int V, int64_t T) {
     int C = config.n_embd, NH = config.n_head;
-    int HS = NH > 0 ? C / NH : 0;
+    int HS = C / NH;
     if (config.vocab_size != V) {
         die("the model has %d tokens, but the tokenizer of the shards has %d; use the shards of "
             "the model's tokenizer", config.vocab_size, V);
     }
-    if (config.n_layer < 1 || config.block_size < 1) {
-        die("n_layer and block_size must be at least 1, got %d and %d; try --config n_layer=12 "
-            "block_size=1024", config.n_layer, config.block_size);
-    }
-    if (NH < 1 || C % NH != 0 || HS > WARP * LANE_CHANNELS || C % 8 != 0 || C > 3072) {
+    if (C % NH != 0 || HS > WARP * LANE_CHANNELS || C % 8 != 0 || C > 3072) {
         die("n_embd must be a multiple of 8 and of n_head, at most 3072 and at most 256 a head, "
             "got n_embd %d and n_head %d; try --config n_embd=768 n_head=12", C, NH);
     }
@@ -4418,7 +4530,8 @@ static void check_config(Config config, int V, int64_t T) {
 
 // ---- §17 The log and saved states ---------------------------------------------------------------
 //
-// The twin of RunLog, save_state and load_state in training.py, and of is_spike in train_gpt2.py:
+// The twin of RunLog, save_run and load_state in training.py, and of is_spike in train_gpt2.py:
+//   <run>/lock                                       held while a process trains in the run
 //   <run>/log.jsonl                                  JSON lines: the header, steps, samples
 //   <run>/config.json, model.safetensors             the model, in fp32
 //   <run>/state/step_000250/rank_00000.safetensors   masters and moments of a rank's parts
@@ -4449,19 +4562,36 @@ static void make_folders(const char* path) {
     mkdir(part, 0777);
 }
 
+// Calls visit(path) for everything in a folder. No pattern is needed, in which a * or [ of --out
+// would have a meaning.
+template <class Visit> static void for_each_file(const char* folder, Visit visit) {
+    DIR* entries = opendir(folder);
+    if (entries == NULL) { return; }
+    char path[4400];
+    int n = snprintf(path, sizeof path, "%s/", folder);
+    for (dirent* entry = readdir(entries); entry != NULL; entry = readdir(entries)) {
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) { continue; }
+        snprintf(path + n, sizeof path - n, "%s", entry->d_name);
+        visit(path);
+    }
+    closedir(entries);
+}
+
 // Copies the old log's lines up to the resumed step; those after it will be written again. Then the
 // clock continues from the last line's seconds, so that they count time spent, not time passed.
-static void keep_old_lines(Log* log, char* old, int64_t resume_step) {
-    char* line = old;
-    char* end = strchr(line, '\n');
+// Lines that are not whole objects are damaged, and are left out.
+static void keep_old_lines(Log* log, char* line, char* file_end, int64_t resume_step) {
+    char* end = (char*)memchr(line, '\n', file_end - line);
     while (end != NULL) {
         *end = '\0';
-        if (json_number(line, "step", 0) <= resume_step) { fprintf(log->file, "%s\n", line); }
-        if (json_find(line, "seconds") != NULL) {
-            log->started = seconds_now() - json_number(line, "seconds", 0);
+        bool is_whole = is_object(line, end - line);
+        if (is_whole && json_number(line, "step", 0) <= resume_step) {
+            fprintf(log->file, "%s\n", line);
         }
+        double seconds = json_number(line, "seconds", NAN);
+        if (is_whole && isfinite(seconds)) { log->started = seconds_now() - seconds; }
         line = end + 1;
-        end = strchr(line, '\n');
+        end = (char*)memchr(line, '\n', file_end - line);
     }
 }
 
@@ -4470,11 +4600,13 @@ static Log open_log(int64_t max_steps, int64_t resume_step, bool resumes, bool i
     Log log = {NULL, max_steps, seconds_now(), is_main};
     if (!is_main) { return log; }
     const char* path = joined(arguments.out, "log.jsonl");
-    char* old = resumes ? read_file(path) : NULL;
+    size_t bytes = 0;
+    char* old = resumes ? read_file(path, &bytes) : NULL;
     log.file = create_part(path);
-    if (old != NULL) { keep_old_lines(&log, old, resume_step); }
+    if (old != NULL) { keep_old_lines(&log, old, old + bytes, resume_step); }
     finish(log.file, path);
     log.file = fopen(path, "a");
+    if (log.file == NULL) { die_uncreated(path); }
     free(old);
     return log;
 }
@@ -4486,7 +4618,7 @@ static void say(Log* log, const char* line, const char* row) {
     fflush(stdout);
     if (row == NULL) { return; }
     fprintf(log->file, "{%s, \"seconds\": %.3f}\n", row, seconds_now() - log->started);
-    fflush(log->file);
+    if (fflush(log->file) != 0) { die_unwritten(joined(arguments.out, "log.jsonl")); }
 }
 
 // A line alone, by printf's format
@@ -4591,15 +4723,19 @@ static void write_window(FILE* file, const char* name, const Window* window) {
     fprintf(file, "]");
 }
 
-static Window read_window(const char* text, const char* name) {
+static Window read_window(const char* path, const char* text, const char* name) {
     Window window = {};
     const char* list = json_find(text, name);
-    if (list == NULL) { return window; }
-    char* at = (char*)list + 1;
-    while (*at != ']' && *at != '\0') {
-        window.values[window.n] = strtod(at, &at);
-        window.n++;
-        at += strspn(at, ", ");
+    const char* at = list != NULL ? list + 1 : "";
+    while (*at != ']') {
+        char* end = NULL;
+        double value = strtod(at, &end);
+        if (end == at || !isfinite(value) || window.n == SPIKE_WINDOW) {
+            die("%s: %s must be a list of up to %d numbers; copy this file again, or remove it",
+                path, name, SPIKE_WINDOW);
+        }
+        push(&window, value);
+        at = end + strspn(end, ", ");
     }
     return window;
 }
@@ -4655,9 +4791,18 @@ static int64_t state_size(Table table, const Part* parts, int tensor) {
     return tensor == SECOND_MOMENTS ? end.v : end.state;
 }
 
-// Six digits, so that folders sort by their steps
 static void state_folder(char* path, int64_t step) {
     snprintf(path, 4096, "%s/state/step_%06lld", arguments.out, (long long)step);
+}
+
+// One of this rank's arrays, in memory of the CPU that the caller frees
+static float* copy_state(Model* model, int tensor) {
+    const float* from[] = {model->masters, model->m, model->v};
+    int64_t bytes = state_size(model->table, model->parts, tensor) * sizeof(float);
+    float* values = (float*)malloc(bytes);
+    CHECK_CUDA(cudaMemcpyAsync(values, from[tensor], bytes, cudaMemcpyDeviceToHost, model->stream));
+    CHECK_CUDA(cudaStreamSynchronize(model->stream));
+    return values;
 }
 
 // Writes this rank's arrays to <folder>/rank_N.safetensors.
@@ -4669,13 +4814,9 @@ static void save_shard(Model* model, Ranks* ranks, const char* folder) {
     write_header(file, N_STATE_TENSORS, [&](int i) {
         return Entry{STATE_TENSORS[i], state_size(model->table, model->parts, i), 0};
     }, path);
-    const float* from[] = {model->masters, model->m, model->v};
     for (int i = 0; i < N_STATE_TENSORS; i++) {
-        int64_t bytes = state_size(model->table, model->parts, i) * sizeof(float);
-        float* values = (float*)malloc(bytes);
-        CHECK_CUDA(cudaMemcpyAsync(values, from[i], bytes, cudaMemcpyDeviceToHost, model->stream));
-        CHECK_CUDA(cudaStreamSynchronize(model->stream));
-        write_all(file, values, bytes, path);
+        float* values = copy_state(model, i);
+        write_all(file, values, state_size(model->table, model->parts, i) * sizeof(float), path);
         free(values);
     }
     finish(file, path);
@@ -4698,29 +4839,44 @@ static void write_state(Config config, Ranks* ranks, const State* state, int64_t
 
 // Deletes all states but the one in `folder`. An interrupted save leaves one without state.json.
 static void delete_other_states(const char* folder) {
-    char pattern[4200];
-    snprintf(pattern, sizeof pattern, "%s/state/step_*/*", arguments.out);
-    glob_t found;
-    if (glob(pattern, 0, NULL, &found) != 0) { return; }
-    for (size_t i = 0; i < found.gl_pathc; i++) {
-        char* path = found.gl_pathv[i];
-        if (starts_with(path, folder)) { continue; }
-        unlink(path);
-        *strrchr(path, '/') = '\0';
-        rmdir(path);                // succeeds after the folder's last file
-    }
-    globfree(&found);
+    for_each_file(joined(arguments.out, "state"), [&](const char* other) {
+        bool is_state = starts_with(strrchr(other, '/') + 1, "step_");
+        if (!is_state || strcmp(other, folder) == 0) { return; }
+        for_each_file(other, [](const char* path) { unlink(path); });
+        rmdir(other);
+    });
 }
 
-// <run>/state/step_N: each rank writes its shard, then rank 0 writes state.json, without which the
-// folder does not count, and deletes older states. So a run that is killed at any moment has a
-// complete state of one step.
-static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n_tokens) {
+// Ends the run if a master weight or a moment is not a finite number, before anything is written.
+static void check_weights(Model* model, Ranks* ranks, int64_t step) {
+    double n_broken = 0;
+    for (int i = 0; i < N_STATE_TENSORS; i++) {
+        float* values = copy_state(model, i);
+        int64_t n = state_size(model->table, model->parts, i);
+        for (int64_t k = 0; k < n; k++) {
+            if (!isfinite(values[k])) { n_broken++; }
+        }
+        free(values);
+    }
+    ranks_sum(ranks, &n_broken, 1);
+    if (n_broken == 0) { return; }
+    die("step %lld: %.0f weights or moments are not finite, so nothing is saved; try a lower --lr "
+        "in another --out (what was saved before is kept)", (long long)step, n_broken);
+}
+
+// Saves the state of a step and the checkpoint. Each rank writes its shard into <run>/state/step_N;
+// then the checkpoint is written; rank 0 writes state.json, without which the folder does not
+// count, and deletes older states. So a run that is killed at any moment has the complete state of
+// one step, and a checkpoint that is not older.
+static void save_run(Model* model, Ranks* ranks, const State* state, int64_t n_tokens,
+                     double val_bpb) {
+    check_weights(model, ranks, state->step);
     char folder[4096];
     state_folder(folder, state->step);
     make_folders(folder);
     save_shard(model, ranks, folder);
     barrier(ranks);                 // now every rank's shard is there
+    save_checkpoint(model, ranks, state->step, val_bpb);
     if (ranks->rank == 0) {
         write_state(model->config, ranks, state, n_tokens, joined(folder, "state.json"));
         delete_other_states(folder);
@@ -4728,16 +4884,56 @@ static void save_state(Model* model, Ranks* ranks, const State* state, int64_t n
     barrier(ranks);
 }
 
-// The newest step that has a state.json, or -1. glob sorts by name, and so by step.
+// Writes the checkpoint of a finished run again if it was deleted or is of another step.
+static void repair_checkpoint(Log* log, Model* model, Ranks* ranks, int64_t step) {
+    struct stat weights = {};
+    char* config = read_file(joined(arguments.out, "config.json"));
+    bool has_weights = stat(joined(arguments.out, "model.safetensors"), &weights) == 0 &&
+                       weights.st_size > 4 * model->table.file_size;
+    bool has_config = config != NULL && json_number(config, "step", -1) == step &&
+                      json_is(config, "stage", "\"pretrain\"");
+    free(config);
+    double n_found = has_weights && has_config ? 1 : 0;
+    ranks_sum(ranks, &n_found, 1);          // all ranks take part in writing
+    if (n_found == ranks->world_size) { return; }
+    save_checkpoint(model, ranks, step, 0);
+    say_text(log, "the checkpoint of step %lld was missing and is written again", (long long)step);
+}
+
+// The newest step whose folder has a state.json, or -1
 static int64_t newest_state() {
-    char pattern[4096];
-    snprintf(pattern, sizeof pattern, "%s/state/step_*/state.json", arguments.out);
-    glob_t found;
-    if (glob(pattern, 0, NULL, &found) != 0) { return -1; }
-    const char* path = found.gl_pathv[found.gl_pathc - 1];
-    int64_t step = atoll(path + strlen(path) - strlen("000000/state.json"));
-    globfree(&found);
-    return step;
+    int64_t newest = -1;
+    for_each_file(joined(arguments.out, "state"), [&](const char* folder) {
+        char expected[4096];
+        const char* name = strrchr(folder, '/') + 1;
+        if (!starts_with(name, "step_")) { return; }
+        int64_t step = strtoll(name + strlen("step_"), NULL, 10);
+        state_folder(expected, step);
+        bool is_state = strcmp(folder, expected) == 0;
+        if (is_state && access(joined(folder, "state.json"), F_OK) == 0) {
+            newest = max(newest, step);
+        }
+    });
+    return newest;
+}
+
+// Keeps other processes from training in this run, until this one ends or is killed. Rank 0 locks
+// <run>/lock as training.py does, and never closes it.
+static void lock_run(Ranks* ranks) {
+    double n_refused = 0;
+    if (ranks->rank == 0) {
+        make_folders(arguments.out);
+        const char* path = joined(arguments.out, "lock");
+        int file = open(path, O_RDWR | O_CREAT, 0666);
+        if (file < 0) { die_uncreated(path); }
+        bool is_held = lockf(file, F_TLOCK, 0) != 0 && (errno == EACCES || errno == EAGAIN);
+        if (is_held) { n_refused++; }       // other errors: this file system has no locks
+    }
+    ranks_sum(ranks, &n_refused, 1);
+    if (n_refused > 0) {
+        die("another process is training in %s; wait until it ends, or choose another --out",
+            arguments.out);
+    }
 }
 
 // Which elements of a bucket, counted from its first, a rank has of a state tensor; the first of
@@ -4812,17 +5008,27 @@ static void load_shards(Model* model, Ranks* ranks, const char* folder, int old_
         "--out", arguments.out);
 }
 
-// Restores what save_state wrote, for any number of ranks; false: there is nothing to resume.
+// Restores what save_run wrote, for any number of ranks; false: there is nothing to resume.
 static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_tokens) {
     int64_t step = newest_state();
     if (step >= 0 && !arguments.resume) {
         die("%s holds a saved run, which would be overwritten; add --resume to continue it, or "
             "choose another --out", arguments.out);
     }
-    if (step < 0) { return false; }
+    if (step < 0) {
+        // a run that was killed in its first save has a folder state/; --resume begins it again
+        bool begins_again = arguments.resume && access(joined(arguments.out, "state"), F_OK) == 0;
+        bool has_model = access(joined(arguments.out, "config.json"), F_OK) == 0 ||
+                         access(joined(arguments.out, "model.safetensors"), F_OK) == 0;
+        if (!has_model || begins_again) { return false; }
+        die("%s holds a model but no saved state, and training would overwrite the model; choose "
+            "another --out", arguments.out);
+    }
     char folder[4096];
     state_folder(folder, step);
-    char* text = read_file(joined(folder, "state.json"));
+    char path[4200];
+    snprintf(path, sizeof path, "%s/state.json", folder);
+    char* text = read_json(path);
     int version = (int)json_number(text, "format_version", 0);
     if (version != STATE_VERSION) {
         die("%s holds a saved state of format %d, but only format %d can be resumed, because the "
@@ -4832,13 +5038,14 @@ static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_token
     // settings are compared as text: the same settings are written as the same bytes
     char* settings = to_string([&](FILE* file) { write_settings(file, model->config, n_tokens); });
     if (strstr(text, settings) == NULL) { die_changed(text, settings); }
-    state->step = step;
-    state->position = (int64_t)json_number(text, "position", 0);
-    state->optimizer_steps = (int64_t)json_number(text, "optimizer_steps", 0);
-    state->usd = json_number(text, "usd", 0);
-    state->losses = read_window(text, "losses");
-    state->norms = read_window(text, "norms");
-    load_shards(model, ranks, folder, (int)json_number(text, "world_size", 1));
+    int64_t position = step * (arguments.total_batch_size / arguments.seq_len);
+    state->step = json_integer(path, text, "step", step, step);
+    state->position = json_integer(path, text, "position", position, position);
+    state->optimizer_steps = json_integer(path, text, "optimizer_steps", 0, step);
+    state->usd = fmax(json_number(text, "usd", 0), 0);
+    state->losses = read_window(path, text, "losses");
+    state->norms = read_window(path, text, "norms");
+    load_shards(model, ranks, folder, (int)json_integer(path, text, "world_size", 1, MAX_SIZE));
     free(text);
     free(settings);
     restore_parameters(model, ranks, (int)state->optimizer_steps);
@@ -4883,10 +5090,18 @@ static HellaSwag open_hellaswag(const char* core_dir, int V) {
     }
     HellaSwag questions = {data + 5, data[4], 0};
     const int* at = questions.data;
+    const int* end = data + data[3];
+    auto check = [&](bool is_whole) {
+        if (is_whole) { return; }
+        die("%s is damaged; delete it and run python eval.py hellaswag again", path);
+    };
     for (int q = 0; q < questions.n_questions; q++) {
+        check(at + 2 <= end);
         int n_answers = at[1];
         at += 2;
         for (int i = 0; i < n_answers; i++) {
+            check(at + 2 <= end && at[0] >= 2 && next_answer(at) <= end);
+            for (int k = 0; k < at[0]; k++) { check(at[2 + k] >= 0 && at[2 + k] < V); }
             questions.longest = max(questions.longest, at[0]);
             at = next_answer(at);
         }
@@ -5013,13 +5228,14 @@ static int decode_base64(const char* begin, const char* end, char* bytes) {
 // tokenizer.tiktoken has a line for each token: its bytes in base64, a space, its number.
 static Vocabulary read_vocabulary(const char* data, int V) {
     char* text = read_file(joined(data, "tokenizer/tokenizer.tiktoken"));
-    char* header = read_file(joined(data, "tokenizer/tokenizer.json"));
+    const char* header_path = joined(data, "tokenizer/tokenizer.json");
+    char* header = read_json(header_path);
     Vocabulary vocabulary = {};
     vocabulary.bytes = (char**)calloc(V, sizeof(char*));
     vocabulary.sizes = (int*)calloc(V, sizeof(int));
     if (text == NULL || header == NULL) { return vocabulary; }
     vocabulary.n = V;
-    vocabulary.eot = (int)json_number(header, "<|endoftext|>", V - 1);
+    vocabulary.eot = (int)json_integer(header_path, header, "<|endoftext|>", 0, V - 1);
     for (char* line = strtok(text, "\n"); line != NULL; line = strtok(NULL, "\n")) {
         char* space = strchr(line, ' ');
         int token = space != NULL ? atoi(space) : -1;
@@ -5065,6 +5281,10 @@ static int encode_word(const Vocabulary* vocabulary, const char* word, int size,
     for (int i = 0; i < n; i++) {
         int begin = i > 0 ? ends[i - 1] : 0;
         ids[i] = find_token(vocabulary, word + begin, ends[i] - begin);
+        if (ids[i] < 0) {
+            die("%s/tokenizer/tokenizer.tiktoken has no token for the letter %c; copy the file "
+                "again", arguments.data, word[begin]);
+        }
     }
     return n;
 }
@@ -5277,7 +5497,7 @@ static int64_t plan_batch(Config config, int world_size) {
             "try --total_batch_size %lld", (long long)a->total_batch_size, (long long)micro_tokens,
             max(llround(times), 1ll) * micro_tokens);
     }
-    if (a->max_steps == 0) {
+    if (a->max_steps < 0) {
         a->max_steps = max(llround(default_tokens(config) / a->total_batch_size), 1ll);
     }
     return a->total_batch_size / micro_tokens;
@@ -5419,6 +5639,10 @@ static double log_evaluation(Log* log, Model* model, Loader* loader, Ranks* rank
     bool is_last = step == arguments.max_steps;
     ValLoss val = evaluate(model, loader, validation->shards, validation->token_bytes,
                            is_last ? validation->shards.n_tokens : VAL_TOKENS, ranks);
+    if (!isfinite(val.val_loss)) {
+        die("step %lld: val_loss %f must be finite; try a lower --lr in another --out (what was "
+            "saved is kept)", (long long)step, val.val_loss);
+    }
     Row row = begin_row(log, step);
     add(&row, "val_loss", val.val_loss, "val_loss %.6f");
     if (val.val_bpb > 0) { add(&row, "val_bpb", val.val_bpb, "val_bpb %.4f"); }
@@ -5499,8 +5723,10 @@ static char* join_words(int n, char** words) {
 // shards.py leaves the vocabulary's size in index.json. llm.c's shards have no such file; they
 // consist of GPT-2's tokens.
 static int read_vocab_size(const char* data) {
-    char* index = read_file(joined(data, "index.json"));
-    int V = index != NULL ? (int)json_number(index, "n_vocab", 50257) : 50257;
+    const char* path = joined(data, "index.json");
+    char* index = read_json(path);
+    if (index == NULL) { return 50257; }
+    int V = (int)json_integer(path, index, "n_vocab", 1, MAX_SIZE);
     free(index);
     return V;
 }
@@ -5511,6 +5737,7 @@ int main(int argc, char** argv) {
     const Arguments& a = arguments;
     signal(SIGTERM, on_signal);
     signal(SIGINT, on_signal);
+    signal(SIGXFSZ, SIG_IGN);           // a file beyond ulimit -f is an error of write instead
     int V = read_vocab_size(a.data);
     Shards train_shards = open_shards(a.data, "train");
     Validation validation = open_validation(V);
@@ -5527,7 +5754,7 @@ int main(int argc, char** argv) {
     Loader loader = make_loader(train_shards, a.batch_size, a.seq_len, V, a.seed);
 
     // weights: from a saved state, from another model, or random
-    make_folders(a.out);
+    lock_run(&ranks);
     State state = {};
     bool resumed = load_state(&model, &ranks, &state, train_shards.n_tokens);
     if (!resumed && init_from != NULL) {
@@ -5536,7 +5763,8 @@ int main(int argc, char** argv) {
         initialise(&model, &ranks, a.seed);
     }
     Log log = open_log(a.max_steps, state.step, resumed, ranks.rank == 0);
-    if (state.step >= a.max_steps) {
+    if (resumed && state.step >= a.max_steps) {
+        repair_checkpoint(&log, &model, &ranks, state.step);
         say_text(&log, "%s is trained: step %lld of %lld", a.out, (long long)state.step,
                  (long long)a.max_steps);
         return 0;
@@ -5560,8 +5788,7 @@ int main(int argc, char** argv) {
             val_bpb = log_evaluation(&log, &model, &loader, &ranks, &validation, state.step);
         }
         if (is_last || stop || (state.step % a.save_every == 0 && done > 0)) {
-            save_state(&model, &ranks, &state, train_shards.n_tokens);
-            save_checkpoint(&model, &ranks, state.step, val_bpb);
+            save_run(&model, &ranks, &state, train_shards.n_tokens, val_bpb);
         }
         if (is_last || stop) { break; }
 
@@ -5590,7 +5817,7 @@ int main(int argc, char** argv) {
         push(&state.losses, loss);
         push(&state.norms, norm);
 
-        double seconds = seconds_now() - tick;
+        double seconds = fmax(seconds_now() - tick, 1e-9);      // it divides tok/s
         if (profile.on) {
             add_times(1000 * seconds);
             if (done == 11) { print_profile(peak_bandwidth(), peak); }

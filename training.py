@@ -446,6 +446,7 @@ def save_run(run, ranks, optimizer, model, tokenizer, stage, meta=None, **state)
         part = write_state(run, ranks, optimizer, model, **state)
         if ranks.is_main:
             save_checkpoint(run, model, tokenizer, stage=stage, step=state["step"], **meta or {})
+            export_tokenizer(run, tokenizer)
             name_state(part)
     ranks.sum(0)                        # no rank continues before the run is saved
 
@@ -476,6 +477,19 @@ def name_state(part):
     for folder in final.parent.glob("step_*"):
         if folder != final and folder.is_dir():
             shutil.rmtree(folder)
+
+def export_tokenizer(run, tokenizer):
+    """Writes what transformers' AutoTokenizer reads. HF's file would be called tokenizer.json, as
+    ours is; by tokenizer_config.json it takes tokenizer.4.0.0.json instead (4.0.0: for this version
+    of transformers and later ones)."""
+    path = Path(run) / "tokenizer.4.0.0.json"
+    if tokenizer is None or path.exists():
+        return
+    tokenizer.export_hf(path)
+    eot = tokenizer.decode([tokenizer.eot])
+    write_json(Path(run) / "tokenizer_config.json", dict(
+        tokenizer_class="PreTrainedTokenizerFast", fast_tokenizer_files=[path.name],
+        bos_token=eot, eos_token=eot))
 
 def load_state(run, resume, ranks, optimizer, model, settings):
     """Restores what save_run wrote, by any number of ranks. Returns its `state`, or None if nothing

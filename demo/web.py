@@ -154,7 +154,7 @@ class Site:
             "<footer><p>This site uses cookies; see our terms of use.</p></footer></body></html>")
 
     def page(self, path):
-        """The page at a path → (HTTP status, content type, text)."""
+        """A path → (HTTP status, content type, text). Below /mirror/ the same pages stand again."""
         if path == "/robots.txt":
             return 200, "text/plain", "User-agent: *\nDisallow: /private/\n"
         if path == "/":
@@ -177,10 +177,11 @@ class Site:
 # ---- The server ----------------------------------------------------------------------------------
 
 class Handler(BaseHTTPRequestHandler):
+    """Answers GET with a page of the server's site."""
     protocol_version = "HTTP/1.1"  # keeps the connection open between pages
 
     def log_message(self, *_):
-        pass
+        """Print nothing: the crawl has its own progress bar."""
 
     def do_GET(self):
         status, mime, text = self.server.site.page(self.path.partition("?")[0])

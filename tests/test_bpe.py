@@ -9,6 +9,8 @@ import gzip
 import json
 import os
 import random
+import subprocess
+import sys
 import time
 import unicodedata
 from collections import Counter
@@ -539,6 +541,22 @@ def test_compare_prints_bytes_per_token(capsys):
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert rows["Russian"][0] == f"{len(text.encode()) / len(tok.encode(text)):.2f}"
     assert len(rows) == len(bpe.SAMPLES) + 1
+
+
+def test_names_of_special_tokens_are_found_in_a_text_of_a_million_spaces(tokenizer):
+    text = "<|endoftext|>" + " " * 1_000_000 + "a<|endoftext|>"
+    ids = tokenizer.encode(text, allowed_special="all")
+    assert ids[0] == ids[-1] == tokenizer.eot and tokenizer.decode(ids) == text
+    assert tokenizer.eot not in tokenizer.encode(text, disallowed_special=())
+
+
+def test_show_takes_flags_before_its_text_and_prints_on_a_terminal_of_ascii(tmp_path):
+    Tokenizer.train(["\u00ef"] * 9, 257 + len(SPECIAL_TOKENS)).save(tmp_path)
+    command = [sys.executable, bpe.__file__, "show", "--special", "na\u00efve<|endoftext|>",
+               "--tokenizer", tmp_path]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "\\xef" in done.stdout, done.stderr
 
 
 def test_the_examples_of_the_docstrings_run():

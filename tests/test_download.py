@@ -306,8 +306,8 @@ def test_a_data_set_that_is_only_for_evaluation_is_refused(server, tmp_path):
         dl.find_files("a/b", 9, tmp_path, server.url)
 
 @pytest.mark.parametrize("content", [
-    b"<html>", b"", b"[]", b"null", b'{"sha": 1}', b'{"sha": "main"}', gzip.compress(b"<html>\n"),
-    gzip.compress(b"x/0.warc.gz\n")[:-9], b"\x1f\x8b\x08" + bytes(99), b"[" * 100_000])
+    b"<html>", b"", b"[]", b"null", b'{"sha": 1}', b'{"sha": "main"}',
+    gzip.compress(b"<html>\n", mtime=0), gzip.compress(b"x/0.warc.gz\n", mtime=0)[:-9], b"\x1f\x8b\x08" + bytes(99), b"[" * 100_000])
 def test_a_mirror_that_answers_something_else_ends_in_one_line(server, tmp_path, content):
     server.files["/api/datasets/a/b/revision/main"] = content
     server.files["/crawl-data/CC-MAIN-2024-10/warc.paths.gz"] = content

@@ -8,6 +8,7 @@ files against train_gpt2.py and float64 PyTorch, ranks against one rank, mutants
 Bounds are two to four times what was measured; fp32 differs from Python in the order of sums, bf16
 has 8 bits.
 """
+import fcntl
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ from safetensors.numpy import load_file
 import eval as eval_module
 import train_gpt2
 from bpe import Tokenizer
-from conftest import DOCUMENTS, ROOT, noisy, run_main
+from conftest import DOCUMENTS, ROOT, noisy, run_main, write_shard
 from cuda_emulator.rewrite import build as build_emulation
 from model import GPTConfig, file_tensors, load_checkpoint, save_checkpoint
 from sample import Engine
@@ -379,6 +380,224 @@ def test_a_resumed_run_keeps_its_settings(bf16, init, cuda_data, tmp_path):
         assert found in error and error.count("\n") == 1
 
 
+# ---- saving: kills, a full disk, two processes, damaged files
+
+@pytest.fixture(scope="session")
+def killed_binary(tmp_path_factory):
+    """A trainer that dies just before its file number KILL_AT, counted from 0, gets its name."""
+    start = "static void finish(FILE* file, const char* path) {\n"
+    assert SOURCE.count(start) == 1
+    injected = start + """
+        static int n_files = 0;
+        if (n_files++ == environment("KILL_AT", -1)) { raise(SIGKILL); }
+    """
+    return build(tmp_path_factory.mktemp("killed"), source=SOURCE.replace(start, injected))
+
+
+@pytest.fixture(scope="session")
+def finished(bf16, init, cuda_data, tmp_path_factory):
+    """A run of two steps; tests copy it and damage the copy."""
+    run = tmp_path_factory.mktemp("finished")
+    train(bf16, cuda_data, run, "--init_from", init, *SHORT, *FLAGS)
+    return run
+
+
+def assert_refused(binary, data, out, *flags, found):
+    error = train(binary, data, out, *SHORT, *FLAGS, *flags, code=1)
+    assert found in error and error.count("\n") == 1 and error.count(";") == 1, error
+
+
+@emulated
+@pytest.mark.parametrize("kill_at", range(9))
+def test_a_run_that_is_killed_in_a_save_ends_with_the_same_model(kill_at, killed_binary, finished,
+                                                                init, cuda_data, tmp_path):
+    """The log, and for each of two steps a shard, the model, config.json and state.json."""
+    flags = ["--init_from", init, *SHORT, *FLAGS, "--save_every", 1]
+    train(killed_binary, cuda_data, tmp_path, *flags, code=-9, KILL_AT=str(kill_at))
+    train(killed_binary, cuda_data, tmp_path, *flags, "--resume")
+    assert same_bits(tmp_path, finished)
+    for name in ("config.json", "state/step_000002/rank_00000.safetensors"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+    assert not list(tmp_path.glob("**/*.part"))
+
+
+@pytest.mark.parametrize("damage", ["no model", "half a model", "no config", "older config"])
+def test_a_resume_at_the_last_step_repairs_the_checkpoint(damage, bf16, finished, init, cuda_data,
+                                                          tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    model, config = run / "model.safetensors", run / "config.json"
+    if damage == "half a model":
+        model.write_bytes(model.read_bytes()[:5000])
+    elif damage == "older config":
+        config.write_text(config.read_text().replace('"step": 2', '"step": 1'))
+    else:
+        (model if damage == "no model" else config).unlink()
+    train(bf16, cuda_data, run, "--init_from", init, *SHORT, *FLAGS, "--resume")
+    assert same_bits(run, finished)
+    meta = load_checkpoint(run)[1]
+    assert (meta["stage"], meta["step"]) == ("pretrain", 2)
+
+
+def test_nothing_that_is_not_finite_is_saved_or_loaded(bf16, finished, init, cuda_data, tmp_path):
+    """A learning rate of 1e38 times dN's larger rates is beyond fp32."""
+    flags = [*TINY, "--model", "d1", "--lr", 1e38, "--max_steps", 2, "--total_batch_size", 64]
+    error = train(bf16, cuda_data, tmp_path / "run", *flags, "--save_every", 1, code=1)
+    assert "step 1: " in error and "not finite, so nothing is saved; try a lower --lr" in error
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "log.jsonl"}
+    error = train(bf16, cuda_data, tmp_path / "other", *flags, "--eval_every", 1, code=1)
+    assert "step 1: val_loss" in error and "must be finite" in error
+    broken = shutil.copytree(init, tmp_path / "init")
+    weights = bytearray((broken / "model.safetensors").read_bytes())
+    weights[-4:] = np.float32(np.nan).tobytes()
+    (broken / "model.safetensors").write_bytes(weights)
+    assert_refused(bf16, cuda_data, tmp_path / "new", "--init_from", broken, found="not finite")
+
+
+def test_the_newest_state_is_that_of_the_most_steps_and_the_only_one_kept(tmp_path):
+    source = SOURCE.replace("int main(", "int trainer_main(") + """
+        int main(int, char** words) {
+            char folder[4096];
+            arguments.out = words[1];
+            printf("%lld", (long long)newest_state());
+            state_folder(folder, atoll(words[2]));
+            delete_other_states(folder);
+        }"""
+    program, run = build(tmp_path / "build", "-O0", source=source), tmp_path / "run [1]*"
+    for name in ("step_100000", "step_999999", "step_1000000", "step_2000000.part", "step_x"):
+        (run / "state" / name).mkdir(parents=True)
+        (run / "state" / name / "state.json").touch()
+    for kept, newest in ((1_000_000, b"1000000"), (100_000, b"1000000")):
+        (run / "state" / "step_100000").mkdir(exist_ok=True)
+        assert subprocess.run([program, run, str(kept)], capture_output=True).stdout == newest
+        assert [path.name for path in (run / "state").iterdir()] == [f"step_{kept}"]
+
+
+@emulated
+def test_a_run_trains_in_one_process_at_a_time(bf16, finished, init, cuda_data, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    with open(run / "lock", "r+") as file:      # as training.py locks it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flags = ["--init_from", init, "--resume"]
+        assert_refused(bf16, cuda_data, run, *flags, found="another process is training in")
+    train(bf16, cuda_data, run, *SHORT, *FLAGS, *flags)
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_model_without_a_state_is_not_overwritten(resume, bf16, init, cuda_data, tmp_path):
+    run = shutil.copytree(init, tmp_path / "run")
+    assert_refused(bf16, cuda_data, run, "--init_from", run, *resume,
+                   found="holds a model but no saved state")
+    assert same_bits(run, init)
+    (run / "config.json").unlink()
+    assert_refused(bf16, cuda_data, run, "--init_from", init, *resume, found="another --out")
+
+
+FULL = ["model.safetensors", "config.json", "state/step_000002/state.json",
+        "state/step_000002/rank_00000.safetensors"]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(name, bf16, init, cuda_data,
+                                                             tmp_path):
+    part = tmp_path / f"{name}.part"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.symlink_to("/dev/full")
+    found = f"{name} cannot be written: No space left"
+    assert_refused(bf16, cuda_data, tmp_path, "--init_from", init, found=found)
+    assert not (tmp_path / name).exists() and not part.is_symlink()
+    train(bf16, cuda_data, tmp_path, "--init_from", init, *SHORT, *FLAGS, "--resume")
+
+
+@pytest.mark.parametrize("blocks, name", [(1, "log.jsonl"), (100, "rank_00000.safetensors")])
+def test_a_limit_of_file_sizes_and_an_out_that_is_a_file_end_in_one_line(blocks, name, bf16, init,
+                                                                        cuda_data, tmp_path):
+    limited = tmp_path / "limited"
+    limited.write_text(f"#!/bin/sh\nulimit -f {blocks}\nexec '{bf16}' \"$@\"\n")
+    limited.chmod(0o755)
+    found = f"{name} cannot be written: File too large"
+    assert_refused(limited, cuda_data, tmp_path / "run", "--init_from", init, found=found)
+    assert_refused(bf16, cuda_data, limited, "--init_from", init, found="choose another --out")
+
+
+def damaged(path, old, new):
+    """Replaces a piece of a file by another, or writes `new` if `old` is ""."""
+    text = path.read_bytes()
+    assert old in text
+    path.write_bytes(text.replace(old, new, 1) if old else new)
+
+
+@pytest.mark.parametrize("old, new, found", [
+    (b"", b"", "not one whole JSON object"), (b"", b"[" * 200_000, "not one whole JSON object"),
+    (b"", b'{"a":' * 200_000 + b"}" * 200_000, "a saved state of format 0"),
+    (b'"norms"', b"\0", "not one whole JSON object"), (b"}\n", b"", "not one whole JSON object"),
+    (b'"step": 2', b'"step": 3', "step must be an integer from 2 to 2, got 3"),
+    (b'"position": 4', b'"position": 1e12', "position must be an integer"),
+    (b'"world_size": 1', b'"world_size": 0', "world_size must be"),
+    (b'"world_size": 1', b'"world_size": 2', "masters is cut short"),
+    (b'"optimizer_steps": 2', b'"optimizer_steps": -1', "optimizer_steps must be"),
+    (b'"losses": [', b'"losses": [x', "losses must be a list"),
+    (b'"losses": [', b'"losses": [' + b"1, " * 200, "losses must be a list"),
+    (b'"norms": [', b'"norms": [nan, ', "norms must be a list"),
+    (b'"norms"', b'"n"', "norms must be a list")])
+def test_a_damaged_state_json_is_one_line(old, new, found, bf16, finished, init, cuda_data,
+                                         tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    damaged(run / "state" / "step_000002" / "state.json", old, new)
+    assert_refused(bf16, cuda_data, run, "--init_from", init, "--resume", found=found)
+
+
+@pytest.mark.parametrize("old, new", [
+    (b"", b""), (b"", b"\xff" * 16), (b"", b"\x20" + 7 * b"\0" + b"{" * 32), (b"F32", b"I64"),
+    (b'"dtype"', b'"dtypo"'), (b"data_offsets", b"data_offsots"), (b"[0,", b"[9,"),
+    (b"[0,", b"[-9,"), (b'"masters"', b'"monsters"'), (b'"v"', b'"w"')])
+def test_a_damaged_rank_file_is_one_line(old, new, bf16, finished, init, cuda_data, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    path = run / "state" / "step_000002" / "rank_00000.safetensors"
+    damaged(path, old, new)
+    assert_refused(bf16, cuda_data, run, "--init_from", init, "--resume", found=str(path))
+    path.unlink()
+    os.mkfifo(path)
+    assert_refused(bf16, cuda_data, run, "--init_from", init, "--resume", found=str(path))
+
+
+@pytest.mark.parametrize("old, new", [
+    (b"", b"[]"), (b"", b"{" * 100_000), (b"}\n}", b""), (b'"n_head": 2', b'"n_head": 0'),
+    (b'"n_head": 2', b'"n_head": "2"'), (b'"n_head": 2', b'"n_head": null'),
+    (b'"n_layer": 1', b'"n_layer": 1000000'), (b'"n_layer": 1', b'"n_layer": -1'),
+    (b'"n_embd": 128', b'"n_embd": 128.5'), (b'"n_positions"', b'"n_"'),
+    (b'"vocab_size": 400', b'"vocab_size": 99999999999999999999')])
+def test_a_damaged_config_json_is_one_line(old, new, bf16, init, cuda_data, tmp_path):
+    broken = shutil.copytree(init, tmp_path / "init")
+    damaged(broken / "config.json", old, new)
+    run = tmp_path / "run"
+    assert_refused(bf16, cuda_data, run, "--init_from", broken, found=str(broken))
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("index.json", b"400", b"-1"), ("index.json", b"}", b""), ("token_bytes.npy", b"\1\0\0\0", b""),
+    ("demo_train_001.bin", b"", None), ("hellaswag.bin", b"\x0f\0\0\0", b"\xff" * 4)])
+def test_damaged_data_are_one_line(name, old, new, bf16, init, cuda_data, core_dir, tmp_path):
+    folder = shutil.copytree(cuda_data, tmp_path / "data")
+    shutil.copy(core_dir / "hellaswag.bin", folder)
+    if new is None:
+        write_shard(folder / name, [400] * 5000)        # the vocabulary ends with 399
+    else:
+        damaged(folder / name, old, new)
+    flags = ["--core_dir", folder] if name == "hellaswag.bin" else []
+    assert_refused(bf16, folder, tmp_path / "run", "--init_from", init, *flags, found=name)
+
+
+def test_damaged_lines_of_a_log_are_left_out(bf16, init, cuda_data, tmp_path):
+    flags = ["--init_from", init, *SHORT, *FLAGS]
+    train(bf16, cuda_data, tmp_path, *flags)
+    log = tmp_path / "log.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(b'{"step": 1, \0\n\n{"step": 1\n' + whole + b'{"step": 2, "lo')
+    train(bf16, cuda_data, tmp_path, *flags, "--resume")
+    assert log.read_bytes() == whole
+
+
 # ---- the log
 
 DN_KERNELS = "rmsnorm|add$|rotary|gate|relu2|momentum|line_|norm|muon"
@@ -505,7 +724,20 @@ def test_a_new_models_loss_is_that_of_a_guess_and_python_reads_it(bf16, cuda_dat
     (["--fp8", 1], "--fp8 is a flag of train_gpt2.py"),
     (["--layers", 3], "--layers is not a flag"),
     (["--lr", "high"], "--lr must be a number, got high"),
-    (["--eval_every", 0], "must be at least 1, got 0")])
+    (["--lr", 0], "--lr must be at least 1e-38, got 0"), (["--lr", -1], "must be at least"),
+    (["--lr", "nan"], "at least 1e-38, got nan"), (["--lr", "inf"], "at most 1e+38, got inf"),
+    *((["--" + name, value], f"--{name} must be at least 1, got {value}") for value in (0, -1) for
+      name in ("batch_size", "seq_len", "total_batch_size", "eval_every", "save_every")),
+    (["--max_steps", -1], "must be at least 0"), (["--seed", -1], "must be at least 0"),
+    (["--batch_size", "9" * 30], "must be at most"), (["--batch_size", "1e3"], "must be a number"),
+    (["--recompute", 3], "must be at most 2"), (["--deterministic", 2], "must be at most 1"),
+    (["--gpu_hour_usd", -2], "must be at least 0, got -2"),
+    (["--core_dir", "--resume"], "--core_dir has no value"),
+    (["--model", "d3x"], "d1, d2"), (["--model", "d99999999999999999999"], "d1, d2"),
+    (["--model", "gpt2", "--config", "n_head=0"], "n_head must be an integer from 1 to"),
+    (["--model", "gpt2", "--config", "n_layer=2x"], "got 2x; try --config n_layer=12"),
+    (["--model", "d1", "--config", "windows=XQ"], "windows must be"),
+    (["--model", "d1", "--config", "windows="], "windows must be")])
 def test_a_mistake_ends_in_one_line_that_names_the_remedy(bf16, init, cuda_data, tmp_path, flags,
                                                           found):
     start = [] if "--model" in flags else ["--init_from", init]

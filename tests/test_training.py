@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chat_sft
 import model as model_module
@@ -345,6 +346,21 @@ def test_a_resume_of_a_finished_run_writes_its_checkpoint_again(trainer, base_ru
     assert "is written again" in capsys.readouterr().out
     run_main(trainer, *flags, "--resume")
     assert "is written again" not in capsys.readouterr().out
+
+
+def test_transformers_opens_a_runs_tokenizer_and_model(tokenizer, tmp_path):
+    config = replace(GPT2, vocab_size=tokenizer.n_vocab)
+    model = noisy(config)
+    save_run(tmp_path, Ranks(), make_optimizer(model), model, tokenizer, "pretrain", step=1,
+             settings={})
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "A naïve  mean:\n\tx = 12.5 <|endoftext|>"
+    assert theirs.encode(text) == tokenizer.encode(text, allowed_special="all")
+    assert theirs.decode(theirs.encode(text)) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.eot, tokenizer.eot)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.bos_token_id == loaded.config.eos_token_id == tokenizer.eot
+    torch.testing.assert_close(loaded(TEXT).logits, model(TEXT), rtol=0, atol=1e-4)
 
 
 def break_weights(model, optimizer):
