@@ -203,10 +203,7 @@ class Row:
     max_tokens: int         # how many it may write, which depends on its own prompt alone
     ids: list = field(default_factory=list)
     forced: deque = field(default_factory=deque)    # what is left of a tool's output
-    stopped: bool = False   # it wrote a stop token
-
-    def is_done(self):
-        return self.stopped or len(self.ids) >= self.max_tokens
+    is_done: bool = False   # it wrote a stop token, or max_tokens
 
     def cached_tokens(self):
         """Tokens in the cache before its next step: all but the one that was just written."""
@@ -243,15 +240,15 @@ class Engine:
         room = cache.k.shape[3]     # tokens per row
         while True:
             logits = logits[:, :self.n_vocab]   # a checkpoint may have more ids than its tokenizer
-            if not logits.isfinite().all():
+            if not logits.sum().isfinite():     # a single NaN shows in the sum
                 raise ValueError("the model's logits are not finite; its weights are damaged")
             drawn = draw(next_token_probs(logits, **sampling), generator).tolist()
             emitted = []
             for row, token in zip(rows, drawn):
-                if not row.is_done():
+                if not row.is_done:
                     emitted.append(self.write(row, token, stop))
             yield emitted
-            alive = [i for i, row in enumerate(rows) if not row.is_done()]
+            alive = [i for i, row in enumerate(rows) if not row.is_done]
             if not alive:
                 return
             # a finished row costs as much as another: drop them in bulk, or when the cache is full
@@ -302,8 +299,8 @@ class Engine:
         row.ids.append(token)
         if sampled and token in self.tools:
             row.forced.extend(self.tool_output(row.ids, token))
-        if sampled and token in stop:
-            row.stopped = True
+        if sampled and token in stop or len(row.ids) == row.max_tokens:
+            row.is_done = True
         return row.number, token, sampled
 
     def tool_output(self, ids, closing):

@@ -647,7 +647,7 @@ def test_checks_of_the_loop_notice_a_mutant(owner, name, old, new, check, engine
 
 @pytest.mark.parametrize("old, new", [
     ("sampled = not row.forced", "sampled = True"),
-    ("if sampled and token in stop", "if token in stop"),
+    ("if sampled and token in stop or", "if token in stop or"),
     ("if sampled and token in self.tools", "if token in self.tools and len(row.ids) > 9")],
     ids=lambda value: value)
 def test_check_of_the_tool_notices_a_mutant(old, new, tokenizer, monkeypatch):
