@@ -264,7 +264,8 @@ class Tokenizer:
         those that are not allowed). Other names are plain text."""
         found = {name for name in self.special if name in text}
         allowed = found if allowed_special == "all" else found & set(allowed_special)
-        refused = found - allowed if disallowed_special == "all" else found & set(disallowed_special)
+        disallowed = found - allowed if disallowed_special == "all" else set(disallowed_special)
+        refused = found & disallowed
         if refused:
             raise ValueError(f"the text holds {min(refused)}, the name of a special token, which "
                              "is not allowed here")
