@@ -70,9 +70,6 @@ class Shards:
     def __init__(self, data, split, vocab_size=None):
         self.vocab_size = vocab_size
         self.files = shard_files(data, split)
-        if not self.files:
-            raise SystemExit(f"{data} holds no shards of the {split} split, *_{split}_000000.bin; "
-                             f"make them with python shards.py --data {data} --tokenizer DIR")
         self.maps = [self.open(path) for path in self.files]
         self.ends = np.cumsum([len(tokens) for tokens in self.maps])
         self.n_tokens = int(self.ends[-1])
@@ -190,12 +187,18 @@ def read_index(data):
 
 def shard_files(data, split):
     """The files of a split: those that index.json lists for it. Without an index they are those
-    whose name ends in _{split}_DIGITS.bin, or in _{split}.bin, as in llm.c's small data sets."""
+    whose name ends in _{split}_DIGITS.bin, or in _{split}.bin, as in llm.c's small data sets.
+    Raises SystemExit if there is none."""
     listed = read_index(data).get("shards")
-    if listed:
-        return [shard["path"] for shard in listed if shard["split"] == split]
     name = re.compile(rf"(.+_)?{split}(_[0-9]+)?\.bin")
-    return sorted(path for path in Path(data).glob("*.bin") if name.fullmatch(path.name))
+    if listed:
+        files = [shard["path"] for shard in listed if shard["split"] == split]
+    else:
+        files = sorted(path for path in Path(data).glob("*.bin") if name.fullmatch(path.name))
+    if not files:
+        raise SystemExit(f"{data} holds no shards of the {split} split, *_{split}_000000.bin; "
+                         f"make them with python shards.py --data {data} --tokenizer DIR")
+    return files
 
 def data_tokenizer(data):
     """The tokenizer beside the shards. llm.c's shards have none, and their tokens are GPT-2's.
@@ -204,12 +207,13 @@ def data_tokenizer(data):
     if folder.exists():
         tokenizer = Tokenizer.load(folder)
     else:
+        shard_files(data, "train")      # a missing folder is named before a vocabulary is fetched
         tokenizer = Tokenizer.pretrained("gpt2")
     made_by = read_index(data).get("tokenizer") or {}
     if made_by.get("sha256", tokenizer.sha256) != tokenizer.sha256:
         raise SystemExit(f"{data}/index.json: tokenizer {made_by['sha256'][:8]} made the shards, "
-                         f"but {folder} is {tokenizer.sha256[:8]}; run python shards.py --data "
-                         f"{data} --tokenizer {folder}")
+                         f"but {folder} is {tokenizer.sha256[:8]}; bring that one back, or remove "
+                         "index.json and repeat prepare_fineweb.py and shards.py")
     return tokenizer
 
 def check_shards(data):

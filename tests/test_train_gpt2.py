@@ -220,7 +220,7 @@ def test_shards_that_another_tokenizer_made_or_that_were_changed_are_refused(tok
     with pytest.raises(SystemExit, match="x_train_0.bin is not the file that index.json describes;"):
         run_main(train_gpt2, *flags(data, tmp_path / "other"))
     Tokenizer.train(["another text"] * 9, 300).save(data / "tokenizer")
-    with pytest.raises(SystemExit, match="made the shards, but .*; run python shards.py"):
+    with pytest.raises(SystemExit, match="made the shards, but .*; bring that one back"):
         run_main(train_gpt2, *flags(data, tmp_path / "other"))
 
 
