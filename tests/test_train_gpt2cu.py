@@ -421,13 +421,16 @@ def test_a_run_that_is_killed_in_a_save_ends_with_the_same_model(kill_at, killed
     assert not list(tmp_path.glob("**/*.part"))
 
 
-@pytest.mark.parametrize("damage", ["no model", "half a model", "no config", "older config"])
+@pytest.mark.parametrize("damage", ["no model", "half a model", "no config", "half a config",
+                                    "older config"])
 def test_a_resume_at_the_last_step_repairs_the_checkpoint(damage, bf16, finished, init, cuda_data,
                                                           tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     model, config = run / "model.safetensors", run / "config.json"
     if damage == "half a model":
         model.write_bytes(model.read_bytes()[:5000])
+    elif damage == "half a config":
+        config.write_text(config.read_text()[:-4])
     elif damage == "older config":
         config.write_text(config.read_text().replace('"step": 2', '"step": 1'))
     else:
