@@ -4499,8 +4499,8 @@ static void make_folders(const char* path) {
     mkdir(part, 0777);
 }
 
-// Calls visit(path) for everything in a folder. No pattern is needed, in which a * or [ of --out
-// would have a meaning.
+// Calls visit(path) for everything in a folder. In a pattern for glob, a * or [ in the name of the
+// run's folder would have a meaning of its own.
 template <class Visit> static void for_each_file(const char* folder, Visit visit) {
     DIR* entries = opendir(folder);
     if (entries == NULL) { return; }

@@ -716,6 +716,14 @@ def test_a_new_models_loss_is_that_of_a_guess_and_python_reads_it(bf16, cuda_dat
     assert 0.018 < model.wte.weight[:tokenizer.n_vocab].std() < 0.022
 
 
+def test_no_steps_are_not_the_default_but_save_the_first_model(bf16, init, cuda_data, tmp_path):
+    rows = train(bf16, cuda_data, tmp_path, "--init_from", init, "--max_steps", 0, *FLAGS)
+    assert len(rows) == 1 and "val_loss" in rows[0]
+    expected = load_file(init / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        assert (tensor == expected[name]).all(), name
+
+
 @pytest.mark.parametrize("flags, found", [
     (["--total_batch_size", 100], "try --total_batch_size 160"),
     (["--model", "d12", "--init_from", ""], "config.json"),
