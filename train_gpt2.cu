@@ -4562,8 +4562,8 @@ static void make_folders(const char* path) {
     mkdir(part, 0777);
 }
 
-// Calls visit(path) for everything in a folder. No pattern is needed, in which a * or [ of --out
-// would have a meaning.
+// Calls visit(path) for everything in a folder. In a pattern for glob, a * or [ in the name of the
+// run's folder would have a meaning of its own.
 template <class Visit> static void for_each_file(const char* folder, Visit visit) {
     DIR* entries = opendir(folder);
     if (entries == NULL) { return; }
@@ -4887,10 +4887,12 @@ static void save_run(Model* model, Ranks* ranks, const State* state, int64_t n_t
 // Writes the checkpoint of a finished run again if it was deleted or is of another step.
 static void repair_checkpoint(Log* log, Model* model, Ranks* ranks, int64_t step) {
     struct stat weights = {};
-    char* config = read_file(joined(arguments.out, "config.json"));
+    size_t bytes = 0;
+    char* config = read_file(joined(arguments.out, "config.json"), &bytes);
     bool has_weights = stat(joined(arguments.out, "model.safetensors"), &weights) == 0 &&
                        weights.st_size > 4 * model->table.file_size;
-    bool has_config = config != NULL && json_number(config, "step", -1) == step &&
+    bool has_config = config != NULL && is_object(config, bytes) &&
+                      json_number(config, "step", -1) == step &&
                       json_is(config, "stage", "\"pretrain\"");
     free(config);
     double n_found = has_weights && has_config ? 1 : 0;

@@ -421,13 +421,16 @@ def test_a_run_that_is_killed_in_a_save_ends_with_the_same_model(kill_at, killed
     assert not list(tmp_path.glob("**/*.part"))
 
 
-@pytest.mark.parametrize("damage", ["no model", "half a model", "no config", "older config"])
+@pytest.mark.parametrize("damage", ["no model", "half a model", "no config", "half a config",
+                                    "older config"])
 def test_a_resume_at_the_last_step_repairs_the_checkpoint(damage, bf16, finished, init, cuda_data,
                                                           tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     model, config = run / "model.safetensors", run / "config.json"
     if damage == "half a model":
         model.write_bytes(model.read_bytes()[:5000])
+    elif damage == "half a config":
+        config.write_text(config.read_text()[:-4])
     elif damage == "older config":
         config.write_text(config.read_text().replace('"step": 2', '"step": 1'))
     else:
@@ -711,6 +714,14 @@ def test_a_new_models_loss_is_that_of_a_guess_and_python_reads_it(bf16, cuda_dat
     assert abs(column(rows, "val_loss")[0] - np.log(tokenizer.n_vocab)) < 0.1
     assert meta["stage"] == "pretrain" and meta["step"] == 1
     assert 0.018 < model.wte.weight[:tokenizer.n_vocab].std() < 0.022
+
+
+def test_no_steps_are_not_the_default_but_save_the_first_model(bf16, init, cuda_data, tmp_path):
+    rows = train(bf16, cuda_data, tmp_path, "--init_from", init, "--max_steps", 0, *FLAGS)
+    assert len(rows) == 1 and "val_loss" in rows[0]
+    expected = load_file(init / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        assert (tensor == expected[name]).all(), name
 
 
 @pytest.mark.parametrize("flags, found", [
