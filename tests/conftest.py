@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import pydoc
 import random
-import shutil
 import signal
 import socket
 import statistics

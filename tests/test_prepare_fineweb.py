@@ -23,7 +23,6 @@ import download  # noqa: E402
 import filters  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
 import report  # noqa: E402
-import shards  # noqa: E402
 import warc  # noqa: E402
 from bpe import Tokenizer  # noqa: E402
 from conftest import mutate, run_main  # noqa: E402

@@ -14,18 +14,19 @@ STAGES = sorted(ROOT.glob("*.py"))
 SCRIPTS = [*STAGES, *sorted(ROOT.glob("demo/*.py"))]
 NAMES = {path.stem for path in STAGES}
 MODULES = {"torch", "numpy", "tiktoken", "requests", "safetensors", "tqdm", "protego", "w3lib",
-           "webencodings", "regex", "urllib3"}      # requirements.txt; tiktoken and requests bring the last two
+           "webencodings",          # requirements.txt
+           "regex", "urllib3"}      # tiktoken and requests bring them
 ALLOWED = {                         # which of the project's files each may import
     "bpe": set(), "model": set(), "download": set(), "corpus": set(), "python_tool": set(),
     "warc": set(), "filters": set(), "crawl": {"download", "warc"},
     "shards": {"bpe", "corpus", "download"},
     "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
-    "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model", "python_tool"},
+    "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
     "eval": {"model", "problems", "sample", "training"},
     "report": {"problems", "training"},
     "train_gpt2": {"bpe", "model", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
-    "python_tool": set(), "web": set(), "conversations": set()}
+    "web": set(), "conversations": set()}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
     "bpe": {"corpus"}, "sample": {"download"}, "train_gpt2": {"eval"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}

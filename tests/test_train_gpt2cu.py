@@ -25,7 +25,6 @@ from safetensors.numpy import load_file
 
 import eval as eval_module
 import train_gpt2
-from bpe import Tokenizer
 from conftest import DOCUMENTS, ROOT, noisy, run_main, write_shard
 from cuda_emulator.rewrite import build as build_emulation
 from model import GPTConfig, file_tensors, load_checkpoint, save_checkpoint
