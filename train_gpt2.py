@@ -543,8 +543,17 @@ class Progress:
     norms: list = field(default_factory=list)
 
     @classmethod
-    def of(cls, state):
-        """state: what load_state returned."""
+    def of(cls, state, rows_a_step, run):
+        """state: what load_state returned. Raises SystemExit if its values do not fit together."""
+        try:
+            numbers = [state["usd"], *state["losses"], *state["norms"]]
+            fits = state["position"] == state["step"] * rows_a_step
+            fits = fits and all(isinstance(number, (int, float)) for number in numbers)
+        except (KeyError, TypeError):
+            fits = False
+        if not fits:
+            raise SystemExit(f"{run}/state holds a damaged state.json; remove its folder, or choose "
+                             "another --out")
         return cls(**{name: state[name] for name in cls.__dataclass_fields__})
 
     def add_step(self, loss, norm, rows):
@@ -655,7 +664,7 @@ def main():
     progress = Progress()
     resume_step = None
     if state:
-        progress = Progress.of(state)
+        progress = Progress.of(state, args.total_batch_size // T, run)
         resume_step = progress.step
     log = RunLog(run, args.max_steps, ranks, resume_step=resume_step)
     if progress.step >= args.max_steps:

@@ -653,4 +653,6 @@ def finish(log, run, stage, step, stopped):
     if stopped:
         log.say(f"stopped and saved at step {step}; continue with the same command and --resume")
         raise SystemExit(130)
+    if not (Path(run) / "log.jsonl").exists() and log.is_main:
+        raise SystemExit(f"{run} was removed while it was trained; its log is lost; train again")
     log.say(f"{run}: stage {stage}, step {step}, {log.seconds():.0f} s")

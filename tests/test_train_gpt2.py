@@ -28,7 +28,7 @@ from model import GPT, GPTConfig, load_checkpoint
 from test_model import RECIPE, text_only
 from train_gpt2 import (Loader, Shards, compressors_bpb, evaluate, is_spike, memory_bytes,
                         plan_batch, schedule, shuffled_rows)
-from training import Optimizer, Ranks, read_log
+from training import Optimizer, Ranks, RunLog, finish, read_log
 
 HERE = dict(cwd=ROOT, capture_output=True, text=True)
 PRESETS = dict(adamw=["--model", "gpt2"], muon=["--model", "d4"])
@@ -726,6 +726,23 @@ def test_hellaswag_and_core_are_logged_beside_val_loss(data, tmp_path, monkeypat
     run_ranks(train_gpt2, *flags(data, two), "--core_dir", tmp_path / "bundle")
     for key in ("hellaswag", "core"):
         assert set(logged(one, key)) == {0, 6, 12} and logged(one, key) == logged(two, key)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(position=10 ** 12), dict(position=None), dict(usd="a"), dict(losses=None),
+    dict(losses=["a"]), dict(norms=3)], ids=str)
+def test_a_state_whose_values_do_not_fit_is_one_line(changes):
+    state = dict(step=3, position=24, usd=0.5, losses=[1.0], norms=[2.0])
+    assert train_gpt2.Progress.of(state, 8, "runs/x").position == 24
+    with pytest.raises(SystemExit, match="^runs/x/state holds a damaged state.json; remove"):
+        train_gpt2.Progress.of(state | changes, 8, "runs/x")
+
+
+def test_a_run_whose_folder_was_removed_does_not_end_well(tmp_path):
+    log = RunLog(tmp_path / "run", 1)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(SystemExit, match="was removed while it was trained"):
+        finish(log, tmp_path / "run", "pretrain", 1, stopped=False)
 
 
 # ---- mutants
