@@ -552,8 +552,8 @@ class Progress:
         except (KeyError, TypeError):
             fits = False
         if not fits:
-            raise SystemExit(f"{run}/state holds a damaged state.json; remove its folder, or choose "
-                             "another --out")
+            raise SystemExit(f"{run}/state holds a damaged state.json; remove its folder, or "
+                             "choose another --out")
         return cls(**{name: state[name] for name in cls.__dataclass_fields__})
 
     def add_step(self, loss, norm, rows):
