@@ -418,7 +418,18 @@ def check_run(run, others):
     for name in ("config.json", "model*.safetensors"):
         if not list(run.glob(name)):
             raise SystemExit(f"{run} holds no model, because it has no {name}; {advice}")
+    for path in run.glob("model*.safetensors"):
+        if path.is_file() and header_bytes(path) > MAX_HEADER_BYTES:
+            raise SystemExit(f"{path} is damaged: its header would have {header_bytes(path)} bytes; "
+                             "copy it again or train the model again")
     return run
+
+MAX_HEADER_BYTES = 16 << 20     # about 100 bytes a tensor; GPT-2 XL has 580 tensors
+
+def header_bytes(path):
+    """The length of a safetensors file's header, which its first 8 bytes say."""
+    with open(path, "rb") as file:
+        return int.from_bytes(file.read(8), "little")
 
 HF_TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -509,6 +510,13 @@ def test_a_mistyped_run_is_one_line_that_names_the_runs_there_are(tmp_path, base
         assert "\n" not in str(error.value)
     with pytest.raises(SystemExit, match="none is not a run's folder; train a model with"):
         run_main(sample, "--model", "none")
+
+
+def test_a_model_with_a_header_without_limit_is_refused_before_it_is_read(base_run, tmp_path):
+    run = shutil.copytree(base_run, tmp_path / "run")
+    (run / "model.safetensors").write_bytes((90 << 20).to_bytes(8, "little") + b"{" * 99)
+    with pytest.raises(SystemExit, match="is damaged: its header would have 94371840 bytes"):
+        find_run(str(run))
 
 
 def test_chat_refuses_a_base_model_unless_told(base_run, monkeypatch):
