@@ -420,8 +420,8 @@ def check_run(run, others):
             raise SystemExit(f"{run} holds no model, because it has no {name}; {advice}")
     for path in run.glob("model*.safetensors"):
         if path.is_file() and header_bytes(path) > MAX_HEADER_BYTES:
-            raise SystemExit(f"{path} is damaged: its header would have {header_bytes(path)} bytes; "
-                             "copy it again or train the model again")
+            raise SystemExit(f"{path} is damaged: its header would have {header_bytes(path)} "
+                             "bytes; copy it again or train the model again")
     return run
 
 MAX_HEADER_BYTES = 16 << 20     # about 100 bytes a tensor; GPT-2 XL has 580 tensors
