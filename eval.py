@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from model import load_checkpoint, write_json
 from problems import (STAGES, cannot_write, check_text, figures, is_correct, printable, quoted,
-                      read_json, read_lines, read_problems, reason)
+                      read_json, read_lines, read_problems, reason, write_whole)
 from sample import Engine, check_at_least, find_run, load_tokenizer
 from training import Ranks, init_ranks
 
@@ -561,12 +561,7 @@ def write_hellaswag():
     questions = core_questions(tokenizer, HELLASWAG, rows, len(rows))
     words = hellaswag_words(questions, len(rows), tokenizer.n_vocab)
     out = Path(args.core_dir, "hellaswag.bin")
-    part = Path(f"{out}.part")
-    try:
-        part.write_bytes(words.tobytes())
-        part.replace(out)
-    except OSError as error:
-        raise cannot_write(out, error) from None
+    write_whole(out, words.tobytes())
     print(f"{out}: {len(rows)} questions, {tokenizer.n_vocab} tokens")
 
 def main():

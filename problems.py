@@ -201,6 +201,16 @@ def read_json(path):
     except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f"{path} is damaged: {reason(error)}; make it again") from None
 
+def write_whole(path, data):
+    """Writes bytes under another name, then renames: the file is there whole or not at all."""
+    part = Path(f"{path}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
 def cannot_write(path, error):
     return SystemExit(f"{path} cannot be written: {reason(error)}; free space or make its folder "
                       "writable, and give the same command again")

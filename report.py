@@ -28,7 +28,7 @@ from pathlib import Path
 if __name__ == "__main__":      # Ctrl-C during the slow imports below ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from problems import STAGES, cannot_write, figures, printable, read_json, reason
+from problems import STAGES, figures, printable, read_json, reason, write_whole
 from training import read_log
 
 # ---- What runs left on disk ----------------------------------------------------------------------
@@ -372,7 +372,7 @@ def write_curves(runs, out, W=450, H=330):
            f"<rect width='{width}' height='{H}' rx='8' class='card'/>"]
     for i, (title, lines, levels) in enumerate(panels):
         svg.append(f"<g transform='translate({i * W} 0)'>{panel(title, lines, levels, W, H)}</g>")
-    write_whole(out, "\n".join([*svg, "</svg>\n"]))
+    write_page(out, "\n".join([*svg, "</svg>\n"]))
 
 GRAPHICS = """
 text, circle { fill: currentColor } .mid { text-anchor: middle } .end { text-anchor: end }
@@ -536,20 +536,14 @@ def write_report(runs, funnel, out):
         section("results", "All that eval.py measured", [results_table(runs)]),
         section("cost", "Time and cost of every stage", [cost_table(runs, funnel)]),
         section("runs", "Runs, and the commands that repeat them", [runs_table(runs)])]
-    write_whole(out, "<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n"
-                "<meta name=viewport content='width=device-width'>\n"
-                f"<title>{title}</title>\n<style>{STYLE}{GRAPHICS}</style>\n<h1>{title}</h1>\n"
-                + "\n".join(sections) + "\n</html>\n")
+    write_page(out, "<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n"
+               "<meta name=viewport content='width=device-width'>\n"
+               f"<title>{title}</title>\n<style>{STYLE}{GRAPHICS}</style>\n<h1>{title}</h1>\n"
+               + "\n".join(sections) + "\n</html>\n")
 
-def write_whole(out, text):
-    """Writes under another name, then renames: the file is there whole or not at all."""
-    part = Path(f"{out}.part")
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(out)
-    except OSError as error:
-        raise cannot_write(out, error) from None
+def write_page(out, text):
+    """Writes a page or a picture, and says where it is."""
+    write_whole(out, text.encode("utf-8"))
     print(f"{out}: {len(text) / 1e3:.0f} kB, open it in a browser")
 
 # ---- The filters' page: what each step did to some pages -----------------------------------------

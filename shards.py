@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from bpe import Tokenizer
 from corpus import print_funnel, read_documents, read_index, refuse_changes
-from download import is_val_shard, one_line_when_full, whole_file
+from download import file_sha256, is_val_shard, one_line_when_full, whole_file
 
 MAGIC = 20240520          # the first int32 of a shard
 DTYPES = {1: np.dtype("<u2"), 2: np.dtype("<u4")}  # version of a shard: type of its tokens
@@ -165,7 +165,7 @@ def tokenize(out, name, shard_tokens, row_tokens=0):
 def is_whole(out, shard):
     """True if the file of a shard is the one that the index describes."""
     path = out / shard["file"]
-    return path.exists() and sha256(path.read_bytes()) == shard["sha256"]
+    return path.exists() and file_sha256(path) == shard["sha256"]
 
 def add_to_funnel(index, seconds):
     """Put the step "tokenize" at the end of the funnel, in place of one from an earlier run."""

@@ -73,7 +73,6 @@ text are not compared with gzip and xz.
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
-#include <algorithm>
 #ifdef MULTI_GPU
 #include <nccl.h>
 #endif
