@@ -79,7 +79,21 @@ def paragraphs(lines, indents):
         if i == 0 or (hangs and indents[i] == min(indents)):
             groups.append([])
         groups[-1].append(line)
-    return [f"<p>{escape(' '.join(' '.join(group).split()))}</p>" for group in groups]
+    return [f"<p>{escape(without_markup(' '.join(' '.join(group).split())))}</p>"
+            for group in groups]
+
+MARKUP = [(re.compile(pattern), shown) for pattern, shown in (
+    (r":[a-z:]+:`~(?:[^`<>]*\.)?([^`<>]+)`", r"\1"),               # :func:`~json.dumps` → dumps
+    (r"(?::[a-z:]+:)?`([^`<]+?)\s*<[^`>]+>`_*", r"\1"),           # `the guide <url>`_ → the guide
+    (r"(?::[a-z:]+:)?(`{1,2})(?=\S)([^`]*[^`\s])\1_*", r"\2"),    # ``None`` → None
+    (r"(?<![\w*])(\*{1,2})([A-Za-z][^*]*)\1(?![\w*])", r"\2"),   # *name* → name
+    (r"::(?=\s|$)", ":"))]
+
+def without_markup(text):
+    """reStructuredText in a line → the text that a reader of the rendered page sees."""
+    for pattern, shown in MARKUP:
+        text = pattern.sub(shown, text)
+    return text
 
 def prose(docstring):
     """A docstring as HTML: <p> for a paragraph or for one argument, <pre> for code and tables."""

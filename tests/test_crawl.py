@@ -282,7 +282,17 @@ def test_a_documented_function_is_a_signature_line_and_a_paragraph_line():
     site = web.Site(["textwrap"])
     lines = crawl.plain_text(site.page("/textwrap.html")[2]).split("\n")
     at = lines.index("textwrap.dedent(text)")
-    assert lines[at + 1] == "Remove any common leading whitespace from every line in `text`."
+    assert lines[at + 1] == "Remove any common leading whitespace from every line in text."
+
+@pytest.mark.parametrize("line, shown", [
+    ("Return ``None`` or :func:`~json.dumps`, see `the guide <https://a.org>`_::",
+     "Return None or dumps, see the guide:"),
+    (":py:class:`a.B`, :mod:`c <d.e>` and :meth:`~close`", "a.B, c and close"),
+    ("*name* is **not** a * b * c", "name is not a * b * c"),
+    ("2**3 with *args and **kwargs, a[::2], C::D", "2**3 with *args and **kwargs, a[::2], C::D"),
+    ("an unpaired ` stays", "an unpaired ` stays")])
+def test_the_manual_shows_no_markup_of_rest(line, shown):
+    assert web.without_markup(line) == shown
 
 TEXT = "<p>This is a sentence that has more than twelve words in it, surely so.</p>"
 
