@@ -2,11 +2,13 @@
 # make test   run all tests, offline
 # make bench  measure speed against other projects on a CPU → bench/RESULTS.md (on a GPU: bench/gpu.sh)
 # make train_gpt2cu   compile the CUDA trainer; make check prints the compiler and libraries it would use
-# The demo's commands are in demo/run.py. After an interruption, make demo continues where it stopped.
+# The demo's commands are in demo/run.py. After an interruption, make demo continues.
+# SIZE=tiny: only to see that all works. CHAT=0: without the chat at the end.
 SIZE ?= small
 SEED ?= 1337
 DATA ?= data/demo-$(SIZE)
 RUN  ?= runs/demo-$(SIZE)
+CHAT ?= 1
 CONVERSATIONS ?= $(DATA)/chat
 PY   := .venv/bin/python
 
@@ -20,8 +22,8 @@ setup: .venv/ready
 	touch $@
 
 demo: setup
-	$(PY) demo/run.py --size $(SIZE) --seed $(SEED) --data "$(DATA)" --run "$(RUN)" \
-	    --conversations "$(CONVERSATIONS)"
+	$(PY) demo/run.py --size $(SIZE) --seed $(SEED) --data $(DATA) --run $(RUN) \
+	    --conversations $(CONVERSATIONS) --chat $(CHAT)
 
 test: setup
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-extra.txt
