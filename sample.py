@@ -476,89 +476,6 @@ def is_gpt2(vocabulary, tokenizer):
 
 # ---- The terminal --------------------------------------------------------------------------------
 
-def printable(text):
-    """A text that is safe to print: control characters, which could move the cursor or hide what
-    was written, are shown as \\x1b; lines and tabs stay."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]",
-                  lambda found: ascii(found[0])[1:-1], text)
-
-def show_token(tokenizer, i):
-    """A token on one line: 'text', or its bytes if it is not made of whole characters."""
-    data = tokenizer.decode_bytes([i])
-    try:
-        return repr(data.decode("utf-8"))       # which shows control characters as \x1b, too
-    except UnicodeDecodeError:
-        return "".join(f"<{byte:02x}>" for byte in data)
-
-def show_steps(engine, prompt, top, max_new_tokens, seed, sampling):
-    """Prints for each step the `top` most probable tokens as bars, and marks the one drawn."""
-    tokenizer = engine.tokenizer
-    ids = engine.prompt_ids(prompt)
-    for token in engine.generate([prompt], max_new_tokens, seed=seed, **sampling)[0].ids:
-        with torch.inference_mode():
-            logits = engine.model(torch.tensor([ids], device=engine.device()))[:, -1]
-        probs, order = next_token_probs(logits[:, :engine.n_vocab])[0].topk(top)
-        print(f"\n… {tokenizer.decode(ids[-12:])!r}")
-        for p, i in zip(probs.tolist(), order.tolist()):
-            mark = "←" if i == token else ""
-            print(f"{i:8d}  {show_token(tokenizer, i):16s} {p:6.1%} {'█' * round(40 * p)} {mark}")
-        ids.append(token)
-
-def fit_context(tokenizer, messages, most):
-    """Drops the oldest turns, each with its question and its replies, until the prompt has at most
-    `most` tokens → (messages, ids). The system message and the last question stay."""
-    messages = list(messages)
-    while True:
-        ids, _ = tokenizer.render(messages, for_completion=True)
-        questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
-        if len(ids) <= most or len(questions) < 2:
-            return messages, ids
-        del messages[questions[0]:questions[1]]
-
-def chat(engine, system, max_new_tokens, seed, sampling):
-    """A conversation in the terminal. An empty line, Ctrl-D or Ctrl-C ends it. When it outgrows the
-    context, the oldest turns are forgotten, so that a quarter stays free for the reply."""
-    block_size = engine.model.config.block_size
-    most = block_size - min(max_new_tokens, max(1, block_size // 4))
-    has_forgotten = False
-    messages = []
-    if system:
-        messages.append(dict(role="system", content=system))
-    while True:
-        try:
-            question = input("\nuser: ").strip()
-        except EOFError:
-            return
-        if not question:
-            return
-        asked = [*messages, dict(role="user", content=question)]
-        kept, ids = fit_context(engine.tokenizer, asked, most)
-        if len(ids) > most:
-            print(f"(That is too long: with it the prompt has {len(ids)} tokens, and the model can "
-                  f"read {most}. Ask something shorter.)")
-            continue
-        if len(kept) < len(asked) and not has_forgotten:
-            print(f"(The model can read {block_size} tokens; from now on it forgets the oldest "
-                  "turns.)")
-            has_forgotten = True
-        print("assistant: ", end="", flush=True)
-        reply = []
-        for token, text in engine.stream(ids, max_new_tokens, seed=seed, **sampling):
-            if token is not None:
-                reply.append(token)
-            print(printable(text), end="", flush=True)
-        print()
-        messages = engine.tokenizer.parse([*ids, *reply])
-        seed += 1
-
-def show_samples(engine, prompt, num_samples, max_new_tokens, seed, sampling):
-    """Prints several continuations of a prompt, token by token, as they are written."""
-    for i in range(num_samples):
-        print("-" * 80 + f"\n{printable(prompt)}", end="")
-        for _, text in engine.stream(prompt, max_new_tokens, seed=seed + i, **sampling):
-            print(printable(text), end="", flush=True)
-        print()
-
 def check_at_least(least, args, *names):
     """Stops at a flag below `least`; one that was not given is None and passes."""
     for name in names:
@@ -647,10 +564,13 @@ def main():
                          "--allow_base")
     engine = Engine(model.for_inference(), tokenizer)
     if args.chat:
+        from chat import chat
         chat(engine, args.system, args.max_new_tokens, args.seed, sampling)
     elif args.top:
+        from show import show_steps
         show_steps(engine, prompt, args.top, args.max_new_tokens, args.seed, sampling)
     else:
+        from show import show_samples
         show_samples(engine, prompt, args.num_samples, args.max_new_tokens, args.seed, sampling)
 
 if __name__ == "__main__":
