@@ -151,6 +151,32 @@ def test_cuts_keep_what_transformers_keeps(cut):
     assert torch.equal(next_token_probs(logits, **cut) > 0, expected > -math.inf)
 
 
+def check_penalty():
+    logits = 2 * torch.randn(3, 50, generator=torch.Generator().manual_seed(2))
+    contexts = torch.randint(50, (3, 30), generator=torch.Generator().manual_seed(3))
+    for penalty in (0.5, 1.0, 1.3, 4.0):
+        process = pytest.importorskip("transformers.generation.logits_process")
+        expected = process.RepetitionPenaltyLogitsProcessor(penalty)(contexts, logits.clone())
+        found = next_token_probs(logits, 0.7, repetition_penalty=penalty, contexts=contexts.tolist())
+        torch.testing.assert_close(found, torch.softmax(expected / 0.7, -1))
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    check_penalty()
+
+
+def test_the_penalty_counts_the_prompt_and_what_was_written_of_each_row_alone(engine):
+    prompts = ["Return the", "If"]
+    found = engine.generate(prompts, 20, 2, temperature=0, repetition_penalty=3.0)
+    for prompt, completion in zip([prompts[0]] * 2 + [prompts[1]] * 2, found):
+        ids = engine.prompt_ids(prompt)
+        for token in completion.ids:
+            logits = engine.model(torch.tensor([ids]))[:, -1, :engine.n_vocab]
+            assert token == sample.penalize(logits, [ids], 3.0).argmax()
+            ids.append(token)
+    assert found[0].ids != engine.generate(prompts, 20, temperature=0)[0].ids
+
+
 def test_top_p_1_keeps_every_token_and_a_tiny_temperature_is_greedy():
     logits = torch.randn(3, 100_000, generator=torch.Generator().manual_seed(0))
     assert (next_token_probs(logits, top_p=1.0) > 0).all()
@@ -162,7 +188,8 @@ def test_top_p_1_keeps_every_token_and_a_tiny_temperature_is_greedy():
     (dict(temperature=math.nan), "temperature must be at least 0, got nan"),
     (dict(top_k=0), "top_k must be at least 1, got 0"), (dict(top_k=-1), "top_k must be"),
     (dict(top_p=0.0), "top_p must be above 0"), (dict(top_p=-0.5), "top_p must be above 0"),
-    (dict(top_p=1.5), "top_p must be above 0 and at most 1, got 1.5"), (dict(min_p=1.5), "min_p must be from 0 to 1, got 1.5")], ids=str)
+    (dict(top_p=1.5), "top_p must be above 0 and at most 1, got 1.5"), (dict(min_p=1.5), "min_p must be from 0 to 1, got 1.5"),
+    (dict(repetition_penalty=0.0), "repetition_penalty must be above 0, got 0.0")], ids=str)
 def test_sampling_out_of_range_is_refused_before_anything_is_written(given, said, engine, base_run):
     with pytest.raises(ValueError, match=said):
         engine.generate(["a"], 1, **given)
@@ -591,6 +618,15 @@ def test_check_of_the_tool_notices_a_mutant(old, new, tokenizer, monkeypatch):
     mutate(monkeypatch, Engine, "write", old, new)
     with pytest.raises(AssertionError):
         check_tool(tokenizer)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("before * penalty)", "before / penalty)"), ("before > 0", "before < 0"),
+    ("sorted(set(ids))", "ids[-9:]")], ids=lambda value: value)
+def test_oracle_of_the_penalty_notices_a_mutant(old, new, monkeypatch):
+    mutate(monkeypatch, sample, "penalize", old, new)
+    with pytest.raises(AssertionError):
+        check_penalty()
 
 
 @pytest.mark.parametrize("old, new", [
