@@ -38,8 +38,10 @@ LEAST_WORDS = 6             # a shorter line is a title or a remark
 LEAST_PLAIN = 0.95          # share of a line's words that PLAIN_WORD matches
 LEAST_STOP_WORDS = 0.20     # running English has 30 to 50 % of them, a list of names has none
 
-# letters with hyphens, slashes and apostrophes inside, and quotes, brackets or punctuation around
-PLAIN_WORD = re.compile(r"""["'(]*[A-Za-z]+(?:[-'/][A-Za-z]+)*[)"']*[.,;:!?]*[)"']*""")
+# a word, a name or a short acronym, but no CamelCase; with hyphens, slashes or apostrophes inside,
+# and quotes, brackets or punctuation around
+LETTERS = "(?:[A-Z]?[a-z]+|[A-Z]{1,5})"
+PLAIN_WORD = re.compile(rf"""["'(]*{LETTERS}(?:[-'/]{LETTERS})*[)"']*[.,;:!?]*[)"']*""")
 BEGINS = re.compile(r"""["'(]?[A-Z]""")
 ENDS = re.compile(r"""[.!?:]["')]*$""")
 STOP_WORDS = set("""the of a an and to in is that it for as with are be this by or on not from if
@@ -142,7 +144,8 @@ def main():
     args = parser.parse_args()
     with one_line_when_full():
         make_prose(args.data)
-    print_funnel(read_index(args.data))
+    index = read_index(args.data)
+    print_funnel(dict(index, funnel=[row for row in index["funnel"] if row["step"] == "prose"]))
 
 if __name__ == "__main__":
     try:

@@ -305,7 +305,8 @@ def main():
     texts = "prose" if args.prose else "documents"
     with one_line_when_full():
         tokenize(args.data, args.tokenizer, args.shard_tokens, args.row_tokens, texts)
-    print_funnel(read_index(args.data))
+    index = read_index(args.data)
+    print_funnel(dict(index, funnel=index["funnel"][-1:]))      # the filters' rows were printed
 
 if __name__ == "__main__":
     try:
