@@ -56,15 +56,21 @@ STEPS = [
             "--extractor plain --val_fraction 0.02 --max_pages {pages}"],
         look=look.documents),
     Step(
+        title="Keep the sentences",
+        what="Of each document only the lines that are English sentences are kept for the model.",
+        why="A small model learns to write sentences if it reads nothing but sentences.",
+        commands=["python prose.py --data {data}"],
+        look=look.sentences),
+    Step(
         title="Cut the text into tokens",
         what="The most frequent pair of symbols becomes a new token, again and again.",
         why="A network reads a row of numbers; the more text each stands for, the shorter it is.",
         commands=[
-            "python bpe.py train --input {data}/documents --vocab_size 4096 --pattern gpt4 "
+            "python bpe.py train --input {data}/prose --vocab_size 4096 --pattern gpt4 "
             "--out {data}/tokenizer",
             'python bpe.py show "Return a copy of the string with leading whitespace removed." '
             "--tokenizer {data}/tokenizer",
-            "python shards.py --data {data} --tokenizer {data}/tokenizer"],
+            "python shards.py --data {data} --tokenizer {data}/tokenizer --prose"],
         look=look.tokens),
     Step(
         title="Train the base model",

@@ -19,7 +19,7 @@ MODULES = {"torch", "numpy", "tiktoken", "requests", "safetensors", "tqdm", "pro
 ALLOWED = {                         # which of the project's files each may import
     "bpe": set(), "model": set(), "download": set(), "corpus": set(), "python_tool": set(),
     "warc": set(), "filters": set(), "crawl": {"download", "warc"},
-    "shards": {"bpe", "corpus", "download"},
+    "prose": {"corpus", "download"}, "shards": {"bpe", "corpus", "download"},
     "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
     "show": set(), "chat": {"show"}, "few_shot": {"problems"},
