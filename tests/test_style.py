@@ -22,7 +22,7 @@ ALLOWED = {                         # which of the project's files each may impo
     "prose": {"corpus", "download"}, "shards": {"bpe", "corpus", "download"},
     "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
-    "show": set(), "chat": {"show"},
+    "show": set(), "chat": {"show"}, "few_shot": {"problems"},
     "eval": {"model", "problems", "sample", "training"},
     "report": {"problems", "training"},
     "train_gpt2": {"bpe", "model", "sample", "training"},
@@ -30,7 +30,7 @@ ALLOWED = {                         # which of the project's files each may impo
     "web": set(), "conversations": set(),
     **dict.fromkeys(("run", "look", "narrator"), set())}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
-    "bpe": {"corpus"}, "sample": {"chat", "download", "show"}, "chat_sft": {"show"},
+    "bpe": {"corpus"}, "sample": {"chat", "download", "few_shot", "show"}, "chat_sft": {"show"},
     "train_gpt2": {"eval"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
