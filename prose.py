@@ -38,11 +38,9 @@ LEAST_WORDS = 6             # a shorter line is a title or a remark
 LEAST_PLAIN = 0.95          # share of a line's words that PLAIN_WORD matches
 LEAST_STOP_WORDS = 0.20     # running English has 30 to 50 % of them, a list of names has none
 
-# a word, a name or a short acronym, but no CamelCase; with hyphens, slashes or apostrophes inside,
-# and quotes, brackets or punctuation around
-LETTERS = "(?:[A-Z]?[a-z]+|[A-Z]{1,5})"
-PLAIN_WORD = re.compile(rf"""["'(]*{LETTERS}(?:[-'/]{LETTERS})*[)"']*[.,;:!?]*[)"']*""")
-BEGINS = re.compile(r"""["'(]?[A-Z]""")
+# letters with hyphens, slashes and apostrophes inside, and quotes, brackets or punctuation around
+PLAIN_WORD = re.compile(r"""["'(]*[A-Za-z]+(?:[-'/][A-Za-z]+)*[)"']*[.,;:!?]*[)"']*""")
+BEGINS = re.compile(r"""["'(]?[A-Z](?!\w*:)""")     # but not with a label, such as Args:
 ENDS = re.compile(r"""[.!?:]["')]*$""")
 STOP_WORDS = set("""the of a an and to in is that it for as with are be this by or on not from if
     which can will at when has have was""".split())

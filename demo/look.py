@@ -120,9 +120,20 @@ def pretraining(names):
         lines.append(f"{step:6d} {share}  {one_line(text, 83)}")
     return lines
 
+RECITED = ("If this is a function, the weight of an edge is the value returned by the function. "
+           "The function must accept exactly three positional arguments")
+
 def writing(names):
-    """What the samples show needs no figure."""
-    return ["The same beginning was continued in different ways, because each token is drawn.",
+    """What the samples show, and how often the recited passage stands in the training text."""
+    times = 0
+    for path in sorted(Path(names["data"], "prose").glob("train*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            times += file.read().count(RECITED)
+    lines = ["The same beginning was continued in different ways, because each token is drawn."]
+    if times:
+        lines.append(f"The passage in the middle stands in the training text {times} times: what "
+                     "a model reads often it can recite.")
+    return [*lines,
             "The bars are the probabilities that it was drawn from; ← marks the token."]
 
 # ---- Conversations and practice ------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_sentences_are_prose(line):
     "return the number of bytes that are free.", "Return the number of bytes that are free",
     "Return the value of x.size[0] + 2 * n_bytes.", ">>> The list is in the order of the names.",
     "Parameters Examples Notes References Returns Raises Attributes.",
-    "It is a DiGraph of the OrderedDict of the names.",
+    "Args: the list of the names that are to be in the file.",
     "The rank of the matrix is 3 and that of the other is 4."])
 def test_code_titles_and_lists_of_names_are_no_prose(line):
     assert not prose.is_prose(line)
