@@ -48,6 +48,7 @@ import torch
 
 from bpe import Tokenizer
 from model import GPT, GPT2_SIZES, GPTConfig, find_compiler, find_kernel, load_checkpoint, sdpa
+from precision import find_bf16
 from sample import (Engine, check_at_least, choose_device, find_run, has_tokenizer, load_tokenizer,
                     quiet_end)
 from training import (D12_MATMUL_PARAMS, RunLog, already_trained, catch_signals, check_finite,
@@ -486,6 +487,8 @@ def parse_args():
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--fp8", type=int, default=0, choices=(0, 1),
                         help="1: multiply in 8 bits (H100 or later)")
+    parser.add_argument("--bf16", type=int, choices=(0, 1), help="multiply in bf16 while training; "
+                        "default: where it is faster")
     parser.add_argument("--deterministic", type=int, default=0, choices=(0, 1),
                         help="1: repeatable bits on a GPU")
     parser.add_argument("--profile", action="store_true", help="trace steps 10-12 into <out>")
@@ -623,6 +626,8 @@ def log_plan(log, args, model, T, ranks, grad_accum_steps, n_tokens):
             f"takes {row / 1e9:.2f} GB")
     log.say(f"attention windows {model.config.windows}: {find_kernel(ranks.device)[1]}")
     log.say(find_compiler(ranks.device)[1])
+    if args.bf16 is None:
+        log.say(find_bf16(ranks.device)[1])
 
 @contextmanager
 def named_failures(ranks, step, phase):
@@ -665,7 +670,8 @@ def main():
         torch.use_deterministic_algorithms(True)
     ranks = init_ranks(args.device)
     torch.manual_seed(args.seed)
-    model = build_model(args, tokenizer, ranks.device).use(ranks.device, fp8=args.fp8)
+    model = build_model(args, tokenizer, ranks.device)
+    model.use(ranks.device, args.fp8, args.bf16)
     config = model.config
     T = row_tokens(args, config)
     most = most_rows(model, T, ranks.world_size, ranks.device)
@@ -679,7 +685,8 @@ def main():
 
     settings = dict(model=vars(config), total_batch_size=args.total_batch_size,
                     seq_len=T, max_steps=args.max_steps, seed=args.seed, lr=args.lr, fp8=args.fp8,
-                    tokenizer=tokenizer.sha256, n_tokens=train_shards.n_tokens)
+                    bf16=args.bf16, tokenizer=tokenizer.sha256,
+                    n_tokens=train_shards.n_tokens)
     state = load_state(run, args.resume, ranks, optimizer, model, settings)
     progress = Progress()
     resume_step = None
