@@ -423,11 +423,11 @@ class GPT(nn.Module):
 # ---- The cache of generation ---------------------------------------------------------------------
 
 class KVCache:
-    """Keys and values (L, B, NH, max_tokens, HS) of the tokens so far, one row per sequence. `pos`
+    """Keys and values (L, B, max_tokens, NH, HS) of the tokens so far, one row per sequence. `pos`
     (B,) counts the tokens of each row; no query sees the entries after them."""
     def __init__(self, config, batch_size, max_tokens, device="cpu", dtype=torch.float32):
         HS = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, max_tokens, HS)
+        shape = (config.n_layer, batch_size, max_tokens, config.n_head, HS)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.pos = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -449,21 +449,18 @@ class KVCache:
         Returns all keys and values up to the longest row's end, (B, S, NH, HS), and the mask
         (B, 1, T, S) of those that each token sees; None, for causal, if the cache was empty."""
         T = k.shape[1]
-        k_heads = k.transpose(1, 2)                                         # (B, NH, T, HS)
-        v_heads = v.transpose(1, 2)
         if not self.used:
-            self.k[layer, :, :, :T] = k_heads
-            self.v[layer, :, :, :T] = v_heads
+            self.k[layer, :, :T] = k
+            self.v[layer, :, :T] = v
             return k, v, None
-        at = pos[:, None, :, None]                                          # (B, 1, T, 1)
-        self.k[layer].scatter_(2, at.expand_as(k_heads), k_heads)
-        self.v[layer].scatter_(2, at.expand_as(v_heads), v_heads)
+        at = pos[:, :, None, None]                                          # (B, T, 1, 1)
+        self.k[layer].scatter_(1, at.expand_as(k), k)
+        self.v[layer].scatter_(1, at.expand_as(v), v)
         S = self.used + T
         if window not in self.masks:    # layers with the same window share it
-            self.masks[window] = visible(at, torch.arange(S, device=k.device), window)
-        all_k = self.k[layer, :, :, :S].transpose(1, 2)                     # (B, S, NH, HS)
-        all_v = self.v[layer, :, :, :S].transpose(1, 2)
-        return all_k, all_v, self.masks[window]
+            query = pos[:, None, :, None]                                   # (B, 1, T, 1)
+            self.masks[window] = visible(query, torch.arange(S, device=k.device), window)
+        return self.k[layer, :, :S], self.v[layer, :, :S], self.masks[window]
 
     def advance(self, T):
         """Call it when every layer has appended its T tokens."""

@@ -262,7 +262,7 @@ class Engine:
             return
         generator = torch.Generator(self.device()).manual_seed(seed)
         cache, logits = self.prefill(prompts, num_samples, max_new_tokens)
-        room = cache.k.shape[3]     # tokens per row
+        room = cache.k.shape[2]     # tokens per row
         while True:
             logits = logits[:, :self.n_vocab]   # a checkpoint may have more ids than its tokenizer
             if not logits.sum().isfinite():     # a single NaN shows in the sum
@@ -315,6 +315,8 @@ class Engine:
         hidden = model.hidden(torch.tensor(padded, device=device), cache)      # (prompts, T, C)
         cache.pos = lengths.clone()     # new tokens overwrite the padding after a short prompt
         logits = model.logits(hidden[torch.arange(len(prompts)), lengths - 1])
+        if num_samples == 1:
+            return cache, logits
         repeated = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
         return cache.rows(repeated), logits[repeated]
 
