@@ -23,12 +23,13 @@ ALLOWED = {                         # which of the project's files each may impo
     "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
     "eval": {"model", "problems", "sample", "training"},
-    "report": {"problems", "training"},
+    "report": {"problems", "training"}, "dialogs": {"bpe", "problems"},
     "train_gpt2": {"bpe", "model", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
     "web": set(), "conversations": set()}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
-    "bpe": {"corpus"}, "sample": {"download"}, "train_gpt2": {"eval"},
+    "bpe": {"corpus"}, "sample": {"download"}, "train_gpt2": {"eval"}, "chat_sft": {"dialogs"},
+    "dialogs": {"download"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
                            ".ci/run") for path in [ROOT / name] if path.exists()]
