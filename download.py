@@ -42,7 +42,15 @@ COMMON_CRAWL = "https://data.commoncrawl.org"
 NAMES = {  # short name: (data set, revision, folder in the data set)
     "fineweb": ("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
                 "sample/10BT"),
-    "climbmix": ("karpathy/climbmix-400b-shuffle", "main", "")}
+    "climbmix": ("karpathy/climbmix-400b-shuffle", "main", ""),
+    # conversations, for chat_sft.py; no_robots may not be used commercially (CC BY-NC 4.0)
+    "smoltalk": ("HuggingFaceTB/smoltalk", "main", "data/all"),
+    "ultrachat": ("HuggingFaceH4/ultrachat_200k", "main", "data"),
+    "no_robots": ("HuggingFaceH4/no_robots", "main", "data"),
+    "oasst": ("OpenAssistant/oasst2", "main", ""),
+    "gsm8k": ("openai/gsm8k", "main", "main")}
+ONLY = {  # of these data sets, only files whose path holds this pattern
+    "ultrachat": "/train_sft-", "oasst": r"_ready\.trees\.jsonl\.gz$"}
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 KINDS = {  # the first kind of which a data set has files is taken
     "token shards (…_train_….bin)": r"_(train|val)_[^/]*\.bin$", ".parquet": r"\.parquet$",
@@ -386,6 +394,7 @@ def hub_files(source, revision, mirror):
         page = None
         if following:  # the Hub names itself, but a mirror must be asked
             page = f"{base}/api/{following.partition('/api/')[2]}"
+    rows = [row for row in rows if re.search(ONLY.get(source, ""), row[0])]
     rows = choose_rows(sorted(rows), source)
     if not folder and source not in NAMES:
         check_folders(rows, source)

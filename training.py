@@ -161,11 +161,9 @@ class Optimizer:
             self.state[f"{name}.{key}"] = torch.zeros_like(like)
         return self.state[f"{name}.{key}"]
 
-    def missing_state(self):
-        """The first tensor of this rank's state that is not there or not fit to continue from, or
-        None. It would begin at 0, and the resumed run would differ from the one it continues."""
-        if self.steps == 0:
-            return None
+    def wanted_state(self):
+        """{"parameter.key": a tensor of this shape and dtype}: the state that this rank keeps."""
+        wanted = {}
         for group in self.groups:
             for name in filter(self.is_mine, group["params"]):
                 W = self.params[name]
@@ -173,12 +171,20 @@ class Optimizer:
                 if group["kind"] == "muon":
                     W = as_matrices(W)
                     like = {"momentum": W, "variance": W.narrow(short_axis(W), 0, 1)}
-                for key, tensor in like.items():
-                    found = self.state.get(f"{name}.{key}")
-                    if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
-                        return f"{name}.{key}"
-                    if not found.isfinite().all():
-                        return f"{name}.{key}"
+                wanted |= {f"{name}.{key}": tensor for key, tensor in like.items()}
+        return wanted
+
+    def missing_state(self):
+        """The first tensor of this rank's state that is not there or not fit to continue from, or
+        None. It would begin at 0, and the resumed run would differ from the one it continues."""
+        if self.steps == 0:
+            return None
+        for name, tensor in self.wanted_state().items():
+            found = self.state.get(name)
+            if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+                return name
+            if not found.isfinite().all():
+                return name
         return None
 
     def zero_grad(self):
@@ -332,9 +338,10 @@ def make_optimizer(model, ranks=Ranks(), lr=None, batch_tokens=2 ** 19):
 # {key of log.jsonl: how its value is printed}; train_gpt2.cu prints the same
 LOG_FORMATS = dict(
     loss="loss {:.6f}", val_loss="val_loss {:.6f}", val_bpb="val_bpb {:.4f}", lr="lr {:.2e}",
-    norm="norm {:.4f}", ms="{:.1f} ms", tok_s="{:.0f} tok/s", mfu="mfu {:.1%}", usd="${:.2f}",
-    eta="eta {}", reward="reward {:.3f}", reply_tokens="reply {:.1f} tokens", tied="tied {:.0%}",
-    truncated="truncated {:.0%}", kl="kl {:.4f}", hellaswag="hellaswag {:.4f}", core="core {:.4f}")
+    stop_rate="stops {:.0%}", norm="norm {:.4f}", ms="{:.1f} ms", tok_s="{:.0f} tok/s",
+    mfu="mfu {:.1%}", usd="${:.2f}", eta="eta {}", reward="reward {:.3f}",
+    reply_tokens="reply {:.1f} tokens", tied="tied {:.0%}", truncated="truncated {:.0%}",
+    kl="kl {:.4f}", hellaswag="hellaswag {:.4f}", core="core {:.4f}")
 
 class RunLog:
     """log(7, loss=…, lr=…) prints `step  7/90 | loss 3.421875 | lr 5.98e-04`, and appends the same

@@ -4,6 +4,7 @@ Pretraining beside its peers: tokens per second, and val bits per byte after the
     python bench/train.py                                       # speed, two minutes on a quiet CPU
     python bench/train.py --quality 3 --data data/wiki          # bits per byte, with 3 seeds
     python bench/train.py --device cuda --shapes d24            # 1 GPU
+    python bench/train.py --sft runs/demo-base --data data/demo --chat data/demo/chat/bits.jsonl
     python bench/train.py --device cuda --shapes d12 --quality 1 --data data/bench/proxy-32768 \
         --max_steps 610
 
@@ -19,22 +20,27 @@ would divide among themselves. MFU is the share of the data sheet's bf16 peak.
 """
 import argparse
 import gc
+import itertools
 import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
 
+import measure
 from bpe import Tokenizer
 from contenders import Shape, arms
 from measure import (Clock, chosen_shapes, finish, missing, ratio, shape_flags, spread,
                      table)
+from model import find_compiler, load_checkpoint
+from sample import load_tokenizer
 from train_gpt2 import Loader, Shards, evaluate, peak_flops
-from training import Ranks
+from training import Ranks, make_optimizer
 
 SHAPES = {      # where: {name: modern, L, C, NH, V, T, tokens of a step}
     "cpu": {"gpt2-2k": Shape(False, 4, 128, 4, 2048, 256, 4096),
@@ -301,6 +307,54 @@ def show_quality(rows, args):
     table([f"{args.max_steps} steps", "val bits per byte, one per seed", "mean", "tok/s",
            "ours is as good after", "seconds: bits per byte"], cells)
 
+# ---- Fine-tuning ---------------------------------------------------------------------------------
+
+SFT_ROWS = 16           # of a step
+
+def sft_speed(args):
+    """Steps of chat_sft.py and of train_gpt2.py on the same model, in turns → a row: tokens a
+    second of both, and of fine-tuning as a share of pretraining. Padding counts as tokens."""
+    from chat_sft import Loader as ChatLoader
+    from chat_sft import add_gradients, fitting
+    from dialogs import load_conversations
+    ranks = Ranks(device=args.device)
+    tokenizer = load_tokenizer(args.sft)
+    model, _ = load_checkpoint(args.sft, args.device, vocab_size=tokenizer.n_vocab)
+    T = model.config.block_size
+    optimizer = make_optimizer(model, ranks, lr=1e-5)
+    hidden = find_compiler(args.device)[0](model.hidden)
+    loader = Loader(Shards(args.data, "train"), T, seed=1)
+    conversations, _ = load_conversations(args.chat, tokenizer, ranks)
+    chats = ChatLoader(fitting(conversations, T, SimpleNamespace(say=print)), T, 1,
+                       tokenizer.special["<|pad|>"])
+
+    def pretrain(position):
+        x, y = loader.batch(position, SFT_ROWS, args.device)
+        loss = model.loss(hidden(x), y)
+        loss.backward()
+        return loss
+
+    def finetune(position):
+        return add_gradients(model, hidden, chats, position, SFT_ROWS, SFT_ROWS, ranks)
+
+    def steps(gradients):
+        position = itertools.count(0, SFT_ROWS)
+
+        def step():
+            loss = gradients(next(position))
+            optimizer.average_grads()
+            optimizer.step()
+            loss.item()
+        return step
+
+    ms = measure.in_turns({"pretraining": steps(pretrain), "fine-tuning": steps(finetune)},
+                          args.repeats, warmup=3, device=args.device)
+    tok_s = {name: 1000 * SFT_ROWS * T / statistics.median(times) for name, times in ms.items()}
+    share = ratio(ms["pretraining"], ms["fine-tuning"])
+    table(["tokens per second", *tok_s, "fine-tuning / pretraining"],
+          [[str(args.sft), *map("{:,.0f}".format, tok_s.values()), share]])
+    return dict(tok_s=tok_s, share=share)
+
 # ---- Main ----------------------------------------------------------------------------------------
 
 def chosen(contenders, args):
@@ -314,6 +368,9 @@ def parse_args():
     parser.add_argument("--arms", nargs="+", help="names of contenders; default: all")
     parser.add_argument("--quality", type=int, default=0, help="seeds to train with; 0: only speed")
     parser.add_argument("--data", help="folder of shards, for --quality")
+    parser.add_argument("--sft", help="a base model's run: time fine-tuning on --chat, beside "
+                        "pretraining on --data")
+    parser.add_argument("--chat", nargs="+", help="conversations, for --sft")
     parser.add_argument("--max_steps", type=int, default=150, help="steps of --quality")
     parser.add_argument("--eval_every", type=int, default=100, help="steps between evaluations")
     parser.add_argument("--val_tokens", type=int, default=2 ** 18, help="tokens per evaluation")
@@ -324,12 +381,16 @@ def parse_args():
     if args.quality and not args.data:
         raise SystemExit("--quality needs --data, a folder of token shards with their tokenizer; "
                          "make one with python bench/pack.py")
+    if args.sft and not (args.data and args.chat):
+        raise SystemExit("--sft needs --data, a folder of token shards, and --chat, conversations")
     return args, shapes
 
 def main():
     args, shapes = parse_args()
     if "cuda" in args.device:
         torch.set_float32_matmul_precision("high")
+    if args.sft:
+        return finish("train", device=args.device, sft=sft_speed(args))
     report = {}
     learnt = []
     for name, shape in shapes.items():

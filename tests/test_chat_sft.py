@@ -14,14 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 import chat_sft
-from chat_sft import Loader, pack, read_conversations, render_all, row_tensors
-from conftest import assert_same_files, mutate, run_main, run_ranks, stop_at
+from chat_sft import Loader, add_gradients, fitting, hold_out, pack, pack_slowly, row_tensors
+from conftest import (GPT2, assert_same_files, in_fp64, mutate, noisy, run_main, run_ranks,
+                      stop_at)
 from demo import conversations
 from demo.conversations import held_out
+from dialogs import Conversations, read_conversations
 from problems import is_correct, problems_that_fit, read_problems
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from sample import Engine, run_python
-from training import read_log
+from training import Ranks, make_optimizer, read_log, save_run
 
 GOLDEN = [dict(role="system", content="Be brief."), dict(role="user", content="6*7? <|im_end|>"),
           dict(role="assistant", content=[
@@ -56,7 +58,7 @@ def supervised(tokenizer, ids, targets):
 def check_golden_mask(tokenizer):
     """Only what the assistant says, tool calls and end tokens included, is a target."""
     rendered = [tokenizer.render(GOLDEN)]
-    x, y = row_tensors([0], rendered, 200, tokenizer.special["<|pad|>"])
+    x, y = row_tensors([0], Conversations.of(rendered), 200, tokenizer.special["<|pad|>"])
     assert supervised(tokenizer, x, y.tolist()) == [
         "<|think|>hm<|/think|><|python|>6*7<|/python|>", "It is 42.<|im_end|>", "Bye<|im_end|>"]
     assert tokenizer.decode(x[:len(rendered[0][0])].tolist()) == (
@@ -71,7 +73,7 @@ def test_only_what_the_assistant_says_is_learnt(tokenizer):
 
 
 def check_row_tensors():
-    conversations = [([1, 2, 3, 4], [0, 0, 1, 1]), ([5, 6, 7], [0, 1, 0])]
+    conversations = Conversations.of([([1, 2, 3, 4], [0, 0, 1, 1]), ([5, 6, 7], [0, 1, 0])])
     x, y = row_tensors([1, 0], conversations, 9, 0)
     assert x.tolist() == [5, 6, 7, 1, 2, 3, 4, 0, 0]
     assert y.tolist() == [6, -1, -1, -1, 3, 4, -1, -1, -1]
@@ -87,14 +89,15 @@ def test_target_at_t_is_token_t_plus_1_where_the_mask_is_1():
 
 def some_conversations(count=300, longest=33, seed=0):
     lengths = torch.randint(2, longest + 1, (count,), generator=torch.Generator().manual_seed(seed))
-    return [([i] * n, [0] + [1] * (n - 1)) for i, n in enumerate(lengths.tolist())]
+    return Conversations.of([([i] * n, [0] + [1] * (n - 1))
+                             for i, n in enumerate(lengths.tolist())])
 
 
 def check_pack(T=32):
-    conversations = some_conversations(longest=T + 1)
-    rows = pack(conversations, T, seed=1, epoch=0)
-    assert sorted(i for row in rows for i in row) == list(range(len(conversations)))
-    used = [sum(len(conversations[i][0]) for i in row) for row in rows]
+    lengths = some_conversations(longest=T + 1).lengths()
+    rows = pack(lengths, T, seed=1, epoch=0)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    used = [sum(lengths[i] for i in row) for row in rows]
     assert all(1 <= n <= T + 1 for n in used)
     assert len(rows) <= 1.03 * sum(used) / (T + 1) + 1          # and little of them is padding
 
@@ -104,30 +107,39 @@ def test_packing_neither_splits_nor_drops_nor_repeats_a_conversation():
 
 
 def test_packing_is_seeded_and_every_epoch_has_another_order():
-    conversations = some_conversations()
-    rows = pack(conversations, 32, 1, 0)
-    assert rows == pack(conversations, 32, 1, 0)
-    assert rows != pack(conversations, 32, 2, 0) and rows != pack(conversations, 32, 1, 1)
+    lengths = some_conversations().lengths()
+    rows = pack(lengths, 32, 1, 0)
+    assert rows == pack(lengths, 32, 1, 0)
+    assert rows != pack(lengths, 32, 2, 0) and rows != pack(lengths, 32, 1, 1)
+
+
+@pytest.mark.parametrize("longest", [3, 9, 33])
+def test_packing_makes_the_rows_of_its_slow_twin(longest):
+    for seed in range(5):
+        lengths = some_conversations(400, longest, seed).lengths()
+        assert pack(lengths, 32, seed, 1) == pack_slowly(lengths, 32, seed, 1)
 
 
 def test_every_conversation_begins_a_row_in_some_epoch():
     """As it does when it is asked: with nothing before it."""
-    conversations = some_conversations(60)
-    first = {row[0] for epoch in range(40) for row in pack(conversations, 64, 1, epoch)}
+    lengths = some_conversations(60).lengths()
+    first = {row[0] for epoch in range(40) for row in pack(lengths, 64, 1, epoch)}
     assert len(first) == 60
 
 
 def test_a_position_of_the_loader_is_one_integer():
     conversations = some_conversations(40)
     loader = Loader(conversations, 32, 1, 999)
-    epochs = [pack(conversations, 32, 1, epoch) for epoch in (0, 1)]
+    epochs = [pack(conversations.lengths(), 32, 1, epoch) for epoch in (0, 1)]
     rows = [row for epoch in epochs for row in epoch]
     for position in (len(rows) - 1, 0, len(epochs[0]), len(epochs[0]) - 1):     # in any order
-        x, y = loader.row(position)
-        expected = row_tensors(rows[position], conversations, 32, 999)
-        assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
+        assert loader.row(position) == rows[position]
     x, y = loader.batch(1, 3, "cpu")
-    assert x.shape == y.shape == (3, 32) and torch.equal(x[2], loader.row(3)[0])
+    last = row_tensors(rows[3], conversations, 32, 999)
+    assert x.shape == y.shape == (3, 32) and torch.equal(x[2], last[0])
+    assert torch.equal(y[2], last[1]) and loader.supervised(1, 3) == (y >= 0).sum()
+    loader.row(9 * len(rows))
+    assert loader.row(0) == rows[0] and len(loader.packed) == 2     # an old epoch is packed again
 
 
 # ---- conversations that cannot be used
@@ -139,12 +151,13 @@ def quiet(*_, **__):
 def test_too_long_and_unsupervised_conversations_are_left_out_and_counted(tokenizer):
     good, said = turn("Hi", "Yo"), []
     n = len(tokenizer.render(good)[0])
-    conversations = [good, turn("Hi", "y" * n), good[:1], good]
-    found = render_all(conversations, tokenizer, n - 1, SimpleNamespace(say=said.append))
+    conversations = Conversations.of([tokenizer.render(messages) for messages in (
+        good, turn("Hi", "y" * n), good[:1], good)])
+    found = fitting(conversations, n - 1, SimpleNamespace(say=said.append))
     assert len(found) == 2 and said[0].startswith("2 conversations, ")
-    assert f"left out: 2 longer than {n} tokens" in said[0]
-    with pytest.raises(SystemExit, match="none of the 1 conversations .* fits into 100 tokens; give other --data"):
-        render_all([good[:1]], tokenizer, 99, SimpleNamespace(say=quiet))
+    assert f"left out: 1 longer than {n} tokens, 1 with nothing to learn" in said[0]
+    with pytest.raises(SystemExit, match="none of the 1 conv.* fits into 100 tokens; give other"):
+        fitting(conversations.pick([2]), 99, SimpleNamespace(say=quiet))
 
 
 @pytest.mark.parametrize("messages", [
@@ -168,7 +181,7 @@ def test_what_would_be_lost_of_a_message_is_refused(field, tmp_path):
 
 def test_zipped_conversations_with_a_byte_order_mark_are_read(tmp_path):
     line = json.dumps(dict(messages=turn("Hi", "Yo")))
-    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(f"\ufeff{line}\r\n\r\n{line}".encode()))
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(f"\ufeff{line}\r\n{line}\r\n\r\n".encode()))
     assert read_conversations(f"{tmp_path}/x.jsonl.gz:1.5") == 3 * [turn("Hi", "Yo")]
 
 
@@ -219,8 +232,8 @@ def test_bad_line_of_conversations_is_named_by_its_number(line, tmp_path):
 
 
 @pytest.mark.parametrize("weight, indices", {
-    "": [0, 1, 2, 3], ":1": [0, 1, 2, 3], ":2": [0, 1, 2, 3] * 2, ":0.5": [0, 1], ":.25": [0],
-    ":1.5": [0, 1, 2, 3, 0, 1], ":0": []}.items())
+    "": [0, 1, 2, 3], ":1": [0, 1, 2, 3], ":2": [0, 1, 2, 3] * 2, ":0.5": [0, 2], ":.25": [0],
+    ":1.5": [0, 1, 2, 3, 0, 2], ":0": []}.items())
 def test_weight_behind_a_file_repeats_or_cuts_it(weight, indices, tmp_path):
     path = write_conversations(tmp_path / "x.jsonl", [turn("a\u2028b", str(i)) for i in range(4)])
     found = read_conversations(f"{path}{weight}")
@@ -477,12 +490,110 @@ def test_two_ranks_learn_what_one_does(base_run, mixed, whole, batch_size, tmp_p
 def test_loss_is_the_mean_over_the_supervised_tokens_of_the_step(base_run, mixed, whole):
     model, _ = load_checkpoint(base_run)
     tokenizer = chat_sft.Tokenizer.load(base_run)
-    rendered = [tokenizer.render(m) for m in read_conversations(str(mixed))]
-    rows = pack(rendered, 64, 1337, 0)[:4]
+    rendered = Conversations.of([tokenizer.render(m) for m in read_conversations(str(mixed))])
+    rows = pack(rendered.lengths(), 64, 1337, 0)[:4]
     x, y = map(torch.stack, zip(*(row_tensors(row, rendered, 64, 0) for row in rows)))
     logprobs = model(x).log_softmax(-1)
     picked = [-logprobs[b, t, y[b, t]] for b in range(4) for t in range(64) if y[b, t] >= 0]
     assert losses(whole)[1] == pytest.approx((sum(picked) / len(picked)).item(), rel=1e-5)
+
+
+# ---- one mean over the supervised tokens of a step
+
+class Part(Ranks):
+    """One of several ranks, whose sums are left for the test to add up."""
+    def sum(self, *values):
+        return list(values)
+
+
+def step_of(conversations, batch_size, world_size, rows=8):
+    """The loss and the gradients of a step of 8 rows, on ranks that work one after the other."""
+    model = noisy(GPT2)
+    loader = Loader(conversations, 32, 1, 0)
+    loss = sum(add_gradients(model, model.hidden, loader, 0, rows, batch_size,
+                             Part(rank, world_size)).item() for rank in range(world_size))
+    return loss, {name: p.grad / world_size for name, p in model.named_parameters()}
+
+
+def test_ranks_and_micro_steps_do_not_change_the_loss_or_a_gradient():
+    conversations = some_conversations(60)
+    with in_fp64():
+        loss, gradients = step_of(conversations, 8, 1)
+        for batch_size, world_size in ((2, 1), (4, 2), (1, 2), (2, 4)):
+            other, others = step_of(conversations, batch_size, world_size)
+            assert other == pytest.approx(loss, rel=1e-12)
+            for name, gradient in gradients.items():
+                assert (gradient - others[name]).norm() <= 1e-9 * gradient.norm() + 1e-15, name
+
+
+def test_a_step_with_nothing_to_learn_is_0_and_not_nan():
+    silent = Conversations.of([([5] * 20, [0] * 20)] * 8)
+    loss, gradients = step_of(silent, 2, 2)
+    assert loss == 0 and all(not gradient.any() for gradient in gradients.values())
+    half = Conversations.joined([silent, some_conversations(20)])
+    assert all(gradient.isfinite().all() for gradient in step_of(half, 1, 2)[1].values())
+
+
+# ---- held-out conversations
+
+def test_held_out_conversations_do_not_depend_on_the_order_and_copies_go_with_them():
+    conversations = some_conversations(400)
+    train, held = hold_out(conversations, 0.2, SimpleNamespace(say=quiet))
+    assert len(train) + len(held) == 400 and 50 < len(held) < 110
+    twice = conversations.pick([*range(399, -1, -1), 7, *range(50)])
+    train_2, held_2 = hold_out(twice, 0.2, SimpleNamespace(say=quiet))
+    assert set(held_2.hashes) == set(held.hashes) and set(train_2.hashes) == set(train.hashes)
+    assert not set(train_2.hashes) & set(held_2.hashes)
+
+
+def test_held_out_conversations_have_a_limit_and_leave_some_to_train_on(monkeypatch):
+    conversations = some_conversations(100)
+    with pytest.raises(SystemExit, match="--val_fraction 0.999.* all 100 conversations; lower it"):
+        hold_out(conversations, 0.9999, SimpleNamespace(say=quiet))
+    monkeypatch.setattr(chat_sft, "VAL_TOKENS", 90)
+    train, held = hold_out(conversations, 0.9999, SimpleNamespace(say=quiet))
+    assert 60 < held.lengths().sum() <= 90 and len(train) + len(held) == 100
+
+
+def test_val_loss_is_the_mean_over_supervised_tokens_and_ranks_share_it():
+    model, held = noisy(GPT2), some_conversations(30)
+    whole = chat_sft.evaluate(model, held, 32, 0, 3, Ranks())
+    parts = [chat_sft.evaluate(model, held, 32, 0, 4, Part(rank, 2)) for rank in (0, 1)]
+    assert sum(parts) == pytest.approx(whole, rel=1e-5) and model.training
+    rows = pack(held.lengths(), 32, 0, 0)
+    x, y = map(torch.stack, zip(*(row_tensors(row, held, 32, 0) for row in rows)))
+    assert model(x, y).item() == pytest.approx(whole, rel=1e-5)
+
+
+def test_val_loss_and_stop_rate_are_logged_and_a_resume_keeps_the_split(base_run, mixed, tmp_path,
+                                                                       monkeypatch):
+    monkeypatch.setattr(chat_sft, "STOP_TOKENS", 8)
+    run = flags(base_run, mixed, tmp_path, epochs=2, val_fraction=0.3, eval_every=2)
+    run_main(chat_sft, *run)
+    rows = [row for row in read_log(tmp_path) if "val_loss" in row]
+    assert [row["step"] for row in rows][:2] == [0, 2] and rows[-1]["step"] == max(losses(tmp_path))
+    assert all(0 <= row["stop_rate"] <= 1 for row in rows)
+    with pytest.raises(SystemExit, match="another val_fraction"):
+        run_main(chat_sft, *flags(base_run, mixed, tmp_path, epochs=2), "--resume")
+
+
+# ---- warm start
+
+def test_warm_start_takes_over_the_momenta_and_says_if_there_are_none(base_run, tokenizer,
+                                                                      tmp_path):
+    model, _ = load_checkpoint(base_run)
+    optimizer = make_optimizer(model)
+    model(torch.ones(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long)).backward()
+    optimizer.average_grads()
+    optimizer.step()
+    save_run(tmp_path, Ranks(), optimizer, model, tokenizer, "pretrain", step=1, settings={})
+    said, fresh = [], make_optimizer(load_checkpoint(tmp_path)[0])
+    chat_sft.warm_start(tmp_path, fresh, Ranks(), SimpleNamespace(say=said.append))
+    assert fresh.steps == 1 and fresh.state.keys() == optimizer.state.keys()
+    assert all(torch.equal(fresh.state[name], found) for name, found in optimizer.state.items())
+    n = len(fresh.state)
+    chat_sft.warm_start(base_run, make_optimizer(model), Ranks(), SimpleNamespace(say=said.append))
+    assert said[0].startswith(f"{n} of {n} momenta") and "has no saved state" in said[1]
 
 
 def test_finished_runs_are_kept_and_other_settings_refused(base_run, mixed, whole):
@@ -521,11 +632,12 @@ def test_show_prints_the_learnt_in_green(tmp_path, tokenizer, eight, capsys):
 # ---- mutants
 
 @pytest.mark.parametrize("name, old, new, check", [
-    ("row_tensors", "mask[1:] == 1, ids[1:]", "mask[:-1] == 1, ids[1:]", check_row_tensors),
-    ("row_tensors", "mask[1:] == 1, ids[1:]", "mask[1:] == 1, ids[:-1]", check_row_tensors),
-    ("pack", "waiting.remove(best)", "waiting.pop(0)", check_pack),
+    ("row_tensors", "targets[1:]", "targets[:-1]", check_row_tensors),
+    ("row_tensors", "(conversations.mask[tokens],", "(1 - conversations.mask[tokens],",
+     check_row_tensors),
+    ("pack", "row.append(best)", "row.append(0)", check_pack),
     ("pack", "room = T + 1", "room = T + 2", check_pack),
-    ("pack", "best = max(", "best = min(", check_pack)], ids=lambda value: str(value)[:20])
+    ("pack", "waiting.pop(place - 1)", "waiting.pop(0)", check_pack)], ids=lambda value: str(value)[:20])
 def test_checks_notice_a_mutant(name, old, new, check, monkeypatch):
     check()
     mutate(monkeypatch, chat_sft, name, old, new)
@@ -550,11 +662,10 @@ def test_checks_of_make_notice_a_mutant(owner, name, old, new, check, documents,
 
 
 @pytest.mark.parametrize("old, new", [
-    ("((y >= 0).sum() / max(1, supervised))", "(1 / len(batches))"),
-    ("range(ranks.rank * args.batch_size, ", "range(0, "), ("* ranks.world_size).backward()", ").backward()")],
-    ids=str)
+    ("loader.supervised(first, batch_size) / supervised", "batch_size / total_rows"),
+    ("ranks.rank * batch_size", "0"), ("* ranks.world_size).backward()", ").backward()")], ids=str)
 def test_two_ranks_notice_a_mutant(old, new, base_run, mixed, whole, tmp_path, monkeypatch):
-    mutate(monkeypatch, chat_sft, "main", old, new)
+    mutate(monkeypatch, chat_sft, "add_gradients", old, new)
     run_ranks(chat_sft, *flags(base_run, mixed, tmp_path, batch_size=1))
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path, whole)

@@ -24,13 +24,14 @@ ALLOWED = {                         # which of the project's files each may impo
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
     "show": set(), "chat": {"show"}, "few_shot": {"problems"},
     "eval": {"model", "problems", "sample", "training"},
-    "report": {"problems", "training"},
+    "report": {"problems", "training"}, "dialogs": {"bpe", "problems"},
     "train_gpt2": {"bpe", "model", "precision", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
     "web": set(), "conversations": set(),
     **dict.fromkeys(("run", "look", "narrator"), set())}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
-    "bpe": {"corpus"}, "sample": {"chat", "download", "few_shot", "show"}, "chat_sft": {"show"},
+    "bpe": {"corpus"}, "sample": {"chat", "download", "few_shot", "show"},
+    "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
     "model": {"precision"}, "train_gpt2": {"eval"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
