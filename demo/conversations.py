@@ -27,8 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Callable
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]      # a script in a folder of its own finds bpe.py this way
+if __name__ == "__main__":      # what this script imports is one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bpe import Tokenizer
 from demo import kinds as k
@@ -52,7 +52,8 @@ def documented_functions(data, count):
     """{qualified name: first sentence of its documentation}, from the training documents.
 
     Only ASCII sentences of 4 to 14 words are taken. If several functions have the same sentence,
-    one of them is taken. Raises SystemExit if fewer than `count` functions are left.
+    one of them is taken. A fifth is left out by the hash of the name: those functions are for
+    questions whose answer must be looked up. Raises SystemExit if fewer than `count` are left.
     """
     found = {}
     for path in train_files(data):
@@ -65,7 +66,8 @@ def documented_functions(data, count):
     first_with = {}     # sentence: the first function that has it
     for name in chosen:
         first_with.setdefault(found[name], name)
-    documented = {name: found[name] for name in chosen if first_with[found[name]] == name}
+    documented = {name: found[name] for name in chosen
+                  if first_with[found[name]] == name and not k.held_out(name)}
     if len(documented) < count:
         raise SystemExit(f"{data}/documents describes {len(documented)} functions in a short "
                          f"sentence of their own, fewer than --functions {count}; prepare more "

@@ -99,7 +99,7 @@ def as_typed(question, rng):
     return question
 
 def wording(taught, tested, rng):
-    """One of all the wordings, each as likely as the others → (wording, whether it is for tests)."""
+    """One of all the wordings, each as likely as the others → (wording, is_test)."""
     chosen = rng.choice(taught + tested)
     return chosen, chosen in tested
 
@@ -179,7 +179,7 @@ def sums_again(rng, before):
     if before.subject < 100 and rng.random() < 0.5:
         asked = rng.choice(("And plus {b}?", "Plus {b}?", "Now add {b}.", "And {b} more?"))
         return sum_in_steps(asked.format(b=b), before.subject, b)
-    asked = rng.choice(("And {a} + {b}?", "What about {a} + {b}?", "And what if it were {a} + {b}?"))
+    asked = rng.choice(("And {a} + {b}?", "What about {a} + {b}?", "And what if it is {a} + {b}?"))
     return sum_in_steps(asked.format(a=a, b=b), a, b)
 
 def with_python(question, code, result, is_test):
@@ -321,7 +321,8 @@ class Words:
 
 def split_words(words, tokenizer, least=3):
     """Words → Words. A fifth of them is held out, but for those that are one token, or that have a
-    token which fewer than `least` of the other words have."""
+    token which fewer than `least` of the other words have. Raises SystemExit if none is held out.
+    """
     pieces = dict(zip(words, tokenizer.encode_batch([f" {word}" for word in words])))
     taught = [word for word in words if not held_out(word)]
     known = Counter(piece for word in taught for piece in set(pieces[word]))
@@ -330,6 +331,9 @@ def split_words(words, tokenizer, least=3):
         if held_out(word) and len(pieces[word]) > 1:
             if all(known[piece] >= least for piece in pieces[word]):
                 tested.append(word)
+    if not tested:
+        raise SystemExit(f"none of {len(words)} words can be held out for spelling; prepare more "
+                         "documents, or raise --words")
     return Words(taught, tested)
 
 def spelt(question, word):
@@ -371,8 +375,8 @@ def counted(rng, asked, word):
         if each == letter:
             count += 1
             steps.append(str(count))
-    return Exchange(asked.format(l=letter, w=word), f"{' '.join(steps)}. The count is #### {count}.",
-                    str(count), subject=word)
+    reply = f"{' '.join(steps)}. The count is #### {count}."
+    return Exchange(asked.format(l=letter, w=word), reply, str(count), subject=word)
 
 def counting(rng, words):
     """How often a letter is in a word, spelt out and counted."""

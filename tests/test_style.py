@@ -26,7 +26,7 @@ ALLOWED = {                         # which of the project's files each may impo
     "report": {"problems", "training"},
     "train_gpt2": {"bpe", "model", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
-    "web": set(), "conversations": set()}
+    "web": set(), "kinds": set(), "conversations": {"bpe"}}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
     "bpe": {"corpus"}, "sample": {"download"}, "train_gpt2": {"eval"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
@@ -238,7 +238,7 @@ def test_nothing_shipped_starts_or_reads_the_tests(path):
 
 @each_script
 def test_the_core_needs_only_what_requirements_txt_installs(path):
-    others = imported(path, top_level=True) - set(sys.stdlib_module_names) - NAMES
+    others = imported(path, top_level=True) - set(sys.stdlib_module_names) - NAMES - {"demo"}
     assert others <= MODULES, "import optional modules inside of the function that uses them"
 
 
