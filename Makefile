@@ -8,20 +8,22 @@ SEED ?= 1337
 DATA ?= data/demo-$(SIZE)
 RUN  ?= runs/demo-$(SIZE)
 CHAT ?= $(DATA)/chat
+KINDS := identity small_talk functions sums tool decimals bits bits_in_steps spelling counting \
+    counting_with_python mixed
 PY   := .venv/bin/python
 export GOMP_SPINCOUNT := 20000
 
 ifeq ($(SIZE),tiny)
 CRAWL := --max_pages 400
 TRAIN := --max_steps 60 --eval_every 30
-TALK  := --examples 600 --functions 12
+TALK  := --examples 60 --functions 12 --mixed 200 --held_out 20
 SFT   := --epochs 1
 RL    := --max_steps 4 --prompts 4 --group_size 8 --eval_every 2
 else
 CRAWL := --max_pages 5000
 TRAIN := --max_steps 300 --eval_every 50
-TALK  := --examples 5000 --functions 48
-SFT   := --epochs 1.2
+TALK  := --held_out 50
+SFT   := --epochs 1
 RL    := --max_steps 16 --prompts 16 --group_size 16 --eval_every 8
 endif
 
@@ -46,9 +48,8 @@ demo: setup
 	$(PY) sample.py --model $(RUN)-base --prompt "True, False, True, False, True," --temperature 0 --max_new_tokens 8
 	$(PY) sample.py --model $(RUN)-base --prompt "Return the" --top 8 --max_new_tokens 2
 	$(PY) demo/conversations.py --data $(DATA) --out $(CHAT) --seed $(SEED) $(TALK)
-	$(PY) chat_sft.py --model $(RUN)-base --out $(RUN)-sft --data $(CHAT)/identity.jsonl \
-	    $(CHAT)/functions.jsonl:2 $(CHAT)/arithmetic.jsonl $(CHAT)/tool.jsonl:0.7 \
-	    $(CHAT)/bits.jsonl $(CHAT)/spelling.jsonl --lr 0.005 --save_every 50 --seed $(SEED) --resume $(SFT)
+	$(PY) chat_sft.py --model $(RUN)-base --out $(RUN)-sft --data $(KINDS:%=$(CHAT)/%.jsonl) \
+	    --batch_size 8 --lr 0.01 --save_every 100 --seed $(SEED) --resume $(SFT)
 	$(PY) rl_grpo.py --model $(RUN)-sft --out $(RUN)-rl --task $(CHAT)/practice_bits.jsonl \
 	    --held_out $(CHAT)/held_out.jsonl --max_new_tokens 64 --save_every 8 --seed $(SEED) --resume $(RL)
 	for stage in base sft rl; do $(PY) eval.py --model $(RUN)-$$stage --tasks $(CHAT)/held_out.jsonl || exit 1; done

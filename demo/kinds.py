@@ -66,13 +66,14 @@ SMALL_TALK = (  # (reply, what a reply in the test must contain, taught wordings
     ("I can explain Python functions, add numbers, compute with Python, spell words, count letters "
      "and compare decimals.", "spell",
      ("What can you do?", "Help!", "What can I ask you?", "What do you know?", "How can you help "
-      "me?", "Can you help me?"),
-     ("What are you able to do?", "Tell me what you can do.")),
+      "me?", "Can you help me?", "What are you good at?", "Tell me what I can ask you."),
+     ("What are you good for?", "Tell me what you can do.")),
     ("You are welcome.", "welcome",
      ("Thanks!", "Thank you.", "Thank you very much!", "Great, thanks.", "That helps, thank you."),
      ("Thanks a lot!", "Great, thank you.")),
     ("Goodbye!", "Goodbye",
-     ("Bye!", "Goodbye.", "Thanks, bye!", "See you.", "Good night.", "That is all, bye."),
+     ("Bye!", "Goodbye.", "Thanks, bye!", "Thank you and goodbye.", "See you.", "Good night.",
+      "That is all, bye."),
      ("Bye, and thanks!", "Bye bye!")),
     ("I cannot see the weather.", "weather",
      ("What is the weather today?", "How is the weather?", "Will it rain tomorrow?",
@@ -149,16 +150,16 @@ def functions_again(rng, _, documented):
 # ---- Numbers -------------------------------------------------------------------------------------
 
 def sum_in_steps(question, a, b):
-    """a + b for numbers of at most three digits, whose tens are below 20: first the ones, then the
-    tens with what was carried.
+    """a + b for numbers below 100: first the ones, then the tens with what was carried.
 
     >>> sum_in_steps("What is 23 + 8?", 23, 8).reply
-    'ones 3 + 8 = 11, tens 2 + 0 + 1 = 3. The sum is #### 31.'
+    'ones 3+8=11, tens 2+0+1=2+1=3. The sum is #### 31.'
     """
     ones = a % 10 + b % 10
-    tens = a // 10 + b // 10 + ones // 10
-    reply = (f"ones {a % 10} + {b % 10} = {ones}, tens {a // 10} + {b // 10} + {ones // 10} = "
-             f"{tens}. The sum is #### {a + b}.")
+    carried = ones // 10
+    tens = a // 10 + b // 10
+    reply = (f"ones {a % 10}+{b % 10}={ones}, tens {a // 10}+{b // 10}+{carried}={tens}+{carried}="
+             f"{tens + carried}. The sum is #### {a + b}.")
     return Exchange(question, reply, str(a + b), is_test=held_out(f"{a} + {b}"), subject=a + b)
 
 def two_numbers(rng):
@@ -239,15 +240,16 @@ def larger_in_steps(question, a, b):
     place that differs decides.
 
     >>> larger_in_steps("Which is larger, 9.11 or 9.9?", "9.11", "9.9").reply
-    'ones 9 = 9, tenths 1 < 9. The larger one is #### 9.9.'
+    'ones 9 and 9 equal, tenths 1 and 9 less. The larger one is #### 9.9.'
     """
     steps = []
     for place, x, y in zip(("ones", "tenths", "hundredths"), a.replace(".", "").ljust(3, "0"),
                            b.replace(".", "").ljust(3, "0")):
-        sign = "="
+        # Both digits come before the word that compares them, which a model can then look up.
+        compared = "equal"
         if x != y:
-            sign = "<" if x < y else ">"
-        steps.append(f"{place} {x} {sign} {y}")
+            compared = "less" if x < y else "more"
+        steps.append(f"{place} {x} and {y} {compared}")
         if x != y:
             break
     larger = max(a, b, key=float)
@@ -307,30 +309,36 @@ def bits_in_steps_again(rng, _):
 
 # ---- Letters -------------------------------------------------------------------------------------
 
+USUAL = ("strawberry", "banana", "apple", "hello", "python", "lollipop")
+
 @dataclass
 class Words:
-    """Words to spell. Those in `tested` are held out, yet each of their tokens is in words that are
-    taught: a model sees tokens, and cannot know the letters of one that it never saw spelt."""
+    """Words to spell, of tokens that many words have: a model sees tokens, and learns the letters
+    of a token only from words in which it saw it spelt. Those in `tested` are held out. `usual`
+    are the words that people try, which are taught although their tokens may be rare."""
     taught: list
     tested: list
+    usual: tuple = USUAL
 
     def draw(self, rng):
-        """A word, which is held out in one of ten draws → (word, whether it is for tests)."""
-        is_test = rng.random() < 0.1
-        return rng.choice(self.tested if is_test else self.taught), is_test
+        """A word, which is held out in one of ten draws → (word, is_test)."""
+        chance = rng.random()
+        if chance < 0.1:
+            return rng.choice(self.tested), True
+        return rng.choice(self.usual if chance < 0.16 else self.taught), False
 
-def split_words(words, tokenizer, least=3):
-    """Words → Words. A fifth of them is held out, but for those that are one token, or that have a
-    token which fewer than `least` of the other words have. Raises SystemExit if none is held out.
-    """
+def split_words(words, tokenizer, one_in=320):
+    """Words → Words. Those that have a token which fewer than one in 320 words have are left out. A
+    fifth of the others is held out, but for those that have a token which no taught word has.
+    Raises SystemExit if none is held out."""
+    least = max(2, len(words) // one_in)
     pieces = dict(zip(words, tokenizer.encode_batch([f" {word}" for word in words])))
-    taught = [word for word in words if not held_out(word)]
-    known = Counter(piece for word in taught for piece in set(pieces[word]))
-    tested = []
-    for word in words:
-        if held_out(word) and len(pieces[word]) > 1:
-            if all(known[piece] >= least for piece in pieces[word]):
-                tested.append(word)
+    known = Counter(piece for word in words for piece in set(pieces[word]))
+    chosen = [word for word in words if all(known[piece] >= least for piece in pieces[word])]
+    taught = [word for word in chosen if not held_out(word)]
+    spelt_pieces = {piece for word in taught for piece in pieces[word]}
+    tested = [word for word in chosen if held_out(word) and word not in USUAL
+              and spelt_pieces.issuperset(pieces[word])]
     if not tested:
         raise SystemExit(f"none of {len(words)} words can be held out for spelling; prepare more "
                          "documents, or raise --words")

@@ -112,12 +112,12 @@ def test_held_out_does_not_depend_on_the_seed(documents, made, tmp_path):
 
 
 def test_a_held_out_word_has_only_tokens_of_taught_words(tokenizer, documents):
-    words = kinds.split_words(conversations.common_words(documents, 400), tokenizer, least=3)
+    words = kinds.split_words(conversations.common_words(documents, 400), tokenizer)
     known = Counter(t for w in words.taught for t in set(tokenizer.encode_ordinary(f" {w}")))
     assert len(words.tested) > 10 and not set(words.taught) & set(words.tested)
     for word in words.tested:
         tokens = tokenizer.encode_ordinary(f" {word}")
-        assert len(tokens) > 1 and min(known[t] for t in tokens) >= 3
+        assert min(known[t] for t in tokens) >= 1
 
 
 def test_second_turn_is_asked_after_a_taught_first_one(made):
@@ -135,8 +135,8 @@ def test_second_turn_is_asked_after_a_taught_first_one(made):
 def steps_of_sum(a, b):
     (a1, a0), (b1, b0) = divmod(a, 10), divmod(b, 10)
     carry = int(a0 + b0 > 9)
-    return (f"ones {a0} + {b0} = {a0 + b0}, tens {a1} + {b1} + {carry} = {a1 + b1 + carry}. "
-            f"The sum is #### {a + b}.")
+    return (f"ones {a0}+{b0}={a0 + b0}, tens {a1}+{b1}+{carry}={a1 + b1}+{carry}={a1 + b1 + carry}."
+            f" The sum is #### {a + b}.")
 
 
 def right_reply(question, reply):
@@ -206,11 +206,11 @@ def test_a_taught_tool_answer_is_what_the_tool_says(made):
 
 
 @pytest.mark.parametrize("reply, expected", [
-    (kinds.larger_in_steps("", "9.11", "9.9").reply, "ones 9 = 9, tenths 1 < 9. The larger one is #### 9.9."),
+    (kinds.larger_in_steps("", "9.11", "9.9").reply, "ones 9 and 9 equal, tenths 1 and 9 less. The larger one is #### 9.9."),
     (kinds.larger_in_steps("", "3.2", "3.25").reply,
-     "ones 3 = 3, tenths 2 = 2, hundredths 0 < 5. The larger one is #### 3.25."),
+     "ones 3 and 3 equal, tenths 2 and 2 equal, hundredths 0 and 5 less. The larger one is #### 3.25."),
     (kinds.sum_in_steps("", 67, 58).reply,
-     "ones 7 + 8 = 15, tens 6 + 5 + 1 = 12. The sum is #### 125."),
+     "ones 7+8=15, tens 6+5+1=11+1=12. The sum is #### 125."),
     (kinds.spelt("", "banana").reply, "The letters are #### b a n a n a.")])
 def test_steps_are_those_of_a_known_case(reply, expected):
     assert reply == expected
@@ -349,7 +349,7 @@ def test_too_few_words_is_one_line(documents, tmp_path):
      check_nothing_held_out_is_taught),
     (kinds, "sum_in_steps", 'held_out(f"{a} + {b}")', "held_out(question)", check_no_wording),
     (kinds, "parity", "sum(row[:i + 1])", "sum(row[:i])", check_replies),
-    (kinds, "sum_in_steps", "b // 10 + ones // 10", "b // 10", check_replies),
+    (kinds, "sum_in_steps", "carried = ones // 10", "carried = 0", check_replies),
     (kinds, "larger_in_steps", "max(a, b, key=float)", "max(a, b, key=len)", check_replies),
     (kinds, "counted", "count += 1", "count += 2", check_replies),
     (kinds, "computed", "a - b", "b - a", check_tool)], ids=lambda value: str(value)[:20])
