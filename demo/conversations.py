@@ -105,7 +105,7 @@ class Kind:
         """Draws until `count` exchanges are taught; those that are held out become tests."""
         tests = {}
         while len(self.taught) < count:
-            exchange = self.draw(rng)
+            exchange = k.as_typed(self.draw(rng), rng)
             if exchange.is_test:
                 tests[exchange.question] = exchange
             else:
@@ -161,7 +161,7 @@ def any_taught(kinds, rng):
 def follow_up(kind, before, rng, is_test):
     """A question that refers back to the exchange before, held out or not as is_test says."""
     while True:
-        exchange = kind.again(rng, before)
+        exchange = k.as_typed(kind.again(rng, before), rng)
         if exchange.is_test == is_test:
             return exchange
 

@@ -36,6 +36,16 @@ def held_out(key, one_in=5):
     choice does not depend on the seed."""
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % one_in == 0
 
+def as_typed(exchange, rng):
+    """The exchange with its question as people type it: some begin with a small letter, and some
+    leave out the last mark."""
+    question = exchange.question
+    if rng.random() < 0.15:
+        question = question[0].lower() + question[1:]
+    if rng.random() < 0.15:
+        question = question.rstrip("?!.")
+    return replace(exchange, question=question)
+
 # ---- Who it is, and small talk -------------------------------------------------------------------
 
 IDENTITY = (    # (reply, wordings that are taught, other wordings for the test)
@@ -87,17 +97,18 @@ SMALL_TALK = (  # (reply, what a reply in the test must contain, taught wordings
      ("What is new in the news?", "What is in the news today?")),
     ("I do not know any jokes.", "jokes",
      ("Tell me a joke.", "Do you know a joke?", "Make me laugh.", "Say something funny."),
-     ("Please tell me a joke.",)))
+     ("Please tell me a joke.",)),
+    ("I am too small for that.", "too small",
+     ("Write a poem.", "Tell me a story.", "Write an essay about dogs.", "Draw a cat.", "Sing a "
+      "song.", "Translate hello into French.", "Write a letter to my friend.", "Fix my code."),
+     ("Write a story.", "Write a song.")),
+    ("I don't know that.", "know",
+     ("What is the capital of France?", "What is the capital of Japan?", "Who is the president?",
+      "How far away is the moon?", "Who wrote Hamlet?", "Where is London?", "How old is the sun?",
+      "Who was Einstein?"),
+     ("What is the capital of Spain?", "Where is Paris?")))
 
 PERSONAS = ("Ada", "Alan", "Grace", "Linus", "Maria", "Rose", "Max", "Leo")
-
-def as_typed(question, rng):
-    """The question as people type it: some leave out capitals, some the last mark."""
-    if rng.random() < 0.2:
-        question = question.lower()
-    if rng.random() < 0.2:
-        question = question.rstrip("?!.")
-    return question
 
 def wording(taught, tested, rng):
     """One of all the wordings, each as likely as the others → (wording, is_test)."""
@@ -108,13 +119,13 @@ def identity(rng):
     """A question about who the assistant is. `named` gives the reply another name."""
     reply, taught, tested = rng.choice(IDENTITY)
     question, is_test = wording(taught, tested, rng)
-    return Exchange(as_typed(question, rng), reply, NAME, "contains", is_test)
+    return Exchange(question, reply, NAME, "contains", is_test)
 
 def small_talk(rng):
     """A greeting, thanks, a farewell, or what the assistant must decline."""
     reply, answer, taught, tested = rng.choice(SMALL_TALK)
     question, is_test = wording(taught, tested, rng)
-    return Exchange(as_typed(question, rng), reply, answer, "contains", is_test)
+    return Exchange(question, reply, answer, "contains", is_test)
 
 def named(exchange, name):
     """The exchange as it is after the system message "Your name is {name}."."""
@@ -189,6 +200,8 @@ def with_python(question, code, result, is_test):
              dict(type="text", text=f"It is #### {result}.")]
     return Exchange(question, reply, str(result), is_test=is_test, subject=result)
 
+SIGNS = {"+": "plus", "-": "minus", "*": "times"}
+
 def computed(question, a, sign, b):
     """a sign b, by the Python tool."""
     result = {"+": a + b, "-": a - b, "*": a * b}[sign]
@@ -197,19 +210,19 @@ def computed(question, a, sign, b):
 def tool(rng):
     """Larger numbers, and signs other than +, computed with the Python tool."""
     a = rng.randrange(100, 1000)
-    b = rng.randrange(11, 100)
+    b = rng.randrange(2, 100)
     sign = rng.choice("+-*")
     if sign != "+" and rng.random() < 0.3:
         a, b = two_numbers(rng)
-    asked = rng.choice(("Compute {a} {sign} {b}.", "What is {a} {sign} {b}?", "{a} {sign} {b}"))
-    return computed(asked.format(a=a, sign=sign, b=b), a, sign, b)
+    asked = rng.choice(("Compute {a} {sign} {b}.", "What is {a} {sign} {b}?", "{a} {sign} {b}",
+                        "What is {a} {word} {b}?"))
+    return computed(asked.format(a=a, sign=sign, word=SIGNS[sign], b=b), a, sign, b)
 
 def tool_again(rng, before):
     """Goes on computing with the result before."""
     sign = rng.choice("+-*")
     b = rng.randrange(2, 100)
-    word = {"+": "plus", "-": "minus", "*": "times"}[sign]
-    return computed(f"And {word} {b}?", before.subject, sign, b)
+    return computed(f"And {SIGNS[sign]} {b}?", before.subject, sign, b)
 
 def fraction(rng):
     """The digits after the point: one or two, the last of which is not 0."""

@@ -155,11 +155,11 @@ def right_reply(question, reply):
         at_once = f"It is #### {names[-1]}."
         is_short = reply == at_once and "step" not in question
         return at_once if is_short else f"{steps}. {at_once}"
-    spelt = re.fullmatch(r"(?:Spell|How do you spell)(?: the word)? (\w+)[.?]", question)
+    spelt = re.fullmatch(r"(?i)(?:Spell|How do you spell)(?: the word)? (\w+)[.?]?", question)
     if spelt and spelt[1] != "it":
         return f"The letters are #### {' '.join(spelt[1])}."
-    counted = re.fullmatch(r"How many (?:times is the letter |letters )?(\w) (?:are )?in (\w+)\?",
-                           question)
+    counted = re.fullmatch(r"(?i)How many (?:times is the letter |letters )?(\w) (?:are )?in "
+                           r"(\w+)\??", question)
     if counted and counted[2] != "it":
         letter, word = counted.groups()
         steps = [f"{c} {word[:i + 1].count(c)}" if c == letter else c for i, c in enumerate(word)]
@@ -170,12 +170,12 @@ def right_reply(question, reply):
 def check_replies(folder):
     """Every answer, from its question alone; every step of the steps."""
     checked = Counter()
-    refers_back = r"(And|Now|Plus|What about|How many \w are in it|Spell it)\b.*"
+    refers_back = r"(?i)(And|Now|Plus|What about|How many \w are in it|Spell it)\b.*"
     for question, reply in exchanges(folder):
         if not re.fullmatch(refers_back, question):
             right = right_reply(question, reply)
             assert right is None or reply == right, (question, reply, right)
-            checked[question.split()[0] if right else None] += 1
+            checked[question.split()[0].capitalize() if right else None] += 1
     assert checked.total() - checked[None] > 1000 and len(checked) > 6
 
 
@@ -190,7 +190,7 @@ def check_tool(folder):
             assert (call["type"], output["type"]) == ("python", "output")
             assert output["text"] == str(eval(call["text"]))
             assert text["text"] == f"It is #### {output['text']}."
-            if not question.startswith("And "):
+            if not question.lower().startswith("and "):
                 assert all(n in call["text"] for n in re.findall(r"\d+", question))
 
 
@@ -247,7 +247,8 @@ def follow_ups(made, pattern):
     found = []
     for messages in conversations_by_kind(made)["mixed"]:
         for before, question, reply in zip(messages, messages[1:], messages[2:]):
-            match = question["role"] == "user" and re.fullmatch(pattern, question["content"])
+            match = question["role"] == "user" and re.fullmatch(
+                f"(?i){pattern}", question["content"])
             if match and before["role"] == "assistant":
                 found.append((text_of(before["content"]), match, reply["content"]))
     assert len(found) >= 3
@@ -255,25 +256,25 @@ def follow_ups(made, pattern):
 
 
 def test_what_is_added_is_added_to_the_sum_before(made):
-    for before, match, reply in follow_ups(made, r"(?:And plus|Plus|Now add|And) (\d+)(?: more)?[?.]"):
+    for before, match, reply in follow_ups(made, r"(?:And plus|Plus|Now add|And) (\d+)(?: more)?[?.]?"):
         if "sum is" in before:
             total = int(before.partition("#### ")[2].strip("."))
             assert reply == steps_of_sum(total, int(match[1]))
 
 
 def test_it_is_the_word_before(made):
-    for before, _, reply in follow_ups(made, r"Spell it\."):
+    for before, _, reply in follow_ups(made, r"Spell it\.?"):
         letters = re.findall(r"\b[a-z]\b", before.partition(" The count")[0])
         assert reply == f"The letters are #### {' '.join(letters)}."
-    for before, match, reply in follow_ups(made, r"How many (\w) are in it\?"):
+    for before, match, reply in follow_ups(made, r"How many (\w) are in it\??"):
         letters = before.partition("#### ")[2]
         assert reply.endswith(f"The count is #### {letters.count(match[1])}.") or "count" in before
 
 
 def test_python_goes_on_with_its_result(made):
-    for before, match, reply in follow_ups(made, r"And (plus|minus|times) (\d+)\?"):
+    for before, match, reply in follow_ups(made, r"And (plus|minus|times) (\d+)\??"):
         if before.startswith("It is"):
-            sign = dict(plus="+", minus="-", times="*")[match[1]]
+            sign = dict(plus="+", minus="-", times="*")[match[1].lower()]
             assert reply[0]["text"] == f"{before.partition('#### ')[2][:-1]} {sign} {match[2]}"
 
 
