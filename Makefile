@@ -49,7 +49,7 @@ demo: setup
 	$(PY) sample.py --model $(RUN)-base --prompt "Return the" --top 8 --max_new_tokens 2
 	$(PY) demo/conversations.py --data $(DATA) --out $(CHAT) --seed $(SEED) $(TALK)
 	$(PY) chat_sft.py --model $(RUN)-base --out $(RUN)-sft --data $(KINDS:%=$(CHAT)/%.jsonl) \
-	    --batch_size 8 --lr 0.01 --save_every 100 --seed $(SEED) --resume $(SFT)
+	    --batch_size 8 --lr 0.02 --save_every 100 --seed $(SEED) --resume $(SFT)
 	$(PY) rl_grpo.py --model $(RUN)-sft --out $(RUN)-rl --task $(CHAT)/practice_bits.jsonl \
 	    --held_out $(CHAT)/held_out.jsonl --max_new_tokens 64 --save_every 8 --seed $(SEED) --resume $(RL)
 	for stage in base sft rl; do $(PY) eval.py --model $(RUN)-$$stage --tasks $(CHAT)/held_out.jsonl || exit 1; done
