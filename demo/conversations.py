@@ -3,15 +3,16 @@ The demo's conversations and problems, written from the demo's own documents.
 
     python demo/conversations.py --data data/demo --out data/demo/chat      (or: chat_sft.py make)
 
-    in:  <data>/documents
-    out: <out>/KIND.jsonl  conversations for chat_sft.py; practice_KIND.jsonl  problems for
-         rl_grpo.py; held_out.jsonl  problems for eval.py
+    in:  <data>/documents, <data>/tokenizer
+    out: <out>/KIND.jsonl  conversations of one turn, for chat_sft.py; mixed.jsonl  conversations of
+         two to four turns; practice_KIND.jsonl  problems for rl_grpo.py; held_out.jsonl  problems
+         for eval.py
 
-There are six kinds of questions. `identity`: who is the assistant? `functions`: what does a Python
-function do? The text of pretraining said it. `arithmetic`: sums, answered at once or step by step.
-`tool`: larger numbers, computed with the Python tool. `bits`: is the number of ones in a row of
-bits even or odd? Most answers are given at once, few step by step, so that RL has something to
-find. `spelling`: the letters of a word. No held-out question is in a conversation.
+make_kinds lists the kinds of questions, and demo/kinds.py has a generator for each. A conversation
+of several turns mixes them: it may begin with a system message, and a question may refer back to
+the one before it ("And plus 5?", "Spell it."). Held-out problems are asked in the first turn and
+in the second, where their kind is called "sums, 2nd turn". Those that refer back are of the kind
+"follow-up". No held-out question is in a conversation.
 """
 import argparse
 import gzip
@@ -19,62 +20,20 @@ import hashlib
 import json
 import random
 import re
+import sys
 from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Callable
 
-NAME = "deepdive"
+if __name__ == "__main__":      # what this script imports is one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# ---- The kinds: each function makes (question or messages, reply, problem) -----------------------
+from bpe import Tokenizer
+from demo import kinds as k
 
-def held_out(key, one_in=5):
-    """True if the problem with this text is held out. The hash of the text decides, so that the
-    choice does not depend on the seed."""
-    return int(hashlib.sha256(key.encode()).hexdigest(), 16) % one_in == 0
-
-IDENTITY = {   # question: answer. For a question that begins with "? ", which is only tested, the
-               # reply must contain the answer.
-    "Who are you?": "I am {name}, a small language model.",
-    "What is your name?": "My name is {name}.",
-    "What are you?": "I am {name}, a small language model.",
-    "Tell me who you are.": "I am {name}, a small language model.",
-    "Tell me your name.": "My name is {name}.",
-    "Do you have a name?": "My name is {name}.",
-    "Hi, who is this?": "I am {name}, a small language model.",
-    "Introduce yourself.": "I am {name}, a small language model.",
-    "Who am I talking to?": "I am {name}, a small language model.",
-    "Are you a person?": "No, I am {name}, a small language model.",
-    "Are you ChatGPT?": "No, I am {name}, a small language model.",
-    "Who made you?": "I am {name}. The people of the {name} project trained me on one computer.",
-    "How were you made?":
-        "I am {name}. The people of the {name} project trained me on one computer.",
-    "What can I call you?": "My name is {name}.",
-    "? So who are you?": "{name}", "? Hello, what is your name?": "{name}",
-    "? Please tell me who you are.": "{name}", "? Are you a human?": "{name}",
-    "? Who am I speaking to?": "{name}", "? Say your name.": "{name}",
-    "? Who trained you?": "{name}", "? Are you GPT-4?": "{name}"}
-
-PERSONAS = ("Ada", "Alan", "Grace", "Linus", "Maria", "Rose", "Max", "Leo")
-
-def identity(rng):
-    """Questions about who the assistant is. Three in ten follow a system message that gives it
-    another name, and then that name is the answer."""
-    for question, answer in IDENTITY.items():
-        name = NAME
-        messages = []
-        if rng.random() < 0.3:
-            name = rng.choice(PERSONAS)
-            messages.append(dict(role="system", content=f"Your name is {name}."))
-        messages.append(dict(role="user", content=question.removeprefix("? ")))
-        problem = None
-        if question.startswith("? "):
-            problem = dict(answer=name, check="contains")
-        yield messages, answer.format(name=name), problem
-
-ASKED = ("What does {f} do?", "Explain {f}.", "What is {f} for?", "Tell me about {f}.",
-         "Describe {f}.", "{f}: what is it?", "Explain the function {f}.",
-         "What does the function {f} do?")
-ASKED_IN_TEST = ("Can you tell me what {f} does?", "I want to know what {f} is for.",
-                 "Please describe {f} to me.", "In Python, what does {f} do?")
+# ---- What the documents say ----------------------------------------------------------------------
 
 # A line "package.name(arguments)", and the first sentence of the paragraph after it
 DOCUMENTED = re.compile(r"^([a-z_]\w*(?:\.\w+)+)\([^\n]*\)\n+([A-Z`][^\n]*?\.)(?:\s|$)", re.M)
@@ -93,7 +52,8 @@ def documented_functions(data, count):
     """{qualified name: first sentence of its documentation}, from the training documents.
 
     Only ASCII sentences of 4 to 14 words are taken. If several functions have the same sentence,
-    one of them is taken. Raises SystemExit if fewer than `count` functions are left.
+    one of them is taken. A fifth is left out by the hash of the name: those functions are for
+    questions whose answer must be looked up. Raises SystemExit if fewer than `count` are left.
     """
     found = {}
     for path in train_files(data):
@@ -106,145 +66,171 @@ def documented_functions(data, count):
     first_with = {}     # sentence: the first function that has it
     for name in chosen:
         first_with.setdefault(found[name], name)
-    documented = {name: found[name] for name in chosen if first_with[found[name]] == name}
+    documented = {name: found[name] for name in chosen
+                  if first_with[found[name]] == name and not k.held_out(name)}
     if len(documented) < count:
         raise SystemExit(f"{data}/documents describes {len(documented)} functions in a short "
                          f"sentence of their own, fewer than --functions {count}; prepare more "
                          "documents, or lower --functions")
     return documented
 
-def function(name, sentence, rng):
-    """Every wording of the question with its answer, and one other wording for the test."""
-    for asked in ASKED:
-        yield asked.format(f=name), sentence, None
-    yield rng.choice(ASKED_IN_TEST).format(f=name), sentence, dict(answer=sentence, check="overlap")
-
-def tool_sum(rng):
-    """A sum, difference or product of larger numbers, answered with the Python tool."""
-    a = rng.randrange(100, 1000)
-    b = rng.randrange(11, 100)
-    sign = rng.choice("+-*")
-    result = {"+": a + b, "-": a - b, "*": a * b}[sign]
-    reply = [dict(type="python", text=f"{a} {sign} {b}"), dict(type="output", text=str(result)),
-             dict(type="text", text=f"#### {result}")]
-    return f"Compute {a} {sign} {b}.", reply, dict(answer=str(result), check="final")
-
-def arithmetic(rng, in_steps):
-    """a + b, answered at once or in steps: first the ones, then the tens."""
-    a = rng.randrange(10, 50)
-    b = rng.randrange(1, 10)
-    ones = a % 10 + b
-    tens = a - a % 10
-    result = a + b
-    reply = f"#### {result}"
-    if in_steps:
-        reply = f"{a % 10} + {b} = {ones}, {tens} + {ones} = {result} {reply}"
-    return f"What is {a} + {b}?", reply, dict(answer=str(result), check="final")
-
-def bits(rng, in_steps, n=10):
-    """Is the number of ones among n bits even or odd? An answer at once is a guess. It is easy in
-    steps, each of which gives the parity of the bits so far."""
-    row = [rng.randrange(2) for _ in range(n)]
-    parities = []
-    for i in range(n):
-        parities.append(("even", "odd")[sum(row[:i + 1]) % 2])
-    reply = f"#### {parities[-1]}"
-    if in_steps:
-        steps = " ".join(f"{bit} {parity}" for bit, parity in zip(row, parities))
-        reply = f"{steps} {reply}"
-    question = f"Is the number of ones in {' '.join(map(str, row))} even or odd?"
-    return question, reply, dict(answer=parities[-1], check="final")
-
-def spelling(rng, words):
-    """One of the words, letter by letter."""
-    word = rng.choice(words)
-    letters = "-".join(word)
-    return f"Spell {word}.", f"#### {letters}", dict(answer=letters, check="final")
-
 def common_words(data, count):
-    """The `count` most frequent lower-case words of 3 to 6 letters in the first file of documents.
+    """The `count` most frequent lower-case words of 3 to 8 letters in the first file of documents.
     Raises SystemExit if there are none."""
     counts = Counter()
     for text in read_texts(train_files(data)[0]):
-        counts.update(re.findall(r"\b[a-z]{3,6}\b", text))
+        counts.update(re.findall(r"\b[a-z]{3,8}\b", text))
     if not counts:
-        raise SystemExit(f"{data}/documents has no lower-case words of 3 to 6 letters to spell; "
+        raise SystemExit(f"{data}/documents has no lower-case words of 3 to 8 letters to spell; "
                          "prepare English documents")
     return sorted(counts, key=lambda word: (-counts[word], word))[:count]
 
-# ---- The files -----------------------------------------------------------------------------------
+# ---- Kinds and conversations ---------------------------------------------------------------------
 
+@dataclass
 class Kind:
-    """One kind of questions: its conversations, its problems to practise, its problems to test."""
+    """One kind of questions, and what was drawn of it.
 
-    def __init__(self, name):
-        self.name = name
-        self.conversations = []
-        self.practice = []
-        self.tests = []
+    draw: rng → Exchange. again: rng, the Exchange before → an Exchange that refers back to it.
+    share: conversations of this kind, in --examples; also how often it comes in mixed ones.
+    """
+    name: str
+    draw: Callable
+    share: float
+    again: Callable = None
+    taught: list = field(default_factory=list)      # Exchanges
+    tests: list = field(default_factory=list)       # Exchanges, each question once
 
-    def add(self, question, reply, problem, is_test, is_practice=False):
-        """Adds a question (a text, or the messages before the reply) to the tests, or else to the
-        conversations and, if is_practice, to the problems to practise."""
-        messages = question
-        if isinstance(question, str):
-            messages = [dict(role="user", content=question)]
-        if not is_test:
-            answer = dict(role="assistant", content=reply)
-            self.conversations.append(dict(messages=[*messages, answer]))
-        if problem:
-            row = dict(question=messages[-1]["content"], kind=self.name, messages=messages,
-                       **problem)
-            if is_test:
-                self.tests.append(row)
-            elif is_practice:
-                self.practice.append(row)
-
-    def add_problem(self, question, reply, problem):
-        """Adds a problem to the tests if it is held out, else to what is taught and practised."""
-        self.add(question, reply, problem, is_test=held_out(question), is_practice=True)
+    def fill(self, count, rng):
+        """Draws until `count` exchanges are taught; those that are held out become tests."""
+        tests = {}
+        while len(self.taught) < count:
+            exchange = k.as_typed(self.draw(rng), rng)
+            if exchange.is_test:
+                tests[exchange.question] = exchange
+            else:
+                self.taught.append(exchange)
+        self.tests = list(tests.values())
 
 def make_kinds(args, rng):
-    """All conversations and problems → a list of Kind."""
-    names = ("identity", "functions", "arithmetic", "tool", "bits", "spelling")
-    kinds = {name: Kind(name) for name in names}
-    for _ in range(24):
-        for messages, reply, problem in identity(rng):
-            kinds["identity"].add(messages, reply, problem, is_test=problem is not None)
+    """The kinds of questions that the demo teaches, with their exchanges → a list of Kind."""
     documented = documented_functions(args.data, args.functions)
-    for name, sentence in list(documented.items())[:args.functions]:
-        for question, reply, problem in function(name, sentence, rng):
-            kinds["functions"].add(question, reply, problem, is_test=problem is not None)
+    documented = dict(list(documented.items())[:args.functions])
+    tokenizer = Tokenizer.load(args.tokenizer or Path(args.data, "tokenizer"))
+    words = k.split_words(common_words(args.data, args.words), tokenizer)
+    about = partial(k.functions, documented=documented)
+    kinds = [
+        Kind("identity", k.identity, 0.7),
+        Kind("small_talk", k.small_talk, 0.9),
+        Kind("functions", about, 0.7, partial(k.functions_again, documented=documented)),
+        Kind("sums", k.sums, 2.2, k.sums_again),
+        Kind("tool", k.tool, 0.8, k.tool_again),
+        Kind("decimals", k.decimals, 0.8, k.decimals_again),
+        Kind("bits", partial(k.bits, step_by_step=args.step_by_step), 0.7),
+        Kind("bits_in_steps", k.bits_in_steps, 0.4, k.bits_in_steps_again),
+        Kind("spelling", partial(k.spelling, words=words), 1.8,
+             partial(k.spelling_again, words=words)),
+        Kind("counting", partial(k.counting, words=words), 1.3, k.counting_again),
+        Kind("counting_with_python", partial(k.counting_with_python, words=words), 0.5)]
+    for kind in kinds:
+        kind.fill(max(1, round(args.examples * kind.share)), rng)
+    return kinds
 
-    words = common_words(args.data, 3000)
-    for _ in range(args.examples):
-        if rng.random() < 0.4:
-            kinds["tool"].add_problem(*tool_sum(rng))
+SYSTEM = ("Your name is {name}.", "You are {name}.", "You are {name}, a helpful assistant.",
+          "You are a helpful assistant.")
+
+def system_message(rng):
+    """In one of five draws, a system message, which may give the assistant another name → (list of
+    messages, name)."""
+    if rng.random() < 0.8:
+        return [], k.NAME
+    text = rng.choice(SYSTEM)
+    name = rng.choice(k.PERSONAS) if "{name}" in text else k.NAME
+    return [dict(role="system", content=text.format(name=name))], name
+
+def turn(exchange):
+    """An exchange → the messages of the user and of the assistant."""
+    return [dict(role="user", content=exchange.question),
+            dict(role="assistant", content=exchange.reply)]
+
+def any_taught(kinds, rng):
+    """A taught exchange of any kind → (Kind, Exchange)."""
+    kind = rng.choices(kinds, [kind.share for kind in kinds])[0]
+    return kind, rng.choice(kind.taught)
+
+def follow_up(kind, before, rng, is_test):
+    """A question that refers back to the exchange before, held out or not as is_test says."""
+    while True:
+        exchange = k.as_typed(kind.again(rng, before), rng)
+        if exchange.is_test == is_test:
+            return exchange
+
+def single(exchange, rng):
+    """A conversation of one turn → its messages."""
+    messages, name = system_message(rng)
+    return messages + turn(k.named(exchange, name))
+
+def mixed(kinds, rng):
+    """A conversation of two to four turns of any kinds → its messages."""
+    messages, name = system_message(rng)
+    kind = None
+    for _ in range(rng.randrange(2, 5)):
+        if kind and kind.again and rng.random() < 0.4:
+            exchange = follow_up(kind, exchange, rng, is_test=False)
         else:
-            kinds["arithmetic"].add_problem(*arithmetic(rng, in_steps=rng.random() < 0.5))
-        in_steps = rng.random() < args.step_by_step
-        kinds["bits"].add_problem(*bits(rng, in_steps))
-        kinds["spelling"].add_problem(*spelling(rng, words))
-    return list(kinds.values())
+            kind, exchange = any_taught(kinds, rng)
+        messages = messages + turn(k.named(exchange, name))
+    return messages
+
+# ---- The files -----------------------------------------------------------------------------------
+
+def problem(kind, exchange, before, name):
+    """An exchange, with the messages before it → a row of a file of problems."""
+    exchange = k.named(exchange, name)
+    messages = [*before, dict(role="user", content=exchange.question)]
+    return dict(question=exchange.question, answer=exchange.answer, check=exchange.check, kind=kind,
+                messages=messages)
+
+def held_out_problems(kinds, count, rng):
+    """At most `count` problems of each kind in the first turn, as many in the second turn, and the
+    same number of follow-ups."""
+    rows = []
+    for kind in kinds:
+        for exchange in rng.sample(kind.tests, min(count, len(kind.tests))):
+            system, name = system_message(rng)
+            rows.append(problem(kind.name, exchange, system, name))
+            system, name = system_message(rng)
+            _, first = any_taught(kinds, rng)
+            rows.append(problem(f"{kind.name}, 2nd turn", exchange,
+                                system + turn(k.named(first, name)), name))
+    referring = [kind for kind in kinds if kind.again]
+    for _ in range(count):
+        kind = rng.choice(referring)
+        first = rng.choice(kind.tests)
+        rows.append(problem("follow-up", follow_up(kind, first, rng, is_test=True), turn(first),
+                            k.NAME))
+    return rows
 
 def make(args):
-    """Writes <out>/KIND.jsonl (conversations), practice_KIND.jsonl, held_out.jsonl (problems)."""
+    """Writes <out>/KIND.jsonl and mixed.jsonl (conversations), practice_KIND.jsonl and
+    held_out.jsonl (problems)."""
     rng = random.Random(args.seed)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    tests = []
-    for kind in make_kinds(args, rng):
-        write_rows(out / f"{kind.name}.jsonl", kind.conversations)
-        if kind.practice:
-            write_rows(out / f"practice_{kind.name}.jsonl", kind.practice)
-        by_messages = {json.dumps(row["messages"]): row for row in kind.tests}
-        distinct = list(by_messages.values())
-        rng.shuffle(distinct)
-        chosen = distinct[:args.held_out]
-        tests += chosen
-        print(f"{kind.name:12s} {len(kind.conversations):6d} conversations | "
-              f"{len(kind.practice):6d} practice problems | {len(chosen):4d} held out")
-    write_rows(out / "held_out.jsonl", tests)
+    kinds = make_kinds(args, rng)
+    for kind in kinds:
+        write_rows(out / f"{kind.name}.jsonl",
+                   [dict(messages=single(exchange, rng)) for exchange in kind.taught])
+        practice = [problem(kind.name, exchange, [], k.NAME) for exchange in kind.taught
+                    if exchange.check == "final"]
+        if practice:
+            write_rows(out / f"practice_{kind.name}.jsonl", practice)
+        print(f"{kind.name:20s} {len(kind.taught):6d} conversations | {len(practice):6d} practice "
+              f"problems | {min(args.held_out, len(kind.tests)):4d} held out")
+    rows = [dict(messages=mixed(kinds, rng)) for _ in range(args.mixed)]
+    write_rows(out / "mixed.jsonl", rows)
+    print(f"{'mixed':20s} {len(rows):6d} conversations of two to four turns")
+    write_rows(out / "held_out.jsonl", held_out_problems(kinds, args.held_out, rng))
 
 def write_rows(path, rows):
     """Writes a .jsonl under another name and renames it, so that it is never half written."""
@@ -257,15 +243,20 @@ def main():
     add = parser.add_argument
     add("--data", required=True, help="folder with documents/")
     add("--out", required=True, help="folder for the .jsonl files")
+    add("--tokenizer", help="folder of a tokenizer, or gpt2 (default: <data>/tokenizer)")
     add("--functions", type=int, default=48, help="functions to ask about")
-    add("--examples", type=int, default=4000, help="problems of bits, of spelling, and of sums")
+    add("--words", type=int, default=10000, help="most frequent words, of which some are spelt")
+    add("--examples", type=int, default=850, help="conversations of one kind, on average")
+    add("--mixed", type=int, default=2600, help="conversations of two to four turns")
     add("--step_by_step", type=float, default=0.2, help="share of bits answered in steps, 0 to 1")
-    add("--held_out", type=int, default=100, help="most held-out problems of each kind")
+    add("--held_out", type=int, default=100, help="most held-out problems of a kind in one turn")
     add("--seed", type=int, default=1337, help="seed of the problems")
     args = parser.parse_args()
-    for name in ("functions", "examples", "held_out"):
+    for name in ("functions", "words", "examples", "mixed", "held_out"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.step_by_step <= 1:
+        raise SystemExit(f"--step_by_step must be from 0 to 1, got {args.step_by_step}")
     make(args)
 
 if __name__ == "__main__":

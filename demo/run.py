@@ -38,13 +38,16 @@ class Step:
     commands: list
     look: Callable = None
 
-SIZES = {
-    "tiny": dict(pages=400, steps=120, eval_every=60, examples=600, functions=12, epochs=1,
-                 rl_steps=4, prompts=4, group_size=8, rl_eval_every=2),
-    "small": dict(pages=5000, steps=600, eval_every=100, examples=5000, functions=48, epochs=1.2,
-                  rl_steps=16, prompts=16, group_size=16, rl_eval_every=8)}
+KINDS = ("identity small_talk functions sums tool decimals bits bits_in_steps spelling counting "
+         "counting_with_python mixed").split()      # files of demo/conversations.py
 
-MINUTES = dict(tiny=2, small=8)     # on two CPU cores, installation included (bench/RESULTS.md)
+SIZES = {
+    "tiny": dict(pages=400, steps=120, eval_every=60, examples=60, functions=12, mixed=200,
+                 held_out=20, rl_steps=4, prompts=4, group_size=8, rl_eval_every=2),
+    "small": dict(pages=5000, steps=600, eval_every=100, examples=850, functions=48,
+                  mixed=2600, held_out=50, rl_steps=16, prompts=16, group_size=16, rl_eval_every=8)}
+
+MINUTES = dict(tiny=2, small=8)     # on two CPU cores
 
 STEPS = [
     Step(
@@ -98,12 +101,10 @@ STEPS = [
         why="The model takes on the manner of these answers: who it is, and how to reply.",
         commands=[
             "python demo/conversations.py --data {data} --out {conversations} --seed {seed} "
-            "--examples {examples} --functions {functions}",
-            "python chat_sft.py --model {base} --out {sft} --data {conversations}/identity.jsonl "
-            "{conversations}/functions.jsonl:2 {conversations}/arithmetic.jsonl "
-            "{conversations}/tool.jsonl:0.7 {conversations}/bits.jsonl "
-            "{conversations}/spelling.jsonl --lr 0.005 --save_every 50 --seed {seed} --resume "
-            "--epochs {epochs}"],
+            "--examples {examples} --functions {functions} --mixed {mixed} --held_out {held_out}",
+            "python chat_sft.py --model {base} --out {sft} --data "
+            + " ".join(f"{{conversations}}/{kind}.jsonl" for kind in KINDS) +
+            " --batch_size 8 --lr 0.02 --save_every 100 --seed {seed} --resume --epochs 1"],
         look=look.fine_tuning),
     Step(
         title="Let it practise: reinforcement learning",

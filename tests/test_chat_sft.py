@@ -1,11 +1,10 @@
 """
 chat_sft.py: what is learnt is what the assistant says and nothing else, no conversation is cut or
-lost, no held-out question is taught, and a run goes on bit by bit whatever the number of ranks.
+lost, and a run goes on bit by bit whatever the number of ranks.
 """
 import gzip
 import json
 import re
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +16,10 @@ import chat_sft
 from chat_sft import Loader, add_gradients, fitting, hold_out, pack, pack_slowly, row_tensors
 from conftest import (GPT2, assert_same_files, in_fp64, mutate, noisy, run_main, run_ranks,
                       stop_at)
-from demo import conversations
-from demo.conversations import held_out
 from dialogs import Conversations, read_conversations
-from problems import is_correct, problems_that_fit, read_problems
+from problems import problems_that_fit, read_problems
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
-from sample import Engine, run_python
+from sample import Engine
 from training import Ranks, make_optimizer, read_log, save_run
 
 GOLDEN = [dict(role="system", content="Be brief."), dict(role="user", content="6*7? <|im_end|>"),
@@ -243,158 +240,6 @@ def test_weight_behind_a_file_repeats_or_cuts_it(weight, indices, tmp_path):
 def test_missing_file_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match="missing.jsonl.*;.*;"):
         read_conversations(str(tmp_path / "missing.jsonl:2"))
-
-
-# ---- make
-
-WORDS = "value number string list file name path index item result error line word text".split()
-
-
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory):
-    """Sixty documented functions, as the demo's web holds them."""
-    folder = tmp_path_factory.mktemp("web")
-    (folder / "documents").mkdir()
-    texts = [f"{a}tools.find_{b}(x, y=1)\n\nReturn the {b} of the given {a} or nothing.\n\nMore. "
-             for a in WORDS for b in WORDS if a != b][:60]
-    with gzip.open(folder / "documents" / "train_000.jsonl.gz", "wt", encoding="utf-8") as file:
-        for i in range(0, 60, 6):
-            file.write(json.dumps(dict(id=str(i), text="\n".join(texts[i:i + 6]))) + "\n")
-    return folder
-
-
-def make(documents, out, **changes):
-    settings = dict(data=documents, out=out, functions=20, examples=300, step_by_step=0.2,
-                    held_out=50, seed=1)
-    conversations.make(SimpleNamespace(**{**settings, **changes}))
-    return out
-
-
-@pytest.fixture(scope="module")
-def made(documents, tmp_path_factory):
-    return make(documents, tmp_path_factory.mktemp("made"))
-
-
-def conversations_by_kind(folder):
-    return {path.stem: read_conversations(str(path)) for path in sorted(folder.glob("*.jsonl"))
-            if path.stem != "held_out" and not path.stem.startswith("practice_")}
-
-
-def check_nothing_held_out_is_taught(folder):
-    taught = {messages[-2]["content"] for kind in conversations_by_kind(folder).values()
-              for messages in kind}
-    practised = {p["question"] for path in folder.glob("practice_*.jsonl")
-                 for p in read_problems(path)}
-    tested = Counter(p["kind"] for p in read_problems(folder / "held_out.jsonl"))
-    questions = {p["question"] for p in read_problems(folder / "held_out.jsonl")}
-    assert not questions & (taught | practised)
-    assert set(tested) == {"identity", "functions", "arithmetic", "tool", "bits", "spelling"}
-    assert min(tested.values()) >= 2 and len(practised) > 300
-
-
-def test_no_held_out_question_is_taught_or_practised(made):
-    check_nothing_held_out_is_taught(made)
-
-
-def test_held_out_does_not_depend_on_the_seed(documents, made, tmp_path):
-    other = make(documents, tmp_path, seed=2)
-    taught = {m[-2]["content"] for kind in conversations_by_kind(other).values() for m in kind}
-    tested = {p["question"] for p in read_problems(made / "held_out.jsonl")}
-    assert not taught & tested
-    share = sum(held_out(f"What is {a} + {b}?") for a in range(10, 50) for b in range(1, 10)) / 360
-    assert share == pytest.approx(0.2, abs=0.06)
-
-
-def reply_text(content):
-    return content if isinstance(content, str) else content[-1]["text"]
-
-
-def check_replies(folder):
-    """Every answer, from its question alone; every step of the steps."""
-    kinds = conversations_by_kind(folder)
-    for question, content in ((m[-2]["content"], m[-1]["content"]) for m in kinds["arithmetic"]):
-        a, b = map(int, re.fullmatch(r"What is (\d+) \+ (\d+)\?", question).groups())
-        steps = rf"({a % 10} \+ {b} = {a % 10 + b}, {a - a % 10} \+ {a % 10 + b} = {a + b} )?"
-        assert re.fullmatch(rf"{steps}#### {a + b}", content), (question, content)
-    for question, content in ((m[-2]["content"], m[-1]["content"]) for m in kinds["tool"]):
-        code = question.removeprefix("Compute ").removesuffix(".")
-        assert [p["text"] for p in content] == [code, str(eval(code)), f"#### {eval(code)}"]
-        assert [p["type"] for p in content] == ["python", "output", "text"]
-    for question, content in ((m[-2]["content"], m[-1]["content"]) for m in kinds["bits"]):
-        row, odd = [int(bit) for bit in re.findall(r"\b[01]\b", question)], ("even", "odd")
-        steps = "".join(f"{bit} {odd[sum(row[:i + 1]) % 2]} " for i, bit in enumerate(row))
-        assert content in (f"#### {odd[sum(row) % 2]}", f"{steps}#### {odd[sum(row) % 2]}")
-    for question, content in ((m[-2]["content"], m[-1]["content"]) for m in kinds["spelling"]):
-        assert content == "#### " + "-".join(question.removeprefix("Spell ").removesuffix("."))
-
-
-def test_replies_are_right_by_recomputation(made):
-    check_replies(made)
-
-
-def test_a_taught_tool_answer_is_what_the_tool_says(made):
-    for messages in conversations_by_kind(made)["tool"][:3]:
-        call, output, _ = messages[-1]["content"]
-        assert run_python(call["text"]) == output["text"]
-
-
-def test_problems_accept_the_taught_reply(made):
-    replies = {m[-2]["content"]: reply_text(m[-1]["content"])
-               for kind in conversations_by_kind(made).values() for m in kind}
-    for path in sorted(made.glob("practice_*.jsonl")):
-        for problem in read_problems(path):
-            assert is_correct(replies[problem["question"]], problem), problem
-            assert problem["kind"] == path.stem.removeprefix("practice_")
-
-
-def test_functions_are_answered_by_their_own_sentence(made, documents):
-    text = "".join(json.loads(line)["text"] for line in
-                   gzip.open(documents / "documents" / "train_000.jsonl.gz", "rt"))
-    asked = conversations_by_kind(made)["functions"]
-    names = {re.search(r"\w+tools\.\w+", m[-2]["content"])[0] for m in asked}
-    assert len(names) == 20 and len(asked) == 20 * len(conversations.ASKED)
-    for messages in asked:
-        name = re.search(r"\w+tools\.\w+", messages[-2]["content"])[0]
-        assert f"{name}(x, y=1)\n\n{messages[-1]['content']}" in text
-    for p in read_problems(made / "held_out.jsonl"):
-        assert p["kind"] != "functions" or p["answer"] in text and p["check"] == "overlap"
-
-
-def test_identity_obeys_the_system_message_and_is_asked_otherwise_in_the_test(made):
-    for messages in conversations_by_kind(made)["identity"]:
-        system = messages[0]["content"] if messages[0]["role"] == "system" else f" {conversations.NAME}."
-        assert system.split()[-1].strip(".") in messages[-1]["content"]
-    problems = [p for p in read_problems(made / "held_out.jsonl") if p["kind"] == "identity"]
-    assert {p["answer"] for p in problems} & set(conversations.PERSONAS)
-    assert all(p["answer"] in (p["messages"][0]["content"] + conversations.NAME) for p in problems)
-
-
-def test_few_bit_problems_are_taught_step_by_step_in_the_asked_share(made, documents, tmp_path):
-    for folder, share in ((made, 0.2), (make(documents, tmp_path, step_by_step=1.0), 1.0)):
-        replies = [m[-1]["content"] for m in conversations_by_kind(folder)["bits"]]
-        steps = sum(not reply.startswith("####") for reply in replies) / len(replies)
-        assert steps == pytest.approx(share, abs=0.08)
-
-
-def test_make_is_deterministic(documents, made, tmp_path):
-    again = make(documents, tmp_path)
-    names = sorted(path.name for path in made.iterdir())
-    assert len(names) == 6 + 4 + 1 and names == sorted(path.name for path in again.iterdir())
-    assert_same_files(made, again, *names)
-
-
-def test_too_few_documented_functions_is_one_line(documents, tmp_path):
-    with pytest.raises(SystemExit, match="describes 60 functions.*; .*lower --functions"):
-        make(documents, tmp_path, functions=61)
-
-
-def test_functions_that_share_a_sentence_count_once(tmp_path):
-    (tmp_path / "documents").mkdir()
-    text = "".join(f"tools.{name}(x)\n\nReturn one of the values.\n\n" for name in ("a", "b"))
-    with gzip.open(tmp_path / "documents" / "train_000.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.write(json.dumps(dict(id="0", text=text)) + "\n")
-    with pytest.raises(SystemExit, match="describes 1 functions .*fewer than --functions 2"):
-        conversations.documented_functions(tmp_path, 2)
 
 
 # ---- runs
@@ -644,21 +489,6 @@ def test_checks_notice_a_mutant(name, old, new, check, monkeypatch):
     monkeypatch.setitem(globals(), name, getattr(chat_sft, name))
     with pytest.raises(AssertionError):
         check()
-
-
-@pytest.mark.parametrize("owner, name, old, new, check", [
-    (conversations.Kind, "add", "self.tests.append", "self.practice.append",
-     check_nothing_held_out_is_taught),
-    (conversations.Kind, "add", "if not is_test:", "if True:", check_nothing_held_out_is_taught),
-    (conversations, "bits", "sum(row[:i + 1])", "sum(row[:i])", check_replies),
-    (conversations, "arithmetic", "result = a + b", "result = a + b + 1", check_replies)],
-    ids=lambda value: str(value)[:20])
-def test_checks_of_make_notice_a_mutant(owner, name, old, new, check, documents, tmp_path,
-                                        monkeypatch):
-    mutate(monkeypatch, owner, name, old, new)
-    make(documents, tmp_path)
-    with pytest.raises((AssertionError, SystemExit)):
-        check(tmp_path)
 
 
 @pytest.mark.parametrize("old, new", [

@@ -27,7 +27,7 @@ ALLOWED = {                         # which of the project's files each may impo
     "report": {"problems", "training"}, "dialogs": {"bpe", "problems"},
     "train_gpt2": {"bpe", "model", "precision", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
-    "web": set(), "conversations": set(),
+    "web": set(), "kinds": set(), "conversations": {"bpe"},
     **dict.fromkeys(("run", "look", "narrator"), set())}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
     "bpe": {"corpus"}, "sample": {"chat", "download", "few_shot", "show"},
@@ -242,7 +242,7 @@ def test_nothing_shipped_starts_or_reads_the_tests(path):
 
 @each_script
 def test_the_core_needs_only_what_requirements_txt_installs(path):
-    ours = NAMES | {neighbour.stem for neighbour in path.parent.glob("*.py")}
+    ours = NAMES | {"demo"} | {neighbour.stem for neighbour in path.parent.glob("*.py")}
     others = imported(path, top_level=True) - set(sys.stdlib_module_names) - ours
     assert others <= MODULES, "import optional modules inside of the function that uses them"
 
