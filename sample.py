@@ -213,15 +213,18 @@ class Engine:
     """Batched generation with a KV cache: `generate` returns completions, `stream` yields text.
 
     python: the function that runs the code of <|python|>; None: the token means nothing.
+    search: the function that finds a passage for the query of <|search|>, in the same way.
     """
 
-    def __init__(self, model, tokenizer, python=run_python):
+    def __init__(self, model, tokenizer, python=run_python, search=None):
         self.model = model
         self.tokenizer = tokenizer
         self.n_vocab = getattr(tokenizer, "n_vocab", None)
         self.tools = {}     # {closing token: (opening token, function)}
-        if python:
-            self.tools[tokenizer.special["<|/python|>"]] = tokenizer.special["<|python|>"], python
+        for name, tool in (("python", python), ("search", search)):
+            if tool:
+                opening = tokenizer.special[f"<|{name}|>"]
+                self.tools[tokenizer.special[f"<|/{name}|>"]] = opening, tool
 
     @torch.inference_mode()
     def steps(self, prompts, num_samples, max_new_tokens, sampling, seed, stop):
