@@ -37,7 +37,7 @@ import torch
 from bpe import Tokenizer
 from model import load_checkpoint
 from problems import check_messages, is_correct, problems_that_fit, read_lines, read_problems
-from sample import Engine, check_at_least, find_run, load_tokenizer, printable, quiet_end
+from sample import Engine, check_at_least, find_run, load_tokenizer, quiet_end
 from training import (RunLog, already_trained, catch_signals, check_finite, contents, default_lr,
                       finish, init_ranks, load_state, make_optimizer, save_run)
 
@@ -175,6 +175,7 @@ class Loader:
 def show(args):
     """Prints conversations token by token: tokens that are learnt in green, the others in grey.
     A character that is split into several tokens is printed with the last of them."""
+    from show import printable
     tokenizer = Tokenizer.load(args.tokenizer)
     for messages in read_conversations(args.file)[:args.count]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")

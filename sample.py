@@ -14,8 +14,8 @@ When an assistant writes <|python|>code<|/python|>, the engine runs the code and
 <|output|>its result<|/output|> into the text before the model continues: the output of a tool is
 never sampled.
 
-Papers: nucleus sampling (arXiv 1904.09751), min-p (2407.01082), tool calls in the text (Toolformer,
-2302.04761).
+Papers: nucleus sampling (arXiv 1904.09751), min-p (2407.01082), repetition penalty (CTRL,
+1909.05858), tool calls in the text (Toolformer, 2302.04761).
 """
 import argparse
 import codecs
@@ -47,14 +47,18 @@ from model import GPT2_SIZES, KVCache, load_checkpoint
 
 MIN_TEMPERATURE = 1e-5      # a lower one is greedy, and would only overflow
 
-def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
+def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None,
+                     repetition_penalty=1.0, contexts=()):
     """logits (B, V) → the distribution that the next token is drawn from, (B, V).
 
+    repetition_penalty comes first and needs `contexts`, as penalize describes both.
     Temperature 0 gives all of it to the best token. top_k keeps the k best tokens. top_p keeps, of
     these, the fewest best tokens that hold a share p. min_p keeps those that are at least min_p
     times as probable as the best. The tokens that are kept share the rest in proportion. This is
     also the order of transformers. None: no cut.
     """
+    if repetition_penalty != 1:
+        logits = penalize(logits, contexts, repetition_penalty)
     if temperature < MIN_TEMPERATURE:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
     probs = torch.softmax(logits / temperature, dim=-1)
@@ -71,7 +75,21 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
     return probs / probs.sum(-1, keepdim=True)
 
-def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None):
+def penalize(logits, contexts, penalty):
+    """logits (B, V) → logits in which each token that a row has read or written is less probable.
+
+    contexts: the ids of each row, its prompt included. A logit above 0 is divided by the penalty
+    and one below 0 is multiplied by it, as in transformers. Differs from CTRL, which divides both,
+    so that a token whose logit is below 0 becomes more probable there.
+    """
+    logits = logits.clone()
+    for b, ids in enumerate(contexts):
+        seen = torch.tensor(sorted(set(ids)), device=logits.device)
+        before = logits[b, seen]
+        logits[b, seen] = torch.where(before > 0, before / penalty, before * penalty)
+    return logits
+
+def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
     """ValueError if an argument of next_token_probs is outside of its range."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
@@ -81,6 +99,11 @@ def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None):
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if min_p is not None and not 0 <= min_p <= 1:
         raise ValueError(f"min_p must be from 0 to 1, got {min_p}")
+    if not 0 < repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty must be above 0, got {repetition_penalty}; 1 means "
+                         "none")
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")     # flags, arguments
 
 def draw(probs, generator):
     """probs (B, V) → one token per row, (B,), by inverse-CDF sampling: the first token whose
@@ -245,7 +268,9 @@ class Engine:
             logits = logits[:, :self.n_vocab]   # a checkpoint may have more ids than its tokenizer
             if not logits.sum().isfinite():     # a single NaN shows in the sum
                 raise ValueError("the model's logits are not finite; its weights are damaged")
-            drawn = draw(next_token_probs(logits, **sampling), generator).tolist()
+            contexts = (prompts[row.number // num_samples] + row.ids for row in rows)
+            probs = next_token_probs(logits, **sampling, contexts=contexts)
+            drawn = draw(probs, generator).tolist()
             emitted = []
             for row, token in zip(rows, drawn):
                 if not row.is_done:
@@ -331,7 +356,7 @@ class Engine:
         return {special["<|endoftext|>"], special["<|im_end|>"], *more}
 
     def generate(self, prompts, max_new_tokens=128, num_samples=1, temperature=1.0, top_k=None,
-                 top_p=None, min_p=None, seed=0, stop=()):
+                 top_p=None, min_p=None, repetition_penalty=1.0, seed=0, stop=()):
         """prompts: texts or lists of ids → Completions, num_samples for each prompt, in order.
 
         A completion ends with <|endoftext|>, <|im_end|> or an id in `stop`. The same seed gives the
@@ -339,7 +364,8 @@ class Engine:
         """
         prompts = [self.prompt_ids(prompt) for prompt in prompts]
         stop = self.stop_ids(stop)
-        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                        repetition_penalty=repetition_penalty)
         done = [Completion() for _ in range(len(prompts) * num_samples)]
         was_training = self.model.training
         self.model.eval()
@@ -353,11 +379,12 @@ class Engine:
         return done
 
     def stream(self, prompt, max_new_tokens=128, temperature=1.0, top_k=None, top_p=None,
-               min_p=None, seed=0, stop=()):
+               min_p=None, repetition_penalty=1.0, seed=0, stop=()):
         """Yields (id, text) for each token, and (None, rest) at the end. The text of a character
         that is split over tokens comes with its last token."""
         stop = self.stop_ids(stop)
-        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                        repetition_penalty=repetition_penalty)
         self.model.eval()
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         prompts = [self.prompt_ids(prompt)]
@@ -479,89 +506,6 @@ def is_gpt2(vocabulary, tokenizer):
 
 # ---- The terminal --------------------------------------------------------------------------------
 
-def printable(text):
-    """A text that is safe to print: control characters, which could move the cursor or hide what
-    was written, are shown as \\x1b; lines and tabs stay."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]",
-                  lambda found: ascii(found[0])[1:-1], text)
-
-def show_token(tokenizer, i):
-    """A token on one line: 'text', or its bytes if it is not made of whole characters."""
-    data = tokenizer.decode_bytes([i])
-    try:
-        return repr(data.decode("utf-8"))       # which shows control characters as \x1b, too
-    except UnicodeDecodeError:
-        return "".join(f"<{byte:02x}>" for byte in data)
-
-def show_steps(engine, prompt, top, max_new_tokens, seed, sampling):
-    """Prints for each step the `top` most probable tokens as bars, and marks the one drawn."""
-    tokenizer = engine.tokenizer
-    ids = engine.prompt_ids(prompt)
-    for token in engine.generate([prompt], max_new_tokens, seed=seed, **sampling)[0].ids:
-        with torch.inference_mode():
-            logits = engine.model(torch.tensor([ids], device=engine.device()))[:, -1]
-        probs, order = next_token_probs(logits[:, :engine.n_vocab])[0].topk(top)
-        print(f"\n… {tokenizer.decode(ids[-12:])!r}")
-        for p, i in zip(probs.tolist(), order.tolist()):
-            mark = "←" if i == token else ""
-            print(f"{i:8d}  {show_token(tokenizer, i):16s} {p:6.1%} {'█' * round(40 * p)} {mark}")
-        ids.append(token)
-
-def fit_context(tokenizer, messages, most):
-    """Drops the oldest turns, each with its question and its replies, until the prompt has at most
-    `most` tokens → (messages, ids). The system message and the last question stay."""
-    messages = list(messages)
-    while True:
-        ids, _ = tokenizer.render(messages, for_completion=True)
-        questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
-        if len(ids) <= most or len(questions) < 2:
-            return messages, ids
-        del messages[questions[0]:questions[1]]
-
-def chat(engine, system, max_new_tokens, seed, sampling):
-    """A conversation in the terminal. An empty line, Ctrl-D or Ctrl-C ends it. When it outgrows the
-    context, the oldest turns are forgotten, so that a quarter stays free for the reply."""
-    block_size = engine.model.config.block_size
-    most = block_size - min(max_new_tokens, max(1, block_size // 4))
-    has_forgotten = False
-    messages = []
-    if system:
-        messages.append(dict(role="system", content=system))
-    while True:
-        try:
-            question = input("\nuser: ").strip()
-        except EOFError:
-            return
-        if not question:
-            return
-        asked = [*messages, dict(role="user", content=question)]
-        kept, ids = fit_context(engine.tokenizer, asked, most)
-        if len(ids) > most:
-            print(f"(That is too long: with it the prompt has {len(ids)} tokens, and the model can "
-                  f"read {most}. Ask something shorter.)")
-            continue
-        if len(kept) < len(asked) and not has_forgotten:
-            print(f"(The model can read {block_size} tokens; from now on it forgets the oldest "
-                  "turns.)")
-            has_forgotten = True
-        print("assistant: ", end="", flush=True)
-        reply = []
-        for token, text in engine.stream(ids, max_new_tokens, seed=seed, **sampling):
-            if token is not None:
-                reply.append(token)
-            print(printable(text), end="", flush=True)
-        print()
-        messages = engine.tokenizer.parse([*ids, *reply])
-        seed += 1
-
-def show_samples(engine, prompt, num_samples, max_new_tokens, seed, sampling):
-    """Prints several continuations of a prompt, token by token, as they are written."""
-    for i in range(num_samples):
-        print("-" * 80 + f"\n{printable(prompt)}", end="")
-        for _, text in engine.stream(prompt, max_new_tokens, seed=seed + i, **sampling):
-            print(printable(text), end="", flush=True)
-        print()
-
 def check_at_least(least, args, *names):
     """Stops at a flag below `least`; one that was not given is None and passes."""
     for name in names:
@@ -605,6 +549,8 @@ def parse_args():
     parser.add_argument("--top_k", type=int, help="keep the k best tokens")
     parser.add_argument("--top_p", type=float, help="keep the best tokens that hold this share")
     parser.add_argument("--min_p", type=float, help="least probability, as a share of the best's")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0,
+                        help="above 1: what was read or written becomes less probable")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text")
     parser.add_argument("--top", type=int, help="show this many next tokens as bars, at each step")
     parser.add_argument("--chat", action="store_true", help="talk with an assistant")
@@ -626,7 +572,7 @@ def main():
     args = parse_args()
     check_at_least(1, args, "num_samples", "max_new_tokens", "top")
     check_at_least(0, args, "seed")
-    sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p")}
+    sampling = {key: getattr(args, key) for key in SAMPLING}
     try:
         check_sampling(**sampling)
     except ValueError as error:
@@ -650,10 +596,13 @@ def main():
                          "--allow_base")
     engine = Engine(model.for_inference(), tokenizer)
     if args.chat:
+        from chat import chat
         chat(engine, args.system, args.max_new_tokens, args.seed, sampling)
     elif args.top:
+        from show import show_steps
         show_steps(engine, prompt, args.top, args.max_new_tokens, args.seed, sampling)
     else:
+        from show import show_samples
         show_samples(engine, prompt, args.num_samples, args.max_new_tokens, args.seed, sampling)
 
 if __name__ == "__main__":

@@ -151,6 +151,32 @@ def test_cuts_keep_what_transformers_keeps(cut):
     assert torch.equal(next_token_probs(logits, **cut) > 0, expected > -math.inf)
 
 
+def check_penalty():
+    logits = 2 * torch.randn(3, 50, generator=torch.Generator().manual_seed(2))
+    contexts = torch.randint(50, (3, 30), generator=torch.Generator().manual_seed(3))
+    for penalty in (0.5, 1.0, 1.3, 4.0):
+        process = pytest.importorskip("transformers.generation.logits_process")
+        expected = process.RepetitionPenaltyLogitsProcessor(penalty)(contexts, logits.clone())
+        found = next_token_probs(logits, 0.7, repetition_penalty=penalty, contexts=contexts.tolist())
+        torch.testing.assert_close(found, torch.softmax(expected / 0.7, -1))
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    check_penalty()
+
+
+def test_the_penalty_counts_the_prompt_and_what_was_written_of_each_row_alone(engine):
+    prompts = ["Return the", "If"]
+    found = engine.generate(prompts, 20, 2, temperature=0, repetition_penalty=3.0)
+    for prompt, completion in zip([prompts[0]] * 2 + [prompts[1]] * 2, found):
+        ids = engine.prompt_ids(prompt)
+        for token in completion.ids:
+            logits = engine.model(torch.tensor([ids]))[:, -1, :engine.n_vocab]
+            assert token == sample.penalize(logits, [ids], 3.0).argmax()
+            ids.append(token)
+    assert found[0].ids != engine.generate(prompts, 20, temperature=0)[0].ids
+
+
 def test_top_p_1_keeps_every_token_and_a_tiny_temperature_is_greedy():
     logits = torch.randn(3, 100_000, generator=torch.Generator().manual_seed(0))
     assert (next_token_probs(logits, top_p=1.0) > 0).all()
@@ -162,7 +188,8 @@ def test_top_p_1_keeps_every_token_and_a_tiny_temperature_is_greedy():
     (dict(temperature=math.nan), "temperature must be at least 0, got nan"),
     (dict(top_k=0), "top_k must be at least 1, got 0"), (dict(top_k=-1), "top_k must be"),
     (dict(top_p=0.0), "top_p must be above 0"), (dict(top_p=-0.5), "top_p must be above 0"),
-    (dict(top_p=1.5), "top_p must be above 0 and at most 1, got 1.5"), (dict(min_p=1.5), "min_p must be from 0 to 1, got 1.5")], ids=str)
+    (dict(top_p=1.5), "top_p must be above 0 and at most 1, got 1.5"), (dict(min_p=1.5), "min_p must be from 0 to 1, got 1.5"),
+    (dict(repetition_penalty=0.0), "repetition_penalty must be above 0, got 0.0")], ids=str)
 def test_sampling_out_of_range_is_refused_before_anything_is_written(given, said, engine, base_run):
     with pytest.raises(ValueError, match=said):
         engine.generate(["a"], 1, **given)
@@ -526,64 +553,6 @@ def test_chat_refuses_a_base_model_unless_told(base_run, monkeypatch):
     run_main(sample, "--chat", "--model", base_run, "--allow_base")
 
 
-def test_chat_goes_on_from_what_was_said(tokenizer, monkeypatch, capsys):
-    asked, prompts = iter(["Hi", "And?", ""]), []
-    engine, _ = writing(tokenizer, "?")
-
-    def stream(prompt, *args, **kwargs):
-        prompts.append(tokenizer.decode(prompt))
-        ids = [*tokenizer.encode_ordinary("Yes."), tokenizer.special["<|im_end|>"]]
-        yield from [(i, "." if i == ids[-2] else "") for i in ids] + [(None, "")]
-
-    monkeypatch.setattr(builtins, "input", lambda _: next(asked))
-    monkeypatch.setattr(engine, "stream", stream)
-    sample.chat(engine, "Be brief.", 9, 0, {})
-    im = "<|im_start|>{}<|im_sep|>".format
-    first = f"<|endoftext|>{im('system')}Be brief.<|im_end|>{im('user')}Hi<|im_end|>"
-    first += im("assistant")
-    second = f"{first}Yes.<|im_end|>{im('user')}And?<|im_end|>{im('assistant')}"
-    assert prompts == [first, second] and capsys.readouterr().out.count("assistant: .") == 2
-
-
-def test_a_long_chat_forgets_its_oldest_turns_and_says_so_once(tokenizer, monkeypatch, capsys):
-    engine, _ = writing(tokenizer, *"?" * 200, "<|im_end|>")        # 200 tokens do not fit in 256
-    questions = iter([*(f"Question {n}?" for n in range(9)), "x" * 900, "Again?", ""])
-    seen = []
-
-    def stream(ids, *args, **kwargs):
-        seen.append(engine.tokenizer.parse(ids))
-        yield from [(i, "") for i in tokenizer.encode_ordinary("Yes. " * 9)] + [(None, "")]
-
-    monkeypatch.setattr(builtins, "input", lambda _: next(questions))
-    monkeypatch.setattr(engine, "stream", stream)
-    sample.chat(engine, "Be brief.", 64, 0, {})
-    out = capsys.readouterr().out
-    assert out.count("forgets the oldest turns") == 1 and out.count("too long") == 1
-    assert all(messages[0]["role"] == "system" and messages[1]["role"] == "user" for messages in seen)
-    assert "Question 8?" in str(seen[8]) and "Question 0?" not in str(seen[8])
-    assert "Question 8?" in str(seen[9]) and "xxx" not in str(seen[9])
-
-
-@pytest.mark.parametrize("text, shown", [
-    ("a\tb\n", "a\tb\n"), ("\x1b[2J", r"\x1b[2J"), ("\r\x07\x9b\x7f", r"\r\x07\x9b\x7f"),
-    ("é中😀", "é中😀"), ("\u202egnp", r"\u202egnp")])
-def test_control_characters_never_reach_the_terminal(text, shown):
-    assert sample.printable(text) == shown
-
-
-def test_what_a_prompt_and_a_model_write_is_shown_printable(tokenizer, capsys):
-    ids = [*b"a\x1b[31mb\xe4\xb8\xad", tokenizer.special["<|im_end|>"]]
-    engine = Engine(Scripted(ids, tokenizer.n_vocab), tokenizer)
-    sample.show_samples(engine, "\x1b", 1, 50, 0, {})
-    out = capsys.readouterr().out
-    assert "\x1b" not in out and r"\x1b\x1b[31mb中" in out      # one of the prompt, one of the model
-
-
-def test_a_token_that_is_not_a_whole_character_is_shown_as_bytes(tokenizer):
-    shown = [sample.show_token(tokenizer, i) for i in (*"é".encode(), ord("a"), 27)]
-    assert shown == ["<c3>", "<a9>", "'a'", r"'\x1b'"]
-
-
 def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(base_run):
     command = [sys.executable, "sample.py", "--model", base_run, "--num_samples", "500"]
     for end in ("signal", "pipe"):
@@ -606,19 +575,6 @@ def test_a_bad_flag_is_one_line(flags, said, base_run):
     with pytest.raises(SystemExit, match=f"^{said}") as error:
         run_main(sample, "--model", base_run, *flags)
     assert "\n" not in str(error.value)
-
-
-def test_bars_show_the_models_probabilities_and_the_drawn_token(engine, capsys):
-    sample.show_steps(engine, "Return", 5, 2, 0, dict(temperature=0))
-    rows = re.findall(r"^ *(\d+)  .* +([\d.]+)% █* (←?)", capsys.readouterr().out, re.M)
-    ids = [engine.tokenizer.eot, *engine.tokenizer.encode_ordinary("Return")]
-    for step in (0, 5):
-        p, order = torch.softmax(engine.model(torch.tensor([ids]))[0, -1], 0).topk(5)
-        assert [int(i) for i, _, _ in rows[step:step + 5]] == order.tolist()
-        shown = [float(share) / 100 for _, share, _ in rows[step:step + 5]]
-        assert shown == pytest.approx(p.tolist(), abs=6e-4)
-        assert [mark for _, _, mark in rows[step:step + 5]] == ["←", "", "", "", ""]
-        ids.append(order[0].item())
 
 
 def test_the_command_writes_the_same_text_twice(base_run, tmp_path, capsys):
@@ -662,6 +618,15 @@ def test_check_of_the_tool_notices_a_mutant(old, new, tokenizer, monkeypatch):
     mutate(monkeypatch, Engine, "write", old, new)
     with pytest.raises(AssertionError):
         check_tool(tokenizer)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("before * penalty)", "before / penalty)"), ("before > 0", "before < 0"),
+    ("sorted(set(ids))", "ids[-9:]")], ids=lambda value: value)
+def test_oracle_of_the_penalty_notices_a_mutant(old, new, monkeypatch):
+    mutate(monkeypatch, sample, "penalize", old, new)
+    with pytest.raises(AssertionError):
+        check_penalty()
 
 
 @pytest.mark.parametrize("old, new", [

@@ -22,13 +22,15 @@ ALLOWED = {                         # which of the project's files each may impo
     "shards": {"bpe", "corpus", "download"},
     "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
+    "show": set(), "chat": {"show"},
     "eval": {"model", "problems", "sample", "training"},
     "report": {"problems", "training"},
     "train_gpt2": {"bpe", "model", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
     "web": set(), "conversations": set()}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
-    "bpe": {"corpus"}, "sample": {"download"}, "train_gpt2": {"eval"},
+    "bpe": {"corpus"}, "sample": {"chat", "download", "show"}, "chat_sft": {"show"},
+    "train_gpt2": {"eval"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
                            ".ci/run") for path in [ROOT / name] if path.exists()]
