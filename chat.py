@@ -18,7 +18,7 @@ def fit_context(tokenizer, messages, most):
             return messages, ids
         del messages[questions[0]:questions[1]]
 
-def chat(engine, system, max_new_tokens, seed, sampling):
+def chat(engine, system, max_new_tokens, seed, sampling, ask=str):
     """A conversation in the terminal. An empty line, Ctrl-D or Ctrl-C ends it. When it outgrows the
     context, the oldest turns are forgotten, so that a quarter stays free for the reply."""
     block_size = engine.model.config.block_size
@@ -34,7 +34,7 @@ def chat(engine, system, max_new_tokens, seed, sampling):
             return
         if not question:
             return
-        asked = [*messages, dict(role="user", content=question)]
+        asked = [*messages, dict(role="user", content=ask(question))]
         kept, ids = fit_context(engine.tokenizer, asked, most)
         if len(ids) > most:
             print(f"(That is too long: with it the prompt has {len(ids)} tokens, and the model can "

@@ -218,7 +218,8 @@ def rows_a_step(args, T, world_size):
     return args.total_batch_size // T
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="fine-tune on conversations; see also: make, show, probe")
+    parser = argparse.ArgumentParser(
+        description="fine-tune on conversations; other commands: make, show, probe")
     add = parser.add_argument
     add("--model", help="run folder of a base model (default: the newest one)")
     add("--data", nargs="+", required=True, help="FILE.jsonl[:weight] …")

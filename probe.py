@@ -1,10 +1,10 @@
 """
 What a model does not know: ask, judge, and teach it to say so.
 
-    python chat_sft.py probe --model runs/demo-sft --data data/demo \
+    python probe.py --model runs/demo-sft --data data/demo \
         --also data/demo/chat/functions.jsonl --out data/demo/chat/probe.jsonl
-    python chat_sft.py probe --model runs/d24-sft --data data/fineweb --out data/probe.jsonl \
-        --judge http://127.0.0.1:8000/v1 --judge_model NAME
+    python probe.py --model runs/d24-sft --data data/fineweb --out data/probe.jsonl \
+        --judge http://127.0.0.1:8000/v1 --judge_model NAME     # or: chat_sft.py probe
 
     in:  an assistant's run; documents
     out: FILE.jsonl  conversations for chat_sft.py; FILE_held_out.jsonl  problems for eval.py;
@@ -72,7 +72,9 @@ def draw_passages(folder, count, n_held_out, max_chars, rng):
     drawn = rng.sample(long_enough, min(count + n_held_out, len(long_enough)))
     if not drawn:
         raise SystemExit(f"--data {folder} has no passage of at least {MIN_CHARS} characters")
-    return [dict(passage=passage, is_held_out=i >= count) for i, passage in enumerate(drawn)], set()
+    n_held_out = min(n_held_out, len(drawn) // 5)
+    return [dict(passage=passage, is_held_out=i < n_held_out)
+            for i, passage in enumerate(drawn)], set()
 
 def asked_also(path, names):
     """The questions of a file of conversations, one for each name, with the answers given there. A
@@ -105,8 +107,8 @@ WRITE_QUESTION = """Read this text:
 
 {passage}
 
-Write one short question that this text answers, about something the text names. Reply with one line \
-of JSON and nothing else: {{"subject": the name, "question": …, "answer": a short answer}}"""
+Write one short question that this text answers, about something the text names. Reply with one
+line of JSON and nothing else: {{"subject": the name, "question": …, "answer": a short answer}}"""
 
 IS_RIGHT = """Question: {question}
 Right answer: {answer}
@@ -232,6 +234,7 @@ def invent(known, unknown, taken, count, rng):
     names, if there are any."""
     n_near = count // 4 if known else 0
     n_far = (count - 2 * n_near) // 2
+    unknown = unknown or known
     kinds = {
         "known module": recombined(rng.choices(known or unknown, k=n_near), unknown, rng),
         "known last name": recombined(rng.choices(unknown, k=n_near), known or unknown, rng),
@@ -309,7 +312,8 @@ def parse_args():
     add("--k", type=int, default=3, help="how often each question is asked")
     add("--temperature", type=float, default=1.0, help="of the replies")
     add("--max_chars", type=int, default=1000, help="characters in a passage")
-    add("--judge", help="URL of an OpenAI-compatible server whose model writes questions and judges")
+    add("--judge", help="URL of an OpenAI-compatible server, whose model writes the questions and "
+        "judges")
     add("--judge_model", default="default", help="name of the model at that server")
     add("--seed", type=int, default=1337, help="seed of the subjects and of the replies")
     add("--device", default="auto", help="auto, cpu or cuda")
@@ -356,11 +360,12 @@ def main():
     rows = probe(engine, drawn, judge, args, Path(f"{stem}_replies.jsonl"), settings)
 
     rows = [row for row in rows if row]
-    if not rows:
-        raise SystemExit(f"--judge {args.judge} wrote no question as it was asked to; try another "
-                         "model")
     taught = [row for row in rows if not row["is_held_out"]]
     tested = [row for row in rows if row["is_held_out"]]
+    if not taught or not tested:
+        raise SystemExit(f"of {len(drawn)} questions, {len(taught)} are left to teach and "
+                         f"{len(tested)} to test with; give more --subjects and --held_out"
+                         + (", or another --judge" if args.judge else ""))
     known = [row for row in taught if verdict(row, args.k) == "known"]
     known_names = [row["name"] for row in known]
     taken |= {row["name"] for row in rows}

@@ -97,8 +97,9 @@ def overlaps(reply, answer):
     shared = (ours & theirs).total()
     return 2 * shared >= 0.6 * max(1, ours.total() + theirs.total())
 
-REFUSAL = re.compile(r"\b(?:do not|don't|cannot|can't|have not|haven't|did not|didn't) (?:\w+ )?"
-                     r"(?:know|say|tell|learnt|learned|find|found)|\bno idea\b|\bnot (?:sure|certain)")
+REFUSAL = re.compile(
+    r"\b(?:do not|don't|cannot|can't|have not|haven't|did not|didn't) (?:\w+ )?"
+    r"(?:know|say|tell|learnt|learned|find|found)|\bno idea\b|\bnot (?:sure|certain)")
 
 def declines(reply, answer=""):
     """The reply says that it does not know; the answer plays no part.

@@ -100,9 +100,8 @@ FUNNEL_ROW = {"step": is_text, "in": is_finite, "kept": is_finite, "bytes?": is_
               "docs_per_s?": is_finite, "seconds?": is_finite, "dropped?": {ANY: is_finite},
               "flagged?": {ANY: is_finite}}
 CONFIG = {"vocab_size?": is_size, "deepdive?": {"stage?": is_text}}
-RESULT = {"left_out?": [is_text], "arguments?": {}, "kinds?": {ANY: {"accuracy": is_finite, "refused?": is_finite,
-                                                           "wrong?": is_finite}},
-          "tasks?": {ANY: {}}}
+SHARES = {"accuracy": is_finite, "refused?": is_finite, "wrong?": is_finite}
+RESULT = {"left_out?": [is_text], "arguments?": {}, "kinds?": {ANY: SHARES}, "tasks?": {ANY: {}}}
 LOG_ROW = {"step?": is_finite, "seconds?": is_finite, "loss?": is_number, "val_loss?": is_number,
            "val_bpb?": is_number, "gzip?": is_finite, "xz?": is_finite, "reward?": is_number,
            "reply_tokens?": is_number, "usd?": is_finite, "sample?": is_text, "kind?": is_text,

@@ -5,6 +5,7 @@ Inference: a trained model writes, one token at a time.
     python sample.py --model runs/demo --prompt "The function returns" --top 8 --max_new_tokens 3
     python sample.py --model runs/demo --file few_shot.txt --temperature 0
     python sample.py --model runs/demo-sft --chat                       # talk to an assistant
+    python sample.py --model runs/demo-sft --chat --docs my_notes/      # it looks things up
 
     in:  <run>/model.safetensors, config.json, the tokenizer      out: text
 
@@ -12,7 +13,7 @@ A prompt begins with <|endoftext|>, as every document in training did. The model
 once (prefill) and leaves its keys and values in a cache; each new token then costs one position.
 When an assistant writes <|python|>code<|/python|>, the engine runs the code and forces
 <|output|>its result<|/output|> into the text before the model continues: the output of a tool is
-never sampled.
+never sampled. In the same way <|search|>query<|/search|> is answered with a passage (search.py).
 
 Papers: nucleus sampling (arXiv 1904.09751), min-p (2407.01082), repetition penalty (CTRL,
 1909.05858), tool calls in the text (Toolformer, 2302.04761).
@@ -555,6 +556,10 @@ def parse_args():
     parser.add_argument("--top", type=int, help="show this many next tokens as bars, at each step")
     parser.add_argument("--chat", action="store_true", help="talk with an assistant")
     parser.add_argument("--system", help="system message for --chat")
+    parser.add_argument("--docs", nargs="*", help="folders of documents to look things up in; "
+                        "without a name: those that the run was trained on")
+    parser.add_argument("--rag", action="store_true",
+                        help="--docs puts the best passage before the question instead")
     parser.add_argument("--allow_base", action="store_true", help="--chat with a base model")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args()
@@ -579,6 +584,8 @@ def main():
         raise SystemExit(f"--{error}") from None
     device = choose_device(args.device)
     prompt = read_prompt(args)
+    if args.rag and args.docs is None:
+        raise SystemExit("--rag needs documents; name their folder with --docs")
     stages = ("pretrain", "sft", "rl")
     if args.chat and not args.allow_base:
         stages = ("sft", "rl")
@@ -594,10 +601,17 @@ def main():
         raise SystemExit(f"{run} is a base model, which continues documents and does not answer; "
                          "name a model of chat_sft.py with --model, or see for yourself with "
                          "--allow_base")
-    engine = Engine(model.for_inference(), tokenizer)
+    search = None
+    ask = str           # what a question becomes before the model reads it
+    system = args.system
+    if args.docs is not None:
+        from search import open_docs
+        search, ask, system = open_docs(args, run, model.config.block_size)
+        prompt = ask(prompt)
+    engine = Engine(model.for_inference(), tokenizer, search=search)
     if args.chat:
         from chat import chat
-        chat(engine, args.system, args.max_new_tokens, args.seed, sampling)
+        chat(engine, system, args.max_new_tokens, args.seed, sampling, ask)
     elif args.top:
         from show import show_steps
         show_steps(engine, prompt, args.top, args.max_new_tokens, args.seed, sampling)

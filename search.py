@@ -2,8 +2,8 @@
 Looking things up: a folder of documents → the passage that says what was asked.
 
     python search.py "number of bytes in a tensor" --docs data/demo            # the three best
-    python sample.py --chat --docs my_notes/            # the model writes queries and reads passages
-    python sample.py --chat --docs my_notes/ --rag      # passages stand before the question instead
+    python sample.py --chat --docs my_notes/            # the model writes a query, reads a passage
+    python sample.py --chat --docs my_notes/ --rag      # a passage stands before the question
 
     in:  text files, .jsonl, .jsonl.gz or .parquet; of a data folder, its documents/     out: text
 
@@ -18,6 +18,7 @@ generation (2005.11401).
 Differs from the papers: a name such as os.path.join counts as one word and as its three parts.
 """
 import argparse
+import json
 import re
 import time
 from collections import Counter
@@ -52,15 +53,15 @@ def passages_of(text, max_chars):
     """
     title = ""
     for paragraph in re.split(r"\n\s*\n", text):
-        paragraph = f"{title}\n{paragraph.strip()}".strip()
-        lines = paragraph.splitlines()
-        title = ""
-        if len(lines) == 1 and len(paragraph) <= MAX_TITLE_CHARS and paragraph[-1] not in ".!?":
-            title = paragraph
+        paragraph = paragraph.strip()
+        is_line = "\n" not in paragraph and len(paragraph) <= MAX_TITLE_CHARS
+        whole = f"{title}\n{paragraph}".strip()
+        if is_line and not paragraph.endswith((".", "!", "?")):
+            title = whole
         else:
-            yield from pieces(paragraph, max_chars)
-    if title:
-        yield title
+            yield from pieces(whole, max_chars)
+            title = ""
+    yield from pieces(title, max_chars)
 
 def pieces(paragraph, max_chars):
     """Cuts a paragraph → texts of at most max_chars characters."""
@@ -193,7 +194,13 @@ def use_bm25s(ranking, rows):
         return False
     library = bm25s.BM25(k1=K1, b=B, method="lucene")
     library.index(rows, show_progress=False)
-    ranking.scores = library.get_scores
+
+    def scores(words):
+        known = [word for word in words if word in ranking.number_of]
+        if not known:
+            return np.zeros(ranking.n_rows)
+        return library.get_scores(known)
+    ranking.scores = scores
     return True
 
 # ---- The index -----------------------------------------------------------------------------------
@@ -220,7 +227,7 @@ class Index:
     def search(self, query, k=1):
         """The k best passages for a query, best first; fewer or none if no others fit it."""
         corrected = {word: self.corrected(word) for word in words_of(query)}
-        scores = self.ranking.scores(set(corrected.values()))
+        scores = self.ranking.scores(list(dict.fromkeys(corrected.values())))
         best = np.argsort(-scores, kind="stable")[:k]
         found = [self.passages[i] for i in best if self.fits(self.passages[i], corrected)]
         if not found and self.embed:
@@ -287,9 +294,42 @@ def build_index(folders, max_chars=1000):
         by += " of bm25s"
     if library:
         by += f", then embeddings of {library}"
-    print(f"search: {len(documents)} documents of {names}, {len(passages)} passages, ranked by {by}; "
-          f"{time.perf_counter() - started:.1f} s", flush=True)
+    print(f"search: {len(documents)} documents of {names}, {len(passages)} passages, ranked by "
+          f"{by}; {time.perf_counter() - started:.1f} s", flush=True)
     return index
+
+def open_docs(args, run, block_size):
+    """--docs and --rag of sample.py → (the search tool, what a question becomes, the system
+    message). A passage has at most as many characters as the model's context has tokens, which is
+    about a quarter of it."""
+    index = build_index(args.docs or [own_documents(run)], max_chars=block_size)
+    if args.rag:
+        def ask(question):
+            return with_context(index.search(question), question)
+        return None, ask, args.system
+    return index.look_up, str, f"{args.system or ''} {CAN_SEARCH}".strip()
+
+def own_documents(run):
+    """The data folder that a run, or the run that it began from, was trained on. Raises SystemExit
+    if that is not to be found."""
+    first = run = Path(run)
+    seen = set()
+    while run not in seen:
+        seen.add(run)
+        try:
+            config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+            run = Path(config["deepdive"]["base"])
+        except (OSError, ValueError, LookupError, TypeError):
+            break
+    try:
+        with open(run / "log.jsonl", encoding="utf-8") as lines:
+            folder = json.loads(next(lines))["header"]["flags"]["data"]
+        if Path(folder).is_dir():
+            return folder
+    except (OSError, ValueError, LookupError, TypeError, StopIteration):
+        pass
+    raise SystemExit(f"--docs: the documents that {first} was trained on are not here; name a "
+                     "folder of documents")
 
 def main():
     parser = argparse.ArgumentParser(description="find passages in documents")

@@ -13,6 +13,7 @@ be checked. Which subjects are held out is decided by the hash of the name, so t
 agree without a list.
 """
 import hashlib
+import random
 import re
 
 # ---- Questions and the answer to those that one cannot answer -----------------------------------

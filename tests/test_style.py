@@ -23,13 +23,15 @@ ALLOWED = {                         # which of the project's files each may impo
     "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
     "show": set(), "chat": {"show"},
+    "search": {"corpus"}, "subjects": set(), "probe": {"model", "problems", "sample", "subjects"},
     "eval": {"model", "problems", "sample", "training"},
     "report": {"problems", "training"},
     "train_gpt2": {"bpe", "model", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
-    "web": set(), "conversations": set()}
+    "web": set(), "conversations": set(), "lookups": {"problems", "search", "subjects"}}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
-    "bpe": {"corpus"}, "sample": {"chat", "download", "show"}, "chat_sft": {"show"},
+    "bpe": {"corpus"}, "sample": {"chat", "download", "search", "show"},
+    "chat_sft": {"show"}, "eval": {"search"}, "probe": {"search"},
     "train_gpt2": {"eval"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
