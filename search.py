@@ -242,8 +242,9 @@ class Index:
         return found[0] if found else NOTHING
 
     def fits(self, passage, corrected):
-        """Whether a passage has enough of the words that carry what the query says. Otherwise "What is
-        Ares Base?" would find any passage with "what is". corrected: {word: the one to look for}.
+        """Whether a passage has enough of the words that say what the query is about. Otherwise
+        "What is Ares Base?" would find any passage with "what is". corrected: {word: the one to
+        look for}.
         """
         theirs = set(words_of(passage))
         said = sum(self.ranking.idf_of(word) for word in corrected)

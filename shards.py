@@ -294,7 +294,8 @@ def main():
     check_sizes(args.shard_tokens, args.row_tokens)
     with one_line_when_full():
         tokenize(args.data, args.tokenizer, args.shard_tokens, args.row_tokens)
-    print_funnel(read_index(args.data))
+    index = read_index(args.data)
+    print_funnel(dict(index, funnel=index["funnel"][-1:]))      # the filters' rows were printed
 
 if __name__ == "__main__":
     try:

@@ -315,6 +315,20 @@ def test_the_summary_prints_figures_and_is_strict_only_when_asked(tmp_path, caps
     assert "chance 50%" in lines[3] and len({line.index("|", 12) for line in lines}) == 1
 
 
+def test_a_base_model_that_read_too_little_is_not_judged(tmp_path, capsys):
+    runs = demo(tmp_path, bits=0.44)
+    header = dict(flags=dict(total_batch_size=24_999))      # 20 steps: 499,980 tokens
+    RunLog(runs[0], 20, resume_step=20).say("", header=header)
+    with pytest.raises(SystemExit) as stopped:
+        run_main(eval_module, "summary", *runs, "--strict")
+    lines = capsys.readouterr().out.splitlines()[-5:]
+    assert stopped.value.code == 0
+    assert [line.split(" |")[0].strip() for line in lines] == ["pass"] * 3 + ["too small"] * 2
+    header["flags"]["total_batch_size"] = 25_000
+    RunLog(runs[0], 20, resume_step=20).say("", header=header)
+    assert verdicts([Run(run) for run in runs])[3][0] == "fall short"
+
+
 def test_a_missing_figure_falls_short(tmp_path):
     judged = verdicts([Run(demo(tmp_path)[1])])
     assert [verdict for verdict, _, _ in judged] == ["fall short", "pass", "pass", "fall short"]

@@ -1,0 +1,168 @@
+"""
+What to look at after each step of the demo, with figures from the files that the step left.
+
+Each function takes the demo's names, of which it reads the folders `data`, `conversations`, `base`,
+`sft` and `rl`, and returns lines of text. A figure that is not there is left out, so that no line
+says more than a file does.
+"""
+import gzip
+import json
+import math
+from pathlib import Path
+
+STAGES = dict(base="base", sft="SFT", rl="RL")
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+def read_json(path):
+    """The object in a JSON file; {} if there is none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+def read_rows(path, *keys):
+    """The rows of a .jsonl file that have all these keys. A line cut short by a kill is no row."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and all(key in row for key in keys):
+            rows.append(row)
+    return rows
+
+def one_line(text, width=88):
+    """A text on one line: what cannot be shown becomes a space, and the end is cut off."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(text))
+    text = " ".join(text.split())
+    if len(text) <= width:
+        return text
+    return text[:width - 1] + "…"
+
+# ---- Pretraining ---------------------------------------------------------------------------------
+
+def documents(names):
+    """How many pages became documents, what dropped most of the others, and how one begins."""
+    funnel = read_json(Path(names["data"], "index.json")).get("funnel", [])
+    if not funnel:
+        return []
+    kept = [row for row in funnel if row["step"] != "tokenize"][-1]
+    lines = [f"{funnel[0]['in']} pages became {kept['kept']} documents of "
+             f"{kept.get('bytes', 0) / 1e6:.2f} MB of text."]
+    dropped = [(n, f"{row['step']} {n} ({reason})")
+               for row in funnel for reason, n in row.get("dropped", {}).items()]
+    if dropped:
+        most = [text for _, text in sorted(dropped, reverse=True)[:3]]
+        lines.append(f"Most were dropped by {', '.join(most)}.")
+    for path in sorted(Path(names["data"], "documents").glob("train*.jsonl.gz"))[:1]:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            text = json.loads(file.readline())["text"]
+        lines.append(f"One begins: {one_line(text)}")
+    return lines
+
+def tokens(names):
+    """What the text has become."""
+    index = read_json(Path(names["data"], "index.json"))
+    n_tokens = sum(shard["tokens"] for shard in index.get("shards", []))
+    n_bytes = sum(shard["bytes"] for shard in index.get("shards", []))
+    if not n_tokens:
+        return []
+    return [f"{n_bytes:,} bytes became {n_tokens:,} tokens, {n_bytes / n_tokens:.2f} bytes each, "
+            f"out of {index['tokenizer']['n_vocab']} different ones.",
+            "The marks | above show where a token ends. The model sees the numbers below them, "
+            "never the letters."]
+
+def pretraining(names):
+    """The fall of the loss, and what the model wrote on the way."""
+    log = Path(names["base"], "log.jsonl")
+    losses = read_rows(log, "val_loss", "step")
+    lines = []
+    if losses:
+        V = read_json(Path(names["base"], "config.json")).get("vocab_size", 1)
+        lines.append(f"On unseen text the loss fell from {losses[0]['val_loss']:.2f} to "
+                     f"{losses[-1]['val_loss']:.2f}; all {V} tokens equally likely would be "
+                     f"ln {V} = {math.log(V):.2f}.")
+    for row in read_rows(log, "val_bpb", "gzip", "xz")[-1:]:
+        lines.append(f"A model that predicts well compresses well: it needs {row['val_bpb']:.2f} "
+                     f"bits a byte, gzip {row['gzip']:.2f}, xz {row['xz']:.2f}.")
+    samples = {}
+    for row in read_rows(log, "sample", "step"):
+        samples.setdefault(row["step"], row["sample"])
+    if samples:
+        lines.append("From noise towards English, what it wrote by step:")
+    for step, text in samples.items():
+        lines.append(f"{step:6d}  {one_line(text)}")
+    return lines
+
+def writing(names):
+    """What the samples show needs no figure."""
+    return ["The same beginning was continued in different ways, because each token is drawn.",
+            "The bars are the probabilities that it was drawn from; ← marks the token."]
+
+# ---- Conversations and practice ------------------------------------------------------------------
+
+def plain(content):
+    """The text of a message, which may be in parts."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content)
+
+def fine_tuning(names):
+    """A conversation that was learnt, and the fall of the loss."""
+    lines = []
+    for row in read_rows(Path(names["conversations"], "identity.jsonl"), "messages")[:1]:
+        said = [f"{message['role']}: {plain(message['content'])}" for message in row["messages"]]
+        lines.append(f"One of the conversations: {one_line(' / '.join(said))}")
+    losses = read_rows(Path(names["sft"], "log.jsonl"), "loss", "step")
+    if losses:
+        lines.append(f"The loss on the assistant's words fell from {losses[0]['loss']:.2f} to "
+                     f"{losses[-1]['loss']:.2f} in {losses[-1]['step']} steps.")
+    return lines
+
+def practice(names):
+    """The rise of the reward and the length of replies, then of held-out accuracy."""
+    log = Path(names["rl"], "log.jsonl")
+    rewards = read_rows(log, "reward", "reply_tokens", "step")
+    lines = []
+    if rewards:
+        first = rewards[0]
+        last = rewards[-1]
+        lines.append(f"The reward went from {first['reward']:.2f} to {last['reward']:.2f}, and the "
+                     f"length of a reply from {first['reply_tokens']:.0f} to "
+                     f"{last['reply_tokens']:.0f} tokens: tokens are its time to think.")
+    by_kind = {}
+    for row in read_rows(log, "kind", "accuracy", "step"):
+        by_kind.setdefault(row["kind"], []).append(row["accuracy"])
+    for kind, accuracies in by_kind.items():
+        lines.append(f"On {kind} that it never saw, {accuracies[0]:.1%} of the answers were right "
+                     f"before, and {accuracies[-1]:.1%} are right now.")
+    return lines
+
+def held_out(names):
+    """A table of accuracies: a row a kind of problem, a column a model."""
+    file = str(Path(names["conversations"], "held_out.jsonl"))
+    columns = {}
+    for stage, name in STAGES.items():
+        results = read_json(Path(names[stage], "eval.json"))
+        found = {str(Path(tasks)): result for tasks, result in results.items()}
+        columns[name] = found.get(file, {}).get("kinds", {})
+    kinds = sorted({kind for column in columns.values() for kind in column})
+    if not kinds:
+        return []
+    lines = [f"{'right answers':16s}" + "".join(f"{name:>9s}" for name in columns)]
+    for kind in kinds:
+        line = f"{kind:16s}"
+        for column in columns.values():
+            cell = "-"
+            if kind in column:
+                cell = f"{column[kind]['accuracy']:.1%}"
+            line += f"{cell:>9s}"
+        lines.append(line)
+    return lines
