@@ -205,9 +205,9 @@ def use_bm25s(ranking, rows):
 
 # ---- The index -----------------------------------------------------------------------------------
 
-LEAST_LIKENESS = 0.65    # of a word to the one that it may be a typing error of
+LEAST_LIKENESS = 0.7    # of a word to the one that it may be a typing error of
 LEAST_SHARE = 0.4       # of what the query's words say; a passage with less was not meant
-LEAST_COSINE = 0.5      # of a passage that is found by its meaning
+LEAST_COSINE = 0.35     # of a passage that is found by its meaning
 
 class Index:
     """Passages, and how to find them. embed: a function of a list of texts → one row of numbers for
@@ -220,9 +220,6 @@ class Index:
         self.ranking = BM25(rows)
         self.uses_bm25s = use_bm25s(self.ranking, rows)
         self.embed = embed
-        self.embeddings = None
-        if embed:
-            self.embeddings = unit_length(embed(passages))
 
     def search(self, query, k=1):
         """The k best passages for a query, best first; fewer or none if no others fit it."""
@@ -261,6 +258,12 @@ class Index:
         return best if likeness(word, best) >= LEAST_LIKENESS else word
 
     @cached_property
+    def embeddings(self):
+        """The directions of all passages, (N, D); made when words find nothing for the first time,
+        because that takes longer than all else."""
+        return unit_length(self.embed(self.passages))
+
+    @cached_property
     def spelling(self):
         """The words of all passages as rows of their letter pairs, for the same ranking."""
         vocabulary = list(self.ranking.number_of)
@@ -278,7 +281,9 @@ def embedding():
         import wordllama
     except ImportError:
         return None, None
-    return "wordllama", wordllama.WordLlama.load().embed
+    folder = Path(wordllama.__file__).parent    # the weights come with the package
+    library = wordllama.WordLlama.load(cache_dir=folder, disable_download=True)
+    return "wordllama", library.embed
 
 def build_index(folders, max_chars=1000):
     """The Index of the documents of some folders; one line says what it holds and how it ranks."""

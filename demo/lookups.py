@@ -43,7 +43,7 @@ class Material:
         self.words = [word for s in self.sentences for word in s.rstrip(".").split()]
         # what stands after the name, and after the sentence, in real passages
         self.arguments = ["()"]
-        self.rests = [""]
+        self.rests = []
         for name, (sentence, passage) in subjects.items():
             head, _, rest = passage.partition(sentence)
             arguments = head.removeprefix(name).partition("\n")[0]
@@ -86,7 +86,8 @@ def fact(material, rng):
     if kind < 0.7:
         name = material.name(rng)
         sentence = material.sentence(rng)
-        passage = f"{name}{rng.choice(material.arguments)}\n{sentence}{rng.choice(material.rests)}"
+        rest = rng.choice(("", "", rng.choice(material.rests)))     # short passages cost less
+        passage = f"{name}{rng.choice(material.arguments)}\n{sentence}{rest}"
         return name, passage[:256].strip(), sentence
     name = material.title(rng)
     sentence = material.sentence(rng)
