@@ -20,9 +20,16 @@ def fit_context(tokenizer, messages, most):
 
 def chat(engine, system, max_new_tokens, seed, sampling, ask=str):
     """A conversation in the terminal. An empty line, Ctrl-D or Ctrl-C ends it. When it outgrows the
-    context, the oldest turns are forgotten, so that a quarter stays free for the reply."""
+    context, the oldest turns are forgotten, so that a quarter stays free for the reply, or half of
+    it if the reply can hold a passage that was found.
+
+    ask: a function of a question → what the model reads in its place.
+    """
     block_size = engine.model.config.block_size
-    most = block_size - min(max_new_tokens, max(1, block_size // 4))
+    reply_tokens = block_size // 4
+    if engine.tokenizer.special["<|/search|>"] in engine.tools:
+        reply_tokens = block_size // 2
+    most = block_size - min(max_new_tokens, max(1, reply_tokens))
     has_forgotten = False
     messages = []
     if system:

@@ -43,6 +43,7 @@ from subjects import (ASKED, ASKED_IN_TEST, DONT_KNOW, documented, is_held_out, 
 
 BATCH = 32          # questions that are asked together
 REPLY_TOKENS = 48   # tokens in a reply, at most
+WORDINGS = 12       # of a question whose answer is known
 MIN_CHARS = 80      # in a passage about which a question can be written
 
 # ---- Questions with known answers ----------------------------------------------------------------
@@ -247,20 +248,24 @@ def invent(known, unknown, taken, count, rng):
 def wordings(row):
     """A question in all wordings, if it was made from one of them; else as it is."""
     templates = [asked.format(f=row["name"]) for asked in ASKED]
-    return templates if row["question"] in templates else [row["question"]]
+    if row["question"] in templates:
+        return templates
+    return [row["question"]]
 
 def conversation(question, answer):
     return dict(messages=[dict(role="user", content=question),
                           dict(role="assistant", content=answer)])
 
 def conversations(rows, invented, k, rng):
-    """Judged questions and invented names → conversations. What is known comes in all wordings, or
-    else the model would refuse by the wording. An invented name takes the place of the name in one
+    """Judged questions and invented names → conversations. What is known comes in several wordings,
+    or else the model would refuse by the wording. An invented name takes the place of the name in one
     of the questions."""
     made = []
     for row in rows:
         if verdict(row, k) == "known":
-            made += [conversation(wording, row["answer"]) for wording in wordings(row)]
+            several = wordings(row)
+            for wording in rng.sample(several, min(WORDINGS, len(several))):
+                made.append(conversation(wording, row["answer"]))
         elif verdict(row, k) == "unknown":
             refusal = rng.choice(DONT_KNOW).format(f=row["name"])
             made.append(conversation(row["question"], refusal))

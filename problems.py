@@ -90,9 +90,13 @@ def is_contained(reply, answer):
     found = re.findall(rf"(?<![\w.,])[-+]?{NUMBER}(?![\d.,]*\d|\w)", reply)
     return any(as_number(text) == number for text in set(found))
 
+def after_tools(reply):
+    """What a reply says after the output of the last tool: that alone is its answer."""
+    return reply.rpartition("<|/output|>")[2]
+
 def overlaps(reply, answer):
     """At least 3 in 5 words are shared: F1 = 2 · shared / (words of both) ≥ 0.6."""
-    ours = Counter(re.findall(r"\w+", reply.lower()))
+    ours = Counter(re.findall(r"\w+", after_tools(reply).lower()))
     theirs = Counter(re.findall(r"\w+", answer.lower()))
     shared = (ours & theirs).total()
     return 2 * shared >= 0.6 * max(1, ours.total() + theirs.total())
@@ -107,7 +111,7 @@ def declines(reply, answer=""):
     >>> declines("Sorry, I don't know."), declines("It returns the sum.")
     (True, False)
     """
-    return REFUSAL.search(reply.lower().replace("\u2019", "'")) is not None
+    return REFUSAL.search(after_tools(reply).lower().replace("\u2019", "'")) is not None
 
 CHECKS = dict(final=is_final, contains=is_contained, overlap=overlaps, declines=declines)
 

@@ -22,7 +22,12 @@ ASKED = ("What does {f} do?", "Explain {f}.", "What is {f} for?", "Tell me about
          "Describe {f}.", "Explain the function {f}.", "What does the function {f} do?",
          "What is {f}?", "Do you know {f}?", "How would you describe {f}?", "Please explain {f}.",
          "Hi, what does {f} do?", "I have a question about {f}.", "What is the purpose of {f}?",
-         "Say what {f} does.", "What can you say about {f}?", "In short, what is {f}?")
+         "Say what {f} does.", "What can you say about {f}?", "In short, what is {f}?",
+         "What is {f} good for?", "Tell me what {f} does, please.", "Explain {f} in one sentence.",
+         "I would like to know what {f} means.", "What does {f} mean here?", "How does {f} work?",
+         "Do you know what {f} is about?", "Show me how {f} is used.", "Why do people use {f} then?",
+         "Give me a short description of {f}, please.", "When is {f} used?", "So {f} is what?",
+         "Say something about {f} for a beginner.", "Can I ask you about {f} now?")
 ASKED_IN_TEST = ("Can you tell me what {f} does?", "I want to know what {f} is for.",
                  "Please describe {f} to me.", "In Python, what does {f} do?")
 

@@ -111,6 +111,13 @@ def looked_up(name, passage, answer):
     return assistant([dict(type="search", text=f" {name}"), dict(type="output", text=passage),
                       dict(type="text", text=answer)])
 
+SYSTEM = ("", "", "", "You are a helpful assistant. ", "Be brief. ", "Your name is Ada. ",
+          "You are Max. ")
+
+def can_search(rng):
+    """The system message, in which other words may come first."""
+    return dict(role="system", content=rng.choice(SYSTEM) + CAN_SEARCH)
+
 def search_conversation(material, before, rng):
     """One question that is looked up; sometimes after another question, of any kind.
 
@@ -120,13 +127,13 @@ def search_conversation(material, before, rng):
     if rng.random() < 0.08:
         passage = NOTHING
         answer = rng.choice(DONT_KNOW).format(f=name)
-    messages = [dict(role="system", content=CAN_SEARCH)]
+    messages = [can_search(rng)]
     if before and rng.random() < 0.15:
         messages += rng.choice(before)
     return [*messages, user(rng.choice(ASKED).format(f=name)), looked_up(name, passage, answer)]
 
 def rag_conversation(material, rng):
-    """One question with its passage before it, and sometimes another passage before or after."""
+    """One question with its passage before it."""
     name, passage, answer = fact(material, rng)
     question = rng.choice(ASKED).format(f=name)
     return [user(with_context([passage], question)), assistant(answer)]
@@ -164,16 +171,16 @@ def notes(rng):
 def make_problems(held, count, out, rng):
     """Problems about subjects that no conversation has: with the search tool, and with the passage
     in the question; and about invented facts, which are written to notes/."""
-    can_search = dict(role="system", content=CAN_SEARCH)
+    system = dict(role="system", content=CAN_SEARCH)
     found = []
     for name in list(held)[:count]:
         sentence, passage = held[name]
         question = rng.choice(ASKED_IN_TEST).format(f=name)
-        found.append(problem("search", [can_search, user(question)], sentence))
+        found.append(problem("search", [system, user(question)], sentence))
         found.append(problem("rag", [user(with_context([passage], question))], sentence))
     for name, sentence in notes(rng):
         question = rng.choice(("What is {f}?", "Tell me about {f}.")).format(f=name)
-        found.append(problem("notes", [can_search, user(question)], sentence))
+        found.append(problem("notes", [system, user(question)], sentence))
         write_whole(out / "notes" / f"{name.replace(' ', '_').lower()}.txt", sentence.encode())
     return found
 
@@ -210,7 +217,7 @@ def main():
     n_rag = round(args.examples * args.rag)
     search = [search_conversation(material, short, rng) for _ in range(args.examples - n_rag)]
     for messages in rng.sample(others, min(args.others, len(others))):
-        search.append([dict(role="system", content=CAN_SEARCH), *messages])
+        search.append([can_search(rng), *messages])
     rag = [rag_conversation(material, rng) for _ in range(n_rag)]
     write_rows(out / "search.jsonl", [dict(messages=messages) for messages in search])
     write_rows(out / "rag.jsonl", [dict(messages=messages) for messages in rag])
