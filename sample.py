@@ -212,6 +212,8 @@ def limit_process(timeout, parent):
 
 # ---- The engine ----------------------------------------------------------------------------------
 
+MAX_QUERY_TOKENS = 32       # of a search; names and a few words fit
+
 @dataclass
 class Completion:
     """What was written after one prompt."""
@@ -328,9 +330,21 @@ class Engine:
         row.ids.append(token)
         if sampled and token in self.tools:
             row.forced.extend(self.tool_output(row.ids, token))
+        elif sampled and self.is_endless_query(row.ids):
+            closing = self.tokenizer.special["<|/search|>"]
+            row.forced.extend([closing, *self.tool_output([*row.ids, closing], closing)])
         if sampled and token in stop or len(row.ids) == row.max_tokens:
             row.is_done = True
         return row.number, token, sampled
+
+    def is_endless_query(self, ids):
+        """Whether ids end with a query of MAX_QUERY_TOKENS that is not closed. A small model may
+        repeat itself there; the query is then looked up as it is."""
+        closing = self.tokenizer.special["<|/search|>"]
+        if closing not in self.tools or len(ids) <= MAX_QUERY_TOKENS:
+            return False
+        opening, _ = self.tools[closing]
+        return ids[-1 - MAX_QUERY_TOKENS] == opening and closing not in ids[-MAX_QUERY_TOKENS:]
 
     def tool_output(self, ids, closing):
         """The tokens to force in after ids, which end with the closing token of a tool call."""

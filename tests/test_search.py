@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
 import sample
 import search
@@ -169,6 +170,18 @@ def test_special_tokens_in_a_document_stay_text(tokenizer):
     found = engine.generate([""], 200, temperature=0)[0].ids
     assert found.count(tokenizer.special["<|im_end|>"]) == 1
     assert tokenizer.special["<|im_start|>"] not in found
+
+
+def test_a_query_that_does_not_end_is_looked_up_all_the_same(tokenizer, index):
+    words = [tokenizer.encode_ordinary(" Ares Base"), [ord("!")] * sample.MAX_QUERY_TOKENS]
+    query = [i for part in words for i in part][:sample.MAX_QUERY_TOKENS]
+    engine, ids = writing(tokenizer, "<|search|>")
+    engine.model.ids = torch.tensor([*ids, *query, *[ord("?")] * 200])
+    engine = Engine(engine.model, tokenizer, python=None, search=index.look_up)
+    found = engine.generate([""], 200, temperature=0)[0]
+    forced = tokenizer.decode([i for i, sampled in zip(found.ids, found.sampled) if not sampled])
+    assert forced == f"<|/search|><|output|>{NOTES[0]}<|/output|>"
+    assert len(found.ids) == 200 and found.ids[1:1 + len(query)] == query
 
 
 def test_without_documents_a_query_is_only_text(tokenizer, index):
