@@ -13,6 +13,7 @@ import pytest
 
 import problems
 import probe
+import report
 import subjects
 from conftest import run_main
 from eval import solve
@@ -267,3 +268,22 @@ def test_evaluation_counts_right_wrong_and_refused_replies(tmp_path, monkeypatch
     kinds = solve(engine, tmp_path / "p.jsonl")["kinds"]
     assert kinds["known"] == dict(accuracy=0.25, n=4, refused=0.25, wrong=0.5)
     assert kinds["made up"] == dict(accuracy=1.0, n=1, refused=1.0, wrong=0.0)
+
+
+def test_the_report_shows_right_wrong_and_refused_replies():
+    kinds = {"known": dict(accuracy=0.75, refused=0.125, wrong=0.125, n=8),
+             "made up": dict(accuracy=0.5, refused=0.5, wrong=0.5, n=8)}
+    run = type("Run", (), dict(path="runs/sft", results={"chat/p.jsonl": dict(kinds=kinds)}))
+    page = report.knowledge_table([run])
+    assert "<td>known</td><td>75.0%</td><td>12.5%</td><td>12.5%</td>" in page
+    assert "<td>made up</td><td>0.0%</td><td>50.0%</td><td>50.0%</td>" in page
+    run.results = {"chat/p.jsonl": dict(kinds=dict(bits=dict(accuracy=0.5, n=4)))}
+    assert report.knowledge_table([run]) == ""
+
+
+def test_the_answer_is_what_stands_after_the_last_tool():
+    found = "<|search|> x<|/search|><|output|>I don't know a thing about it.<|/output|>"
+    problem = dict(answer="The sum of all.", check="overlap")
+    assert problems.is_correct(found + "The sum of all.", problem)
+    assert not problems.is_correct("The sum of all." + found, problem)
+    assert not problems.declines(found + "It sorts.") and problems.declines(found + "No idea.")
