@@ -267,19 +267,35 @@ def stated(url):
         return None, None
     return int(size), digest
 
+@contextlib.contextmanager
+def one_at_a_time(folder):
+    """Let processes that would fill the same folder, such as torchrun's ranks, wait for each other:
+    the first one downloads, and the others find its files. FOLDER.lock stays, empty; where there
+    are no locks of Unix, nobody waits.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "ab") as file:
+        with contextlib.suppress(ImportError):
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)    # until the file is closed
+        yield
+
 def download_gpt2(name, folder):
     """Download config.json and model.safetensors of "gpt2" … "gpt2-xl" into folder; returns folder.
 
     The environment variable HF_ENDPOINT names another server than the Hub, as for huggingface_hub.
     """
+    paths = [folder / file for file in ("model.safetensors", "config.json")]
+    if all(path.exists() for path in paths):
+        return folder
     base = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
-    for file in ("model.safetensors", "config.json"):
-        url = f"{base}/openai-community/{name}/resolve/main/{file}"
-        path = folder / file
-        remedy = f"check the network, or set HF_ENDPOINT to a mirror, or put the file into {folder}"
-        if not path.exists():
-            size, digest = persist(url, lambda: stated(url), remedy=remedy)
-            download(url, path, size, digest, remedy=remedy)
+    remedy = f"check the network, or set HF_ENDPOINT to a mirror, or put the file into {folder}"
+    with one_line_when_full(), one_at_a_time(folder):
+        for path in paths:
+            url = f"{base}/openai-community/{name}/resolve/main/{path.name}"
+            if not path.exists():
+                size, digest = persist(url, lambda url=url: stated(url), remedy=remedy)
+                download(url, path, size, digest, remedy=remedy)
     return folder
 
 # ---- Data sets of the Hub and crawls of Common Crawl ---------------------------------------------

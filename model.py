@@ -14,7 +14,7 @@ V tokens of the vocabulary, L layers, NH heads, HS channels per head (C = NH * H
 
 Papers: GPT-2 (Radford et al. 2019), RoPE (arXiv 2104.09864), RMSNorm (1910.07467), QK norm
 (2010.04245), ReLU² (2109.08668), value residuals (2410.17897), soft-cap (2408.00118),
-FlashAttention-3 (2407.08608), FP8 training (2209.05433).
+FlashAttention-3 (2407.08608).
 Differs from the papers: a layer adds to its values a gated vector that it looks up by token; value
 residuals as in the paper would add the values of the first layer.
 """
@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -103,15 +104,16 @@ def cast(p, dtype):
     return None if p is None else p.to(dtype)
 
 class Linear(nn.Linear):
-    """Weights are fp32; they multiply in the dtype of the input (bf16 on a GPU), or in 8 bits."""
-    fp8 = False         # GPT.use sets it
+    """Weights are fp32; they multiply in the dtype of the input (bf16 on a GPU). While training, a
+    large matrix may have a faster product (x, W) → x Wᵀ, which GPT.use gives it."""
+    product = None
 
     def forward(self, x):
         weight = cast(self.weight, x.dtype)
         bias = cast(self.bias, x.dtype)
-        if not (self.fp8 and self.training):
+        if self.product is None or not self.training:
             return F.linear(x, weight, bias)
-        y = Fp8Matmul.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+        y = self.product(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
 
 def rms_norm(x):
@@ -215,8 +217,10 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h = self.c_fc(x)                                                    # (B, T, 4C)
-        h = F.relu(h).square() if self.relu2 else F.gelu(h, approximate="tanh")
-        return self.c_proj(h)
+        if not self.relu2:
+            return self.c_proj(F.gelu(h, approximate="tanh"))
+        h = F.relu(h)
+        return self.c_proj(h * h)       # on a CPU twice as fast as h.square(), with its gradient
 
 class Block(nn.Module):
     def __init__(self, config, layer):
@@ -241,6 +245,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.get_default_dtype()
+        self.loss_precision = None      # of the head's matmuls while training; use() sets it
         V = config.padded_vocab
         C = config.n_embd
         L = config.n_layer
@@ -350,7 +355,8 @@ class GPT(nn.Module):
         can compile hidden() alone: the loss is a loop over chunks, which compiling would unroll."""
         x, flat = x.flatten(0, 1), targets.flatten()                        # (B·T, C), (B·T,)
         if reduction == "mean":
-            return CrossEntropy.apply(x, self.lm_head.weight, flat, self.config)
+            with matmul_precision(self.loss_precision):
+                return CrossEntropy.apply(x, self.lm_head.weight, flat, self.config)
         size = chunk_rows(x, self.config.vocab_size)
         losses = [F.cross_entropy(self.logits(part), target, ignore_index=-1, reduction="none")
                   for part, target in zip(x.split(size), flat.split(size))]
@@ -373,23 +379,36 @@ class GPT(nn.Module):
         keys = sum(min(config.window(layer), T) for layer in range(config.n_layer))
         return 6 * self.matmul_params() + 12 * config.n_embd * keys
 
-    def use(self, device, fp8=False):
+    def use(self, device, fp8=False, bf16=None):
         """Moves the model to a device; on a GPU with bf16 it computes in bf16. Weights stay fp32.
-
-        fp8: while training, the blocks' matrices of at least 128 x 128 multiply in 8 bits.
+        While training, the blocks' matrices of at least 128 x 128 multiply in 8 bits if fp8, and on
+        a CPU they and the loss multiply in bf16. bf16: None means where it is faster; False: never.
         """
+        from precision import Fp8Matmul, bf16_product, find_bf16, fp8_product
+        device = str(device)
+        has_bf16 = bf16
+        if bf16 is None:
+            has_bf16, _ = find_bf16(device)
+        on_gpu = "cuda" in device
         self.compute_dtype = torch.get_default_dtype()
         kernel = sdpa
-        if "cuda" in str(device) and torch.cuda.is_bf16_supported():
+        if on_gpu and has_bf16:
             self.compute_dtype = torch.bfloat16
             kernel, _ = find_kernel(device)
+        product = None
+        self.loss_precision = None
+        if has_bf16 and not on_gpu:
+            product = bf16_product
+            if self.config.n_embd >= 128:
+                self.loss_precision = "medium"
+        if fp8:     # torch.compile must not look inside: the code it makes of these parts is slower
+            torch._dynamo.allow_in_graph(Fp8Matmul)
+            product = fp8_product
         for module in self.h.modules():
             if isinstance(module, Attention):
                 module.kernel = kernel
-            elif isinstance(module, Linear):
-                module.fp8 = fp8 and min(module.weight.shape) >= 128
-        if fp8:     # torch.compile must not look inside: the code it makes of these parts is slower
-            torch._dynamo.allow_in_graph(Fp8Matmul)
+            elif isinstance(module, Linear) and min(module.weight.shape) >= 128:
+                module.product = product
         return self.to(device)
 
     def for_inference(self):
@@ -678,40 +697,6 @@ def find_kernel(device, kernels=(flash_attention_3, varlen_attention)):
             return kernel, "; ".join(tried)
     return sdpa, "; ".join([*tried, "sdpa is used"])
 
-# ---- Fast matmuls: 8 bits ------------------------------------------------------------------------
-
-def to_fp8(x, dtype):
-    """x / scale in 8 bits, and the scale: one number, with which the largest value just fits."""
-    scale = x.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
-    return (x.float() / scale).to(dtype), scale
-
-def fp8_matmul(a, b, fast_accum=False):
-    """a (M, K) @ b (N, K)ᵀ → bf16 (M, N); a and b are pairs that to_fp8 returned."""
-    return torch._scaled_mm(a[0], b[0].t(), scale_a=a[1], scale_b=b[1], out_dtype=torch.bfloat16,
-                            use_fast_accum=fast_accum)
-
-class Fp8Matmul(torch.autograd.Function):
-    """y = x Wᵀ    dx = dy W    dW = dyᵀ x, each with 8-bit operands and sums in fp32.
-
-    x (M, K), W (N, K); M, K and N are multiples of 16. e4m3 has 3 bits of mantissa; gradients need
-    the range of e5m2. Backward keeps the 8-bit x, which takes half of bf16's memory.
-    """
-    @staticmethod
-    def forward(ctx, x, weight):
-        x8 = to_fp8(x, torch.float8_e4m3fn)
-        weight8 = to_fp8(weight, torch.float8_e4m3fn)
-        ctx.save_for_backward(*x8, *weight8)
-        return fp8_matmul(x8, weight8, fast_accum=True).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, x_scale, weight, weight_scale = ctx.saved_tensors
-        dy8, dy_scale = to_fp8(dy, torch.float8_e5m2)
-        transposed = weight.t().contiguous(), weight_scale      # fp8_matmul wants rows along K
-        dx = fp8_matmul((dy8, dy_scale), transposed)
-        dW = fp8_matmul((dy8.t().contiguous(), dy_scale), (x.t().contiguous(), x_scale))
-        return dx.to(dy.dtype), dW.to(dy.dtype)
-
 # ---- torch.compile, and the loss in chunks -------------------------------------------------------
 
 @functools.cache
@@ -747,8 +732,11 @@ def loss_and_gradient(z, target, share, s):
     t = z.float()
     y = t.div_(s).tanh_() * s if s else t               # with a soft-cap, t becomes tanh(z / s)
     y_target = y.gather(1, target)
-    top = y.amax(-1, keepdim=True)      # subtracted, so that exp cannot overflow
-    dy = y.sub_(top).exp_()             # the loss needs its sum, the gradient all of it
+    top = torch.zeros_like(share)
+    if not 0 < s < 64:                  # a soft-cap bounds y; else its exp could overflow
+        top = y.amax(-1, keepdim=True)
+        y.sub_(top)
+    dy = y.exp_()                       # the loss needs its sum, the gradient all of it
     sum_exp = dy.sum(-1, keepdim=True)
     loss = ((top + sum_exp.log() - y_target) * share).sum()
     dy_target = ((y_target - top).exp() / sum_exp - 1) * share
@@ -757,6 +745,17 @@ def loss_and_gradient(z, target, share, s):
         dy.addcmul_(dy, t.square_(), value=-1)
         dy_target = dy_target * (1 - (y_target / s).square())
     return loss, dy.to(z.dtype).scatter_(1, target, dy_target.to(z.dtype))
+
+@contextmanager
+def matmul_precision(precision):
+    """Within, an fp32 matmul of a CPU with AMX may round its inputs to bf16, if this is "medium";
+    None changes nothing. Attention must stay outside: its small matmuls would become slower."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision or before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 class CrossEntropy(torch.autograd.Function):
     """Head, soft-cap and mean cross-entropy in one, a chunk of tokens at a time.

@@ -34,10 +34,9 @@ from pathlib import Path
 
 import torch
 
-from bpe import Tokenizer
 from model import load_checkpoint
 from problems import is_correct, problems_that_fit, read_problems
-from sample import Engine, check_at_least, find_run
+from sample import Engine, check_at_least, find_run, load_tokenizer
 from training import (Optimizer, RunLog, already_trained, catch_signals, check_finite, contents,
                       finish, init_ranks, load_state, save_run)
 
@@ -250,9 +249,9 @@ def main():
     problems = read_problems(args.task)
     held_out = read_problems(args.held_out) if args.held_out else []
     base = find_run(args.model, ("sft",))
-    model, meta = load_checkpoint(base, ranks.device)
+    tokenizer = load_tokenizer(base)
+    model, meta = load_checkpoint(base, ranks.device, vocab_size=tokenizer.n_vocab)
     model.eval()    # without dropout, training sees the same probabilities as sampling
-    tokenizer = Tokenizer.load(base)
     engine = Engine(model, tokenizer)
     reference = copy.deepcopy(model) if args.kl else None
     adamw = dict(kind="adamw", lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)

@@ -1,11 +1,12 @@
 """
 Inference: a trained model writes, one token at a time.
 
-    python sample.py --prompt "The function returns" --num_samples 3    # the newest run under runs/
-    python sample.py --model runs/demo --prompt "The function returns" --top 8 --max_new_tokens 3
-    python sample.py --model runs/demo --file few_shot.txt --temperature 0
-    python sample.py --model runs/demo-sft --chat                       # talk to an assistant
-    python sample.py --model runs/demo-sft --chat --docs my_notes/      # it looks things up
+    python sample.py                            # the newest run under runs/; an assistant chats
+    python sample.py --docs my_notes/           # the assistant looks things up there
+    python sample.py --prompt "The function returns" --num_samples 3
+    python sample.py --model gpt2 --few_shot pairs.txt --prompt "cheese"
+    python sample.py --model runs/demo --logprobs "The function returns the the"
+    python sample.py --model runs/demo --file story.txt --temperature 0 --stop "THE END"
 
     in:  <run>/model.safetensors, config.json, the tokenizer      out: text
 
@@ -21,6 +22,7 @@ Papers: nucleus sampling (arXiv 1904.09751), min-p (2407.01082), repetition pena
 import argparse
 import codecs
 import ctypes
+import difflib
 import functools
 import json
 import math
@@ -246,6 +248,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.n_vocab = getattr(tokenizer, "n_vocab", None)
+        self.search = search
         self.tools = {}     # {closing token: (opening token, function)}
         for name, tool in (("python", python), ("search", search)):
             if tool:
@@ -446,16 +449,30 @@ def find_run(run, stages=(), root="runs"):
     if run:
         return check_run(Path(run), [path.parent for path in configs])
     for path in reversed(configs):
-        if json.loads(path.read_text()).get("deepdive", {}).get("stage") in stages:
+        if stage_of(path) in stages:
             return path.parent
     raise SystemExit(f"{root}/ holds no run of stage {' or '.join(stages)}; run that stage first, "
                      "or name a folder with --model")
 
+def stage_of(path):
+    """The stage that a run's config.json states; None if it states none or is damaged."""
+    try:
+        return json.loads(path.read_bytes())["deepdive"]["stage"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
 def check_run(run, others):
-    """A folder that holds a model; otherwise SystemExit says what is missing, and which others
-    there are."""
+    """A folder that holds a model; otherwise SystemExit says what is missing, and which other runs
+    have a name like it, or which others there are at all."""
     advice = "train a model with train_gpt2.py, or name its folder with --model"
-    if others:
+    spellings = {name: name for name in GPT2_SIZES}
+    for other in others:
+        spellings |= {other.name: str(other), str(other): str(other)}
+    near = difflib.get_close_matches(str(run), spellings, n=6)
+    near = list(dict.fromkeys(spellings[name] for name in near))
+    if near:
+        advice = f"did you mean {' or '.join(near[:3])}?"
+    elif others:
         names = ", ".join(map(str, sorted(others)))
         advice = f"the runs here are {names}"
     if not run.is_dir():
@@ -553,56 +570,117 @@ def quiet_end():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
         raise SystemExit(141) from None     # as a program that SIGPIPE ends
 
+CHAT_STAGES = ("sft", "rl")
+EXCLUDES = dict(     # flags that no command can have together
+    chat=("prompt", "file", "few_shot", "logprobs", "top", "num_samples"),
+    logprobs=("prompt", "file", "few_shot", "top", "num_samples", "stop"),
+    prompt=("file",), top=("num_samples",))
+
 def parse_args():
-    parser = argparse.ArgumentParser(description="write with a trained model")
-    parser.add_argument("--model", help="run folder, or gpt2 … gpt2-xl; default: the newest run")
-    parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--file", help="read the prompt from this file")
-    parser.add_argument("--num_samples", type=int, default=1, help="continuations of the prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens at most")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the best token")
-    parser.add_argument("--top_k", type=int, help="keep the k best tokens")
-    parser.add_argument("--top_p", type=float, help="keep the best tokens that hold this share")
-    parser.add_argument("--min_p", type=float, help="least probability, as a share of the best's")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0,
-                        help="above 1: what was read or written becomes less probable")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text")
-    parser.add_argument("--top", type=int, help="show this many next tokens as bars, at each step")
-    parser.add_argument("--chat", action="store_true", help="talk with an assistant")
-    parser.add_argument("--system", help="system message for --chat")
-    parser.add_argument("--docs", nargs="*", help="folders of documents to look things up in; "
-                        "without a name: those that the run was trained on")
-    parser.add_argument("--rag", action="store_true",
-                        help="--docs puts the best passage before the question instead")
-    parser.add_argument("--allow_base", action="store_true", help="--chat with a base model")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    return parser.parse_args()
+    parser = argparse.ArgumentParser(description="write with a trained model, or talk to it")
+    add = parser.add_argument
+    add("--model", help="run folder, or gpt2 … gpt2-xl; default: the newest run")
+    add("--prompt", help="text to continue")
+    add("--file", help="read the prompt from this file")
+    add("--few_shot", metavar="FILE", help="put its lines INPUT => OUTPUT before the prompt; "
+        'or .jsonl lines {"input", "output"}')
+    add("--logprobs", metavar="TEXT", help="show how much each token of a text surprises the model")
+    add("--num_samples", type=int, help="continuations of the prompt (default: 1)")
+    add("--max_new_tokens", type=int, default=128, help="tokens at most")
+    add("--temperature", type=float, default=0.8, help="0: always the best token")
+    add("--top_k", type=int, help="keep the k best tokens")
+    add("--top_p", type=float, help="keep the best tokens that hold this share")
+    add("--min_p", type=float, help="least probability, as a share of the best's")
+    add("--repetition_penalty", type=float, default=1.0,
+        help="above 1: what was read or written becomes less probable")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    add("--seed", type=int, default=0, help="the same seed writes the same text")
+    add("--top", type=int, help="show this many next tokens as bars, at each step")
+    add("--chat", action="store_true", help="talk with the newest assistant")
+    add("--system", help="system message of the chat")
+    add("--docs", nargs="*", help="folders of documents to look things up in; without a name: those "
+        "that the run was trained on")
+    add("--rag", action="store_true", help="--docs puts a passage before the question instead")
+    add("--allow_base", action="store_true", help="chat with a base model, which cannot")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args()
+    args.chat = args.chat or args.allow_base or args.system is not None
+    check_at_least(1, args, "num_samples", "max_new_tokens", "top")
+    check_at_least(0, args, "seed")
+    for name, others in EXCLUDES.items():
+        for other in others:
+            if is_given(args, name) and is_given(args, other):
+                raise SystemExit(f"--{name} and --{other} exclude each other; leave one out")
+    if args.few_shot and not is_given(args, "prompt") and not is_given(args, "file"):
+        raise SystemExit("--few_shot needs --prompt TEXT, the input whose output is asked for")
+    if args.rag and args.docs is None:
+        raise SystemExit("--rag needs documents; name their folder with --docs")
+    if "" in (args.stop or ()):
+        raise SystemExit("--stop must be a text that is not empty")
+    return args
+
+def is_given(args, name):
+    """Whether a flag stands on the command line; for one without a default."""
+    return getattr(args, name) not in (None, False)
 
 def read_prompt(args):
-    """--prompt, or the text of --file."""
-    if args.file is None:
-        return args.prompt
-    try:
-        return Path(args.file).read_text(encoding="utf-8").rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"--file {args.file} cannot be read as UTF-8 text: {error}") from None
+    """--prompt, or the text of --file, or "" without either; after the pairs of --few_shot."""
+    prompt = args.prompt or ""
+    if args.file is not None:
+        try:
+            prompt = Path(args.file).read_text(encoding="utf-8").rstrip("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SystemExit(f"--file {args.file} cannot be read as UTF-8 text: {error}") from None
+    if args.few_shot:
+        from few_shot import few_shot_prompt, read_pairs
+        prompt = few_shot_prompt(read_pairs(args.few_shot), prompt)
+    return prompt
+
+def talk(engine, args, sampling, index=None):
+    """A conversation, with the user at a terminal or with the lines of stdin. index: of --docs."""
+    from chat import Chat
+    conversation = Chat(engine, args.system, args.max_new_tokens, args.seed, sampling,
+                        args.stop or ())
+    if args.rag:
+        conversation.in_context = index.in_context
+    is_terminal = sys.stdin is not None and sys.stdin.isatty()
+    enclosure()     # its line would otherwise stand in the middle of the first reply with a tool
+    if is_terminal:
+        print("Ask something. /help lists the commands, Ctrl-D ends.")
+    n_questions = conversation.run()
+    if not is_terminal and n_questions == 0:
+        raise SystemExit("nothing was asked: stdin is not a terminal and holds no question; give a "
+                         "--prompt to continue, or pipe a question in, one a line")
+
+def write(engine, args, prompt, sampling):
+    """Everything but a conversation: text, bars, or the surprise of a text."""
+    from show import show_samples, show_steps, show_surprise
+    if args.logprobs is not None:
+        show_surprise(engine, args.logprobs, in_colours=sys.stdout.isatty())
+        return
+    stops = args.stop or []
+    if args.few_shot:
+        stops = [*stops, "\n"]
+    if not prompt:
+        print("Without a prompt, the text begins after <|endoftext|>, as a document does.")
+    if args.top:
+        show_steps(engine, prompt, args.top, args.max_new_tokens, args.seed, sampling, stops)
+    else:
+        show_samples(engine, prompt, args.num_samples or 1, args.max_new_tokens, args.seed,
+                     sampling, stops)
 
 def main():
     args = parse_args()
-    check_at_least(1, args, "num_samples", "max_new_tokens", "top")
-    check_at_least(0, args, "seed")
-    sampling = {key: getattr(args, key) for key in SAMPLING}
+    sampling = {name: getattr(args, name) for name in SAMPLING}
     try:
         check_sampling(**sampling)
     except ValueError as error:
         raise SystemExit(f"--{error}") from None
     device = choose_device(args.device)
     prompt = read_prompt(args)
-    if args.rag and args.docs is None:
-        raise SystemExit("--rag needs documents; name their folder with --docs")
-    stages = ("pretrain", "sft", "rl")
+    stages = ("pretrain", *CHAT_STAGES)
     if args.chat and not args.allow_base:
-        stages = ("sft", "rl")
+        stages = CHAT_STAGES
     run = find_run(args.model, stages)
     tokenizer = load_tokenizer(run)
     model, meta = load_checkpoint(run, device, tokenizer.n_vocab)
@@ -611,27 +689,26 @@ def main():
     if args.top and args.top > tokenizer.n_vocab:
         raise SystemExit(f"--top must be at most {tokenizer.n_vocab}, the model's tokens, got "
                          f"{args.top}")
-    if args.chat and meta["stage"] == "pretrain" and not args.allow_base:
+    is_assistant = meta["stage"] in CHAT_STAGES
+    if args.chat and not is_assistant and not args.allow_base:
         raise SystemExit(f"{run} is a base model, which continues documents and does not answer; "
                          "name a model of chat_sft.py with --model, or see for yourself with "
                          "--allow_base")
-    search = None
-    ask = str           # what a question becomes before the model reads it
-    system = args.system
+    index = None
     if args.docs is not None:
         from search import open_docs
-        search, ask, system = open_docs(args, run, model.config.block_size)
-        prompt = ask(prompt)
+        index = open_docs(args.docs, run, model.config.block_size)
+    search = None
+    if index and args.rag:
+        prompt = prompt and index.in_context(prompt)
+    elif index:
+        search = index.look_up
     engine = Engine(model.for_inference(), tokenizer, search=search)
-    if args.chat:
-        from chat import chat
-        chat(engine, system, args.max_new_tokens, args.seed, sampling, ask)
-    elif args.top:
-        from show import show_steps
-        show_steps(engine, prompt, args.top, args.max_new_tokens, args.seed, sampling)
+    asks_for_text = any(is_given(args, name) for name in EXCLUDES["chat"])
+    if args.chat or is_assistant and not asks_for_text:
+        talk(engine, args, sampling, index)
     else:
-        from show import show_samples
-        show_samples(engine, prompt, args.num_samples, args.max_new_tokens, args.seed, sampling)
+        write(engine, args, prompt, sampling)
 
 if __name__ == "__main__":
     try:

@@ -2,8 +2,8 @@
 Looking things up: a folder of documents → the passage that says what was asked.
 
     python search.py "number of bytes in a tensor" --docs data/demo            # the three best
-    python sample.py --chat --docs my_notes/            # the model writes a query, reads a passage
-    python sample.py --chat --docs my_notes/ --rag      # a passage stands before the question
+    python sample.py --docs my_notes/            # the model writes a query, reads a passage
+    python sample.py --docs my_notes/ --rag      # a passage stands before the question
 
     in:  text files, .jsonl, .jsonl.gz or .parquet; of a data folder, its documents/     out: text
 
@@ -238,6 +238,10 @@ class Index:
         found = self.search(query)
         return found[0] if found else NOTHING
 
+    def in_context(self, question):
+        """What the model reads in place of a question with --rag."""
+        return with_context(self.search(question), question)
+
     def fits(self, passage, corrected):
         """Whether a passage has enough of the words that say what the query is about. Otherwise
         "What is Ares Base?" would find any passage with "what is". corrected: {word: the one to
@@ -304,16 +308,10 @@ def build_index(folders, max_chars=1000):
           f"{by}; {time.perf_counter() - started:.1f} s", flush=True)
     return index
 
-def open_docs(args, run, block_size):
-    """--docs and --rag of sample.py → (the search tool, what a question becomes, the system
-    message). A passage has at most as many characters as the model's context has tokens, which is
-    about a quarter of it."""
-    index = build_index(args.docs or [own_documents(run)], max_chars=block_size)
-    if args.rag:
-        def ask(question):
-            return with_context(index.search(question), question)
-        return None, ask, args.system
-    return index.look_up, str, f"{args.system or ''} {CAN_SEARCH}".strip()
+def open_docs(folders, run, block_size):
+    """--docs of sample.py → an Index; of the documents of the run if no folder is named. A passage
+    has at most as many characters as the model's context has tokens: about a quarter of it."""
+    return build_index(folders or [own_documents(run)], max_chars=block_size)
 
 def own_documents(run):
     """The data folder that a run, or the run that it began from, was trained on. Raises SystemExit

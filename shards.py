@@ -2,9 +2,11 @@
 
     python shards.py --data data/demo --tokenizer gpt2
     python shards.py --data data/demo --tokenizer data/demo/tokenizer --row_tokens 1024
+    python shards.py --data data/demo --tokenizer data/demo/tokenizer --prose
     python shards.py --data data/demo --check
 
-in:  DATA/documents/{train,val}_00000.jsonl.gz … and DATA/index.json, from prepare_fineweb.py
+in:  DATA/documents/{train,val}_00000.jsonl.gz … and DATA/index.json, from prepare_fineweb.py;
+     with --prose, DATA/prose/{train,val}_00000.jsonl.gz …, from prose.py
 out: DATA/NAME_val_000000.bin, DATA/NAME_train_000001.bin …  256 int32 (magic 20240520, version 1
          for uint16 or 2 for uint32, token count), then the tokens; NAME is the last part of DATA
      DATA/index.json (grows shard by shard), DATA/token_bytes.npy, DATA/tokenizer/
@@ -107,16 +109,17 @@ def write_shards(out, index, split, tokenizer):
 
     index.json is written after every shard, so that a killed run loses one shard at most.
     """
-    files = [file for file in index["documents"] if file["split"] == split]
+    texts = index["tokenizer"].get("texts", "documents")
+    files = [file for file in index[texts] if file["split"] == split]
     total = sum(file["documents"] for file in files)
     n_done = sum(shard["documents"] for shard in index["shards"] if shard["split"] == split)
     rows = itertools.chain.from_iterable(read_documents(out / file["file"]) for file in files)
     rows = itertools.islice(tqdm(rows, f"tokenize {split}", total, unit="doc"), n_done, None)
-    texts = (row["text"] for row in rows)
+    rows = (row["text"] for row in rows)
     token_bytes = tokenizer.token_bytes()
     shard_tokens = index["tokenizer"]["shard_tokens"]
     row_tokens = index["tokenizer"]["row_tokens"]
-    for shard in cut_shards(texts, tokenizer, shard_tokens):
+    for shard in cut_shards(rows, tokenizer, shard_tokens):
         if split == "train" and row_tokens:
             tokens = pack_rows(shard, row_tokens)
         else:
@@ -134,20 +137,25 @@ def next_number(index, split):
         return int(index["shards"][-1]["file"][-10:-4]) + 1
     return 1 if split == "train" else 0
 
-def tokenize(out, name, shard_tokens, row_tokens=0):
+def tokenize(out, name, shard_tokens, row_tokens=0, texts="documents"):
     """OUT/documents → shards, tokenizer/, token_bytes.npy. Whole shards of the index are kept.
 
-    name: a folder or a name that Tokenizer.load takes. SystemExit if OUT has no documents, or has
-    shards that were made with another tokenizer or other sizes.
+    name: a folder or a name that Tokenizer.load takes. texts: "documents", or "prose" to take those
+    of OUT/prose. SystemExit if OUT has no such texts, or has shards of the other ones, of another
+    tokenizer or of other sizes.
     """
     started = time.perf_counter()
     index = read_index(out)
     if not index.get("documents"):
         raise SystemExit(f"{out}/index.json lists no documents; run first prepare_fineweb.py "
                          f"--source crawl|warc|text … --out {out}")
+    if not index.get(texts):
+        raise SystemExit(f"{out}/index.json lists no {texts}; run first python prose.py --data "
+                         f"{out}")
     tokenizer = Tokenizer.load(name)
-    settings = tokenizer_settings(tokenizer, shard_tokens, row_tokens)
+    settings = tokenizer_settings(tokenizer, shard_tokens, row_tokens, texts)
     if index["tokenizer"]:
+        index["tokenizer"].setdefault("texts", "documents")     # which is what older ones hold
         refuse_changes(index["tokenizer"], settings, out, f"remove {out}/index.json and repeat the "
                        "--source command, or choose another --out")
     index["tokenizer"] = settings
@@ -183,10 +191,11 @@ def save_tokenizer(out, tokenizer, name):
     with whole_file(out / "token_bytes.npy") as file:
         np.save(file, tokenizer.token_bytes())
 
-def tokenizer_settings(tokenizer, shard_tokens, row_tokens):
-    """What index.json says of the tokenizer and of how documents were cut."""
+def tokenizer_settings(tokenizer, shard_tokens, row_tokens, texts="documents"):
+    """What index.json says of the tokenizer, and of which texts were cut and how."""
     return {"name": tokenizer.name, "sha256": tokenizer.sha256, "n_vocab": tokenizer.n_vocab,
-            "eot": tokenizer.eot, "shard_tokens": shard_tokens, "row_tokens": row_tokens}
+            "eot": tokenizer.eot, "shard_tokens": shard_tokens, "row_tokens": row_tokens,
+            "texts": texts}
 
 # ---- Shards that others have made ----------------------------------------------------------------
 
@@ -282,6 +291,7 @@ def main():
     add("--shard_tokens", type=int, default=100_000_000, help="largest number of tokens in a shard")
     add("--row_tokens", type=int, default=0,
         help="pack train shards into rows of so many tokens that begin with a document (0: no)")
+    add("--prose", action="store_true", help="take the texts that prose.py has written")
     add("--check", action="store_true", help="only check that the shards are whole, and that "
         "DATA/tokenizer made them")
     args = parser.parse_args()
@@ -292,8 +302,9 @@ def main():
     if not args.tokenizer:
         parser.error("--tokenizer is missing; give a folder, or gpt2, cl100k_base, o200k_base")
     check_sizes(args.shard_tokens, args.row_tokens)
+    texts = "prose" if args.prose else "documents"
     with one_line_when_full():
-        tokenize(args.data, args.tokenizer, args.shard_tokens, args.row_tokens)
+        tokenize(args.data, args.tokenizer, args.shard_tokens, args.row_tokens, texts)
     index = read_index(args.data)
     print_funnel(dict(index, funnel=index["funnel"][-1:]))      # the filters' rows were printed
 

@@ -48,6 +48,7 @@ import torch
 
 from bpe import Tokenizer
 from model import GPT, GPT2_SIZES, GPTConfig, find_compiler, find_kernel, load_checkpoint, sdpa
+from precision import find_bf16
 from sample import (Engine, check_at_least, choose_device, find_run, has_tokenizer, load_tokenizer,
                     quiet_end)
 from training import (D12_MATMUL_PARAMS, RunLog, already_trained, catch_signals, check_finite,
@@ -246,6 +247,9 @@ VAL_TOKENS = 2 ** 20            # tokens per evaluation; the final one uses the 
 CORE_EXAMPLES = 500             # questions per task of --core_dir
 COMPRESSED_TOKENS = 2 ** 22     # larger val splits are not compressed, because xz is slow
 SAMPLE_PROMPTS = ("The", "Return the")
+SAMPLES = 8                     # of each prompt, whose words are looked up; the first is shown
+WORD = re.compile("[a-z]+(?:'[a-z]+)?")
+KNOWN_TOKENS = 2 ** 22          # of the train split are read for their words
 
 def val_rows(shards, starts, n_targets, T):
     """The rows that begin at `starts` → inputs, targets (B, T). Where a row is longer than the
@@ -314,14 +318,30 @@ def show_compressors(log, step, val_shards, tokenizer, val_bpb):
     log.say(f"val bits per byte: this model {val_bpb:.4f}, gzip -9 {others['gzip']:.4f}, "
             f"xz -9e {others['xz']:.4f}", step=step, val_bpb=val_bpb, **others)
 
-def show_samples(log, step, engine):
-    """Logs how the model continues each of SAMPLE_PROMPTS that leaves room in its context."""
+def known_words(shards, tokenizer):
+    """The set of words, in lower case, in the first KNOWN_TOKENS tokens of a split."""
+    ids = shards.read(0, min(shards.n_tokens, KNOWN_TOKENS)).tolist()
+    return set(WORD.findall(tokenizer.decode(ids).lower()))
+
+def show_samples(log, step, engine, known):
+    """Logs how the model continues each of SAMPLE_PROMPTS that leaves room in its context, and
+    which share of the words that it wrote are among `known`, the words of the training text.
+
+    The first and the last word of a sample do not count, since they may be parts of words.
+    """
+    written = []
     for seed, prompt in enumerate(SAMPLE_PROMPTS):
         if len(engine.prompt_ids(prompt)) >= engine.model.config.block_size:
             continue
-        completion = engine.generate([prompt], 48, temperature=0.8, seed=seed)[0]
-        text = engine.tokenizer.decode(completion.ids)
-        log.say(f"  sample: {prompt}{text!r}", step=step, sample=prompt + text)
+        completions = engine.generate([prompt], 48, num_samples=SAMPLES, temperature=0.8, seed=seed)
+        texts = [engine.tokenizer.decode(completion.ids) for completion in completions]
+        for text in texts:
+            written += WORD.findall(text.lower())[1:-1]
+        log.say(f"  sample: {prompt}{texts[0]!r}", step=step, sample=prompt + texts[0])
+    if written:
+        share = sum(1 for word in written if word in known) / len(written)
+        log.say(f"  words: {share:.1%} of {len(written)} stand in the training text", step=step,
+                known_words=share)
 
 def check_first_loss(val_loss, config):
     """Stops a new model whose first loss shows that the code is broken. The model knows nothing, so
@@ -467,6 +487,8 @@ def parse_args():
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--fp8", type=int, default=0, choices=(0, 1),
                         help="1: multiply in 8 bits (H100 or later)")
+    parser.add_argument("--bf16", type=int, choices=(0, 1), help="multiply in bf16 while training; "
+                        "default: where it is faster")
     parser.add_argument("--deterministic", type=int, default=0, choices=(0, 1),
                         help="1: repeatable bits on a GPU")
     parser.add_argument("--profile", action="store_true", help="trace steps 10-12 into <out>")
@@ -604,6 +626,8 @@ def log_plan(log, args, model, T, ranks, grad_accum_steps, n_tokens):
             f"takes {row / 1e9:.2f} GB")
     log.say(f"attention windows {model.config.windows}: {find_kernel(ranks.device)[1]}")
     log.say(find_compiler(ranks.device)[1])
+    if args.bf16 is None:
+        log.say(find_bf16(ranks.device)[1])
 
 @contextmanager
 def named_failures(ranks, step, phase):
@@ -646,7 +670,8 @@ def main():
         torch.use_deterministic_algorithms(True)
     ranks = init_ranks(args.device)
     torch.manual_seed(args.seed)
-    model = build_model(args, tokenizer, ranks.device).use(ranks.device, fp8=args.fp8)
+    model = build_model(args, tokenizer, ranks.device)
+    model.use(ranks.device, args.fp8, args.bf16)
     config = model.config
     T = row_tokens(args, config)
     most = most_rows(model, T, ranks.world_size, ranks.device)
@@ -656,10 +681,12 @@ def main():
     optimizer = make_optimizer(model, ranks, args.lr, args.total_batch_size)
     engine = Engine(model, tokenizer)
     token_bytes = torch.from_numpy(tokenizer.token_bytes().astype(np.int64)).to(ranks.device)
+    known = known_words(train_shards, tokenizer)
 
     settings = dict(model=vars(config), total_batch_size=args.total_batch_size,
                     seq_len=T, max_steps=args.max_steps, seed=args.seed, lr=args.lr, fp8=args.fp8,
-                    tokenizer=tokenizer.sha256, n_tokens=train_shards.n_tokens)
+                    bf16=args.bf16, tokenizer=tokenizer.sha256,
+                    n_tokens=train_shards.n_tokens)
     state = load_state(run, args.resume, ranks, optimizer, model, settings)
     progress = Progress()
     resume_step = None
@@ -713,7 +740,7 @@ def main():
                 if step == 0 and not args.init_from:
                     check_first_loss(val_loss, config)
                 if ranks.is_main:
-                    show_samples(log, step, engine)
+                    show_samples(log, step, engine, known)
                     if is_last:
                         show_compressors(log, step, val_shards, tokenizer, val_bpb)
 

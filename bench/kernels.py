@@ -22,7 +22,8 @@ import torch
 
 from contenders import Ours, best_windows
 from measure import chosen_shapes, finish, in_turns, shape_flags, table
-from model import flash_attention_3, fp8_matmul, sdpa, to_fp8, varlen_attention
+from model import flash_attention_3, sdpa, varlen_attention
+from precision import fp8_matmul, to_fp8
 from train import SHAPES, micro_batch, train_step
 
 def median_ms(function, device, repeats):

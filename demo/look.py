@@ -53,7 +53,7 @@ def documents(names):
     funnel = read_json(Path(names["data"], "index.json")).get("funnel", [])
     if not funnel:
         return []
-    kept = [row for row in funnel if row["step"] != "tokenize"][-1]
+    kept = [row for row in funnel if row["step"] not in ("prose", "tokenize")][-1]
     lines = [f"{funnel[0]['in']} pages became {kept['kept']} documents of "
              f"{kept.get('bytes', 0) / 1e6:.2f} MB of text."]
     dropped = [(n, f"{row['step']} {n} ({reason})")
@@ -65,6 +65,20 @@ def documents(names):
         with gzip.open(path, "rt", encoding="utf-8") as file:
             text = json.loads(file.readline())["text"]
         lines.append(f"One begins: {one_line(text)}")
+    return lines
+
+def sentences(names):
+    """How much of the text is prose, and a line of it."""
+    funnel = read_json(Path(names["data"], "index.json")).get("funnel", [])
+    n_bytes = {row["step"]: row.get("bytes", 0) for row in funnel}
+    if not n_bytes.get("pii") or "prose" not in n_bytes:
+        return []
+    lines = [f"{n_bytes['prose'] / 1e6:.2f} MB of the {n_bytes['pii'] / 1e6:.2f} MB are sentences. "
+             "The documents stay whole for what comes later."]
+    for path in sorted(Path(names["data"], "prose").glob("train*.jsonl.gz"))[:1]:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            text = json.loads(file.readline())["text"]
+        lines.append(f"What one document keeps: {one_line(text)}")
     return lines
 
 def tokens(names):
@@ -95,15 +109,31 @@ def pretraining(names):
     samples = {}
     for row in read_rows(log, "sample", "step"):
         samples.setdefault(row["step"], row["sample"])
+    known = {row["step"]: row["known_words"] for row in read_rows(log, "known_words", "step")}
     if samples:
-        lines.append("From noise towards English, what it wrote by step:")
+        lines.append("From noise towards English, what it wrote by step, and how many of its words "
+                     "are real:")
     for step, text in samples.items():
-        lines.append(f"{step:6d}  {one_line(text)}")
+        share = "    "
+        if step in known:
+            share = f"{known[step]:4.0%}"
+        lines.append(f"{step:6d} {share}  {one_line(text, 83)}")
     return lines
 
+RECITED = ("If this is a function, the weight of an edge is the value returned by the function. "
+           "The function must accept exactly three positional arguments")
+
 def writing(names):
-    """What the samples show needs no figure."""
-    return ["The same beginning was continued in different ways, because each token is drawn.",
+    """What the samples show, and how often the recited passage stands in the training text."""
+    times = 0
+    for path in sorted(Path(names["data"], "prose").glob("train*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            times += file.read().count(RECITED)
+    lines = ["The same beginning was continued in different ways, because each token is drawn."]
+    if times:
+        lines.append(f"The passage in the middle stands in the training text {times} times: what "
+                     "a model reads often it can recite.")
+    return [*lines,
             "The bars are the probabilities that it was drawn from; ← marks the token."]
 
 # ---- Conversations and practice ------------------------------------------------------------------

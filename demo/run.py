@@ -39,9 +39,9 @@ class Step:
     look: Callable = None
 
 SIZES = {
-    "tiny": dict(pages=400, steps=60, eval_every=30, examples=600, functions=12, epochs=1,
+    "tiny": dict(pages=400, steps=120, eval_every=60, examples=600, functions=12, epochs=1,
                  rl_steps=4, prompts=4, group_size=8, rl_eval_every=2),
-    "small": dict(pages=5000, steps=300, eval_every=50, examples=5000, functions=48, epochs=1.2,
+    "small": dict(pages=5000, steps=600, eval_every=100, examples=5000, functions=48, epochs=1.2,
                   rl_steps=16, prompts=16, group_size=16, rl_eval_every=8)}
 
 MINUTES = dict(tiny=2, small=8)     # on two CPU cores, installation included (bench/RESULTS.md)
@@ -56,15 +56,21 @@ STEPS = [
             "--extractor plain --val_fraction 0.02 --max_pages {pages}"],
         look=look.documents),
     Step(
+        title="Keep the sentences",
+        what="Of each document only the lines that are English sentences are kept for the model.",
+        why="A small model learns to write sentences if it reads nothing but sentences.",
+        commands=["python prose.py --data {data}"],
+        look=look.sentences),
+    Step(
         title="Cut the text into tokens",
         what="The most frequent pair of symbols becomes a new token, again and again.",
         why="A network reads a row of numbers; the more text each stands for, the shorter it is.",
         commands=[
-            "python bpe.py train --input {data}/documents --vocab_size 4096 --pattern gpt4 "
+            "python bpe.py train --input {data}/prose --vocab_size 4096 --pattern gpt4 "
             "--out {data}/tokenizer",
             'python bpe.py show "Return a copy of the string with leading whitespace removed." '
             "--tokenizer {data}/tokenizer",
-            "python shards.py --data {data} --tokenizer {data}/tokenizer"],
+            "python shards.py --data {data} --tokenizer {data}/tokenizer --prose"],
         look=look.tokens),
     Step(
         title="Train the base model",
@@ -72,7 +78,7 @@ STEPS = [
         why="To guess well it must pick up words, grammar and facts. Most of the time goes here.",
         commands=[
             "python train_gpt2.py --model d4 --config n_embd=128 n_head=4 block_size=256 "
-            "--data {data} --out {base} --total_batch_size 4096 --save_every 100 --seed {seed} "
+            "--data {data} --out {base} --total_batch_size 2048 --save_every 200 --seed {seed} "
             "--resume --max_steps {steps} --eval_every {eval_every}"],
         look=look.pretraining),
     Step(
@@ -80,10 +86,10 @@ STEPS = [
         what="Its knobs are fixed now; it draws one token after another by their probabilities.",
         why="A base model continues documents, each time in another way. It does not answer yet.",
         commands=[
-            'python sample.py --model {base} --prompt "Return the number of" --num_samples 3 '
+            'python sample.py --model {base} --prompt "This function" --num_samples 3 '
             "--max_new_tokens 40",
-            'python sample.py --model {base} --prompt "True, False, True, False, True," '
-            "--temperature 0 --max_new_tokens 8",
+            'python sample.py --model {base} --prompt "If this is a function, the weight of" '
+            "--temperature 0 --max_new_tokens 50",
             'python sample.py --model {base} --prompt "Return the" --top 8 --max_new_tokens 2'],
         look=look.writing),
     Step(

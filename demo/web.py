@@ -79,13 +79,30 @@ def paragraphs(lines, indents):
         if i == 0 or (hangs and indents[i] == min(indents)):
             groups.append([])
         groups[-1].append(line)
-    return [f"<p>{escape(' '.join(' '.join(group).split()))}</p>" for group in groups]
+    return [f"<p>{escape(without_markup(' '.join(' '.join(group).split())))}</p>"
+            for group in groups]
+
+MARKUP = [(re.compile(pattern), shown) for pattern, shown in (
+    (r":[a-z:]+:`~(?:[^`<>]*\.)?([^`<>]+)`", r"\1"),               # :func:`~json.dumps` → dumps
+    (r"(?::[a-z:]+:)?`([^`<]+?)\s*<[^`>]+>`_*", r"\1"),           # `the guide <url>`_ → the guide
+    (r"(?::[a-z:]+:)?(`{1,2})(?=\S)([^`]*[^`\s])\1_*", r"\2"),    # ``None`` → None
+    (r"(?<![\w*])(\*{1,2})([A-Za-z][^*]*)\1(?![\w*])", r"\2"),   # *name* → name
+    (r" ?\[[\w*#]+\]_(?!\w)", ""),                                # a footnote's number: [1]_
+    (r"::(?=\s|$)", ":"))]
+TITLE = re.compile(r"^( *[A-Z][A-Za-z ]+)\n *([-=~^*])\2{2,} *$", re.M)     # with its underline
+
+def without_markup(text):
+    """reStructuredText in a line → the text that a reader of the rendered page sees."""
+    for pattern, shown in MARKUP:
+        text = pattern.sub(shown, text)
+    return text
 
 def prose(docstring):
     """A docstring as HTML: <p> for a paragraph or for one argument, <pre> for code and tables."""
     out = []
     in_code = False         # true after a block that ends with "::", while blocks are indented
-    for block in re.split(r"\n\s*\n", inspect.cleandoc(docstring or "")):
+    text = TITLE.sub(r"\1\n", inspect.cleandoc(docstring or ""))     # a block of its own
+    for block in re.split(r"\n\s*\n", text):
         if not block.strip():
             continue
         lines = [line for line in block.split("\n") if not re.fullmatch(r"\s*[-=~^*]{3,}\s*", line)]

@@ -5,6 +5,7 @@ import http.server
 import io
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -282,7 +283,24 @@ def test_a_documented_function_is_a_signature_line_and_a_paragraph_line():
     site = web.Site(["textwrap"])
     lines = crawl.plain_text(site.page("/textwrap.html")[2]).split("\n")
     at = lines.index("textwrap.dedent(text)")
-    assert lines[at + 1] == "Remove any common leading whitespace from every line in `text`."
+    assert lines[at + 1] == "Remove any common leading whitespace from every line in text."
+
+@pytest.mark.parametrize("line, shown", [
+    ("Return ``None`` or :func:`~json.dumps`, see `the guide <https://a.org>`_::",
+     "Return None or dumps, see the guide:"),
+    (":py:class:`a.B`, :mod:`c <d.e>` and :meth:`~close`", "a.B, c and close"),
+    ("*name* is **not** a * b * c", "name is not a * b * c"),
+    ("as in [1]_ and [CIT]_, not a[1]_x", "as in and, not a[1]_x"),
+    ("2**3 with *args and **kwargs, a[::2], C::D", "2**3 with *args and **kwargs, a[::2], C::D"),
+    ("an unpaired ` stays", "an unpaired ` stays")])
+def test_the_manual_shows_no_markup_of_rest(line, shown):
+    assert web.without_markup(line) == shown
+
+def test_a_title_of_a_docstring_is_a_paragraph_of_its_own():
+    page = web.prose("Do it.\n\nNotes\n-----\nIt is slow.\n\n    Usage\n    =====\n    Call it.")
+    titles_and_text = ["Do it.", "Notes", "It is slow.", "Usage", "Call it."]
+    assert re.findall("<p>(.*?)</p>", page) == titles_and_text
+    assert web.prose("  p\n---\n  2").startswith("<pre>")
 
 TEXT = "<p>This is a sentence that has more than twelve words in it, surely so.</p>"
 

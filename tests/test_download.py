@@ -199,6 +199,17 @@ def test_a_download_of_weights_that_was_cut_continues_and_nothing_is_fetched_twi
     dl.download_gpt2("gpt2", tmp_path)
     assert len(hub.asked) == 2
 
+def test_ranks_that_want_the_same_weights_wait_for_the_first_which_downloads_them(hub, tmp_path):
+    hub.moods[WEIGHTS] = ["cut"]
+    ranks = [threading.Thread(target=dl.download_gpt2, args=("gpt2", tmp_path / "gpt2"))
+             for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert (tmp_path / "gpt2" / "model.safetensors").read_bytes() == DATA
+    assert [r for _, r in hub.asked] == [None, "bytes=150000-", None]
+
 def test_weights_with_another_sha256_are_refused_and_removed(hub, tmp_path):
     hub.sha256 = 64 * "0"
     with pytest.raises(SystemExit, match="expected 000"):

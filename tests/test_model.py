@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as model_module
+import precision
 from conftest import GPT2, MODERN, mutate, noisy
-from model import (GPT, GPT2_SIZES, CrossEntropy, Fp8Matmul, GPTConfig, KVCache, Linear,
-                   find_compiler, find_kernel, fp8_matmul, load_checkpoint, save_checkpoint, sdpa,
-                   to_fp8)
+from model import (GPT, GPT2_SIZES, CrossEntropy, GPTConfig, KVCache, Linear, find_compiler,
+                   find_kernel, load_checkpoint, save_checkpoint, sdpa)
+from precision import Fp8Matmul, bf16_product, find_bf16, fp8_matmul, fp8_product, to_fp8
 from training import Optimizer, make_optimizer
 
 T = GPT2.block_size
@@ -407,13 +408,47 @@ def check_fp8(shape):
         assert a.dtype == torch.float32 and 0.001 < (a - b).norm() / b.norm() < 0.08
 
 
+def check_bf16(product):
+    """bf16 keeps 8 bits of each factor, so that it rounds by up to 1/256."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 48, requires_grad=True)
+    W = torch.randn(32, 48, requires_grad=True)
+    dy = torch.randn(64, 32)
+    found = torch.autograd.grad(product(x, W), (x, W), dy)
+    for a, b in zip((product(x, W), *found), (x @ W.T, dy @ W, dy.T @ x)):
+        assert a.dtype == torch.float32 and 1e-4 < (a - b).norm() / b.norm() < 0.01
+
+
+def test_bf16_product_and_its_gradients_are_near_fp32s():
+    check_bf16(bf16_product)
+
+
+def test_bf16_multiplies_large_matrices_only_while_training():
+    config = replace(MODERN, n_embd=128, n_head=1)
+    torch.manual_seed(0)
+    model = GPT(config).use("cpu", bf16=True)
+    for p in model.parameters():
+        p.data = p.data + 0.02 * torch.randn_like(p)
+    fast = model(TEXT, TEXT)
+    exact = model.eval()(TEXT)
+    model.use("cpu", bf16=False)
+    torch.testing.assert_close(model(TEXT), exact, rtol=0, atol=0)
+    plain = model.train()(TEXT, TEXT)
+    assert fast != plain and abs(fast - plain) < 0.003 * plain
+
+
+def test_a_line_says_whether_training_multiplies_in_bf16():
+    has_bf16, why = find_bf16("cpu")
+    assert ("--bf16 0" in why) == has_bf16
+
+
 def test_fp8_matmul_and_its_gradients_are_near_fp32s():
     check_fp8((64, 48, 32))
 
 
 def test_fp8_adds_the_bias_as_fp32_does():
     layer, x = Linear(64, 32), torch.zeros(16, 64)      # of zeros only the bias is left
-    layer.fp8 = True
+    layer.product = fp8_product
     assert layer.training and torch.equal(layer(x), layer.bias.expand(16, 32))
 
 
@@ -431,13 +466,14 @@ def test_fp8_matmul_is_the_product_of_the_8_bit_numbers():
 
 
 def test_fp8_reaches_the_large_matrices_and_trains(monkeypatch):
-    monkeypatch.setattr(model_module, "fp8_matmul", fp8_matmul_in_fp32)
+    monkeypatch.setattr(precision, "fp8_matmul", fp8_matmul_in_fp32)
     config = replace(MODERN, n_embd=128, n_head=1)
     losses = []
     for fp8 in (False, True):
         torch.manual_seed(0)
-        model = GPT(config).use("cpu", fp8=fp8)
-        assert {m.fp8 for m in model.h.modules() if isinstance(m, Linear)} == {False, fp8}
+        model = GPT(config).use("cpu", fp8=fp8, bf16=False)
+        found = {m.product for m in model.h.modules() if isinstance(m, Linear)}
+        assert found == {None, fp8_product if fp8 else None}
         optimizer = make_optimizer(model, lr=0.002)
         for _ in range(8):
             loss = model(TEXT[:, :-1], TEXT[:, 1:])
@@ -689,7 +725,7 @@ def text_only(value):
      3.0),
     (Fp8Matmul, "backward", "weight.t().contiguous(), weight_scale", "weight, weight_scale",
      check_fp8, (32, 32, 32)),
-    (model_module, "to_fp8", "x.float() / scale", "x.float()", check_fp8, (64, 48, 32)),
+    (precision, "to_fp8", "x.float() / scale", "x.float()", check_fp8, (64, 48, 32)),
     (CrossEntropy, "forward", "dW[:V].addmm_(dz.T, x[part])", "dW[:V] = dz.T @ x[part]",
      check_cross_entropy, 0.0),
     (CrossEntropy, "backward", "dx * grad", "dx", check_cross_entropy, 0.0)],

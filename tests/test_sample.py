@@ -2,7 +2,8 @@
 sample.py against slow twins: one token at a time without a cache, probabilities from their
 definitions. The Python tool meets code that means ill, the answer checker replies that cheat.
 """
-import builtins
+import importlib
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -527,16 +529,61 @@ def test_newest_run_of_a_stage_is_found(tmp_path, base_run):
         find_run(None, ("reward",), tmp_path)
 
 
-def test_a_mistyped_run_is_one_line_that_names_the_runs_there_are(tmp_path, base_run):
-    (tmp_path / "mine").symlink_to(base_run)
-    (tmp_path / "empty").mkdir()
-    for name, said in dict(mina="mina is not a run's folder; the runs here are .*/mine$",
-                           empty="empty holds no model, because it has no config.json; ").items():
-        with pytest.raises(SystemExit, match=said) as error:
-            find_run(tmp_path / name, root=tmp_path)
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize("name, said", [
+    ("minw", "minw is not a run's folder; did you mean runs/mine[?]$"),
+    ("runs/mien", "runs/mien is not a run's folder; did you mean runs/mine[?]$"),
+    ("gpt-2", "gpt-2 is not a run's folder; did you mean gpt2 or gpt2-xl[?]"),
+    ("quite/another", "another is not a run's folder; the runs here are runs/mine, runs/zzz$"),
+    ("runs/empty", "runs/empty holds no model, because it has no config.json; ")])
+def test_a_mistyped_run_is_one_line_that_names_the_nearest(name, said, tmp_path, base_run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "empty").mkdir(parents=True)
+    for run in ("mine", "zzz"):
+        (tmp_path / "runs" / run).symlink_to(base_run)
+    with pytest.raises(SystemExit, match=said) as error:
+        find_run(name)
+    assert "\n" not in str(error.value)
+
+
+def test_without_any_run_a_mistyped_one_says_how_to_train_one(tmp_path):
     with pytest.raises(SystemExit, match="none is not a run's folder; train a model with"):
-        run_main(sample, "--model", "none")
+        find_run("none", root=tmp_path)
+
+
+def test_a_run_with_a_damaged_config_is_not_taken_for_the_newest(tmp_path, base_run):
+    shutil.copytree(base_run, tmp_path / "good")
+    (tmp_path / "bad").mkdir()
+    for text in ("{", "[]", '{"deepdive": 3}', "{}"):
+        (tmp_path / "bad" / "config.json").write_text(text)
+        assert find_run(None, ("pretrain",), tmp_path) == tmp_path / "good"
+
+
+@pytest.fixture
+def gpt2(tokenizer, tmp_path, monkeypatch):
+    """A folder in which "gpt2" has been downloaded: a tiny one, with this tokenizer for OpenAI's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample.Tokenizer, "pretrained", lambda name: tokenizer)
+    config = GPTConfig(64, tokenizer.n_vocab - len(tokenizer.special) + 1, 1, 2, 32)
+    save_checkpoint("data/openai/gpt2", noisy(config))
+    described = json.loads(Path("data/openai/gpt2/config.json").read_text())
+    del described["deepdive"]
+    Path("data/openai/gpt2/config.json").write_text(json.dumps(described))
+    message = dict(role="user", content="Hi")
+    Path("chat.jsonl").write_text(json.dumps(dict(messages=[message, dict(message, role="assistant")])))
+    Path("tasks.jsonl").write_text('{"question": "Hi", "answer": "Hi", "check": "contains"}\n')
+
+
+@pytest.mark.parametrize("module, flags", [
+    ("sample", "--model gpt2 --prompt Hi --max_new_tokens 3"),
+    ("chat_sft", "--model gpt2 --data chat.jsonl --batch_size 1 --out out"),
+    ("eval", "--model gpt2 --tasks tasks.jsonl --max_new_tokens 3"),
+    ("rl_grpo", "--model gpt2 --task tasks.jsonl --max_steps 1 --prompts 1 --group_size 2 "
+     "--max_new_tokens 3 --out out"),
+    ("train_gpt2", "--init_from gpt2 --data DATA --max_steps 1 --batch_size 1 "
+     "--total_batch_size 64 --seq_len 64 --out out")], ids=lambda value: value.split()[0])
+def test_gpt2_may_be_named_wherever_a_run_is_expected(module, flags, gpt2, data, capsys):
+    run_main(importlib.import_module(module), *flags.replace("DATA", str(data)).split())
+    assert "data/openai/gpt2" in capsys.readouterr().out or Path("out/model.safetensors").exists()
 
 
 def test_a_model_with_a_header_without_limit_is_refused_before_it_is_read(base_run, tmp_path):
@@ -546,11 +593,50 @@ def test_a_model_with_a_header_without_limit_is_refused_before_it_is_read(base_r
         find_run(str(run))
 
 
-def test_chat_refuses_a_base_model_unless_told(base_run, monkeypatch):
+def test_chat_refuses_a_base_model_unless_told(base_run, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="base model.*; name a model"):
         run_main(sample, "--chat", "--model", base_run)
-    monkeypatch.setattr(builtins, "input", lambda _: "")
-    run_main(sample, "--chat", "--model", base_run, "--allow_base")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    run_main(sample, "--model", base_run, "--allow_base", "--max_new_tokens", 2)
+    assert "user: Hi\nassistant: " in capsys.readouterr().out
+
+
+# ---- without a flag
+
+@pytest.fixture
+def runs(base_run, tmp_path, monkeypatch):
+    """A folder whose newest run is an assistant."""
+    monkeypatch.chdir(tmp_path)
+    model, _ = load_checkpoint(base_run)
+    for age, stage in enumerate(("pretrain", "sft")):
+        save_checkpoint(f"runs/{stage}", model, sample.load_tokenizer(base_run), stage=stage)
+        os.utime(f"runs/{stage}/config.json", (age, age))
+
+
+def test_alone_it_talks_with_the_newest_assistant(runs, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n\nWell"))
+    run_main(sample, "--max_new_tokens", 2)
+    out = capsys.readouterr().out
+    assert out.startswith("runs/sft: stage sft, step 0, ") and out.count("\nassistant: ") == 2
+    assert "user: Well\n" in out
+
+
+def test_without_a_question_it_says_why_it_prints_nothing(runs, monkeypatch):
+    for stdin in (io.StringIO("\n\n"), None):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(SystemExit, match="nothing was asked: .*; give a --prompt"):
+            run_main(sample)
+
+
+def test_an_assistant_continues_a_prompt_as_a_document(runs, capsys):
+    run_main(sample, "--prompt", "Return", "--max_new_tokens", 2)
+    out = capsys.readouterr().out
+    assert "runs/sft" in out and "-\nReturn" in out and "assistant:" not in out
+
+
+def test_a_base_model_without_a_prompt_begins_a_document_and_says_so(runs, capsys):
+    run_main(sample, "--model", "runs/pretrain", "--max_new_tokens", 2)
+    assert "begins after <|endoftext|>" in capsys.readouterr().out
 
 
 def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(base_run):
@@ -570,7 +656,12 @@ def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(base_run):
     (["--num_samples", "0"], "--num_samples must be at least 1"),
     (["--max_new_tokens", "-1"], "--max_new_tokens must be at least 1, got -1"),
     (["--seed", "-1"], "--seed must be at least 0"), (["--device", "foo"], "--device must be auto"),
-    (["--file", "nothing.txt"], "--file nothing.txt cannot be read")])
+    (["--file", "nothing.txt"], "--file nothing.txt cannot be read"),
+    (["--prompt", "a", "--file", "b"], "--prompt and --file exclude each other; leave one out"),
+    (["--chat", "--prompt", "a"], "--chat and --prompt exclude each other"),
+    (["--system", "a", "--top", "3"], "--chat and --top exclude each other"),
+    (["--logprobs", "a", "--prompt", ""], "--logprobs and --prompt exclude each other"),
+    (["--few_shot", "a"], "--few_shot needs --prompt TEXT"), (["--stop", ""], "--stop must be")])
 def test_a_bad_flag_is_one_line(flags, said, base_run):
     with pytest.raises(SystemExit, match=f"^{said}") as error:
         run_main(sample, "--model", base_run, *flags)

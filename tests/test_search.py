@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import chat
 import sample
 import search
 from conftest import run_main
@@ -208,13 +209,25 @@ def test_with_rag_the_passage_stands_before_the_prompt(sft_run, tmp_path, capsys
     assert with_context([NOTES[0][:40]], "Ares Base?") in capsys.readouterr().out
 
 
-def test_a_chat_with_documents_is_told_so_in_its_system_message(sft_run, tmp_path, monkeypatch):
-    (tmp_path / "notes.txt").write_text(NOTES[0])
-    said = []
-    monkeypatch.setattr("chat.chat", lambda engine, system, *args: said.append(system))
-    run_main(sample, "--model", sft_run, "--docs", tmp_path, "--chat", "--system", "Be brief.")
-    run_main(sample, "--model", sft_run, "--docs", tmp_path, "--chat", "--rag")
-    assert said == [f"Be brief. {CAN_SEARCH}", None]
+def begun_chat(engine, system):
+    """The messages with which a conversation begins."""
+    return chat.Chat(engine, system, 20, 0, {}).messages
+
+
+def test_a_chat_with_documents_says_so_in_its_system_message(tokenizer, index):
+    engine, _ = writing(tokenizer, "?")
+    assert begun_chat(engine, "Be brief.")[0]["content"] == "Be brief."
+    engine = Engine(engine.model, tokenizer, python=None, search=index.look_up)
+    assert begun_chat(engine, "Be brief.")[0]["content"] == f"Be brief. {CAN_SEARCH}"
+    assert begun_chat(engine, None) == [dict(role="system", content=CAN_SEARCH)]
+
+
+def test_with_rag_the_passage_stands_before_a_question_of_a_chat(tokenizer, index, capsys):
+    engine, _ = writing(tokenizer, "?", "<|im_end|>")
+    conversation = chat.Chat(engine, None, 20, 0, {})
+    conversation.in_context = index.in_context
+    conversation.ask("What is Ares Base?")
+    assert conversation.messages[0]["content"] == with_context([NOTES[0]], "What is Ares Base?")
 
 
 def test_the_documents_of_a_run_are_those_of_the_run_it_began_from(tmp_path):

@@ -18,23 +18,23 @@ MODULES = {"torch", "numpy", "tiktoken", "requests", "safetensors", "tqdm", "pro
            "regex", "urllib3"}      # tiktoken and requests bring them
 ALLOWED = {                         # which of the project's files each may import
     "bpe": set(), "model": set(), "download": set(), "corpus": set(), "python_tool": set(),
-    "warc": set(), "filters": set(), "crawl": {"download", "warc"},
-    "shards": {"bpe", "corpus", "download"},
+    "precision": set(), "warc": set(), "filters": set(), "crawl": {"download", "warc"},
+    "prose": {"corpus", "download"}, "shards": {"bpe", "corpus", "download"},
     "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
-    "show": set(), "chat": {"show"},
+    "show": set(), "chat": {"show"}, "few_shot": {"problems"},
     "search": {"corpus"}, "subjects": set(), "probe": {"model", "problems", "sample", "subjects"},
     "eval": {"model", "problems", "sample", "training"},
     "report": {"problems", "training"},
-    "train_gpt2": {"bpe", "model", "sample", "training"},
+    "train_gpt2": {"bpe", "model", "precision", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
     "web": set(), "conversations": set(),
     "lookups": {"problems", "search", "subjects"},
     **dict.fromkeys(("run", "look", "narrator"), set())}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
-    "bpe": {"corpus"}, "sample": {"chat", "download", "search", "show"},
-    "chat_sft": {"show"}, "eval": {"search"}, "probe": {"search"},
-    "train_gpt2": {"eval"},
+    "bpe": {"corpus"}, "sample": {"chat", "download", "few_shot", "search", "show"},
+    "chat": {"search"}, "chat_sft": {"show"}, "eval": {"search"}, "probe": {"search"},
+    "model": {"precision"}, "train_gpt2": {"eval"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
                            ".ci/run") for path in [ROOT / name] if path.exists()]

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -310,6 +311,26 @@ def test_compressors_see_the_text_of_the_shards(data, tokenizer):
     found = compressors_bpb(shards, tokenizer)
     assert found["gzip"] == 8 * len(gzip.compress(text, 9)) / len(text)
     assert 1 < found["xz"] < 8
+
+
+def test_known_words_are_those_of_the_training_text_in_lower_case(data, tokenizer):
+    shards = Shards(data, "train")
+    known = train_gpt2.known_words(shards, tokenizer)
+    text = tokenizer.decode(shards.read(0, shards.n_tokens)).replace("<|endoftext|>", " ").lower()
+    assert set(re.findall("[a-z]+", text)) >= {word for word in known if "'" not in word} - {
+        "endoftext"} and len(known) > 50 and all(word == word.lower() for word in known)
+
+
+def test_the_share_of_known_words_leaves_out_the_two_ends_of_a_sample(tokenizer):
+    ids = tokenizer.encode_ordinary("ly The cat doesn't zzqy. sa")
+    rows = []
+    engine = SimpleNamespace(
+        tokenizer=tokenizer, prompt_ids=lambda prompt: [1],
+        model=SimpleNamespace(config=SimpleNamespace(block_size=8)),
+        generate=lambda *_, num_samples, **__: [SimpleNamespace(ids=ids)] * num_samples)
+    log = SimpleNamespace(say=lambda text, **row: rows.append(row))
+    train_gpt2.show_samples(log, 7, engine, {"the", "cat", "doesn't", "sa", "ly"})
+    assert rows[-1] == dict(step=7, known_words=0.75)
 
 
 # ---- schedules and batch arithmetic

@@ -1,0 +1,76 @@
+"""
+How a layer multiplies while it is trained: in bf16 on a CPU that has a unit for it, or, with
+train_gpt2.py --fp8 1, in 8 bits on a GPU that has them (H100 or later). GPT.use chooses.
+
+    >>> x = torch.tensor([[1.0, -448.0]])
+    >>> x8, scale = to_fp8(x, torch.float8_e4m3fn)
+    >>> x8.float() * scale
+    tensor([[   1., -448.]])
+
+A product is a function: x (M, K), weight (N, K) → x Wᵀ (M, N), in the dtype of x.
+
+Papers: FP8 formats for deep learning (arXiv 2209.05433).
+Differs from the paper: a tensor has one scale, which is taken from itself, not from earlier steps.
+"""
+import functools
+
+import torch
+import torch.nn.functional as F
+
+# ---- bf16 ----------------------------------------------------------------------------------------
+
+def bf16_product(x, weight):
+    """Both factors are rounded to bf16, the sums are fp32's, and so it is with the gradients."""
+    return F.linear(x.bfloat16(), weight.bfloat16()).to(x.dtype)
+
+@functools.cache
+def find_bf16(device):
+    """Whether training multiplies in bf16 on this device, and a line for the log that says why.
+
+    AMX, the matrix unit of Intel's server CPUs since 2023, makes a layer's three products 1.5 to
+    2.6 times as fast. AVX512-BF16 without AMX was measured to make them half as fast."""
+    if "cuda" in device and torch.cuda.is_bf16_supported():
+        return True, "everything in bf16; --bf16 0: in fp32"
+    if "cuda" in device:
+        return False, "everything in fp32: this GPU lacks bf16"
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)     # not in older versions
+    if has_amx():
+        return True, "matmuls of training in bf16, because this CPU has AMX; --bf16 0: in fp32"
+    return False, "matmuls in fp32: without AMX, bf16 is slower on a CPU"
+
+# ---- 8 bits --------------------------------------------------------------------------------------
+
+def to_fp8(x, dtype):
+    """x / scale in 8 bits, and the scale: one number, with which the largest value just fits."""
+    scale = x.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
+    return (x.float() / scale).to(dtype), scale
+
+def fp8_matmul(a, b, fast_accum=False):
+    """a (M, K) @ b (N, K)ᵀ → bf16 (M, N); a and b are pairs that to_fp8 returned."""
+    return torch._scaled_mm(a[0], b[0].t(), scale_a=a[1], scale_b=b[1], out_dtype=torch.bfloat16,
+                            use_fast_accum=fast_accum)
+
+class Fp8Matmul(torch.autograd.Function):
+    """y = x Wᵀ    dx = dy W    dW = dyᵀ x, each with 8-bit operands and sums in fp32.
+
+    x (M, K), W (N, K); M, K and N are multiples of 16. e4m3 has 3 bits of mantissa; gradients need
+    the range of e5m2. Backward keeps the 8-bit x, which takes half of bf16's memory.
+    """
+    @staticmethod
+    def forward(ctx, x, weight):
+        x8 = to_fp8(x, torch.float8_e4m3fn)
+        weight8 = to_fp8(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(*x8, *weight8)
+        return fp8_matmul(x8, weight8, fast_accum=True).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, x_scale, weight, weight_scale = ctx.saved_tensors
+        dy8, dy_scale = to_fp8(dy, torch.float8_e5m2)
+        transposed = weight.t().contiguous(), weight_scale      # fp8_matmul wants rows along K
+        dx = fp8_matmul((dy8, dy_scale), transposed)
+        dW = fp8_matmul((dy8.t().contiguous(), dy_scale), (x.t().contiguous(), x_scale))
+        return dx.to(dy.dtype), dW.to(dy.dtype)
+
+def fp8_product(x, weight):
+    return Fp8Matmul.apply(x, weight)
