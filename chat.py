@@ -141,15 +141,22 @@ class Chat:
         self.sampling = dict(sampling)
         self.stops = stops
         self.block_size = engine.model.config.block_size
-        # the longest prompt: a quarter of the context stays free for the reply
-        self.most = self.block_size - min(max_new_tokens, max(1, self.block_size // 4))
+        self.in_context = str       # a question → what the model reads in its place (--rag)
+        # the longest prompt: a quarter of the context stays free for the reply, and another one
+        # for what the search tool may find
+        reply_tokens = self.block_size // (2 if engine.search else 4)
+        self.most = self.block_size - min(max_new_tokens, max(1, reply_tokens))
         self.begin(system)
 
     def begin(self, system):
         """Begins a new conversation, with a system message or with None."""
         messages = []
-        if system:
-            messages.append(dict(role="system", content=system))
+        content = system
+        if self.engine.search:
+            from search import CAN_SEARCH
+            content = f"{system or ''} {CAN_SEARCH}".strip()
+        if content:
+            messages.append(dict(role="system", content=content))
         ids, _ = self.tokenizer.render(messages, for_completion=True)
         if len(ids) >= self.most:
             raise ValueError(f"the system message is too long: with it the prompt has {len(ids)} "
@@ -162,7 +169,7 @@ class Chat:
     def ask(self, question):
         """Prints the reply, and adds both to the conversation. A question that is too long is
         dropped, and so is one whose reply was stopped before its first word."""
-        asked = [*self.messages, dict(role="user", content=question)]
+        asked = [*self.messages, dict(role="user", content=self.in_context(question))]
         kept, ids = fit_context(self.tokenizer, asked, self.most)
         if len(ids) > self.most:
             print(f"(That is too long: with it the prompt has {len(ids)} tokens, and the model can "

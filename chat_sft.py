@@ -17,7 +17,8 @@ The algorithm is that of pretraining: predict the next token. Two things change.
 conversations instead of documents. Second, only the assistant's own tokens are learnt: the model
 reads the user's words, the headers of turns and the outputs of tools, but they carry no loss.
 
-`make` runs demo/conversations.py, which writes the demo's conversations and problems.
+`make` runs demo/conversations.py, which writes the demo's conversations and problems. `probe` runs
+probe.py, which finds out what a model does not know and writes conversations that say so.
 
 Papers: InstructGPT (arXiv 2203.02155), packing (2107.02027), tool use (GSM8K's calculator,
 2110.14168).
@@ -322,7 +323,8 @@ def rows_a_step(args, T, world_size):
     return args.total_batch_size // T
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="fine-tune on conversations; see also: make, show")
+    parser = argparse.ArgumentParser(
+        description="fine-tune on conversations; other commands: make, show, probe")
     add = parser.add_argument
     add("--model", help="run folder of a base model (default: the newest one)")
     add("--data", nargs="+", required=True, help="FILE or NAME of a data set, perhaps :weight; …")
@@ -454,6 +456,9 @@ if __name__ == "__main__":
         del sys.argv[1]
         script = Path(__file__).parent / "demo" / "conversations.py"
         runpy.run_path(str(script), run_name="__main__")
+    elif command == "probe":
+        del sys.argv[1]
+        runpy.run_path(str(Path(__file__).with_name("probe.py")), run_name="__main__")
     elif command == "show":
         with quiet_end():
             show(parse_show_args())

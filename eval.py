@@ -50,8 +50,8 @@ import torch
 from tqdm import tqdm
 
 from model import load_checkpoint, write_json
-from problems import (STAGES, cannot_write, check_text, figures, is_correct, printable, quoted,
-                      read_json, read_lines, read_problems, reason, write_whole)
+from problems import (STAGES, cannot_write, check_text, declines, figures, is_correct, printable,
+                      quoted, read_json, read_lines, read_problems, reason, write_whole)
 from sample import Engine, check_at_least, find_run, load_tokenizer
 from training import Ranks, init_ranks
 
@@ -384,8 +384,9 @@ def scores(engine, folder, max_examples=None, ranks=Ranks()):
 def solve(engine, path, max_examples=None, max_new_tokens=128):
     """Greedy replies to the problems of a file → {"accuracy", "n", "cut", "kinds"}.
 
-    kinds: {kind: {"accuracy", "n"}}. cut counts the questions that do not fit into the model's
-    context; they count as wrong.
+    kinds: {kind: {"accuracy", "n"}}, and if some questions have no answer (their check is
+    "declines"), also "refused" and "wrong", the shares of such replies. cut counts the questions
+    that do not fit into the model's context; they count as wrong.
     """
     problems = read_problems(path)
     random.Random(SEED).shuffle(problems)
@@ -393,6 +394,7 @@ def solve(engine, path, max_examples=None, max_new_tokens=128):
     for p in problems:
         p["tokens"] = len(engine.tokenizer.render(p["messages"], for_completion=True)[0])
         p["right"] = False
+        p["refused"] = False
     problems.sort(key=lambda p: p["tokens"])    # similar lengths share a batch: little padding
     fitting = [p for p in problems if p["tokens"] < engine.model.config.block_size]
     for i in tqdm(range(0, len(fitting), 64), desc=printable(Path(path).name), unit="batch",
@@ -402,9 +404,16 @@ def solve(engine, path, max_examples=None, max_new_tokens=128):
                                 temperature=0)
         for p, reply in zip(batch, replies):
             p["right"] = is_correct(reply, p)
+            p["refused"] = declines(reply)
     kinds = {}
+    has_unknown = any(p["check"] == "declines" for p in problems)
     for kind in sorted({p["kind"] for p in problems}):
-        kinds[kind] = share_right([p for p in problems if p["kind"] == kind])
+        of_kind = [p for p in problems if p["kind"] == kind]
+        kinds[kind] = share_right(of_kind)
+        if has_unknown:
+            refused = len([p for p in of_kind if p["refused"]]) / len(of_kind)
+            wrong = len([p for p in of_kind if not (p["right"] or p["refused"])]) / len(of_kind)
+            kinds[kind].update(refused=refused, wrong=wrong)
     return dict(share_right(problems), cut=len(problems) - len(fitting), kinds=kinds)
 
 def share_right(problems):
@@ -487,6 +496,7 @@ def parse_args():
     add("--tasks", required=True, help="hellaswag,core,gsm8k,chat,FILE.jsonl …, with commas")
     add("--core_dir", default="data/eval_bundle", help="folder of eval_data/ and the list of tasks")
     add("--gsm8k", default="data/gsm8k/test.jsonl", help="GSM8K's test set")
+    add("--docs", nargs="+", help="folders of documents that the model may search in its replies")
     add("--max_examples", type=int, help="questions per task, at most (default: all)")
     add("--max_new_tokens", type=int, help="tokens per reply, at most (128; gsm8k and chat: 256)")
     add("--device", default="auto", help="auto, cpu or cuda")
@@ -507,20 +517,28 @@ def measure_run():
     # inequality they get at most 1.6e-4 of the probability.
     model, meta = load_checkpoint(run, init_ranks(args.device).device, tokenizer.n_vocab)
     say(f"{run}: stage {meta['stage']}, step {meta['step']}, {model.num_params():,} parameters")
-    engine = Engine(model.for_inference(), tokenizer)
+    search = None
+    if args.docs:
+        from search import build_index
+        search = build_index(args.docs, max_chars=model.config.block_size).look_up
+    engine = Engine(model.for_inference(), tokenizer, search=search)
     checkpoint = dict(stage=meta["stage"], step=meta["step"], seed=SEED,
                       weights=digest(run / "model.safetensors"))
     for name, path, arguments in jobs:
+        key = name
+        if args.docs and arguments["max_new_tokens"]:
+            arguments = dict(arguments, docs=args.docs)
+            key = f"{name} with search"
         asked = dict(checkpoint, arguments=arguments)
-        known = results.get(name)
+        known = results.get(key)
         if isinstance(known, dict) and all(known.get(key) == asked[key] for key in asked):
-            say(f"{name}: skipped, {run}/eval.json has it for these weights and arguments")
+            say(f"{key}: skipped, {run}/eval.json has it for these weights and arguments")
             continue
         if meta["stage"] == "pretrain" and arguments["max_new_tokens"]:
             say(f"{name}: a base model is asked, which has never seen the chat prompt")
         result = measure_task(engine, name, path, arguments, args)
-        say(name, *figures(result))
-        results[name] = {**result, **asked}
+        say(key, *figures(result))
+        results[key] = {**result, **asked}
         try:
             write_json(run / "eval.json", results)
         except OSError as error:

@@ -90,14 +90,30 @@ def is_contained(reply, answer):
     found = re.findall(rf"(?<![\w.,])[-+]?{NUMBER}(?![\d.,]*\d|\w)", reply)
     return any(as_number(text) == number for text in set(found))
 
+def after_tools(reply):
+    """What a reply says after the output of the last tool: that alone is its answer."""
+    return reply.rpartition("<|/output|>")[2]
+
 def overlaps(reply, answer):
     """At least 3 in 5 words are shared: F1 = 2 · shared / (words of both) ≥ 0.6."""
-    ours = Counter(re.findall(r"\w+", reply.lower()))
+    ours = Counter(re.findall(r"\w+", after_tools(reply).lower()))
     theirs = Counter(re.findall(r"\w+", answer.lower()))
     shared = (ours & theirs).total()
     return 2 * shared >= 0.6 * max(1, ours.total() + theirs.total())
 
-CHECKS = dict(final=is_final, contains=is_contained, overlap=overlaps)
+REFUSAL = re.compile(
+    r"\b(?:do not|don't|cannot|can't|have not|haven't|did not|didn't) (?:\w+ )?"
+    r"(?:know|say|tell|learnt|learned|find|found)|\bno idea\b|\bnot (?:sure|certain)")
+
+def declines(reply, answer=""):
+    """The reply says that it does not know; the answer plays no part.
+
+    >>> declines("Sorry, I don't know."), declines("It returns the sum.")
+    (True, False)
+    """
+    return REFUSAL.search(after_tools(reply).lower().replace("\u2019", "'")) is not None
+
+CHECKS = dict(final=is_final, contains=is_contained, overlap=overlaps, declines=declines)
 
 def is_correct(reply, problem):
     """True if the reply solves {"answer", "check"}; check is a name in CHECKS."""
@@ -164,7 +180,10 @@ def figures(result):
     fields = [f"{key} {value:.4f}" for key, value in result.items() if isinstance(value, float)]
     kinds = result.get("kinds", {})
     if len(kinds) > 1:
-        fields += [f"{kind} {task['accuracy']:.4f}" for kind, task in kinds.items()]
+        for kind, task in kinds.items():
+            fields.append(f"{kind} {task['accuracy']:.4f}")
+            if "wrong" in task:
+                fields[-1] += f" (wrong {task['wrong']:.4f}, refused {task['refused']:.4f})"
     fields += [f"{key} {result[key]}" for key in ("n", "cut") if result.get(key)]
     if result.get("left_out"):
         fields.append(f"left out: {', '.join(result['left_out'])}")

@@ -100,8 +100,8 @@ FUNNEL_ROW = {"step": is_text, "in": is_finite, "kept": is_finite, "bytes?": is_
               "docs_per_s?": is_finite, "seconds?": is_finite, "dropped?": {ANY: is_finite},
               "flagged?": {ANY: is_finite}}
 CONFIG = {"vocab_size?": is_size, "deepdive?": {"stage?": is_text}}
-RESULT = {"left_out?": [is_text], "arguments?": {}, "kinds?": {ANY: {"accuracy": is_finite}},
-          "tasks?": {ANY: {}}}
+SHARES = {"accuracy": is_finite, "refused?": is_finite, "wrong?": is_finite}
+RESULT = {"left_out?": [is_text], "arguments?": {}, "kinds?": {ANY: SHARES}, "tasks?": {ANY: {}}}
 LOG_ROW = {"step?": is_finite, "seconds?": is_finite, "loss?": is_number, "val_loss?": is_number,
            "val_bpb?": is_number, "gzip?": is_finite, "xz?": is_finite, "reward?": is_number,
            "reply_tokens?": is_number, "usd?": is_finite, "sample?": is_text, "kind?": is_text,
@@ -480,6 +480,18 @@ def accuracy_tables(runs):
             rows.append([*row, f"{CHANCE.get(kind, 0):.0%}"])
         yield table((source, "base (before SFT)", "SFT (after)", "RL", "chance"), rows)
 
+def knowledge_table(runs):
+    """Problems among which some have no answer: how many replies were right, wrong or a refusal."""
+    rows = []
+    for run in runs:
+        for name, result in run.results.items():
+            for kind, task in result.get("kinds", {}).items():
+                if "wrong" in task and "refused" in task:
+                    right = 1 - task["wrong"] - task["refused"]
+                    shares = (right, task["wrong"], task["refused"])
+                    rows.append((run.path, Path(name).name, kind, *(f"{s:.1%}" for s in shares)))
+    return table(("run", "problems", "kind", "right", "wrong", "refused"), rows) if rows else ""
+
 def counts(reasons):
     """{reason: pages} → the most frequent first."""
     ordered = sorted(reasons.items(), key=lambda pair: -pair[1])
@@ -548,6 +560,8 @@ def write_report(runs, funnel, out):
         section("samples", "From noise to English: samples by training step", map(gallery, runs)),
         section("bpb", "Bits per byte", bpb_curves(runs)),
         section("accuracy", "Base, SFT, RL on the same held-out problems", accuracy_tables(runs)),
+        section("knowledge", "What it knows, and what it says it does not know",
+                [knowledge_table(runs)]),
         section("rl", "Reinforcement learning: reward, reply length, accuracy", rl_curves(runs)),
         section("data", "What the filters kept and dropped", [filter_table(funnel)]),
         section("results", "All that eval.py measured", [results_table(runs)]),

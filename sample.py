@@ -2,6 +2,7 @@
 Inference: a trained model writes, one token at a time.
 
     python sample.py                            # the newest run under runs/; an assistant chats
+    python sample.py --docs my_notes/           # the assistant looks things up there
     python sample.py --prompt "The function returns" --num_samples 3
     python sample.py --model gpt2 --few_shot pairs.txt --prompt "cheese"
     python sample.py --model runs/demo --logprobs "The function returns the the"
@@ -13,7 +14,7 @@ A prompt begins with <|endoftext|>, as every document in training did. The model
 once (prefill) and leaves its keys and values in a cache; each new token then costs one position.
 When an assistant writes <|python|>code<|/python|>, the engine runs the code and forces
 <|output|>its result<|/output|> into the text before the model continues: the output of a tool is
-never sampled.
+never sampled. In the same way <|search|>query<|/search|> is answered with a passage (search.py).
 
 Papers: nucleus sampling (arXiv 1904.09751), min-p (2407.01082), repetition penalty (CTRL,
 1909.05858), tool calls in the text (Toolformer, 2302.04761).
@@ -213,6 +214,8 @@ def limit_process(timeout, parent):
 
 # ---- The engine ----------------------------------------------------------------------------------
 
+MAX_QUERY_TOKENS = 32       # of a search; names and a few words fit
+
 @dataclass
 class Completion:
     """What was written after one prompt."""
@@ -238,15 +241,19 @@ class Engine:
     """Batched generation with a KV cache: `generate` returns completions, `stream` yields text.
 
     python: the function that runs the code of <|python|>; None: the token means nothing.
+    search: the function that finds a passage for the query of <|search|>, in the same way.
     """
 
-    def __init__(self, model, tokenizer, python=run_python):
+    def __init__(self, model, tokenizer, python=run_python, search=None):
         self.model = model
         self.tokenizer = tokenizer
         self.n_vocab = getattr(tokenizer, "n_vocab", None)
+        self.search = search
         self.tools = {}     # {closing token: (opening token, function)}
-        if python:
-            self.tools[tokenizer.special["<|/python|>"]] = tokenizer.special["<|python|>"], python
+        for name, tool in (("python", python), ("search", search)):
+            if tool:
+                opening = tokenizer.special[f"<|{name}|>"]
+                self.tools[tokenizer.special[f"<|/{name}|>"]] = opening, tool
 
     @torch.inference_mode()
     def steps(self, prompts, num_samples, max_new_tokens, sampling, seed, stop):
@@ -328,9 +335,21 @@ class Engine:
         row.ids.append(token)
         if sampled and token in self.tools:
             row.forced.extend(self.tool_output(row.ids, token))
+        elif sampled and self.is_endless_query(row.ids):
+            closing = self.tokenizer.special["<|/search|>"]
+            row.forced.extend([closing, *self.tool_output([*row.ids, closing], closing)])
         if sampled and token in stop or len(row.ids) == row.max_tokens:
             row.is_done = True
         return row.number, token, sampled
+
+    def is_endless_query(self, ids):
+        """Whether ids end with a query of MAX_QUERY_TOKENS that is not closed. A small model may
+        repeat itself there; the query is then looked up as it is."""
+        closing = self.tokenizer.special["<|/search|>"]
+        if closing not in self.tools or len(ids) <= MAX_QUERY_TOKENS:
+            return False
+        opening, _ = self.tools[closing]
+        return ids[-1 - MAX_QUERY_TOKENS] == opening and closing not in ids[-MAX_QUERY_TOKENS:]
 
     def tool_output(self, ids, closing):
         """The tokens to force in after ids, which end with the closing token of a tool call."""
@@ -581,6 +600,9 @@ def parse_args():
     add("--top", type=int, help="show this many next tokens as bars, at each step")
     add("--chat", action="store_true", help="talk with the newest assistant")
     add("--system", help="system message of the chat")
+    add("--docs", nargs="*", help="folders of documents to look things up in; without a name: those "
+        "that the run was trained on")
+    add("--rag", action="store_true", help="--docs puts a passage before the question instead")
     add("--allow_base", action="store_true", help="chat with a base model, which cannot")
     add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
@@ -593,6 +615,8 @@ def parse_args():
                 raise SystemExit(f"--{name} and --{other} exclude each other; leave one out")
     if args.few_shot and not is_given(args, "prompt") and not is_given(args, "file"):
         raise SystemExit("--few_shot needs --prompt TEXT, the input whose output is asked for")
+    if args.rag and args.docs is None:
+        raise SystemExit("--rag needs documents; name their folder with --docs")
     if "" in (args.stop or ()):
         raise SystemExit("--stop must be a text that is not empty")
     return args
@@ -614,11 +638,13 @@ def read_prompt(args):
         prompt = few_shot_prompt(read_pairs(args.few_shot), prompt)
     return prompt
 
-def talk(engine, args, sampling):
-    """A conversation, with the user at a terminal or with the lines of stdin."""
+def talk(engine, args, sampling, index=None):
+    """A conversation, with the user at a terminal or with the lines of stdin. index: of --docs."""
     from chat import Chat
     conversation = Chat(engine, args.system, args.max_new_tokens, args.seed, sampling,
                         args.stop or ())
+    if args.rag:
+        conversation.in_context = index.in_context
     is_terminal = sys.stdin is not None and sys.stdin.isatty()
     enclosure()     # its line would otherwise stand in the middle of the first reply with a tool
     if is_terminal:
@@ -670,10 +696,19 @@ def main():
         raise SystemExit(f"{run} is a base model, which continues documents and does not answer; "
                          "name a model of chat_sft.py with --model, or see for yourself with "
                          "--allow_base")
-    engine = Engine(model.for_inference(), tokenizer)
+    index = None
+    if args.docs is not None:
+        from search import open_docs
+        index = open_docs(args.docs, run, model.config.block_size)
+    search = None
+    if index and args.rag:
+        prompt = prompt and index.in_context(prompt)
+    elif index:
+        search = index.look_up
+    engine = Engine(model.for_inference(), tokenizer, search=search)
     asks_for_text = any(is_given(args, name) for name in EXCLUDES["chat"])
     if args.chat or is_assistant and not asks_for_text:
-        talk(engine, args, sampling)
+        talk(engine, args, sampling, index)
     else:
         write(engine, args, prompt, sampling)
 

@@ -23,15 +23,18 @@ ALLOWED = {                         # which of the project's files each may impo
     "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
     "show": set(), "chat": {"show"}, "few_shot": {"problems"},
+    "search": {"corpus"}, "subjects": set(), "probe": {"model", "problems", "sample", "subjects"},
     "eval": {"model", "problems", "sample", "training"},
     "report": {"problems", "training"}, "dialogs": {"bpe", "problems"},
     "train_gpt2": {"bpe", "model", "precision", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
     "web": set(), "kinds": set(), "conversations": {"bpe"},
+    "lookups": {"problems", "search", "subjects"},
     **dict.fromkeys(("run", "look", "narrator"), set())}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
-    "bpe": {"corpus"}, "sample": {"chat", "download", "few_shot", "show"},
-    "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
+    "bpe": {"corpus"}, "sample": {"chat", "download", "few_shot", "search", "show"},
+    "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
+    "eval": {"search"}, "probe": {"search"},
     "model": {"precision"}, "train_gpt2": {"eval"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
