@@ -341,7 +341,7 @@ def parse_args():
     add("--held_out", help="problems to answer before and after training, never to train on")
     add("--save_every", type=int, default=200, help="steps between saved states")
     add("--seed", type=int, default=1337, help="seed of the conversations' order")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args()
     check_at_least(1, args, "batch_size", "total_batch_size", "save_every", "eval_every")
     check_at_least(0, args, "seed")

@@ -20,11 +20,12 @@ import argparse
 import contextlib
 import functools
 import http.client
+import importlib.util
 import itertools
 import multiprocessing
+import os
 import queue
 import re
-import resource
 import subprocess
 import sys
 import threading
@@ -551,13 +552,37 @@ def plain_text(html):
         headings = []
     return "\n".join(lines).strip()
 
+def limit_memory(n_bytes):
+    """Limit the memory of this process, without what it shares. False: this system cannot, as
+    Windows, which lacks the module."""
+    try:
+        import resource
+        resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, n_bytes))
+    except (ImportError, ValueError, OSError):
+        return False
+    return True
+
+def serve_texts(extract, pipe, parents_end):
+    """An Extractor's child: HTML comes through the pipe, and its text or an exception goes back."""
+    if parents_end:
+        parents_end.close()  # so that recv notices when the parent is gone
+    limit_memory(PAGE_MEMORY_BYTES)
+    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
+        while True:
+            html = pipe.recv()
+            try:
+                pipe.send(extract(html) or "")
+            except Exception as error:
+                pipe.send(error)
+
 class Extractor:
     """extract_text(page) → (page with "text" instead of "html", None) or (None, reason).
 
     name: "trafilatura", called as FineWeb does; "resiliparse" (main content; a dozen times as fast,
-    but it finds another text); or "plain" for plain_text. Each runs in a forked child, which is
-    killed and replaced when a page takes longer than PAGE_SECONDS (TimeoutError) or makes it crash
-    (EOFError). A signal could not stop it: Python handles signals between two of its own
+    but it finds another text); or "plain" for plain_text. Each runs in a child, which is killed
+    and replaced when a page takes longer than PAGE_SECONDS (TimeoutError) or makes it crash
+    (EOFError). The child is a fork, or a fresh process where forks are missing or, as on macOS, not
+    safe. A signal could not stop it: Python handles signals between two of its own
     instructions, and what hangs or crashes is C code.
     """
     __name__ = "extract_text"  # prepare_fineweb.py's steps are known by their names
@@ -573,23 +598,20 @@ class Extractor:
             self.extract = functools.partial(extract_plain_text, main_content=True, links=False,
                                              alt_texts=False, form_fields=False, noscript=False)
 
-    def serve(self, pipe):
-        """The child: HTML comes through the pipe, and its text or an exception goes back."""
-        self.pipe.close()  # the parent's side, so that recv notices when the parent is gone
-        resource.setrlimit(resource.RLIMIT_DATA, (PAGE_MEMORY_BYTES, PAGE_MEMORY_BYTES))
-        with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
-            while True:
-                html = pipe.recv()
-                try:
-                    pipe.send(self.extract(html) or "")
-                except Exception as error:
-                    pipe.send(error)
+    @staticmethod
+    def limits_memory():
+        """Whether this system limits the memory that a page may take. macOS accepts the limit, but
+        does not keep it."""
+        return bool(importlib.util.find_spec("resource")) and sys.platform != "darwin"
 
     def start(self):
         """Start the child."""
-        fork = multiprocessing.get_context("fork")
-        self.pipe, childs_end = fork.Pipe()
-        self.child = fork.Process(target=self.serve, args=(childs_end,), daemon=True)
+        method = "fork" if hasattr(os, "fork") and sys.platform != "darwin" else "spawn"
+        context = multiprocessing.get_context(method)
+        self.pipe, childs_end = context.Pipe()
+        inherited = self.pipe if method == "fork" else None
+        self.child = context.Process(target=serve_texts, daemon=True,
+                                     args=(self.extract, childs_end, inherited))
         self.child.start()
         childs_end.close()
 

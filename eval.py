@@ -499,7 +499,7 @@ def parse_args():
     add("--docs", nargs="+", help="folders of documents that the model may search in its replies")
     add("--max_examples", type=int, help="questions per task, at most (default: all)")
     add("--max_new_tokens", type=int, help="tokens per reply, at most (128; gsm8k and chat: 256)")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args()
     check_at_least(1, args, "max_examples", "max_new_tokens")
     return args

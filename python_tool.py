@@ -2,7 +2,7 @@
 The program in which a model's Python code runs. It shuts itself in, then runs what stdin holds.
 
     echo "6 * 7" | python -I -S python_tool.py      # prints 42
-    python -I -S python_tool.py --probe             # prints what is missing for the kernel's locks
+    python -I -S python_tool.py --probe             # prints what is missing: locks|limits
 
     in:  code on stdin      out: what it printed, and the value of a last line that is an expression
 
@@ -93,9 +93,11 @@ KILL = 0x80000000
 
 def lock():
     """Shuts this process in for good → None, or what this machine lacks, as a text."""
+    if sys.platform != "linux":
+        return f"no locks are known for {sys.platform}"
     machine = os.uname().machine
-    if sys.platform != "linux" or machine not in MACHINES or struct.calcsize("P") != 8:
-        return f"no locks are known for {sys.platform} on {machine}"
+    if machine not in MACHINES or struct.calcsize("P") != 8:
+        return f"no locks are known for Linux on {machine}"
     column, architecture = MACHINES[machine]
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(38, 1, 0, 0, 0):                          # PR_SET_NO_NEW_PRIVS
@@ -174,6 +176,18 @@ def guard(event, args):
     if forbidden:
         raise PermissionError(f"{event} is not allowed in the Python tool")
 
+LIMITS = dict(RLIMIT_CPU="processor time", RLIMIT_AS="memory", RLIMIT_FSIZE="output")
+
+def missing_limits():
+    """Which of sample.py's limits do not hold for this process, as a text. Windows has none, and
+    macOS refuses the one of memory. The time that passes is always limited, by the parent."""
+    try:
+        import resource
+    except ImportError:
+        return ", ".join(LIMITS.values())
+    return ", ".join(name for key, name in LIMITS.items()
+                     if resource.getrlimit(getattr(resource, key))[0] == resource.RLIM_INFINITY)
+
 # ---- Running the code ----------------------------------------------------------------------------
 
 def run(code):
@@ -190,9 +204,10 @@ def run(code):
             print(value)
 
 def main():
+    unlimited = missing_limits()        # first, because the locks let nobody ask for limits
     problem = lock()
     if "--probe" in sys.argv:
-        print(problem or "")
+        print(f"{problem or ''}|{unlimited}")
         return
     code = sys.stdin.read()
     sys.addaudithook(guard)

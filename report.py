@@ -17,6 +17,7 @@ import difflib
 import itertools
 import math
 import multiprocessing
+import os
 import re
 import signal
 import sys
@@ -630,11 +631,15 @@ def write_inspection(path, traces):
     part.write_text("".join(parts), encoding="utf-8", errors="replace")
     part.replace(path)
 
+def send_result(pipe, function, argument):
+    pipe.send(function(argument))
+
 def within(seconds, function, argument):
-    """function(argument), a str, from a forked process; None if that fails or takes longer."""
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe()
-    child = fork.Process(target=lambda: theirs.send(function(argument)), daemon=True)
+    """function(argument), a str, from another process; None if that fails or takes longer."""
+    method = "fork" if hasattr(os, "fork") and sys.platform != "darwin" else "spawn"
+    context = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe()
+    child = context.Process(target=send_result, args=(theirs, function, argument), daemon=True)
     child.start()
     theirs.close()
     try:

@@ -208,7 +208,7 @@ def parse_args():
     add("--eval_every", type=int, default=10, help="steps between tests on held-out problems")
     add("--save_every", type=int, default=25, help="steps between saved states")
     add("--seed", type=int, default=1337, help="seed of the questions' order and of the samples")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args()
     check_at_least(1, args, "max_steps", "prompts", "max_new_tokens", "updates", "eval_every",
                    "save_every")

@@ -115,6 +115,10 @@ def draw(probs, generator):
     share = torch.rand(len(probs), 1, generator=generator, device=probs.device, dtype=ends.dtype)
     return torch.searchsorted(ends, share * ends[:, -1:], right=True)[:, 0]
 
+def drawing_device(device):
+    """Where draw() runs for a model on this device. Apple's GPUs have no fp64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
 # ---- The Python tool -----------------------------------------------------------------------------
 
 def run_python(code, timeout=5.0, max_output=400):
@@ -122,10 +126,10 @@ def run_python(code, timeout=5.0, max_output=400):
     if it failed, then the last line of its error.
 
     The code runs in a fresh process with an empty environment, an empty folder and no input, with
-    limits on processor time, memory, output and open files. python_tool.py refuses files outside of
-    Python's library, the network and other processes, and encloses itself as well as this machine
-    can; enclosure() says how. The process and its children end with this one, and after `timeout`
-    seconds.
+    those limits on processor time, memory, output and open files that the system has.
+    python_tool.py refuses files outside of Python's library, the network and other processes, and
+    encloses itself as well as this machine can; enclosure() says how. The process and its children
+    end with this one, and after `timeout` seconds.
     """
     command, _ = enclosure()
     return run_tool(command, code, timeout, max_output)
@@ -137,7 +141,7 @@ def enclosure():
     tool = Path(__file__).with_name("python_tool.py").read_text(encoding="utf-8")
     plain = [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", "-c", tool]
     in_bubblewrap = bubblewrap() + plain
-    missing = run_tool([*plain, "--probe"], "", timeout=60)
+    missing, _, unlimited = run_tool([*plain, "--probe"], "", timeout=60).partition("|")
     locks = "Landlock and seccomp"
     if missing:
         locks = f"its own guard alone, because {missing}"
@@ -148,6 +152,8 @@ def enclosure():
     else:
         found = plain, (f"Python tool: enclosed by {locks}; it stops accidents, not attacks: run "
                         "models that you do not trust in a container")
+    if unlimited:
+        found = found[0], f"{found[1]}; this system does not limit its {unlimited}"
     print(found[1], file=sys.stderr, flush=True)
     return found
 
@@ -164,19 +170,24 @@ def bubblewrap():
 
 def run_tool(command, code, timeout=5.0, max_output=400):
     """Runs a command with the code as its input → what run_python returns."""
-    limit = functools.partial(limit_process, timeout, os.getpid())
+    limit = None
+    environment = {}
+    if hasattr(os, "fork"):
+        limit = functools.partial(limit_process, timeout, os.getpid())
+    if "SYSTEMROOT" in os.environ:      # without it Python does not start on Windows
+        environment["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
     with (tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out,
           tempfile.TemporaryFile() as err):
-        process = subprocess.Popen(command, cwd=folder, env={}, stdin=subprocess.PIPE, stdout=out,
-                                   stderr=err, start_new_session=True, preexec_fn=limit)
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.PIPE,
+                                   stdout=out, stderr=err, start_new_session=True,
+                                   preexec_fn=limit)
         error = None
         try:
             process.communicate(code.encode(errors="replace"), timeout=timeout)
         except subprocess.TimeoutExpired:
             error = f"TimeoutError: no result after {timeout:g} s"
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            end_with_children(process)
             process.wait()
         out.seek(0)
         err.seek(0)
@@ -188,6 +199,14 @@ def run_tool(command, code, timeout=5.0, max_output=400):
         return printed[:max_output]
     room = max(0, max_output - len(error) - 1)      # much output must not hide the error
     return f"{printed[:room]}\n{error}".strip()
+
+def end_with_children(process):
+    """Kills a process that leads a session, with all that it started; on Windows, itself."""
+    if not hasattr(os, "killpg"):
+        process.kill()
+        return
+    with suppress(ProcessLookupError, PermissionError):     # macOS: all of them have ended
+        os.killpg(process.pid, signal.SIGKILL)
 
 def failure(returncode, said, printed):
     """The last line of an error; "" if the code did not fail. said: the last line on stderr."""
@@ -201,12 +220,15 @@ def failure(returncode, said, printed):
 
 def limit_process(timeout, parent):
     """Limits this process, which is about to become the Python tool, and lets it end with its
-    parent, even if that is killed."""
-    import resource
-    limits = {resource.RLIMIT_CPU: int(timeout) + 1, resource.RLIMIT_AS: 2 ** 28,
-              resource.RLIMIT_FSIZE: 2 ** 16, resource.RLIMIT_NOFILE: 16, resource.RLIMIT_CORE: 0}
-    for what, most in limits.items():
-        resource.setrlimit(what, (most, most))
+    parent, even if that is killed. A limit that the system refuses is left out."""
+    with suppress(ImportError):
+        import resource
+        limits = {resource.RLIMIT_CPU: int(timeout) + 1, resource.RLIMIT_AS: 2 ** 28,
+                  resource.RLIMIT_FSIZE: 2 ** 16, resource.RLIMIT_NOFILE: 16,
+                  resource.RLIMIT_CORE: 0}
+        for what, most in limits.items():
+            with suppress(ValueError, OSError):
+                resource.setrlimit(what, (most, most))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
         if os.getppid() != parent:
@@ -267,11 +289,12 @@ class Engine:
         rows = self.new_rows(prompts, num_samples, max_new_tokens)
         if not rows:
             return
-        generator = torch.Generator(self.device()).manual_seed(seed)
+        generator = torch.Generator(drawing_device(self.device())).manual_seed(seed)
         cache, logits = self.prefill(prompts, num_samples, max_new_tokens)
         room = cache.k.shape[2]     # tokens per row
         while True:
-            logits = logits[:, :self.n_vocab]   # a checkpoint may have more ids than its tokenizer
+            # a checkpoint may have more ids than its tokenizer
+            logits = logits[:, :self.n_vocab].to(generator.device)
             if not logits.sum().isfinite():     # a single NaN shows in the sum
                 raise ValueError("the model's logits are not finite; its weights are damaged")
             contexts = (prompts[row.number // num_samples] + row.ids for row in rows)
@@ -551,9 +574,12 @@ def choose_device(name):
     """--device → a device of torch, for auto the GPU if there is one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
-        raise SystemExit(f"--device must be auto, cpu or cuda, got {name}")
-    if name != "cpu" and not torch.cuda.is_available():
+    if not re.fullmatch("cpu|mps|cuda(:[0-9]+)?", name):
+        raise SystemExit(f"--device must be auto, cpu, cuda or mps, got {name}")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise SystemExit("--device mps: this machine has no Apple GPU that torch can use; try "
+                         "--device cpu")
+    if "cuda" in name and not torch.cuda.is_available():
         raise SystemExit(f"--device {name}: this machine has no CUDA GPU that torch can use; try "
                          "--device cpu")
     return name
@@ -604,7 +630,7 @@ def parse_args():
         "that the run was trained on")
     add("--rag", action="store_true", help="--docs puts a passage before the question instead")
     add("--allow_base", action="store_true", help="chat with a base model, which cannot")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args()
     args.chat = args.chat or args.allow_base or args.system is not None
     check_at_least(1, args, "num_samples", "max_new_tokens", "top")

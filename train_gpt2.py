@@ -165,6 +165,7 @@ class Loader:
         rows = torch.from_numpy(np.stack([self.row(position + b) for b in range(batch_size)]))
         if "cuda" in device:
             rows = rows.pin_memory().to(device, non_blocking=True)
+        rows = rows.to(device)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 # ---- Which files belong together? ----------------------------------------------------------------
@@ -280,11 +281,11 @@ def evaluate(model, shards, token_bytes, T, batch_size, ranks, max_tokens=None):
         n_targets = min(n_targets, max_tokens)
     starts = range(0, n_targets, T)
     nats = n_tokens = text_nats = text_bytes = 0.0
+    token_bytes = token_bytes.cpu()
     for first in range(ranks.rank * batch_size, len(starts), batch_size * ranks.world_size):
         x, y = val_rows(shards, starts[first:first + batch_size], n_targets, T)
-        x = x.to(ranks.device)
-        y = y.to(ranks.device)
-        losses = model(x, y, reduction="none").double()                             # (B, T)
+        losses = model(x.to(ranks.device), y.to(ranks.device), reduction="none")    # (B, T)
+        losses = losses.cpu().double()      # Apple's GPUs have no fp64
         n_bytes = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)               # (B, T)
         nats += losses.sum().item()
         n_tokens += (y >= 0).sum().item()
@@ -484,7 +485,7 @@ def parse_args():
     parser.add_argument("--save_every", type=int, default=1000, help="steps between saved states")
     parser.add_argument("--gpu_hour_usd", type=float, help="price of a GPU hour, to show the cost")
     parser.add_argument("--seed", type=int, default=1337, help="seed of weights and row order")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--fp8", type=int, default=0, choices=(0, 1),
                         help="1: multiply in 8 bits (H100 or later)")
     parser.add_argument("--bf16", type=int, choices=(0, 1), help="multiply in bf16 while training; "
@@ -680,7 +681,7 @@ def main():
     loader = Loader(train_shards, T, args.seed)
     optimizer = make_optimizer(model, ranks, args.lr, args.total_batch_size)
     engine = Engine(model, tokenizer)
-    token_bytes = torch.from_numpy(tokenizer.token_bytes().astype(np.int64)).to(ranks.device)
+    token_bytes = torch.from_numpy(tokenizer.token_bytes().astype(np.int64))
     known = known_words(train_shards, tokenizer)
 
     settings = dict(model=vars(config), total_batch_size=args.total_batch_size,

@@ -53,21 +53,29 @@ class Ranks:
 
     def sum(self, *values):
         """Sums each number over all ranks, in fp64. All ranks wait here for each other."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        device = self.device if "cuda" in self.device else "cpu"    # Apple's GPUs have no fp64
+        total = torch.tensor(values, dtype=torch.float64, device=device)
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
 
 def init_ranks(device="auto"):
-    """Joins the ranks that torchrun started, if it did. device: auto, cpu or cuda."""
+    """Joins the ranks that torchrun started, if it did. device: auto, cpu, cuda or mps, Apple's
+    GPUs; auto means a CUDA GPU or the CPU."""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     has_cuda = torch.cuda.is_available()
-    if device not in ("auto", "cpu", "cuda"):
-        raise SystemExit(f"--device must be auto, cpu or cuda, got {device}")
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise SystemExit(f"--device must be auto, cpu, cuda or mps, got {device}")
     if device == "cuda" and not has_cuda:
         raise SystemExit("--device cuda: PyTorch finds no CUDA GPU here; install its driver and a "
                          "CUDA build of torch, or try --device cpu")
+    if device == "mps":
+        check_mps()
+        if world_size > 1:
+            raise SystemExit("--device mps is one GPU, but torchrun started "
+                             f"{world_size} processes; start one, or try --device cpu")
+        return Ranks(device="mps")
     if has_cuda and device != "cpu":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         backend = "nccl"
@@ -80,6 +88,12 @@ def init_ranks(device="auto"):
         dist.init_process_group(backend)
         atexit.register(dist.destroy_process_group)
     return Ranks(rank, world_size, device, is_main=rank == 0)
+
+def check_mps():
+    """SystemExit if PyTorch finds no GPU of Apple."""
+    if not torch.backends.mps.is_available():
+        raise SystemExit("--device mps: PyTorch finds no Apple GPU here, which takes macOS 14 on "
+                         "Apple silicon; try --device cpu")
 
 # ---- Muon: a matrix is updated by polar(momentum), all of whose singular values are near 1 -------
 
@@ -213,7 +227,8 @@ class Optimizer:
         if mine:
             if self.ranks.world_size > 1:
                 torch._foreach_div_(mine, self.ranks.world_size)
-            square = torch.stack(torch._foreach_norm(mine)).double().square().sum().item()
+            norms = torch.stack(torch._foreach_norm(mine)).cpu()
+            square = norms.double().square().sum().item()
         return math.sqrt(self.ranks.sum(square)[0])
 
     @torch.no_grad()
@@ -399,6 +414,8 @@ class RunLog:
         device_name = f"cpu x {torch.get_num_threads()}"
         if "cuda" in str(device):
             device_name = torch.cuda.get_device_name()
+        elif device == "mps":
+            device_name = "mps"
         row = dict(command=" ".join(sys.argv), commit="unknown" if failed else commit,
                    torch=torch.__version__, python=sys.version.split()[0], flags=vars(args),
                    params=model.num_params(), device=device_name)
@@ -557,17 +574,22 @@ def lock_run(run):
         # never closed: closing it would free the lock
         file = os.open(Path(run) / "lock", os.O_RDWR | os.O_CREAT)
     try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file)
     except (BlockingIOError, PermissionError):
         return False
     except OSError:                     # this file system has no locks
         pass
     return True
+
+def lock_file(file):
+    """Locks an open file; BlockingIOError or PermissionError if another process holds it."""
+    try:
+        import fcntl
+    except ImportError:                 # Windows
+        import msvcrt
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        return
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 def refuse_model_without_state(run, resume):
     """Keeps a model that cannot be continued from being overwritten: HF's, or one whose state/ was
@@ -606,8 +628,9 @@ def read_rank(path, device):
     try:
         if not path.is_file():
             raise OSError("there is no such file")
-        tensors = load_file(path, device=device)
-        generator = tensors["rng.cpu"]
+        # clones, because Windows removes no file that is still mapped into memory
+        tensors = {name: tensor.clone() for name, tensor in load_file(path, device=device).items()}
+        generator = tensors["rng.cpu"].cpu()
         wanted = torch.get_rng_state()
         if (generator.dtype, generator.shape) != (wanted.dtype, wanted.shape):
             raise OSError("its random generator is damaged")
