@@ -6,7 +6,8 @@ Who takes part in the training benches: this project, nanoGPT and nanochat, all 
     arm.update(step)                    # the rest of a training step: schedules, optimizer
     arm.losses(x, y)                    # (B, T), to evaluate
 
-Each has its own model, optimizer, schedules and precision: fp32 on a CPU; on a GPU bf16, compiled.
+Each has its own model, optimizer, schedules and precision: fp32 on a CPU, where ours also runs in
+bf16 if train_gpt2.py would; on a GPU bf16, compiled.
 Peers are checkouts of karpathy's repositories in .peers/nanoGPT and .peers/nanochat.
 """
 import contextlib
@@ -27,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(PEERS / "nanochat")]
 import torch
 
 from model import GPT, GPTConfig, find_kernel, sdpa
+from precision import find_bf16
 from training import Ranks, make_optimizer
 from train_gpt2 import most_rows, schedule
 
@@ -67,12 +69,12 @@ def quiet():
 # ---- This project --------------------------------------------------------------------------------
 
 class Ours:
-    def __init__(self, shape, max_steps, device="cpu", windows="L", fp8=False):
+    def __init__(self, shape, max_steps, device="cpu", windows="L", fp8=False, bf16=None):
         self.shape = shape
         self.max_steps = max_steps
         self.device = str(device)
         with torch.device(device):
-            self.model = GPT(shape.config(windows)).use(device, fp8=fp8)
+            self.model = GPT(shape.config(windows)).use(device, fp8=fp8, bf16=bf16)
         lr = None if shape.modern else gpt2_lr(shape)
         self.optimizer = make_optimizer(self.model, Ranks(device=self.device), lr,
                                         shape.step_tokens)
@@ -257,7 +259,11 @@ def arms(shape, max_steps, device="cpu"):
         return functools.partial(contender, shape, max_steps, device, **options)
 
     found = {"ours": make(Ours), label: make(peer)}
-    if "cuda" in str(device):
+    if "cuda" not in str(device):
+        found["ours"] = make(Ours, bf16=False)
+        if find_bf16(str(device))[0]:
+            found["ours, bf16"] = make(Ours, bf16=True)
+    else:
         windows = best_windows(shape, device)
         if windows != "L":
             found["ours, windows"] = make(Ours, windows=windows)
