@@ -183,7 +183,7 @@ def two_numbers(rng):
 def sums(rng):
     """The sum of two numbers, step by step."""
     a, b = two_numbers(rng)
-    asked = rng.choice(("What is {a} + {b}?", "What is {a} + {b}?", "{a} + {b}", "{a}+{b}",
+    asked = rng.choice(("What is {a} + {b}?", "What is {a}+{b}?", "{a} + {b}", "{a}+{b}",
                         "Add {a} and {b}.", "What is {a} plus {b}?"))
     return sum_in_steps(asked.format(a=a, b=b), a, b)
 
@@ -217,7 +217,7 @@ def tool(rng):
     if sign != "+" and rng.random() < 0.3:
         a, b = two_numbers(rng)
     asked = rng.choice(("Compute {a} {sign} {b}.", "What is {a} {sign} {b}?", "{a} {sign} {b}",
-                        "What is {a} {word} {b}?"))
+                        "What is {a}{sign}{b}?", "What is {a} {word} {b}?"))
     return computed(asked.format(a=a, sign=sign, word=SIGNS[sign], b=b), a, sign, b)
 
 def tool_again(rng, before):
