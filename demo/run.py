@@ -5,7 +5,8 @@ The demo: every command from a small web to a model that reasons, with a word on
 
     in:  nothing; the web is the manual of the software on this machine (demo/web.py)
     out: <data>/     documents, tokenizer, shards, conversations
-         <run>-base, <run>-sft, <run>-rl    the three models; the last one holds report.html
+         <run>-base, <run>-sft, <run>-honest, <run>-rl    the models; the last one holds
+         report.html
          <run>.log, <run>-times.jsonl       all that was printed; the seconds of each command
 
 STEPS below is the whole demo, in the order of the talk. Each command is one that you can type
@@ -30,7 +31,7 @@ from narrator import ROOT, Narrator, Screen, end_with_parent, shown
 @dataclass(frozen=True)
 class Step:
     """Commands, with a line on what is about to happen and one on why. A command is text: {data},
-    {base}, {sft}, {rl}, {conversations}, {seed} and the names in SIZES are filled in, each into the
+    {base}, {sft}, {honest}, {rl}, {conversations}, {seed} and the names in SIZES are filled in, each into the
     word where it stands. look(names) → lines on what is to be seen afterwards, with figures."""
     title: str
     what: str
@@ -40,8 +41,10 @@ class Step:
 
 SIZES = {
     "tiny": dict(pages=400, steps=120, eval_every=60, examples=600, functions=12, epochs=1,
+                 lookups=300, subjects=40, invented=60,
                  rl_steps=4, prompts=4, group_size=8, rl_eval_every=2),
     "small": dict(pages=5000, steps=600, eval_every=100, examples=5000, functions=48, epochs=1.2,
+                  lookups=5000, subjects=250, invented=350,
                   rl_steps=16, prompts=16, group_size=16, rl_eval_every=8)}
 
 MINUTES = dict(tiny=2, small=8)     # on two CPU cores, installation included (bench/RESULTS.md)
@@ -99,18 +102,45 @@ STEPS = [
         commands=[
             "python demo/conversations.py --data {data} --out {conversations} --seed {seed} "
             "--examples {examples} --functions {functions}",
+            "python demo/lookups.py --data {data} --out {conversations} --seed {seed} "
+            "--examples {lookups}",
             "python chat_sft.py --model {base} --out {sft} --data {conversations}/identity.jsonl "
             "{conversations}/functions.jsonl:2 {conversations}/arithmetic.jsonl "
             "{conversations}/tool.jsonl:0.7 {conversations}/bits.jsonl "
-            "{conversations}/spelling.jsonl --lr 0.005 --save_every 50 --seed {seed} --resume "
+            "{conversations}/spelling.jsonl {conversations}/search.jsonl "
+            "{conversations}/rag.jsonl --lr 0.005 --save_every 50 --seed {seed} --resume "
             "--epochs {epochs}"],
         look=look.fine_tuning),
+    Step(
+        title="Teach it to say that it does not know",
+        what="It is asked about names; where it is always wrong, the answer becomes I don't know.",
+        why="Who only learnt right answers makes one up for every name, also for one without any.",
+        commands=[
+            "python chat_sft.py probe --model {sft} --data {data} --also "
+            "{conversations}/functions.jsonl --subjects {subjects} --invented {invented} "
+            "--seed {seed} --out {conversations}/probe.jsonl",
+            "python chat_sft.py --model {sft} --out {honest} --data {conversations}/probe.jsonl "
+            "{conversations}/functions.jsonl {conversations}/identity.jsonl:0.5 "
+            "{conversations}/search.jsonl:0.12 {conversations}/rag.jsonl:0.1 "
+            "{conversations}/tool.jsonl:0.1 {conversations}/bits.jsonl:0.1 "
+            "{conversations}/spelling.jsonl:0.1 --lr 0.005 --save_every 50 --seed {seed} --resume",
+            "python eval.py --model {sft} --tasks {conversations}/probe_held_out.jsonl",
+            "python eval.py --model {honest} --tasks {conversations}/probe_held_out.jsonl"],
+        look=look.knowledge),
+    Step(
+        title="Let it look things up",
+        what="Names that no conversation had: it writes a query, reads what is found, and answers.",
+        why="What stands in the context can be read off, even an invented fact of your own.",
+        commands=[
+            "python eval.py --model {honest} --tasks {conversations}/held_out_search.jsonl "
+            "--docs {data} {conversations}/notes"],
+        look=look.lookups),
     Step(
         title="Let it practise: reinforcement learning",
         what="It answers each problem many times, and what led to right answers becomes likelier.",
         why="No teacher knows which way of thinking suits it; checked answers let it find out.",
         commands=[
-            "python rl_grpo.py --model {sft} --out {rl} --task {conversations}/practice_bits.jsonl "
+            "python rl_grpo.py --model {honest} --out {rl} --task {conversations}/practice_bits.jsonl "
             "--held_out {conversations}/held_out.jsonl --max_new_tokens 64 --save_every 8 "
             "--seed {seed} --resume --max_steps {rl_steps} --prompts {prompts} "
             "--group_size {group_size} --eval_every {rl_eval_every}"],
@@ -121,7 +151,7 @@ STEPS = [
         why="Only a problem that was never shown tells understanding from memory.",
         commands=[
             "python eval.py --model {base} --tasks {conversations}/held_out.jsonl",
-            "python eval.py --model {sft} --tasks {conversations}/held_out.jsonl",
+            "python eval.py --model {honest} --tasks {conversations}/held_out.jsonl",
             "python eval.py --model {rl} --tasks {conversations}/held_out.jsonl"],
         look=look.held_out),
     Step(
@@ -129,8 +159,8 @@ STEPS = [
         what="One page tells the story of this run, and a summary judges what the demo promises.",
         why="A claim counts only with a figure from the logs beside it.",
         commands=[
-            "python report.py {base} {sft} {rl} --data {data}",
-            "python report.py summary {base} {sft} {rl} --data {data}"]),
+            "python report.py {base} {sft} {honest} {rl} --data {data}",
+            "python report.py summary {base} {sft} {honest} {rl} --data {data}"]),
 ]
 
 NEXT = [
@@ -208,7 +238,7 @@ def main():
     data = args.data or f"data/demo-{args.size}"
     prefix = args.run or f"runs/demo-{args.size}"
     names = dict(SIZES[args.size], seed=args.seed, data=data, base=f"{prefix}-base",
-                 sft=f"{prefix}-sft", rl=f"{prefix}-rl",
+                 sft=f"{prefix}-sft", honest=f"{prefix}-honest", rl=f"{prefix}-rl",
                  conversations=args.conversations or f"{data}/chat")
     os.chdir(ROOT)
     if "MAKELEVEL" in os.environ:
