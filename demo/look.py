@@ -2,7 +2,7 @@
 What to look at after each step of the demo, with figures from the files that the step left.
 
 Each function takes the demo's names, of which it reads the folders `data`, `conversations`, `base`,
-`sft` and `rl`, and returns lines of text. A figure that is not there is left out, so that no line
+`sft`, `honest` and `rl`, and returns lines of text. A figure that is not there is left out, so that no line
 says more than a file does.
 """
 import gzip
@@ -10,7 +10,7 @@ import json
 import math
 from pathlib import Path
 
-STAGES = dict(base="base", sft="SFT", rl="RL")
+STAGES = dict(base="base", honest="SFT", rl="RL")
 
 # ---- Files ---------------------------------------------------------------------------------------
 
@@ -154,6 +154,33 @@ def fine_tuning(names):
     if losses:
         lines.append(f"The loss on the assistant's words fell from {losses[0]['loss']:.2f} to "
                      f"{losses[-1]['loss']:.2f} in {losses[-1]['step']} steps.")
+    return lines
+
+def results_of(names, run, problems):
+    """{kind: figures} that eval.py measured of a run on a file of problems, with or without
+    search."""
+    for tasks, result in read_json(Path(names[run], "eval.json")).items():
+        if Path(tasks.removesuffix(" with search")).name == problems:
+            return result.get("kinds", {})
+    return {}
+
+def knowledge(names):
+    """Replies about known and unknown subjects before and after: right, wrong, refused."""
+    lines = []
+    for run, when in (("sft", "before"), ("honest", "after")):
+        for kind, task in results_of(names, run, "probe_held_out.jsonl").items():
+            if "wrong" not in task:
+                continue
+            right = 1 - task["wrong"] - task["refused"]
+            lines.append(f"{when:8s}{kind:17s}right {right:6.1%}   wrong {task['wrong']:6.1%}   "
+                         f"refused {task['refused']:6.1%}")
+    return lines
+
+def lookups(names):
+    """How many names it looked up rightly."""
+    lines = []
+    for kind, task in results_of(names, "honest", "held_out_search.jsonl").items():
+        lines.append(f"{kind}: {task['accuracy']:.1%} of {task['n']} answers are right")
     return lines
 
 def practice(names):

@@ -5,7 +5,8 @@ The demo: every command from a small web to a model that reasons, with a word on
 
     in:  nothing; the web is the manual of the software on this machine (demo/web.py)
     out: <data>/     documents, tokenizer, shards, conversations
-         <run>-base, <run>-sft, <run>-rl    the three models; the last one holds report.html
+         <run>-base, <run>-sft, <run>-honest, <run>-rl    the models; the last one holds
+         report.html
          <run>.log, <run>-times.jsonl       all that was printed; the seconds of each command
 
 STEPS below is the whole demo, in the order of the talk. Each command is one that you can type
@@ -30,7 +31,7 @@ from narrator import ROOT, Narrator, Screen, end_with_parent, shown
 @dataclass(frozen=True)
 class Step:
     """Commands, with a line on what is about to happen and one on why. A command is text: {data},
-    {base}, {sft}, {rl}, {conversations}, {seed} and the names in SIZES are filled in, each into the
+    {base}, {sft}, {honest}, {rl}, {conversations}, {seed} and the names in SIZES are filled in, each into the
     word where it stands. look(names) → lines on what is to be seen afterwards, with figures."""
     title: str
     what: str
@@ -39,13 +40,18 @@ class Step:
     look: Callable = None
 
 KINDS = ("identity small_talk functions sums tool decimals bits bits_in_steps spelling counting "
-         "counting_with_python mixed").split()      # files of demo/conversations.py
+         "counting_with_python mixed search rag").split()    # conversations.py and lookups.py
+TAUGHT = " ".join(f"{{conversations}}/{kind}.jsonl" for kind in KINDS)
+REPEATED = " ".join(f"{{conversations}}/{kind}.jsonl:0.1" for kind in KINDS)
+
 
 SIZES = {
     "tiny": dict(pages=400, steps=120, eval_every=60, examples=60, functions=12, mixed=200,
-                 held_out=20, rl_steps=4, prompts=4, group_size=8, rl_eval_every=2),
+                 held_out=20, lookups=300, subjects=40, invented=60,
+                 rl_steps=4, prompts=4, group_size=8, rl_eval_every=2),
     "small": dict(pages=5000, steps=600, eval_every=100, examples=850, functions=48,
-                  mixed=2600, held_out=50, rl_steps=16, prompts=16, group_size=16, rl_eval_every=8)}
+                  mixed=2600, held_out=50, lookups=5000, subjects=250, invented=350,
+                  rl_steps=16, prompts=16, group_size=16, rl_eval_every=8)}
 
 MINUTES = dict(tiny=2, small=8)     # on two CPU cores
 
@@ -102,16 +108,39 @@ STEPS = [
         commands=[
             "python demo/conversations.py --data {data} --out {conversations} --seed {seed} "
             "--examples {examples} --functions {functions} --mixed {mixed} --held_out {held_out}",
-            "python chat_sft.py --model {base} --out {sft} --data "
-            + " ".join(f"{{conversations}}/{kind}.jsonl" for kind in KINDS) +
-            " --batch_size 8 --lr 0.02 --save_every 100 --seed {seed} --resume --epochs 1"],
+            "python demo/lookups.py --data {data} --out {conversations} --seed {seed} "
+            "--examples {lookups}",
+            f"python chat_sft.py --model {{base}} --out {{sft}} --data {TAUGHT} --batch_size 8 "
+            "--lr 0.02 --save_every 100 --seed {seed} --resume --epochs 1"],
         look=look.fine_tuning),
+    Step(
+        title="Teach it to say that it does not know",
+        what="It is asked about names; where it is always wrong, the answer becomes I don't know.",
+        why="Who only learnt right answers makes one up for every name, also for one without any.",
+        commands=[
+            "python chat_sft.py probe --model {sft} --data {data} --also "
+            "{conversations}/functions.jsonl --subjects {subjects} --invented {invented} "
+            "--seed {seed} --out {conversations}/probe.jsonl",
+            f"python chat_sft.py --model {{sft}} --out {{honest}} --data {{conversations}}/probe.jsonl "
+            f"{{conversations}}/functions.jsonl {REPEATED} --batch_size 8 --lr 0.005 --save_every 50 "
+            "--seed {seed} --resume",
+            "python eval.py --model {sft} --tasks {conversations}/probe_held_out.jsonl",
+            "python eval.py --model {honest} --tasks {conversations}/probe_held_out.jsonl"],
+        look=look.knowledge),
+    Step(
+        title="Let it look things up",
+        what="Names that no conversation had: it writes a query, reads what is found, and answers.",
+        why="What stands in the context can be read off, even an invented fact of your own.",
+        commands=[
+            "python eval.py --model {honest} --tasks {conversations}/held_out_search.jsonl "
+            "--docs {data} {conversations}/notes"],
+        look=look.lookups),
     Step(
         title="Let it practise: reinforcement learning",
         what="It answers each problem many times, and what led to right answers becomes likelier.",
         why="No teacher knows which way of thinking suits it; checked answers let it find out.",
         commands=[
-            "python rl_grpo.py --model {sft} --out {rl} --task {conversations}/practice_bits.jsonl "
+            "python rl_grpo.py --model {honest} --out {rl} --task {conversations}/practice_bits.jsonl "
             "--held_out {conversations}/held_out.jsonl --max_new_tokens 64 --save_every 8 "
             "--seed {seed} --resume --max_steps {rl_steps} --prompts {prompts} "
             "--group_size {group_size} --eval_every {rl_eval_every}"],
@@ -122,7 +151,7 @@ STEPS = [
         why="Only a problem that was never shown tells understanding from memory.",
         commands=[
             "python eval.py --model {base} --tasks {conversations}/held_out.jsonl",
-            "python eval.py --model {sft} --tasks {conversations}/held_out.jsonl",
+            "python eval.py --model {honest} --tasks {conversations}/held_out.jsonl",
             "python eval.py --model {rl} --tasks {conversations}/held_out.jsonl"],
         look=look.held_out),
     Step(
@@ -130,8 +159,8 @@ STEPS = [
         what="One page tells the story of this run, and a summary judges what the demo promises.",
         why="A claim counts only with a figure from the logs beside it.",
         commands=[
-            "python report.py {base} {sft} {rl} --data {data}",
-            "python report.py summary {base} {sft} {rl} --data {data}"]),
+            "python report.py {base} {sft} {honest} {rl} --data {data}",
+            "python report.py summary {base} {sft} {honest} {rl} --data {data}"]),
 ]
 
 NEXT = [
@@ -209,7 +238,7 @@ def main():
     data = args.data or f"data/demo-{args.size}"
     prefix = args.run or f"runs/demo-{args.size}"
     names = dict(SIZES[args.size], seed=args.seed, data=data, base=f"{prefix}-base",
-                 sft=f"{prefix}-sft", rl=f"{prefix}-rl",
+                 sft=f"{prefix}-sft", honest=f"{prefix}-honest", rl=f"{prefix}-rl",
                  conversations=args.conversations or f"{data}/chat")
     os.chdir(ROOT)
     if "MAKELEVEL" in os.environ:
