@@ -164,7 +164,7 @@ def test_questions_of_other_conversations_are_asked_too(
     engine = Assistant(tokenizer)
     run_probe(monkeypatch, engine, sft_run, data, tmp_path / "p.jsonl", "--also",
               tmp_path / "also.jsonl")
-    assert [q for q in engine.asked if q.startswith("So")] == [f"So, {name_of(n)}?" for n in (3, 6)]
+    assert [q for q in engine.asked if q.startswith("So,")] == [f"So, {name_of(n)}?" for n in (3, 6)]
 
 
 # ---- the judge on a server
