@@ -67,30 +67,31 @@ class Material:
             words.append(word.capitalize())
         return " ".join(words)
 
-    def sentence(self, rng):
-        """A sentence of some other name, or a row of words that means nothing."""
-        if rng.random() < 0.7:
+    def sentence(self, rng, of_others=0.7):
+        """A sentence of some other name, or a row of words that means nothing, with titles."""
+        if rng.random() < of_others:
             return rng.choice(self.sentences)
-        words = [rng.choice(self.words) for _ in range(rng.randrange(4, 12))]
-        if rng.random() < 0.5:
-            words[rng.randrange(1, len(words))] = self.title(rng)
-        return " ".join(words).capitalize() + "."
+        words = [rng.choice(self.words) for _ in range(rng.randrange(4, 10))]
+        words[0] = words[0].capitalize()
+        for _ in range(rng.choice((0, 1, 1, 2))):
+            words.insert(rng.randrange(1, len(words) + 1), self.title(rng))
+        return " ".join(words) + "."
 
 def fact(material, rng):
     """→ (name, passage, answer). The answer is a sentence of the passage."""
     kind = rng.random()
-    if kind < 0.25:
+    if kind < 0.2:
         name = rng.choice(material.names)
         sentence, passage = material.subjects[name]
         return name, passage, sentence
-    if kind < 0.7:
+    if kind < 0.6:
         name = material.name(rng)
         sentence = material.sentence(rng)
         rest = rng.choice(("", "", rng.choice(material.rests)))     # short passages cost less
         passage = f"{name}{rng.choice(material.arguments)}\n{sentence}{rest}"
         return name, passage[:256].strip(), sentence
     name = material.title(rng)
-    sentence = material.sentence(rng)
+    sentence = material.sentence(rng, of_others=0.4)
     if rng.random() < 0.7:
         verb = rng.choice(("is", "is", "is", "was", "has", "can", "lies in", "means"))
         sentence = f"{name} {verb} {sentence[0].lower()}{sentence[1:]}"
