@@ -126,6 +126,20 @@ def words_of(text):
             words += parts
     return words
 
+QUESTION_WORDS = frozenset(
+    "a about am an and any are can could describe did do does explain for give has have how i in is "
+    "it know list look me my of on or please say should show so tell that the there these this to "
+    "up was were what when where which who whose why will with would you your".split())
+
+def query_words(query):
+    """The words of a query, each once, without those that only make a question of it.
+
+    >>> query_words("Tell me about Ares Base"), query_words("Who?")
+    (['ares', 'base'], ['who'])
+    """
+    words = list(dict.fromkeys(words_of(query)))
+    return [word for word in words if word not in QUESTION_WORDS] or words
+
 def letter_pairs(word):
     """The pairs of neighbouring letters of a word, with a space before and after it."""
     padded = f" {word} "
@@ -223,7 +237,7 @@ class Index:
 
     def search(self, query, k=1):
         """The k best passages for a query, best first; fewer or none if no others fit it."""
-        corrected = {word: self.corrected(word) for word in words_of(query)}
+        corrected = {word: self.corrected(word) for word in query_words(query)}
         scores = self.ranking.scores(list(dict.fromkeys(corrected.values())))
         best = np.argsort(-scores, kind="stable")[:k]
         found = [self.passages[i] for i in best if self.fits(self.passages[i], corrected)]
@@ -244,8 +258,7 @@ class Index:
 
     def fits(self, passage, corrected):
         """Whether a passage has enough of the words that say what the query is about. Otherwise
-        "What is Ares Base?" would find any passage with "what is". corrected: {word: the one to
-        look for}.
+        "New Houston" would find any passage with "new". corrected: {word: the one to look for}.
         """
         theirs = set(words_of(passage))
         said = sum(self.ranking.idf_of(word) for word in corrected)

@@ -2,6 +2,7 @@
 search.py: passages, BM25 beside the library bm25s, typing errors, what is not there, and the search
 tool of the engine, with a model that always writes the same query.
 """
+import doctest
 import importlib.util
 import json
 import random
@@ -50,6 +51,11 @@ def test_passages_are_short_enough_and_lose_no_letter(max_chars):
     found = list(passages_of(text, max_chars))
     assert "".join("".join(found).split()) == "".join(text.split())
     assert max(len(passage) for passage in found) <= max_chars
+
+
+def test_the_examples_in_the_docstrings_hold():
+    found = doctest.testmod(search)
+    assert found.failed == 0 and found.attempted > 0
 
 
 def test_words_are_names_and_their_parts():
