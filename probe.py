@@ -234,13 +234,14 @@ def invent(known, unknown, taken, count, rng):
     """{kind: names that do not exist}, about `count` in all. Half of them are near misses of known
     names, if there are any."""
     n_near = count // 4 if known else 0
-    n_far = (count - 2 * n_near) // 2
+    n_far = (count - count // 8 - 2 * n_near) // 2
     unknown = unknown or known
     kinds = {
         "known module": recombined(rng.choices(known or unknown, k=n_near), unknown, rng),
         "known last name": recombined(rng.choices(unknown, k=n_near), known or unknown, rng),
         "recombined": recombined(rng.choices(unknown, k=n_far), unknown, rng),
-        "made up": made_up(rng.choices(unknown, k=n_far), rng)}
+        "made up": made_up(rng.choices(unknown, k=n_far), rng),
+        "capitalised": made_up(["Ares Base"] * (count // 8), rng)}
     for kind, names in kinds.items():
         kinds[kind] = [name for name in dict.fromkeys(names) if name not in taken]
     return kinds

@@ -119,19 +119,22 @@ def can_search(rng):
     """The system message, in which other words may come first."""
     return dict(role="system", content=rng.choice(SYSTEM) + CAN_SEARCH)
 
-def search_conversation(material, before, rng):
-    """One question that is looked up; sometimes after another question, of any kind.
+def search_conversation(material, short, rng):
+    """One question that is looked up; sometimes before or after another question, of any kind.
 
-    before: short conversations of other kinds.
+    short: short conversations of other kinds.
     """
     name, passage, answer = fact(material, rng)
     if rng.random() < 0.08:
         passage = NOTHING
         answer = rng.choice(DONT_KNOW).format(f=name)
-    messages = [can_search(rng)]
-    if before and rng.random() < 0.15:
-        messages += rng.choice(before)
-    return [*messages, user(rng.choice(ASKED).format(f=name)), looked_up(name, passage, answer)]
+    turns = [user(rng.choice(ASKED).format(f=name)), looked_up(name, passage, answer)]
+    place = rng.random()
+    if short and place < 0.1:
+        turns = [*rng.choice(short), *turns]
+    elif short and place < 0.25:
+        turns += rng.choice(short)
+    return [can_search(rng), *turns]
 
 def rag_conversation(material, rng):
     """One question with its passage before it."""

@@ -127,7 +127,8 @@ def test_tests_have_known_held_out_and_invented_subjects_in_new_wordings(
     taught = run_probe(monkeypatch, Assistant(tokenizer, KNOWN), sft_run, data, tmp_path / "p.jsonl")
     tests = problems.read_problems(tmp_path / "p_held_out.jsonl")
     kinds = {p["kind"] for p in tests}
-    assert kinds == {"known", "unknown", "known module", "known last name", "recombined", "made up"}
+    assert kinds == {"known", "unknown", "known module", "known last name", "recombined", "made up",
+                     "capitalised"}
     assert not {p["question"] for p in tests} & set(taught)
     for p in tests:
         if p["kind"] == "unknown":

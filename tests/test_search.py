@@ -6,12 +6,14 @@ import doctest
 import importlib.util
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 import chat
+import eval as evaluation
 import sample
 import search
 from conftest import run_main
@@ -258,3 +260,17 @@ def test_the_command_prints_the_best_passages(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["search.py", "capital of Ares Base", "--docs", str(tmp_path)])
     search.main()
     assert capsys.readouterr().out.splitlines()[1] == NOTES[0]
+
+
+def test_evaluation_with_documents_is_kept_apart_from_that_without(sft_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(sft_run, run)
+    docs = tmp_path / "notes.txt"
+    docs.write_text(NOTES[0])
+    tasks = tmp_path / "p.jsonl"
+    tasks.write_text(json.dumps(dict(question="Hi?", answer="Ares", check="contains")) + "\n")
+    run_main(evaluation, "--model", run, "--tasks", tasks, "--max_new_tokens", 2)
+    run_main(evaluation, "--model", run, "--tasks", tasks, "--max_new_tokens", 2, "--docs", docs)
+    results = json.loads((run / "eval.json").read_text())
+    assert set(results) == {str(tasks), f"{tasks} with search"}
+    assert results[f"{tasks} with search"]["arguments"]["docs"] == [str(docs)]
