@@ -259,8 +259,8 @@ def conversation(question, answer):
 
 def conversations(rows, invented, k, rng):
     """Judged questions and invented names → conversations. What is known comes in several wordings,
-    or else the model would refuse by the wording. An invented name takes the place of the name in one
-    of the questions."""
+    or else the model would refuse by the wording. An invented name takes the place of the name in
+    one of the questions."""
     made = []
     for row in rows:
         if verdict(row, k) == "known":

@@ -626,8 +626,8 @@ def parse_args():
     add("--top", type=int, help="show this many next tokens as bars, at each step")
     add("--chat", action="store_true", help="talk with the newest assistant")
     add("--system", help="system message of the chat")
-    add("--docs", nargs="*", help="folders of documents to look things up in; without a name: those "
-        "that the run was trained on")
+    add("--docs", nargs="*", help="folders of documents to look things up in; without a name: "
+        "those that the run was trained on")
     add("--rag", action="store_true", help="--docs puts a passage before the question instead")
     add("--allow_base", action="store_true", help="chat with a base model, which cannot")
     add("--device", default="auto", help="auto, cpu, cuda or mps")

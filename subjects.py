@@ -25,8 +25,9 @@ ASKED = ("What does {f} do?", "Explain {f}.", "What is {f} for?", "Tell me about
          "Say what {f} does.", "What can you say about {f}?", "In short, what is {f}?",
          "What is {f} good for?", "Tell me what {f} does, please.", "Explain {f} in one sentence.",
          "I would like to know what {f} means.", "What does {f} mean here?", "How does {f} work?",
-         "Do you know what {f} is about?", "Show me how {f} is used.", "Why do people use {f} then?",
-         "Give me a short description of {f}, please.", "When is {f} used?", "So {f} is what?",
+         "Do you know what {f} is about?", "Show me how {f} is used.",
+         "Why do people use {f} then?", "Give me a short description of {f}, please.",
+         "When is {f} used?", "So {f} is what?",
          "Say something about {f} for a beginner.", "Can I ask you about {f} now?")
 ASKED_IN_TEST = ("Can you tell me what {f} does?", "I want to know what {f} is for.",
                  "Please describe {f} to me.", "In Python, what does {f} do?")

@@ -101,16 +101,20 @@ class Kind:
     taught: list = field(default_factory=list)      # Exchanges
     tests: list = field(default_factory=list)       # Exchanges, each question once
 
-    def fill(self, count, rng):
-        """Draws until `count` exchanges are taught; those that are held out become tests."""
-        tests = {}
-        while len(self.taught) < count:
-            exchange = k.as_typed(self.draw(rng), rng)
-            if exchange.is_test:
-                tests[exchange.question] = exchange
-            else:
-                self.taught.append(exchange)
-        self.tests = list(tests.values())
+    def next(self, rng, before=None, is_test=False):
+        """A new exchange, held out or not as is_test says, which refers back to `before` if that is
+        given."""
+        while True:
+            exchange = self.draw(rng) if before is None else self.again(rng, before)
+            if exchange.is_test == is_test:
+                return k.as_typed(exchange, rng)
+
+    def fill(self, count, count_tests, rng):
+        """Draws `count` exchanges to teach, and at most `count_tests` different ones for tests."""
+        self.taught = [self.next(rng) for _ in range(count)]
+        drawn = [self.next(rng, is_test=True) for _ in range(2 * count_tests)]
+        tests = {exchange.question: exchange for exchange in drawn}
+        self.tests = list(tests.values())[:count_tests]
 
 def make_kinds(args, rng):
     """The kinds of questions that the demo teaches, with their exchanges → a list of Kind."""
@@ -133,7 +137,7 @@ def make_kinds(args, rng):
         Kind("counting", partial(k.counting, words=words), 1.3, k.counting_again),
         Kind("counting_with_python", partial(k.counting_with_python, words=words), 0.5)]
     for kind in kinds:
-        kind.fill(max(1, round(args.examples * kind.share)), rng)
+        kind.fill(max(1, round(args.examples * kind.share)), args.held_out, rng)
     return kinds
 
 SYSTEM = ("Your name is {name}.", "You are {name}.", "You are {name}, a helpful assistant.",
@@ -153,17 +157,9 @@ def turn(exchange):
     return [dict(role="user", content=exchange.question),
             dict(role="assistant", content=exchange.reply)]
 
-def any_taught(kinds, rng):
-    """A taught exchange of any kind → (Kind, Exchange)."""
-    kind = rng.choices(kinds, [kind.share for kind in kinds])[0]
-    return kind, rng.choice(kind.taught)
-
-def follow_up(kind, before, rng, is_test):
-    """A question that refers back to the exchange before, held out or not as is_test says."""
-    while True:
-        exchange = k.as_typed(kind.again(rng, before), rng)
-        if exchange.is_test == is_test:
-            return exchange
+def any_kind(kinds, rng):
+    """One of the kinds, each as often as its share says."""
+    return rng.choices(kinds, [kind.share for kind in kinds])[0]
 
 def single(exchange, rng):
     """A conversation of one turn → its messages."""
@@ -173,12 +169,15 @@ def single(exchange, rng):
 def mixed(kinds, rng):
     """A conversation of two to four turns of any kinds → its messages."""
     messages, name = system_message(rng)
-    kind = None
+    kind = any_kind(kinds, rng)
+    exchange = None
     for _ in range(rng.randrange(2, 5)):
-        if kind and kind.again and rng.random() < 0.4:
-            exchange = follow_up(kind, exchange, rng, is_test=False)
-        else:
-            kind, exchange = any_taught(kinds, rng)
+        before = None
+        if exchange and kind.again and rng.random() < 0.4:
+            before = exchange
+        elif exchange:
+            kind = any_kind(kinds, rng)
+        exchange = kind.next(rng, before)
         messages = messages + turn(k.named(exchange, name))
     return messages
 
@@ -196,19 +195,19 @@ def held_out_problems(kinds, count, rng):
     same number of follow-ups."""
     rows = []
     for kind in kinds:
-        for exchange in rng.sample(kind.tests, min(count, len(kind.tests))):
+        for exchange in kind.tests:
             system, name = system_message(rng)
             rows.append(problem(kind.name, exchange, system, name))
             system, name = system_message(rng)
-            _, first = any_taught(kinds, rng)
+            first = any_kind(kinds, rng).next(rng)
             rows.append(problem(f"{kind.name}, 2nd turn", exchange,
                                 system + turn(k.named(first, name)), name))
     referring = [kind for kind in kinds if kind.again]
     for _ in range(count):
         kind = rng.choice(referring)
         first = rng.choice(kind.tests)
-        rows.append(problem("follow-up", follow_up(kind, first, rng, is_test=True), turn(first),
-                            k.NAME))
+        exchange = kind.next(rng, first, is_test=True)
+        rows.append(problem("follow-up", exchange, turn(first), k.NAME))
     return rows
 
 def make(args):
@@ -226,7 +225,7 @@ def make(args):
         if practice:
             write_rows(out / f"practice_{kind.name}.jsonl", practice)
         print(f"{kind.name:20s} {len(kind.taught):6d} conversations | {len(practice):6d} practice "
-              f"problems | {min(args.held_out, len(kind.tests)):4d} held out")
+              f"problems | {len(kind.tests):4d} held out")
     rows = [dict(messages=mixed(kinds, rng)) for _ in range(args.mixed)]
     write_rows(out / "mixed.jsonl", rows)
     print(f"{'mixed':20s} {len(rows):6d} conversations of two to four turns")

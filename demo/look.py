@@ -2,8 +2,8 @@
 What to look at after each step of the demo, with figures from the files that the step left.
 
 Each function takes the demo's names, of which it reads the folders `data`, `conversations`, `base`,
-`sft`, `honest` and `rl`, and returns lines of text. A figure that is not there is left out, so that no line
-says more than a file does.
+`sft`, `honest` and `rl`, and returns lines of text. A figure that is not there is left out, so that
+no line says more than a file does.
 """
 import gzip
 import json
@@ -50,10 +50,11 @@ def one_line(text, width=88):
 
 def documents(names):
     """How many pages became documents, what dropped most of the others, and how one begins."""
-    funnel = read_json(Path(names["data"], "index.json")).get("funnel", [])
+    rows = read_json(Path(names["data"], "index.json")).get("funnel", [])
+    funnel = [row for row in rows if row["step"] not in ("prose", "tokenize")]      # later steps
     if not funnel:
         return []
-    kept = [row for row in funnel if row["step"] not in ("prose", "tokenize")][-1]
+    kept = funnel[-1]
     lines = [f"{funnel[0]['in']} pages became {kept['kept']} documents of "
              f"{kept.get('bytes', 0) / 1e6:.2f} MB of text."]
     dropped = [(n, f"{row['step']} {n} ({reason})")

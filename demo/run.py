@@ -31,19 +31,14 @@ from narrator import ROOT, Narrator, Screen, end_with_parent, shown
 @dataclass(frozen=True)
 class Step:
     """Commands, with a line on what is about to happen and one on why. A command is text: {data},
-    {base}, {sft}, {honest}, {rl}, {conversations}, {seed} and the names in SIZES are filled in, each into the
-    word where it stands. look(names) → lines on what is to be seen afterwards, with figures."""
+    {base}, {sft}, {honest}, {rl}, {conversations}, {seed} and the names in SIZES are filled in,
+    each into the word where it stands. look(names) → lines on what is to be seen afterwards, with
+    figures."""
     title: str
     what: str
     why: str
     commands: list
     look: Callable = None
-
-KINDS = ("identity small_talk functions sums tool decimals bits bits_in_steps spelling counting "
-         "counting_with_python mixed search rag").split()    # conversations.py and lookups.py
-TAUGHT = " ".join(f"{{conversations}}/{kind}.jsonl" for kind in KINDS)
-REPEATED = " ".join(f"{{conversations}}/{kind}.jsonl:0.1" for kind in KINDS)
-
 
 SIZES = {
     "tiny": dict(pages=400, steps=120, eval_every=60, examples=60, functions=12, mixed=200,
@@ -110,8 +105,14 @@ STEPS = [
             "--examples {examples} --functions {functions} --mixed {mixed} --held_out {held_out}",
             "python demo/lookups.py --data {data} --out {conversations} --seed {seed} "
             "--examples {lookups}",
-            f"python chat_sft.py --model {{base}} --out {{sft}} --data {TAUGHT} --batch_size 8 "
-            "--lr 0.02 --save_every 100 --seed {seed} --resume --epochs 1"],
+            "python chat_sft.py --model {base} --out {sft} --data {conversations}/identity.jsonl "
+            "{conversations}/small_talk.jsonl {conversations}/functions.jsonl "
+            "{conversations}/sums.jsonl {conversations}/tool.jsonl {conversations}/decimals.jsonl "
+            "{conversations}/bits.jsonl {conversations}/bits_in_steps.jsonl "
+            "{conversations}/spelling.jsonl {conversations}/counting.jsonl "
+            "{conversations}/counting_with_python.jsonl {conversations}/mixed.jsonl "
+            "{conversations}/search.jsonl {conversations}/rag.jsonl "
+            "--batch_size 8 --lr 0.02 --save_every 100 --seed {seed} --resume --epochs 1"],
         look=look.fine_tuning),
     Step(
         title="Teach it to say that it does not know",
@@ -121,9 +122,11 @@ STEPS = [
             "python chat_sft.py probe --model {sft} --data {data} --also "
             "{conversations}/functions.jsonl --subjects {subjects} --invented {invented} "
             "--seed {seed} --out {conversations}/probe.jsonl",
-            f"python chat_sft.py --model {{sft}} --out {{honest}} --data {{conversations}}/probe.jsonl "
-            f"{{conversations}}/functions.jsonl {REPEATED} --batch_size 8 --lr 0.005 --save_every 50 "
-            "--seed {seed} --resume",
+            "python chat_sft.py --model {sft} --out {honest} --data {conversations}/probe.jsonl "
+            "{conversations}/functions.jsonl {conversations}/identity.jsonl:0.5 "
+            "{conversations}/mixed.jsonl:0.3 {conversations}/bits.jsonl:0.1 "
+            "{conversations}/search.jsonl:0.12 {conversations}/rag.jsonl:0.1 "
+            "--batch_size 8 --lr 0.005 --save_every 50 --seed {seed} --resume",
             "python eval.py --model {sft} --tasks {conversations}/probe_held_out.jsonl",
             "python eval.py --model {honest} --tasks {conversations}/probe_held_out.jsonl"],
         look=look.knowledge),
@@ -140,7 +143,8 @@ STEPS = [
         what="It answers each problem many times, and what led to right answers becomes likelier.",
         why="No teacher knows which way of thinking suits it; checked answers let it find out.",
         commands=[
-            "python rl_grpo.py --model {honest} --out {rl} --task {conversations}/practice_bits.jsonl "
+            "python rl_grpo.py --model {honest} --out {rl} "
+            "--task {conversations}/practice_bits.jsonl "
             "--held_out {conversations}/held_out.jsonl --max_new_tokens 64 --save_every 8 "
             "--seed {seed} --resume --max_steps {rl_steps} --prompts {prompts} "
             "--group_size {group_size} --eval_every {rl_eval_every}"],
