@@ -127,9 +127,9 @@ def words_of(text):
     return words
 
 QUESTION_WORDS = frozenset(
-    "a about am an and any are can could describe did do does explain for give has have how i in is "
-    "it know list look me my of on or please say should show so tell that the there these this to "
-    "up was were what when where which who whose why will with would you your".split())
+    "a about am an and any are can could describe did do does explain for give has have how i in "
+    "is it know list look me my of on or please say should show so tell that the there these this "
+    "to up was were what when where which who whose why will with would you your".split())
 
 def query_words(query):
     """The words of a query, each once, without those that only make a question of it.
