@@ -39,9 +39,9 @@ class Step:
     look: Callable = None
 
 SIZES = {
-    "tiny": dict(pages=400, steps=120, eval_every=60, examples=600, functions=12, epochs=1,
+    "tiny": dict(pages=400, steps=60, eval_every=30, examples=600, functions=12, epochs=1,
                  rl_steps=4, prompts=4, group_size=8, rl_eval_every=2),
-    "small": dict(pages=5000, steps=600, eval_every=100, examples=5000, functions=48, epochs=1.2,
+    "small": dict(pages=5000, steps=350, eval_every=50, examples=5000, functions=48, epochs=1.2,
                   rl_steps=16, prompts=16, group_size=16, rl_eval_every=8)}
 
 MINUTES = dict(tiny=2, small=8)     # on two CPU cores, installation included (bench/RESULTS.md)
@@ -78,7 +78,7 @@ STEPS = [
         why="To guess well it must pick up words, grammar and facts. Most of the time goes here.",
         commands=[
             "python train_gpt2.py --model d4 --config n_embd=128 n_head=4 block_size=256 "
-            "--data {data} --out {base} --total_batch_size 2048 --save_every 200 --seed {seed} "
+            "--data {data} --out {base} --total_batch_size 4096 --save_every 100 --seed {seed} "
             "--resume --max_steps {steps} --eval_every {eval_every}"],
         look=look.pretraining),
     Step(
