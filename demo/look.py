@@ -125,15 +125,17 @@ RECITED = ("If this is a function, the weight of an edge is the value returned b
            "The function must accept exactly three positional arguments")
 
 def writing(names):
-    """What the samples show, and how often the recited passage stands in the training text."""
+    """What the samples show, and how a passage goes on in the training text. Whether the model
+    recites it is for the reader to compare."""
     times = 0
     for path in sorted(Path(names["data"], "prose").glob("train*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as file:
             times += file.read().count(RECITED)
     lines = ["The same beginning was continued in different ways, because each token is drawn."]
     if times:
-        lines.append(f"The passage in the middle stands in the training text {times} times: what "
-                     "a model reads often it can recite.")
+        lines.append("Does it recite what it has read often? Compare the second text with its "
+                     f"source, which the training text has {times} times:")
+        lines.append(f'"{RECITED} …"')
     return [*lines,
             "The bars are the probabilities that it was drawn from; ← marks the token."]
 

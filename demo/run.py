@@ -41,10 +41,10 @@ class Step:
     look: Callable = None
 
 SIZES = {
-    "tiny": dict(pages=400, steps=120, eval_every=60, examples=60, functions=12, mixed=200,
+    "tiny": dict(pages=400, steps=60, eval_every=30, examples=60, functions=12, mixed=200,
                  held_out=20, lookups=300, subjects=40, invented=60,
                  rl_steps=4, prompts=4, group_size=8, rl_eval_every=2),
-    "small": dict(pages=5000, steps=600, eval_every=100, examples=850, functions=48,
+    "small": dict(pages=5000, steps=350, eval_every=50, examples=850, functions=48,
                   mixed=2600, held_out=50, lookups=5000, subjects=250, invented=350,
                   rl_steps=16, prompts=16, group_size=16, rl_eval_every=8)}
 
@@ -82,7 +82,7 @@ STEPS = [
         why="To guess well it must pick up words, grammar and facts. Most of the time goes here.",
         commands=[
             "python train_gpt2.py --model d4 --config n_embd=128 n_head=4 block_size=256 "
-            "--data {data} --out {base} --total_batch_size 2048 --save_every 200 --seed {seed} "
+            "--data {data} --out {base} --total_batch_size 4096 --save_every 100 --seed {seed} "
             "--resume --max_steps {steps} --eval_every {eval_every}"],
         look=look.pretraining),
     Step(
