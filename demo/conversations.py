@@ -124,17 +124,17 @@ def make_kinds(args, rng):
     words = k.split_words(common_words(args.data, args.words), tokenizer)
     about = partial(k.functions, documented=documented)
     kinds = [
-        Kind("identity", k.identity, 0.7),
-        Kind("small_talk", k.small_talk, 0.9),
+        Kind("identity", k.identity, 0.9),
+        Kind("small_talk", k.small_talk, 0.8),
         Kind("functions", about, 0.7, partial(k.functions_again, documented=documented)),
-        Kind("sums", k.sums, 2.2, k.sums_again),
+        Kind("sums", k.sums, 2.0, k.sums_again),
         Kind("tool", k.tool, 0.8, k.tool_again),
         Kind("decimals", k.decimals, 0.8, k.decimals_again),
         Kind("bits", partial(k.bits, step_by_step=args.step_by_step), 0.7),
         Kind("bits_in_steps", k.bits_in_steps, 0.4, k.bits_in_steps_again),
         Kind("spelling", partial(k.spelling, words=words), 1.8,
              partial(k.spelling_again, words=words)),
-        Kind("counting", partial(k.counting, words=words), 1.3, k.counting_again),
+        Kind("counting", partial(k.counting, words=words), 1.0, k.counting_again),
         Kind("counting_with_python", partial(k.counting_with_python, words=words), 0.5)]
     for kind in kinds:
         kind.fill(max(1, round(args.examples * kind.share)), args.held_out, rng)
@@ -144,9 +144,9 @@ SYSTEM = ("Your name is {name}.", "You are {name}.", "You are {name}, a helpful 
           "You are a helpful assistant.")
 
 def system_message(rng):
-    """In one of five draws, a system message, which may give the assistant another name → (list of
+    """In one of four draws, a system message, which may give the assistant another name → (list of
     messages, name)."""
-    if rng.random() < 0.8:
+    if rng.random() < 0.75:
         return [], k.NAME
     text = rng.choice(SYSTEM)
     name = rng.choice(k.PERSONAS) if "{name}" in text else k.NAME
@@ -245,8 +245,8 @@ def main():
     add("--tokenizer", help="folder of a tokenizer, or gpt2 (default: <data>/tokenizer)")
     add("--functions", type=int, default=48, help="functions to ask about")
     add("--words", type=int, default=10000, help="most frequent words, of which some are spelt")
-    add("--examples", type=int, default=850, help="conversations of one kind, on average")
-    add("--mixed", type=int, default=2600, help="conversations of two to four turns")
+    add("--examples", type=int, default=830, help="conversations of one kind, on average")
+    add("--mixed", type=int, default=2500, help="conversations of two to four turns")
     add("--step_by_step", type=float, default=0.2, help="share of bits answered in steps, 0 to 1")
     add("--held_out", type=int, default=100, help="most held-out problems of a kind in one turn")
     add("--seed", type=int, default=1337, help="seed of the problems")

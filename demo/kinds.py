@@ -163,15 +163,15 @@ def functions_again(rng, _, documented):
 # ---- Numbers -------------------------------------------------------------------------------------
 
 def sum_in_steps(question, a, b):
-    """a + b for numbers below 100: first the ones, then the tens with what was carried.
+    """a + b for numbers below 100: first the ones, then the tens, then what was carried.
 
     >>> sum_in_steps("What is 23 + 8?", 23, 8).reply
-    'ones 3+8=11, tens 2+0+1=2+1=3. The sum is #### 31.'
+    'ones 3+8=11, tens 2+0=2, 2+1=3. The sum is #### 31.'
     """
     ones = a % 10 + b % 10
     carried = ones // 10
     tens = a // 10 + b // 10
-    reply = (f"ones {a % 10}+{b % 10}={ones}, tens {a // 10}+{b // 10}+{carried}={tens}+{carried}="
+    reply = (f"ones {a % 10}+{b % 10}={ones}, tens {a // 10}+{b // 10}={tens}, {tens}+{carried}="
              f"{tens + carried}. The sum is #### {a + b}.")
     return Exchange(question, reply, str(a + b), is_test=held_out(f"{a} + {b}"), subject=a + b)
 
@@ -385,19 +385,18 @@ def letter_to_count(rng, word):
     return rng.choice("abcdefghijklmnopqrstuvwxyz")
 
 def counted(rng, asked, word):
-    """How often a letter is in a word: the word is spelt, and each place of the letter counted.
+    """How often a letter is in a word: the word is spelt, with the count so far after each letter.
 
     >>> counted(random.Random(1), "How many {l} are in {w}?", "banana").reply
-    'b a 1 n a 2 n a 3. The count is #### 3.'
+    'b 0 a 1 n 1 a 2 n 2 a 3. The count is #### 3.'
     """
     letter = letter_to_count(rng, word)
     steps = []
     count = 0
     for each in word:
-        steps.append(each)
         if each == letter:
             count += 1
-            steps.append(str(count))
+        steps.append(f"{each} {count}")
     reply = f"{' '.join(steps)}. The count is #### {count}."
     return Exchange(asked.format(l=letter, w=word), reply, str(count), subject=word)
 

@@ -136,8 +136,8 @@ def test_second_turn_is_asked_after_a_first_one_that_is_not_held_out(made):
 def steps_of_sum(a, b):
     (a1, a0), (b1, b0) = divmod(a, 10), divmod(b, 10)
     carry = int(a0 + b0 > 9)
-    return (f"ones {a0}+{b0}={a0 + b0}, tens {a1}+{b1}+{carry}={a1 + b1}+{carry}={a1 + b1 + carry}."
-            f" The sum is #### {a + b}.")
+    return (f"ones {a0}+{b0}={a0 + b0}, tens {a1}+{b1}={a1 + b1}, {a1 + b1}+{carry}="
+            f"{a1 + b1 + carry}. The sum is #### {a + b}.")
 
 
 def right_reply(question, reply):
@@ -163,7 +163,7 @@ def right_reply(question, reply):
                            r"(\w+)\??", question)
     if counted and counted[2] != "it":
         letter, word = counted.groups()
-        steps = [f"{c} {word[:i + 1].count(c)}" if c == letter else c for i, c in enumerate(word)]
+        steps = [f"{c} {word[:i + 1].count(letter)}" for i, c in enumerate(word)]
         return f"{' '.join(steps)}. The count is #### {word.count(letter)}."
     return None
 
@@ -211,7 +211,7 @@ def test_a_taught_tool_answer_is_what_the_tool_says(made):
     (kinds.larger_in_steps("", "3.2", "3.25").reply,
      "ones 3 and 3 equal, tenths 2 and 2 equal, hundredths 0 and 5 less. The larger one is #### 3.25."),
     (kinds.sum_in_steps("", 67, 58).reply,
-     "ones 7+8=15, tens 6+5+1=11+1=12. The sum is #### 125."),
+     "ones 7+8=15, tens 6+5=11, 11+1=12. The sum is #### 125."),
     (kinds.spelt("", "banana").reply, "The letters are #### b a n a n a.")])
 def test_steps_are_those_of_a_known_case(reply, expected):
     assert reply == expected
