@@ -488,7 +488,7 @@ def knowledge_table(runs):
         for name, result in run.results.items():
             for kind, task in result.get("kinds", {}).items():
                 if "wrong" in task and "refused" in task:
-                    right = 1 - task["wrong"] - task["refused"]
+                    right = max(0.0, 1 - task["wrong"] - task["refused"])
                     shares = (right, task["wrong"], task["refused"])
                     rows.append((run.path, Path(name).name, kind, *(f"{s:.1%}" for s in shares)))
     return table(("run", "problems", "kind", "right", "wrong", "refused"), rows) if rows else ""

@@ -174,7 +174,7 @@ def knowledge(names):
         for kind, task in results_of(names, run, "probe_held_out.jsonl").items():
             if "wrong" not in task:
                 continue
-            right = 1 - task["wrong"] - task["refused"]
+            right = max(0.0, 1 - task["wrong"] - task["refused"])
             lines.append(f"{when:8s}{kind:17s}right {right:6.1%}   wrong {task['wrong']:6.1%}   "
                          f"refused {task['refused']:6.1%}")
     return lines
