@@ -14,7 +14,8 @@ out: data/bench/gpu/PART.json and PART.log of each part; then all tables. --copy
 
 Each part is a command with its own time limit. A part begins only if its whole limit is left. One
 that is stopped at its limit keeps the rows it has printed, and is not begun again unless --parts
-names it. One that fails is tried again by the next call; the other parts do not depend on it.
+names it. One that fails is tried again by a later call, after the parts that never ran; no part
+depends on it.
 """
 import argparse
 import datetime
@@ -263,16 +264,19 @@ def show_plan(args):
         for part in call:
             print(f"  {part}: at most {PARTS[part][0]} s: python {PARTS[part][1]}", flush=True)
 
+def parts_left(out):
+    """The parts that never ran, then those that failed, in the order of PARTS"""
+    reports = read_reports(out)
+    fresh = [part for part in PARTS if part not in reports]
+    return fresh + [part for part, report in reports.items() if not is_settled(report)]
+
 def run_parts(args):
-    """Runs the parts that are chosen, or that are not settled yet, until the time is over."""
+    """Runs the parts that are chosen, or that are left, until the time is over."""
     seconds = args.seconds or CALL_SECONDS
     if args.dry_run and not args.seconds:
         seconds = sum(limit for limit, _ in PARTS.values())
     deadline = time.time() + seconds
-    reports = read_reports(args.out)
-    for part in args.parts or PARTS:
-        if not args.parts and part in reports and is_settled(reports[part]):
-            continue
+    for part in args.parts or parts_left(args.out):
         left = deadline - time.time()
         most = PARTS[part][0]
         if left < most:

@@ -1,9 +1,9 @@
 """
 From the speed of kernels, or of one GPU, to hours and dollars on 8×H100. Predicted, not measured.
 
-    python bench/project.py                                     # published runs, then bench/rates.csv
-    python bench/project.py --models d24 --rates mine.csv       # rates of your own
-    python bench/project.py --measured data/bench/gpu           # and what bench/gpu.sh measured
+    python bench/project.py                                 # published runs, then bench/rates.csv
+    python bench/project.py --models d24 --rates mine.csv   # rates of your own
+    python bench/project.py --measured data/bench/gpu       # and what bench/gpu.sh measured
 
 in:  bench/rates.csv, rows (set, rate, value, from): sets of rates of kernels, each rate with where
      it comes from; the reports of bench/gpu.sh, of which a profile of train_gpt2cu is one more set
@@ -162,9 +162,9 @@ def step_from_rates(run, rates, gpus=GPUS):
 
 def rates_of_profile(kernels, V):
     """The rates in a profile of train_gpt2cu: rows (kernel, calls, ms, share, GB/s, TFLOP/s, …). A
-    matmul with V as a side is the head's. What no profile of one GPU shows is as in bench/rates.csv.
+    matmul with V as a side is the head's. What the profile does not show is as in bench/rates.csv.
     """
-    flop = dict.fromkeys(RATES, 0.0)
+    flop = dict.fromkeys(RATES, 0.0)        # in TFLOP/s times ms; for memory, TB/s times ms
     ms = dict.fromkeys(RATES, 0.0)
     head_side = -(-V // 64) * 64
     for kernel, _, kernel_ms, _, gb_s, tflops, _ in kernels:
@@ -184,7 +184,7 @@ def rates_of_profile(kernels, V):
         flop[rate] += done
         ms[rate] += kernel_ms
     flop["attention_backward_tflops"] *= 5 / 7      # of its 7 matmuls 5 are counted
-    measured = {rate: flop[rate] / ms[rate] for rate in RATES if ms[rate] > 0}
+    measured = {rate: flop[rate] / ms[rate] for rate in RATES if flop[rate] > 0}
     return read_rates(ROOT / "bench" / "rates.csv")["train_gpt2.cu"] | measured
 
 # ---- From one GPU to a step ----------------------------------------------------------------------
