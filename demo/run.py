@@ -123,12 +123,14 @@ STEPS = [
             "{conversations}/functions.jsonl --subjects {subjects} --invented {invented} "
             "--seed {seed} --out {conversations}/probe.jsonl",
             "python chat_sft.py --model {sft} --out {honest} --data {conversations}/probe.jsonl "
-            "{conversations}/functions.jsonl {conversations}/identity.jsonl:0.5 "
-            "{conversations}/mixed.jsonl:0.3 {conversations}/bits.jsonl:0.1 "
+            "{conversations}/functions.jsonl:0.5 {conversations}/identity.jsonl:0.5 "
+            "{conversations}/mixed.jsonl:0.12 {conversations}/bits.jsonl:0.1 "
             "{conversations}/search.jsonl:0.12 {conversations}/rag.jsonl:0.1 "
             "--batch_size 8 --lr 0.005 --save_every 50 --seed {seed} --resume",
-            "python eval.py --model {sft} --tasks {conversations}/probe_held_out.jsonl",
-            "python eval.py --model {honest} --tasks {conversations}/probe_held_out.jsonl"],
+            "python eval.py --model {sft} --tasks {conversations}/probe_held_out.jsonl "
+            "--max_new_tokens 48",
+            "python eval.py --model {honest} --tasks {conversations}/probe_held_out.jsonl "
+            "--max_new_tokens 48"],
         look=look.knowledge),
     Step(
         title="Let it look things up",
