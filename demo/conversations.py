@@ -6,7 +6,7 @@ The demo's conversations and problems, written from the demo's own documents.
     in:  <data>/documents, <data>/tokenizer
     out: <out>/KIND.jsonl  conversations of one turn, for chat_sft.py; mixed.jsonl  conversations of
          two to four turns; practice_KIND.jsonl  problems for rl_grpo.py; held_out.jsonl  problems
-         for eval.py
+         for eval.py; larger/  the same of kinds that need a larger model than the demo's
 
 make_kinds lists the kinds of questions, and demo/kinds.py has a generator for each. A conversation
 of several turns mixes them: it may begin with a system message, and a question may refer back to
@@ -117,14 +117,15 @@ class Kind:
         self.tests = list(tests.values())[:count_tests]
 
 def make_kinds(args, rng):
-    """The kinds of questions that the demo teaches, with their exchanges → a list of Kind."""
+    """The kinds of questions, with their exchanges → (a list of Kind that the demo teaches, a list
+    that needs a larger model: the demo's counted 6 to 72 % of letters right in trials)."""
     documented = documented_functions(args.data, args.functions)
     documented = dict(list(documented.items())[:args.functions])
     tokenizer = Tokenizer.load(args.tokenizer or Path(args.data, "tokenizer"))
     words = k.split_words(common_words(args.data, args.words), tokenizer)
     about = partial(k.functions, documented=documented)
     kinds = [
-        Kind("identity", k.identity, 0.9),
+        Kind("identity", k.identity, 1.1),
         Kind("small_talk", k.small_talk, 0.8),
         Kind("functions", about, 0.7, partial(k.functions_again, documented=documented)),
         Kind("sums", k.sums, 2.0, k.sums_again),
@@ -132,13 +133,14 @@ def make_kinds(args, rng):
         Kind("decimals", k.decimals, 0.8, k.decimals_again),
         Kind("bits", partial(k.bits, step_by_step=args.step_by_step), 0.7),
         Kind("bits_in_steps", k.bits_in_steps, 0.4, k.bits_in_steps_again),
-        Kind("spelling", partial(k.spelling, words=words), 1.8,
+        Kind("spelling", partial(k.spelling, words=words), 2.4,
              partial(k.spelling_again, words=words)),
-        Kind("counting", partial(k.counting, words=words), 1.0, k.counting_again),
-        Kind("counting_with_python", partial(k.counting_with_python, words=words), 0.5)]
-    for kind in kinds:
+        Kind("counting_with_python", partial(k.counting_with_python, words=words), 0.8,
+             k.counting_with_python_again)]
+    larger = [Kind("counting", partial(k.counting, words=words), 1.0, k.counting_again)]
+    for kind in kinds + larger:
         kind.fill(max(1, round(args.examples * kind.share)), args.held_out, rng)
-    return kinds
+    return kinds, larger
 
 SYSTEM = ("Your name is {name}.", "You are {name}.", "You are {name}, a helpful assistant.",
           "You are a helpful assistant.")
@@ -215,8 +217,18 @@ def make(args):
     held_out.jsonl (problems)."""
     rng = random.Random(args.seed)
     out = Path(args.out)
+    kinds, larger = make_kinds(args, rng)
+    write_kinds(kinds, out, rng)
+    write_kinds(larger, out / "larger", rng)
+    rows = [dict(messages=mixed(kinds, rng)) for _ in range(args.mixed)]
+    write_rows(out / "mixed.jsonl", rows)
+    print(f"{'mixed':20s} {len(rows):6d} conversations of two to four turns")
+    write_rows(out / "held_out.jsonl", held_out_problems(kinds, args.held_out, rng))
+    write_rows(out / "larger" / "held_out.jsonl", held_out_problems(larger, args.held_out, rng))
+
+def write_kinds(kinds, out, rng):
+    """Writes KIND.jsonl and practice_KIND.jsonl of each kind into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    kinds = make_kinds(args, rng)
     for kind in kinds:
         write_rows(out / f"{kind.name}.jsonl",
                    [dict(messages=single(exchange, rng)) for exchange in kind.taught])
@@ -226,10 +238,6 @@ def make(args):
             write_rows(out / f"practice_{kind.name}.jsonl", practice)
         print(f"{kind.name:20s} {len(kind.taught):6d} conversations | {len(practice):6d} practice "
               f"problems | {len(kind.tests):4d} held out")
-    rows = [dict(messages=mixed(kinds, rng)) for _ in range(args.mixed)]
-    write_rows(out / "mixed.jsonl", rows)
-    print(f"{'mixed':20s} {len(rows):6d} conversations of two to four turns")
-    write_rows(out / "held_out.jsonl", held_out_problems(kinds, args.held_out, rng))
 
 def write_rows(path, rows):
     """Writes a .jsonl under another name and renames it, so that it is never half written."""

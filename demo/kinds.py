@@ -371,10 +371,9 @@ def spelling(rng, words):
     return replace(spelt(asked.format(w=word), word), is_test=is_test)
 
 def spelling_again(rng, before, words):
-    """A letter of the word before is counted, or another word is spelt."""
+    """A letter of the word before is counted by Python, or another word is spelt."""
     if rng.random() < 0.5:
-        return replace(counted(rng, "How many {l} are in it?", before.subject),
-                       is_test=before.is_test)
+        return counted_by_python(rng, "How many {l} are in it?", before.subject, before.is_test)
     word, is_test = words.draw(rng)
     return replace(spelt(f"And {word}?", word), is_test=is_test)
 
@@ -414,12 +413,25 @@ def counting_again(rng, before):
         exchange = counted(rng, "And how many {l}?", before.subject)
     return replace(exchange, is_test=before.is_test)
 
-def counting_with_python(rng, words):
+def counted_by_python(rng, asked, word, is_test):
     """The same, counted by the Python tool. The word follows a space in the code as it does in the
     question, so that its tokens are the same and can be copied."""
-    word, is_test = words.draw(rng)
     letter = letter_to_count(rng, word)
-    asked = rng.choice(("Count the {l} in {w} with Python.",
-                        "Use Python: how many {l} are in {w}?"))
-    return with_python(asked.format(l=letter, w=word), f'" {word}".count("{letter}")',
-                       word.count(letter), is_test)
+    exchange = with_python(asked.format(l=letter, w=word), f'" {word}".count("{letter}")',
+                           word.count(letter), is_test)
+    return replace(exchange, subject=word)
+
+def counting_with_python(rng, words):
+    """How often a letter is in a word. A model of the demo's size counts no letters, but it can let
+    Python count them."""
+    word, is_test = words.draw(rng)
+    asked = rng.choice(("Count the {l} in {w} with Python.", "How many {l} are in {w}?",
+                        "Use Python: how many {l} are in {w}?",
+                        "How many times is the letter {l} in {w}?"))
+    return counted_by_python(rng, asked, word, is_test)
+
+def counting_with_python_again(rng, before):
+    """The word before, spelt, or another letter of it."""
+    if rng.random() < 0.5:
+        return replace(spelt("Spell it.", before.subject), is_test=before.is_test)
+    return counted_by_python(rng, "And how many {l}?", before.subject, before.is_test)

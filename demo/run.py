@@ -109,7 +109,7 @@ STEPS = [
             "{conversations}/small_talk.jsonl {conversations}/functions.jsonl "
             "{conversations}/sums.jsonl {conversations}/tool.jsonl {conversations}/decimals.jsonl "
             "{conversations}/bits.jsonl {conversations}/bits_in_steps.jsonl "
-            "{conversations}/spelling.jsonl {conversations}/counting.jsonl "
+            "{conversations}/spelling.jsonl "
             "{conversations}/counting_with_python.jsonl {conversations}/mixed.jsonl "
             "{conversations}/search.jsonl {conversations}/rag.jsonl "
             "--batch_size 8 --lr 0.02 --save_every 100 --seed {seed} --resume --epochs 1"],
@@ -124,8 +124,8 @@ STEPS = [
             "--seed {seed} --out {conversations}/probe.jsonl",
             "python chat_sft.py --model {sft} --out {honest} --data {conversations}/probe.jsonl "
             "{conversations}/functions.jsonl:0.5 {conversations}/identity.jsonl:0.5 "
-            "{conversations}/mixed.jsonl:0.12 {conversations}/bits.jsonl:0.1 "
-            "{conversations}/search.jsonl:0.12 {conversations}/rag.jsonl:0.1 "
+            "{conversations}/mixed.jsonl:0.2 {conversations}/bits.jsonl:0.1 "
+            "{conversations}/search.jsonl:0.25 {conversations}/rag.jsonl:0.2 "
             "--batch_size 8 --lr 0.005 --save_every 50 --seed {seed} --resume",
             "python eval.py --model {sft} --tasks {conversations}/probe_held_out.jsonl "
             "--max_new_tokens 48",

@@ -12,16 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from chat_sft import read_conversations
 from conftest import DOCUMENTS, assert_same_files, mutate
 from demo import conversations, kinds
 from demo.kinds import held_out
+from dialogs import read_conversations
 from problems import is_correct, read_problems
 from sample import run_python
 
 WORDS = "value number string list file name path index item result error line word text".split()
 KINDS = {"identity", "small_talk", "functions", "sums", "tool", "decimals", "bits", "bits_in_steps",
-         "spelling", "counting", "counting_with_python"}
+         "spelling", "counting_with_python"}
 
 
 @pytest.fixture(scope="module")
