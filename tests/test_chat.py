@@ -11,12 +11,12 @@ import sys
 import pytest
 import torch
 
-import chat_sft
 import few_shot
 import sample
 import show
 from chat import Chat, Shown
 from conftest import noisy, run_main
+from dialogs import read_conversations
 from model import GPTConfig
 from sample import Engine
 from test_sample import Scripted, writing
@@ -109,14 +109,15 @@ def test_a_saved_conversation_can_be_learnt_from(tokenizer, tmp_path, monkeypatc
     call = [tokenizer.special["<|python|>"], *b"1+1", tokenizer.special["<|/python|>"], *b"2"]
     monkeypatch.setattr(engine, "stream", lambda *_, **__: ((i, tokenizer.decode([i])) for i in call))
     path = tmp_path / "a.jsonl"
-    path.write_text('{"messages": []}')         # without a line end
+    other = dict(messages=[dict(role="user", content="a"), dict(role="assistant", content="b")])
+    path.write_text(json.dumps(other))          # without a line end
     typed(monkeypatch, "Hé", f"/save {path}", f"/save {tmp_path}/no/a.jsonl")
     Chat(engine, "Be brief.", 9, 0, {}).run()
     first, saved = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     parts = [dict(type="python", text="1+1"), dict(type="text", text="2")]
-    assert first == {"messages": []} and saved["messages"][1:] == [
+    assert first == other and saved["messages"][1:] == [
         dict(role="user", content="Hé"), dict(role="assistant", content=parts)]
-    assert tokenizer.render(chat_sft.as_messages(saved)) and "cannot be written" in capsys.readouterr().out
+    assert tokenizer.render(read_conversations(str(path))[1]) and "cannot be written" in capsys.readouterr().out
 
 
 def interrupted_after(n):

@@ -53,7 +53,7 @@ def demo(tmp_path, bpb=2.1, identity=0.9, functions=0.6, bits=0.95, sft_bits=0.3
             dict(pretrain=base, sft=sft, rl=rl).items()]
 
 
-SECTIONS = "verdicts loss samples bpb accuracy rl data results cost runs".split()
+SECTIONS = "verdicts loss samples bpb accuracy knowledge rl data results cost runs".split()
 
 
 class Checker(HTMLParser):

@@ -671,7 +671,7 @@ def test_the_first_loss_of_a_wide_gpt2_is_expected(C, V):
     ("eval_every", 0, "at least 1, got 0"), ("eval_every", -1, "at least 1"),
     ("save_every", 0, "at least 1"), ("batch_size", 0, "at least 1"), ("seq_len", 0, "at least 1"),
     ("total_batch_size", 0, "at least 1"), ("lr", 0, "above 0, got 0"), ("lr", "nan", "above 0"),
-    ("seed", -1, "at least 0"), ("max_steps", -1, "at least 0"), ("device", "foo", "auto, cpu or"),
+    ("seed", -1, "at least 0"), ("max_steps", -1, "at least 0"), ("device", "foo", "auto, cpu, cuda or"),
     ("gpu_hour_usd", -1, "at least 0")])
 def test_a_flag_out_of_range_is_one_line_and_0_is_not_the_default(flag, value, said, data, tmp_path):
     with pytest.raises(SystemExit, match=f"^--{flag} must be {said}"):
