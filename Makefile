@@ -8,8 +8,7 @@ SEED ?= 1337
 DATA ?= data/demo-$(SIZE)
 RUN  ?= runs/demo-$(SIZE)
 CHAT ?= $(DATA)/chat
-KINDS := identity small_talk functions sums tool decimals bits bits_in_steps spelling counting \
-    counting_with_python mixed
+KINDS := identity small_talk functions sums tool decimals bits bits_in_steps spelling counting mixed
 PY   := .venv/bin/python
 export GOMP_SPINCOUNT := 20000
 

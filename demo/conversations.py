@@ -124,7 +124,7 @@ def make_kinds(args, rng):
     words = k.split_words(common_words(args.data, args.words), tokenizer)
     about = partial(k.functions, documented=documented)
     kinds = [
-        Kind("identity", k.identity, 0.9),
+        Kind("identity", k.identity, 1.0),
         Kind("small_talk", k.small_talk, 0.8),
         Kind("functions", about, 0.7, partial(k.functions_again, documented=documented)),
         Kind("sums", k.sums, 2.0, k.sums_again),
@@ -132,10 +132,9 @@ def make_kinds(args, rng):
         Kind("decimals", k.decimals, 0.8, k.decimals_again),
         Kind("bits", partial(k.bits, step_by_step=args.step_by_step), 0.7),
         Kind("bits_in_steps", k.bits_in_steps, 0.4, k.bits_in_steps_again),
-        Kind("spelling", partial(k.spelling, words=words), 1.8,
+        Kind("spelling", partial(k.spelling, words=words), 2.4,
              partial(k.spelling_again, words=words)),
-        Kind("counting", partial(k.counting, words=words), 1.0, k.counting_again),
-        Kind("counting_with_python", partial(k.counting_with_python, words=words), 0.5)]
+        Kind("counting", partial(k.counting, words=words), 1.0, k.counting_again)]
     for kind in kinds:
         kind.fill(max(1, round(args.examples * kind.share)), args.held_out, rng)
     return kinds
@@ -245,8 +244,8 @@ def main():
     add("--tokenizer", help="folder of a tokenizer, or gpt2 (default: <data>/tokenizer)")
     add("--functions", type=int, default=48, help="functions to ask about")
     add("--words", type=int, default=10000, help="most frequent words, of which some are spelt")
-    add("--examples", type=int, default=830, help="conversations of one kind, on average")
-    add("--mixed", type=int, default=2500, help="conversations of two to four turns")
+    add("--examples", type=int, default=900, help="conversations of one kind, on average")
+    add("--mixed", type=int, default=2700, help="conversations of two to four turns")
     add("--step_by_step", type=float, default=0.2, help="share of bits answered in steps, 0 to 1")
     add("--held_out", type=int, default=100, help="most held-out problems of a kind in one turn")
     add("--seed", type=int, default=1337, help="seed of the problems")
