@@ -6,7 +6,7 @@ The demo's conversations and problems, written from the demo's own documents.
     in:  <data>/documents, <data>/tokenizer
     out: <out>/KIND.jsonl  conversations of one turn, for chat_sft.py; mixed.jsonl  conversations of
          two to four turns; practice_KIND.jsonl  problems for rl_grpo.py; held_out.jsonl  problems
-         for eval.py; larger/  the same of kinds that need a larger model than the demo's
+         for eval.py
 
 make_kinds lists the kinds of questions, and demo/kinds.py has a generator for each. A conversation
 of several turns mixes them: it may begin with a system message, and a question may refer back to
@@ -117,15 +117,14 @@ class Kind:
         self.tests = list(tests.values())[:count_tests]
 
 def make_kinds(args, rng):
-    """The kinds of questions, with their exchanges → (a list of Kind that the demo teaches, a list
-    that needs a larger model: the demo's counted 6 to 72 % of letters right in trials)."""
+    """The kinds of questions that the demo teaches, with their exchanges → a list of Kind."""
     documented = documented_functions(args.data, args.functions)
     documented = dict(list(documented.items())[:args.functions])
     tokenizer = Tokenizer.load(args.tokenizer or Path(args.data, "tokenizer"))
     words = k.split_words(common_words(args.data, args.words), tokenizer)
     about = partial(k.functions, documented=documented)
     kinds = [
-        Kind("identity", k.identity, 1.1),
+        Kind("identity", k.identity, 1.0),
         Kind("small_talk", k.small_talk, 0.8),
         Kind("functions", about, 0.7, partial(k.functions_again, documented=documented)),
         Kind("sums", k.sums, 2.0, k.sums_again),
@@ -135,12 +134,10 @@ def make_kinds(args, rng):
         Kind("bits_in_steps", k.bits_in_steps, 0.4, k.bits_in_steps_again),
         Kind("spelling", partial(k.spelling, words=words), 2.4,
              partial(k.spelling_again, words=words)),
-        Kind("counting_with_python", partial(k.counting_with_python, words=words), 0.8,
-             k.counting_with_python_again)]
-    larger = [Kind("counting", partial(k.counting, words=words), 1.0, k.counting_again)]
-    for kind in kinds + larger:
+        Kind("counting", partial(k.counting, words=words), 1.0, k.counting_again)]
+    for kind in kinds:
         kind.fill(max(1, round(args.examples * kind.share)), args.held_out, rng)
-    return kinds, larger
+    return kinds
 
 SYSTEM = ("Your name is {name}.", "You are {name}.", "You are {name}, a helpful assistant.",
           "You are a helpful assistant.")
@@ -217,18 +214,8 @@ def make(args):
     held_out.jsonl (problems)."""
     rng = random.Random(args.seed)
     out = Path(args.out)
-    kinds, larger = make_kinds(args, rng)
-    write_kinds(kinds, out, rng)
-    write_kinds(larger, out / "larger", rng)
-    rows = [dict(messages=mixed(kinds, rng)) for _ in range(args.mixed)]
-    write_rows(out / "mixed.jsonl", rows)
-    print(f"{'mixed':20s} {len(rows):6d} conversations of two to four turns")
-    write_rows(out / "held_out.jsonl", held_out_problems(kinds, args.held_out, rng))
-    write_rows(out / "larger" / "held_out.jsonl", held_out_problems(larger, args.held_out, rng))
-
-def write_kinds(kinds, out, rng):
-    """Writes KIND.jsonl and practice_KIND.jsonl of each kind into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
+    kinds = make_kinds(args, rng)
     for kind in kinds:
         write_rows(out / f"{kind.name}.jsonl",
                    [dict(messages=single(exchange, rng)) for exchange in kind.taught])
@@ -238,6 +225,10 @@ def write_kinds(kinds, out, rng):
             write_rows(out / f"practice_{kind.name}.jsonl", practice)
         print(f"{kind.name:20s} {len(kind.taught):6d} conversations | {len(practice):6d} practice "
               f"problems | {len(kind.tests):4d} held out")
+    rows = [dict(messages=mixed(kinds, rng)) for _ in range(args.mixed)]
+    write_rows(out / "mixed.jsonl", rows)
+    print(f"{'mixed':20s} {len(rows):6d} conversations of two to four turns")
+    write_rows(out / "held_out.jsonl", held_out_problems(kinds, args.held_out, rng))
 
 def write_rows(path, rows):
     """Writes a .jsonl under another name and renames it, so that it is never half written."""
@@ -253,8 +244,8 @@ def main():
     add("--tokenizer", help="folder of a tokenizer, or gpt2 (default: <data>/tokenizer)")
     add("--functions", type=int, default=48, help="functions to ask about")
     add("--words", type=int, default=10000, help="most frequent words, of which some are spelt")
-    add("--examples", type=int, default=830, help="conversations of one kind, on average")
-    add("--mixed", type=int, default=2500, help="conversations of two to four turns")
+    add("--examples", type=int, default=900, help="conversations of one kind, on average")
+    add("--mixed", type=int, default=2700, help="conversations of two to four turns")
     add("--step_by_step", type=float, default=0.2, help="share of bits answered in steps, 0 to 1")
     add("--held_out", type=int, default=100, help="most held-out problems of a kind in one turn")
     add("--seed", type=int, default=1337, help="seed of the problems")

@@ -44,8 +44,8 @@ SIZES = {
     "tiny": dict(pages=400, steps=60, eval_every=30, examples=60, functions=12, mixed=200,
                  held_out=20, lookups=300, subjects=40, invented=60,
                  rl_steps=4, prompts=4, group_size=8, rl_eval_every=2),
-    "small": dict(pages=5000, steps=350, eval_every=50, examples=850, functions=48,
-                  mixed=2600, held_out=50, lookups=5000, subjects=250, invented=350,
+    "small": dict(pages=5000, steps=350, eval_every=50, examples=900, functions=48,
+                  mixed=2700, held_out=50, lookups=5000, subjects=250, invented=350,
                   rl_steps=16, prompts=16, group_size=16, rl_eval_every=8)}
 
 MINUTES = dict(tiny=2, small=8)     # on two CPU cores
@@ -109,8 +109,8 @@ STEPS = [
             "{conversations}/small_talk.jsonl {conversations}/functions.jsonl "
             "{conversations}/sums.jsonl {conversations}/tool.jsonl {conversations}/decimals.jsonl "
             "{conversations}/bits.jsonl {conversations}/bits_in_steps.jsonl "
-            "{conversations}/spelling.jsonl "
-            "{conversations}/counting_with_python.jsonl {conversations}/mixed.jsonl "
+            "{conversations}/spelling.jsonl {conversations}/counting.jsonl "
+            "{conversations}/mixed.jsonl "
             "{conversations}/search.jsonl {conversations}/rag.jsonl "
             "--batch_size 8 --lr 0.02 --save_every 100 --seed {seed} --resume --epochs 1"],
         look=look.fine_tuning),
