@@ -49,6 +49,7 @@ class Shown:
         self.is_empty = True
         self.is_line_due = False    # after a tool call, the text continues on a new line
         self.part = None            # of a tool call, if one is open
+        self.is_part_empty = False  # what it says is shown without the space that may begin it
         self.tool = "python"        # the last one that was called
         self.undecided = ""
 
@@ -69,6 +70,7 @@ class Shown:
         before = self.say(self.undecided.rstrip())
         self.undecided = ""
         self.part = part
+        self.is_part_empty = True
         label = TOOLS[self.tool][1]
         if part != "output":
             self.tool = part
@@ -83,6 +85,9 @@ class Shown:
 
     def add_text(self, text):
         if self.part:
+            if self.is_part_empty:
+                text = text.lstrip(" ")
+                self.is_part_empty = text == ""
             return text
         text = self.undecided + text
         certain = UNDECIDED.search(text).start()
