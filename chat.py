@@ -41,7 +41,8 @@ class Shown:
 
     A tool call is shown as (asks Python: 6 * 7) and (Python answers: 42). A last line "#### 42",
     the mark by which checkers find an answer (problems.py), is shown as "Answer: 42", or as 42 if
-    nothing stands before it. A mark with more lines below it is a heading and stays as it is.
+    nothing stands before it, and "It is #### 42." as "It is 42." A mark with more lines below it is
+    a heading and stays as it is.
     """
 
     def __init__(self, tokenizer):
@@ -52,6 +53,7 @@ class Shown:
         self.is_part_empty = False  # what it says is shown without the space that may begin it
         self.tool = "python"        # the last one that was called
         self.undecided = ""
+        self.last = ""              # the last character that was shown
 
     def add(self, token, text):
         """The next pair of Engine.stream → the text to print now."""
@@ -102,6 +104,9 @@ class Shown:
         if not mark:
             return self.say(self.undecided.rstrip())
         answer = mark[1]
+        is_in_sentence = self.undecided.startswith(" ") and self.last.isalpha()
+        if answer and is_in_sentence:
+            return self.say(f" {answer}")
         if answer and not self.is_empty:
             self.is_line_due = True
             answer = f"Answer: {answer}"
@@ -114,6 +119,7 @@ class Shown:
         if not text:
             return ""
         self.is_empty = False
+        self.last = text[-1]
         if self.is_line_due:
             self.is_line_due = False
             text = "\n" + text

@@ -180,7 +180,7 @@ def test_a_stop_text_ends_a_reply_and_stays_out_of_the_conversation(tokenizer, c
 
 REPLIES = [
     ("#### 20", "20"), ("8 + 3 = 11 #### 11", "8 + 3 = 11\nAnswer: 11"), ("####", ""), ("", ""),
-    ("a\n\n#### $4,200.\n", "a\nAnswer: $4,200."), ("##### c-o-r-e", "c-o-r-e"), ("C# is", "C# is"),
+    ("a\n\n#### $4,200.\n", "a\nAnswer: $4,200."), ("The sum is #### 42.", "The sum is 42."), ("##### c-o-r-e", "c-o-r-e"), ("C# is", "C# is"),
     ("#### Heading\nText.", "#### Heading\nText."), ("## b\n#", "## b\n#"), (" a ", "a"),
     ("<|python|>6*7<|/python|><|output|>42<|/output|>#### 42",
      "(asks Python: 6*7)\n(Python answers: 42)\nAnswer: 42"),
