@@ -195,7 +195,7 @@ def test_a_build_with_sanitizers_finds_nothing(init, cuda_data, tmp_path):
 def python_run(init, data, tmp_path_factory):
     run = tmp_path_factory.mktemp("python")
     run_main(train_gpt2, "--data", data, "--out", run, "--init_from", init, "--device", "cpu",
-             "--max_steps", 10, "--eval_every", 5, *FLAGS)
+             "--bf16", 0, "--max_steps", 10, "--eval_every", 5, *FLAGS)
     return run
 
 

@@ -128,7 +128,7 @@ def python_runs(dn_init, dn_small, dn_data, tmp_path_factory):
     for steps, init in runs.items():
         runs[steps] = tmp_path_factory.mktemp(f"python{steps}")
         run_main(train_gpt2, "--data", dn_data, "--out", runs[steps], "--init_from", init,
-                 "--device", "cpu", "--max_steps", steps, *FLAGS)
+                 "--device", "cpu", "--bf16", 0, "--max_steps", steps, *FLAGS)
     return runs
 
 
