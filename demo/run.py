@@ -46,7 +46,7 @@ SIZES = {
                  rl_steps=4, prompts=4, group_size=8, rl_eval_every=2),
     "small": dict(pages=5000, steps=300, eval_every=50, examples=850, functions=48,
                   mixed=2500, held_out=30, lookups=3500, subjects=250, invented=350,
-                  rl_steps=14, prompts=16, group_size=16, rl_eval_every=7)}
+                  rl_steps=12, prompts=16, group_size=16, rl_eval_every=6)}
 
 MINUTES = dict(tiny=2, small=8)     # on two CPU cores
 
@@ -147,8 +147,8 @@ STEPS = [
         commands=[
             "python rl_grpo.py --model {honest} --out {rl} "
             "--task {conversations}/practice_bits.jsonl "
-            "--held_out {conversations}/held_out.jsonl --max_new_tokens 64 --save_every 8 "
-            "--seed {seed} --resume --max_steps {rl_steps} --prompts {prompts} "
+            "--held_out {conversations}/held_out.jsonl --max_new_tokens 64 --lr 3e-4 "
+            "--save_every 8 --seed {seed} --resume --max_steps {rl_steps} --prompts {prompts} "
             "--group_size {group_size} --eval_every {rl_eval_every}"],
         look=look.practice),
     Step(
