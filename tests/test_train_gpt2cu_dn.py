@@ -150,7 +150,8 @@ def test_a_step_is_that_of_train_gpt2_py_and_python_reads_it(fp32, dn_init, dn_d
     rows = train(fp32, dn_data, tmp_path, "--init_from", dn_init, "--max_steps", 1, *FLAGS)
     assert strange_elements(tmp_path, python_runs[1], dn_init) < 0.005
     tokens = torch.from_numpy(train_gpt2.Shards(dn_data, "val").read(0, 70))
-    loss = load_checkpoint(tmp_path)[0](tokens[None, :-1], tokens[None, 1:]).item()
+    model = load_checkpoint(tmp_path)[0].use("cpu", bf16=False)
+    loss = model(tokens[None, :-1], tokens[None, 1:]).item()
     assert column(rows, "val_loss")[-1] == pytest.approx(loss, rel=1e-6)
 
 
