@@ -48,7 +48,7 @@ SIZES = {
                   mixed=2500, held_out=30, lookups=3500, subjects=250, invented=350,
                   rl_steps=12, prompts=16, group_size=16, rl_eval_every=6)}
 
-MINUTES = dict(tiny=2, small=8)     # on two CPU cores
+MINUTES = dict(tiny=3, small=8)     # on two CPU cores
 
 STEPS = [
     Step(
