@@ -36,7 +36,8 @@ DONT_KNOW = ("I don't know.", "I don't know that.", "Sorry, I don't know.",
              "I don't know anything about {f}.", "I have not learnt what {f} is.")
 
 def is_held_out(name, one_in=5):
-    """Whether the subject with this name is only asked about in tests."""
+    """Whether the subject with this name, or the problem with this text, is only asked in tests.
+    The hash decides, so that the choice does not depend on a seed."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % one_in == 0
 
 # ---- Documents → subjects ------------------------------------------------------------------------
@@ -48,20 +49,23 @@ DOCUMENTED = re.compile(r"([a-z_]\w*(?:\.\w+)+)\([^\n]*\)\n+([A-Z`][^\n]*?\.)(?:
 def documented(passages):
     """Passages → {qualified name: (first sentence about it, its passage)}.
 
-    Only ASCII sentences of 4 to 14 words are taken. If several names have the same sentence, one of
-    them is taken. The names are ordered by their hash, so that the order does not follow the
-    alphabet.
+    Only ASCII sentences of 4 to 14 words are taken, and one name for each sentence.
     """
     found = {}
     for passage in passages:
         match = DOCUMENTED.match(passage)
         if match and is_plain(*match.groups()):
             found.setdefault(match[1], (match[2], passage))
-    ordered = sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())
+    names = one_name_each({name: sentence for name, (sentence, _) in found.items()})
+    return {name: found[name] for name in names}
+
+def one_name_each(sentence_of):
+    """{name: sentence} → one of the names for each sentence. The names are ordered by their hash,
+    so that the order does not follow the alphabet."""
     first_with = {}     # sentence: the first name that has it
-    for name in ordered:
-        first_with.setdefault(found[name][0], name)
-    return {name: found[name] for name in ordered if first_with[found[name][0]] == name}
+    for name in sorted(sentence_of, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        first_with.setdefault(sentence_of[name], name)
+    return list(first_with.values())
 
 def is_plain(name, sentence):
     """Whether a name and a sentence are short and simple enough for a small model."""

@@ -16,7 +16,6 @@ in the second, where their kind is called "sums, 2nd turn". Those that refer bac
 """
 import argparse
 import gzip
-import hashlib
 import json
 import random
 import re
@@ -32,11 +31,11 @@ if __name__ == "__main__":      # what this script imports is one folder up
 
 from bpe import Tokenizer
 from demo import kinds as k
+from subjects import DOCUMENTED, is_plain, one_name_each
 
 # ---- What the documents say ----------------------------------------------------------------------
 
-# A line "package.name(arguments)", and the first sentence of the paragraph after it
-DOCUMENTED = re.compile(r"^([a-z_]\w*(?:\.\w+)+)\([^\n]*\)\n+([A-Z`][^\n]*?\.)(?:\s|$)", re.M)
+DOCUMENTED_LINE = re.compile("^" + DOCUMENTED.pattern, re.M)     # anywhere in a document
 
 def read_texts(path):
     """Yields the texts of a .jsonl.gz of documents."""
@@ -58,16 +57,10 @@ def documented_functions(data, count):
     found = {}
     for path in train_files(data):
         for text in read_texts(path):
-            for name, sentence in DOCUMENTED.findall(text):
-                if 4 <= len(sentence.split()) <= 14 and len(name) <= 36 and sentence.isascii():
+            for name, sentence in DOCUMENTED_LINE.findall(text):
+                if is_plain(name, sentence):
                     found.setdefault(name, sentence)
-    # Names are ordered by their hash, so that the choice does not follow the alphabet.
-    chosen = sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())
-    first_with = {}     # sentence: the first function that has it
-    for name in chosen:
-        first_with.setdefault(found[name], name)
-    documented = {name: found[name] for name in chosen
-                  if first_with[found[name]] == name and not k.held_out(name)}
+    documented = {name: found[name] for name in one_name_each(found) if not k.held_out(name)}
     if len(documented) < count:
         raise SystemExit(f"{data}/documents describes {len(documented)} functions in a short "
                          f"sentence of their own, fewer than --functions {count}; prepare more "

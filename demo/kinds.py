@@ -15,9 +15,11 @@ What was not learnt at this size is left out. To count a letter by spelling the 
 two of three cases at best, so the Python tool counts. Words of rare tokens are not spelt rightly,
 and sums of longer numbers are left to the tool.
 """
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, replace
+
+from subjects import ASKED_IN_TEST
+from subjects import is_held_out as held_out
 
 NAME = "deepdive"
 
@@ -34,11 +36,6 @@ class Exchange:
     check: str = "final"
     is_test: bool = False
     subject: object = None
-
-def held_out(key, one_in=5):
-    """True if the problem with this text is held out. The hash of the text decides, so that the
-    choice does not depend on the seed."""
-    return int(hashlib.sha256(key.encode()).hexdigest(), 16) % one_in == 0
 
 def as_typed(exchange, rng):
     """The exchange with its question as people type it: some begin with a small letter, and some
@@ -145,8 +142,6 @@ def named(exchange, name):
 ASKED = ("What does {f} do?", "Explain {f}.", "What is {f} for?", "Tell me about {f}.",
          "Describe {f}.", "{f}: what is it?", "Explain the function {f}.", "What is {f}?",
          "What does the function {f} do?")
-ASKED_IN_TEST = ("Can you tell me what {f} does?", "I want to know what {f} is for.",
-                 "Please describe {f} to me.", "In Python, what does {f} do?")
 ASKED_AGAIN = ("And {f}?", "What about {f}?", "And what does {f} do?")
 ASKED_AGAIN_IN_TEST = ("And what about {f}?", "And what is {f} for?")
 

@@ -62,11 +62,15 @@ def documents(names):
     if dropped:
         most = [text for _, text in sorted(dropped, reverse=True)[:3]]
         lines.append(f"Most were dropped by {', '.join(most)}.")
-    for path in sorted(Path(names["data"], "documents").glob("train*.jsonl.gz"))[:1]:
+    return lines + [f"One begins: {text}" for text in first_text(names, "documents")]
+
+def first_text(names, folder):
+    """The beginning of the first training document in a folder of the data, as a list, which is
+    empty if there is none."""
+    for path in sorted(Path(names["data"], folder).glob("train*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            text = json.loads(file.readline())["text"]
-        lines.append(f"One begins: {one_line(text)}")
-    return lines
+            return [one_line(json.loads(file.readline())["text"])]
+    return []
 
 def sentences(names):
     """How much of the text is prose, and a line of it."""
@@ -76,11 +80,7 @@ def sentences(names):
         return []
     lines = [f"{n_bytes['prose'] / 1e6:.2f} MB of the {n_bytes['pii'] / 1e6:.2f} MB are sentences. "
              "The documents stay whole for what comes later."]
-    for path in sorted(Path(names["data"], "prose").glob("train*.jsonl.gz"))[:1]:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            text = json.loads(file.readline())["text"]
-        lines.append(f"What one document keeps: {one_line(text)}")
-    return lines
+    return lines + [f"What one document keeps: {text}" for text in first_text(names, "prose")]
 
 def tokens(names):
     """What the text has become."""

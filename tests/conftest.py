@@ -27,7 +27,7 @@ import pytest
 import torch
 
 from bpe import Tokenizer
-from model import GPT, GPTConfig, save_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 torch.set_num_threads(1)
 
@@ -96,6 +96,15 @@ def base_run(tokenizer, tmp_path_factory):
     model = GPT(GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab, n_layer=2, n_head=2,
                           n_embd=32))
     save_checkpoint(run, model, tokenizer)
+    return run
+
+
+@pytest.fixture(scope="session")
+def sft_run(base_run, tokenizer, tmp_path_factory):
+    """The same model under the name of an assistant."""
+    run = tmp_path_factory.mktemp("sft")
+    model, _ = load_checkpoint(base_run)
+    save_checkpoint(run, model, tokenizer, stage="sft")
     return run
 
 

@@ -17,7 +17,6 @@ import report
 import subjects
 from conftest import run_main
 from eval import solve
-from model import load_checkpoint, save_checkpoint
 
 ANSWER = "Return the {n}th part of the whole list."
 
@@ -34,14 +33,6 @@ def data(tmp_path_factory):
     rows = [dict(text=f"{name_of(n)}(x)\n{ANSWER.format(n=n)}\n\nMore of it.") for n in range(90)]
     (folder / "documents" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
-
-
-@pytest.fixture(scope="module")
-def sft_run(base_run, tokenizer, tmp_path_factory):
-    run = tmp_path_factory.mktemp("sft")
-    model, _ = load_checkpoint(base_run)
-    save_checkpoint(run, model, tokenizer, stage="sft")
-    return run
 
 
 class Assistant:

@@ -17,7 +17,6 @@ import eval as evaluation
 import sample
 import search
 from conftest import run_main
-from model import load_checkpoint, save_checkpoint
 from sample import Engine
 from search import BM25, CAN_SEARCH, NOTHING, Index, passages_of, with_context, words_of
 from test_sample import writing
@@ -201,14 +200,6 @@ def test_without_documents_a_query_is_only_text(tokenizer, index):
 
 
 # ---- sample.py --docs
-
-@pytest.fixture(scope="module")
-def sft_run(base_run, tokenizer, tmp_path_factory):
-    run = tmp_path_factory.mktemp("sft")
-    model, _ = load_checkpoint(base_run)
-    save_checkpoint(run, model, tokenizer, stage="sft")
-    return run
-
 
 def test_with_rag_the_passage_stands_before_the_prompt(sft_run, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text(NOTES[0][:40])
