@@ -18,7 +18,7 @@ from pathlib import Path
 from bpe import checked
 
 
-# ---- What a right answer is: checkers.py knows; who only reads files does not need it -------------
+# ---- What a right answer is: checkers.py knows; who only reads files needs none of it ----------
 
 def is_correct(reply, problem):
     """True if the reply solves the problem, which names its checker and holds what that needs."""

@@ -23,6 +23,7 @@ ALLOWED = {                         # which of the project's files each may impo
     "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
     "show": set(), "chat": {"show"}, "few_shot": set(), "checkers": set(),
+    "tasks": {"problems", "subjects"},
     "search": {"corpus"}, "subjects": set(), "probe": {"model", "problems", "sample", "subjects"},
     "eval": {"model", "problems", "sample", "training"},
     "report": {"problems", "training"}, "dialogs": {"bpe", "problems"},
@@ -33,7 +34,8 @@ ALLOWED = {                         # which of the project's files each may impo
     **dict.fromkeys(("run", "look", "narrator"), set())}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
     "bpe": {"corpus"}, "sample": {"chat", "download", "few_shot", "search", "show"},
-    "problems": {"checkers"}, "checkers": {"sample"},
+    "problems": {"checkers"}, "checkers": {"sample"}, "tasks": {"dialogs"},
+    "rl_grpo": {"tasks"},
     "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
     "eval": {"search"}, "probe": {"search"},
     "model": {"precision"}, "train_gpt2": {"eval"},
