@@ -3,9 +3,10 @@ Reinforcement learning on problems whose answers can be checked: an assistant â†
 
     python rl_grpo.py --task data/demo/chat/practice_bits.jsonl --out runs/demo-rl      # CPU, 1 GPU
     torchrun --standalone --nproc_per_node=8 rl_grpo.py --model runs/d24-sft \
-        --task gsm8k.jsonl --held_out gsm8k_test.jsonl --out runs/d24-rl                # 8 GPUs
+        --task gsm8k --out runs/d24-rl                                                  # 8 GPUs
 
-    in:  an assistant's run; a .jsonl of {"question", "answer"}, as in GSM8K's own files
+    in:  an assistant's run; a .jsonl of {"question", "answer"}, as in GSM8K's own files, or the
+         name of a task, gsm8k, countdown, letters, decimals or sums, with its held-out problems
     out: <run>/model.safetensors, config.json, tokenizer, log.jsonl, state/ for --resume
 
 For each question the model writes group_size replies. A reply is worth 1 if its final answer is
@@ -192,8 +193,10 @@ def parse_args():
     parser = argparse.ArgumentParser(description="reinforcement learning on checkable problems")
     add = parser.add_argument
     add("--model", help="run folder of an assistant (default: the newest one)")
-    add("--task", required=True, help="problems to practise, .jsonl")
-    add("--held_out", help="problems to test before, during and after training, never to train on")
+    add("--task", required=True, help="problems to practise: a .jsonl, or gsm8k, countdown, "
+        "letters, decimals, sums")
+    add("--held_out", help="problems to test before, during and after training, never to train on "
+        "(default: those of a task with a name)")
     add("--out", required=True, help="run folder")
     add("--resume", action="store_true", help="continue from <out>/state, if there is one")
     add("--max_steps", type=int, default=50, help="batches of rollouts")
@@ -227,6 +230,20 @@ def check_ranks(prompts, world_size):
         raise SystemExit(f"--prompts {prompts} must be a multiple of the {world_size} ranks; "
                          f"try --prompts {next_multiple}")
 
+def load_problems(args, world_size):
+    """The problems of --task, a file or a name, and the held-out ones: those of --held_out, or else
+    those that come with the name."""
+    held_out = []
+    if Path(args.task).exists() or args.task.endswith((".jsonl", ".gz")):
+        problems = read_problems(args.task)
+    else:
+        from tasks import read_task
+        problems, held_out = read_task(args.task, world_size)
+    if args.held_out:
+        held_out = read_problems(args.held_out)
+    args.held_out = args.held_out or args.task      # for the log
+    return problems, held_out
+
 # Flags that a resumed run must not change
 SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates", "clip",
             "kl", "std", "seed")
@@ -246,8 +263,7 @@ def main():
     signals = catch_signals()
     ranks = init_ranks(args.device)
     check_ranks(args.prompts, ranks.world_size)
-    problems = read_problems(args.task)
-    held_out = read_problems(args.held_out) if args.held_out else []
+    problems, held_out = load_problems(args, ranks.world_size)
     base = find_run(args.model, ("sft",))
     tokenizer = load_tokenizer(base)
     model, meta = load_checkpoint(base, ranks.device, vocab_size=tokenizer.n_vocab)

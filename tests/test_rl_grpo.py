@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import chat_sft
 import rl_grpo
+import tasks
 from bpe import Tokenizer
 from conftest import assert_same_files, mutate, run_main, run_ranks, stop_at
 from model import load_checkpoint
@@ -338,6 +339,17 @@ def test_questions_that_do_not_fit_and_kinds_not_practised_are_counted(assistant
     (tmp_path / "task").write_text(json.dumps(long))
     with pytest.raises(SystemExit, match="no question of .*task fits into"):
         run_main(rl_grpo, *flags(assistant, tmp_path / "task", tmp_path / "none"))
+
+
+def test_a_task_by_name_is_practised_and_its_held_out_problems_asked(assistant, tmp_path, capsys,
+                                                                     monkeypatch):
+    monkeypatch.setattr(tasks.make_task, "__defaults__", (8, 4))
+    run_main(rl_grpo, *flags(assistant, "decimals", tmp_path / "run", max_steps=1))
+    assert logged(tmp_path / "run", "kind") == ["decimals"] * 2
+    with pytest.raises(SystemExit, match="cuntdown is neither a task nor a file; the tasks are"):
+        run_main(rl_grpo, *flags(assistant, "cuntdown", tmp_path / "none"))
+    with pytest.raises(SystemExit, match="none.jsonl cannot be read: No such file"):
+        run_main(rl_grpo, *flags(assistant, "none.jsonl", tmp_path / "none"))
 
 
 def test_a_resumed_run_must_practise_the_same_problems(assistant, task, tmp_path):

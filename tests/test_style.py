@@ -23,7 +23,8 @@ ALLOWED = {                         # which of the project's files each may impo
     "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
     "engine": {"model"},
-    "show": set(), "chat": {"show"}, "few_shot": {"problems"},
+    "show": set(), "chat": {"show"}, "few_shot": set(), "checkers": set(),
+    "tasks": {"problems", "subjects"},
     "search": {"corpus"}, "subjects": set(), "probe": {"model", "problems", "sample", "subjects"},
     "eval": {"model", "problems", "sample", "training"},
     "report": {"problems", "training"}, "dialogs": {"bpe", "problems"},
@@ -34,6 +35,8 @@ ALLOWED = {                         # which of the project's files each may impo
     **dict.fromkeys(("run", "look", "narrator"), set())}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
     "bpe": {"corpus"}, "sample": {"chat", "download", "engine", "few_shot", "search", "show"},
+    "problems": {"checkers"}, "checkers": {"sample"}, "tasks": {"dialogs"},
+    "rl_grpo": {"tasks"},
     "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
     "eval": {"search"}, "probe": {"search"},
     "model": {"precision"}, "train_gpt2": {"eval"},
