@@ -116,8 +116,18 @@ def declines(reply, answer=""):
 CHECKS = dict(final=is_final, contains=is_contained, overlap=overlaps, declines=declines)
 
 def is_correct(reply, problem):
-    """True if the reply solves {"answer", "check"}; check is a name in CHECKS."""
-    return CHECKS[problem["check"]](reply, problem["answer"])
+    """True if the reply solves {"answer", "check"}; check is a name in CHECKS. What the reply
+    thinks is not looked at."""
+    return CHECKS[problem["check"]](without_thinking(reply), problem["answer"])
+
+def without_thinking(reply):
+    """What a reply says outside of <|think|>…<|/think|>. A thought that is not closed reaches to
+    the end.
+
+    >>> without_thinking("<|think|>perhaps #### 5<|/think|>It is #### 6")
+    'It is #### 6'
+    """
+    return re.sub(r"<\|think\|>.*?(?:<\|/think\|>|\Z)", "", reply, flags=re.DOTALL)
 
 # ---- Files of problems ---------------------------------------------------------------------------
 

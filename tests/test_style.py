@@ -33,7 +33,8 @@ ALLOWED = {                         # which of the project's files each may impo
     **dict.fromkeys(("run", "look", "narrator"), set())}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
     "bpe": {"corpus"}, "sample": {"chat", "download", "few_shot", "search", "show"},
-    "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
+    "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "rl_grpo": {"chat_sft", "dialogs"},
+    "dialogs": {"download"},
     "eval": {"search"}, "probe": {"search"},
     "model": {"precision"}, "train_gpt2": {"eval"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
