@@ -36,7 +36,7 @@ ALLOWED = {                         # which of the project's files each may impo
 OPTIONAL = {                        # imported by the function that needs it, if it is called
     "bpe": {"corpus"}, "sample": {"chat", "download", "engine", "few_shot", "search", "show"},
     "problems": {"checkers"}, "checkers": {"sample"}, "tasks": {"dialogs"},
-    "rl_grpo": {"tasks"},
+    "rl_grpo": {"chat_sft", "dialogs", "tasks"},
     "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
     "eval": {"search"}, "probe": {"search"},
     "model": {"precision"}, "train_gpt2": {"eval"},
