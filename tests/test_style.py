@@ -42,7 +42,7 @@ OPTIONAL = {                        # imported by the function that needs it, if
     "model": {"precision"}, "train_gpt2": {"eval"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
-                           ".ci/run") for path in [ROOT / name] if path.exists()]
+                           ".ci/run", "docs/files.md", "docs/talk.md") for path in [ROOT / name] if path.exists()]
 
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 
@@ -307,27 +307,35 @@ def targets():
     return set(re.findall(r"^([a-z_0-9]+):(?!=)", text, re.M)), text
 
 
-def test_commands_of_the_readme_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert check_commands(text) >= 5
+def pages():
+    """The text of the README and of the pages in docs/ that it leads to."""
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+def test_commands_of_the_readme_and_of_docs_exist():
+    text = pages()
+    assert check_commands(text) >= 20
     blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S))
     made = re.findall(r"^make (\w+)", blocks, re.M) + re.findall(r"`make (\w+)", text)
     assert made and set(made) <= targets()[0], set(made) - targets()[0]
 
 
-def test_files_and_names_of_the_readme_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
-    assert links and [link for link in links if not (ROOT / link).exists()] == []
-    for name, symbol in re.findall(r"`((?:\w+/)?\w+)\.py: (\w+)", text):
+def test_files_and_names_of_the_readme_and_of_docs_exist():
+    for page in (ROOT / "README.md", ROOT / "docs" / "files.md"):
+        links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8"))
+        assert links and [link for link in links if not (page.parent / link).exists()] == []
+    named = re.findall(r"`((?:\w+/)?\w+)\.py: (\w+)", pages())
+    assert len(named) >= 20
+    for name, symbol in named:
         source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
         defined = rf"^(?:(?:def|class) {symbol}\b|{symbol} *=)"
         assert re.search(defined, source, re.M), f"{name}.py defines no {symbol}"
 
 
-def test_the_readme_says_what_each_script_imports():
+def test_a_page_says_what_each_script_imports():
     """A row: | [file](file) | step | in → out | imports, optional: those of single functions |."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \[(\w+)\.py\].*\| ([^|]+) \|$", text, re.M)
     assert {name for name, _ in rows} == NAMES
     for name, cell in rows:
