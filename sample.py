@@ -342,9 +342,10 @@ class Engine:
         padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
         max_tokens = min(longest + max_new_tokens, model.config.block_size)
         cache = KVCache(model.config, len(prompts), max_tokens, device, model.compute_dtype)
-        hidden = model.hidden(torch.tensor(padded, device=device), cache)      # (prompts, T, C)
+        idx = torch.tensor(padded, device=device)                               # (prompts, T)
+        hidden = model.hidden(idx, cache, last=lengths - 1)                     # (prompts, 1, C)
         cache.pos = lengths.clone()     # new tokens overwrite the padding after a short prompt
-        logits = model.logits(hidden[torch.arange(len(prompts)), lengths - 1])
+        logits = model.logits(hidden[:, 0])
         if num_samples == 1:
             return cache, logits
         repeated = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
