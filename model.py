@@ -350,7 +350,7 @@ class GPT(nn.Module):
                 middle = x
         if cache is not None:
             cache.advance(T)
-        if last is not None and config.n_layer > 1:
+        if last is not None and middle is not x:    # else the last layer is the middle one
             middle = take(middle, last)
         if config.backout:
             x = x - self.backout_scalar.to(x.dtype) * middle

@@ -322,8 +322,9 @@ def check_last(config):
             cache.pos = whole.pos = whole.pos - (count - torch.tensor(lengths))
 
 
-@pytest.mark.parametrize("config", [GPT2, MODERN, replace(MODERN, n_layer=1)],
-                         ids=["gpt2", "modern", "one layer"])
+@pytest.mark.parametrize("config", [GPT2, MODERN, replace(GPT2, n_layer=1),
+                                    replace(MODERN, n_layer=1), replace(MODERN, n_layer=2)],
+                         ids=["gpt2", "modern", "gpt2 of 1", "modern of 1", "modern of 2"])
 def test_the_last_position_alone_reads_what_it_reads_beside_the_others(config):
     check_last(config)
 
