@@ -31,7 +31,7 @@ ALLOWED = {                         # which of the project's files each may impo
     "train_gpt2": {"bpe", "model", "precision", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
     "web": set(), "kinds": {"subjects"}, "conversations": {"bpe", "subjects"},
-    "lookups": {"problems", "search", "subjects"},
+    "lookups": {"bpe", "problems", "search", "subjects"},
     **dict.fromkeys(("run", "look", "narrator"), set())}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
     "bpe": {"corpus"}, "sample": {"chat", "download", "engine", "few_shot", "search", "show"},
