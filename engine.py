@@ -186,12 +186,14 @@ MAX_PADDING = 0.25          # of a prompt that is read beside longer ones, as a 
 class Scheduler:
     """Writes the texts of many requests in one batch of at most `rows` rows.
 
-    engine: its model, tokenizer and tools. The cache is as long as the longest text so far needs,
-    and takes rows × block_size tokens at most. Weights must not change while it is in use.
+    engine: its model, tokenizer and tools. keep: whether what a row has read stays in the cache
+    after its end. The cache is as long as the longest text so far needs, and takes
+    rows × block_size tokens at most. Weights must not change while it is in use.
     """
 
-    def __init__(self, engine, rows=64):
+    def __init__(self, engine, rows=64, keep=True):
         self.engine = engine
+        self.keep = keep
         self.model = engine.model
         self.device = engine.device()
         self.block_size = self.model.config.block_size
@@ -327,23 +329,40 @@ class Scheduler:
         read stays in the cache, because the next question of a chat begins with it."""
         for row in sorted(rows, key=lambda row: row.slot, reverse=True):
             self.running -= 1
-            self.swap(row.slot, self.running)
             row.last_used = self.step_number
             row.donor = None
-            if row.cached < MIN_SHARED:
+            if not self.keep or row.cached < MIN_SHARED:
                 self.slots[row.slot] = None
+                self.move(self.running, row.slot)
                 row.slot = None
+            else:
+                self.swap(self.running, row.slot)
+
+    def move(self, source, target):
+        """A row moves to an empty place."""
+        row = self.slots[source]
+        if row:
+            self.cache.copy(source, target, row.cached)
+            row.slot = target
+        self.slots[source] = None
+        self.slots[target] = row
 
     def swap(self, a, b):
-        """Two rows change places in the cache."""
+        """Two rows change places; one of the places may be empty."""
         if a == b:
             return
-        pair = self.slots[b], self.slots[a]
-        self.cache.swap(a, b, max(row.cached for row in pair if row))
-        for slot, row in zip((a, b), pair):
-            self.slots[slot] = row
-            if row:
-                row.slot = slot
+        if self.slots[a] is None:
+            self.move(b, a)
+        elif self.slots[b] is None:
+            self.move(a, b)
+        else:
+            first = self.slots[a]
+            second = self.slots[b]
+            self.cache.swap(a, b, max(first.cached, second.cached))
+            first.slot = b
+            second.slot = a
+            self.slots[a] = second
+            self.slots[b] = first
 
     # ---- what is in the cache already
 
@@ -384,12 +403,12 @@ class Scheduler:
     def read_prompts(self):
         """Reads all but the last token of prompts that are new, at most READ_TOKENS, those that
         came first; feed() reads the last one. Rows of about the same length share a pass."""
+        new = [row for row in self.slots[:self.running] if row.unread() > 1 and not row.donor]
         left = READ_TOKENS
         chosen = []                     # (tokens to read, row)
-        running = self.slots[:self.running]
-        for row in sorted(running, key=lambda row: row.arrival):
+        for row in sorted(new, key=lambda row: row.arrival):
             n = min(row.unread() - 1, left)
-            if n > 0 and row.donor is None:
+            if n:
                 chosen.append((n, row))
                 left -= n
         if READ_TOKENS - left < min(self.running, FEW_TOKENS):
@@ -491,16 +510,19 @@ class SlotCache(KVCache):
         for name in ("k", "v"):
             old = getattr(self, name)
             L, B, room, NH, HS = old.shape
-            new = old.new_zeros(L, B, tokens, NH, HS)   # never NaN: a masked value counts 0 times
+            new = old.new_empty(L, B, tokens, NH, HS)
             new[:, :, :room] = old
+            new[:, :, room:] = 0        # never NaN: a value that no query sees counts 0 times
             setattr(self, name, new)
 
     def copy(self, source, target, n):
-        """The first n tokens of one row, for another."""
-        for t in (self.k, self.v):
-            t[:, target, :n] = t[:, source, :n]
+        """Copies the first n tokens of one row to another."""
+        self.k[:, target, :n] = self.k[:, source, :n]
+        self.v[:, target, :n] = self.v[:, source, :n]
 
     def swap(self, a, b, n):
         """The first n tokens of two rows change places."""
         for t in (self.k, self.v):
-            t[:, [a, b], :n] = t[:, [b, a], :n]
+            of_a = t[:, a, :n].clone()
+            t[:, a, :n] = t[:, b, :n]
+            t[:, b, :n] = of_a

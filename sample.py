@@ -244,7 +244,7 @@ class Engine:
         from engine import Request, Scheduler, mix
         if max_new_tokens < 1:
             return [Completion() for _ in range(len(prompts) * num_samples)]
-        scheduler = Scheduler(self, min(rows, len(prompts) * num_samples))
+        scheduler = Scheduler(self, min(rows, len(prompts) * num_samples), keep=False)
         sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                         repetition_penalty=repetition_penalty, stop=self.stop_ids(stop))
         done = {}

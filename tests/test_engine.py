@@ -104,7 +104,8 @@ def test_padding_never_leaves_the_context(engine, monkeypatch):
     (Scheduler, "read", "row.cached += n", "row.cached += T"),
     (Scheduler, "longest_prefix", "shared_tokens(row.ids, other.ids)", "len(other.ids)"),
     (Scheduler, "copy_prefix", "row.slot, n)", "row.slot, n - 1)"),
-    (engine_room.SlotCache, "copy", "t[:, source, :n]", "t[:, target, :n]"),
+    (engine_room.SlotCache, "copy", "self.v[:, target, :n] = self.v[:, source, :n]", "pass"),
+    (engine_room.SlotCache, "swap", "t[:, b, :n] = of_a", "pass"),
     (engine_room.SlotCache, "lengthen", "new[:, :, :room] = old", "pass")],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_a_row_that_disturbs_another_would_be_noticed(owner, name, old, new, engine, monkeypatch):
