@@ -700,9 +700,9 @@ def test_checks_of_the_loop_notice_a_mutant(owner, name, old, new, check, engine
 
 
 @pytest.mark.parametrize("owner, name, old, new", [
-    (Scheduler, "write", "forced, False", "forced, True"),
+    (Scheduler, "force", "token, False", "token, True"),
     (Scheduler, "append", "if sampled and token in", "if token in"),
-    (Engine, "forced_after", "if ids[-1] in self.tools", "if ids[-1] in self.tools and len(ids) > 9")],
+    (Engine, "calls_tool", "ids[-1] in self.tools", "ids[-1] in self.tools and len(ids) > 9")],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_check_of_the_tool_notices_a_mutant(owner, name, old, new, tokenizer, monkeypatch):
     mutate(monkeypatch, owner, name, old, new)
