@@ -4,6 +4,7 @@ definitions, the mask token by token; and a model that can only guess learns whi
 """
 import copy
 import doctest
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -13,11 +14,14 @@ from safetensors.torch import load_file
 
 import chat_sft
 import rl_grpo
+import tasks
 from bpe import Tokenizer
 from conftest import assert_same_files, mutate, run_main, run_ranks, stop_at
 from model import load_checkpoint
-from rl_grpo import (advantages, learn, policy_loss, rollout, rollout_tensors, thinking_pays,
-                     token_logprobs)
+from dialogs import Conversations
+from rl_grpo import (advantages, is_well_formed, keep_gradients, learn, pass_at_k, policy_loss,
+                     read_answers, rollout, rollout_tensors, sampled_entropy, spread_out,
+                     thinking_pays, thinking_tokens, token_logprobs, write_answers)
 from sample import Completion, Engine
 from training import Optimizer, Ranks, read_log
 
@@ -138,13 +142,14 @@ def test_token_logprobs_are_those_of_the_next_tokens(base_run):
 FLAGS = dict(updates=1, clip=0.2, kl=0.0, out="run")
 
 
-def grads_of_learn(model, prompts, completions, advantage, reference=None, **changes):
+def grads_of_learn(model, prompts, completions, advantage, reference=None, keep=None, **changes):
     optimizer = Optimizer([dict(kind="adamw", params=dict(model.named_parameters()), lr=1e-3,
                                 betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)])
     optimizer.step = lambda *_, **__: None                  # which would clear the gradients
     ids, mask = rollout_tensors(prompts, completions, pad=0)
     args = SimpleNamespace(**{**FLAGS, **changes})
-    loss, norm, kl = learn(model, optimizer, Ranks(), ids, mask, advantage, args, 1.0, reference)
+    loss, norm, kl = learn(model, optimizer, Ranks(), ids, mask, advantage, args, 1.0, reference,
+                           keep)
     return {name: p.grad for name, p in model.named_parameters()}, loss, norm, kl
 
 
@@ -200,18 +205,101 @@ def test_tied_groups_have_the_gradient_of_the_kl_when_it_is_asked_for(base_run):
     assert grads_of_learn(model, *written(), torch.zeros(2), reference, kl=0.5)[3] < kl
 
 
-def test_replies_that_were_cut_off_earn_nothing(tokenizer):
-    ids = tokenizer.encode_ordinary("#### 7")
-    end = tokenizer.special["<|im_end|>"]
-    replies = [Completion([*ids, end], [True] * 9, "stop"), Completion(ids, [True] * 9, "length"),
-               Completion([end], [True], "stop"), Completion([*ids, end], [True] * 9, "stop")]
+def rewarded(tokenizer, replies):
+    """Rewards of four replies, (text, finish), to two problems: their answers are 7 and 8."""
+    completions = []
+    for text, finish in replies:
+        ids = tokenizer.encode(text, allowed_special="all")
+        if finish == "stop":
+            ids = [*ids, tokenizer.special["<|im_end|>"]]
+        completions.append(Completion(ids, [True] * len(ids), finish))
     engine = Engine(SimpleNamespace(), tokenizer)
-    engine.generate = lambda *_, **__: replies
+    engine.generate = lambda *_, **__: completions
     problems = [dict(messages=[dict(role="user", content="?")], answer=a, check="final")
                 for a in "78"]
     args = SimpleNamespace(max_new_tokens=9, group_size=2)
     prompts, _, rewards = rollout(engine, problems, args, seed=0)
-    assert rewards.tolist() == [[1, 0], [0, 0]] and len(prompts) == 4
+    assert len(prompts) == 4
+    return rewards.tolist()
+
+
+def test_replies_that_were_cut_off_earn_nothing(tokenizer):
+    replies = [("#### 7", "stop"), ("#### 7", "length"), ("", "stop"), ("#### 7", "stop")]
+    assert rewarded(tokenizer, replies) == [[1, 0], [0, 0]]
+
+
+def test_an_answer_that_is_only_thought_earns_nothing(tokenizer):
+    replies = [("<|think|>is it #### 8<|/think|>It is #### 7", "stop"),
+               ("It is <|think|>#### 7", "stop"), ("<|think|>x<|/think|>#### 8", "stop"),
+               ("#### 7<|think|>#### 8<|/think|>", "stop")]
+    assert rewarded(tokenizer, replies) == [[1, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("text, tokens, is_good", [
+    ("<|think|>ab<|/think|>c", 2, True), ("<|think|><|/think|>c", 0, False), ("abc", 0, False),
+    ("<|think|>ab<|/think|>", 2, False), ("<|think|>abc", 3, False), ("", 0, False),
+    ("a<|think|>b<|/think|>c", 1, False), ("<|think|>a<|think|>b<|/think|>c", 2, False),
+    ("<|think|>a<|/think|>b<|/think|>c", 1, False), ("<|/think|>a<|think|>b", 2, False)])
+def test_a_reply_is_well_formed_if_it_thinks_once_and_then_speaks(text, tokens, is_good, tokenizer):
+    text = text.replace("b<|", " b<|").replace("bc", " b c")         # a letter is a token
+    ids = [*tokenizer.encode(text, allowed_special="all"), tokenizer.special["<|im_end|>"]]
+    assert is_well_formed(ids, tokenizer.special) is is_good
+    assert thinking_tokens(ids[:-1], tokenizer.special) == tokens - text.startswith("<|/think")
+
+
+# ---- what must not be lost
+
+def check_keep(base_run):
+    """weight times the gradient of the mean loss of the supervised tokens of the step's rows."""
+    rendered = [([1, 2, 3 + i, 4, 5 + i], [0, 0, 1, 0, 1]) for i in range(2 * rl_grpo.KEEP_ROWS)]
+    loader = chat_sft.Loader(Conversations.of(rendered), 4, 0, 99)
+    rows = [rendered[c][0] for p in range(rl_grpo.KEEP_ROWS)
+            for c in loader.row(rl_grpo.KEEP_ROWS + p)]
+    found, expected = load_checkpoint(base_run)[0], load_checkpoint(base_run)[0]
+    loss = keep_gradients(found, [(loader, 0.3)], 1, Ranks())
+    logp = expected(torch.tensor(rows)).log_softmax(-1)
+    mean = -sum(logp[i, t - 1, row[t]] for i, row in enumerate(rows) for t in (2, 4)) / 2 / len(rows)
+    (0.3 * mean).backward()
+    assert loss == pytest.approx(mean.item(), rel=1e-4)
+    for one, other in zip(found.parameters(), expected.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_kept_adds_the_gradient_of_its_rows_with_its_weight(base_run):
+    check_keep(base_run)
+
+
+def test_keep_acts_in_every_update(base_run):
+    calls = []
+    grads_of_learn(load_checkpoint(base_run)[0], *written(), torch.tensor([0.5, -1.0]), updates=3,
+                   keep=lambda: calls.append(1))
+    assert len(calls) == 3
+
+
+# ---- measuring
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_reply():
+    for n, k in itertools.product((4, 6), (1, 2, 4)):
+        for right in range(n + 1):
+            subsets = list(itertools.combinations([1] * right + [0] * (n - right), k))
+            share = sum(map(any, subsets)) / len(subsets)
+            assert pass_at_k(n, right, k) == pytest.approx(share)
+
+
+def test_the_entropy_is_that_of_the_tokens_that_were_sampled(base_run):
+    model, _ = load_checkpoint(base_run)
+    ids, mask = rollout_tensors(*written(), pad=99)
+    logp = model(ids).log_softmax(-1)
+    each = -(logp.exp() * logp).sum(-1)
+    nats, tokens = sampled_entropy(model, ids, mask)
+    assert tokens == 4 and nats == pytest.approx((each[:, :-1] * mask[:, 1:]).sum().item(), rel=1e-4)
+
+
+def test_answers_after_a_step_are_forgotten_and_the_ends_are_shown(tmp_path):
+    assert read_answers(tmp_path, 9) == [] and spread_out(list(range(21)), 3) == [0, 10, 20]
+    rows = [dict(step=step, reply="\ud800 é") for step in (0, 5, 10)]
+    write_answers(tmp_path, rows)
+    assert [row["step"] for row in read_answers(tmp_path, 5)] == [0, 5]
 
 
 def test_thinking_pays_compares_short_replies_with_long_ones():
@@ -301,6 +389,23 @@ def test_stopped_run_resumes_bit_by_bit(more, assistant, task, whole, tmp_path, 
     assert logged(run, "reward") == logged(whole, "reward")
 
 
+def test_what_is_kept_and_read_is_the_same_after_a_resume(assistant, task, tmp_path, monkeypatch):
+    more = ["--held_out", task, "--eval_every", 2, "--format_reward", 0.5, "--keep",
+            f"{assistant.parent / 'sft.jsonl'}:0.5"]
+    run_main(rl_grpo, *flags(assistant, task, tmp_path / "whole"), *more)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, rl_grpo, "rollout", call=3)
+        run_main(rl_grpo, *flags(assistant, task, tmp_path / "run"), *more)
+    with pytest.raises(SystemExit, match="another contents_of_keep and keep"):
+        run_main(rl_grpo, *flags(assistant, task, tmp_path / "run"), *more[:-2], "--resume")
+    run_main(rl_grpo, *flags(assistant, task, tmp_path / "run"), *more, "--resume")
+    assert_same_files(tmp_path / "run", tmp_path / "whole", "model.safetensors", "answers.jsonl")
+    for key in ("keep_loss", "entropy", "pass_1", "well_formed"):
+        assert logged(tmp_path / "run", key) == logged(tmp_path / "whole", key) != []
+    assert [row["step"] for row in read_answers(tmp_path / "run", 99)] == [
+        step for step in (0, 2, 4, 6) for _ in COLOURS]
+
+
 def test_finished_run_is_kept_and_other_settings_refused(assistant, task, whole):
     before = (whole / "model.safetensors").read_bytes()
     with pytest.raises(SystemExit, match="overwrite.*--resume"):
@@ -318,7 +423,7 @@ def test_a_group_of_one_is_refused(assistant, task, tmp_path):
 
 @pytest.mark.parametrize("flag, value", [
     ("max_steps", 0), ("prompts", 0), ("max_new_tokens", -1), ("updates", 0), ("eval_every", 0),
-    ("save_every", 0), ("clip", -1), ("kl", -1), ("seed", -1), ("lr", 0), ("lr", "nan")])
+    ("save_every", 0), ("format_reward", -1), ("clip", -1), ("kl", -1), ("seed", -1), ("lr", 0), ("lr", "nan")])
 def test_a_flag_out_of_range_is_one_line_before_any_work(flag, value, tmp_path):
     with pytest.raises(SystemExit, match=f"--{flag} must be (above|at least) .*, got {value}"):
         run_main(rl_grpo, "--task", "x.jsonl", "--out", tmp_path / "run", f"--{flag}", value)
@@ -334,10 +439,22 @@ def test_questions_that_do_not_fit_and_kinds_not_practised_are_counted(assistant
     run_main(rl_grpo, *flags(assistant, tmp_path / "task", tmp_path / "run", max_steps=1,
                              prompts=1), "--held_out", tmp_path / "held_out")
     said = capsys.readouterr().out
-    assert said.count("1 of 2 questions are longer than") == 2 and "left out: sum" in said
+    assert "task: 1 of 2 questions are longer" in said and "held_out: 1 of 3 questions are" in said
+    assert "held out, not practised: sum 0.000" in said
     (tmp_path / "task").write_text(json.dumps(long))
     with pytest.raises(SystemExit, match="no question of .*task fits into"):
         run_main(rl_grpo, *flags(assistant, tmp_path / "task", tmp_path / "none"))
+
+
+def test_a_task_by_name_is_practised_and_its_held_out_problems_asked(assistant, tmp_path, capsys,
+                                                                     monkeypatch):
+    monkeypatch.setattr(tasks.make_task, "__defaults__", (8, 4))
+    run_main(rl_grpo, *flags(assistant, "decimals", tmp_path / "run", max_steps=1))
+    assert logged(tmp_path / "run", "kind") == ["decimals"] * 2
+    with pytest.raises(SystemExit, match="cuntdown is neither a task nor a file; the tasks are"):
+        run_main(rl_grpo, *flags(assistant, "cuntdown", tmp_path / "none"))
+    with pytest.raises(SystemExit, match="none.jsonl cannot be read: No such file"):
+        run_main(rl_grpo, *flags(assistant, "none.jsonl", tmp_path / "none"))
 
 
 def test_a_resumed_run_must_practise_the_same_problems(assistant, task, tmp_path):
@@ -397,7 +514,8 @@ def assert_same_run(run, other):
 
 
 def check_ranks(assistant, task, tmp_path, by_question):
-    more = flags(assistant, task, tmp_path / "one", lr=1e-4, kl=0.1)
+    more = [*flags(assistant, task, tmp_path / "one", lr=1e-4, kl=0.1), "--keep",
+            assistant.parent / "sft.jsonl"]
     run_main(rl_grpo, *more)
     assert by_question() == 6 * ["16"]
     run_ranks(rl_grpo, *more, "--out", tmp_path / "two")        # the later --out counts
@@ -446,6 +564,15 @@ def test_check_of_learn_notices_a_mutant(old, new, base_run, monkeypatch):
     monkeypatch.setitem(globals(), "learn", rl_grpo.learn)
     with pytest.raises(AssertionError):
         check_learn(base_run)
+
+
+@pytest.mark.parametrize("old, new", [("step * KEEP_ROWS, K", "0, K"), ("ranks, weight)", "ranks)")],
+                         ids=str)
+def test_check_of_keep_notices_a_mutant(old, new, base_run, monkeypatch):
+    mutate(monkeypatch, rl_grpo, "keep_gradients", old, new)
+    monkeypatch.setitem(globals(), "keep_gradients", rl_grpo.keep_gradients)
+    with pytest.raises(AssertionError):
+        check_keep(base_run)
 
 
 @pytest.mark.parametrize("old, new", [
