@@ -26,11 +26,13 @@ replies are right or all are wrong, so that there is nothing to learn from. Do n
 its gradient is what trains the model, but its value says nothing.
 
 Papers: GRPO (DeepSeekMath, arXiv 2402.03300), DeepSeek-R1 (2501.12948), Dr. GRPO (2503.20783), DAPO
-(2503.14476), PPO's clip (1707.06347), the KL estimator k3 (joschu.net/blog/kl-approx.html).
+(2503.14476), PPO's clip (1707.06347), the KL estimator k3 (joschu.net/blog/kl-approx.html) and its
+gradient (DeepSeek-V3.2, 2512.02556).
 Differs from GRPO: the defaults are those of Dr. GRPO and DAPO. Advantages are not divided by the
 group's standard deviation, the loss is one mean over all tokens of the groups that are not tied,
 there is no KL term, and each batch of samples gets a single update, so that the clip never acts.
---std, --kl and --updates bring back all of GRPO but its mean over each reply.
+--loss grpo, --std, --kl and --updates bring back all of GRPO. Differs from TRL: each mean is over
+all ranks, also that of bnpo, and dapo does not count the tokens of tied groups.
 """
 import argparse
 import copy
@@ -38,12 +40,13 @@ import json
 import math
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bpe import checked
-from model import load_checkpoint
+from model import load_checkpoint, visible
 from problems import is_correct, problems_that_fit, read_lines, read_problems, write_whole
 from sample import Engine, check_at_least, find_run, load_tokenizer
 from training import (Optimizer, RunLog, already_trained, catch_signals, check_finite, contents,
@@ -69,27 +72,58 @@ def advantages(rewards, divide_by_std=False):
     """
     advantage = rewards - rewards.mean(1, keepdim=True)
     if divide_by_std:
-        advantage = advantage / (rewards.std(1, keepdim=True) + 1e-6)
-    return advantage
+        advantage = advantage / (rewards.std(1, keepdim=True) + 1e-4)
+    return advantage.masked_fill(is_tied(rewards)[:, None], 0.0)    # not only up to rounding
 
-def policy_loss(logprobs, old_logprobs, ref_logprobs, advantage, mask, clip, kl):
+def is_tied(rewards):
+    """rewards (prompts, group_size) → (prompts,): whether all of a group are equal."""
+    return rewards.amax(1) == rewards.amin(1)
+
+def policy_loss(logprobs, old_logprobs, ref_logprobs, advantage, mask, clip, kl, weight=None):
     """→ (the loss, an estimate of the KL in nats), each a sum over the tokens where mask is 1.
-    logprobs, old_logprobs, ref_logprobs, mask (N, T); advantage (N,). Without a reference model
-    ref_logprobs is None. For means, divide both results by the number of sampled tokens.
+    logprobs, old_logprobs, ref_logprobs, mask (N, T); advantage (N,); clip: (low, high). Without a
+    reference model ref_logprobs is None. weight (N,): what each token of a reply counts in the
+    loss, for a mean (token_weights); None: 1.
 
         ratio = π(token) / π_old(token)
-        loss  = -min(ratio · A, clip(ratio, 1 - clip, 1 + clip) · A) + kl · k3
+        loss  = -min(ratio · A, clip(ratio, 1 - low, 1 + high) · A) + kl · ratio · k3
         k3    = r - ln r - 1 with r = π_ref / π, an estimate of KL(π ‖ π_ref) that is never negative
+
+    The ratio before k3 is 1 at first, but has a gradient. With it the mean gradient of this term is
+    that of KL(π ‖ π_ref); without it, as in the paper of GRPO, it is that of KL(π_ref ‖ π).
     """
+    low, high = clip
     ratio = (logprobs - old_logprobs).exp()
     A = advantage[:, None]
-    losses = -torch.min(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
+    losses = -torch.min(ratio * A, ratio.clamp(1 - low, 1 + high) * A)
     k3 = torch.zeros(())
     if ref_logprobs is not None:
         log_r = ref_logprobs - logprobs
         k3 = log_r.exp() - log_r - 1
-        losses = losses + kl * k3
-    return (losses * mask).sum(), (k3 * mask).sum()
+        losses = losses + kl * ratio * k3
+    losses = losses * mask
+    if weight is not None:
+        losses = losses * weight[:, None]
+    return losses.sum(), (k3 * mask).sum()
+
+LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
+
+def token_weights(mask, is_live, args, ranks):
+    """What a token of each reply counts in the mean that --loss names, (N,). mask (N, T); is_live
+    (N,): whether the reply has something to teach. Of N replies on all ranks, reply i has n_i
+    sampled tokens and a token of it counts
+
+        grpo     1 / (N · n_i)               a mean over replies of the mean over their tokens
+        dr_grpo  1 / (N · max_new_tokens)    a constant: no length is preferred
+        bnpo     1 / Σ n                     a mean over all tokens
+        dapo     1 / Σ n of live replies     the same without the groups that are tied
+    """
+    n = mask.sum(1)
+    replies, tokens, live_tokens = ranks.sum(len(n), n.sum().item(), n[is_live].sum().item())
+    if args.loss == "grpo":
+        return 1 / (replies * n.clamp(min=1))
+    divisors = dict(dr_grpo=replies * args.max_new_tokens, bnpo=tokens, dapo=live_tokens)
+    return torch.full_like(n, 1 / max(1, divisors[args.loss]))
 
 # ---- Replies → tensors → an update ---------------------------------------------------------------
 
@@ -159,34 +193,42 @@ def learn(model, optimizer, ranks, ids, mask, advantage, args, lr_scale, referen
     """Takes args.updates optimizer steps on one batch of rollouts: ids and mask (N, T), advantage
     (N,), which rollout_tensors and advantages made. keep() adds further gradients to each update.
     Returns (loss, gradient norm, kl) of the last step; kl is None without a reference model."""
+    mask = mask[:, 1:]      # of the tokens that are predicted
     # Replies of a tied group have advantage 0. Only the KL term can learn from them.
-    live = (advantage != 0) | (reference is not None)
-    ids = ids[live].to(ranks.device)
-    mask = mask[:, 1:][live].to(ranks.device)
-    advantage = advantage[live].to(ranks.device)
-    tokens = max(1.0, ranks.sum(mask.sum().item())[0])          # one mean over all ranks
-    ref_logprobs = torch.zeros_like(mask)
-    old_logprobs = torch.zeros_like(mask)
-    with torch.inference_mode():
-        if reference is not None and len(ids):
-            ref_logprobs = token_logprobs(reference, ids, mask)
-        if args.updates > 1 and len(ids):
-            old_logprobs = token_logprobs(model, ids, mask)
+    is_live = (advantage != 0) | (reference is not None)
+    n_broken = (~advantage.isfinite()).sum().item()
+    n_broken, tokens = ranks.sum(n_broken, mask[is_live].sum().item())
+    if n_broken:
+        raise SystemExit(f"{n_broken:.0f} replies have an advantage that is not a finite number, "
+                         "so nothing was learnt from this step; what was saved is kept; correct "
+                         "what gives the rewards")
+    weight = token_weights(mask, is_live, args, ranks)[is_live].to(ranks.device)
+    advantage = advantage[is_live].to(ranks.device)
+    batch = SharedPrompts(ids[is_live].to(ranks.device), mask[is_live].to(ranks.device),
+                          model.config.block_size)
+    parts = batch.parts
+    ref_logprobs = [None for _ in parts]
+    if reference is not None:
+        with torch.inference_mode():
+            cache = PromptCache(reference, batch.prompts)
+            ref_logprobs = [cache.logprobs(part) for part in parts]
+    old_logprobs = [None for _ in parts]
     for update in range(args.updates):
         loss = kl = 0.0
         if keep:
             keep()
-        for start in range(0, len(ids), ROWS):
-            rows = slice(start, start + ROWS)
-            logprobs = token_logprobs(model, ids[rows], mask[rows])
-            # with a single update, the policy is still the one that sampled the replies
-            old = old_logprobs[rows] if args.updates > 1 else logprobs.detach()
-            ref = ref_logprobs[rows] if reference is not None else None
-            part, part_kl = policy_loss(logprobs, old, ref, advantage[rows], mask[rows], args.clip,
-                                        args.kl)
-            (part / tokens * ranks.world_size).backward()       # average_grads() divides by it
-            loss += part.item() / tokens
-            kl += part_kl.item() / tokens
+        cache = PromptCache(model, batch.prompts)
+        for i, part in enumerate(parts):
+            logprobs = cache.logprobs(part)
+            if update == 0:     # the policy is still the one that sampled the replies
+                old_logprobs[i] = logprobs.detach()
+            part_loss, part_kl = policy_loss(logprobs, old_logprobs[i], ref_logprobs[i],
+                                             advantage[part.rows], part.mask, args.clip, args.kl,
+                                             weight[part.rows])
+            (part_loss * ranks.world_size).backward()       # average_grads() divides by it
+            loss += part_loss.item()
+            kl += part_kl.item() / max(1, tokens)
+        cache.backward()
         norm = optimizer.average_grads()
         loss, kl = ranks.sum(loss, kl)
         check_finite(f"update {update + 1}", loss, norm)
@@ -230,6 +272,99 @@ def keep_gradients(model, loaders, step, ranks):
         total += add_gradients(model, model.hidden, loader, step * KEEP_ROWS, KEEP_ROWS, batch_size,
                                ranks, weight).item()
     return ranks.sum(total)[0] / len(loaders)
+
+# ---- Fast: each prompt passes through the model once, not once for each reply --------------------
+
+@dataclass
+class Part:
+    """n rows of similar length, from the last token of their prompt on."""
+    rows: torch.Tensor      # (n,): which rows of the batch these are
+    prompt: torch.Tensor    # (n,): which prompt each continues
+    start: torch.Tensor     # (n,): tokens of the prompt that come before ids
+    ids: torch.Tensor       # (n, T + 1)
+    mask: torch.Tensor      # (n, T): 1 where ids[:, 1:] was sampled
+
+class SharedPrompts:
+    """A batch, ids (N, T + 1) and mask (N, T), whose rows are cut where the first sampled token is
+    predicted: what stands before that, which the rows of a group share, is a prompt (P, S). The
+    rest is in `parts`, in order of length, so that there is little padding."""
+
+    def __init__(self, ids, mask, block_size, rows=ROWS):
+        self.prompts = ids[:0]
+        self.parts = []
+        if not len(ids):
+            return
+        T = mask.shape[1]
+        t = torch.arange(T, device=ids.device)
+        end = (mask.bool() * (t + 1)).amax(1)           # (N,): after the last sampled token
+        start = mask.bool().long().argmax(1)
+        longest = (end - start).amax()
+        start = start.clamp(max=block_size - longest)   # so that padding fits into the context
+        prompts = ids[:, :-1].masked_fill(t >= start[:, None], -1)
+        prompts, prompt = prompts.unique(dim=0, return_inverse=True)
+        width = max(1, int((prompts >= 0).sum(1).amax()))
+        self.prompts = prompts[:, :width].clamp(min=0)                              # (P, S)
+        for part in (end - start).argsort(stable=True).split(rows):
+            longest = int((end - start)[part].amax())
+            at = start[part, None] + torch.arange(longest + 1, device=ids.device)   # (n, T + 1)
+            marked = mask[part].gather(1, at[:, :-1].clamp(max=T - 1))
+            marked = marked.masked_fill(at[:, :-1] >= end[part, None], 0.0)
+            self.parts.append(Part(part, prompt[part], start[part],
+                                   ids[part].gather(1, at.clamp(max=T)), marked))
+
+class PromptCache:
+    """Keys and values of prompts (P, S) in each layer, which rows continue. Gradients are kept: the
+    backward of a part ends at these keys and values, and that of the prompts, which happens once
+    for all parts, begins there.
+
+    To model.hidden it is a cache, as KVCache is: first of the prompts, then of each part's rows.
+    """
+
+    def __init__(self, model, prompts):
+        self.model = model
+        self.made = []          # keys and values of layer 0, 1, …
+        self.part = None
+        self.used = 0
+        self.pos = torch.zeros(len(prompts), dtype=torch.long, device=prompts.device)
+        self.s = torch.arange(prompts.shape[1], device=prompts.device)
+        if len(prompts):
+            model.hidden(prompts, self)
+        self.leaves = self.made
+        if torch.is_grad_enabled():
+            self.leaves = [tensor.detach().requires_grad_() for tensor in self.made]
+
+    def append(self, layer, k, v, pos, window):
+        """k, v (n, T, NH, HS) of the tokens at pos (n, T) → keys and values with those of the
+        prompts before them, (n, S + T, NH, HS), and the mask (n, 1, T, S + T)."""
+        if self.part is None:
+            self.made += [k, v]
+            return k, v, None
+        if window not in self.masks:
+            unseen = self.s >= self.part.start[:, None]         # padding, as if it came later
+            before = self.s.masked_fill(unseen, self.model.config.block_size)       # (n, S)
+            keys = torch.cat((before, pos), 1)[:, None, None]
+            self.masks[window] = visible(pos[:, None, :, None], keys, window)
+        k = torch.cat((self.leaves[2 * layer][self.part.prompt], k), 1)
+        v = torch.cat((self.leaves[2 * layer + 1][self.part.prompt], v), 1)
+        return k, v, self.masks[window]
+
+    def advance(self, T):
+        """The positions of the next rows are set by logprobs."""
+
+    def logprobs(self, part):
+        """What token_logprobs returns for the rows of this part, (n, T)."""
+        self.part = part
+        self.pos = part.start
+        self.masks = {}
+        marked = part.mask.bool()
+        hidden = self.model.hidden(part.ids[:, :-1], self)[marked]
+        targets = part.ids[:, 1:][marked]
+        losses = self.model.loss(hidden[None], targets[None], reduction="none")[0]
+        return losses.new_zeros(marked.shape).masked_scatter(marked, -losses)
+
+    def backward(self):
+        """The backward of the prompts, after that of all parts."""
+        torch.autograd.backward(self.made, [leaf.grad for leaf in self.leaves])
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
@@ -353,7 +488,9 @@ def parse_args():
     add("--max_new_tokens", type=int, default=128, help="longest reply, in tokens")
     add("--lr", type=float, default=1e-4, help="learning rate of AdamW; it falls linearly to 0")
     add("--updates", type=int, default=1, help="optimizer steps on each batch of rollouts")
-    add("--clip", type=float, default=0.2, help="limit of |ratio - 1|; acts only if --updates > 1")
+    add("--loss", choices=LOSSES, default="dapo", help="the mean over the tokens of a step")
+    add("--clip", type=float, nargs="+", default=[0.2], metavar="LIMIT", help="limits of 1 - ratio "
+        "and ratio - 1, or one for both; they act only if --updates > 1")
     add("--format_reward", type=float, default=0.0, help="for a reply that thinks, then answers")
     add("--keep", nargs="+", default=[], metavar="FILE", help="conversations not to be forgotten: "
         f"adds their loss to each step, FILE:weight times (default weight: {KEEP_WEIGHT})")
@@ -366,8 +503,13 @@ def parse_args():
     args = parser.parse_args()
     check_at_least(1, args, "max_steps", "prompts", "max_new_tokens", "updates", "eval_every",
                    "save_every")
-    check_at_least(0, args, "clip", "kl", "seed",
-                   "format_reward")
+    check_at_least(0, args, "kl", "seed", "format_reward")
+    if len(args.clip) > 2:
+        raise SystemExit(f"--clip must be one limit or two, got {len(args.clip)}")
+    for limit in args.clip:
+        if not 0 <= limit < math.inf:
+            raise SystemExit(f"--clip must be at least 0, got {limit:g}")
+    args.clip = args.clip[0], args.clip[-1]
     if not 0 < args.lr < math.inf:
         raise SystemExit(f"--lr must be above 0, got {args.lr}")
     if args.group_size < 2:
@@ -397,8 +539,8 @@ def load_problems(args, world_size):
     return problems, held_out
 
 # Flags that a resumed run must not change
-SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates", "clip",
-            "kl", "std", "seed", "keep", "format_reward")
+SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates", "loss",
+            "clip", "kl", "std", "seed", "keep", "format_reward")
 
 def warn(log, truncated, tied):
     """Logs warnings about a step: `truncated` and `tied` are shares of its replies, 0 to 1."""
@@ -510,7 +652,7 @@ def main():
                                advantages(total, args.std).flatten(), args,
                                lr_scale=1 - step / args.max_steps, reference=reference,
                                keep=keep if loaders else None)
-        tied_groups = (total.std(1) == 0).sum().item()
+        tied_groups = is_tied(total).sum().item()
         cut_off = sum(completion.finish == "length" for completion in completions)
         thinking = sum(thinking_tokens(completion.ids, special) for completion in completions)
         n, reward, formed, tied, truncated, tokens, thinking, nats, measured, stops = ranks.sum(
