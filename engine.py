@@ -104,7 +104,8 @@ def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetiti
 def draw(probs, shares):
     """probs (B, V), shares (B,) from 0 to below 1 → one token per row, (B,), by inverse-CDF
     sampling: the first token at which the cumulative probability exceeds the row's share."""
-    ends = probs.double().cumsum(-1)    # in fp32, rounding could give a share to a token at 0
+    # in fp32, rounding could give a share to a token of probability 0
+    ends = probs.cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(ends, shares[:, None] * ends[:, -1:], right=True)[:, 0]
 
 def splitmix64(x):
@@ -407,7 +408,7 @@ class Scheduler:
         start = row.ids[:min(most, MIN_SHARED)]
         best = None
         longest = 0
-        for other in self.slots:
+        for other in self.newest_first():
             if longest == most:
                 break
             if other is None or other.ids[:len(start)] != start:
@@ -418,7 +419,14 @@ class Scheduler:
             if n > longest:
                 best = other
                 longest = n
+        while best and best.donor and longest <= best.shared:   # it will copy these ids itself
+            best = best.donor
         return best, longest
+
+    def newest_first(self):
+        """All rows in the cache; another sample of the same prompt is found at once."""
+        running = self.slots[:self.running]
+        return [*reversed(running), *self.slots[self.running:]]
 
     def copy_prefix(self, row):
         """Copies what a row shares with its donor, as soon as the donor has read it."""
@@ -434,38 +442,39 @@ class Scheduler:
     # ---- prefill
 
     def read_prompts(self):
-        """Reads prompts that are new, at most READ_TOKENS, those that came first → the events of
-        their first tokens. Rows of about the same length share a pass."""
+        """Reads prompts that are new, at most READ_TOKENS in a step → the events of their first
+        tokens."""
+        events = []
         left = READ_TOKENS
-        waiting = []                    # (tokens to read, row)
-        new = [row for row in self.slots[:self.running] if row.unread() > 1 and not row.donor]
+        while batch := self.next_batch(left):
+            events += self.read(batch)
+            left -= sum(n for n, _ in batch)
+            for row in self.slots[:self.running]:
+                self.copy_prefix(row)
+        self.leave([row for row in self.slots[:self.running] if row.finish])
+        return events
+
+    def next_batch(self, left):
+        """(tokens to read, row) of rows that are read in one pass: of those that came first, with
+        `left` tokens together, some that are about as long as the longest."""
+        waiting = []
+        new = [row for row in self.slots[:self.running]
+               if row.unread() > 1 and not row.donor and not row.finish]
         for row in sorted(new, key=lambda row: row.arrival):
             n = min(row.unread(), left)
             if n:
                 waiting.append((n, row))
                 left -= n
-        if READ_TOKENS - left < min(self.running, FEW_TOKENS):
-            waiting = []
-        waiting.sort(key=lambda pair: pair[0], reverse=True)
-        events = []
-        while waiting:
-            longest, first = waiting[0]
-            batch = []
-            rest = []
-            for n, row in waiting:
-                has_room = row.cached + longest <= self.block_size
-                is_alike = n >= (1 - MAX_PADDING) * longest
-                if has_room and is_alike and (row.cached > 0) == (first.cached > 0):
-                    batch.append((n, row))
-                else:
-                    rest.append((n, row))
-            events += self.read(batch)
-            waiting = rest
-        rows = self.slots[:self.running]
-        for row in rows:
-            self.copy_prefix(row)
-        self.leave([row for row in rows if row.finish])
-        return events
+        if sum(n for n, _ in waiting) < min(self.running, FEW_TOKENS):
+            return []
+        longest, first = max(waiting, key=lambda pair: pair[0])
+        batch = []
+        for n, row in waiting:
+            has_room = row.cached + longest <= self.block_size
+            is_alike = n >= (1 - MAX_PADDING) * longest
+            if has_room and is_alike and (row.cached > 0) == (first.cached > 0):
+                batch.append((n, row))
+        return batch
 
     def read(self, batch):
         """batch: (tokens to read, row) of rows that share a pass → the events of those whose
@@ -509,7 +518,9 @@ def shared_tokens(a, b):
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n
-    return next(i for i in range(n) if a[i] != b[i])
+    for i in range(n):
+        if a[i] != b[i]:
+            return i
 
 # ---- The rows' tokens and log-probabilities ------------------------------------------------------
 

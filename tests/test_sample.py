@@ -105,7 +105,7 @@ def test_a_random_share_picks_its_token_and_never_one_of_probability_0():
 
 
 @pytest.mark.parametrize("old, new", [("right=True", "right=False"), ("* ends[:, -1:]", ""),
-                                      ("probs.double()", "probs.double().flip(-1)")])
+                                      ("probs.cumsum", "probs.flip(-1).cumsum")])
 def test_a_draw_at_the_wrong_end_would_be_noticed(old, new, monkeypatch):
     mutate(monkeypatch, engine_room, "draw", old, new)
     with pytest.raises(AssertionError):
@@ -267,6 +267,7 @@ def test_a_row_that_stops_early_may_wait_beside_others_until_the_cache_is_full(e
 def test_a_row_that_ended_costs_nothing_in_the_next_step(engine, monkeypatch):
     fed = []
     feed = Scheduler.feed
+    monkeypatch.setattr(engine_room, "FEW_TOKENS", 1)
     monkeypatch.setattr(Scheduler, "feed", lambda self, rows: fed.append(len(rows)) or feed(self, rows))
     alone = engine.generate(["Return"], 40, temperature=0)[0].ids
     fed.clear()
