@@ -424,7 +424,7 @@ class GPT(nn.Module):
     def for_inference(self):
         """Ends training: keeps the matrices in the dtype they are multiplied in. On a GPU that
         halves the bytes, and with them the time, that each new token takes to read the weights. On
-        a CPU the head is stored by columns, which one row reads in half the time; wte stays."""
+        a CPU the head is stored by columns, which one row reads faster; wte keeps its rows."""
         for p in self.parameters():
             p.requires_grad_(False)
             if p.ndim == 2:
