@@ -319,8 +319,8 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None, last=None):
         """idx (B, T) → what the head reads, (B, T, C) after the last norm. last (B,), which needs a
-        cache: only these positions are read, (B, 1, C). Of the others the last layer then computes
-        nothing but keys and values, so that a prompt costs almost a layer less."""
+        cache: only these positions are read, (B, 1, C). For the others the last layer then stops at
+        their keys and values, so that a prompt costs most of a layer less."""
         config = self.config
         T = idx.shape[1]
         pos = torch.arange(T, device=idx.device)[None]                               # (1, T)
