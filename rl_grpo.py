@@ -366,8 +366,7 @@ def parse_args():
     args = parser.parse_args()
     check_at_least(1, args, "max_steps", "prompts", "max_new_tokens", "updates", "eval_every",
                    "save_every")
-    check_at_least(0, args, "clip", "kl", "seed",
-                   "format_reward")
+    check_at_least(0, args, "clip", "format_reward", "kl", "seed")
     if not 0 < args.lr < math.inf:
         raise SystemExit(f"--lr must be above 0, got {args.lr}")
     if args.group_size < 2:
@@ -460,12 +459,14 @@ def main():
         for kind in figures:
             log(step, kind=kind, **figures[kind], **sampled[kind])
         answers.extend(dict(row, step=step) for row in spread_out(rows, READ_PROBLEMS))
-        write_answers(run, answers)
+        if answers:
+            write_answers(run, answers)
         if others and step in (0, args.max_steps):
             figures, _ = greedy_figures(engine, others, args.max_new_tokens)
             accuracy = {kind: figures[kind]["accuracy"] for kind in figures}
             shares = " | ".join(f"{kind} {share:.3f}" for kind, share in accuracy.items())
-            log.say(f"held out, not practised: {shares}", step=step, others=accuracy)
+            log.say(f"step {step}/{args.max_steps} | held out, not practised: {shares}", step=step,
+                    others=accuracy)
 
     def save():
         save_run(run, ranks, optimizer, model, tokenizer, "rl", dict(base=meta["run"]), step=step,
