@@ -29,7 +29,7 @@ from pathlib import Path
 if __name__ == "__main__":      # Ctrl-C during the slow imports below ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from problems import STAGES, figures, printable, read_json, reason, write_whole
+from problems import STAGES, figures, printable, read_json, read_lines, reason, write_whole
 from training import read_log
 
 # ---- What runs left on disk ----------------------------------------------------------------------
@@ -91,6 +91,9 @@ def is_finite(value):
 def is_number_or_none(value):
     return value is None or is_finite(value)
 
+def is_right(value):
+    return isinstance(value, bool)
+
 def is_size(value):
     return type(value) is int and 1 < value < 2 ** 31
 
@@ -110,6 +113,7 @@ LOG_ROW = {"step?": is_finite, "seconds?": is_finite, "loss?": is_number, "val_l
            "thinking_tokens?": is_number,
            "header?": {"flags?": {"gpu_hour_usd?": is_number_or_none,
                                   "total_batch_size?": is_number_or_none}}}
+ANSWER = {"step": is_finite, "question": is_text, "reply": is_text, "right": is_right}
 SFT_ROW = {**LOG_ROW, "accuracy?": {ANY: is_finite}}
 
 def misfit(value, shape, place="the file"):
@@ -147,6 +151,13 @@ def read_checked(path, shape):
         raise SystemExit(f"{path} is damaged: {printable(place)}, is missing or of a wrong type; "
                          "delete the file, or make it again")
     return value
+
+def as_answer(row):
+    """A row of answers.jsonl; ValueError if it is not one."""
+    place = misfit(row, ANSWER, "its row")
+    if place:
+        raise ValueError(f"{printable(place)}, is missing or of a wrong type")
+    return row
 
 def read_checked_log(run):
     """The rows of <run>/log.jsonl."""
@@ -460,16 +471,35 @@ def rl_curves(runs):
         chance = {f"chance, {kind}": CHANCE[kind] for kind in held_out if kind in CHANCE}
         yield curve(f"{run.path}, mean reward of samples", dict(reward=run.points("reward")))
         yield curve(f"{run.path}, mean reply length of samples",
-                    dict(tokens=run.points("reply_tokens", "reward")))
+                    dict(tokens=run.points("reply_tokens", "reward"),
+                         thinking=run.points("thinking_tokens", "reward")))
         yield curve(f"{run.path}, greedy accuracy on held-out problems", held_out, chance)
+        yield answers_table(run)
+
+def answers_table(run, most=5):
+    """Replies to the same held-out problems at `most` steps: how the thinking grew."""
+    if not (run.path / "answers.jsonl").exists():
+        return ""
+    answers = read_lines(run.path / "answers.jsonl", as_answer, "delete the file")
+    shown = some_steps({row["step"] for row in answers}, most)
+    rows = []
+    for row in sorted(answers, key=lambda row: row["question"]):    # its steps stay in their order
+        if row["step"] in shown:
+            verdict = {True: "right", False: "wrong"}[row["right"]]
+            rows.append((row["question"], row["step"], row["reply"], verdict))
+    return table((f"{run.path}, held-out problem", "step", "reply", ""), rows)
+
+def some_steps(steps, most):
+    """`most` of a set of steps, the first and the last among them."""
+    steps = sorted(steps)
+    return {steps[i * (len(steps) - 1) // (most - 1)] for i in range(most)}
 
 def gallery(run, most=12):
-    """What the model wrote at `most` steps, the first and the last among them."""
+    """What the model wrote at `most` steps."""
     samples = dict.fromkeys((row["step"], row["sample"]) for row in run.rows("step", "sample"))
-    steps = sorted({step for step, _ in samples})
-    if not steps:
+    if not samples:
         return ""
-    shown = {steps[i * (len(steps) - 1) // (most - 1)] for i in range(most)}
+    shown = some_steps({step for step, _ in samples}, most)
     rows = [(step, sample) for step, sample in samples if step in shown]
     return table((f"{run.path}, step", "sample"), rows)
 

@@ -602,12 +602,14 @@ def main():
         for kind in figures:
             log(step, kind=kind, **figures[kind], **sampled[kind])
         answers.extend(dict(row, step=step) for row in spread_out(rows, READ_PROBLEMS))
-        write_answers(run, answers)
+        if answers:
+            write_answers(run, answers)
         if others and step in (0, args.max_steps):
             figures, _ = greedy_figures(engine, others, args.max_new_tokens)
             accuracy = {kind: figures[kind]["accuracy"] for kind in figures}
             shares = " | ".join(f"{kind} {share:.3f}" for kind, share in accuracy.items())
-            log.say(f"held out, not practised: {shares}", step=step, others=accuracy)
+            log.say(f"step {step}/{args.max_steps} | held out, not practised: {shares}", step=step,
+                    others=accuracy)
 
     def save():
         save_run(run, ranks, optimizer, model, tokenizer, "rl", dict(base=meta["run"]), step=step,

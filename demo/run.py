@@ -149,6 +149,7 @@ STEPS = [
             "python rl_grpo.py --model {honest} --out {rl} "
             "--task {conversations}/practice_bits.jsonl "
             "--held_out {conversations}/held_out.jsonl --max_new_tokens 64 --lr 3e-4 "
+            "--keep {conversations}/mixed.jsonl {conversations}/search.jsonl "
             "--save_every 8 --seed {seed} --resume --max_steps {rl_steps} --prompts {prompts} "
             "--group_size {group_size} --eval_every {rl_eval_every}"],
         look=look.practice),
@@ -159,7 +160,9 @@ STEPS = [
         commands=[
             "python eval.py --model {base} --tasks {conversations}/held_out.jsonl",
             "python eval.py --model {honest} --tasks {conversations}/held_out.jsonl",
-            "python eval.py --model {rl} --tasks {conversations}/held_out.jsonl"],
+            "python eval.py --model {rl} --tasks {conversations}/held_out.jsonl",
+            "python eval.py --model {rl} --tasks {conversations}/held_out_search.jsonl "
+            "--docs {data} {conversations}/notes"],
         look=look.held_out),
     Step(
         title="Write the report",
