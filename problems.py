@@ -119,6 +119,14 @@ def is_correct(reply, problem):
     """True if the reply solves {"answer", "check"}; check is a name in CHECKS."""
     return CHECKS[problem["check"]](reply, problem["answer"])
 
+class CheckerReward:
+    """The reward of problems that can be checked: 1 for a right reply, 0 for any other. Like every
+    reward it has score(problems, replies) → floats, and what a reply earns that did not end."""
+    cut_off = 0.0
+
+    def score(self, problems, replies):
+        return [float(is_correct(reply, problem)) for problem, reply in zip(problems, replies)]
+
 # ---- Files of problems ---------------------------------------------------------------------------
 
 def read_problems(path):

@@ -5,6 +5,9 @@ Reinforcement learning on problems whose answers can be checked: an assistant �
     torchrun --standalone --nproc_per_node=8 rl_grpo.py --model runs/d24-sft \
         --task gsm8k.jsonl --held_out gsm8k_test.jsonl --out runs/d24-rl                # 8 GPUs
 
+    python rl_grpo.py --reward model:runs/demo-reward --kl 0.1 --max_kl 10 \
+        --model runs/demo-sft --task prompts.jsonl --out runs/demo-rlhf                     # RLHF
+
     in:  an assistant's run; a .jsonl of {"question", "answer"}, as in GSM8K's own files
     out: <run>/model.safetensors, config.json, tokenizer, log.jsonl, state/ for --resume
 
@@ -13,6 +16,9 @@ right, and 0 otherwise. Its advantage is that reward minus the mean reward of it
 that the model sampled, the end token too, becomes more likely if the advantage of its reply is
 positive, and less likely if it is negative; a larger advantage has a larger effect. Nobody shows
 the model how to think: any thinking that leads to right answers becomes more likely.
+
+Where no checker can tell what is good, people rank replies (`rank` runs rank.py), a reward model
+learns from that to score them (`reward_model` runs reward_model.py), and --reward takes its scores.
 
 Watch the reward, the length of the replies and the share of tied groups. In a tied group all
 replies are right or all are wrong, so that there is nothing to learn from. Do not watch the loss:
@@ -29,13 +35,15 @@ import argparse
 import copy
 import math
 import random
+import runpy
+import sys
 import time
 from pathlib import Path
 
 import torch
 
 from model import load_checkpoint
-from problems import is_correct, problems_that_fit, read_problems
+from problems import CheckerReward, is_correct, problems_that_fit, read_problems
 from sample import Engine, check_at_least, find_run, load_tokenizer
 from training import (Optimizer, RunLog, already_trained, catch_signals, check_finite, contents,
                       finish, init_ranks, load_state, save_run)
@@ -78,19 +86,24 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantage, mask, clip, kl)
 
 # ---- Replies → tensors → an update ---------------------------------------------------------------
 
-def rollout(engine, problems, args, seed):
+def rollout(engine, problems, args, seed, reward=CheckerReward()):
     """Samples group_size replies to each problem → prompts and completions, one of each for every
-    reply, and rewards (problems, group_size). A reply that was cut off earns 0."""
+    reply, and rewards (problems, group_size). A reply that was cut off earns reward.cut_off."""
     prompts = [engine.tokenizer.render(p["messages"], for_completion=True)[0] for p in problems]
     completions = engine.generate(prompts, args.max_new_tokens, args.group_size, temperature=1.0,
                                   seed=seed)
     prompts = [p for p in prompts for _ in range(args.group_size)]
-    asked = [p for p in problems for _ in range(args.group_size)]
-    rewards = []
-    for problem, completion in zip(asked, completions):
-        is_whole = completion.finish == "stop"
-        rewards.append(float(is_whole and is_correct(engine.reply_text(completion), problem)))
-    return prompts, completions, torch.tensor(rewards).view(len(problems), args.group_size)
+    rewards = torch.tensor(scores(reward, engine, problems, completions))
+    return prompts, completions, rewards.view(len(problems), args.group_size)
+
+def scores(reward, engine, problems, completions):
+    """What a reward gives the completions, of which each problem has equally many: floats."""
+    asked = [p for p in problems for _ in range(len(completions) // len(problems))]
+    found = reward.score(asked, [engine.reply_text(completion) for completion in completions])
+    if reward.cut_off is None:
+        return found
+    return [score if completion.finish == "stop" else reward.cut_off
+            for score, completion in zip(found, completions)]
 
 def rollout_tensors(prompts, completions, pad):
     """Prompts and completions → ids (N, T) int64, padded on the right with `pad`, and mask (N, T).
@@ -204,6 +217,10 @@ def parse_args():
     add("--updates", type=int, default=1, help="optimizer steps on each batch of rollouts")
     add("--clip", type=float, default=0.2, help="limit of |ratio - 1|; acts only if --updates > 1")
     add("--kl", type=float, default=0.0, help="weight of the KL divergence from --model")
+    add("--max_kl", type=float, help="stop at this KL from --model, in nats a reply")
+    add("--reward", default="checker", help="checker, model:RUN of reward_model, or "
+        "FILE.py:FUNCTION of (problem, reply)")
+    add("--gold", help="checker or FILE.py:FUNCTION: the true objective, only watched")
     add("--std", action="store_true", help="divide advantages by the group's standard deviation")
     add("--eval_every", type=int, default=10, help="steps between tests on held-out problems")
     add("--save_every", type=int, default=25, help="steps between saved states")
@@ -213,6 +230,8 @@ def parse_args():
     check_at_least(1, args, "max_steps", "prompts", "max_new_tokens", "updates", "eval_every",
                    "save_every")
     check_at_least(0, args, "clip", "kl", "seed")
+    if args.max_kl is not None and not args.max_kl > 0:
+        raise SystemExit(f"--max_kl must be above 0, got {args.max_kl}")
     if not 0 < args.lr < math.inf:
         raise SystemExit(f"--lr must be above 0, got {args.lr}")
     if args.group_size < 2:
@@ -227,9 +246,38 @@ def check_ranks(prompts, world_size):
         raise SystemExit(f"--prompts {prompts} must be a multiple of the {world_size} ranks; "
                          f"try --prompts {next_multiple}")
 
+def read_task(args):
+    """The problems of --task; only a checker needs their answers."""
+    if "checker" in (args.reward, args.gold):
+        return read_problems(args.task)
+    from preferences import read_prompts
+    return read_prompts(args.task)
+
+def load_rewards(args, device):
+    """→ the rewards of --reward and --gold, the latter None if it is not given."""
+    if args.reward == "checker" and not args.gold:
+        return CheckerReward(), None
+    from reward_model import load_reward
+    gold = None
+    if args.gold:
+        gold = load_reward("gold", args.gold, device)
+    return load_reward("reward", args.reward, device), gold
+
 # Flags that a resumed run must not change
 SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates", "clip",
-            "kl", "std", "seed")
+            "kl", "std", "seed", "max_kl", "reward", "gold")
+
+def log_replies(log, step, engine, completions, rewards, golds, most=4):
+    """Logs a few replies of a step, evenly spread, with their rewards: numbers alone do not show
+    that a reward is being gamed."""
+    rows = []
+    for i in range(0, len(completions), max(1, len(completions) // most)):
+        text = engine.reply_text(completions[i])
+        rows.append(dict(reply=text, reward=rewards[i]))
+        if golds:
+            rows[-1]["gold"] = golds[i]
+        log.say(f"  reward {rewards[i]:6.2f} | {' '.join(text.split())}")
+    log.say(f"  {len(rows)} replies of step {step}", step=step, replies=rows)
 
 def warn(log, truncated, tied):
     """Logs warnings about a step: `truncated` and `tied` are shares of its replies, 0 to 1."""
@@ -246,14 +294,18 @@ def main():
     signals = catch_signals()
     ranks = init_ranks(args.device)
     check_ranks(args.prompts, ranks.world_size)
-    problems = read_problems(args.task)
+    problems = read_task(args)
     held_out = read_problems(args.held_out) if args.held_out else []
     base = find_run(args.model, ("sft",))
     tokenizer = load_tokenizer(base)
     model, meta = load_checkpoint(base, ranks.device, vocab_size=tokenizer.n_vocab)
     model.eval()    # without dropout, training sees the same probabilities as sampling
     engine = Engine(model, tokenizer)
-    reference = copy.deepcopy(model) if args.kl else None
+    reward, gold = load_rewards(args, ranks.device)
+    follows_kl = args.kl or args.max_kl or args.reward != "checker"
+    reference = None
+    if follows_kl:
+        reference = copy.deepcopy(model)
     adamw = dict(kind="adamw", lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     optimizer = Optimizer([dict(adamw, params=dict(model.named_parameters()))], ranks)
 
@@ -262,7 +314,7 @@ def main():
     state = load_state(run, args.resume, ranks, optimizer, model, settings) or {}
     first_step = step = state.get("step", 0)
     log = RunLog(run, args.max_steps, ranks, resume_step=state.get("step"))
-    if step >= args.max_steps:
+    if step >= args.max_steps or state.get("is_far"):
         return already_trained(log, run, ranks, model, tokenizer, "rl", step, args.max_steps,
                                base=meta["run"])
     log.header(args, model, ranks.device)
@@ -290,13 +342,13 @@ def main():
 
     def save():
         save_run(run, ranks, optimizer, model, tokenizer, "rl", dict(base=meta["run"]), step=step,
-                 settings=settings)
+                 settings=settings, is_far=is_far)
 
     order = random.Random(args.seed).sample(range(len(problems)), len(problems))
     started = time.perf_counter()
-    stop = False
+    stop = is_far = False
     while True:
-        last = step == args.max_steps
+        last = step == args.max_steps or is_far
         if (step % args.eval_every == 0 or last) and (step == 0 or step > first_step):
             report_accuracy()
         if last or stop or (step % args.save_every == 0 and step > first_step):
@@ -309,9 +361,12 @@ def main():
         for i in range(ranks.rank, args.prompts, ranks.world_size):
             mine.append(problems[order[(step * args.prompts + i) % len(order)]])
         seed = hash((args.seed, step, ranks.rank)) % 2 ** 31
-        prompts, completions, rewards = rollout(engine, mine, args, seed)
+        prompts, completions, rewards = rollout(engine, mine, args, seed, reward)
+        golds = []
+        if gold:
+            golds = scores(gold, engine, mine, completions)
         lengths = [len(completion.ids) for completion in completions]
-        if step == 0:
+        if step == 0 and args.reward == "checker":
             middle, short, long = thinking_pays(rewards.flatten().tolist(), lengths)
             log.say(f"sampled before learning: replies up to {middle:.0f} tokens are right "
                     f"{short:.0%} of the time, longer ones {long:.0%}",
@@ -322,18 +377,36 @@ def main():
                                lr_scale=1 - step / args.max_steps, reference=reference)
         tied_groups = (rewards.std(1) == 0).sum().item()
         cut_off = sum(completion.finish == "length" for completion in completions)
-        n, reward, tied, truncated, tokens, stops = ranks.sum(
-            len(lengths), rewards.sum().item(), tied_groups * args.group_size, cut_off,
-            sum(lengths), len(signals))
+        n, total_reward, total_gold, tied, truncated, tokens, sampled, stops = ranks.sum(
+            len(lengths), rewards.sum().item(), sum(golds), tied_groups * args.group_size, cut_off,
+            sum(lengths), mask.sum().item(), len(signals))
+        kl_reply = None
+        if kl is not None:
+            kl_reply = kl * sampled / n
+            is_far = args.max_kl is not None and kl_reply > args.max_kl
         stop = stops > 0
+        if args.reward != "checker" and (step % args.eval_every == 0 or is_far):
+            log_replies(log, step, engine, completions, rewards.flatten().tolist(), golds)
         step += 1
         ms = 1000 * (time.perf_counter() - tick)
         seconds_a_step = (time.perf_counter() - started) / (step - first_step)
-        log(step, reward=reward / n, reply_tokens=tokens / n, tied=tied / n,
-            truncated=truncated / n, norm=norm, kl=kl, loss=loss, ms=ms,
+        mean_gold = None
+        if gold:
+            mean_gold = total_gold / n
+        log(step, reward=total_reward / n, gold=mean_gold, reply_tokens=tokens / n, tied=tied / n,
+            truncated=truncated / n, norm=norm, kl=kl, kl_reply=kl_reply, loss=loss, ms=ms,
             eta=seconds_a_step * (args.max_steps - step))
         warn(log, truncated / n, tied / n)
+        if is_far:
+            log.say(f"--max_kl {args.max_kl}: the replies of step {step} are {kl_reply:.2f} nats "
+                    "from --model, so the training ends here")
     finish(log, run, "rl", step, stopped=stop and not last)
 
+COMMANDS = ("reward_model", "rank")     # rooms of their own, which this script also starts
+
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        script = Path(__file__).with_name(f"{sys.argv.pop(1)}.py")
+        runpy.run_path(str(script), run_name="__main__")
+    else:
+        main()

@@ -356,7 +356,8 @@ LOG_FORMATS = dict(
     stop_rate="stops {:.0%}", norm="norm {:.4f}", ms="{:.1f} ms", tok_s="{:.0f} tok/s",
     mfu="mfu {:.1%}", usd="${:.2f}", eta="eta {}", reward="reward {:.3f}",
     reply_tokens="reply {:.1f} tokens", tied="tied {:.0%}", truncated="truncated {:.0%}",
-    kl="kl {:.4f}", hellaswag="hellaswag {:.4f}", core="core {:.4f}")
+    kl="kl {:.4f}", kl_reply="kl a reply {:.2f}", gold="gold {:.3f}",
+    hellaswag="hellaswag {:.4f}", core="core {:.4f}")
 
 class RunLog:
     """log(7, loss=…, lr=…) prints `step  7/90 | loss 3.421875 | lr 5.98e-04`, and appends the same

@@ -24,17 +24,20 @@ ALLOWED = {                         # which of the project's files each may impo
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
     "show": set(), "chat": {"show"}, "few_shot": {"problems"},
     "search": {"corpus"}, "subjects": set(), "probe": {"model", "problems", "sample", "subjects"},
-    "eval": {"model", "problems", "sample", "training"},
+    "eval": {"model", "problems", "sample", "training"}, "preferences": {"dialogs", "problems"},
+    "reward_model": {"model", "problems", "sample", "training"},
+    "rank": {"model", "problems", "sample"},
     "report": {"problems", "training"}, "dialogs": {"bpe", "problems"},
     "train_gpt2": {"bpe", "model", "precision", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
     "web": set(), "kinds": {"subjects"}, "conversations": {"bpe", "subjects"},
     "lookups": {"problems", "search", "subjects"},
-    **dict.fromkeys(("run", "look", "narrator"), set())}
+    **dict.fromkeys(("run", "look", "narrator", "rlhf"), set())}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
     "bpe": {"corpus"}, "sample": {"chat", "download", "few_shot", "search", "show"},
     "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
-    "eval": {"search"}, "probe": {"search"},
+    "eval": {"search"}, "probe": {"search"}, "rank": {"preferences", "reward_model"},
+    "reward_model": {"preferences"}, "rl_grpo": {"preferences", "reward_model"},
     "model": {"precision"}, "train_gpt2": {"eval"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
@@ -280,7 +283,8 @@ def test_nothing_is_left_to_do_and_no_path_is_of_one_machine(path):
     assert path.name != "README.md" or not re.search("^[A-Z_]{4,}$", text, re.M), "a placeholder"
 
 
-ALIASES = {"chat_sft.py probe": "probe", "chat_sft.py make": "demo/conversations"}
+ALIASES = {"rl_grpo.py reward_model": "reward_model", "rl_grpo.py rank": "rank",
+           "chat_sft.py probe": "probe", "chat_sft.py make": "demo/conversations"}
 
 
 def check_commands(text):
