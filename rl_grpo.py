@@ -402,7 +402,8 @@ def main():
                     "from --model, so the training ends here")
     finish(log, run, "rl", step, stopped=stop and not last)
 
-COMMANDS = ("reward_model", "rank")     # rooms of their own, which this script also starts
+# rooms of their own, which this script also starts
+COMMANDS = ("reward_model", "rank", "best_of_n")
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:

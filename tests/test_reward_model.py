@@ -4,27 +4,34 @@ worked out by hand, gradients against differences, a row of each public set, and
 """
 import doctest
 import gzip
+import itertools
 import json
 import math
+import random
 
 import pytest
 import torch
 
+import best_of_n
 import preferences
 import rank
+import report
 import reward_model
 import rl_grpo
 from conftest import MODERN, assert_same_files, mutate, noisy, run_main, run_ranks, stop_at
+from demo import rlhf
 from model import load_checkpoint
 from preferences import Preference, as_preferences, read_preferences
 from rank import Quit, as_ranking, ask_person, order_by, parse_order
 from reward_model import (ModelReward, Ranking, RewardModel, add_gradients, batch_at, evaluate,
                           in_parts, pair_accuracy, pair_tensors, ranking_loss, rewards_of,
                           with_reward_head)
+from test_style import check_commands
 from training import Ranks, read_log
 
 
-@pytest.mark.parametrize("module", [preferences, rank, reward_model], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [preferences, rank, reward_model, best_of_n, rlhf],
+                         ids=lambda m: m.__name__)
 def test_docstring_examples_are_true(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
@@ -377,6 +384,76 @@ def test_a_reward_that_cannot_be_used_is_one_line(spec, error, sft_run, prompts,
     with pytest.raises(SystemExit, match=error):
         run_main(rl_grpo, *rl_flags(sft_run, prompts, tmp_path), "--reward",
                  spec.format(judge=judge))
+
+
+# ---- best of n, and where the gold turns
+
+def test_best_of_n_is_the_mean_over_all_choices_of_n():
+    generator = torch.Generator().manual_seed(0)
+    rewards, golds = torch.randn(2, 7, generator=generator).tolist()
+    for n in range(1, 8):
+        best = [max(choice, key=lambda i: rewards[i])
+                for choice in itertools.combinations(range(7), n)]
+        expected = [sum(scores[i] for i in best) / len(best) for scores in (rewards, golds)]
+        assert best_of_n.best_of_n(rewards, golds, n) == pytest.approx(expected)
+
+
+def test_the_kl_of_best_of_n_is_0_for_one_and_exact_for_distinct_rewards():
+    assert best_of_n.kl_of(1) == 0
+    # of M equally likely replies the i-th best is taken with probability ((i+1)/M)^n - (i/M)^n
+    M, n = 20_000, 8
+    p = [((i + 1) / M) ** n - (i / M) ** n for i in range(M)]
+    assert best_of_n.kl_of(n) == pytest.approx(sum(x * math.log(x * M) for x in p if x), abs=1e-3)
+
+
+def test_best_of_n_measures_both_objectives(sft_run, prompts, judge, tmp_path):
+    run_main(best_of_n, "--model", sft_run, "--task", prompts, "--reward", f"{judge}:count",
+             "--gold", f"{judge}:count", "--samples", 5, "--prompts", 5, "--max_new_tokens", 6,
+             "--out", tmp_path / "best_of_n.jsonl")
+    rows = best_of_n.read_best_of_n(tmp_path)
+    assert [row[0] for row in rows] == [1, 2, 4] and [row[2] for row in rows] == [row[3] for row in rows]
+    assert float(rows[-1][2]) > float(rows[0][2])
+
+
+def test_the_gold_turns_where_its_mean_over_five_steps_is_highest():
+    golds = [0, 9, 0, 0, 0, 2, 3, 3, 3, 2, 1, 0, 0, 0, 0]
+    rows = [dict(step=n, kl_reply=n / 2, gold=gold, reward=n) for n, gold in enumerate(golds)]
+    best, last = best_of_n.turning_point(rows)
+    assert (best["step"], best["kl_reply"], best["gold"]) == (7, 3.5, 2.6)
+    assert (last["step"], last["gold"]) == (12, 0.2) and best_of_n.turning_point(rows[:4]) is None
+
+
+def test_the_report_shows_both_objectives_the_turn_and_the_replies(tmp_path):
+    run = tmp_path / "rlhf"
+    run.mkdir()
+    rows = [dict(step=n, reward=n / 4, gold=-n / 5, kl_reply=n / 9, seconds=1.0) for n in range(9)]
+    rows.append(dict(step=8, replies=[dict(reply="A <b>pelican</b>", reward=1.5, gold=0.5)]))
+    write(run / "log.jsonl", rows)
+    write(run / "best_of_n.jsonl", [dict(n=4, kl=0.64, reward=1.25, gold=0.75)])
+    run_main(report, run, "--out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for text in ("by KL in nats a reply", "rlhf, gold", "highest gold", "0.64", "1.25",
+                 "A &lt;b&gt;pelican&lt;/b&gt;"):
+        assert text in page, text
+
+
+# ---- the demo
+
+def test_the_demos_judge_likes_a_funny_word_or_two_in_a_sentence():
+    best = "A pelican ate a banana."
+    for worse in ("A man ate a banana.", "A man ate a hat.", "A pelican ate a banana banana.",
+                  "pelican banana.", "A pelican ate a banana", "",
+                  "A pelican ate a banana with a kazoo and saw a trousers."):
+        assert rlhf.funny({}, worse) < rlhf.funny({}, best) == 2, worse
+    jokes = [rlhf.joke("man", random.Random(seed)) for seed in range(200)]
+    assert {rlhf.funny({}, text) for text in jokes} >= {0, 1, 2} and all(
+        rlhf.funny({}, text) >= 0 for text in jokes)
+
+
+def test_the_demos_commands_exist_and_carry_its_names(tmp_path):
+    names = dict(model="m", out=tmp_path, steps=5, seed=1)
+    commands = [command.format(**names) for command in rlhf.COMMANDS]
+    assert check_commands("\n".join(commands)) == len(commands) == 7
 
 
 # ---- a person's ranks

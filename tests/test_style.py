@@ -26,7 +26,7 @@ ALLOWED = {                         # which of the project's files each may impo
     "search": {"corpus"}, "subjects": set(), "probe": {"model", "problems", "sample", "subjects"},
     "eval": {"model", "problems", "sample", "training"}, "preferences": {"dialogs", "problems"},
     "reward_model": {"model", "problems", "sample", "training"},
-    "rank": {"model", "problems", "sample"},
+    **dict.fromkeys(("rank", "best_of_n"), {"model", "problems", "sample"}),
     "report": {"problems", "training"}, "dialogs": {"bpe", "problems"},
     "train_gpt2": {"bpe", "model", "precision", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
@@ -36,10 +36,11 @@ ALLOWED = {                         # which of the project's files each may impo
 OPTIONAL = {                        # imported by the function that needs it, if it is called
     "bpe": {"corpus"}, "sample": {"chat", "download", "few_shot", "search", "show"},
     "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
-    "eval": {"search"}, "probe": {"search"}, "rank": {"preferences", "reward_model"},
+    "eval": {"search"}, "probe": {"search"},
+    **dict.fromkeys(("rank", "best_of_n"), {"preferences", "reward_model"}),
     "reward_model": {"preferences"}, "rl_grpo": {"preferences", "reward_model"},
     "model": {"precision"}, "train_gpt2": {"eval"},
-    "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
+    "prepare_fineweb": {"report", "shards"}, "report": {"best_of_n", "crawl"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
                            ".ci/run") for path in [ROOT / name] if path.exists()]
 
@@ -284,6 +285,7 @@ def test_nothing_is_left_to_do_and_no_path_is_of_one_machine(path):
 
 
 ALIASES = {"rl_grpo.py reward_model": "reward_model", "rl_grpo.py rank": "rank",
+           "rl_grpo.py best_of_n": "best_of_n",
            "chat_sft.py probe": "probe", "chat_sft.py make": "demo/conversations"}
 
 
