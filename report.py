@@ -106,8 +106,8 @@ RESULT = {"left_out?": [is_text], "arguments?": {}, "kinds?": {ANY: SHARES}, "ta
 LOG_ROW = {"step?": is_finite, "seconds?": is_finite, "loss?": is_number, "val_loss?": is_number,
            "val_bpb?": is_number, "gzip?": is_finite, "xz?": is_finite, "reward?": is_number,
            "reply_tokens?": is_number, "usd?": is_finite, "sample?": is_text, "kind?": is_text,
-           "when?": is_text, "accuracy?": is_finite,
-           "gold?": is_number, "kl_reply?": is_number,
+           "when?": is_text, "accuracy?": is_finite, "others?": {ANY: is_finite},
+           "thinking_tokens?": is_number, "gold?": is_number, "kl_reply?": is_number,
            "replies?": [{"reply": is_text, "reward": is_finite}],
            "header?": {"flags?": {"gpu_hour_usd?": is_number_or_none,
                                   "total_batch_size?": is_number_or_none}}}
@@ -196,6 +196,10 @@ def logged_accuracies(runs):
             if row["step"] == 0:
                 stages.setdefault("SFT", {})[row["kind"]] = row["accuracy"]
             stages.setdefault("RL", {})[row["kind"]] = row["accuracy"]
+        for row in run.rows("step", "others"):      # kinds that are not practised
+            if row["step"] == 0:
+                stages.setdefault("SFT", {}).update(row["others"])
+            stages.setdefault("RL", {}).update(row["others"])
     return stages
 
 def accuracy_sources(runs):
@@ -476,12 +480,15 @@ def accuracy_tables(runs):
         kinds = dict.fromkeys(kind for accuracies in stages.values() for kind in accuracies)
         rows = []
         for kind in kinds:
+            found = [stages.get(stage, {}).get(kind) for stage in STAGES.values()]
             row = [kind]
-            for stage in STAGES.values():
-                accuracy = stages.get(stage, {}).get(kind)
+            for accuracy in found:
                 row.append("–" if accuracy is None else f"{accuracy:.1%}")
-            rows.append([*row, f"{CHANCE.get(kind, 0):.0%}"])
-        yield table((source, "base (before SFT)", "SFT (after)", "RL", "chance"), rows)
+            change = "–"
+            if None not in found[1:]:
+                change = f"{100 * (found[2] - found[1]):+.1f} points"
+            rows.append([*row, change, f"{CHANCE.get(kind, 0):.0%}"])
+        yield table((source, "base (before SFT)", "SFT (after)", "RL", "by RL", "chance"), rows)
 
 def knowledge_table(runs):
     """Problems among which some have no answer: how many replies were right, wrong or a refusal."""

@@ -256,7 +256,7 @@ class ModelReward:
     def __init__(self, run, device):
         found = find_run(run, ("reward",))
         self.model, self.meta = load_checkpoint(found, device, architecture=RewardModel)
-        self.model.for_inference().eval()
+        self.model.eval()
         self.tokenizer = load_tokenizer(found)
         self.mean = self.meta.get("reward_mean")
         self.std = self.meta.get("reward_std")

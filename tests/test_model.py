@@ -320,6 +320,39 @@ def test_cache_rows_can_be_copied_reordered_and_dropped(config):
     assert cache.used == 12 and (cache.pos == 12).all()     # the original has not moved on
 
 
+def check_last(config):
+    """Two reads: rows of different lengths, then five tokens on top, of which some are padding."""
+    model = noisy(config)
+    cache, whole = KVCache(config, 3, T), KVCache(config, 3, T)
+    with torch.inference_mode():
+        for start, count, lengths in ((0, 14, [3, 14, 9]), (14, 5, [5, 1, 2])):
+            idx = TEXT[:, start:start + count]
+            last = torch.tensor(lengths) - 1
+            found = model.hidden(idx, cache, last=last)
+            wanted = model.hidden(idx, whole)[torch.arange(3), last]
+            torch.testing.assert_close(found, wanted[:, None], rtol=0, atol=1e-4)
+            assert torch.equal(cache.k, whole.k) and torch.equal(cache.v, whole.v)
+            cache.pos = whole.pos = whole.pos - (count - torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN, replace(GPT2, n_layer=1),
+                                    replace(MODERN, n_layer=1), replace(MODERN, n_layer=2)],
+                         ids=["gpt2", "modern", "gpt2 of 1", "modern of 1", "modern of 2"])
+def test_the_last_position_alone_reads_what_it_reads_beside_the_others(config):
+    check_last(config)
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_a_head_stored_by_columns_computes_the_same(config):
+    model = noisy(config)
+    before = model(TEXT)
+    embedding = model.wte.weight.clone()
+    after = model.for_inference()(TEXT)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
+    assert model.lm_head.weight.T.is_contiguous() and torch.equal(model.wte.weight, embedding)
+    assert model.wte.weight.is_contiguous()
+
+
 @pytest.mark.parametrize("change", [
     dict(tied_head=True), dict(rope=False), dict(qk_norm=False), dict(relu2=False),
     dict(value_embeds=False), dict(residual_scalars=False), dict(backout=False), dict(softcap=0.0),
@@ -731,6 +764,9 @@ def text_only(value):
      check_cache, GPT2),
     (KVCache, "append", "device=k.device), window)", "device=k.device), 8)", check_cache, MODERN),
     (GPT, "hidden", "pos + cache.pos[:, None]", "pos + cache.used", check_cache, MODERN),
+    (GPT, "hidden", "middle = take(middle, last)", "middle = middle[:, -1:]", check_last, MODERN),
+    (model_module.Attention, "forward", "take(pos, last)", "pos[:, -1:]", check_last, GPT2),
+    (model_module.Block, "forward", "x = take(x, last)", "x = x[:, -1:]", check_last, GPT2),
     (model_module, "loss_and_gradient", "dy.addcmul_(dy, t.square_(), value=-1)", "pass",
      check_cross_entropy, 3.0),
     (model_module, "loss_and_gradient", "share / sum_exp", "1 / sum_exp", check_cross_entropy, 0.0),
