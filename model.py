@@ -250,8 +250,8 @@ class GPT(nn.Module):
     """model(idx) → logits (B, T, V); model(idx, targets) → mean loss in nats per token.
 
     idx, targets: int64 (B, T), ids below vocab_size; targets of -1 are left out of the mean.
-    reduction="none" returns each token's loss (B, T). With a cache, idx continues its rows.
-    """
+    reduction="none" returns each token's loss (B, T). With a cache, idx continues its rows."""
+    model_types = ("gpt2", "deepdive")      # in config.json: without and with modern parts
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -518,7 +518,7 @@ def file_tensor(name, p, vocab_size):
         p = p[:vocab_size]
     elif name.endswith(TRANSPOSED):
         p = p.T
-    if not name.startswith("lm_head"):
+    if not name.startswith(("lm_head", "score")):       # score: the head of a reward model
         name = "transformer." + name
     return name, p.detach()
 
@@ -614,8 +614,8 @@ def save_checkpoint(run, model, tokenizer=None, stage="pretrain", step=0, **extr
     plain = GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head,
                       config.n_embd, config.dropout, tied_head=config.tied_head)
     write_json(run / "config.json", dict(
-        model_type="gpt2" if config == plain else "deepdive", architectures=["GPT2LMHeadModel"],
-        vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head,
+        model_type=model.model_types[0 if config == plain else -1], vocab_size=config.vocab_size,
+        architectures=["GPT2LMHeadModel"], n_layer=config.n_layer, n_head=config.n_head,
         n_embd=config.n_embd, n_positions=config.block_size, activation_function="gelu_new",
         layer_norm_epsilon=1e-5, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
         resid_pdrop=config.dropout, tie_word_embeddings=config.tied_head,
@@ -634,25 +634,25 @@ def config_from_hf(described):
             raise SystemExit(f"{name} is {value}, but here it is always {values[-1]}")
     return config
 
-def read_config(path):
+def read_config(path, model_types=GPT.model_types):
     """config.json, ours or HF's → (GPTConfig, metadata)."""
     described = read_json(path, "a model is a folder with config.json and model.safetensors; train "
                           "one, or name another with --model")
     meta = described.get("deepdive", dict(format_version=FORMAT_VERSION, stage="pretrain", step=0))
     kind = described.get("model_type")
     try:
-        if kind not in ("gpt2", "deepdive") or meta.get("format_version") != FORMAT_VERSION:
+        if kind not in model_types or meta.get("format_version") != FORMAT_VERSION:
             raise SystemExit(f"this is a {kind} model of format {meta.get('format_version')}; only "
-                             f"gpt2 and deepdive of format {FORMAT_VERSION} can be read")
+                             f"{' and '.join(model_types)} of format {FORMAT_VERSION} can be read")
         config = GPTConfig(**meta["model"]) if "model" in meta else config_from_hf(described)
     except (SystemExit, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}: {error}; train this model again, or name another") from None
     return config, meta
 
-def load_checkpoint(run, device="cpu", vocab_size=None):
+def load_checkpoint(run, device="cpu", vocab_size=None, architecture=GPT):
     """A run of ours, or a folder with HF's GPT-2 → (model, meta); meta: run, stage, step, …
     vocab_size: grows the vocabulary to this, for special tokens that the model has never seen."""
-    config, meta = read_config(Path(run) / "config.json")
+    config, meta = read_config(Path(run) / "config.json", architecture.model_types)
     path = Path(run) / "model.safetensors"
     tensors = read_tensors(path)
     find_tensor(tensors, "transformer.wte.weight", (config.vocab_size, config.n_embd), path)
@@ -660,7 +660,7 @@ def load_checkpoint(run, device="cpu", vocab_size=None):
     if len(layers) != config.n_layer:
         raise SystemExit(f"{path} has {len(layers)} layers; config.json asks for {config.n_layer}; "
                          "take both files from one checkpoint")
-    model = GPT(replace(config, vocab_size=max(config.vocab_size, vocab_size or 0)))
+    model = architecture(replace(config, vocab_size=max(config.vocab_size, vocab_size or 0)))
     load_weights(path, model, tensors, file_vocab=config.vocab_size)
     return model.use(device), {"run": str(run), **meta}
 

@@ -110,7 +110,8 @@ LOG_ROW = {"step?": is_finite, "seconds?": is_finite, "loss?": is_number, "val_l
            "val_bpb?": is_number, "gzip?": is_finite, "xz?": is_finite, "reward?": is_number,
            "reply_tokens?": is_number, "usd?": is_finite, "sample?": is_text, "kind?": is_text,
            "when?": is_text, "accuracy?": is_finite, "others?": {ANY: is_finite},
-           "thinking_tokens?": is_number,
+           "thinking_tokens?": is_number, "gold?": is_number, "kl_reply?": is_number,
+           "replies?": [{"reply": is_text, "reward": is_finite}],
            "header?": {"flags?": {"gpu_hour_usd?": is_number_or_none,
                                   "total_batch_size?": is_number_or_none}}}
 ANSWER = {"step": is_finite, "question": is_text, "reply": is_text, "right": is_right}
@@ -350,14 +351,14 @@ def plot(lines, levels, W, H):
             svg += [f"<circle class='c{i % 4}' cx='{X(x)}' cy='{Y(y)}' r='2'/>" for x, y in points]
     return "".join(svg)
 
-def curve(title, lines, levels={}, W=640, H=240):
+def curve(title, lines, levels={}, W=640, H=240, by="step"):
     """The HTML figure of a plot; "" if no line has a point."""
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return ""
     names = " ".join(f"<span class=c{i % 4}>● {shown(name)}</span>"
                      for i, name in enumerate(lines))
-    return (f"<figure><figcaption>{shown(title)}, by step: {names}</figcaption>"
+    return (f"<figure><figcaption>{shown(title)}, by {by}: {names}</figcaption>"
             f"<svg viewBox='0 0 {W} {H}'>{plot(lines, levels, W, H)}</svg></figure>")
 
 def ln_vocab(run):
@@ -531,6 +532,33 @@ def knowledge_table(runs):
                     rows.append((run.path, Path(name).name, kind, *(f"{s:.1%}" for s in shares)))
     return table(("run", "problems", "kind", "right", "wrong", "refused"), rows) if rows else ""
 
+def rlhf_figures(runs):
+    """RLHF: the reward that was followed and the true objective beside it, as far as the policy has
+    gone from its start; where the objective turned; and what the replies became."""
+    from best_of_n import read_best_of_n, turning_point, turning_rows
+    followed = {run.path.name: run.rows("step", "reward", "gold", "kl_reply") for run in runs}
+    followed = {name: rows for name, rows in followed.items() if rows}
+    for by, key in (("step", "step"), ("KL in nats a reply", "kl_reply")):
+        lines = {}
+        for name, rows in followed.items():
+            rows = sorted(rows, key=lambda row: row[key])
+            for what in ("reward", "gold"):
+                lines[f"{name}, {what}"] = [(row[key], row[what]) for row in rows]
+        yield curve("What is followed and what is meant", lines, by=by)
+    turns = [(name, *turn) for name, rows in followed.items()
+             for turn in turning_rows(turning_point(rows))]
+    if turns:
+        yield table(("run", "5 steps in a row", "step", "KL", "reward", "gold"), turns)
+    for run in runs:
+        rows = read_best_of_n(run.path)
+        if rows:
+            yield table((f"{run.path}, best of n", "KL", "reward", "gold"), rows)
+        replies = [(row["step"], f"{one['reward']:.2f}", one["reply"])
+                   for row in run.rows("step", "replies") for one in row["replies"]]
+        if replies:
+            yield (f"<details><summary>{shown(run.path)}: what it wrote</summary>"
+                   f"{table(('step', 'reward', 'reply'), replies)}</details>")
+
 def counts(reasons):
     """{reason: pages} → the most frequent first."""
     ordered = sorted(reasons.items(), key=lambda pair: -pair[1])
@@ -602,6 +630,8 @@ def write_report(runs, funnel, out):
         section("knowledge", "What it knows, and what it says it does not know",
                 [knowledge_table(runs)]),
         section("rl", "Reinforcement learning: reward, reply length, accuracy", rl_curves(runs)),
+        section("rlhf", "RLHF: a reward that people's ranks taught, and what they meant",
+                rlhf_figures(runs)),
         section("data", "What the filters kept and dropped", [filter_table(funnel)]),
         section("results", "All that eval.py measured", [results_table(runs)]),
         section("cost", "Time and cost of every stage", [cost_table(runs, funnel)]),

@@ -26,21 +26,25 @@ ALLOWED = {                         # which of the project's files each may impo
     "show": set(), "chat": {"show"}, "few_shot": set(), "checkers": set(),
     "tasks": {"problems", "subjects"},
     "search": {"corpus"}, "subjects": set(), "probe": {"model", "problems", "sample", "subjects"},
-    "eval": {"model", "problems", "sample", "training"},
+    "eval": {"model", "problems", "sample", "training"}, "preferences": {"dialogs", "problems"},
+    "reward_model": {"model", "problems", "sample", "training"},
+    **dict.fromkeys(("rank", "best_of_n"), {"model", "problems", "sample"}),
     "report": {"problems", "training"}, "dialogs": {"bpe", "problems"},
     "train_gpt2": {"bpe", "model", "precision", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
     "web": set(), "kinds": {"subjects"}, "conversations": {"bpe", "subjects"},
     "lookups": {"bpe", "problems", "search", "subjects"},
-    **dict.fromkeys(("run", "look", "narrator"), set())}
+    **dict.fromkeys(("run", "look", "narrator", "rlhf"), set())}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
     "bpe": {"corpus"}, "sample": {"chat", "download", "engine", "few_shot", "search", "show"},
     "problems": {"checkers"}, "checkers": {"sample"}, "tasks": {"dialogs"},
-    "rl_grpo": {"chat_sft", "dialogs", "tasks"},
+    "rl_grpo": {"chat_sft", "dialogs", "preferences", "reward_model", "tasks"},
+    **dict.fromkeys(("rank", "best_of_n"), {"preferences", "reward_model"}),
+    "reward_model": {"preferences"},
     "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
     "eval": {"search"}, "probe": {"search"},
     "model": {"precision"}, "train_gpt2": {"eval"},
-    "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
+    "prepare_fineweb": {"report", "shards"}, "report": {"best_of_n", "crawl"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
                            ".ci/run", "docs/files.md", "docs/talk.md") for path in [ROOT / name] if path.exists()]
 
@@ -284,7 +288,9 @@ def test_nothing_is_left_to_do_and_no_path_is_of_one_machine(path):
     assert path.name != "README.md" or not re.search("^[A-Z_]{4,}$", text, re.M), "a placeholder"
 
 
-ALIASES = {"chat_sft.py probe": "probe", "chat_sft.py make": "demo/conversations"}
+ALIASES = {"chat_sft.py probe": "probe", "chat_sft.py make": "demo/conversations",
+           "rl_grpo.py reward_model": "reward_model", "rl_grpo.py rank": "rank",
+           "rl_grpo.py best_of_n": "best_of_n"}
 
 
 def check_commands(text):
