@@ -29,7 +29,8 @@ ALLOWED = {                         # which of the project's files each may impo
     "eval": {"model", "problems", "sample", "training"}, "preferences": {"dialogs", "problems"},
     "reward_model": {"model", "problems", "sample", "training"},
     **dict.fromkeys(("rank", "best_of_n"), {"model", "problems", "sample"}),
-    "report": {"problems", "training"}, "dialogs": {"bpe", "problems"},
+    "report": {"problems", "svg", "training"}, "svg": set(), "inspection": set(),
+    "dialogs": {"bpe", "problems"},
     "train_gpt2": {"bpe", "model", "precision", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
     "web": set(), "kinds": {"subjects"}, "conversations": {"bpe", "subjects"},
@@ -44,7 +45,8 @@ OPTIONAL = {                        # imported by the function that needs it, if
     "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
     "eval": {"search"}, "probe": {"search"},
     "model": {"precision"}, "train_gpt2": {"eval"},
-    "prepare_fineweb": {"report", "shards"}, "report": {"best_of_n", "crawl"}}
+    "prepare_fineweb": {"inspection", "shards"}, "report": {"best_of_n"},
+    "inspection": {"crawl"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
                            ".ci/run", "docs/files.md", "docs/talk.md") for path in [ROOT / name] if path.exists()]
 
