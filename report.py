@@ -279,7 +279,7 @@ def print_summary(runs, funnel, strict):
     fall_short = [claim for verdict, claim, _ in judged if verdict == "fall short"]
     return 1 if strict and fall_short else 0
 
-# ---- The two curves of the story, for the report and for a file of their own ----------------------
+# ---- The two curves of the story, for the report and for a file of their own ---------------------
 
 def ln_vocab(run):
     """The level of a model that finds all tokens equally likely, where training starts."""
