@@ -22,7 +22,8 @@ ALLOWED = {                         # which of the project's files each may impo
     "prose": {"corpus", "download"}, "shards": {"bpe", "corpus", "download"},
     "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
-    "engine": {"model"},
+    "engine": {"model"}, "dispatch": {"engine"}, "api": {"bpe", "engine"},
+    "serve": {"api", "bpe", "dispatch", "engine", "model"},
     "show": set(), "chat": {"show"}, "few_shot": {"problems"},
     "search": {"corpus"}, "subjects": set(), "probe": {"model", "problems", "sample", "subjects"},
     "eval": {"model", "problems", "sample", "training"},
@@ -34,7 +35,7 @@ ALLOWED = {                         # which of the project's files each may impo
     **dict.fromkeys(("run", "look", "narrator"), set())}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
     "bpe": {"corpus"}, "sample": {"chat", "download", "engine", "few_shot", "search", "show"},
-    "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
+    "api": {"show"}, "serve": {"chat", "sample", "search"}, "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
     "eval": {"search"}, "probe": {"search"},
     "model": {"precision"}, "train_gpt2": {"eval"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
@@ -264,8 +265,8 @@ def is_main_guard(node):
 @each_script
 def test_nothing_runs_on_import(path):
     """Imports, definitions, constants, and `if __name__ == "__main__"`."""
-    passive = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AugAssign,
-               ast.AnnAssign)
+    passive = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef,
+               ast.Assign, ast.AugAssign, ast.AnnAssign)
     odd = [ast.unparse(node)[:60] for node in tree(path).body[1:]
            if not isinstance(node, passive) and not is_main_guard(node)]
     assert odd == [] and ast.get_docstring(tree(path))
