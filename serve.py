@@ -729,6 +729,7 @@ def listen(host, port):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
+        sock.listen(MAX_CONNECTIONS)    # who comes before the event loop runs waits for it
     except OSError as error:
         raise SystemExit(f"--host {host} --port {port} cannot be used: {error.strerror}; try "
                          "--port 0, which takes one that is free") from None

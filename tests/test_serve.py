@@ -61,7 +61,7 @@ def running(server, api_key=None):
     web = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=web.run, kwargs=dict(sockets=[sock]), daemon=True)
     thread.start()
-    yield port
+    yield port          # the socket listens already
     web.should_exit = True
     thread.join(5)
 
