@@ -32,6 +32,7 @@ simpler, and each row takes the memory of the longest one.
 """
 import math
 from collections import deque
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -155,6 +156,7 @@ class Row:
     cached: int = 0         # how many of its ids have been read: their keys and values are there
     reused: int = 0         # how many of these were copied from another text
     last_used: int = 0      # the step at which it ended, or was last copied from
+    call: object = None     # a Future: the tokens that a tool will force in, if one is at work
     donor: object = None    # the row from which it will copy `shared` tokens when they are read
     shared: int = 0
     finish: str = None      # "stop": the last id is a stop token; "length": out of tokens or
@@ -178,20 +180,27 @@ class Event:
 
 # ---- The loop ------------------------------------------------------------------------------------
 
+TOOL_SECONDS = 0.02         # how long a step waits for a tool if there is nothing else to do
 READ_TOKENS = 1024          # positions of prompts that a step reads, so that other rows do not wait
 FEW_TOKENS = 8              # so few are not worth a pass of their own beside other rows
-MIN_SHARED = 16             # tokens that are worth being copied
+MIN_SHARED = 16             # tokens that are worth being copied; fewer, if they are a whole prompt
 MAX_PADDING = 0.25          # of a prompt that is read beside longer ones, as a share of the longest
 
 class Scheduler:
     """Writes the texts of many requests in one batch of at most `rows` rows.
 
-    engine: its model, tokenizer and tools. The cache is as long as the longest text so far needs,
-    and takes rows × block_size tokens at most. Weights must not change while it is in use.
+    engine: its model, tokenizer and tools. keep: whether what a row has read stays in the cache
+    after its end. tool_threads: so many tools may work at a time while other rows are written; 0:
+    all rows wait for a tool, so that each step is the same in every run. The cache is as long as the longest text so far needs, and takes
+    rows × block_size tokens at most. Weights must not change while it is in use.
     """
 
-    def __init__(self, engine, rows=64):
+    def __init__(self, engine, rows=64, keep=True, tool_threads=0):
         self.engine = engine
+        self.keep = keep
+        self.pool = None
+        if tool_threads:
+            self.pool = ThreadPoolExecutor(tool_threads)
         self.model = engine.model
         self.device = engine.device()
         self.block_size = self.model.config.block_size
@@ -237,29 +246,34 @@ class Scheduler:
     def step(self):
         """→ the events of this step: one for each row that wrote a token, more if a tool did."""
         self.step_number += 1
+        events = self.hear_tools()
         self.admit()
-        if not self.running:
-            return []
-        self.read_prompts()
-        for row in self.slots[:self.running]:
-            self.copy_prefix(row)
         rows = self.slots[:self.running]
+        calls = [row.call for row in rows if row.call]
+        if len(calls) == len(rows):             # nothing to write
+            wait(calls, TOOL_SECONDS, FIRST_COMPLETED)
+            return events
+        self.read_prompts()
+        rows = self.slots[:self.running]        # some have changed places
+        for row in rows:
+            self.copy_prefix(row)
         logits = self.feed(rows)                                                # (rows, V)
-        ready = [i for i, row in enumerate(rows) if not row.unread()]
+        ready = [i for i, row in enumerate(rows) if not row.unread() and not row.call]
         if len(ready) < len(rows):
             logits = logits[ready]
-        events = self.write([rows[i] for i in ready], logits)
+        events += self.write([rows[i] for i in ready], logits)
         self.leave([row for row in rows if row.finish])
         return events
 
     def feed(self, rows):
-        """Reads one more token of each running row → the logits of what follows it, (rows, V)."""
-        cached = [row.cached for row in rows]
-        ids = [[row.ids[row.cached]] for row in rows]
-        cache = self.cache.part(0, cached, 1)
+        """Reads one more token of each running row → the logits of what follows it, (rows, V). A
+        row that waits for a tool reads its last token again, which changes nothing."""
+        at = [min(row.cached, len(row.ids) - 1) for row in rows]
+        ids = [[row.ids[i]] for i, row in zip(at, rows)]
+        cache = self.cache.part(0, at, 1)
         logits = self.model(torch.tensor(ids, device=self.device), cache=cache)[:, -1]
-        for row in rows:
-            row.cached += 1
+        for i, row in zip(at, rows):
+            row.cached = i + 1
         self.positions += len(rows)
         return logits
 
@@ -275,10 +289,28 @@ class Scheduler:
         events = []
         for row, token, report in zip(rows, tokens, reports):
             events.append(self.append(row, token, True, *report))
-            for forced in self.engine.forced_after(row.ids):
-                if not row.finish:
-                    events.append(self.append(row, forced, False))
+            if row.finish or not self.engine.calls_tool(row.ids):
+                continue
+            if self.pool:
+                row.call = self.pool.submit(self.engine.tool_output, list(row.ids))
+            else:
+                events += self.force(row, self.engine.tool_output(row.ids))
         return events
+
+    def hear_tools(self):
+        """→ the events of rows whose tools have answered."""
+        events = []
+        for row in self.slots[:self.running]:
+            if row.call and row.call.done():
+                events += self.force(row, row.call.result())
+                row.call = None
+        self.leave([event.row for event in events if event.finish])
+        return events
+
+    def force(self, row, tokens):
+        """Adds what a tool said to a row, as far as there is room → events."""
+        room = row.max_tokens - len(row.ids)
+        return [self.append(row, token, False) for token in tokens[:room]]
 
     def append(self, row, token, sampled, logprob=None, alternatives=None):
         """Adds a token to a row, and notes if it is its last → the event."""
@@ -319,6 +351,8 @@ class Scheduler:
     def make_room(self):
         """Of the rows that ended, brings the one that was not used for longest to the place after
         the running ones, or an empty place."""
+        if self.slots[self.running] is None:
+            return
         ages = [row.last_used if row else -1 for row in self.slots[self.running:]]
         self.swap(self.running, self.running + ages.index(min(ages)))
 
@@ -327,38 +361,55 @@ class Scheduler:
         read stays in the cache, because the next question of a chat begins with it."""
         for row in sorted(rows, key=lambda row: row.slot, reverse=True):
             self.running -= 1
-            self.swap(row.slot, self.running)
             row.last_used = self.step_number
             row.donor = None
-            if row.cached < MIN_SHARED:
+            if not self.keep or row.cached < MIN_SHARED:
                 self.slots[row.slot] = None
+                self.move(self.running, row.slot)
                 row.slot = None
+            else:
+                self.swap(self.running, row.slot)
+
+    def move(self, source, target):
+        """A row moves to an empty place."""
+        row = self.slots[source]
+        if row:
+            self.cache.copy(source, target, row.cached)
+            row.slot = target
+        self.slots[source] = None
+        self.slots[target] = row
 
     def swap(self, a, b):
-        """Two rows change places in the cache."""
+        """Two rows change places; one of the places may be empty."""
         if a == b:
             return
-        pair = self.slots[b], self.slots[a]
-        self.cache.swap(a, b, max(row.cached for row in pair if row))
-        for slot, row in zip((a, b), pair):
-            self.slots[slot] = row
-            if row:
-                row.slot = slot
+        if self.slots[a] is None:
+            self.move(b, a)
+        elif self.slots[b] is None:
+            self.move(a, b)
+        else:
+            first = self.slots[a]
+            second = self.slots[b]
+            self.cache.swap(a, b, max(first.cached, second.cached))
+            first.slot = b
+            second.slot = a
+            self.slots[a] = second
+            self.slots[b] = first
 
     # ---- what is in the cache already
 
     def longest_prefix(self, row):
         """The row in the cache with which a new one shares the most ids from the beginning on →
-        (row, how many). (None, 0) if they are not worth it. The last id of a prompt is always
-        read, since its logits are needed."""
+        (row, how many). (None, 0) if they are too few. The last id of a prompt is always read,
+        because its logits are needed."""
         most = len(row.ids) - 1
-        start = row.ids[:MIN_SHARED]
+        start = row.ids[:min(most, MIN_SHARED)]
         best = None
-        longest = MIN_SHARED - 1
+        longest = 0
         for other in self.slots:
-            if longest >= most:
+            if longest == most:
                 break
-            if other is None or other.ids[:MIN_SHARED] != start:
+            if other is None or other.ids[:len(start)] != start:
                 continue
             n = min(shared_tokens(row.ids, other.ids), most)
             if other.finish:
@@ -366,7 +417,7 @@ class Scheduler:
             if n > longest:
                 best = other
                 longest = n
-        return best, longest if best else 0
+        return best, longest
 
     def copy_prefix(self, row):
         """Copies what a row shares with its donor, as soon as the donor has read it."""
@@ -384,12 +435,12 @@ class Scheduler:
     def read_prompts(self):
         """Reads all but the last token of prompts that are new, at most READ_TOKENS, those that
         came first; feed() reads the last one. Rows of about the same length share a pass."""
+        new = [row for row in self.slots[:self.running] if row.unread() > 1 and not row.donor]
         left = READ_TOKENS
         chosen = []                     # (tokens to read, row)
-        running = self.slots[:self.running]
-        for row in sorted(running, key=lambda row: row.arrival):
+        for row in sorted(new, key=lambda row: row.arrival):
             n = min(row.unread() - 1, left)
-            if n > 0 and row.donor is None:
+            if n:
                 chosen.append((n, row))
                 left -= n
         if READ_TOKENS - left < min(self.running, FEW_TOKENS):
@@ -491,16 +542,19 @@ class SlotCache(KVCache):
         for name in ("k", "v"):
             old = getattr(self, name)
             L, B, room, NH, HS = old.shape
-            new = old.new_zeros(L, B, tokens, NH, HS)   # never NaN: a masked value counts 0 times
+            new = old.new_empty(L, B, tokens, NH, HS)
             new[:, :, :room] = old
+            new[:, :, room:] = 0        # never NaN: a value that no query sees counts 0 times
             setattr(self, name, new)
 
     def copy(self, source, target, n):
-        """The first n tokens of one row, for another."""
-        for t in (self.k, self.v):
-            t[:, target, :n] = t[:, source, :n]
+        """Copies the first n tokens of one row to another."""
+        self.k[:, target, :n] = self.k[:, source, :n]
+        self.v[:, target, :n] = self.v[:, source, :n]
 
     def swap(self, a, b, n):
         """The first n tokens of two rows change places."""
         for t in (self.k, self.v):
-            t[:, [a, b], :n] = t[:, [b, a], :n]
+            of_a = t[:, a, :n].clone()
+            t[:, a, :n] = t[:, b, :n]
+            t[:, b, :n] = of_a

@@ -21,7 +21,7 @@ import torch
 import engine as engine_room
 import sample
 from conftest import ROOT, mutate, noisy, run_main
-from engine import Scheduler, SlotCache, next_token_probs
+from engine import Scheduler, next_token_probs
 from model import GPTConfig, load_checkpoint, save_checkpoint
 from sample import Engine, find_run, run_python
 
@@ -685,11 +685,11 @@ def test_the_command_writes_the_same_text_twice(base_run, tmp_path, capsys):
 # ---- mutants
 
 @pytest.mark.parametrize("owner, name, old, new, check", [
-    (Scheduler, "leave", "self.swap(row.slot, self.running)", "pass", check_rows_equal_single_runs),
+    (Scheduler, "leave", "self.move(self.running, row.slot)", "pass", check_rows_equal_single_runs),
     (Scheduler, "add", ", self.block_size)", ", 99)", check_each_row_has_its_own_end),
     (Scheduler, "copy_prefix", "self.cache.copy(donor.slot, row.slot, n)", "pass",
      check_each_row_has_its_own_end),
-    (SlotCache, "swap", "[b, a]", "[a, b]", check_rows_equal_single_runs),
+    (Scheduler, "move", "self.cache.copy(source, target, row.cached)", "pass", check_rows_equal_single_runs),
     (engine_room, "next_token_probs", "logits.argmax", "logits.argmin", check_greedy),
     (engine_room, "next_token_probs", "logits / temperature", "logits", check_frequencies)],
     ids=lambda value: value if isinstance(value, str) else "")
@@ -700,9 +700,9 @@ def test_checks_of_the_loop_notice_a_mutant(owner, name, old, new, check, engine
 
 
 @pytest.mark.parametrize("owner, name, old, new", [
-    (Scheduler, "write", "forced, False", "forced, True"),
+    (Scheduler, "force", "token, False", "token, True"),
     (Scheduler, "append", "if sampled and token in", "if token in"),
-    (Engine, "forced_after", "if ids[-1] in self.tools", "if ids[-1] in self.tools and len(ids) > 9")],
+    (Engine, "calls_tool", "ids[-1] in self.tools", "ids[-1] in self.tools and len(ids) > 9")],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_check_of_the_tool_notices_a_mutant(owner, name, old, new, tokenizer, monkeypatch):
     mutate(monkeypatch, owner, name, old, new)
