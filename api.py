@@ -80,7 +80,7 @@ def number(body, name, default=None):
         return default
     kind, least, most = NUMBERS[name]
     is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
+    if not is_number or isinstance(value, float) and not math.isfinite(value):
         words = {int: "a whole number", float: "a number"}
         raise Refused(f"{name} must be {words[kind]}", name)
     if not least <= value <= most:
@@ -119,12 +119,16 @@ def find_model(body, models):
     return models[name]
 
 PART_TYPES = ("text", "think", "python", "output", "search")
+MAX_MESSAGES = 1000
 
 def read_messages(body):
     """The messages of a chat, as Tokenizer.render takes them."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise Refused("messages must be a list that is not empty", "messages")
+    if len(messages) > MAX_MESSAGES:
+        raise Refused(f"there may be at most {MAX_MESSAGES} messages, got {len(messages)}",
+                      "messages")
     return [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 def read_message(message, where):

@@ -81,6 +81,8 @@ class Tickets:
             self.dispatcher.close(ticket)
             self.dispatcher.orders.put(("cancel", ticket))
 
+TOOL_THREADS = 4        # of a model: so many tools may work at a time while it writes for others
+
 # ---- The thread ----------------------------------------------------------------------------------
 
 class Dispatcher(threading.Thread):
@@ -97,8 +99,11 @@ class Dispatcher(threading.Thread):
         self.n_open = 0
         self.seconds = 1.0                      # that a request takes, smoothed
         # of the thread
-        self.schedulers = {name: Scheduler(engine, max_rows) for name, engine in engines.items()}
+        self.schedulers = {name: self.new_scheduler(name) for name in engines}
         self.at_work = {name: {} for name in engines}       # {model: {scheduler's row: Ticket}}
+
+    def new_scheduler(self, model):
+        return Scheduler(self.engines[model], self.max_rows, tool_threads=TOOL_THREADS)
 
     # ---- called in the event loop
 
@@ -197,7 +202,7 @@ class Dispatcher(threading.Thread):
             failed = Failed(f"the engine failed: {problem}")
             self.send([(ticket, failed) for ticket in tickets.values()])
             tickets.clear()
-            self.schedulers[model] = Scheduler(self.engines[model], self.max_rows)
+            self.schedulers[model] = self.new_scheduler(model)
             return
         found = [(tickets[event.row], event) for event in events]
         for _, event in found:

@@ -92,22 +92,28 @@ class Served:
                           "prompt")
         return prompt
 
-    def fit(self, messages):
-        """Drops the oldest turns of a chat until a quarter of the context is free for the reply →
-        (messages, ids)."""
-        if not self.is_chat:
-            ids = self.prompt(messages)
-            room = self.block_size - max(1, self.block_size // 4)
-            return messages, [*ids[:1], *ids[1:][-room + 1:]]
+    def fit_document(self, ids):
+        """Drops tokens after the first one until a quarter of the context is free → (ids, how many
+        were dropped)."""
+        most = self.block_size - max(1, self.block_size // 4)
+        dropped = max(0, len(ids) - most)
+        return [*ids[:1], *ids[1 + dropped:]], dropped
+
+    def fit_chat(self, messages):
+        """Drops the oldest turns of a chat until a quarter of the context is free for the reply,
+        or half of it if a search may bring a passage → (ids, how many messages were dropped)."""
         from chat import fit_context
-        share = 2 if self.engine.search else 4
+        share = 4
+        if self.engine.search:
+            share = 2
         most = self.block_size - max(1, self.block_size // share)
-        messages, ids = fit_context(self.engine.tokenizer, self.with_tools(messages), most)
+        messages = self.with_tools(messages)
+        kept, ids = fit_context(self.engine.tokenizer, messages, most)
         if len(ids) >= self.block_size:
             raise Refused(f"the message is too long: with it the prompt has {len(ids)} tokens, and "
                           f"the model reads {self.block_size}", "messages",
                           code="context_length_exceeded")
-        return messages, ids
+        return ids, len(messages) - len(kept)
 
     def next_logits(self, ids):
         """The logits (V,) after a prompt; the last few are kept, for a slider that is moved."""
@@ -377,8 +383,12 @@ class Server:
     @asynccontextmanager
     async def tickets(self, asked):
         """A request's rows in the engine; if there is no room, or one fails, it is Refused."""
+        requests = asked.requests()
+        if len(requests) > self.dispatcher.max_open:
+            raise Refused(f"this server writes at most {self.dispatcher.max_open} answers at once, "
+                          f"not {len(requests)}", "n")
         try:
-            async with self.dispatcher.open(asked.model.name, asked.requests()) as tickets:
+            async with self.dispatcher.open(asked.model.name, requests) as tickets:
                 yield tickets
         except Busy as busy:
             raise Refused(str(busy), status=429, code="rate_limit_exceeded") from busy
@@ -445,7 +455,7 @@ def token_form(tokenizer, i):
 async def state(server, body):
     """What the page must know before it shows anything."""
     return dict(models=[model.described() for model in server.models.values()],
-                tools=server.tools, docs=any(model.index for model in server.models.values()),
+                open=server.dispatcher.n_open, tools=server.tools, docs=any(model.index for model in server.models.values()),
                 tokenizers=tokenizer_names(server), runs=run_names(server),
                 preferences=str(server.preferences))
 
@@ -457,26 +467,29 @@ async def write(server, body):
     with the alternatives. reply_ids: how the reply begins, from where it is continued."""
     api.check_fields(body, WRITE_FIELDS)
     model = api.find_model(body, server.models)
-    dropped = 0
-    retrieved = []
-    if "messages" in body:
-        messages = api.read_messages(body)
-        if api.flag(body, "rag") and model.index:
-            messages, retrieved = with_passages(model, messages)
-        kept, prompt = model.fit(messages)
-        dropped = len(model.with_tools(messages)) - len(kept) if model.is_chat else 0
-    else:
-        prompt = model.document(body.get("text", ""))
+    prompt, dropped, retrieved = await asyncio.to_thread(read_prompt, model, body)
     prefix = body.get("reply_ids") or []
     if prefix:
         prefix = model.document(prefix)
     asked = api.read_common(body, model, [[*prompt, *prefix]], None)
-    asked.is_chat = "messages" in body and model.is_chat
     asked.top = number_of_bars(body)
     asked.has_logprobs = asked.top > 0
     head = dict(type="prompt", tokens=[token_form(model.engine.tokenizer, i) for i in prompt],
                 dropped=dropped, retrieved=retrieved, context=model.block_size, seed=asked.seed)
     return Stream(written(server, asked, prefix, head))
+
+def read_prompt(model, body):
+    """What the page asks a model → (ids, how many messages of a chat or tokens of a document fell
+    out of the context, passages that were put before the question)."""
+    if "messages" not in body:
+        return *model.fit_document(model.document(body.get("text", ""))), []
+    messages = api.read_messages(body)
+    retrieved = []
+    if api.flag(body, "rag") and model.index:
+        messages, retrieved = with_passages(model, messages)
+    if not model.is_chat:
+        return *model.fit_document(model.prompt(messages)), retrieved
+    return *model.fit_chat(messages), retrieved
 
 def number_of_bars(body):
     top = body.get("top", 10)
@@ -517,8 +530,7 @@ async def next_token(server, body):
     """The bars of the next token of a document, as the sampler would draw it."""
     api.check_fields(body, ("text",))
     model = api.find_model(body, server.models)
-    ids = model.document(body.get("text", ""))
-    ids = [*ids[:1], *ids[1:][-model.block_size + 1:]]      # the beginning falls out
+    ids, _ = model.fit_document(model.document(body.get("text", "")))
     sampling = api.read_common(body, model, [ids[:1]], None).sampling
     logits = await server.dispatcher.call(model.next_logits, ids)
     probs = next_token_probs(logits[None], **sampling, contexts=[ids])[0]
@@ -534,7 +546,7 @@ async def next_token(server, body):
 def tokenizer_names(server):
     """The tokenizers of the models, and those of OpenAI that are on the disk."""
     own = dict.fromkeys(model.name for model in distinct_tokenizers(server))
-    return [*own, *filter(is_on_disk, OPENAI_FILES)]
+    return list(dict.fromkeys([*own, *filter(is_on_disk, OPENAI_FILES)]))
 
 def distinct_tokenizers(server):
     """One model for each different tokenizer."""

@@ -20,7 +20,7 @@ pytest.importorskip("uvicorn", reason="the server needs it: pip install starlett
 pytest.importorskip("starlette", reason="the server needs it: pip install starlette uvicorn")
 openai = pytest.importorskip("openai", reason="its client asks the server: pip install openai")
 
-import api
+import search
 import serve
 from api import Choice
 from conftest import ROOT, noisy, run_main
@@ -199,7 +199,9 @@ WRONG = [
     (dict(stream=1), "stream", 400), (dict(stream_options=dict(a=1)), "stream_options", 400),
     (dict(presence_penalty=1), "presence_penalty", 400), (dict(tools=[1]), "tools", 400),
     (dict(colour="red"), "colour", 400),
-    (dict(messages=[dict(role="user", content="x " * 900)]), "messages", 400)]
+    (dict(messages=[dict(role="user", content="x " * 900)]), "messages", 400),
+    (dict(messages=[dict(role="user", content="x")] * 1001), "messages", 400),
+    (dict(seed=10 ** 400), "seed", 400)]
 
 
 @pytest.mark.parametrize("wrong, param, status", WRONG, ids=range(len(WRONG)))
@@ -317,13 +319,15 @@ def test_a_cancelled_row_writes_no_other_token(tokenizer):
     async def work():
         async with dispatcher.open("one", requests) as tickets:
             dispatcher.obey(wait=False)
-            dispatcher.step("one")
+            while tickets.events.qsize() < 3:       # the prompts are read, and a token each
+                dispatcher.step("one")
+                await asyncio.sleep(0)
             tickets.cancel(1)
             dispatcher.obey(wait=False)
             dispatcher.step("one")
             await asyncio.sleep(0)
             return [tickets.events.get_nowait()[0] for _ in range(tickets.events.qsize())]
-    assert asyncio.run(work()) == [0, 2, 0, 2]
+    assert asyncio.run(work()) == [0, 1, 2, 0, 2]
     dispatcher.obey(wait=False)
     assert dispatcher.n_open == 0 and dispatcher.schedulers["one"].running == 0
 
@@ -339,11 +343,13 @@ def test_a_full_house_says_when_to_ask_again(tokenizer, server, port, monkeypatc
                     await dispatcher.open("one", requests[:1]).__aenter__()
         return busy.value.seconds
     assert asyncio.run(work()) == 2
-    monkeypatch.setattr(server.dispatcher, "max_open", 0)
+    monkeypatch.setattr(server.dispatcher, "max_open", 2)
+    assert request(port, "POST", "/v1/chat/completions", CHAT | dict(n=3))[0] == 400
+    monkeypatch.setattr(server.dispatcher, "n_open", 2)
     for stream in (True, False):
         status, body, headers = request(port, "POST", "/v1/chat/completions",
                                         CHAT | dict(stream=stream))
-        assert (status, headers["retry-after"]) == (429, "1")
+        assert status == 429 and int(headers["retry-after"]) >= 1
         assert body["error"]["code"] == "rate_limit_exceeded"
 
 
@@ -392,6 +398,16 @@ def test_what_falls_out_of_the_context_is_said(port):
     status, answer, _ = request(port, "POST", "/api/write", body | dict(
         messages=[dict(role="user", content="word " * 900)]))
     assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
+
+
+def test_the_beginning_of_a_long_document_falls_out(port, tokenizer):
+    text = "word " * 900
+    head = events(port, dict(model="tiny-base", text=text, max_tokens=2))[0]
+    ids = [tokenizer.eot, *tokenizer.encode_ordinary(text)]
+    assert len(head["tokens"]) == 384 and head["dropped"] == len(ids) - 384
+    assert [token[0] for token in head["tokens"]] == [ids[0], *ids[-383:]]
+    body = dict(model="tiny-base", text=text)
+    assert request(port, "POST", "/api/next", body)[1]["tokens"] == 384
 
 
 def test_a_base_model_gets_the_question_as_a_document(port, tokenizer):
@@ -577,6 +593,7 @@ def test_models_run_python_with_tools_alone(server, tools, monkeypatch):
 
 
 def test_documents_are_searched_as_the_model_learnt_it(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "embedding", lambda: (None, None))     # it takes a second to load
     (tmp_path / "notes.txt").write_text("Zorblax is the capital of Mars.")
     monkeypatch.setattr(sys, "argv", ["serve.py", "--model", str(server.runs / "tiny-sft"),
                                       "--docs", str(tmp_path)])
