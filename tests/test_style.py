@@ -26,6 +26,9 @@ ALLOWED = {                         # which of the project's files each may impo
     "search": {"corpus"}, "subjects": set(), "probe": {"model", "problems", "sample", "subjects"},
     "eval": {"model", "problems", "sample", "training"},
     "report": {"problems", "training"}, "dialogs": {"bpe", "problems"},
+    "claims": set(), **dict.fromkeys(("claims_data", "claims_base", "claims_assistant",
+                                      "claims_reasoner"), {"claims"}),
+    "talk": {"claims", "claims_data", "claims_base", "claims_assistant", "claims_reasoner"},
     "train_gpt2": {"bpe", "model", "precision", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
     "web": set(), "kinds": {"subjects"}, "conversations": {"bpe", "subjects"},
@@ -36,7 +39,10 @@ OPTIONAL = {                        # imported by the function that needs it, if
     "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
     "eval": {"search"}, "probe": {"search"},
     "model": {"precision"}, "train_gpt2": {"eval"},
-    "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
+    "prepare_fineweb": {"report", "shards"}, "report": {"crawl"},
+    "claims_data": {"bpe", "eval", "model", "warc"},
+    "claims_base": {"claims_data", "eval", "few_shot", "problems", "sample"},
+    "talk": {"eval", "model", "problems", "sample", "search", "train_gpt2", "training"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
                            ".ci/run") for path in [ROOT / name] if path.exists()]
 

@@ -1,0 +1,3 @@
+"""
+The talk's claims about what an assistant knows and who it is.
+"""

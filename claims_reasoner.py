@@ -1,0 +1,3 @@
+"""
+The talk's claims about thinking, tools, letters and reinforcement learning.
+"""
