@@ -9,7 +9,8 @@ What a claim is, and when a model shows it: numbers with standard errors, and on
 
 Every claim of the talk comes down to checks: one number should be larger than another. A check
 passes if the difference is at least two standard errors of the difference. A claim is shown if all
-of its checks pass; otherwise it is not shown at this size. No verdict is written down elsewhere.
+of its checks pass, partly shown if some do, and not shown at this size if none does. No verdict is
+written down elsewhere.
 
 A share that is 0 or 1 in a small sample is not certain. Its standard error is therefore that of the
 share with one more hit and one more miss (Laplace's rule), which is never 0. What is counted rather
@@ -133,9 +134,10 @@ class Finding:
 
     @property
     def verdict(self):
-        if all(check.passes for check in self.checks):
-            return "shown"
-        return "not at this size"
+        passed = [check for check in self.checks if check.passes]
+        if not passed:
+            return "not at this size"
+        return "shown" if len(passed) == len(self.checks) else "partly shown"
 
 class NotMeasured(Exception):
     """A part that a claim needs is not there; the message says what to do."""

@@ -14,8 +14,8 @@ import math
 import random
 from collections import Counter
 
-from claims import (Check, Finding, Measured, chi_squared, difference, matched_tokens, mean,
-                    one_line, ratio, share_of)
+from claims import (Check, Finding, Measured, NotMeasured, chi_squared, difference,
+                    matched_tokens, mean, one_line, ratio, share_of)
 
 # ---- Compression ---------------------------------------------------------------------------------
 
@@ -293,3 +293,115 @@ def trainable_copy(model):
     model = copy.deepcopy(model).float().train()
     model.compute_dtype = torch.float32
     return model.requires_grad_(True)
+
+# ---- What came after the data ends ---------------------------------------------------------------
+
+AFTER_THE_DATA = ("In 2031, the", "In Python 9.0, the function", "The election of 2032 was won by",
+                  "The next version of this module will", "Last week, the city of Ares Base",
+                  "According to the news of today,")
+UNIVERSES = 12          # continuations of each
+WITHIN = 0.5            # nats a token that still count as equally confident
+
+def universes(models):
+    """Asked about what came after its data, a base model dreams: each time another future, each as
+    confident as what it knows.
+
+    Asked: six beginnings about the future, continued 12 times each. Counted: different futures; how
+    many admit that they do not know; the log-probability a token of what it wrote. Against: half;
+    its continuations of beginnings of unseen documents, less half a nat.
+    """
+    from problems import declines
+    engine = models.engine("base")
+    real = [engine.tokenizer.decode(ids[:8]) for ids in models.val_documents() if len(ids) > 40]
+    futures = dreams(models, AFTER_THE_DATA)
+    known = dreams(models, real[:len(AFTER_THE_DATA)])
+    distinct = [text for prompt in AFTER_THE_DATA
+                for text in {text for of, text, _ in futures if of == prompt}]
+    different = share_of(n < len(distinct) for n in range(len(futures)))
+    admits = share_of(declines(text) for _, text, _ in futures)
+    sure = {name: mean([log_prob for _, _, log_prob in dreamt], "nats")
+            for name, dreamt in dict(future=futures, known=known).items()}
+    least = Measured(sure["known"].value - WITHIN, sure["known"].error, "nats")
+    checks = [Check("more than half of the futures are different", different, HALF),
+              Check("fewer than half admit that they do not know", HALF, admits),
+              Check("as confident as about real documents, to half a nat", sure["future"], least)]
+    texts = [one_line(f"{prompt}{text}") for prompt, text, _ in
+             [*futures[:3], *futures[2 * UNIVERSES:2 * UNIVERSES + 3]]]
+    said = (f"of {len(futures)} futures {different} are different, {admits} admit not to know; log "
+            f"p a token {sure['future']}, of real documents' {sure['known']}")
+    return Finding(said, checks, dict(different=different, admits=admits, **sure), texts)
+
+HALF = Measured(0.5, unit="%")
+
+def dreams(models, prompts):
+    """UNIVERSES continuations of each prompt → [(prompt, text, mean log-probability a token)]."""
+    engine = models.engine("base")
+    prompt_ids = [engine.prompt_ids(prompt) for prompt in prompts]
+    completions = engine.generate(prompt_ids, 24, num_samples=UNIVERSES, seed=models.seed)
+    repeated = [(prompt, ids) for prompt, ids in zip(prompts, prompt_ids) for _ in range(UNIVERSES)]
+    spans = [([*ids, *completion.ids], len(ids))
+             for (_, ids), completion in zip(repeated, completions)]
+    log_probs = models.log_probs(("base",), spans)
+    return [(prompt, engine.tokenizer.decode(completion.ids), log_prob)
+            for (prompt, _), completion, log_prob in zip(repeated, completions, log_probs)]
+
+# ---- Learning while it is used -------------------------------------------------------------------
+
+MOST_DOCUMENTS = 12
+REST_TOKENS = 96
+UPDATES = 5
+
+def test_time(models):
+    """Test-time training: a few gradient steps on the document at hand lower the loss on its rest.
+
+    Asked: unseen documents, of each the first half and at most 96 tokens after it. Counted: nats a
+    token of these, after 5 steps of AdamW on the first half. Against: the same weights without the
+    steps; with the first half in the context instead; both. The weights are restored for each
+    document, and the loss must then be the same to the bit.
+    """
+    engine = models.engine("base")
+    half = engine.model.config.block_size // 2
+    halves = []
+    for ids in models.val_documents():
+        cut = min(half, len(ids) // 2)
+        if cut >= 32:
+            halves.append((ids[:cut], ids[cut:cut + min(REST_TOKENS, half - 1)]))
+    if not halves:
+        raise NotMeasured("no unseen document has 64 tokens; prepare more text")
+    model = trainable_copy(engine.model)
+    weights = copy.deepcopy(model.state_dict())
+    losses = {name: [] for name in ("neither", "context", "steps", "both", "restored")}
+    for first, rest in halves[:MOST_DOCUMENTS]:
+        alone, in_context = two_losses(model, engine.tokenizer.eot, first, rest)
+        take_steps(model, [engine.tokenizer.eot, *first])
+        stepped, both = two_losses(model, engine.tokenizer.eot, first, rest)
+        model.load_state_dict(weights)
+        restored, _ = two_losses(model, engine.tokenizer.eot, first, rest)
+        for name, loss in zip(losses, (alone, in_context, stepped, both, restored)):
+            losses[name].append(loss)
+    means = {name: mean(values, "nats") for name, values in losses.items()}
+    lowered = difference(losses["neither"], losses["steps"], "nats")
+    checks = [Check(f"{UPDATES} steps lower the loss of a document's rest", lowered),
+              Check("the weights are restored: the loss is the same",
+                    Measured(float(losses["neither"] == losses["restored"])))]
+    said = (f"nats a token of the rest: {means['neither']}; after {UPDATES} steps "
+            f"{means['steps']}, lower by {lowered}; with the text in the context "
+            f"{means['context']}; with both {means['both']}")
+    return Finding(said, checks, dict(lowered=lowered, **means))
+
+def two_losses(model, eot, first, rest):
+    """Nats a token of `rest`: on its own, and with `first` before it in the context."""
+    from eval import score
+    found = score(model, [([eot, *rest], 1), ([eot, *first, *rest], 1 + len(first))])
+    return [-log_prob for log_prob, _ in found]
+
+def take_steps(model, ids, lr=3e-4):
+    """UPDATES steps of AdamW on one row of ids."""
+    import torch
+    device = next(model.parameters()).device
+    row = torch.tensor([ids], device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    for _ in range(UPDATES):
+        model(row[:, :-1], row[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()

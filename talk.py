@@ -68,6 +68,30 @@ CLAIMS = [
           claims_base.few_shot),
     Claim("regurgitation", "What was read often is recited word for word.",
           claims_base.regurgitation),
+    Claim("universes", "Asked about the future, a base model dreams another one each time.",
+          claims_base.universes),
+    Claim("hallucination", "An assistant that only saw answers makes them up, unsure within.",
+          claims_assistant.hallucination),
+    Claim("probing", "Asking it what it knows and teaching \"I don't know\" cures that.",
+          claims_assistant.probing),
+    Claim("memories", "Weights recall vaguely; what stands in the context is read off.",
+          claims_assistant.memories),
+    Claim("search", "With search it answers from an invented fact, without it cannot.",
+          claims_assistant.search),
+    Claim("identity", "It is who its conversations or a system message say, in this chat alone.",
+          claims_assistant.identity),
+    Claim("think", "Models need tokens to think: in steps they are right, in one leap they guess.",
+          claims_reasoner.think),
+    Claim("arithmetic", "Mental arithmetic fails where the Python tool does not.",
+          claims_reasoner.arithmetic),
+    Claim("letters", "Tokens are not letters: counting them fails in one leap; Python counts.",
+          claims_reasoner.letters),
+    Claim("jagged", "9.11 against 9.9 fails beside harder things that succeed.",
+          claims_reasoner.jagged),
+    Claim("discovery", "SFT imitates, RL discovers: longer thoughts, more right answers.",
+          claims_reasoner.discovery),
+    Claim("test_time", "A few gradient steps on a document lower the loss on its rest.",
+          claims_base.test_time),
 ]
 
 # ---- The runs and the data -----------------------------------------------------------------------
@@ -169,9 +193,17 @@ class Models:
             raise NotMeasured(f"{path} has no problem of kind {' or '.join(kinds)}")
         return [problem for of_kind in found.values() for problem in of_kind[:most]]
 
-    def replies(self, roles, conversations, begun="", max_new_tokens=48, search=None, python=True):
-        """Greedy replies to conversations, as texts. begun: how each reply begins, as if the model
-        had written it. search, python: what the tools are; False: the token means nothing."""
+    def held_out(self, kind, most=None):
+        """Held-out problems of a kind; [] if there are none."""
+        try:
+            return self.problems("held_out.jsonl", kind, most=most)
+        except NotMeasured:
+            return []
+
+    def replies(self, roles, conversations, begun=(), max_new_tokens=48, search=None, python=True):
+        """Greedy replies to conversations, as texts. begun: the ids with which each reply begins,
+        as if the model had written them. search: the tool's function, if there is one. python:
+        whether there is that tool."""
         from sample import Engine, run_python
         kept = self.engine(*roles)
         engine = Engine(kept.model, kept.tokenizer, python=python and run_python, search=search)
@@ -180,11 +212,12 @@ class Models:
             if isinstance(conversation, str):
                 conversation = [dict(role="user", content=conversation)]
             ids, _ = engine.tokenizer.render(conversation, for_completion=True)
-            prompts.append([*ids, *engine.tokenizer.encode_ordinary(begun)])
+            prompts.append([*ids, *begun])
+        beginning = engine.tokenizer.decode(begun)
         found = []
         for i in range(0, len(prompts), 64):
             completions = engine.generate(prompts[i:i + 64], max_new_tokens, temperature=0)
-            found += [begun + engine.reply_text(completion) for completion in completions]
+            found += [beginning + engine.reply_text(completion) for completion in completions]
         return found
 
     def log_probs(self, roles, spans):
