@@ -32,6 +32,9 @@ ALLOWED = {                         # which of the project's files each may impo
     **dict.fromkeys(("rank", "best_of_n"), {"model", "problems", "sample"}),
     "report": {"problems", "svg", "training"}, "svg": set(), "inspection": set(),
     "dialogs": {"bpe", "problems"},
+    "claims": set(), **dict.fromkeys(("claims_data", "claims_base", "claims_assistant",
+                                      "claims_reasoner"), {"claims"}),
+    "talk": {"claims", "claims_data", "claims_base", "claims_assistant", "claims_reasoner"},
     "train_gpt2": {"bpe", "model", "precision", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
     "web": set(), "kinds": {"subjects"}, "conversations": {"bpe", "subjects"},
@@ -48,7 +51,10 @@ OPTIONAL = {                        # imported by the function that needs it, if
     "eval": {"search"}, "probe": {"search"},
     "model": {"precision"}, "train_gpt2": {"eval"},
     "prepare_fineweb": {"inspection", "shards"}, "report": {"best_of_n"},
-    "inspection": {"crawl"}}
+    "inspection": {"crawl"},
+    "claims_data": {"bpe", "eval", "model", "warc"},
+    "claims_base": {"claims_data", "eval", "few_shot", "problems", "sample"},
+    "talk": {"eval", "model", "problems", "sample", "search", "train_gpt2", "training"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
                            ".ci/run", "docs/files.md", "docs/talk.md")
          for path in [ROOT / name] if path.exists()]
