@@ -250,8 +250,8 @@ class GPT(nn.Module):
     """model(idx) → logits (B, T, V); model(idx, targets) → mean loss in nats per token.
 
     idx, targets: int64 (B, T), ids below vocab_size; targets of -1 are left out of the mean.
-    reduction="none" returns each token's loss (B, T). With a cache, idx continues its rows.
-    """
+    reduction="none" returns each token's loss (B, T). With a cache, idx continues its rows."""
+    model_types = ("gpt2", "deepdive")      # in config.json: without and with modern parts
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -319,8 +319,8 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None, last=None):
         """idx (B, T) → what the head reads, (B, T, C) after the last norm. last (B,), which needs a
-        cache: only these positions are read, (B, 1, C). Of the others the last layer then computes
-        nothing but keys and values, so that a prompt costs almost a layer less."""
+        cache: only these positions are read, (B, 1, C). For the others the last layer then stops at
+        their keys and values, so that a prompt costs most of a layer less."""
         config = self.config
         T = idx.shape[1]
         pos = torch.arange(T, device=idx.device)[None]                               # (1, T)
@@ -403,18 +403,17 @@ class GPT(nn.Module):
         """
         from precision import find_bf16, find_product
         device = str(device)
-        has_bf16 = bf16
         if bf16 is None:
-            has_bf16, _ = find_bf16(device)
+            bf16, _ = find_bf16(device)
         self.compute_dtype = torch.get_default_dtype()
         kernel = sdpa
-        if has_bf16 and "cuda" in device:
+        if bf16 and "cuda" in device:
             self.compute_dtype = torch.bfloat16
             kernel, _ = find_kernel(device)
         self.loss_precision = None
-        if has_bf16 and "cuda" not in device and self.config.n_embd >= 128:
+        if bf16 and "cuda" not in device and self.config.n_embd >= 128:
             self.loss_precision = "medium"
-        product = find_product(device, has_bf16, fp8)
+        product = find_product(device, bf16, fp8)
         for module in self.h.modules():
             if isinstance(module, Attention):
                 module.kernel = kernel
@@ -425,7 +424,7 @@ class GPT(nn.Module):
     def for_inference(self):
         """Ends training: keeps the matrices in the dtype they are multiplied in. On a GPU that
         halves the bytes, and with them the time, that each new token takes to read the weights. On
-        a CPU the head is stored by columns, which one row reads in half the time; wte stays."""
+        a CPU the head is stored by columns, which one row reads faster; wte keeps its rows."""
         for p in self.parameters():
             p.requires_grad_(False)
             if p.ndim == 2:
@@ -519,13 +518,14 @@ def file_tensor(name, p, vocab_size):
         p = p[:vocab_size]
     elif name.endswith(TRANSPOSED):
         p = p.T
-    if not name.startswith("lm_head"):
+    if not name.startswith(("lm_head", "score")):       # score: the head of a reward model
         name = "transformer." + name
     return name, p.detach()
 
 def file_tensors(model):
-    V = model.config.vocab_size
-    return [file_tensor(name, p, V) for name, p in model.named_parameters()]
+    V = model.config.vocab_size     # a tied head is in no file, though for_inference copies it
+    return [file_tensor(name, p, V) for name, p in model.named_parameters()
+            if name != "lm_head.weight" or not model.config.tied_head]
 
 def put_in_place(part, path):
     """Gives a finished file its name after its bytes are on the disk, so that there is never half
@@ -614,8 +614,8 @@ def save_checkpoint(run, model, tokenizer=None, stage="pretrain", step=0, **extr
     plain = GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head,
                       config.n_embd, config.dropout, tied_head=config.tied_head)
     write_json(run / "config.json", dict(
-        model_type="gpt2" if config == plain else "deepdive", architectures=["GPT2LMHeadModel"],
-        vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head,
+        model_type=model.model_types[0 if config == plain else -1], vocab_size=config.vocab_size,
+        architectures=["GPT2LMHeadModel"], n_layer=config.n_layer, n_head=config.n_head,
         n_embd=config.n_embd, n_positions=config.block_size, activation_function="gelu_new",
         layer_norm_epsilon=1e-5, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
         resid_pdrop=config.dropout, tie_word_embeddings=config.tied_head,
@@ -634,25 +634,25 @@ def config_from_hf(described):
             raise SystemExit(f"{name} is {value}, but here it is always {values[-1]}")
     return config
 
-def read_config(path):
+def read_config(path, model_types=GPT.model_types):
     """config.json, ours or HF's → (GPTConfig, metadata)."""
     described = read_json(path, "a model is a folder with config.json and model.safetensors; train "
                           "one, or name another with --model")
     meta = described.get("deepdive", dict(format_version=FORMAT_VERSION, stage="pretrain", step=0))
     kind = described.get("model_type")
     try:
-        if kind not in ("gpt2", "deepdive") or meta.get("format_version") != FORMAT_VERSION:
+        if kind not in model_types or meta.get("format_version") != FORMAT_VERSION:
             raise SystemExit(f"this is a {kind} model of format {meta.get('format_version')}; only "
-                             f"gpt2 and deepdive of format {FORMAT_VERSION} can be read")
+                             f"{' and '.join(model_types)} of format {FORMAT_VERSION} can be read")
         config = GPTConfig(**meta["model"]) if "model" in meta else config_from_hf(described)
     except (SystemExit, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}: {error}; train this model again, or name another") from None
     return config, meta
 
-def load_checkpoint(run, device="cpu", vocab_size=None):
+def load_checkpoint(run, device="cpu", vocab_size=None, architecture=GPT):
     """A run of ours, or a folder with HF's GPT-2 → (model, meta); meta: run, stage, step, …
     vocab_size: grows the vocabulary to this, for special tokens that the model has never seen."""
-    config, meta = read_config(Path(run) / "config.json")
+    config, meta = read_config(Path(run) / "config.json", architecture.model_types)
     path = Path(run) / "model.safetensors"
     tensors = read_tensors(path)
     find_tensor(tensors, "transformer.wte.weight", (config.vocab_size, config.n_embd), path)
@@ -660,7 +660,7 @@ def load_checkpoint(run, device="cpu", vocab_size=None):
     if len(layers) != config.n_layer:
         raise SystemExit(f"{path} has {len(layers)} layers; config.json asks for {config.n_layer}; "
                          "take both files from one checkpoint")
-    model = GPT(replace(config, vocab_size=max(config.vocab_size, vocab_size or 0)))
+    model = architecture(replace(config, vocab_size=max(config.vocab_size, vocab_size or 0)))
     load_weights(path, model, tensors, file_vocab=config.vocab_size)
     return model.use(device), {"run": str(run), **meta}
 

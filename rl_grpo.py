@@ -5,6 +5,9 @@ Reinforcement learning on problems whose answers can be checked: an assistant �
     torchrun --standalone --nproc_per_node=8 rl_grpo.py --model runs/d24-sft \
         --task gsm8k --out runs/d24-rl --keep smoltalk:0.1 --format_reward 0.1          # 8 GPUs
 
+    python rl_grpo.py --reward model:runs/demo-reward --kl 0.1 --max_kl 10 \
+        --model runs/demo-sft --task prompts.jsonl --out runs/demo-rlhf                 # RLHF
+
     in:  an assistant's run; a .jsonl of {"question", "answer"}, as in GSM8K's own files, or the
          name of a task, gsm8k, countdown, letters, decimals or sums, with its held-out problems;
          for --keep, conversations as chat_sft.py reads them
@@ -20,6 +23,10 @@ in <|think|>…<|/think|> is learnt in the same way, but an answer in there does
 
 What is not practised may be forgotten. --keep adds the loss of SFT on some conversations to each
 step, and the log says how all kinds of held-out problems are answered before and after.
+
+Where no checker can tell what is good, people rank replies (`rank` runs rank.py), a reward model
+learns from that to score them (`reward_model` runs reward_model.py), and --reward takes its scores.
+`best_of_n` runs best_of_n.py.
 
 Watch the reward, the length of the replies and the share of tied groups. In a tied group all
 replies are right or all are wrong, so that there is nothing to learn from. Do not watch the loss:
@@ -39,6 +46,8 @@ import copy
 import json
 import math
 import random
+import runpy
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +56,8 @@ import torch
 
 from bpe import checked
 from model import load_checkpoint, visible
-from problems import is_correct, problems_that_fit, read_lines, read_problems, write_whole
+from problems import (CheckerReward, is_correct, problems_that_fit, read_lines, read_problems,
+                      write_whole)
 from sample import Engine, check_at_least, find_run, load_tokenizer
 from training import (Optimizer, RunLog, already_trained, catch_signals, check_finite, contents,
                       finish, init_ranks, load_state, save_run)
@@ -127,19 +137,24 @@ def token_weights(mask, is_live, args, ranks):
 
 # ---- Replies → tensors → an update ---------------------------------------------------------------
 
-def rollout(engine, problems, args, seed):
+def rollout(engine, problems, args, seed, reward=CheckerReward()):
     """Samples group_size replies to each problem → prompts and completions, one of each for every
-    reply, and rewards (problems, group_size). A reply that was cut off earns 0."""
+    reply, and rewards (problems, group_size). A reply that was cut off earns reward.cut_off."""
     prompts = [engine.tokenizer.render(p["messages"], for_completion=True)[0] for p in problems]
     completions = engine.generate(prompts, args.max_new_tokens, args.group_size, temperature=1.0,
                                   seed=seed)
     prompts = [p for p in prompts for _ in range(args.group_size)]
-    asked = [p for p in problems for _ in range(args.group_size)]
-    rewards = []
-    for problem, completion in zip(asked, completions):
-        is_whole = completion.finish == "stop"
-        rewards.append(float(is_whole and is_correct(engine.reply_text(completion), problem)))
-    return prompts, completions, torch.tensor(rewards).view(len(problems), args.group_size)
+    rewards = torch.tensor(scores(reward, engine, problems, completions))
+    return prompts, completions, rewards.view(len(problems), args.group_size)
+
+def scores(reward, engine, problems, completions):
+    """What a reward gives the completions, of which each problem has equally many: floats."""
+    asked = [p for p in problems for _ in range(len(completions) // len(problems))]
+    found = reward.score(asked, [engine.reply_text(completion) for completion in completions])
+    if reward.cut_off is None:
+        return found
+    return [score if completion.finish == "stop" else reward.cut_off
+            for score, completion in zip(found, completions)]
 
 def is_well_formed(ids, special):
     """Whether a reply that has ended opens with <|think|>, thinks something, closes that once, and
@@ -495,6 +510,10 @@ def parse_args():
     add("--keep", nargs="+", default=[], metavar="FILE", help="conversations not to be forgotten: "
         f"adds their loss to each step, FILE:weight times (default weight: {KEEP_WEIGHT})")
     add("--kl", type=float, default=0.0, help="weight of the KL divergence from --model")
+    add("--max_kl", type=float, help="stop at this KL from --model, in nats a reply")
+    add("--reward", default="checker", help="checker, model:RUN of reward_model, or "
+        "FILE.py:FUNCTION of (problem, reply)")
+    add("--gold", help="checker or FILE.py:FUNCTION: the true objective, only watched")
     add("--std", action="store_true", help="divide advantages by the group's standard deviation")
     add("--eval_every", type=int, default=10, help="steps between tests on held-out problems")
     add("--save_every", type=int, default=25, help="steps between saved states")
@@ -510,6 +529,8 @@ def parse_args():
         if not 0 <= limit < math.inf:
             raise SystemExit(f"--clip must be at least 0, got {limit:g}")
     args.clip = args.clip[0], args.clip[-1]
+    if args.max_kl is not None and not args.max_kl > 0:
+        raise SystemExit(f"--max_kl must be above 0, got {args.max_kl}")
     if not 0 < args.lr < math.inf:
         raise SystemExit(f"--lr must be above 0, got {args.lr}")
     if args.group_size < 2:
@@ -528,8 +549,8 @@ def load_problems(args, world_size):
     """The problems of --task, a file or a name, and the held-out ones: those of --held_out, or else
     those that come with the name."""
     held_out = []
-    if Path(args.task).exists() or args.task.endswith((".jsonl", ".gz")):
-        problems = read_problems(args.task)
+    if Path(args.task).exists() or args.task.endswith((".jsonl", ".gz", ".txt")):
+        problems = read_file(args)
     else:
         from tasks import read_task
         problems, held_out = read_task(args.task, world_size)
@@ -538,9 +559,38 @@ def load_problems(args, world_size):
     args.held_out = args.held_out or args.task      # for the log
     return problems, held_out
 
+def read_file(args):
+    """The problems of a file; only a checker needs their answers."""
+    if "checker" in (args.reward, args.gold):
+        return read_problems(args.task)
+    from preferences import read_prompts
+    return read_prompts(args.task)
+
+def load_rewards(args, device):
+    """→ the rewards of --reward and --gold, the latter None if it is not given."""
+    if args.reward == "checker" and not args.gold:
+        return CheckerReward(), None
+    from reward_model import load_reward
+    gold = None
+    if args.gold:
+        gold = load_reward("gold", args.gold, device)
+    return load_reward("reward", args.reward, device), gold
+
 # Flags that a resumed run must not change
 SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates", "loss",
-            "clip", "kl", "std", "seed", "keep", "format_reward")
+            "clip", "kl", "std", "seed", "keep", "format_reward", "max_kl", "reward", "gold")
+
+def log_replies(log, step, engine, completions, rewards, golds, most=4):
+    """Logs a few replies of a step, evenly spread, with their rewards: numbers alone do not show
+    that a reward is being gamed."""
+    rows = []
+    for i in range(0, len(completions), max(1, len(completions) // most)):
+        text = engine.reply_text(completions[i])
+        rows.append(dict(reply=text, reward=rewards[i]))
+        if golds:
+            rows[-1]["gold"] = golds[i]
+        log.say(f"  reward {rewards[i]:6.2f} | {' '.join(text.split())}")
+    log.say(f"  {len(rows)} replies of step {step}", step=step, replies=rows)
 
 def warn(log, truncated, tied):
     """Logs warnings about a step: `truncated` and `tied` are shares of its replies, 0 to 1."""
@@ -564,7 +614,10 @@ def main():
     model.eval()    # without dropout, training sees the same probabilities as sampling
     engine = Engine(model, tokenizer)
     kept = load_kept(args.keep, tokenizer, ranks)
-    reference = copy.deepcopy(model) if args.kl else None
+    reward, gold = load_rewards(args, ranks.device)
+    reference = None
+    if args.kl or args.max_kl or args.reward != "checker":
+        reference = copy.deepcopy(model)
     adamw = dict(kind="adamw", lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     optimizer = Optimizer([dict(adamw, params=dict(model.named_parameters()))], ranks)
 
@@ -576,7 +629,7 @@ def main():
     state = load_state(run, args.resume, ranks, optimizer, model, settings) or {}
     first_step = step = state.get("step", 0)
     log = RunLog(run, args.max_steps, ranks, resume_step=state.get("step"))
-    if step >= args.max_steps:
+    if step >= args.max_steps or state.get("is_far"):
         return already_trained(log, run, ranks, model, tokenizer, "rl", step, args.max_steps,
                                base=meta["run"])
     log.header(args, model, ranks.device)
@@ -602,23 +655,25 @@ def main():
         for kind in figures:
             log(step, kind=kind, **figures[kind], **sampled[kind])
         answers.extend(dict(row, step=step) for row in spread_out(rows, READ_PROBLEMS))
-        write_answers(run, answers)
+        if answers:
+            write_answers(run, answers)
         if others and step in (0, args.max_steps):
             figures, _ = greedy_figures(engine, others, args.max_new_tokens)
             accuracy = {kind: figures[kind]["accuracy"] for kind in figures}
             shares = " | ".join(f"{kind} {share:.3f}" for kind, share in accuracy.items())
-            log.say(f"held out, not practised: {shares}", step=step, others=accuracy)
+            log.say(f"step {step}/{args.max_steps} | held out, not practised: {shares}", step=step,
+                    others=accuracy)
 
     def save():
         save_run(run, ranks, optimizer, model, tokenizer, "rl", dict(base=meta["run"]), step=step,
-                 settings=settings)
+                 settings=settings, is_far=is_far)
 
     special = tokenizer.special
     order = random.Random(args.seed).sample(range(len(problems)), len(problems))
     started = time.perf_counter()
-    stop = False
+    stop = is_far = False       # is_far: beyond --max_kl
     while True:
-        last = step == args.max_steps
+        last = step == args.max_steps or is_far
         if (step % args.eval_every == 0 or last) and (step == 0 or step > first_step):
             report_accuracy()
         if last or stop or (step % args.save_every == 0 and step > first_step):
@@ -631,9 +686,12 @@ def main():
         for i in range(ranks.rank, args.prompts, ranks.world_size):
             mine.append(problems[order[(step * args.prompts + i) % len(order)]])
         seed = hash((args.seed, step, ranks.rank)) % 2 ** 31
-        prompts, completions, rewards = rollout(engine, mine, args, seed)
+        prompts, completions, rewards = rollout(engine, mine, args, seed, reward)
+        golds = []
+        if gold:
+            golds = scores(gold, engine, mine, completions)
         lengths = [len(completion.ids) for completion in completions]
-        if step == 0:
+        if step == 0 and args.reward == "checker":
             middle, short, long = thinking_pays(rewards.flatten().tolist(), lengths)
             log.say(f"sampled before learning: replies up to {middle:.0f} tokens are right "
                     f"{short:.0%} of the time, longer ones {long:.0%}",
@@ -655,21 +713,39 @@ def main():
         tied_groups = is_tied(total).sum().item()
         cut_off = sum(completion.finish == "length" for completion in completions)
         thinking = sum(thinking_tokens(completion.ids, special) for completion in completions)
-        n, reward, formed, tied, truncated, tokens, thinking, nats, measured, stops = ranks.sum(
+        n, rewarded, formed, tied, truncated, tokens, thinking, nats, measured, stops = ranks.sum(
             len(lengths), rewards.sum().item(), well_formed.sum().item(),
             tied_groups * args.group_size, cut_off, sum(lengths), thinking, *entropy, len(signals))
+        kl_reply = mean_gold = None
+        if kl is not None:
+            kl_reply = kl * ranks.sum(mask.sum().item())[0] / n
+            is_far = args.max_kl is not None and kl_reply > args.max_kl
+        if gold:
+            mean_gold = ranks.sum(sum(golds))[0] / n
+        if args.reward != "checker" and (step % args.eval_every == 0 or is_far):
+            log_replies(log, step, engine, completions, rewards.flatten().tolist(), golds)
         stop = stops > 0
         step += 1
         ms = 1000 * (time.perf_counter() - tick)
         seconds_a_step = (time.perf_counter() - started) / (step - first_step)
         thinks = thinking > 0 or args.format_reward > 0
-        log(step, reward=reward / n, well_formed=formed / n if thinks else None,
+        log(step, reward=rewarded / n, gold=mean_gold, well_formed=formed / n if thinks else None,
             reply_tokens=tokens / n, thinking_tokens=thinking / n if thinks else None,
             tied=tied / n, truncated=truncated / n, entropy=nats / measured,
-            keep_loss=keep_losses[-1] if loaders else None, norm=norm, kl=kl, loss=loss, ms=ms,
-            eta=seconds_a_step * (args.max_steps - step))
+            keep_loss=keep_losses[-1] if loaders else None, norm=norm, kl=kl,
+            kl_reply=kl_reply, loss=loss, ms=ms, eta=seconds_a_step * (args.max_steps - step))
         warn(log, truncated / n, tied / n)
+        if is_far:
+            log.say(f"--max_kl {args.max_kl}: the replies of step {step} are {kl_reply:.2f} nats "
+                    "from --model, so the training ends here")
     finish(log, run, "rl", step, stopped=stop and not last)
 
+# rooms of their own, which this script also starts
+COMMANDS = ("reward_model", "rank", "best_of_n")
+
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        script = Path(__file__).with_name(f"{sys.argv.pop(1)}.py")
+        runpy.run_path(str(script), run_name="__main__")
+    else:
+        main()

@@ -15,7 +15,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import model as model_module
 import precision
@@ -23,6 +23,7 @@ from conftest import GPT2, MODERN, mutate, noisy
 from model import (GPT, GPT2_SIZES, CrossEntropy, GPTConfig, KVCache, Linear, find_compiler,
                    find_kernel, load_checkpoint, save_checkpoint, sdpa)
 from precision import Fp8Matmul, bf16_product, find_bf16, fp8_matmul, fp8_product, to_fp8
+from reward_model import rows_tensors, with_reward_head
 from training import Optimizer, make_optimizer
 
 T = GPT2.block_size
@@ -62,6 +63,18 @@ def test_logits_of_a_transformers_gpt2_are_ours(name, tmp_path):
         expected, found = theirs(idx).logits, ours(idx)
     assert expected.std() > 0.1 and (found - expected).abs().max() < 1e-4
     assert meta["stage"] == "pretrain"
+
+
+def test_transformers_computes_the_same_reward(tmp_path):
+    model = with_reward_head(noisy(GPT2), seed=0).eval()
+    save_checkpoint(tmp_path, model, stage="reward")
+    theirs = GPT2ForSequenceClassification(GPT2Config(
+        vocab_size=65, n_positions=32, n_embd=32, n_layer=4, n_head=2, num_labels=1,
+        pad_token_id=64)).eval()
+    theirs.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    rows = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5, 8]]
+    idx, last = rows_tensors(rows, 64, "cpu")
+    torch.testing.assert_close(theirs(idx).logits[:, 0], model(idx, last), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", GPT2_SIZES)
@@ -334,10 +347,11 @@ def test_a_head_stored_by_columns_computes_the_same(config):
     model = noisy(config)
     before = model(TEXT)
     embedding = model.wte.weight.clone()
+    n = model.num_params()
     after = model.for_inference()(TEXT)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
     assert model.lm_head.weight.T.is_contiguous() and torch.equal(model.wte.weight, embedding)
-    assert model.wte.weight.is_contiguous()
+    assert model.wte.weight.is_contiguous() and model.num_params() == n
 
 
 @pytest.mark.parametrize("change", [
