@@ -29,7 +29,7 @@ from pathlib import Path
 if __name__ == "__main__":      # Ctrl-C during the slow imports below ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from problems import STAGES, figures, printable, read_json, reason, write_whole
+from problems import STAGES, figures, printable, read_json, read_lines, reason, write_whole
 from training import read_log
 
 # ---- What runs left on disk ----------------------------------------------------------------------
@@ -91,6 +91,9 @@ def is_finite(value):
 def is_number_or_none(value):
     return value is None or is_finite(value)
 
+def is_right(value):
+    return isinstance(value, bool)
+
 def is_size(value):
     return type(value) is int and 1 < value < 2 ** 31
 
@@ -106,9 +109,12 @@ RESULT = {"left_out?": [is_text], "arguments?": {}, "kinds?": {ANY: SHARES}, "ta
 LOG_ROW = {"step?": is_finite, "seconds?": is_finite, "loss?": is_number, "val_loss?": is_number,
            "val_bpb?": is_number, "gzip?": is_finite, "xz?": is_finite, "reward?": is_number,
            "reply_tokens?": is_number, "usd?": is_finite, "sample?": is_text, "kind?": is_text,
-           "when?": is_text, "accuracy?": is_finite,
+           "when?": is_text, "accuracy?": is_finite, "others?": {ANY: is_finite},
+           "thinking_tokens?": is_number, "gold?": is_number, "kl_reply?": is_number,
+           "replies?": [{"reply": is_text, "reward": is_finite}],
            "header?": {"flags?": {"gpu_hour_usd?": is_number_or_none,
                                   "total_batch_size?": is_number_or_none}}}
+ANSWER = {"step": is_finite, "question": is_text, "reply": is_text, "right": is_right}
 SFT_ROW = {**LOG_ROW, "accuracy?": {ANY: is_finite}}
 
 def misfit(value, shape, place="the file"):
@@ -146,6 +152,13 @@ def read_checked(path, shape):
         raise SystemExit(f"{path} is damaged: {printable(place)}, is missing or of a wrong type; "
                          "delete the file, or make it again")
     return value
+
+def as_answer(row):
+    """A row of answers.jsonl; ValueError if it is not one."""
+    place = misfit(row, ANSWER, "its row")
+    if place:
+        raise ValueError(f"{printable(place)}, is missing or of a wrong type")
+    return row
 
 def read_checked_log(run):
     """The rows of <run>/log.jsonl."""
@@ -194,6 +207,10 @@ def logged_accuracies(runs):
             if row["step"] == 0:
                 stages.setdefault("SFT", {})[row["kind"]] = row["accuracy"]
             stages.setdefault("RL", {})[row["kind"]] = row["accuracy"]
+        for row in run.rows("step", "others"):      # kinds that are not practised
+            if row["step"] == 0:
+                stages.setdefault("SFT", {}).update(row["others"])
+            stages.setdefault("RL", {}).update(row["others"])
     return stages
 
 def accuracy_sources(runs):
@@ -334,14 +351,14 @@ def plot(lines, levels, W, H):
             svg += [f"<circle class='c{i % 4}' cx='{X(x)}' cy='{Y(y)}' r='2'/>" for x, y in points]
     return "".join(svg)
 
-def curve(title, lines, levels={}, W=640, H=240):
+def curve(title, lines, levels={}, W=640, H=240, by="step"):
     """The HTML figure of a plot; "" if no line has a point."""
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return ""
     names = " ".join(f"<span class=c{i % 4}>● {shown(name)}</span>"
                      for i, name in enumerate(lines))
-    return (f"<figure><figcaption>{shown(title)}, by step: {names}</figcaption>"
+    return (f"<figure><figcaption>{shown(title)}, by {by}: {names}</figcaption>"
             f"<svg viewBox='0 0 {W} {H}'>{plot(lines, levels, W, H)}</svg></figure>")
 
 def ln_vocab(run):
@@ -455,16 +472,35 @@ def rl_curves(runs):
         chance = {f"chance, {kind}": CHANCE[kind] for kind in held_out if kind in CHANCE}
         yield curve(f"{run.path}, mean reward of samples", dict(reward=run.points("reward")))
         yield curve(f"{run.path}, mean reply length of samples",
-                    dict(tokens=run.points("reply_tokens", "reward")))
+                    dict(tokens=run.points("reply_tokens", "reward"),
+                         thinking=run.points("thinking_tokens", "reward")))
         yield curve(f"{run.path}, greedy accuracy on held-out problems", held_out, chance)
+        yield answers_table(run)
+
+def answers_table(run, most=5):
+    """Replies to the same held-out problems at `most` steps: how the thinking grew."""
+    if not (run.path / "answers.jsonl").exists():
+        return ""
+    answers = read_lines(run.path / "answers.jsonl", as_answer, "delete the file")
+    shown = some_steps({row["step"] for row in answers}, most)
+    rows = []
+    for row in sorted(answers, key=lambda row: row["question"]):    # its steps stay in their order
+        if row["step"] in shown:
+            verdict = {True: "right", False: "wrong"}[row["right"]]
+            rows.append((row["question"], row["step"], row["reply"], verdict))
+    return table((f"{run.path}, held-out problem", "step", "reply", ""), rows)
+
+def some_steps(steps, most):
+    """`most` of a set of steps, the first and the last among them."""
+    steps = sorted(steps)
+    return {steps[i * (len(steps) - 1) // (most - 1)] for i in range(most)}
 
 def gallery(run, most=12):
-    """What the model wrote at `most` steps, the first and the last among them."""
+    """What the model wrote at `most` steps."""
     samples = dict.fromkeys((row["step"], row["sample"]) for row in run.rows("step", "sample"))
-    steps = sorted({step for step, _ in samples})
-    if not steps:
+    if not samples:
         return ""
-    shown = {steps[i * (len(steps) - 1) // (most - 1)] for i in range(most)}
+    shown = some_steps({step for step, _ in samples}, most)
     rows = [(step, sample) for step, sample in samples if step in shown]
     return table((f"{run.path}, step", "sample"), rows)
 
@@ -474,12 +510,15 @@ def accuracy_tables(runs):
         kinds = dict.fromkeys(kind for accuracies in stages.values() for kind in accuracies)
         rows = []
         for kind in kinds:
+            found = [stages.get(stage, {}).get(kind) for stage in STAGES.values()]
             row = [kind]
-            for stage in STAGES.values():
-                accuracy = stages.get(stage, {}).get(kind)
+            for accuracy in found:
                 row.append("–" if accuracy is None else f"{accuracy:.1%}")
-            rows.append([*row, f"{CHANCE.get(kind, 0):.0%}"])
-        yield table((source, "base (before SFT)", "SFT (after)", "RL", "chance"), rows)
+            change = "–"
+            if None not in found[1:]:
+                change = f"{100 * (found[2] - found[1]):+.1f} points"
+            rows.append([*row, change, f"{CHANCE.get(kind, 0):.0%}"])
+        yield table((source, "base (before SFT)", "SFT (after)", "RL", "by RL", "chance"), rows)
 
 def knowledge_table(runs):
     """Problems among which some have no answer: how many replies were right, wrong or a refusal."""
@@ -492,6 +531,33 @@ def knowledge_table(runs):
                     shares = (right, task["wrong"], task["refused"])
                     rows.append((run.path, Path(name).name, kind, *(f"{s:.1%}" for s in shares)))
     return table(("run", "problems", "kind", "right", "wrong", "refused"), rows) if rows else ""
+
+def rlhf_figures(runs):
+    """RLHF: the reward that was followed and the true objective beside it, as far as the policy has
+    gone from its start; where the objective turned; and what the replies became."""
+    from best_of_n import read_best_of_n, turning_point, turning_rows
+    followed = {run.path.name: run.rows("step", "reward", "gold", "kl_reply") for run in runs}
+    followed = {name: rows for name, rows in followed.items() if rows}
+    for by, key in (("step", "step"), ("KL in nats a reply", "kl_reply")):
+        lines = {}
+        for name, rows in followed.items():
+            rows = sorted(rows, key=lambda row: row[key])
+            for what in ("reward", "gold"):
+                lines[f"{name}, {what}"] = [(row[key], row[what]) for row in rows]
+        yield curve("What is followed and what is meant", lines, by=by)
+    turns = [(name, *turn) for name, rows in followed.items()
+             for turn in turning_rows(turning_point(rows))]
+    if turns:
+        yield table(("run", "5 steps in a row", "step", "KL", "reward", "gold"), turns)
+    for run in runs:
+        rows = read_best_of_n(run.path)
+        if rows:
+            yield table((f"{run.path}, best of n", "KL", "reward", "gold"), rows)
+        replies = [(row["step"], f"{one['reward']:.2f}", one["reply"])
+                   for row in run.rows("step", "replies") for one in row["replies"]]
+        if replies:
+            yield (f"<details><summary>{shown(run.path)}: what it wrote</summary>"
+                   f"{table(('step', 'reward', 'reply'), replies)}</details>")
 
 def counts(reasons):
     """{reason: pages} → the most frequent first."""
@@ -564,6 +630,8 @@ def write_report(runs, funnel, out):
         section("knowledge", "What it knows, and what it says it does not know",
                 [knowledge_table(runs)]),
         section("rl", "Reinforcement learning: reward, reply length, accuracy", rl_curves(runs)),
+        section("rlhf", "RLHF: a reward that people's ranks taught, and what they meant",
+                rlhf_figures(runs)),
         section("data", "What the filters kept and dropped", [filter_table(funnel)]),
         section("results", "All that eval.py measured", [results_table(runs)]),
         section("cost", "Time and cost of every stage", [cost_table(runs, funnel)]),
