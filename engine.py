@@ -10,12 +10,13 @@ Continuous batching: one batch for the texts of many users, in which no text wai
 in:  requests, at any time: a prompt, how to draw, a seed, the tokens that end the text
 out: events, one for each new token of each row
 
-A step feeds each row its next unread token, all rows in one pass through the model, and draws a
-token for each row that has then read all of its text. That is the whole loop. Because the batch is
+A step feeds each row the last token of its text, all rows in one pass through the model, and draws
+the next one from what the model says. That is the whole loop. Because the batch is
 formed again at each step, a row that ends leaves at once, and the first prompt that waits takes its
 place. The rest saves work:
 
-  - a newcomer's prompt is read in passes of its own (prefill), many positions at a time
+  - a prompt is read in passes of its own (prefill), many positions at a time; long ones in parts,
+    between which the other rows are written
   - what another text in the cache begins with is copied from there: the chat so far, a prompt that
     many samples share, a system message. Rows that ended stay until their place is needed
   - the rows that are being written are always the first ones of the cache, so that a step reads
@@ -244,7 +245,8 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self):
-        """→ the events of this step: one for each row that wrote a token, more if a tool did."""
+        """→ the events of this step, which ends with one more token in each row, or two in a row
+        whose prompt was read in it, or more if a tool wrote them."""
         self.step_number += 1
         events = self.hear_tools()
         self.admit()
@@ -253,16 +255,15 @@ class Scheduler:
         if len(calls) == len(rows):             # nothing to write
             wait(calls, TOOL_SECONDS, FIRST_COMPLETED)
             return events
-        self.read_prompts()
-        rows = self.slots[:self.running]        # some have changed places
-        for row in rows:
-            self.copy_prefix(row)
-        logits = self.feed(rows)                                                # (rows, V)
-        ready = [i for i, row in enumerate(rows) if not row.unread() and not row.call]
-        if len(ready) < len(rows):
-            logits = logits[ready]
-        events += self.write([rows[i] for i in ready], logits)
-        self.leave([row for row in rows if row.finish])
+        events += self.read_prompts()
+        rows = self.slots[:self.running]        # other ones, or in other places
+        if rows:
+            logits = self.feed(rows)                                            # (rows, V)
+            ready = [i for i, row in enumerate(rows) if not row.unread() and not row.call]
+            if len(ready) < len(rows):
+                logits = logits[ready]
+            events += self.write([rows[i] for i in ready], logits)
+            self.leave([row for row in rows if row.finish])
         return events
 
     def feed(self, rows):
@@ -433,45 +434,75 @@ class Scheduler:
     # ---- prefill
 
     def read_prompts(self):
-        """Reads all but the last token of prompts that are new, at most READ_TOKENS, those that
-        came first; feed() reads the last one. Rows of about the same length share a pass."""
-        new = [row for row in self.slots[:self.running] if row.unread() > 1 and not row.donor]
+        """Reads prompts that are new, at most READ_TOKENS, those that came first → the events of
+        their first tokens. Rows of about the same length share a pass."""
         left = READ_TOKENS
-        chosen = []                     # (tokens to read, row)
+        waiting = []                    # (tokens to read, row)
+        new = [row for row in self.slots[:self.running] if row.unread() > 1 and not row.donor]
         for row in sorted(new, key=lambda row: row.arrival):
-            n = min(row.unread() - 1, left)
+            n = min(row.unread(), left)
             if n:
-                chosen.append((n, row))
+                waiting.append((n, row))
                 left -= n
         if READ_TOKENS - left < min(self.running, FEW_TOKENS):
-            return
-        chosen.sort(key=lambda pair: pair[0], reverse=True)
-        while chosen:
-            longest, first = chosen[0]
+            waiting = []
+        waiting.sort(key=lambda pair: pair[0], reverse=True)
+        events = []
+        while waiting:
+            longest, first = waiting[0]
             batch = []
             rest = []
-            for n, row in chosen:
-                fits = longest + row.cached <= self.block_size
-                alike = n >= (1 - MAX_PADDING) * longest and (row.cached > 0) == (first.cached > 0)
-                if fits and alike:
+            for n, row in waiting:
+                has_room = row.cached + longest <= self.block_size
+                is_alike = n >= (1 - MAX_PADDING) * longest
+                if has_room and is_alike and (row.cached > 0) == (first.cached > 0):
                     batch.append((n, row))
                 else:
                     rest.append((n, row))
-            self.read(batch, longest)
-            chosen = rest
+            events += self.read(batch)
+            waiting = rest
+        rows = self.slots[:self.running]
+        for row in rows:
+            self.copy_prefix(row)
+        self.leave([row for row in rows if row.finish])
+        return events
 
-    def read(self, batch, T):
-        """batch: (tokens to read, row) of rows that read up to T tokens in one pass."""
+    def read(self, batch):
+        """batch: (tokens to read, row) of rows that share a pass → the events of those whose
+        prompts end with it, and of other samples of these prompts."""
         first = self.running - len(batch)
         for slot, (_, row) in enumerate(batch, first):
             self.swap(slot, row.slot)
+        T = max(n for n, _ in batch)
         # later tokens overwrite what the padding leaves in the cache, before a query can see it
         ids = [row.ids[row.cached:row.cached + n] + [0] * (T - n) for n, row in batch]
         cache = self.cache.part(first, [row.cached for _, row in batch], T)
-        self.model.hidden(torch.tensor(ids, device=self.device), cache)
-        for n, row in batch:
+        ids = torch.tensor(ids, device=self.device)
+        last = torch.tensor([n - 1 for n, _ in batch], device=self.device)
+        logits = self.model.logits(self.model.hidden(ids, cache, last)[:, 0])   # (batch, V)
+        ready = []
+        at = []                         # for each ready row, its place in the batch
+        for i, (n, row) in enumerate(batch):
             row.cached += n
             self.positions += n
+            if not row.unread():
+                samples = [row, *self.copy_prompt(row)]
+                ready += samples
+                at += [i] * len(samples)
+        if not ready:
+            return []
+        return self.write(ready, logits[at])
+
+    def copy_prompt(self, donor):
+        """Copies all of a prompt to the other samples of it → their rows."""
+        samples = [row for row in self.slots[:self.running]
+                   if row.donor is donor and row.ids == donor.ids]
+        for row in samples:
+            self.cache.copy(donor.slot, row.slot, donor.cached)
+            row.cached = donor.cached
+            row.reused = donor.cached - 1
+            row.donor = None
+        return samples
 
 def shared_tokens(a, b):
     """How many ids two texts have in common at their beginning."""

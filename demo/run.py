@@ -180,6 +180,8 @@ NEXT = [
     'python bpe.py show "Hello world" --tokenizer {data}/tokenizer',
     "python chat_sft.py show {conversations}/bits.jsonl --tokenizer {data}/tokenizer"]
 
+PAGE = ["python serve.py --model {base} {honest} {rl} --tools"]
+
 def fill(command, names):
     """A command of STEPS → its words. Text is split first, so that a path may contain a space."""
     return [word.format(**names) for word in shlex.split(command)]
@@ -220,6 +222,8 @@ def end(narrator, size, names):
     line("Five commands to try:")
     for command in NEXT:
         line(f"  {shown(fill(command, names))}", "command")
+    install = shown(["python", "-m", "pip", "install", "starlette", "uvicorn"])
+    line(f"In a browser: {install} && {shown(fill(PAGE[0], names))}", "title")
 
 def has_terminal():
     """Whether somebody may be there to type and to read."""

@@ -15,7 +15,8 @@ import pytest
 import eval as eval_module
 import report
 from conftest import ROOT, run_main
-from report import Run, accuracy_sources, curve, ticks, verdicts
+from report import Run, accuracy_sources, verdicts
+from svg import curve, ticks
 from training import RunLog
 
 
@@ -54,7 +55,7 @@ def demo(tmp_path, bpb=2.1, identity=0.9, functions=0.6, bits=0.95, sft_bits=0.3
             dict(pretrain=base, sft=sft, rl=rl).items()]
 
 
-SECTIONS = "verdicts loss samples bpb accuracy knowledge rl data results cost runs".split()
+SECTIONS = "verdicts loss samples bpb accuracy knowledge rl rlhf data results cost runs".split()
 
 
 class Checker(HTMLParser):
