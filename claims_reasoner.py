@@ -97,7 +97,6 @@ def arithmetic(models):
     Asked: products of a number of three digits and one of two. Counted: right answers with the
     tool. Against: the same problems in one leap.
     """
-    from sample import run_python
     rng = random.Random(models.seed)
     asked = []
     for _ in range(PER_SIZE):
@@ -111,8 +110,8 @@ def arithmetic(models):
     figures = dict(mental=share_of(map(says, mental, answers)),
                    tool=share_of(map(says, tool, answers)))
     called = share_of("<|python|>" in reply for reply in tool)
-    texts = [f"{q}  {one_line(leap, 30)}  tool: {one_line(reply)}  ({q[8:-1]} = "
-             f"{run_python(q[8:-1])})" for q, leap, reply in list(zip(questions, mental, tool))[:4]]
+    texts = [f"{question}  {one_line(leap, 30)}  tool: {one_line(reply)}  (it is {answer})" for
+             question, leap, reply, answer in list(zip(questions, mental, tool, answers))[:4]]
     return Finding(f"products right: {figures['tool']} with Python (asked in {called} of replies), "
                    f"{figures['mental']} in one leap",
                    [Check("right more often with Python", figures["tool"], figures["mental"])],
