@@ -127,6 +127,37 @@ def rollout(engine, problems, args, seed):
         rewards.append(float(is_whole and is_correct(engine.reply_text(completion), problem)))
     return prompts, completions, torch.tensor(rewards).view(len(problems), args.group_size)
 
+def sample_groups(engine, problems, order, asked, args, step, ranks):
+    """This rank's groups of a step → (prompts, completions, rewards (groups, group_size), how many
+    problems have been asked since the run began, on all ranks).
+
+    The problems are dealt out to the ranks in turn, from number `asked` of the order on. For each
+    group that is tied, another problem is asked, in at most args.refill rounds, so that a step
+    learns from as many groups as it has prompts.
+    """
+    prompts, completions, rewards = [], [], []
+    wanted = args.prompts
+    for extra in range(1 + args.refill):
+        numbers = range(asked + ranks.rank, asked + wanted, ranks.world_size)
+        mine = [problems[order[i % len(order)]] for i in numbers]
+        asked += wanted
+        n_tied = 0
+        if mine:
+            seed = hash((args.seed, step, ranks.rank)) % 2 ** 31 + extra
+            try:
+                found = rollout(engine, mine, args, seed)
+            except OSError as error:
+                raise SystemExit(f"step {step + 1}: a tool of the model does not start: {error}; "
+                                 "what was saved is kept; continue with --resume") from None
+            prompts += found[0]
+            completions += found[1]
+            rewards.append(found[2])
+            n_tied = is_tied(found[2]).sum().item()
+        wanted = int(ranks.sum(n_tied)[0])
+        if wanted == 0:
+            break
+    return prompts, completions, torch.cat(rewards), asked
+
 def rollout_tensors(prompts, completions, pad):
     """Prompts and completions → ids (N, T) int64, padded on the right with `pad`, and mask (N, T).
     The mask is 1 for tokens that the model sampled, and 0 for prompts, tool outputs and padding."""
@@ -339,6 +370,8 @@ def parse_args():
     add("--max_steps", type=int, default=50, help="batches of rollouts")
     add("--prompts", type=int, default=16, help="questions of a step, on all ranks together")
     add("--group_size", type=int, default=16, help="replies to each question")
+    add("--refill", type=int, default=0, help="rounds, at most, in which each tied group of a step is "
+        "replaced by that of another question")
     add("--max_new_tokens", type=int, default=128, help="longest reply, in tokens")
     add("--lr", type=float, default=1e-4, help="learning rate of AdamW; it falls linearly to 0")
     add("--updates", type=int, default=1, help="optimizer steps on each batch of rollouts")
@@ -354,7 +387,7 @@ def parse_args():
     args = parser.parse_args()
     check_at_least(1, args, "max_steps", "prompts", "max_new_tokens", "updates", "eval_every",
                    "save_every")
-    check_at_least(0, args, "kl", "seed")
+    check_at_least(0, args, "refill", "kl", "seed")
     if len(args.clip) > 2:
         raise SystemExit(f"--clip must be one limit or two, got {len(args.clip)}")
     for limit in args.clip:
@@ -390,8 +423,8 @@ def load_problems(args, world_size):
     return problems, held_out
 
 # Flags that a resumed run must not change
-SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates", "loss",
-            "clip", "kl", "std", "seed")
+SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates", "refill",
+            "loss", "clip", "kl", "std", "seed")
 
 def warn(log, truncated, tied):
     """Logs warnings about a step: `truncated` and `tied` are shares of its replies, 0 to 1."""
@@ -422,6 +455,7 @@ def main():
     settings |= dict(base=meta["run"], contents_of_task=contents(problems))
     state = load_state(run, args.resume, ranks, optimizer, model, settings) or {}
     first_step = step = state.get("step", 0)
+    asked = state.get("asked", 0)       # problems so far
     log = RunLog(run, args.max_steps, ranks, resume_step=state.get("step"))
     if step >= args.max_steps:
         return already_trained(log, run, ranks, model, tokenizer, "rl", step, args.max_steps,
@@ -451,7 +485,7 @@ def main():
 
     def save():
         save_run(run, ranks, optimizer, model, tokenizer, "rl", dict(base=meta["run"]), step=step,
-                 settings=settings)
+                 asked=asked, settings=settings)
 
     order = random.Random(args.seed).sample(range(len(problems)), len(problems))
     started = time.perf_counter()
@@ -466,11 +500,8 @@ def main():
             break
 
         tick = time.perf_counter()
-        mine = []
-        for i in range(ranks.rank, args.prompts, ranks.world_size):
-            mine.append(problems[order[(step * args.prompts + i) % len(order)]])
-        seed = hash((args.seed, step, ranks.rank)) % 2 ** 31
-        prompts, completions, rewards = rollout(engine, mine, args, seed)
+        prompts, completions, rewards, asked = sample_groups(engine, problems, order, asked, args,
+                                                             step, ranks)
         lengths = [len(completion.ids) for completion in completions]
         if step == 0:
             middle, short, long = thinking_pays(rewards.flatten().tolist(), lengths)
