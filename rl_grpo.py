@@ -370,8 +370,8 @@ def parse_args():
     add("--max_steps", type=int, default=50, help="batches of rollouts")
     add("--prompts", type=int, default=16, help="questions of a step, on all ranks together")
     add("--group_size", type=int, default=16, help="replies to each question")
-    add("--refill", type=int, default=0, help="rounds, at most, in which each tied group of a step is "
-        "replaced by that of another question")
+    add("--refill", type=int, default=0, help="rounds, at most, in which a step's tied groups are "
+        "replaced by those of other questions")
     add("--max_new_tokens", type=int, default=128, help="longest reply, in tokens")
     add("--lr", type=float, default=1e-4, help="learning rate of AdamW; it falls linearly to 0")
     add("--updates", type=int, default=1, help="optimizer steps on each batch of rollouts")
