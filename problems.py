@@ -12,18 +12,19 @@ right.
 """
 import gzip
 import json
+import re
 import zlib
 from pathlib import Path
 
 from bpe import checked
 
-
 # ---- What a right answer is: checkers.py knows; who only reads files needs none of it ----------
 
 def is_correct(reply, problem):
-    """True if the reply solves the problem, which names its checker and holds what that needs."""
+    """True if the reply solves the problem, which names its checker and holds what that needs.
+    What the reply thinks is not looked at."""
     from checkers import CHECKERS
-    return CHECKERS[checker_of(problem)](reply, problem)
+    return CHECKERS[checker_of(problem)](without_thinking(reply), problem)
 
 def checker_of(problem):
     """The name of a problem's checker. "check" is what the demo's files call the field."""
@@ -32,6 +33,23 @@ def checker_of(problem):
 def declines(reply):
     """Whether a reply says that it does not know."""
     return is_correct(reply, dict(checker="declines"))
+
+def without_thinking(reply):
+    """What a reply says outside of <|think|>…<|/think|>. A thought that is not closed reaches to
+    the end.
+
+    >>> without_thinking("<|think|>perhaps #### 5<|/think|>It is #### 6")
+    'It is #### 6'
+    """
+    return re.sub(r"<\|think\|>.*?(?:<\|/think\|>|\Z)", "", reply, flags=re.DOTALL)
+
+class CheckerReward:
+    """The reward of problems that can be checked: 1 for a right reply, 0 for any other. Like every
+    reward it has score(problems, replies) → floats, and what a reply earns that did not end."""
+    cut_off = 0.0
+
+    def score(self, problems, replies):
+        return [float(is_correct(reply, problem)) for problem, reply in zip(problems, replies)]
 
 # ---- Files of problems ---------------------------------------------------------------------------
 

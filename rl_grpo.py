@@ -3,17 +3,30 @@ Reinforcement learning on problems whose answers can be checked: an assistant �
 
     python rl_grpo.py --task data/demo/chat/practice_bits.jsonl --out runs/demo-rl      # CPU, 1 GPU
     torchrun --standalone --nproc_per_node=8 rl_grpo.py --model runs/d24-sft \
-        --task gsm8k --out runs/d24-rl                                                  # 8 GPUs
+        --task gsm8k --out runs/d24-rl --keep smoltalk:0.1 --format_reward 0.1          # 8 GPUs
+
+    python rl_grpo.py --reward model:runs/demo-reward --kl 0.1 --max_kl 10 \
+        --model runs/demo-sft --task prompts.jsonl --out runs/demo-rlhf                 # RLHF
 
     in:  an assistant's run; a .jsonl of {"question", "answer"}, as in GSM8K's own files, or the
-         name of a task, gsm8k, countdown, letters, decimals or sums, with its held-out problems
-    out: <run>/model.safetensors, config.json, tokenizer, log.jsonl, state/ for --resume
+         name of a task, gsm8k, countdown, letters, decimals or sums, with its held-out problems;
+         for --keep, conversations as chat_sft.py reads them
+    out: <run>/model.safetensors, config.json, tokenizer, log.jsonl, state/ for --resume;
+         answers.jsonl: replies to the same eight held-out problems at every evaluation
 
 For each question the model writes group_size replies. A reply is worth 1 if its final answer is
 right, and 0 otherwise. Its advantage is that reward minus the mean reward of its group. Every token
 that the model sampled, the end token too, becomes more likely if the advantage of its reply is
 positive, and less likely if it is negative; a larger advantage has a larger effect. Nobody shows
-the model how to think: any thinking that leads to right answers becomes more likely.
+the model how to think: any thinking that leads to right answers becomes more likely. What stands
+in <|think|>…<|/think|> is learnt in the same way, but an answer in there does not count.
+
+What is not practised may be forgotten. --keep adds the loss of SFT on some conversations to each
+step, and the log says how all kinds of held-out problems are answered before and after.
+
+Where no checker can tell what is good, people rank replies (`rank` runs rank.py), a reward model
+learns from that to score them (`reward_model` runs reward_model.py), and --reward takes its scores.
+`best_of_n` runs best_of_n.py.
 
 Watch the reward, the length of the replies and the share of tied groups. In a tied group all
 replies are right or all are wrong, so that there is nothing to learn from. Do not watch the loss:
@@ -25,27 +38,38 @@ gradient (DeepSeek-V3.2, 2512.02556).
 Differs from GRPO: the defaults are those of Dr. GRPO and DAPO. Advantages are not divided by the
 group's standard deviation, the loss is one mean over all tokens of the groups that are not tied,
 there is no KL term, and each batch of samples gets a single update, so that the clip never acts.
---loss grpo, --std, --kl and --updates bring back all of GRPO. Differs from TRL: each mean is over
+--loss grpo+std, --kl and --updates bring back all of GRPO. Differs from TRL: each mean is over
 all ranks, also that of bnpo, and dapo does not count the tokens of tied groups.
 """
 import argparse
 import copy
+import json
 import math
 import random
+import runpy
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from bpe import checked
 from model import load_checkpoint, visible
-from problems import is_correct, problems_that_fit, read_problems
+from problems import (CheckerReward, is_correct, problems_that_fit, read_lines, read_problems,
+                      write_whole)
 from sample import Engine, check_at_least, find_run, load_tokenizer
 from training import (Optimizer, RunLog, already_trained, catch_signals, check_finite, contents,
                       finish, init_ranks, load_state, save_run)
 
 ROWS = 64               # replies in one forward and backward pass
-QUESTIONS = 128         # held-out questions that are answered in one batch
+REPLIES = 128           # replies to held-out questions that are written in one batch
+KEEP_ROWS = 4           # rows of conversations that each file of --keep adds to a step
+KEEP_WEIGHT = 0.1       # of their loss
+SAMPLES = 16            # replies to a held-out problem, for pass@1 and pass@16
+SAMPLED_PROBLEMS = 32   # of each kind, which get so many
+READ_PROBLEMS = 8       # whose replies are kept, to be read
+ENTROPY_ROWS = 16       # replies of a step whose entropy is computed
 
 # ---- The objective -------------------------------------------------------------------------------
 
@@ -113,29 +137,55 @@ def token_weights(mask, is_live, args, ranks):
 
 # ---- Replies → tensors → an update ---------------------------------------------------------------
 
-def rollout(engine, problems, args, seed):
+def rollout(engine, problems, args, seed, reward=CheckerReward()):
     """Samples group_size replies to each problem → prompts and completions, one of each for every
-    reply, and rewards (problems, group_size). A reply that was cut off earns 0."""
+    reply, and rewards (problems, group_size). A reply that was cut off earns reward.cut_off."""
     prompts = [engine.tokenizer.render(p["messages"], for_completion=True)[0] for p in problems]
     completions = engine.generate(prompts, args.max_new_tokens, args.group_size, temperature=1.0,
                                   seed=seed)
     prompts = [p for p in prompts for _ in range(args.group_size)]
-    asked = [p for p in problems for _ in range(args.group_size)]
-    rewards = []
-    for problem, completion in zip(asked, completions):
-        is_whole = completion.finish == "stop"
-        rewards.append(float(is_whole and is_correct(engine.reply_text(completion), problem)))
-    return prompts, completions, torch.tensor(rewards).view(len(problems), args.group_size)
+    rewards = torch.tensor(scores(reward, engine, problems, completions))
+    return prompts, completions, rewards.view(len(problems), args.group_size)
 
-def sample_groups(engine, problems, order, asked, args, step, ranks):
-    """This rank's groups of a step → (prompts, completions, rewards (groups, group_size), how many
+def scores(reward, engine, problems, completions):
+    """What a reward gives the completions, of which each problem has equally many: floats."""
+    asked = [p for p in problems for _ in range(len(completions) // len(problems))]
+    found = reward.score(asked, [engine.reply_text(completion) for completion in completions])
+    if reward.cut_off is None:
+        return found
+    return [score if completion.finish == "stop" else reward.cut_off
+            for score, completion in zip(found, completions)]
+
+def is_well_formed(ids, special):
+    """Whether a reply that has ended opens with <|think|>, thinks something, closes that once, and
+    then says something. ids: its tokens, with the stop token."""
+    opening = special["<|think|>"]
+    closing = special["<|/think|>"]
+    if ids[0] != opening or ids.count(opening) != 1 or ids.count(closing) != 1:
+        return False
+    return 1 < ids.index(closing) < len(ids) - 2
+
+def thinking_tokens(ids, special):
+    """How many tokens of a reply stand between <|think|> and <|/think|>, or after a <|think|> that
+    is not closed."""
+    count = 0
+    is_thinking = False
+    for token in ids:
+        if token in (special["<|think|>"], special["<|/think|>"]):
+            is_thinking = token == special["<|think|>"]
+        elif is_thinking:
+            count += 1
+    return count
+
+def sample_groups(engine, problems, order, asked, args, step, ranks, reward=CheckerReward()):
+    """This rank's groups of a step → (their problems, and what rollout returns for these; how many
     problems have been asked since the run began, on all ranks).
 
     The problems are dealt out to the ranks in turn, from number `asked` of the order on. For each
     group that is tied, another problem is asked, in at most args.refill rounds, so that a step
     learns from as many groups as it has prompts.
     """
-    prompts, completions, rewards = [], [], []
+    chosen, prompts, completions, rewards = [], [], [], []
     wanted = args.prompts
     for extra in range(1 + args.refill):
         numbers = range(asked + ranks.rank, asked + wanted, ranks.world_size)
@@ -145,10 +195,11 @@ def sample_groups(engine, problems, order, asked, args, step, ranks):
         if mine:
             seed = hash((args.seed, step, ranks.rank)) % 2 ** 31 + extra
             try:
-                found = rollout(engine, mine, args, seed)
+                found = rollout(engine, mine, args, seed, reward)
             except OSError as error:
                 raise SystemExit(f"step {step + 1}: a tool of the model does not start: {error}; "
                                  "what was saved is kept; continue with --resume") from None
+            chosen += mine
             prompts += found[0]
             completions += found[1]
             rewards.append(found[2])
@@ -156,7 +207,7 @@ def sample_groups(engine, problems, order, asked, args, step, ranks):
         wanted = int(ranks.sum(n_tied)[0])
         if wanted == 0:
             break
-    return prompts, completions, torch.cat(rewards), asked
+    return chosen, prompts, completions, torch.cat(rewards), asked
 
 def rollout_tensors(prompts, completions, pad):
     """Prompts and completions → ids (N, T) int64, padded on the right with `pad`, and mask (N, T).
@@ -232,6 +283,42 @@ def learn(model, optimizer, ranks, ids, mask, advantage, args, lr_scale, referen
     if reference is None:
         kl = None
     return loss, norm, kl
+
+# ---- What must not be lost -----------------------------------------------------------------------
+
+def load_kept(specs, tokenizer, ranks):
+    """FILE or FILE:weight each → [(name, weight, Conversations, a line on what was left out)].
+    Raises SystemExit if a file cannot be read."""
+    from dialogs import load_conversations, split_weight
+    kept = []
+    for spec in specs:
+        name, weight = split_weight(spec)
+        if name == spec:
+            weight = KEEP_WEIGHT
+        kept.append((name, weight, *load_conversations([name], tokenizer, ranks)))
+    return kept
+
+def keep_loaders(kept, T, seed, pad, log):
+    """What load_kept found → [(chat_sft.Loader, weight)]."""
+    from chat_sft import Loader, fitting
+    loaders = []
+    for name, weight, conversations, left_out in kept:
+        log.say(f"{left_out}{name} is kept with weight {weight}")
+        loaders.append((Loader(fitting(conversations, T, log), T, seed, pad), weight))
+    return loaders
+
+def keep_gradients(model, loaders, step, ranks):
+    """Adds weight · the gradients of SFT on the next KEEP_ROWS rows of each loader → the loss of
+    those rows, in nats a supervised token, summed over the ranks and averaged over the loaders."""
+    from chat_sft import add_gradients
+    batch_size = 1      # the ranks share the rows, one at a time if they cannot share them evenly
+    if KEEP_ROWS % ranks.world_size == 0:
+        batch_size = KEEP_ROWS // ranks.world_size
+    total = 0.0
+    for loader, weight in loaders:
+        total += add_gradients(model, model.hidden, loader, step * KEEP_ROWS, KEEP_ROWS, batch_size,
+                               ranks, weight).item()
+    return ranks.sum(total)[0] / len(loaders)
 
 # ---- Fast: each prompt passes through the model once, not once for each reply --------------------
 
@@ -328,20 +415,95 @@ class PromptCache:
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
-def accuracy_by_kind(engine, problems, max_new_tokens):
-    """Answers problems greedily → {kind: (share of right replies, mean tokens of a reply)}."""
+def pass_at_k(n, right, k):
+    """The probability that one of k replies is right, of n replies of which `right` are: unbiased,
+    1 - C(n - right, k) / C(n, k) (arXiv 2107.03374).
+
+    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 0, 4)
+    (0.25, 0.5, 0.0)
+    """
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+def answer(engine, problems, max_new_tokens, num_samples=1, temperature=0.0, seed=0):
+    """Yields (problem, its num_samples completions, a list that says which are right)."""
     prompts = [engine.tokenizer.render(p["messages"], for_completion=True)[0] for p in problems]
-    right = {}
-    lengths = {}
-    for i in range(0, len(prompts), QUESTIONS):
-        completions = engine.generate(prompts[i:i + QUESTIONS], max_new_tokens, temperature=0)
-        for problem, completion in zip(problems[i:], completions):
-            kind = problem["kind"]
-            correct = is_correct(engine.reply_text(completion), problem)
-            right.setdefault(kind, []).append(correct)
-            lengths.setdefault(kind, []).append(len(completion.ids))
-    return {kind: (sum(right[kind]) / len(right[kind]), sum(lengths[kind]) / len(lengths[kind]))
-            for kind in right}
+    size = max(1, REPLIES // num_samples)
+    for i in range(0, len(prompts), size):
+        completions = engine.generate(prompts[i:i + size], max_new_tokens, num_samples,
+                                      temperature=temperature, seed=seed + i)
+        for j, problem in enumerate(problems[i:i + size]):
+            replies = completions[j * num_samples:(j + 1) * num_samples]
+            right = [is_correct(engine.reply_text(reply), problem) for reply in replies]
+            yield problem, replies, right
+
+def mean(values):
+    return sum(values) / len(values)
+
+def greedy_figures(engine, problems, max_new_tokens):
+    """Answers problems greedily → ({kind: figures}, [reply]): the share of right replies and the
+    mean tokens of a reply and of its thinking; and a row for answers.jsonl for each problem."""
+    special = engine.tokenizer.special
+    by_kind = {}
+    rows = []
+    for problem, (reply,), (is_right,) in answer(engine, problems, max_new_tokens):
+        _, parts = checked(problem["messages"][-1])
+        row = dict(kind=problem["kind"], question="".join(text for _, text in parts),
+                   answer=problem["answer"], reply=engine.reply_text(reply), right=is_right,
+                   reply_tokens=len(reply.ids), thinking_tokens=thinking_tokens(reply.ids, special))
+        rows.append(row)
+        by_kind.setdefault(problem["kind"], []).append(row)
+    found = {}
+    for kind, of_kind in by_kind.items():
+        found[kind] = dict(accuracy=mean([row["right"] for row in of_kind]),
+                           reply_tokens=mean([row["reply_tokens"] for row in of_kind]),
+                           thinking_tokens=mean([row["thinking_tokens"] for row in of_kind]))
+    return found, rows
+
+def sampled_figures(engine, problems, max_new_tokens, seed):
+    """Samples SAMPLES replies at temperature 1 to the first problems of each kind → {kind:
+    pass@1 and pass@16, the mean share of right replies and of problems with one among 16}."""
+    chosen = {}
+    for problem in problems:
+        of_kind = chosen.setdefault(problem["kind"], [])
+        if len(of_kind) < SAMPLED_PROBLEMS:
+            of_kind.append(problem)
+    found = {}
+    for kind, of_kind in chosen.items():
+        right = [sum(right) for _, _, right in
+                 answer(engine, of_kind, max_new_tokens, SAMPLES, 1.0, seed)]
+        found[kind] = {f"pass_{k}": mean([pass_at_k(SAMPLES, n, k) for n in right])
+                       for k in (1, SAMPLES)}
+    return found
+
+@torch.inference_mode()
+def sampled_entropy(model, ids, mask):
+    """(sum, tokens): the entropy in nats of the distributions from which the marked tokens of at
+    most ENTROPY_ROWS replies were sampled, which are spread evenly over ids and mask (N, T)."""
+    every = math.ceil(len(ids) / ENTROPY_ROWS)
+    device = next(model.parameters()).device
+    ids = ids[::every].to(device)
+    marked = mask[::every, 1:].bool().to(device)
+    logprobs = model.logits(model.hidden(ids[:, :-1])[marked]).float().log_softmax(-1)  # (n, V)
+    return -(logprobs.exp() * logprobs).sum().item(), marked.sum().item()
+
+def spread_out(rows, most):
+    """`most` of the rows, evenly spread, the first and the last among them."""
+    if len(rows) <= most:
+        return rows
+    return [rows[i * (len(rows) - 1) // (most - 1)] for i in range(most)]
+
+def read_answers(run, step):
+    """The rows of <run>/answers.jsonl up to a step; [] if there are none."""
+    path = Path(run) / "answers.jsonl"
+    if not path.exists():
+        return []
+    rows = read_lines(path, dict, "delete the file")
+    return [row for row in rows if row["step"] <= step]
+
+def write_answers(run, rows):
+    """The file that read_answers reads, there whole or not at all."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_whole(Path(run) / "answers.jsonl", "".join(lines).encode(errors="replace"))
 
 def thinking_pays(rewards, lengths):
     """Are longer replies right more often? If not, RL settles on short guesses, and SFT has to
@@ -375,11 +537,18 @@ def parse_args():
     add("--max_new_tokens", type=int, default=128, help="longest reply, in tokens")
     add("--lr", type=float, default=1e-4, help="learning rate of AdamW; it falls linearly to 0")
     add("--updates", type=int, default=1, help="optimizer steps on each batch of rollouts")
-    add("--loss", choices=LOSSES, default="dapo", help="the mean over the tokens of a step")
+    add("--loss", choices=[*LOSSES, *(f"{loss}+std" for loss in LOSSES)], default="dapo",
+        help="the mean over a step's tokens; +std divides advantages by the group's deviation")
     add("--clip", type=float, nargs="+", default=[0.2], metavar="LIMIT", help="limits of 1 - ratio "
         "and ratio - 1, or one for both; they act only if --updates > 1")
+    add("--format_reward", type=float, default=0.0, help="for a reply that thinks, then answers")
+    add("--keep", nargs="+", default=[], metavar="FILE", help="conversations not to be forgotten: "
+        f"adds their loss to each step, FILE:weight times (default weight: {KEEP_WEIGHT})")
     add("--kl", type=float, default=0.0, help="weight of the KL divergence from --model")
-    add("--std", action="store_true", help="divide advantages by the group's standard deviation")
+    add("--max_kl", type=float, help="stop at this KL from --model, in nats a reply")
+    add("--reward", default="checker", help="checker, model:RUN of reward_model, or "
+        "FILE.py:FUNCTION of (problem, reply)")
+    add("--gold", help="checker or FILE.py:FUNCTION: the true objective, only watched")
     add("--eval_every", type=int, default=10, help="steps between tests on held-out problems")
     add("--save_every", type=int, default=25, help="steps between saved states")
     add("--seed", type=int, default=1337, help="seed of the questions' order and of the samples")
@@ -387,13 +556,17 @@ def parse_args():
     args = parser.parse_args()
     check_at_least(1, args, "max_steps", "prompts", "max_new_tokens", "updates", "eval_every",
                    "save_every")
-    check_at_least(0, args, "refill", "kl", "seed")
+    check_at_least(0, args, "refill", "kl", "seed", "format_reward")
     if len(args.clip) > 2:
         raise SystemExit(f"--clip must be one limit or two, got {len(args.clip)}")
     for limit in args.clip:
         if not 0 <= limit < math.inf:
             raise SystemExit(f"--clip must be at least 0, got {limit:g}")
     args.clip = args.clip[0], args.clip[-1]
+    args.std = args.loss.endswith("+std")
+    args.loss = args.loss.removesuffix("+std")
+    if args.max_kl is not None and not args.max_kl > 0:
+        raise SystemExit(f"--max_kl must be above 0, got {args.max_kl}")
     if not 0 < args.lr < math.inf:
         raise SystemExit(f"--lr must be above 0, got {args.lr}")
     if args.group_size < 2:
@@ -412,8 +585,8 @@ def load_problems(args, world_size):
     """The problems of --task, a file or a name, and the held-out ones: those of --held_out, or else
     those that come with the name."""
     held_out = []
-    if Path(args.task).exists() or args.task.endswith((".jsonl", ".gz")):
-        problems = read_problems(args.task)
+    if Path(args.task).exists() or args.task.endswith((".jsonl", ".gz", ".txt")):
+        problems = read_file(args)
     else:
         from tasks import read_task
         problems, held_out = read_task(args.task, world_size)
@@ -422,9 +595,39 @@ def load_problems(args, world_size):
     args.held_out = args.held_out or args.task      # for the log
     return problems, held_out
 
+def read_file(args):
+    """The problems of a file; only a checker needs their answers."""
+    if "checker" in (args.reward, args.gold):
+        return read_problems(args.task)
+    from preferences import read_prompts
+    return read_prompts(args.task)
+
+def load_rewards(args, device):
+    """→ the rewards of --reward and --gold, the latter None if it is not given."""
+    if args.reward == "checker" and not args.gold:
+        return CheckerReward(), None
+    from reward_model import load_reward
+    gold = None
+    if args.gold:
+        gold = load_reward("gold", args.gold, device)
+    return load_reward("reward", args.reward, device), gold
+
 # Flags that a resumed run must not change
-SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates", "refill",
-            "loss", "clip", "kl", "std", "seed")
+SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates",
+            "refill", "loss", "clip", "kl", "std", "seed", "keep", "format_reward", "max_kl",
+            "reward", "gold")
+
+def log_replies(log, step, engine, completions, rewards, golds, most=4):
+    """Logs a few replies of a step, evenly spread, with their rewards: numbers alone do not show
+    that a reward is being gamed."""
+    rows = []
+    for i in range(0, len(completions), max(1, len(completions) // most)):
+        text = engine.reply_text(completions[i])
+        rows.append(dict(reply=text, reward=rewards[i]))
+        if golds:
+            rows[-1]["gold"] = golds[i]
+        log.say(f"  reward {rewards[i]:6.2f} | {' '.join(text.split())}")
+    log.say(f"  {len(rows)} replies of step {step}", step=step, replies=rows)
 
 def warn(log, truncated, tied):
     """Logs warnings about a step: `truncated` and `tied` are shares of its replies, 0 to 1."""
@@ -447,17 +650,24 @@ def main():
     model, meta = load_checkpoint(base, ranks.device, vocab_size=tokenizer.n_vocab)
     model.eval()    # without dropout, training sees the same probabilities as sampling
     engine = Engine(model, tokenizer)
-    reference = copy.deepcopy(model) if args.kl else None
+    kept = load_kept(args.keep, tokenizer, ranks)
+    reward, gold = load_rewards(args, ranks.device)
+    reference = None
+    if args.kl or args.max_kl or args.reward != "checker":
+        reference = copy.deepcopy(model)
     adamw = dict(kind="adamw", lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     optimizer = Optimizer([dict(adamw, params=dict(model.named_parameters()))], ranks)
 
     settings = {key: getattr(args, key) for key in SETTINGS}
     settings |= dict(base=meta["run"], contents_of_task=contents(problems))
+    if kept:
+        hashes = [conversations.hashes.tolist() for _, _, conversations, _ in kept]
+        settings |= dict(contents_of_keep=contents(hashes))
     state = load_state(run, args.resume, ranks, optimizer, model, settings) or {}
     first_step = step = state.get("step", 0)
     asked = state.get("asked", 0)       # problems so far
     log = RunLog(run, args.max_steps, ranks, resume_step=state.get("step"))
-    if step >= args.max_steps:
+    if step >= args.max_steps or state.get("is_far"):
         return already_trained(log, run, ranks, model, tokenizer, "rl", step, args.max_steps,
                                base=meta["run"])
     log.header(args, model, ranks.device)
@@ -466,32 +676,42 @@ def main():
     if not problems:
         raise SystemExit(f"no question of {args.task} fits into {block_size - 1} tokens; give "
                          "shorter problems, or a model with a larger block_size")
-    kinds = {p["kind"] for p in problems}
-    others = sorted({p["kind"] for p in held_out} - kinds)
-    if others:
-        log.say(f"{args.held_out}: only kinds that are practised are tested; left out: "
-                f"{', '.join(others)}")
-    held_out = [p for p in held_out if p["kind"] in kinds]
+    loaders = keep_loaders(kept, block_size, args.seed, tokenizer.special["<|pad|>"], log)
     held_out = problems_that_fit(args.held_out, held_out, tokenizer, block_size, log)
+    kinds = {p["kind"] for p in problems}
+    practised = [p for p in held_out if p["kind"] in kinds]
+    others = [p for p in held_out if p["kind"] not in kinds]
+    answers = []
+    if state:
+        answers = read_answers(run, step)
 
     def report_accuracy():
-        if held_out and ranks.is_main:
-            head = f"step {step:{len(str(args.max_steps))}d}/{args.max_steps}"
-            by_kind = accuracy_by_kind(engine, held_out, args.max_new_tokens)
-            for kind, (share, tokens) in by_kind.items():
-                log.say(f"{head} | held out: {kind} accuracy {share:.3f} | "
-                        f"reply {tokens:.1f} tokens",
-                        step=step, kind=kind, accuracy=share, reply_tokens=tokens)
+        if not held_out or not ranks.is_main:
+            return
+        figures, rows = greedy_figures(engine, practised, args.max_new_tokens)
+        sampled = sampled_figures(engine, practised, args.max_new_tokens, args.seed)
+        for kind in figures:
+            log(step, kind=kind, **figures[kind], **sampled[kind])
+        answers.extend(dict(row, step=step) for row in spread_out(rows, READ_PROBLEMS))
+        if answers:
+            write_answers(run, answers)
+        if others and step in (0, args.max_steps):
+            figures, _ = greedy_figures(engine, others, args.max_new_tokens)
+            accuracy = {kind: figures[kind]["accuracy"] for kind in figures}
+            shares = " | ".join(f"{kind} {share:.3f}" for kind, share in accuracy.items())
+            log.say(f"step {step}/{args.max_steps} | held out, not practised: {shares}", step=step,
+                    others=accuracy)
 
     def save():
         save_run(run, ranks, optimizer, model, tokenizer, "rl", dict(base=meta["run"]), step=step,
-                 asked=asked, settings=settings)
+                 asked=asked, settings=settings, is_far=is_far)
 
+    special = tokenizer.special
     order = random.Random(args.seed).sample(range(len(problems)), len(problems))
     started = time.perf_counter()
-    stop = False
+    stop = is_far = False       # is_far: beyond --max_kl
     while True:
-        last = step == args.max_steps
+        last = step == args.max_steps or is_far
         if (step % args.eval_every == 0 or last) and (step == 0 or step > first_step):
             report_accuracy()
         if last or stop or (step % args.save_every == 0 and step > first_step):
@@ -500,32 +720,67 @@ def main():
             break
 
         tick = time.perf_counter()
-        prompts, completions, rewards, asked = sample_groups(engine, problems, order, asked, args,
-                                                             step, ranks)
+        mine, prompts, completions, rewards, asked = sample_groups(
+            engine, problems, order, asked, args, step, ranks, reward)
+        golds = []
+        if gold:
+            golds = scores(gold, engine, mine, completions)
         lengths = [len(completion.ids) for completion in completions]
-        if step == 0:
+        if step == 0 and args.reward == "checker":
             middle, short, long = thinking_pays(rewards.flatten().tolist(), lengths)
             log.say(f"sampled before learning: replies up to {middle:.0f} tokens are right "
                     f"{short:.0%} of the time, longer ones {long:.0%}",
                     step=0, middle=middle, short=short, long=long)
         ids, mask = rollout_tensors(prompts, completions, tokenizer.special["<|pad|>"])
-        advantage = advantages(rewards, args.std).flatten()
-        loss, norm, kl = learn(model, optimizer, ranks, ids, mask, advantage, args,
-                               lr_scale=1 - step / args.max_steps, reference=reference)
-        tied_groups = is_tied(rewards).sum().item()
+        well_formed = torch.tensor([c.finish == "stop" and is_well_formed(c.ids, special)
+                                    for c in completions]).float().view(rewards.shape)
+        total = rewards + args.format_reward * well_formed
+        entropy = sampled_entropy(model, ids, mask)
+        keep_losses = []
+
+        def keep():
+            keep_losses.append(keep_gradients(model, loaders, step, ranks))
+
+        loss, norm, kl = learn(model, optimizer, ranks, ids, mask,
+                               advantages(total, args.std).flatten(), args,
+                               lr_scale=1 - step / args.max_steps, reference=reference,
+                               keep=keep if loaders else None)
+        tied_groups = is_tied(total).sum().item()
         cut_off = sum(completion.finish == "length" for completion in completions)
-        n, reward, tied, truncated, tokens, stops = ranks.sum(
-            len(lengths), rewards.sum().item(), tied_groups * args.group_size, cut_off,
-            sum(lengths), len(signals))
+        thinking = sum(thinking_tokens(completion.ids, special) for completion in completions)
+        n, rewarded, formed, tied, truncated, tokens, thinking, nats, measured, stops = ranks.sum(
+            len(lengths), rewards.sum().item(), well_formed.sum().item(),
+            tied_groups * args.group_size, cut_off, sum(lengths), thinking, *entropy, len(signals))
+        kl_reply = mean_gold = None
+        if kl is not None:
+            kl_reply = kl * ranks.sum(mask.sum().item())[0] / n
+            is_far = args.max_kl is not None and kl_reply > args.max_kl
+        if gold:
+            mean_gold = ranks.sum(sum(golds))[0] / n
+        if args.reward != "checker" and (step % args.eval_every == 0 or is_far):
+            log_replies(log, step, engine, completions, rewards.flatten().tolist(), golds)
         stop = stops > 0
         step += 1
         ms = 1000 * (time.perf_counter() - tick)
         seconds_a_step = (time.perf_counter() - started) / (step - first_step)
-        log(step, reward=reward / n, reply_tokens=tokens / n, tied=tied / n,
-            truncated=truncated / n, norm=norm, kl=kl, loss=loss, ms=ms,
-            eta=seconds_a_step * (args.max_steps - step))
+        thinks = thinking > 0 or args.format_reward > 0
+        log(step, reward=rewarded / n, gold=mean_gold, well_formed=formed / n if thinks else None,
+            reply_tokens=tokens / n, thinking_tokens=thinking / n if thinks else None,
+            tied=tied / n, truncated=truncated / n, entropy=nats / measured,
+            keep_loss=keep_losses[-1] if loaders else None, norm=norm, kl=kl,
+            kl_reply=kl_reply, loss=loss, ms=ms, eta=seconds_a_step * (args.max_steps - step))
         warn(log, truncated / n, tied / n)
+        if is_far:
+            log.say(f"--max_kl {args.max_kl}: the replies of step {step} are {kl_reply:.2f} nats "
+                    "from --model, so the training ends here")
     finish(log, run, "rl", step, stopped=stop and not last)
 
+# rooms of their own, which this script also starts
+COMMANDS = ("reward_model", "rank", "best_of_n")
+
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        script = Path(__file__).with_name(f"{sys.argv.pop(1)}.py")
+        runpy.run_path(str(script), run_name="__main__")
+    else:
+        main()

@@ -25,7 +25,6 @@ import ctypes
 import difflib
 import functools
 import json
-import math
 import os
 import re
 import shutil
@@ -33,7 +32,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,80 +42,7 @@ if __name__ == "__main__":      # Ctrl-C during the slow imports below ends with
 import torch
 
 from bpe import Tokenizer
-from model import GPT2_SIZES, KVCache, load_checkpoint
-
-# ---- From logits to one token --------------------------------------------------------------------
-
-MIN_TEMPERATURE = 1e-5      # a lower one is greedy, and would only overflow
-
-def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None,
-                     repetition_penalty=1.0, contexts=()):
-    """logits (B, V) → the distribution that the next token is drawn from, (B, V).
-
-    repetition_penalty comes first and needs `contexts`, as penalize describes both.
-    Temperature 0 gives all of it to the best token. top_k keeps the k best tokens. top_p keeps, of
-    these, the fewest best tokens that hold a share p. min_p keeps those that are at least min_p
-    times as probable as the best. The tokens that are kept share the rest in proportion. This is
-    also the order of transformers. None: no cut.
-    """
-    if repetition_penalty != 1:
-        logits = penalize(logits, contexts, repetition_penalty)
-    if temperature < MIN_TEMPERATURE:
-        return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
-    probs = torch.softmax(logits / temperature, dim=-1)
-    if top_k is not None:
-        kth = probs.topk(min(top_k, probs.shape[-1])).values[:, -1:]
-        probs = probs.masked_fill(probs < kth, 0.0)
-    if top_p is not None and top_p < 1:     # all tokens hold a share 1, whatever rounding says
-        ordered, order = probs.sort(descending=True)
-        ends = ordered.double().cumsum(-1)
-        before = ends - ordered             # a token stays if the better ones hold less than p
-        is_cut = before >= top_p * ends[:, -1:]
-        probs = probs.masked_fill(torch.zeros_like(is_cut).scatter_(1, order, is_cut), 0.0)
-    if min_p is not None:
-        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
-    return probs / probs.sum(-1, keepdim=True)
-
-def penalize(logits, contexts, penalty):
-    """logits (B, V) → logits in which each token that a row has read or written is less probable.
-
-    contexts: the ids of each row, its prompt included. A logit above 0 is divided by the penalty
-    and one below 0 is multiplied by it, as in transformers. Differs from CTRL, which divides both,
-    so that a token whose logit is below 0 becomes more probable there.
-    """
-    logits = logits.clone()
-    for b, ids in enumerate(contexts):
-        seen = torch.tensor(sorted(set(ids)), device=logits.device)
-        before = logits[b, seen]
-        logits[b, seen] = torch.where(before > 0, before / penalty, before * penalty)
-    return logits
-
-def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
-    """ValueError if an argument of next_token_probs is outside of its range."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}; leave it out for no cut")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    if min_p is not None and not 0 <= min_p <= 1:
-        raise ValueError(f"min_p must be from 0 to 1, got {min_p}")
-    if not 0 < repetition_penalty < math.inf:
-        raise ValueError(f"repetition_penalty must be above 0, got {repetition_penalty}; 1 means "
-                         "none")
-
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")     # flags, arguments
-
-def draw(probs, generator):
-    """probs (B, V) → one token per row, (B,), by inverse-CDF sampling: the first token whose
-    cumulative probability exceeds a uniform draw. torch.multinomial would draw B x V numbers."""
-    ends = probs.double().cumsum(-1)    # in fp32, rounding could give a share to a token at 0
-    share = torch.rand(len(probs), 1, generator=generator, device=probs.device, dtype=ends.dtype)
-    return torch.searchsorted(ends, share * ends[:, -1:], right=True)[:, 0]
-
-def drawing_device(device):
-    """Where draw() runs for a model on this device. Apple's GPUs have no fp64."""
-    return torch.device("cpu") if device.type == "mps" else device
+from model import GPT2_SIZES, load_checkpoint
 
 # ---- The Python tool -----------------------------------------------------------------------------
 
@@ -245,22 +170,9 @@ class Completion:
     sampled: list = field(default_factory=list)     # for each id: sampled, or forced in by a tool?
     finish: str = "length"      # out of tokens or context; or "stop": the last id is a stop token
 
-@dataclass
-class Row:
-    """A row of the batch while it is being written."""
-    number: int             # of its completion
-    prompt_tokens: int
-    max_tokens: int         # how many it may write, which depends on its own prompt alone
-    ids: list = field(default_factory=list)
-    forced: deque = field(default_factory=deque)    # what is left of a tool's output
-    is_done: bool = False   # it wrote a stop token, or max_tokens
-
-    def cached_tokens(self):
-        """Tokens in the cache before its next step: all but the one that was just written."""
-        return self.prompt_tokens + len(self.ids) - 1
-
 class Engine:
-    """Batched generation with a KV cache: `generate` returns completions, `stream` yields text.
+    """A model with its tokenizer and tools: `generate` returns completions, `stream` yields text.
+    Both let the Scheduler of engine.py write.
 
     python: the function that runs the code of <|python|>; None: the token means nothing.
     search: the function that finds a passage for the query of <|search|>, in the same way.
@@ -271,99 +183,16 @@ class Engine:
         self.tokenizer = tokenizer
         self.n_vocab = getattr(tokenizer, "n_vocab", None)
         self.search = search
+        self.kept = None    # the scheduler of stream(), if its cache may be kept
         self.tools = {}     # {closing token: (opening token, function)}
         for name, tool in (("python", python), ("search", search)):
             if tool:
                 opening = tokenizer.special[f"<|{name}|>"]
                 self.tools[tokenizer.special[f"<|/{name}|>"]] = opening, tool
 
-    @torch.inference_mode()
-    def steps(self, prompts, num_samples, max_new_tokens, sampling, seed, stop):
-        """Yields for each step a list of (completion number, id, was it sampled?), one for each row
-        that is still being written.
-
-        prompts: lists of ids; each gets num_samples completions, numbered in this order.
-        sampling: arguments of next_token_probs. stop: the ids that end a completion.
-        """
-        check_sampling(**sampling)
-        rows = self.new_rows(prompts, num_samples, max_new_tokens)
-        if not rows:
-            return
-        generator = torch.Generator(drawing_device(self.device())).manual_seed(seed)
-        cache, logits = self.prefill(prompts, num_samples, max_new_tokens)
-        room = cache.k.shape[2]     # tokens per row
-        while True:
-            # a checkpoint may have more ids than its tokenizer
-            logits = logits[:, :self.n_vocab].to(generator.device)
-            if not logits.sum().isfinite():     # a single NaN shows in the sum
-                raise ValueError("the model's logits are not finite; its weights are damaged")
-            contexts = (prompts[row.number // num_samples] + row.ids for row in rows)
-            probs = next_token_probs(logits, **sampling, contexts=contexts)
-            drawn = draw(probs, generator).tolist()
-            emitted = []
-            for row, token in zip(rows, drawn):
-                if not row.is_done:
-                    emitted.append(self.write(row, token, stop))
-            yield emitted
-            alive = [i for i, row in enumerate(rows) if not row.is_done]
-            if not alive:
-                return
-            # a finished row costs as much as another: drop them in bulk, or when the cache is full
-            if len(alive) <= len(rows) // 2 or cache.used == room:
-                rows = [rows[i] for i in alive]
-                cache = cache.rows(torch.tensor(alive, device=self.device()))
-                cache.used = max(row.cached_tokens() for row in rows)
-            last_ids = torch.tensor([row.ids[-1] for row in rows], device=self.device())
-            logits = self.model(last_ids[:, None], cache=cache)[:, -1]              # (rows, V)
-
-    def new_rows(self, prompts, num_samples, max_new_tokens):
-        """num_samples empty rows for each prompt; none if there is nothing to write. A row may fill
-        the context, however long the other prompts are."""
-        block_size = self.model.config.block_size
-        rows = []
-        if max_new_tokens < 1:
-            return rows
-        for prompt in prompts:
-            if not 1 <= len(prompt) < block_size:
-                raise ValueError(f"a prompt has {len(prompt)} tokens, but the model reads 1 to "
-                                 f"{block_size - 1}; shorten it")
-            max_tokens = min(max_new_tokens, block_size - len(prompt))
-            for _ in range(num_samples):
-                rows.append(Row(len(rows), len(prompt), max_tokens))
-        return rows
-
-    def prefill(self, prompts, num_samples, max_new_tokens):
-        """Reads each prompt once → a cache with num_samples rows for each, and the logits of the
-        first new token of each row, (rows, V)."""
-        model = self.model
-        device = self.device()
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        longest = max(len(prompt) for prompt in prompts)
-        padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-        max_tokens = min(longest + max_new_tokens, model.config.block_size)
-        cache = KVCache(model.config, len(prompts), max_tokens, device, model.compute_dtype)
-        hidden = model.hidden(torch.tensor(padded, device=device), cache)      # (prompts, T, C)
-        cache.pos = lengths.clone()     # new tokens overwrite the padding after a short prompt
-        logits = model.logits(hidden[torch.arange(len(prompts)), lengths - 1])
-        if num_samples == 1:
-            return cache, logits
-        repeated = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
-        return cache.rows(repeated), logits[repeated]
-
-    def write(self, row, drawn, stop):
-        """Adds a token to a row: the next one of a tool's output, or else the one that was drawn.
-        → (completion number, id, was it sampled?)"""
-        sampled = not row.forced
-        token = drawn if sampled else row.forced.popleft()
-        row.ids.append(token)
-        if sampled and token in self.tools:
-            row.forced.extend(self.tool_output(row.ids, token))
-        elif sampled and self.is_endless_query(row.ids):
-            closing = self.tokenizer.special["<|/search|>"]
-            row.forced.extend([closing, *self.tool_output([*row.ids, closing], closing)])
-        if sampled and token in stop or len(row.ids) == row.max_tokens:
-            row.is_done = True
-        return row.number, token, sampled
+    def calls_tool(self, ids):
+        """Whether ids, whose last one was sampled, end with a tool call."""
+        return ids[-1] in self.tools or self.is_endless_query(ids)
 
     def is_endless_query(self, ids):
         """Whether ids end with a query of MAX_QUERY_TOKENS that is not closed. A small model may
@@ -374,16 +203,24 @@ class Engine:
         opening, _ = self.tools[closing]
         return ids[-1 - MAX_QUERY_TOKENS] == opening and closing not in ids[-MAX_QUERY_TOKENS:]
 
-    def tool_output(self, ids, closing):
-        """The tokens to force in after ids, which end with the closing token of a tool call."""
-        opening, tool = self.tools[closing]
-        marks = [i for i, token in enumerate(ids[:-1]) if token in (opening, closing)]
-        if not marks or ids[marks[-1]] == closing:      # it was not opened
-            return []
-        result = tool(self.tokenizer.decode(ids[marks[-1] + 1:-1]))
+    def tool_output(self, ids):
+        """The tokens to force in after ids, which end with a tool call."""
         special = self.tokenizer.special
+        closing = ids[-1]
+        begun = ids[:-1]
+        forced = []
+        if closing not in self.tools:       # a query that has no end
+            closing = special["<|/search|>"]
+            begun = ids
+            forced = [closing]
+        opening, tool = self.tools[closing]
+        ends = self.stop_ids((opening, closing))
+        marks = [i for i, token in enumerate(begun) if token in ends]
+        if not marks or begun[marks[-1]] != opening:    # it was not opened in this message
+            return forced
+        result = tool(self.tokenizer.decode(begun[marks[-1] + 1:]))
         result_ids = self.tokenizer.encode_ordinary(result)
-        return [special["<|output|>"], *result_ids, special["<|/output|>"]]
+        return [*forced, special["<|output|>"], *result_ids, special["<|/output|>"]]
 
     def device(self):
         return next(self.model.parameters()).device
@@ -399,45 +236,68 @@ class Engine:
         return {special["<|endoftext|>"], special["<|im_end|>"], *more}
 
     def generate(self, prompts, max_new_tokens=128, num_samples=1, temperature=1.0, top_k=None,
-                 top_p=None, min_p=None, repetition_penalty=1.0, seed=0, stop=()):
+                 top_p=None, min_p=None, repetition_penalty=1.0, seed=0, stop=(), rows=256):
         """prompts: texts or lists of ids → Completions, num_samples for each prompt, in order.
 
         A completion ends with <|endoftext|>, <|im_end|> or an id in `stop`. The same seed gives the
-        same completions. Raises ValueError if a prompt leaves no room in the context.
+        same completions. rows: how many are written at a time. Raises ValueError if a prompt leaves
+        no room in the context.
         """
-        prompts = [self.prompt_ids(prompt) for prompt in prompts]
-        stop = self.stop_ids(stop)
+        from engine import Request, Scheduler, mix
+        if max_new_tokens < 1:
+            return [Completion() for _ in range(len(prompts) * num_samples)]
+        scheduler = Scheduler(self, min(rows, len(prompts) * num_samples), keep=False)
         sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                        repetition_penalty=repetition_penalty)
-        done = [Completion() for _ in range(len(prompts) * num_samples)]
+                        repetition_penalty=repetition_penalty, stop=self.stop_ids(stop))
+        done = {}
+        for prompt in prompts:
+            ids = self.prompt_ids(prompt)
+            for _ in range(num_samples):
+                request = Request(ids, max_new_tokens, seed=mix(seed, len(done)), **sampling)
+                done[scheduler.add(request)] = Completion()
         was_training = self.model.training
         self.model.eval()
-        for emitted in self.steps(prompts, num_samples, max_new_tokens, sampling, seed, stop):
-            for number, token, sampled in emitted:
-                done[number].ids.append(token)
-                done[number].sampled.append(sampled)
-                if sampled and token in stop:
-                    done[number].finish = "stop"
+        while scheduler.is_busy():
+            for event in scheduler.step():
+                completion = done[event.row]
+                completion.ids.append(event.token)
+                completion.sampled.append(event.sampled)
+                completion.finish = event.finish
         self.model.train(was_training)
-        return done
+        return list(done.values())
 
     def stream(self, prompt, max_new_tokens=128, temperature=1.0, top_k=None, top_p=None,
                min_p=None, repetition_penalty=1.0, seed=0, stop=()):
         """Yields (id, text) for each token, and (None, rest) at the end. The text of a character
         that is split over tokens comes with its last token."""
-        stop = self.stop_ids(stop)
-        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                        repetition_penalty=repetition_penalty)
+        from engine import Request, mix
         self.model.eval()
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        prompts = [self.prompt_ids(prompt)]
-        for emitted in self.steps(prompts, 1, max_new_tokens, sampling, seed, stop):
-            for _, token, sampled in emitted:
-                text = ""
-                if not (sampled and token in stop):
-                    text = decoder.decode(self.tokenizer.decode_bytes([token]))
-                yield token, text
+        scheduler = self.chat_scheduler()
+        row = scheduler.add(Request(self.prompt_ids(prompt), max_new_tokens, temperature, top_k,
+                                    top_p, min_p, repetition_penalty, mix(seed, 0),
+                                    self.stop_ids(stop)))
+        try:
+            while not row.finish:
+                for event in scheduler.step():
+                    text = ""
+                    if event.finish != "stop":
+                        text = decoder.decode(self.tokenizer.decode_bytes([event.token]))
+                    yield event.token, text
+        finally:
+            scheduler.cancel(row)       # the reader may leave before the end
         yield None, decoder.decode(b"", final=True)
+
+    def chat_scheduler(self):
+        """The scheduler of stream(). It is kept, so that a chat's turns so far are not read again.
+        A model that still learns gets a new one each time: its keys and values change with its
+        weights."""
+        from engine import Scheduler
+        if any(p.requires_grad for p in self.model.parameters()):
+            return Scheduler(self, rows=1)
+        if self.kept is None or self.kept.is_busy():
+            self.kept = Scheduler(self, rows=1)
+        return self.kept
 
     def answer(self, conversations, batch_size=64, **sampling):
         """Replies to conversations, as texts that include tool calls. A conversation is a list of
@@ -448,11 +308,8 @@ class Engine:
                 conversation = [dict(role="user", content=conversation)]
             ids, _ = self.tokenizer.render(conversation, for_completion=True)
             prompts.append(ids)
-        replies = []
-        for i in range(0, len(prompts), batch_size):
-            completions = self.generate(prompts[i:i + batch_size], **sampling)
-            replies += [self.reply_text(completion) for completion in completions]
-        return replies
+        completions = self.generate(prompts, rows=batch_size, **sampling)
+        return [self.reply_text(completion) for completion in completions]
 
     def reply_text(self, completion):
         """The text of a completion, without its stop token."""
@@ -599,6 +456,7 @@ def quiet_end():
         raise SystemExit(141) from None     # as a program that SIGPIPE ends
 
 CHAT_STAGES = ("sft", "rl")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")     # flags, arguments
 EXCLUDES = dict(     # flags that no command can have together
     chat=("prompt", "file", "few_shot", "logprobs", "top", "num_samples"),
     logprobs=("prompt", "file", "few_shot", "top", "num_samples", "stop"),
@@ -698,6 +556,7 @@ def write(engine, args, prompt, sampling):
                      sampling, stops)
 
 def main():
+    from engine import check_sampling
     args = parse_args()
     sampling = {name: getattr(args, name) for name in SAMPLING}
     try:

@@ -4,6 +4,7 @@ definitions, the mask token by token; and a model that can only guess learns whi
 """
 import copy
 import doctest
+import itertools
 import json
 import signal
 from dataclasses import replace
@@ -19,9 +20,12 @@ import tasks
 from bpe import Tokenizer
 from conftest import (GPT2, MODERN, assert_same_files, in_fp64, mutate, noisy, run_main, run_ranks,
                       stop_at)
+from dialogs import Conversations
 from model import file_tensor, file_tensors, load_checkpoint, save_checkpoint
-from rl_grpo import (PromptCache, SharedPrompts, advantages, learn, policy_loss, rollout,
-                     rollout_tensors, thinking_pays, token_logprobs)
+from rl_grpo import (PromptCache, SharedPrompts, advantages, is_well_formed, keep_gradients, learn,
+                     pass_at_k, policy_loss, read_answers, rollout, rollout_tensors,
+                     sampled_entropy, spread_out, thinking_pays, thinking_tokens, token_logprobs,
+                     write_answers)
 from sample import Completion, Engine
 from training import Optimizer, Ranks, init_ranks, read_log
 
@@ -215,13 +219,14 @@ def test_the_check_of_shared_prompts_notices_a_mutant(owner, name, old, new, mon
 FLAGS = dict(updates=1, loss="dapo", clip=(0.2, 0.2), kl=0.0, max_new_tokens=8)
 
 
-def grads_of_learn(model, prompts, completions, advantage, reference=None, **changes):
+def grads_of_learn(model, prompts, completions, advantage, reference=None, keep=None, **changes):
     optimizer = Optimizer([dict(kind="adamw", params=dict(model.named_parameters()), lr=1e-3,
                                 betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)])
     optimizer.step = lambda *_, **__: None                  # which would clear the gradients
     ids, mask = rollout_tensors(prompts, completions, pad=0)
     args = SimpleNamespace(**{**FLAGS, **changes})
-    loss, norm, kl = learn(model, optimizer, Ranks(), ids, mask, advantage, args, 1.0, reference)
+    loss, norm, kl = learn(model, optimizer, Ranks(), ids, mask, advantage, args, 1.0, reference,
+                           keep)
     return {name: p.grad for name, p in model.named_parameters()}, loss, norm, kl
 
 
@@ -374,18 +379,101 @@ def test_tied_groups_have_the_gradient_of_the_kl_when_it_is_asked_for(base_run):
     assert grads_of_learn(model, *written(), torch.zeros(2), reference, kl=0.5)[3] < kl
 
 
-def test_replies_that_were_cut_off_earn_nothing(tokenizer):
-    ids = tokenizer.encode_ordinary("#### 7")
-    end = tokenizer.special["<|im_end|>"]
-    replies = [Completion([*ids, end], [True] * 9, "stop"), Completion(ids, [True] * 9, "length"),
-               Completion([end], [True], "stop"), Completion([*ids, end], [True] * 9, "stop")]
+def rewarded(tokenizer, replies):
+    """Rewards of four replies, (text, finish), to two problems: their answers are 7 and 8."""
+    completions = []
+    for text, finish in replies:
+        ids = tokenizer.encode(text, allowed_special="all")
+        if finish == "stop":
+            ids = [*ids, tokenizer.special["<|im_end|>"]]
+        completions.append(Completion(ids, [True] * len(ids), finish))
     engine = Engine(SimpleNamespace(), tokenizer)
-    engine.generate = lambda *_, **__: replies
+    engine.generate = lambda *_, **__: completions
     problems = [dict(messages=[dict(role="user", content="?")], answer=a, check="final")
                 for a in "78"]
     args = SimpleNamespace(max_new_tokens=9, group_size=2)
     prompts, _, rewards = rollout(engine, problems, args, seed=0)
-    assert rewards.tolist() == [[1, 0], [0, 0]] and len(prompts) == 4
+    assert len(prompts) == 4
+    return rewards.tolist()
+
+
+def test_replies_that_were_cut_off_earn_nothing(tokenizer):
+    replies = [("#### 7", "stop"), ("#### 7", "length"), ("", "stop"), ("#### 7", "stop")]
+    assert rewarded(tokenizer, replies) == [[1, 0], [0, 0]]
+
+
+def test_an_answer_that_is_only_thought_earns_nothing(tokenizer):
+    replies = [("<|think|>is it #### 8<|/think|>It is #### 7", "stop"),
+               ("It is <|think|>#### 7", "stop"), ("<|think|>x<|/think|>#### 8", "stop"),
+               ("#### 7<|think|>#### 8<|/think|>", "stop")]
+    assert rewarded(tokenizer, replies) == [[1, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("text, tokens, is_good", [
+    ("<|think|>ab<|/think|>c", 2, True), ("<|think|><|/think|>c", 0, False), ("abc", 0, False),
+    ("<|think|>ab<|/think|>", 2, False), ("<|think|>abc", 3, False), ("", 0, False),
+    ("a<|think|>b<|/think|>c", 1, False), ("<|think|>a<|think|>b<|/think|>c", 2, False),
+    ("<|think|>a<|/think|>b<|/think|>c", 1, False), ("<|/think|>a<|think|>b", 2, False)])
+def test_a_reply_is_well_formed_if_it_thinks_once_and_then_speaks(text, tokens, is_good, tokenizer):
+    text = text.replace("b<|", " b<|").replace("bc", " b c")         # a letter is a token
+    ids = [*tokenizer.encode(text, allowed_special="all"), tokenizer.special["<|im_end|>"]]
+    assert is_well_formed(ids, tokenizer.special) is is_good
+    assert thinking_tokens(ids[:-1], tokenizer.special) == tokens - text.startswith("<|/think")
+
+
+# ---- what must not be lost
+
+def check_keep(base_run):
+    """weight times the gradient of the mean loss of the supervised tokens of the step's rows."""
+    rendered = [([1, 2, 3 + i, 4, 5 + i], [0, 0, 1, 0, 1]) for i in range(2 * rl_grpo.KEEP_ROWS)]
+    loader = chat_sft.Loader(Conversations.of(rendered), 4, 0, 99)
+    rows = [rendered[c][0] for p in range(rl_grpo.KEEP_ROWS)
+            for c in loader.row(rl_grpo.KEEP_ROWS + p)]
+    found, expected = load_checkpoint(base_run)[0], load_checkpoint(base_run)[0]
+    loss = keep_gradients(found, [(loader, 0.3)], 1, Ranks())
+    logp = expected(torch.tensor(rows)).log_softmax(-1)
+    mean = -sum(logp[i, t - 1, row[t]] for i, row in enumerate(rows) for t in (2, 4)) / 2 / len(rows)
+    (0.3 * mean).backward()
+    assert loss == pytest.approx(mean.item(), rel=1e-4)
+    for one, other in zip(found.parameters(), expected.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_kept_adds_the_gradient_of_its_rows_with_its_weight(base_run):
+    check_keep(base_run)
+
+
+def test_keep_acts_in_every_update(base_run):
+    calls = []
+    grads_of_learn(load_checkpoint(base_run)[0], *written(), torch.tensor([0.5, -1.0]), updates=3,
+                   keep=lambda: calls.append(1))
+    assert len(calls) == 3
+
+
+# ---- measuring
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_reply():
+    for n, k in itertools.product((4, 6), (1, 2, 4)):
+        for right in range(n + 1):
+            subsets = list(itertools.combinations([1] * right + [0] * (n - right), k))
+            share = sum(map(any, subsets)) / len(subsets)
+            assert pass_at_k(n, right, k) == pytest.approx(share)
+
+
+def test_the_entropy_is_that_of_the_tokens_that_were_sampled(base_run):
+    model, _ = load_checkpoint(base_run)
+    ids, mask = rollout_tensors(*written(), pad=99)
+    logp = model(ids).log_softmax(-1)
+    each = -(logp.exp() * logp).sum(-1)
+    nats, tokens = sampled_entropy(model, ids, mask)
+    assert tokens == 4 and nats == pytest.approx((each[:, :-1] * mask[:, 1:]).sum().item(), rel=1e-4)
+
+
+def test_answers_after_a_step_are_forgotten_and_the_ends_are_shown(tmp_path):
+    assert read_answers(tmp_path, 9) == [] and spread_out(list(range(21)), 3) == [0, 10, 20]
+    rows = [dict(step=step, reply="\ud800 é") for step in (0, 5, 10)]
+    write_answers(tmp_path, rows)
+    assert [row["step"] for row in read_answers(tmp_path, 5)] == [0, 5]
 
 
 def test_thinking_pays_compares_short_replies_with_long_ones():
@@ -453,7 +541,7 @@ def test_a_model_that_can_only_guess_learns_which_guess_pays(assistant, task, tm
     assert len(accuracy) == 3 and accuracy[-1] == 1.0 > accuracy[0]
 
 
-@pytest.mark.parametrize("more", [["--updates", 3, "--lr", 1.5e-3], ["--std"], ["--kl", 0.01]],
+@pytest.mark.parametrize("more", [["--updates", 3, "--lr", 1.5e-3], ["--loss", "grpo+std"], ["--kl", 0.01]],
                          ids=str)
 def test_grpos_own_terms_learn_too(more, assistant, task, tmp_path):
     check_bandit(assistant, task, tmp_path, *more)
@@ -475,6 +563,23 @@ def test_stopped_run_resumes_bit_by_bit(more, assistant, task, whole, tmp_path, 
     assert logged(run, "reward") == logged(whole, "reward")
 
 
+def test_what_is_kept_and_read_is_the_same_after_a_resume(assistant, task, tmp_path, monkeypatch):
+    more = ["--held_out", task, "--eval_every", 2, "--format_reward", 0.5, "--keep",
+            f"{assistant.parent / 'sft.jsonl'}:0.5"]
+    run_main(rl_grpo, *flags(assistant, task, tmp_path / "whole"), *more)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, rl_grpo, "rollout", call=3)
+        run_main(rl_grpo, *flags(assistant, task, tmp_path / "run"), *more)
+    with pytest.raises(SystemExit, match="another contents_of_keep and keep"):
+        run_main(rl_grpo, *flags(assistant, task, tmp_path / "run"), *more[:-2], "--resume")
+    run_main(rl_grpo, *flags(assistant, task, tmp_path / "run"), *more, "--resume")
+    assert_same_files(tmp_path / "run", tmp_path / "whole", "model.safetensors", "answers.jsonl")
+    for key in ("keep_loss", "entropy", "pass_1", "well_formed"):
+        assert logged(tmp_path / "run", key) == logged(tmp_path / "whole", key) != []
+    assert [row["step"] for row in read_answers(tmp_path / "run", 99)] == [
+        step for step in (0, 2, 4, 6) for _ in COLOURS]
+
+
 def asked_in(file):
     """[(seed, question)] of a run, in order, which noted() wrote."""
     return [tuple(json.loads(line)) for line in file.read_text().splitlines()]
@@ -485,10 +590,10 @@ def noted(monkeypatch, tmp_path):
     """Each question that a rank asks is written to a file of that name."""
     original = rl_grpo.rollout
 
-    def rollout(engine, problems, args, seed):
+    def rollout(engine, problems, args, seed, reward):
         with open(noted.file, "a") as file:
             file.write("".join(json.dumps([seed, p["question"]]) + "\n" for p in problems))
-        return original(engine, problems, args, seed)
+        return original(engine, problems, args, seed, reward)
 
     def noted(name):
         noted.file = tmp_path / name
@@ -502,7 +607,7 @@ def noted(monkeypatch, tmp_path):
                                         ("save_run", 2)], ids=str)
 def test_a_run_killed_anywhere_resumes_bit_by_bit_and_asks_each_problem_once(
         name, call, assistant, task, tmp_path, noted):
-    more = dict(prompts=3, refill=2, save_every=2)
+    more = dict(prompts=3, group_size=2, refill=2, save_every=2)
     whole_asked, killed_asked, resumed_asked = (noted(n) for n in ("whole", "killed", "resumed"))
     noted("whole")
     run_main(rl_grpo, *flags(assistant, task, tmp_path / "a", **more))
@@ -525,7 +630,7 @@ def test_tied_groups_are_refilled_with_the_next_problems():
     asked = {}
 
     def sample(rank, world_size, replies):
-        def rollout(engine, problems, args, seed):
+        def rollout(engine, problems, args, seed, reward):
             asked.setdefault(world_size, []).extend(problems)
             return (problems, problems, torch.tensor([[i % 2, 0.] for i in problems]))
 
@@ -536,16 +641,16 @@ def test_tied_groups_are_refilled_with_the_next_problems():
             args = SimpleNamespace(prompts=4, refill=3, seed=0)
             return rl_grpo.sample_groups(None, range(9), [*range(9)], 2, args, 0, ranks)
 
-    prompts, _, rewards, position = sample(0, 1, [2, 1, 1, 0])
-    assert prompts == [2, 3, 4, 5, 6, 7, 8, 0] and position == 10 and rewards.shape == (8, 2)
+    chosen, prompts, _, rewards, position = sample(0, 1, [2, 1, 1, 0])
+    assert chosen == prompts == [2, 3, 4, 5, 6, 7, 8, 0] and position == 10 and rewards.shape == (8, 2)
     assert (rewards[:, 0] == torch.tensor([0., 1, 0, 1, 0, 1, 0, 0])).all()
     for rank in (0, 1):
-        assert sample(rank, 2, [2, 1, 1, 0])[3] == 10
+        assert sample(rank, 2, [2, 1, 1, 0])[4] == 10
     assert sorted(asked[2]) == sorted(asked[1]) == sorted(prompts)
 
 
 def test_a_tool_that_does_not_start_ends_the_run_in_one_line(assistant, task, tmp_path, monkeypatch):
-    def rollout(engine, problems, args, seed):
+    def rollout(engine, problems, args, seed, reward):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(rl_grpo, "rollout", rollout)
@@ -590,7 +695,8 @@ def test_a_group_of_one_is_refused(assistant, task, tmp_path):
 
 @pytest.mark.parametrize("flag, value", [
     ("max_steps", 0), ("prompts", 0), ("max_new_tokens", -1), ("updates", 0), ("eval_every", 0),
-    ("save_every", 0), ("refill", -1), ("clip", -1), ("kl", -1), ("seed", -1), ("lr", 0), ("lr", "nan")])
+    ("save_every", 0), ("refill", -1), ("format_reward", -1), ("clip", -1), ("kl", -1), ("seed", -1),
+    ("lr", 0), ("lr", "nan")])
 def test_a_flag_out_of_range_is_one_line_before_any_work(flag, value, tmp_path):
     with pytest.raises(SystemExit, match=f"--{flag} must be (above|at least) .*, got {value}"):
         run_main(rl_grpo, "--task", "x.jsonl", "--out", tmp_path / "run", f"--{flag}", value)
@@ -606,7 +712,8 @@ def test_questions_that_do_not_fit_and_kinds_not_practised_are_counted(assistant
     run_main(rl_grpo, *flags(assistant, tmp_path / "task", tmp_path / "run", max_steps=1,
                              prompts=1), "--held_out", tmp_path / "held_out")
     said = capsys.readouterr().out
-    assert said.count("1 of 2 questions are longer than") == 2 and "left out: sum" in said
+    assert "task: 1 of 2 questions are longer" in said and "held_out: 1 of 3 questions are" in said
+    assert "held out, not practised: sum 0.000" in said
     (tmp_path / "task").write_text(json.dumps(long))
     with pytest.raises(SystemExit, match="no question of .*task fits into"):
         run_main(rl_grpo, *flags(assistant, tmp_path / "task", tmp_path / "none"))
@@ -657,9 +764,9 @@ def by_question(monkeypatch, tmp_path):
         steps.clear()
         return (tmp_path / "replies").read_text().split()
 
-    def seeded(engine, problems, args, seed):
+    def seeded(engine, problems, args, seed, reward):
         steps.append(len(problems) * args.group_size)
-        parts = [original(engine, [p], args, seed=len(steps) + 100 * i)
+        parts = [original(engine, [p], args, len(steps) + 100 * i, reward)
                  for p in problems for i in [sorted(COLOURS).index(p["question"])]]
         prompts, completions, rewards = zip(*parts)
         with open(tmp_path / "replies", "a") as file:
@@ -680,7 +787,8 @@ def assert_same_run(run, other):
 
 
 def check_ranks(assistant, task, tmp_path, by_question):
-    more = flags(assistant, task, tmp_path / "one", lr=1e-4, kl=0.1)
+    more = [*flags(assistant, task, tmp_path / "one", lr=1e-4, kl=0.1), "--keep",
+            assistant.parent / "sft.jsonl"]
     run_main(rl_grpo, *more)
     assert by_question() == 6 * ["16"]
     run_ranks(rl_grpo, *more, "--out", tmp_path / "two")        # the later --out counts
@@ -763,6 +871,15 @@ def test_check_of_learn_notices_a_mutant(name, old, new, base_run, monkeypatch):
     monkeypatch.setitem(globals(), "learn", rl_grpo.learn)
     with pytest.raises(AssertionError):
         check_learn(base_run)
+
+
+@pytest.mark.parametrize("old, new", [("step * KEEP_ROWS, K", "0, K"), ("ranks, weight)", "ranks)")],
+                         ids=str)
+def test_check_of_keep_notices_a_mutant(old, new, base_run, monkeypatch):
+    mutate(monkeypatch, rl_grpo, "keep_gradients", old, new)
+    monkeypatch.setitem(globals(), "keep_gradients", rl_grpo.keep_gradients)
+    with pytest.raises(AssertionError):
+        check_keep(base_run)
 
 
 @pytest.mark.parametrize("name, old, new", [

@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import engine as engine_room
 import sample
 from conftest import ROOT, mutate, noisy, run_main
-from model import GPTConfig, KVCache, load_checkpoint, save_checkpoint
-from sample import Engine, find_run, next_token_probs, run_python
+from engine import Scheduler, next_token_probs
+from model import GPTConfig, load_checkpoint, save_checkpoint
+from sample import Engine, find_run, run_python
 
 PROMPTS = ["Return", "Return the mean of the data", "If", "a, b", "Return the"]
 
@@ -41,8 +43,10 @@ class Scripted(torch.nn.Module):
         self.config = GPTConfig(256, vocab_size, n_layer=1, n_head=1, n_embd=2)
         self.compute_dtype, self.weight = torch.float32, torch.nn.Parameter(torch.zeros(1))
 
-    def hidden(self, idx, cache):
+    def hidden(self, idx, cache, last=None):
         pos = cache.pos[:, None] + torch.arange(idx.shape[1])
+        if last is not None:
+            pos = pos.gather(1, last[:, None])
         cache.advance(idx.shape[1])
         return (pos - self.start).clamp(0, len(self.ids) - 1)
 
@@ -90,23 +94,22 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says(engine):
     check_frequencies(engine)
 
 
-def check_draw(monkeypatch):
+def check_draw():
     weights = torch.tensor([[0.0, 0.5, 0.0, 1.5, 0.0], [2.0, 0.0, 0.0, 0.0, 0.0]])
-    for share, wanted in ((0.0, [1, 0]), (0.2499, [1, 0]), (0.25, [3, 0]), (1 - 2 ** -24, [3, 0])):
-        monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, share))
-        assert sample.draw(weights, None).tolist() == wanted, share
+    for share, wanted in ((0.0, [1, 0]), (0.2499, [1, 0]), (0.25, [3, 0]), (1 - 2 ** -53, [3, 0])):
+        assert engine_room.draw(weights, torch.full((2,), share, dtype=torch.double)).tolist() == wanted, share
 
 
-def test_a_random_share_picks_its_token_and_never_one_of_probability_0(monkeypatch):
-    check_draw(monkeypatch)
+def test_a_random_share_picks_its_token_and_never_one_of_probability_0():
+    check_draw()
 
 
 @pytest.mark.parametrize("old, new", [("right=True", "right=False"), ("* ends[:, -1:]", ""),
                                       ("probs.double()", "probs.double().flip(-1)")])
 def test_a_draw_at_the_wrong_end_would_be_noticed(old, new, monkeypatch):
-    mutate(monkeypatch, sample, "draw", old, new)
+    mutate(monkeypatch, engine_room, "draw", old, new)
     with pytest.raises(AssertionError):
-        check_draw(monkeypatch)
+        check_draw()
 
 
 def twin_probs(logits, temperature, top_k, top_p, min_p):
@@ -174,7 +177,7 @@ def test_the_penalty_counts_the_prompt_and_what_was_written_of_each_row_alone(en
         ids = engine.prompt_ids(prompt)
         for token in completion.ids:
             logits = engine.model(torch.tensor([ids]))[:, -1, :engine.n_vocab]
-            assert token == sample.penalize(logits, [ids], 3.0).argmax()
+            assert token == engine_room.penalize(logits, [ids], 3.0).argmax()
             ids.append(token)
     assert found[0].ids != engine.generate(prompts, 20, temperature=0)[0].ids
 
@@ -261,11 +264,15 @@ def test_a_row_that_stops_early_may_wait_beside_others_until_the_cache_is_full(e
     assert engine.generate(prompts, 99, temperature=0, stop=stop) == alone
 
 
-def test_finished_rows_are_dropped_from_the_cache(engine, monkeypatch):
-    kept, rows = [], KVCache.rows
-    monkeypatch.setattr(KVCache, "rows", lambda cache, i: kept.append(len(i)) or rows(cache, i))
-    check_rows_equal_single_runs(engine)
-    assert max(kept) == 10 and kept[-1] < 5 and kept[-2] <= 5, kept
+def test_a_row_that_ended_costs_nothing_in_the_next_step(engine, monkeypatch):
+    fed = []
+    feed = Scheduler.feed
+    monkeypatch.setattr(Scheduler, "feed", lambda self, rows: fed.append(len(rows)) or feed(self, rows))
+    alone = engine.generate(["Return"], 40, temperature=0)[0].ids
+    fed.clear()
+    found = engine.generate(PROMPTS, 40, 2, temperature=0, stop={alone[3]})
+    assert fed == [sum(len(c.ids) > step + 1 for c in found) for step in range(len(fed))]
+    assert fed[0] == 10 and fed[-1] < 10
 
 
 def test_a_stop_token_is_the_last_and_ends_the_row(tokenizer):
@@ -681,32 +688,27 @@ def test_the_command_writes_the_same_text_twice(base_run, tmp_path, capsys):
 # ---- mutants
 
 @pytest.mark.parametrize("owner, name, old, new, check", [
-    (Engine, "prefill", "lengths - 1])", "longest - 1])", check_rows_equal_single_runs),
-    (Engine, "prefill", "cache.pos = lengths.clone()", "pass", check_rows_equal_single_runs),
-    (Engine, "steps", "cache = cache.rows(torch.tensor(alive, device=self.device()))", "pass",
-     check_rows_equal_single_runs),
-    (Engine, "prefill", "repeat_interleave(num_samples)", "repeat(num_samples)",
-     check_rows_equal_single_runs),
-    (Engine, "new_rows", "block_size - len(prompt))", "block_size - max(map(len, prompts)))",
+    (Scheduler, "leave", "self.move(self.running, row.slot)", "pass", check_rows_equal_single_runs),
+    (Scheduler, "add", ", self.block_size)", ", 99)", check_each_row_has_its_own_end),
+    (Scheduler, "copy_prefix", "self.cache.copy(donor.slot, row.slot, n)", "pass",
      check_each_row_has_its_own_end),
-    (Engine, "steps", " or cache.used == room", "", check_each_row_has_its_own_end),
-    (Engine, "steps", "cache.used = max(", "max(", check_each_row_has_its_own_end),
-    (sample, "next_token_probs", "logits.argmax", "logits.argmin", check_greedy),
-    (sample, "next_token_probs", "logits / temperature", "logits", check_frequencies)],
+    (Scheduler, "move", "self.cache.copy(source, target, row.cached)", "pass", check_rows_equal_single_runs),
+    (engine_room, "next_token_probs", "logits.argmax", "logits.argmin", check_greedy),
+    (engine_room, "next_token_probs", "logits / temperature", "logits", check_frequencies)],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_checks_of_the_loop_notice_a_mutant(owner, name, old, new, check, engine, monkeypatch):
     mutate(monkeypatch, owner, name, old, new)
-    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+    with pytest.raises((AssertionError, RuntimeError, IndexError, AttributeError)):
         check(engine)
 
 
-@pytest.mark.parametrize("old, new", [
-    ("sampled = not row.forced", "sampled = True"),
-    ("if sampled and token in stop or", "if token in stop or"),
-    ("if sampled and token in self.tools", "if token in self.tools and len(row.ids) > 9")],
-    ids=lambda value: value)
-def test_check_of_the_tool_notices_a_mutant(old, new, tokenizer, monkeypatch):
-    mutate(monkeypatch, Engine, "write", old, new)
+@pytest.mark.parametrize("owner, name, old, new", [
+    (Scheduler, "force", "token, False", "token, True"),
+    (Scheduler, "append", "if sampled and token in", "if token in"),
+    (Engine, "calls_tool", "ids[-1] in self.tools", "ids[-1] in self.tools and len(ids) > 9")],
+    ids=lambda value: value if isinstance(value, str) else "")
+def test_check_of_the_tool_notices_a_mutant(owner, name, old, new, tokenizer, monkeypatch):
+    mutate(monkeypatch, owner, name, old, new)
     with pytest.raises(AssertionError):
         check_tool(tokenizer)
 
@@ -715,7 +717,7 @@ def test_check_of_the_tool_notices_a_mutant(old, new, tokenizer, monkeypatch):
     ("before * penalty)", "before / penalty)"), ("before > 0", "before < 0"),
     ("sorted(set(ids))", "ids[-9:]")], ids=lambda value: value)
 def test_oracle_of_the_penalty_notices_a_mutant(old, new, monkeypatch):
-    mutate(monkeypatch, sample, "penalize", old, new)
+    mutate(monkeypatch, engine_room, "penalize", old, new)
     with pytest.raises(AssertionError):
         check_penalty()
 
@@ -726,8 +728,8 @@ def test_oracle_of_the_penalty_notices_a_mutant(old, new, monkeypatch):
     (".scatter_(1, order, ", ".logical_or_(")],
     ids=lambda value: value)
 def test_twin_of_the_cuts_notices_a_mutant(old, new, monkeypatch):
-    mutate(monkeypatch, sample, "next_token_probs", old, new)
-    monkeypatch.setitem(globals(), "next_token_probs", sample.next_token_probs)
+    mutate(monkeypatch, engine_room, "next_token_probs", old, new)
+    monkeypatch.setitem(globals(), "next_token_probs", engine_room.next_token_probs)
     with pytest.raises(AssertionError):
         for cut in CUTS:
             check_cuts(**cut)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import crawl
+import engine
 import model
 import sample
 import training
@@ -187,5 +188,5 @@ def test_no_step_of_training_needs_fp64_on_the_gpu(monkeypatch, is_modern):
 
 def test_sums_and_draws_of_mps_are_made_on_the_cpu():
     assert Ranks(device="mps").sum(1.5, 2) == [1.5, 2.0]
-    assert sample.drawing_device(torch.device("mps")) == torch.device("cpu")
-    assert sample.drawing_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert engine.drawing_device(torch.device("mps")) == torch.device("cpu")
+    assert engine.drawing_device(torch.device("cuda:1")) == torch.device("cuda:1")
