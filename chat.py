@@ -35,6 +35,7 @@ TOOLS = dict(python=("asks Python: ", "Python answers: "), search=("searches for
 # The end of a text that may become its last line "#### 42", so that it cannot be shown yet, with
 # the space before it. A longer row of # counts too, as it does for checkers.
 UNDECIDED = re.compile(r"\s*(#{1,3}|#{4,}.*\s*)?\Z")
+DIM = "\033[2m{}\033[0m"    # for a terminal: what was only thought is less bright
 LAST_MARK = re.compile(r"\s*#{4,}[ \t]*(.*?)\s*")
 
 class Shown:
@@ -209,7 +210,12 @@ class Chat:
             for token, text in until(pieces, self.stops):
                 if token is not None:
                     reply.append(token)
-                print(printable(shown.add(token, text)), end="", flush=True)
+                is_thought = shown.part == "think"
+                piece = printable(shown.add(token, text))
+                is_thought = is_thought or shown.part == "think"
+                if is_thought and piece and sys.stdout.isatty():
+                    piece = DIM.format(piece)
+                print(piece, end="", flush=True)
         except KeyboardInterrupt:
             is_stopped = True
         print(printable(shown.end()))
