@@ -100,6 +100,14 @@ def problems_that_fit(path, problems, tokenizer, block_size, log):
                 f"than {block_size - 1} tokens and are left out")
     return fitting
 
+def warn_of_gamed(problems, log):
+    """Logs a warning if RL is about to practise problems whose checker a reply can fool."""
+    from checkers import EVALUATION_ONLY
+    names = sorted({checker_of(problem) for problem in problems} & set(EVALUATION_ONLY))
+    if names:
+        log.say(f"warning: a reply that says everything passes the checkers {', '.join(names)}; "
+                "practise problems with another one")
+
 # ---- Results -------------------------------------------------------------------------------------
 
 STAGES = dict(pretrain="base", sft="SFT", rl="RL")      # stage in config.json: its name in tables

@@ -57,7 +57,7 @@ import torch
 from bpe import checked
 from model import load_checkpoint, visible
 from problems import (CheckerReward, is_correct, problems_that_fit, read_lines, read_problems,
-                      write_whole)
+                      warn_of_gamed, write_whole)
 from sample import Engine, check_at_least, find_run, load_tokenizer
 from training import (Optimizer, RunLog, already_trained, catch_signals, check_finite, contents,
                       finish, init_ranks, load_state, save_run)
@@ -676,6 +676,8 @@ def main():
     if not problems:
         raise SystemExit(f"no question of {args.task} fits into {block_size - 1} tokens; give "
                          "shorter problems, or a model with a larger block_size")
+    if args.reward == "checker":
+        warn_of_gamed(problems, log)
     loaders = keep_loaders(kept, block_size, args.seed, tokenizer.special["<|pad|>"], log)
     held_out = problems_that_fit(args.held_out, held_out, tokenizer, block_size, log)
     kinds = {p["kind"] for p in problems}

@@ -3,6 +3,7 @@ Tasks: problems to practise, made or downloaded by name.
 
     python rl_grpo.py --task countdown --out runs/rl    # its held-out problems are tested, too
     python tasks.py countdown letters:7                 # the same problems as files, to be read
+    python eval.py --tasks data/tasks/countdown_held_out.jsonl
 
     in:  a name of TASKS; the number after a colon is a seed, and another seed makes other problems
     out: data/tasks/NAME.jsonl and NAME_held_out.jsonl, problems as problems.py reads them

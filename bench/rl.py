@@ -51,7 +51,8 @@ SHAPES = {      # device or "quick": {name: modern, L, C, NH, V, T, tokens of a 
     "quick": {"gpt2": Shape(False, 2, 64, 2, 512, 128, 1),
               "d2": Shape(True, 2, 64, 2, 512, 128, 1)}}
 SIZES = {"cpu": (4, 8, 48), "cuda": (16, 16, 128), "quick": (2, 4, 8)}  # prompts, group, new tokens
-LEARNING = SimpleNamespace(updates=1, loss="dapo", clip=(0.2, 0.2), kl=0.0, lr=1e-5)   # rl_grpo.py
+LEARNING = SimpleNamespace(updates=1, loss="dapo", clip=(0.2, 0.2), kl=0.0, lr=1e-5,
+                           max_new_tokens=128)                          # flags of rl_grpo.py
 
 def tokenizer_of(n_vocab):
     """A vocabulary of bytes and pairs of bytes. Its size takes time, its content does not."""

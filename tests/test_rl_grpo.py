@@ -748,6 +748,13 @@ def test_all_tied_replies_change_nothing_and_are_warned_of(assistant, tmp_path, 
     assert capsys.readouterr().out.count("warning: 100% of the groups are tied") == 2
 
 
+def test_practice_with_a_checker_that_can_be_fooled_is_warned_of(assistant, tmp_path, capsys):
+    task = tmp_path / "gamed.jsonl"
+    task.write_text('{"question": "red", "answer": "even", "checker": "contains"}\n')
+    run_main(rl_grpo, *flags(assistant, task, tmp_path / "run", max_steps=1, prompts=1))
+    assert "a reply that says everything passes the checkers contains" in capsys.readouterr().out
+
+
 def test_cut_off_replies_are_warned_of(assistant, task, tmp_path, capsys):
     run_main(rl_grpo, *flags(assistant, task, tmp_path, max_steps=1, max_new_tokens=1))
     assert "warning: 100% of the replies were cut off" in capsys.readouterr().out
