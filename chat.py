@@ -8,8 +8,9 @@ A conversation with an assistant in the terminal.
 in:  an engine of sample.py, and what the user types; /help lists the commands
 out: replies; /save FILE.jsonl adds the conversation to a file that chat_sft.py can learn from
 
-Before each reply the model reads the whole conversation. When that outgrows the context, the oldest
-turns are dropped, each with its question and its replies; the system message stays.
+Before each reply the model reads what is new in the conversation; the engine keeps the rest. When
+that outgrows the context, the oldest turns are dropped, each with its question and its replies; the
+system message stays, and the model reads all of what is left again.
 """
 import json
 import math

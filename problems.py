@@ -43,6 +43,14 @@ def without_thinking(reply):
     """
     return re.sub(r"<\|think\|>.*?(?:<\|/think\|>|\Z)", "", reply, flags=re.DOTALL)
 
+class CheckerReward:
+    """The reward of problems that can be checked: 1 for a right reply, 0 for any other. Like every
+    reward it has score(problems, replies) → floats, and what a reply earns that did not end."""
+    cut_off = 0.0
+
+    def score(self, problems, replies):
+        return [float(is_correct(reply, problem)) for problem, reply in zip(problems, replies)]
+
 # ---- Files of problems ---------------------------------------------------------------------------
 
 def read_problems(path):

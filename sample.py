@@ -12,12 +12,12 @@ Inference: a trained model writes, one token at a time.
 
 A prompt begins with <|endoftext|>, as every document in training did. The model reads the prompt
 once (prefill) and leaves its keys and values in a cache; each new token then costs one position.
+How many texts share a batch, and how a token is drawn, is told in engine.py.
 When an assistant writes <|python|>code<|/python|>, the engine runs the code and forces
 <|output|>its result<|/output|> into the text before the model continues: the output of a tool is
 never sampled. In the same way <|search|>query<|/search|> is answered with a passage (search.py).
 
-Papers: nucleus sampling (arXiv 1904.09751), min-p (2407.01082), repetition penalty (CTRL,
-1909.05858), tool calls in the text (Toolformer, 2302.04761).
+Paper: tool calls in the text (Toolformer, arXiv 2302.04761).
 """
 import argparse
 import codecs
@@ -190,14 +190,9 @@ class Engine:
                 opening = tokenizer.special[f"<|{name}|>"]
                 self.tools[tokenizer.special[f"<|/{name}|>"]] = opening, tool
 
-    def forced_after(self, ids):
-        """The tokens that a tool forces in after ids, whose last one was sampled; mostly none."""
-        if ids[-1] in self.tools:
-            return self.tool_output(ids, ids[-1])
-        if self.is_endless_query(ids):
-            closing = self.tokenizer.special["<|/search|>"]
-            return [closing, *self.tool_output([*ids, closing], closing)]
-        return []
+    def calls_tool(self, ids):
+        """Whether ids, whose last one was sampled, end with a tool call."""
+        return ids[-1] in self.tools or self.is_endless_query(ids)
 
     def is_endless_query(self, ids):
         """Whether ids end with a query of MAX_QUERY_TOKENS that is not closed. A small model may
@@ -208,17 +203,24 @@ class Engine:
         opening, _ = self.tools[closing]
         return ids[-1 - MAX_QUERY_TOKENS] == opening and closing not in ids[-MAX_QUERY_TOKENS:]
 
-    def tool_output(self, ids, closing):
-        """The tokens to force in after ids, which end with the closing token of a tool call."""
+    def tool_output(self, ids):
+        """The tokens to force in after ids, which end with a tool call."""
+        special = self.tokenizer.special
+        closing = ids[-1]
+        begun = ids[:-1]
+        forced = []
+        if closing not in self.tools:       # a query that has no end
+            closing = special["<|/search|>"]
+            begun = ids
+            forced = [closing]
         opening, tool = self.tools[closing]
         ends = self.stop_ids((opening, closing))
-        marks = [i for i, token in enumerate(ids[:-1]) if token in ends]
-        if not marks or ids[marks[-1]] != opening:      # it was not opened in this message
-            return []
-        result = tool(self.tokenizer.decode(ids[marks[-1] + 1:-1]))
-        special = self.tokenizer.special
+        marks = [i for i, token in enumerate(begun) if token in ends]
+        if not marks or begun[marks[-1]] != opening:    # it was not opened in this message
+            return forced
+        result = tool(self.tokenizer.decode(begun[marks[-1] + 1:]))
         result_ids = self.tokenizer.encode_ordinary(result)
-        return [special["<|output|>"], *result_ids, special["<|/output|>"]]
+        return [*forced, special["<|output|>"], *result_ids, special["<|/output|>"]]
 
     def device(self):
         return next(self.model.parameters()).device
@@ -244,7 +246,7 @@ class Engine:
         from engine import Request, Scheduler, mix
         if max_new_tokens < 1:
             return [Completion() for _ in range(len(prompts) * num_samples)]
-        scheduler = Scheduler(self, min(rows, len(prompts) * num_samples))
+        scheduler = Scheduler(self, min(rows, len(prompts) * num_samples), keep=False)
         sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                         repetition_penalty=repetition_penalty, stop=self.stop_ids(stop))
         done = {}

@@ -357,7 +357,8 @@ LOG_FORMATS = dict(
     mfu="mfu {:.1%}", usd="${:.2f}", eta="eta {}", reward="reward {:.3f}",
     well_formed="well formed {:.0%}", reply_tokens="reply {:.1f} tokens",
     thinking_tokens="thinking {:.1f}", tied="tied {:.0%}", truncated="truncated {:.0%}",
-    entropy="entropy {:.3f}", keep_loss="keep_loss {:.4f}", kl="kl {:.4f}", kind="held out: {}",
+    entropy="entropy {:.3f}", keep_loss="keep_loss {:.4f}", kl="kl {:.4f}",
+    kl_reply="kl a reply {:.2f}", gold="gold {:.3f}", kind="held out: {}",
     accuracy="accuracy {:.3f}", pass_1="pass@1 {:.3f}", pass_16="pass@16 {:.3f}",
     hellaswag="hellaswag {:.4f}", core="core {:.4f}")
 

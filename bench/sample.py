@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from contenders import PEERS, Shape, nanochat_model
+from contenders import PEERS, Shape, nanochat_model, nanochat_weights
 from measure import chosen_shapes, finish, in_turns, missing, ratio, shape_flags, spread, table
 from model import GPT, save_checkpoint
 from sample import Engine
@@ -173,20 +173,6 @@ class Nanochat:
                                             temperature=temperature(greedy))
         return [row[len(prompt):] for row in ids]
 
-def nanochat_weights(model):
-    """Our parameters under nanochat's names: c_attn is three matrices there."""
-    weights = {}
-    for name, p in model.state_dict().items():
-        name = name.replace("value_gate", "ve_gate").replace("_scalar", "_lambda")
-        if name.startswith(("wte", "h.")):
-            name = f"transformer.{name}"
-        if name.endswith("c_attn.weight"):
-            for key, part in zip("qkv", p.chunk(3)):
-                weights[name.replace("c_attn", f"c_{key}")] = part
-        else:
-            weights[name] = p
-    return weights
-
 def contenders(shape, device):
     """→ ({label: contender}, ours first; {label: why it is not measured})."""
     found = {"ours": Ours(shape, device)}
@@ -315,7 +301,7 @@ def show(name, shape, rows, rate, absent):
 
 def main():
     parser = argparse.ArgumentParser(description="prefill and decoding speed, beside peers")
-    shape_flags(parser, repeats=5, timed="calls")
+    shape_flags(parser, repeats=9, timed="calls")
     args = parser.parse_args()
     where, shapes = chosen_shapes(args, SHAPES)
     report = {}

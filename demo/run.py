@@ -45,7 +45,7 @@ SIZES = {
                  held_out=20, lookups=300, subjects=40, invented=60,
                  rl_steps=4, prompts=4, group_size=8, rl_eval_every=2),
     "small": dict(pages=5000, steps=300, eval_every=50, examples=850, functions=48,
-                  mixed=2500, held_out=30, lookups=3500, subjects=250, invented=350,
+                  mixed=2500, held_out=30, lookups=3400, subjects=250, invented=350,
                   rl_steps=12, prompts=16, group_size=16, rl_eval_every=6)}
 
 MINUTES = dict(tiny=3, small=8)     # on two CPU cores
@@ -123,9 +123,10 @@ STEPS = [
             "{conversations}/functions.jsonl --subjects {subjects} --invented {invented} "
             "--seed {seed} --out {conversations}/probe.jsonl",
             "python chat_sft.py --model {sft} --out {honest} --data {conversations}/probe.jsonl "
-            "{conversations}/functions.jsonl:0.5 {conversations}/identity.jsonl:0.5 "
-            "{conversations}/mixed.jsonl:0.2 {conversations}/bits.jsonl:0.1 "
-            "{conversations}/search.jsonl:0.25 {conversations}/rag.jsonl:0.2 "
+            "{conversations}/functions.jsonl:0.6 {conversations}/identity.jsonl:0.3 "
+            "{conversations}/small_talk.jsonl:0.4 {conversations}/mixed.jsonl:0.3 "
+            "{conversations}/bits.jsonl:0.1 {conversations}/search.jsonl:0.3 "
+            "{conversations}/rag.jsonl:0.2 "
             "--batch_size 8 --lr 0.005 --save_every 50 --seed {seed} --resume",
             "python eval.py --model {sft} --tasks {conversations}/probe_held_out.jsonl "
             "--max_new_tokens 48",
@@ -164,6 +165,14 @@ STEPS = [
             "--docs {data} {conversations}/notes"],
         look=look.held_out),
     Step(
+        title="Hold the talk's claims against it",
+        what="Each claim of the talk is measured on these models, in its order, with its error.",
+        why="What a small model does not show is said as plainly as what it does.",
+        commands=[
+            "python talk.py --runs {base} {sft} {honest} {rl} --data {data} "
+            "--conversations {conversations}"],
+        look=look.claims),
+    Step(
         title="Write the report",
         what="One page tells the story of this run, and a summary judges what the demo promises.",
         why="A claim counts only with a figure from the logs beside it.",
@@ -178,6 +187,8 @@ NEXT = [
     'python sample.py --model {base} --prompt "Return the" --top 8',
     'python bpe.py show "Hello world" --tokenizer {data}/tokenizer',
     "python chat_sft.py show {conversations}/bits.jsonl --tokenizer {data}/tokenizer"]
+
+PAGE = ["python serve.py --model {base} {honest} {rl} --tools"]
 
 def fill(command, names):
     """A command of STEPS → its words. Text is split first, so that a path may contain a space."""
@@ -219,6 +230,8 @@ def end(narrator, size, names):
     line("Five commands to try:")
     for command in NEXT:
         line(f"  {shown(fill(command, names))}", "command")
+    install = shown(["python", "-m", "pip", "install", "starlette", "uvicorn"])
+    line(f"In a browser: {install} && {shown(fill(PAGE[0], names))}", "title")
 
 def has_terminal():
     """Whether somebody may be there to type and to read."""

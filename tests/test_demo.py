@@ -304,7 +304,7 @@ def test_a_step_is_told_in_order_and_the_end_says_where_the_report_is(tell, tmp_
     run.end(tell, "tiny", names(tmp_path))
     text = tell.screen.stream.getvalue()
     order = ["Ctrl-C", str(tell.log), "Title", "What.", "Why.", "$ ", "\n1\n", "→ loss 1",
-             "What took how long", "s  Title", "s  together", "report.html", "--chat", "bpe.py"]
+             "What took how long", "s  Title", "s  together", "report.html", "--chat", "bpe.py", "serve.py --model"]
     places = [text.find(word) for word in order]
     assert places == sorted(places) and -1 not in places
 

@@ -4,6 +4,7 @@ what the cache holds is not read again; places are given in order and freed at o
 """
 import math
 import random
+import threading
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def check_full_contexts(engine):
 
 def test_padding_never_leaves_the_context(engine, monkeypatch):
     check_full_contexts(engine)
-    mutate(monkeypatch, Scheduler, "read_prompts", "<= self.block_size", "<= 999")
+    mutate(monkeypatch, Scheduler, "next_batch", "<= self.block_size", "<= 999")
     with pytest.raises(AssertionError):
         check_full_contexts(engine)
 
@@ -101,10 +102,11 @@ def test_padding_never_leaves_the_context(engine, monkeypatch):
 @pytest.mark.parametrize("owner, name, old, new", [
     (engine_room, "draw_tokens", "rows[i].request.seed", "i"),
     (engine_room, "draw_tokens", "tokens[i] = token", "tokens[members[0]] = token"),
-    (Scheduler, "read", "row.cached += n", "row.cached += T"),
+    (Scheduler, "read", "row.ids[row.cached:row.cached + n]", "row.ids[:n]"),
     (Scheduler, "longest_prefix", "shared_tokens(row.ids, other.ids)", "len(other.ids)"),
     (Scheduler, "copy_prefix", "row.slot, n)", "row.slot, n - 1)"),
-    (engine_room.SlotCache, "copy", "t[:, source, :n]", "t[:, target, :n]"),
+    (engine_room.SlotCache, "copy", "self.v[:, target, :n] = self.v[:, source, :n]", "pass"),
+    (engine_room.SlotCache, "swap", "t[:, b, :n] = of_a", "pass"),
     (engine_room.SlotCache, "lengthen", "new[:, :, :room] = old", "pass")],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_a_row_that_disturbs_another_would_be_noticed(owner, name, old, new, engine, monkeypatch):
@@ -144,7 +146,7 @@ def test_samples_of_one_prompt_read_it_once(engine):
     scheduler = Scheduler(engine, 8)
     rows = [scheduler.add(Request(prompt(60), 5, seed=i)) for i in range(8)]
     finish(scheduler)
-    assert scheduler.positions == 59 + 8 * 5 and [row.reused for row in rows] == [0] + 7 * [59]
+    assert scheduler.positions == 60 + 8 * 4 and [row.reused for row in rows] == [0] + 7 * [59]
     assert [row.written() for row in rows] == [write(engine, row.request)[0] for row in rows]
 
 
@@ -194,11 +196,11 @@ def test_a_frozen_model_streams_a_chat_with_one_cache_and_a_learning_one_does_no
 def test_rows_are_bounded_and_waiting_prompts_take_places_in_order(engine):
     scheduler = Scheduler(engine, 3)
     rows = [scheduler.add(Request(prompt(5, i), 4 + i, seed=i)) for i in range(9)]
-    begun = []
+    begun = {}
     while scheduler.is_busy():
-        begun += [event.row for event in scheduler.step() if event.row not in begun]
+        begun |= {event.row: None for event in scheduler.step()}
         assert scheduler.running <= 3 and scheduler.running + len(scheduler.waiting) <= 9
-    assert begun == rows and all(row.finish == "length" for row in rows)
+    assert list(begun) == rows and all(row.finish == "length" for row in rows)
 
 
 def test_a_cancelled_row_frees_its_place_for_the_next_step(engine):
@@ -207,7 +209,7 @@ def test_a_cancelled_row_frees_its_place_for_the_next_step(engine):
     scheduler.step()
     scheduler.cancel(rows[0])
     scheduler.cancel(rows[1])
-    assert [event.row for event in scheduler.step()] == [rows[2]]
+    assert {event.row for event in scheduler.step()} == {rows[2]}
     assert [row.finish for row in rows] == ["cancelled", "cancelled", None]
     scheduler.cancel(rows[2])
     scheduler.cancel(rows[2])
@@ -263,6 +265,24 @@ def test_a_tool_forces_its_tokens_into_its_own_row(tokenizer):
     n = ids.index(tokenizer.special["<|/python|>"]) + 1
     assert row.written()[n:n + len(forced)] == forced
     assert [e.sampled for e in events][n - 1:n + len(forced) + 1] == [True, *[False] * len(forced), True]
+
+
+def test_a_slow_tool_stops_no_other_row_and_changes_no_text(tokenizer):
+    answer = threading.Event()
+    engine, _ = writing(tokenizer, "a", "<|python|>", "1", "<|/python|>", *"?????", "<|im_end|>",
+                        python=lambda code: str(answer.wait(60)))
+    scheduler = Scheduler(engine, 2, tool_threads=1)
+    slow = scheduler.add(Request([0], 30, temperature=0))
+    for _ in range(6):
+        scheduler.step()
+    assert slow.call
+    other = scheduler.add(Request([7, 7, 7, 7, 7], 9, temperature=0))
+    while not other.finish:
+        assert {event.row for event in scheduler.step()} <= {other}
+    assert slow.call and len(slow.written()) == 4 and other.finish == "length"
+    answer.set()
+    finish(scheduler)
+    assert slow.written() == write(engine, slow.request)[0] and slow.finish == "length"
 
 
 @pytest.mark.parametrize("changed, said", [
