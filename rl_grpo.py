@@ -697,7 +697,7 @@ def main():
         answers.extend(dict(row, step=step) for row in spread_out(rows, READ_PROBLEMS))
         if answers:
             write_answers(run, answers)
-        if others and step in (0, args.max_steps):
+        if others and (step == 0 or last):
             figures, _ = greedy_figures(engine, others, args.max_new_tokens)
             accuracy = {kind: figures[kind]["accuracy"] for kind in figures}
             shares = " | ".join(f"{kind} {share:.3f}" for kind, share in accuracy.items())
