@@ -135,9 +135,9 @@ def main():
     parser = argparse.ArgumentParser(description="does practice reach what no example showed?")
     add = parser.add_argument
     add("--seeds", type=int, default=3, help="how many times all of it is done")
-    add("--steps", type=int, default=60, help="of reinforcement learning")
+    add("--steps", type=int, default=80, help="of reinforcement learning")
     add("--examples", type=int, default=EXAMPLES, help="supervised conversations")
-    add("--lr", type=float, default=1e-3, help="learning rate of reinforcement learning")
+    add("--lr", type=float, default=5e-4, help="learning rate of reinforcement learning")
     args = parser.parse_args()
     report = []
     for seed in range(args.seeds):
