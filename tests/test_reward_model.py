@@ -440,12 +440,12 @@ def test_the_report_shows_both_objectives_the_turn_and_the_replies(tmp_path):
 # ---- the demo
 
 def test_the_demos_judge_likes_a_funny_word_or_two_in_a_sentence():
-    best = "A pelican ate a banana."
-    for worse in ("A man ate a banana.", "A man ate a hat.", "A pelican ate a banana banana.",
-                  "pelican banana.", "A pelican ate a banana", "",
-                  "A pelican ate a banana with a kazoo and saw a trousers."):
+    best = "A pelican finds a banana."
+    for worse in ("A list finds a banana.", "A list finds a tree.", "A pelican finds a banana banana.",
+                  "pelican banana.", "A pelican finds a banana", "",
+                  "A pelican finds a banana with a kazoo and calls a trousers."):
         assert rlhf.funny({}, worse) < rlhf.funny({}, best) == 2, worse
-    jokes = [rlhf.joke("man", random.Random(seed)) for seed in range(200)]
+    jokes = [rlhf.joke("list", "tree", random.Random(seed)) for seed in range(200)]
     assert {rlhf.funny({}, text) for text in jokes} >= {0, 1, 2} and all(
         rlhf.funny({}, text) >= 0 for text in jokes)
 
