@@ -319,8 +319,8 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None, last=None):
         """idx (B, T) → what the head reads, (B, T, C) after the last norm. last (B,), which needs a
-        cache: only these positions are read, (B, 1, C). Of the others the last layer then computes
-        nothing but keys and values, so that a prompt costs almost a layer less."""
+        cache: only these positions are read, (B, 1, C). For the others the last layer then stops at
+        their keys and values, so that a prompt costs most of a layer less."""
         config = self.config
         T = idx.shape[1]
         pos = torch.arange(T, device=idx.device)[None]                               # (1, T)
@@ -403,18 +403,17 @@ class GPT(nn.Module):
         """
         from precision import find_bf16, find_product
         device = str(device)
-        has_bf16 = bf16
         if bf16 is None:
-            has_bf16, _ = find_bf16(device)
+            bf16, _ = find_bf16(device)
         self.compute_dtype = torch.get_default_dtype()
         kernel = sdpa
-        if has_bf16 and "cuda" in device:
+        if bf16 and "cuda" in device:
             self.compute_dtype = torch.bfloat16
             kernel, _ = find_kernel(device)
         self.loss_precision = None
-        if has_bf16 and "cuda" not in device and self.config.n_embd >= 128:
+        if bf16 and "cuda" not in device and self.config.n_embd >= 128:
             self.loss_precision = "medium"
-        product = find_product(device, has_bf16, fp8)
+        product = find_product(device, bf16, fp8)
         for module in self.h.modules():
             if isinstance(module, Attention):
                 module.kernel = kernel
@@ -425,7 +424,7 @@ class GPT(nn.Module):
     def for_inference(self):
         """Ends training: keeps the matrices in the dtype they are multiplied in. On a GPU that
         halves the bytes, and with them the time, that each new token takes to read the weights. On
-        a CPU the head is stored by columns, which one row reads in half the time; wte stays."""
+        a CPU the head is stored by columns, which one row reads faster; wte keeps its rows."""
         for p in self.parameters():
             p.requires_grad_(False)
             if p.ndim == 2:
@@ -524,8 +523,9 @@ def file_tensor(name, p, vocab_size):
     return name, p.detach()
 
 def file_tensors(model):
-    V = model.config.vocab_size
-    return [file_tensor(name, p, V) for name, p in model.named_parameters()]
+    V = model.config.vocab_size     # a tied head is in no file, though for_inference copies it
+    return [file_tensor(name, p, V) for name, p in model.named_parameters()
+            if name != "lm_head.weight" or not model.config.tied_head]
 
 def put_in_place(part, path):
     """Gives a finished file its name after its bytes are on the disk, so that there is never half

@@ -1,6 +1,7 @@
 """
 How a layer multiplies while it is trained: in bf16 on a CPU that has a unit for it, or, with
-train_gpt2.py --fp8 1, in 8 bits on a GPU that has them (H100 or later). GPT.use chooses.
+train_gpt2.py --fp8 1, in 8 bits on a GPU that has them (H100 or later). GPT.use asks
+find_product, which chooses.
 
     >>> x = torch.tensor([[1.0, -448.0]])
     >>> x8, scale = to_fp8(x, torch.float8_e4m3fn)
@@ -92,12 +93,12 @@ def fp8_product(x, weight):
 
 # ---- The choice ----------------------------------------------------------------------------------
 
-def find_product(device, has_bf16, fp8):
+def find_product(device, bf16, fp8):
     """The product of the large matrices while training; None: F.linear in the dtype of the input,
     which is bf16 on a GPU that has it."""
     if fp8:     # torch.compile must not look inside: the code it makes of these parts is slower
         torch._dynamo.allow_in_graph(Fp8Matmul)
         return fp8_product
-    if has_bf16 and "cuda" not in device:
+    if bf16 and "cuda" not in device:
         return bf16_product
     return None

@@ -177,6 +177,20 @@ def nanochat_model(shape, device="cpu", windows="L"):
         model.init_weights()
     return model
 
+def nanochat_weights(model):
+    """Our parameters under nanochat's names: c_attn is three matrices there."""
+    weights = {}
+    for name, p in model.state_dict().items():
+        name = name.replace("value_gate", "ve_gate").replace("_scalar", "_lambda")
+        if name.startswith(("wte", "h.")):
+            name = f"transformer.{name}"
+        if name.endswith("c_attn.weight"):
+            for key, part in zip("qkv", p.chunk(3)):
+                weights[name.replace("c_attn", f"c_{key}")] = part
+        else:
+            weights[name] = p
+    return weights
+
 def convert_to_fp8(model):
     """As its base_train.py does: layers of at least 128 x 128 with sides divisible by 16."""
     from nanochat.fp8 import convert_to_float8_training

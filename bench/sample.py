@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from contenders import PEERS, Shape, nanochat_model
+from contenders import PEERS, Shape, nanochat_model, nanochat_weights
 from measure import chosen_shapes, finish, in_turns, missing, ratio, shape_flags, spread, table
 from model import GPT, save_checkpoint
 from sample import Engine
@@ -172,20 +172,6 @@ class Nanochat:
         ids, _ = self.engine.generate_batch(prompt, rows, max_tokens=new_tokens,
                                             temperature=temperature(greedy))
         return [row[len(prompt):] for row in ids]
-
-def nanochat_weights(model):
-    """Our parameters under nanochat's names: c_attn is three matrices there."""
-    weights = {}
-    for name, p in model.state_dict().items():
-        name = name.replace("value_gate", "ve_gate").replace("_scalar", "_lambda")
-        if name.startswith(("wte", "h.")):
-            name = f"transformer.{name}"
-        if name.endswith("c_attn.weight"):
-            for key, part in zip("qkv", p.chunk(3)):
-                weights[name.replace("c_attn", f"c_{key}")] = part
-        else:
-            weights[name] = p
-    return weights
 
 def contenders(shape, device):
     """→ ({label: contender}, ours first; {label: why it is not measured})."""

@@ -149,6 +149,7 @@ STEPS = [
             "python rl_grpo.py --model {honest} --out {rl} "
             "--task {conversations}/practice_bits.jsonl "
             "--held_out {conversations}/held_out.jsonl --max_new_tokens 64 --lr 3e-4 "
+            "--keep {conversations}/mixed.jsonl {conversations}/search.jsonl "
             "--save_every 8 --seed {seed} --resume --max_steps {rl_steps} --prompts {prompts} "
             "--group_size {group_size} --eval_every {rl_eval_every}"],
         look=look.practice),
@@ -159,8 +160,18 @@ STEPS = [
         commands=[
             "python eval.py --model {base} --tasks {conversations}/held_out.jsonl",
             "python eval.py --model {honest} --tasks {conversations}/held_out.jsonl",
-            "python eval.py --model {rl} --tasks {conversations}/held_out.jsonl"],
+            "python eval.py --model {rl} --tasks {conversations}/held_out.jsonl",
+            "python eval.py --model {rl} --tasks {conversations}/held_out_search.jsonl "
+            "--docs {data} {conversations}/notes"],
         look=look.held_out),
+    Step(
+        title="Hold the talk's claims against it",
+        what="Each claim of the talk is measured on these models, in its order, with its error.",
+        why="What a small model does not show is said as plainly as what it does.",
+        commands=[
+            "python talk.py --runs {base} {sft} {honest} {rl} --data {data} "
+            "--conversations {conversations}"],
+        look=look.claims),
     Step(
         title="Write the report",
         what="One page tells the story of this run, and a summary judges what the demo promises.",
@@ -176,6 +187,8 @@ NEXT = [
     'python sample.py --model {base} --prompt "Return the" --top 8',
     'python bpe.py show "Hello world" --tokenizer {data}/tokenizer',
     "python chat_sft.py show {conversations}/bits.jsonl --tokenizer {data}/tokenizer"]
+
+PAGE = ["python serve.py --model {base} {honest} {rl} --tools"]
 
 def fill(command, names):
     """A command of STEPS → its words. Text is split first, so that a path may contain a space."""
@@ -217,6 +230,8 @@ def end(narrator, size, names):
     line("Five commands to try:")
     for command in NEXT:
         line(f"  {shown(fill(command, names))}", "command")
+    install = shown(["python", "-m", "pip", "install", "starlette", "uvicorn"])
+    line(f"In a browser: {install} && {shown(fill(PAGE[0], names))}", "title")
 
 def has_terminal():
     """Whether somebody may be there to type and to read."""

@@ -258,6 +258,10 @@ def test_practice_and_held_out_problems_are_told_with_figures(tmp_path):
     reward, accuracy = look.practice(names(tmp_path))
     assert "from 0.25 to 0.95" in reward and "from 6 to 41 tokens" in reward
     assert "bits" in accuracy and "52.0%" in accuracy and "97.0%" in accuracy
+    write_rows(tmp_path / "rl" / "answers.jsonl",
+               *(dict(step=step, question=q, reply=f"{q}{step}", right=step > 0 and q == "b")
+                 for step in (0, 8) for q in "ab"))
+    assert [line.split() for line in look.practice(names(tmp_path))[-2:]] == [["0", "b0"], ["8", "b8"]]
     kinds = dict(bits=dict(accuracy=0.97))
     (tmp_path / "rl" / "eval.json").write_text(json.dumps(
         {str(tmp_path / "conversations" / "held_out.jsonl"): dict(kinds=kinds)}))
@@ -300,7 +304,7 @@ def test_a_step_is_told_in_order_and_the_end_says_where_the_report_is(tell, tmp_
     run.end(tell, "tiny", names(tmp_path))
     text = tell.screen.stream.getvalue()
     order = ["Ctrl-C", str(tell.log), "Title", "What.", "Why.", "$ ", "\n1\n", "→ loss 1",
-             "What took how long", "s  Title", "s  together", "report.html", "--chat", "bpe.py"]
+             "What took how long", "s  Title", "s  together", "report.html", "--chat", "bpe.py", "serve.py --model"]
     places = [text.find(word) for word in order]
     assert places == sorted(places) and -1 not in places
 

@@ -347,10 +347,11 @@ def test_a_head_stored_by_columns_computes_the_same(config):
     model = noisy(config)
     before = model(TEXT)
     embedding = model.wte.weight.clone()
+    n = model.num_params()
     after = model.for_inference()(TEXT)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
     assert model.lm_head.weight.T.is_contiguous() and torch.equal(model.wte.weight, embedding)
-    assert model.wte.weight.is_contiguous()
+    assert model.wte.weight.is_contiguous() and model.num_params() == n
 
 
 @pytest.mark.parametrize("change", [

@@ -22,14 +22,19 @@ ALLOWED = {                         # which of the project's files each may impo
     "prose": {"corpus", "download"}, "shards": {"bpe", "corpus", "download"},
     "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
-    "engine": {"model"},
+    "engine": {"model"}, "dispatch": {"engine"}, "api": {"bpe", "engine"},
+    "serve": {"api", "bpe", "dispatch", "engine", "model"},
     "show": set(), "chat": {"show"}, "few_shot": set(), "checkers": set(),
     "tasks": {"problems", "subjects"},
     "search": {"corpus"}, "subjects": set(), "probe": {"model", "problems", "sample", "subjects"},
     "eval": {"model", "problems", "sample", "training"}, "preferences": {"dialogs", "problems"},
     "reward_model": {"model", "problems", "sample", "training"},
     **dict.fromkeys(("rank", "best_of_n"), {"model", "problems", "sample"}),
-    "report": {"problems", "training"}, "dialogs": {"bpe", "problems"},
+    "report": {"problems", "svg", "training"}, "svg": set(), "inspection": set(),
+    "dialogs": {"bpe", "problems"},
+    "claims": set(), **dict.fromkeys(("claims_data", "claims_base", "claims_assistant",
+                                      "claims_reasoner"), {"claims"}),
+    "talk": {"claims", "claims_data", "claims_base", "claims_assistant", "claims_reasoner"},
     "train_gpt2": {"bpe", "model", "precision", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
     "web": set(), "kinds": {"subjects"}, "conversations": {"bpe", "subjects"},
@@ -42,11 +47,19 @@ OPTIONAL = {                        # imported by the function that needs it, if
     **dict.fromkeys(("rank", "best_of_n"), {"preferences", "reward_model"}),
     "reward_model": {"preferences"},
     "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
+    "api": {"show"}, "serve": {"chat", "sample", "search"},
     "eval": {"search"}, "probe": {"search"},
     "model": {"precision"}, "train_gpt2": {"eval"},
-    "prepare_fineweb": {"report", "shards"}, "report": {"best_of_n", "crawl"}}
+    "prepare_fineweb": {"inspection", "shards"}, "report": {"best_of_n"},
+    "inspection": {"crawl"},
+    "claims_data": {"bpe", "eval", "model", "warc"},
+    "claims_base": {"claims_data", "engine", "eval", "few_shot", "problems"},
+    "claims_assistant": {"claims_base", "problems"},
+    "claims_reasoner": {"problems", "training"},
+    "talk": {"eval", "model", "problems", "sample", "search", "train_gpt2", "training"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
-                           ".ci/run", "docs/files.md", "docs/talk.md") for path in [ROOT / name] if path.exists()]
+                           ".ci/run", "docs/files.md", "docs/talk.md")
+         for path in [ROOT / name] if path.exists()]
 
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 
@@ -271,8 +284,8 @@ def is_main_guard(node):
 @each_script
 def test_nothing_runs_on_import(path):
     """Imports, definitions, constants, and `if __name__ == "__main__"`."""
-    passive = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AugAssign,
-               ast.AnnAssign)
+    passive = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef,
+               ast.Assign, ast.AugAssign, ast.AnnAssign)
     odd = [ast.unparse(node)[:60] for node in tree(path).body[1:]
            if not isinstance(node, passive) and not is_main_guard(node)]
     assert odd == [] and ast.get_docstring(tree(path))
@@ -382,8 +395,8 @@ def test_commands_of_a_docstring_exist(path):
 def test_commands_of_the_demo_exist():
     commands = [ast.literal_eval(node.value) for node in ast.walk(tree(ROOT / "demo" / "run.py"))
                 if isinstance(node, ast.keyword) and node.arg == "commands"
-                or isinstance(node, ast.Assign) and node.targets[0].id == "NEXT"]
-    assert check_commands("\n".join(sum(commands, []))) >= 8 + 5
+                or isinstance(node, ast.Assign) and node.targets[0].id in ("NEXT", "PAGE")]
+    assert check_commands("\n".join(sum(commands, []))) >= 8 + 5 + 1
 
 
 def test_makefile_is_short_and_its_commands_and_phony_targets_exist():
