@@ -465,9 +465,9 @@ def test_an_order_may_be_typed_in_several_ways(typed, order):
 
 
 @pytest.mark.parametrize("typed, error", [
-    ("2 1", "reply 3 is missing"), ("2 1 4", "4 is not the number of a reply; they are 1 to 3"),
+    ("2 1", "no place for 3; every reply needs one"), ("2 1 4", "4 is not the number of a reply; they are 1 to 3"),
     ("1 1 2 3", "reply 1 stands there twice"), ("best", "best is not the number"),
-    ("1 = 2 = 3 =", "= is not the number"), ("", "reply 1 and 2 and 3 is missing")])
+    ("1 = 2 = 3 =", "= is not the number"), ("", "no place for 1 and 2 and 3")])
 def test_a_wrong_order_is_explained(typed, error):
     with pytest.raises(ValueError, match=error):
         parse_order(typed, 3)
