@@ -35,8 +35,10 @@ NOUNS = ("function", "string", "list", "number", "file", "class", "module", "obj
          "table", "tree", "server", "thread", "dictionary", "graph", "line", "window", "path")
 VERBS = ("returns", "calls", "removes", "creates", "contains", "finds", "uses", "takes")
 PLACES = ("with", "without", "for", "from", "before", "after")
-ASKED = ("Tell me a joke about a {noun} and a {other}.", "Make me laugh with a {noun} and a {other}.",
-         "A joke about a {noun} and a {other}, please.", "What is funny about a {noun} and a {other}?")
+ASKED = ("Tell me a joke about a {noun} and a {other}.",
+         "Make me laugh with a {noun} and a {other}.",
+         "A joke about a {noun} and a {other}, please.",
+         "What is funny about a {noun} and a {other}?")
 
 # The words that may follow each kind of word: a sentence is "A noun verb a noun with a noun."
 KINDS = {"a": "article", ".": "end", "and": "and", **dict.fromkeys(FUNNY + NOUNS, "noun"),

@@ -415,12 +415,13 @@ def test_best_of_n_measures_both_objectives(sft_run, prompts, judge, tmp_path):
     assert float(rows[-1][2]) > float(rows[0][2])
 
 
-def test_the_gold_turns_where_its_mean_over_five_steps_is_highest():
-    golds = [0, 9, 0, 0, 0, 2, 3, 3, 3, 2, 1, 0, 0, 0, 0]
+def test_the_gold_turns_where_it_is_highest():
+    golds = [0, 2, 3, 2, 1]
     rows = [dict(step=n, kl_reply=n / 2, gold=gold, reward=n) for n, gold in enumerate(golds)]
-    best, last = best_of_n.turning_point(rows)
-    assert (best["step"], best["kl_reply"], best["gold"]) == (7, 3.5, 2.6)
-    assert (last["step"], last["gold"]) == (12, 0.2) and best_of_n.turning_point(rows[:4]) is None
+    assert best_of_n.turning_point(rows) == (rows[2], rows[4])
+    assert best_of_n.turning_rows(best_of_n.turning_point(rows)) == [
+        ("highest gold", 2, "1.00", "2.00", "3.00"), ("the last", 4, "2.00", "4.00", "1.00")]
+    assert best_of_n.turning_point([]) is None
 
 
 def test_the_report_shows_both_objectives_the_turn_and_the_replies(tmp_path):
