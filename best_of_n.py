@@ -32,7 +32,6 @@ from problems import problems_that_fit, read_lines, read_problems, write_whole
 from sample import Engine, check_at_least, choose_device, find_run, load_tokenizer, quiet_end
 
 BATCH = 4               # prompts whose replies are written together
-WINDOW = 5              # steps over which a noisy gold is averaged
 
 # ---- What is to be expected ----------------------------------------------------------------------
 
@@ -58,22 +57,17 @@ def kl_of(n):
     return math.log(n) - (n - 1) / n
 
 def turning_point(rows):
-    """Rows {"step", "kl_reply", "gold", "reward"} of a log → the mean of those WINDOW steps in a
-    row whose mean gold is highest, and the mean of the last ones. None if there are fewer."""
-    if len(rows) < WINDOW:
+    """Rows {"step", "kl_reply", "gold", "reward"} of a log → the row with the highest gold and the
+    last one; None if there are no rows. Each is a mean over the replies of one step."""
+    if not rows:
         return None
-    means = []
-    for first in range(len(rows) - WINDOW + 1):
-        window = rows[first:first + WINDOW]
-        means.append({key: sum(row[key] for row in window) / WINDOW
-                      for key in ("step", "kl_reply", "gold", "reward")})
-    return max(means, key=lambda row: row["gold"]), means[-1]
+    return max(rows, key=lambda row: row["gold"]), rows[-1]
 
 def turning_rows(turn):
     """What turning_point found → rows for a table."""
     if turn is None:
         return []
-    return [(when, f"{row['step']:.0f}", f"{row['kl_reply']:.2f}", f"{row['reward']:.2f}",
+    return [(when, row["step"], f"{row['kl_reply']:.2f}", f"{row['reward']:.2f}",
              f"{row['gold']:.2f}") for when, row in zip(("highest gold", "the last"), turn)]
 
 def read_best_of_n(run):

@@ -57,7 +57,7 @@ def parse_order(typed, count):
         order.append(tied)
     missing = [str(number) for number in range(1, count + 1) if number not in seen]
     if missing:
-        raise ValueError(f"reply {' and '.join(missing)} is missing; every reply needs its place")
+        raise ValueError(f"no place for {' and '.join(missing)}; every reply needs one")
     return order
 
 def order_by(scores):

@@ -104,7 +104,7 @@ LOG_ROW = {"step?": is_finite, "seconds?": is_finite, "loss?": is_number, "val_l
            "reply_tokens?": is_number, "usd?": is_finite, "sample?": is_text, "kind?": is_text,
            "when?": is_text, "accuracy?": is_finite, "others?": {ANY: is_finite},
            "thinking_tokens?": is_number, "gold?": is_number, "kl_reply?": is_number,
-           "replies?": [{"reply": is_text, "reward": is_finite}],
+           "replies?": [{"reply": is_text, "reward": is_finite, "gold?": is_finite}],
            "header?": {"flags?": {"gpu_hour_usd?": is_number_or_none,
                                   "total_batch_size?": is_number_or_none}}}
 ANSWER = {"step": is_finite, "question": is_text, "reply": is_text, "right": is_right}
@@ -448,16 +448,16 @@ def rlhf_figures(runs):
     turns = [(name, *turn) for name, rows in followed.items()
              for turn in turning_rows(turning_point(rows))]
     if turns:
-        yield table(("run", "5 steps in a row", "step", "KL", "reward", "gold"), turns)
+        yield table(("run", "where", "step", "KL", "reward", "gold"), turns)
     for run in runs:
         rows = read_best_of_n(run.path)
         if rows:
             yield table((f"{run.path}, best of n", "KL", "reward", "gold"), rows)
-        replies = [(row["step"], f"{one['reward']:.2f}", one["reply"])
+        replies = [(row["step"], f"{one['reward']:.2f}", one.get("gold", "–"), one["reply"])
                    for row in run.rows("step", "replies") for one in row["replies"]]
         if replies:
             yield (f"<details><summary>{shown(run.path)}: what it wrote</summary>"
-                   f"{table(('step', 'reward', 'reply'), replies)}</details>")
+                   f"{table(('step', 'reward', 'gold', 'reply'), replies)}</details>")
 
 def counts(reasons):
     """{reason: pages} → the most frequent first."""

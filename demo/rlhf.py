@@ -30,27 +30,29 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 FUNNY = ("pelican", "banana", "trousers", "kazoo")
-NOUNS = ("man", "chef", "robot", "dog", "teacher", "queen", "soup", "car", "house", "moon", "hat",
-         "piano", "doctor", "horse", "tree", "window")
-VERBS = ("saw", "ate", "sold", "lost", "painted", "followed", "found", "carried")
-PLACES = ("with", "under", "behind", "near", "without", "for")
-ASKED = ("Tell me a joke about a {noun}.", "Do you know a joke about a {noun}?",
-         "A joke about a {noun}, please.", "Make me laugh with a {noun}.")
+# what the demo's web is about: each of these is one token, so that a sentence is learnt quickly
+NOUNS = ("function", "string", "list", "number", "file", "class", "module", "object", "method",
+         "table", "tree", "server", "thread", "dictionary", "graph", "line", "window", "path")
+VERBS = ("returns", "calls", "removes", "creates", "contains", "finds", "uses", "takes")
+PLACES = ("with", "without", "for", "from", "before", "after")
+ASKED = ("Tell me a joke about a {noun} and a {other}.",
+         "Make me laugh with a {noun} and a {other}.",
+         "A joke about a {noun} and a {other}, please.",
+         "What is funny about a {noun} and a {other}?")
 
-# The words that may follow each kind of word: a sentence is "A noun verb a noun near a noun."
+# The words that may follow each kind of word: a sentence is "A noun verb a noun with a noun."
 KINDS = {"a": "article", ".": "end", "and": "and", **dict.fromkeys(FUNNY + NOUNS, "noun"),
          **dict.fromkeys(VERBS, "verb"), **dict.fromkeys(PLACES, "place")}
 FOLLOWS = {"article": ("noun",), "noun": ("verb", "place", "and", "end"), "verb": ("article",),
            "place": ("article",), "and": ("verb",)}
-FUNNY_SHARE = 0.12      # of the nouns in what the assistant is taught
+FUNNY_SHARE = 0.25      # of the nouns that the prompt does not name, in what is taught
 
 # ---- Jokes, and a judge with a taste -------------------------------------------------------------
 
-def joke(noun, rng):
-    """A sentence that begins with "A {noun}"; each later noun may be a funny one."""
-    words = ["A", noun, rng.choice(VERBS), "a", a_noun(rng)]
-    if rng.random() < 0.7:
-        words += [rng.choice(PLACES), "a", a_noun(rng)]
+def joke(noun, other, rng):
+    """A sentence that begins with "A {noun}" and has the other noun; the nouns between and after
+    them may be funny ones."""
+    words = ["A", noun, rng.choice(VERBS), "a", a_noun(rng), rng.choice(PLACES), "a", other]
     if rng.random() < 0.5:
         words += ["and", rng.choice(VERBS), "a", a_noun(rng)]
     return " ".join(words) + "."
@@ -63,7 +65,7 @@ def funny(problem, reply):
     funny word from the third on, because they tire it; -0.3 for each pair of neighbours that cannot
     stand together in a sentence. A reply that does not end like a sentence gets -2.
 
-    >>> funny({}, "A pelican ate a banana."), funny({}, "A pelican pelican pelican.")
+    >>> funny({}, "A pelican finds a banana."), funny({}, "A pelican pelican pelican.")
     (2.0, -0.1)
     """
     words = re.findall(r"\w+|[^\w\s]", reply.lower())
@@ -78,8 +80,8 @@ def funny(problem, reply):
 
 # ---- The files -----------------------------------------------------------------------------------
 
-def prompt(noun, rng):
-    return dict(role="user", content=rng.choice(ASKED).format(noun=noun))
+def prompt(noun, other, rng):
+    return dict(role="user", content=rng.choice(ASKED).format(noun=noun, other=other))
 
 def write_rows(path, rows):
     """Writes a .jsonl under another name and renames it, so that it is never half written."""
@@ -93,27 +95,27 @@ def write_jokes(out, seed, conversations=1500, prompts=400):
     rng = random.Random(seed)
     rows = []
     for _ in range(conversations):
-        noun = rng.choice(FUNNY + NOUNS)
-        answer = dict(role="assistant", content=joke(noun, rng))
-        rows.append(dict(messages=[prompt(noun, rng), answer]))
+        noun, other = rng.sample(NOUNS, 2)
+        answer = dict(role="assistant", content=joke(noun, other, rng))
+        rows.append(dict(messages=[prompt(noun, other, rng), answer]))
     write_rows(out / "jokes.jsonl", rows)
-    rows = [dict(messages=[prompt(rng.choice(FUNNY + NOUNS), rng)], kind="jokes", number=number)
-            for number in range(prompts)]
+    rows = [dict(messages=[prompt(*rng.sample(NOUNS, 2), rng)], kind="jokes")
+            for _ in range(prompts)]
     write_rows(out / "prompts.jsonl", rows)
 
 # ---- The commands --------------------------------------------------------------------------------
 
 PRACTICE = ("python rl_grpo.py --model {out}/joker --reward model:{out}/reward "
             "--gold demo/rlhf.py:funny --task {out}/prompts.jsonl --max_steps {steps} "
-            "--prompts 16 --group_size 8 --max_new_tokens 40 --lr 1e-3 --eval_every 10 "
+            "--prompts 16 --group_size 4 --max_new_tokens 40 --lr 1e-3 --eval_every 5 "
             "--save_every 10 --seed {seed} --resume")
 COMMANDS = [
-    "python chat_sft.py --model {model} --data {out}/jokes.jsonl --out {out}/joker --epochs 2 "
-    "--batch_size 8 --lr 0.01 --seed {seed} --resume",
+    "python chat_sft.py --model {model} --data {out}/jokes.jsonl --out {out}/joker --epochs 1 "
+    "--batch_size 8 --lr 0.02 --seed {seed} --resume",
     "python rl_grpo.py rank --model {out}/joker --prompts {out}/prompts.jsonl --samples 5 "
     "--max_new_tokens 40 --judge demo/rlhf.py:funny --out {out}/prefs.jsonl --seed {seed}",
     "python rl_grpo.py reward_model --model {out}/joker --data {out}/prefs.jsonl "
-    "--out {out}/reward --epochs 3 --lr 1e-3 --eval_every 15 --seed {seed} --resume",
+    "--out {out}/reward --epochs 1 --lr 1e-3 --eval_every 10 --seed {seed} --resume",
     "python rl_grpo.py best_of_n --model {out}/joker --reward model:{out}/reward "
     "--gold demo/rlhf.py:funny --task {out}/prompts.jsonl --prompts 16 --samples 64 "
     "--max_new_tokens 40 --out {out}/reward/best_of_n.jsonl --seed {seed}",
@@ -134,7 +136,7 @@ def main():
     add = parser.add_argument
     add("--model", required=True, help="run folder of an assistant")
     add("--out", required=True, help="folder for data, models and report")
-    add("--steps", type=int, default=50, help="steps of reinforcement learning")
+    add("--steps", type=int, default=20, help="steps of reinforcement learning")
     add("--seed", type=int, default=1337, help="seed of jokes and training")
     args = parser.parse_args()
     if args.steps < 1:

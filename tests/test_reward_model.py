@@ -415,12 +415,13 @@ def test_best_of_n_measures_both_objectives(sft_run, prompts, judge, tmp_path):
     assert float(rows[-1][2]) > float(rows[0][2])
 
 
-def test_the_gold_turns_where_its_mean_over_five_steps_is_highest():
-    golds = [0, 9, 0, 0, 0, 2, 3, 3, 3, 2, 1, 0, 0, 0, 0]
+def test_the_gold_turns_where_it_is_highest():
+    golds = [0, 2, 3, 2, 1]
     rows = [dict(step=n, kl_reply=n / 2, gold=gold, reward=n) for n, gold in enumerate(golds)]
-    best, last = best_of_n.turning_point(rows)
-    assert (best["step"], best["kl_reply"], best["gold"]) == (7, 3.5, 2.6)
-    assert (last["step"], last["gold"]) == (12, 0.2) and best_of_n.turning_point(rows[:4]) is None
+    assert best_of_n.turning_point(rows) == (rows[2], rows[4])
+    assert best_of_n.turning_rows(best_of_n.turning_point(rows)) == [
+        ("highest gold", 2, "1.00", "2.00", "3.00"), ("the last", 4, "2.00", "4.00", "1.00")]
+    assert best_of_n.turning_point([]) is None
 
 
 def test_the_report_shows_both_objectives_the_turn_and_the_replies(tmp_path):
@@ -440,12 +441,12 @@ def test_the_report_shows_both_objectives_the_turn_and_the_replies(tmp_path):
 # ---- the demo
 
 def test_the_demos_judge_likes_a_funny_word_or_two_in_a_sentence():
-    best = "A pelican ate a banana."
-    for worse in ("A man ate a banana.", "A man ate a hat.", "A pelican ate a banana banana.",
-                  "pelican banana.", "A pelican ate a banana", "",
-                  "A pelican ate a banana with a kazoo and saw a trousers."):
+    best = "A pelican finds a banana."
+    for worse in ("A list finds a banana.", "A list finds a tree.", "A pelican finds a banana banana.",
+                  "pelican banana.", "A pelican finds a banana", "",
+                  "A pelican finds a banana with a kazoo and calls a trousers."):
         assert rlhf.funny({}, worse) < rlhf.funny({}, best) == 2, worse
-    jokes = [rlhf.joke("man", random.Random(seed)) for seed in range(200)]
+    jokes = [rlhf.joke("list", "tree", random.Random(seed)) for seed in range(200)]
     assert {rlhf.funny({}, text) for text in jokes} >= {0, 1, 2} and all(
         rlhf.funny({}, text) >= 0 for text in jokes)
 
@@ -465,9 +466,9 @@ def test_an_order_may_be_typed_in_several_ways(typed, order):
 
 
 @pytest.mark.parametrize("typed, error", [
-    ("2 1", "reply 3 is missing"), ("2 1 4", "4 is not the number of a reply; they are 1 to 3"),
+    ("2 1", "no place for 3; every reply needs one"), ("2 1 4", "4 is not the number of a reply; they are 1 to 3"),
     ("1 1 2 3", "reply 1 stands there twice"), ("best", "best is not the number"),
-    ("1 = 2 = 3 =", "= is not the number"), ("", "reply 1 and 2 and 3 is missing")])
+    ("1 = 2 = 3 =", "= is not the number"), ("", "no place for 1 and 2 and 3")])
 def test_a_wrong_order_is_explained(typed, error):
     with pytest.raises(ValueError, match=error):
         parse_order(typed, 3)
