@@ -21,7 +21,6 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
-from bpe import MOVES
 from engine import Request
 
 # ---- Checking a request --------------------------------------------------------------------------
@@ -118,7 +117,7 @@ def find_model(body, models):
                       "model_not_found")
     return models[name]
 
-PART_TYPES = ("text", "think", "python", "output", "search")
+PARTS = ("think", "python", "output", "search")     # what an assistant's turn has beside text
 MAX_MESSAGES = 1000
 
 def read_messages(body):
@@ -146,9 +145,17 @@ def read_message(message, where):
         raise Refused(f"{where}.content must be a text or a list of parts", "messages")
     return dict(role=role, content=content)
 
+def plain(message):
+    """The text of a message, without what else an assistant's may have."""
+    if isinstance(message["content"], str):
+        return message["content"]
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
 def read_part(part, role, where):
     """A part of a content. An assistant's may be those of bpe.py; the others' are texts."""
-    allowed = PART_TYPES if role == "assistant" else ("text",)
+    allowed = ("text",)
+    if role == "assistant":
+        allowed = ("text", *PARTS)
     if not isinstance(part, dict) or part.get("type") not in allowed:
         raise Refused(f"{where}.content may have parts of type {', '.join(allowed)} alone",
                       "messages")
@@ -254,10 +261,10 @@ def read_completion(body, models):
 
 @dataclass
 class Piece:
-    """Some text of an answer, and the tokens that it came from."""
-    part: str       # "text", or what else an assistant's turn has: think, python, output, search
-    text: str
-    event: object   # of the scheduler
+    """The text of a token of an answer."""
+    part: str       # "text" or one of PARTS
+    text: str       # "" for a token that is not the last one of its character
+    event: object   # of the scheduler; None for what is left of a character at the end
 
 class Choice:
     """One of the answers to a request, while it is being written: `add` takes the next event of the
@@ -278,23 +285,28 @@ class Choice:
 
     def add(self, event):
         self.n_tokens += 1
-        name = self.name_of.get(event.token)
-        opened = MOVES.get((self.part, name))
-        certain = []
-        if event.finish == "stop":
-            certain = self.release(Piece(self.part, self.decoder.decode(b"", final=True), event))
-        elif self.in_parts and opened:
-            certain = self.release(Piece(self.part, self.decoder.decode(b"", final=True), event))
-            self.part = opened
+        part = self.part_after(event.token)
+        if event.finish == "stop" or part != self.part:     # a token that is not text ends a text
+            certain = self.release()
+            self.part = part
         else:
             text = self.decoder.decode(self.tokenizer.decode_bytes([event.token]))
             self.waiting.append(Piece(self.part, text, event))
             certain = self.settle()
         if event.finish and not self.finish:
             self.finish = event.finish
-            certain += self.release(Piece(self.part, self.decoder.decode(b"", final=True), None))
+            certain += self.release()
         self.pieces += certain
         return certain
+
+    def part_after(self, token):
+        """The part that a token opens; "text" if it closes one; the same part for other tokens."""
+        name = self.name_of.get(token, "")
+        if self.in_parts and self.part == "text" and name.strip("<|>") in PARTS:
+            return name.strip("<|>")
+        if self.in_parts and name == f"<|/{self.part}|>":
+            return "text"
+        return self.part
 
     def settle(self):
         """The waiting pieces that no stop text can begin in; ends the answer at a stop text."""
@@ -316,12 +328,14 @@ class Choice:
             self.waiting = []
         return done
 
-    def release(self, last):
-        """All waiting pieces, because no stop text can go on; and one more, if it says anything."""
+    def release(self):
+        """All waiting pieces, because the text has ended, and what is left of a character that was
+        cut."""
         done = self.waiting
         self.waiting = []
-        if last.text:
-            done.append(last)
+        rest = self.decoder.decode(b"", final=True)
+        if rest:
+            done.append(Piece(self.part, rest, None))
         return done
 
     def text_of(self, is_text=True):

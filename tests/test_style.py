@@ -22,8 +22,8 @@ ALLOWED = {                         # which of the project's files each may impo
     "prose": {"corpus", "download"}, "shards": {"bpe", "corpus", "download"},
     "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
-    "engine": {"model"}, "dispatch": {"engine"}, "api": {"bpe", "engine"},
-    "serve": {"api", "bpe", "dispatch", "engine", "model"},
+    "engine": {"model"}, "dispatch": {"engine"}, "api": {"engine"},
+    "page": {"api", "engine"}, "serve": {"api", "dispatch", "model", "page"},
     "show": set(), "chat": {"show"}, "few_shot": {"problems"},
     "search": {"corpus"}, "subjects": set(), "probe": {"model", "problems", "sample", "subjects"},
     "eval": {"model", "problems", "sample", "training"},
@@ -35,7 +35,8 @@ ALLOWED = {                         # which of the project's files each may impo
     **dict.fromkeys(("run", "look", "narrator"), set())}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
     "bpe": {"corpus"}, "sample": {"chat", "download", "engine", "few_shot", "search", "show"},
-    "api": {"show"}, "serve": {"chat", "sample", "search"}, "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
+    "api": {"show"}, "page": {"bpe", "search"}, "serve": {"chat", "sample", "search"},
+    "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
     "eval": {"search"}, "probe": {"search"},
     "model": {"precision"}, "train_gpt2": {"eval"},
     "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
