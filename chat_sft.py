@@ -221,9 +221,10 @@ def show(args):
 
 # ---- The gradients of a step ---------------------------------------------------------------------
 
-def add_gradients(model, hidden, loader, position, total_rows, batch_size, ranks):
+def add_gradients(model, hidden, loader, position, total_rows, batch_size, ranks, weight=1.0):
     """Adds the gradients of this rank's part of a step, in micro-steps of batch_size rows, to the
-    parameters → this rank's part of the loss, whose sum over the ranks is the step's loss.
+    parameters → this rank's part of the loss, whose sum over the ranks is the step's loss. The
+    gradients alone are multiplied by `weight`.
 
     The loss is one mean over the supervised tokens of all total_rows rows, so each token counts the
     same, whatever the number of ranks and micro-steps. With n of the S supervised tokens of a step:
@@ -237,7 +238,7 @@ def add_gradients(model, hidden, loader, position, total_rows, batch_size, ranks
         x, y = loader.batch(first, batch_size, ranks.device)
         share = loader.supervised(first, batch_size) / supervised
         micro_loss = model.loss(hidden(x), y) * share
-        (micro_loss * ranks.world_size).backward()
+        (micro_loss * weight * ranks.world_size).backward()
         loss += micro_loss.detach()
     return loss
 

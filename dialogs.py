@@ -343,6 +343,11 @@ def find_files(name, world_size=1):
         why = "it is a folder" if Path(name).is_dir() else "No such file or directory"
         raise SystemExit(f"{name} cannot be read: {why}; give a file {', '.join(SUFFIXES)}; or the "
                          f"name of a set, {', '.join(SETS)}")
+    return downloaded(name, world_size)
+
+def downloaded(name, world_size=1):
+    """The files of a data set under a short name of download.py, which fetches those that are not
+    there yet."""
     import download
     out = FOLDER / name
     everything = 10 ** 6

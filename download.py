@@ -48,8 +48,10 @@ NAMES = {  # short name: (data set, revision, folder in the data set)
     "ultrachat": ("HuggingFaceH4/ultrachat_200k", "main", "data"),
     "no_robots": ("HuggingFaceH4/no_robots", "main", "data"),
     "oasst": ("OpenAssistant/oasst2", "main", ""),
-    "gsm8k": ("openai/gsm8k", "main", "main")}
+    "gsm8k": ("openai/gsm8k", "main", "main"),
+    "gsm8k_test": ("openai/gsm8k", "main", "main")}     # never to be trained on
 ONLY = {  # of these data sets, only files whose path holds this pattern
+    "gsm8k_test": "/test-",
     "ultrachat": "/train_sft-", "oasst": r"_ready\.trees\.jsonl\.gz$"}
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 KINDS = {  # the first kind of which a data set has files is taken
@@ -360,6 +362,8 @@ def choose_rows(rows, source):
     if found[0][0].endswith(".bin"):
         return found
     train = [row for row in found if not is_held_out(row[0])]
+    if not train and source in ONLY:    # then this is what the name stands for
+        return found
     if not train:
         raise SystemExit(f"{source} has only files for evaluation, e.g. {found[0][0]}; give "
                          "another data set")

@@ -384,7 +384,7 @@ def scores(engine, folder, max_examples=None, ranks=Ranks()):
 def solve(engine, path, max_examples=None, max_new_tokens=128):
     """Greedy replies to the problems of a file → {"accuracy", "n", "cut", "kinds"}.
 
-    kinds: {kind: {"accuracy", "n"}}, and if some questions have no answer (their check is
+    kinds: {kind: {"accuracy", "n"}}, and if some questions have no answer (their checker is
     "declines"), also "refused" and "wrong", the shares of such replies. cut counts the questions
     that do not fit into the model's context; they count as wrong.
     """
@@ -406,7 +406,7 @@ def solve(engine, path, max_examples=None, max_new_tokens=128):
             p["right"] = is_correct(reply, p)
             p["refused"] = declines(reply)
     kinds = {}
-    has_unknown = any(p["check"] == "declines" for p in problems)
+    has_unknown = any(p["checker"] == "declines" for p in problems)
     for kind in sorted({p["kind"] for p in problems}):
         of_kind = [p for p in problems if p["kind"] == kind]
         kinds[kind] = share_right(of_kind)

@@ -18,10 +18,9 @@ out: a prompt, which sample.py prints, and which the model continues to the end 
     input: sky
     output:
 """
+import json
 import re
 from pathlib import Path
-
-from problems import quoted, read_lines, reason
 
 REMEDY = 'an example is a line INPUT => OUTPUT, or in a .jsonl {"input": …, "output": …}'
 
@@ -32,27 +31,38 @@ def few_shot_prompt(pairs, last):
 
 def read_pairs(path):
     """A file of examples → [(input, output)]; SystemExit names a line that is not an example."""
+    as_pair = from_text
     if path.endswith(".jsonl"):
-        return read_lines(path, as_pair, REMEDY)
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"{path} cannot be read: {reason(error)}; {REMEDY}") from None
+        as_pair = from_json
     pairs = []
-    for number, line in enumerate(lines, 1):
-        cells = [cell.strip() for cell in re.split("\t|=>", line)]
-        if len(cells) == 2 and all(cells):
-            pairs.append(tuple(cells))
-        elif line.strip():
-            raise SystemExit(f"{path}, line {number}: {REMEDY}, got {quoted(line)}")
+    number = 0
+    try:
+        for number, line in enumerate(Path(path).read_text("utf-8-sig").split("\n"), 1):
+            if line.strip():
+                pairs.append(as_pair(line))
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be read: {error.strerror}; {REMEDY}") from None
+    except (ValueError, RecursionError) as error:
+        raise SystemExit(f"{path}, line {max(1, number)}: {error}; {REMEDY}") from None
     if not pairs:
         raise SystemExit(f"{path} is empty; {REMEDY}")
     return pairs
 
-def as_pair(row):
+def from_text(line):
+    """INPUT => OUTPUT, or with a tab → (input, output). ValueError for any other line."""
+    cells = [cell.strip() for cell in re.split("\t|=>", line)]
+    if len(cells) != 2 or not all(cells):
+        raise ValueError(f"there must be one arrow between two texts, got {json.dumps(line[:60])}")
+    return tuple(cells)
+
+def from_json(line):
     """{"input", "output"} → (input, output). ValueError if one is not a text on one line, because
     the end of the line ends the model's output."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON object is needed, got {line[:60]}")
     for name in ("input", "output"):
-        if not isinstance(row[name], str) or len(row[name].strip().splitlines()) != 1:
-            raise ValueError(f"{name} must be a text on one line, got {quoted(row[name])}")
+        text = row.get(name)
+        if not isinstance(text, str) or len(text.strip().splitlines()) != 1:
+            raise ValueError(f"{name} must be a text on one line, got {json.dumps(text)[:60]}")
     return row["input"].strip(), row["output"].strip()

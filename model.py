@@ -23,7 +23,6 @@ import json
 import math
 import os
 import re
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -169,8 +168,13 @@ def sdpa(q, k, v, window, scale, mask=None, dropout=0.0):
                                        dropout_p=dropout)
     return y.transpose(1, 2)
 
+def take(x, last):
+    """x (B, T, …), last (B,) → (B, 1, …): one position of each row."""
+    return x[torch.arange(len(x), device=x.device), last][:, None]
+
 class Attention(nn.Module):
-    """x (B, T, C) → (B, T, C): each position averages the values of the positions that it sees."""
+    """x (B, T, C) → (B, T, C): each position averages the values of the positions that it sees.
+    With `last`, only those positions do, and the result is (B, 1, C)."""
     def __init__(self, config, layer):
         super().__init__()
         C = config.n_embd
@@ -183,7 +187,7 @@ class Attention(nn.Module):
         if config.has_value_embed(layer):
             self.value_gate = Linear(min(12, C), config.n_head, bias=False)
 
-    def forward(self, x, pos, rotary, value_embed, cache):
+    def forward(self, x, pos, rotary, value_embed, cache, last=None):
         B, T, C = x.shape
         NH = self.config.n_head
         HS = C // NH
@@ -201,12 +205,16 @@ class Attention(nn.Module):
             scale = 1.2 ** 2 * scale
         if cache is not None:
             k, v, mask = cache.append(self.layer, k, v, pos, self.window)
+            if last is not None:
+                q = take(q, last)
+                query = take(pos, last)[:, None, :, None]                   # (B, 1, 1, 1)
+                mask = visible(query, torch.arange(k.shape[1], device=k.device), self.window)
             y = sdpa(q, k, v, self.window, scale, mask)
         elif self.training and self.config.dropout:
             y = sdpa(q, k, v, self.window, scale, dropout=self.config.dropout)
         else:
             y = self.kernel(q, k, v, self.window, scale)
-        return self.c_proj(y.reshape(B, T, C))
+        return self.c_proj(y.flatten(2))
 
 class MLP(nn.Module):
     def __init__(self, config):
@@ -231,16 +239,19 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, pos, rotary, value_embed, cache):
-        x = x + self.dropout(self.attn(self.ln_1(x), pos, rotary, value_embed, cache))
+    def forward(self, x, pos, rotary, value_embed, cache, last=None):
+        y = self.attn(self.ln_1(x), pos, rotary, value_embed, cache, last)
+        if last is not None:
+            x = take(x, last)
+        x = x + self.dropout(y)
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 class GPT(nn.Module):
     """model(idx) → logits (B, T, V); model(idx, targets) → mean loss in nats per token.
 
     idx, targets: int64 (B, T), ids below vocab_size; targets of -1 are left out of the mean.
-    reduction="none" returns each token's loss (B, T). With a cache, idx continues its rows.
-    """
+    reduction="none" returns each token's loss (B, T). With a cache, idx continues its rows."""
+    model_types = ("gpt2", "deepdive")      # in config.json: without and with modern parts
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -306,8 +317,10 @@ class GPT(nn.Module):
         if name.startswith(VOCABULARY):
             p[V:] = 0.0                 # the padding rows are never a token
 
-    def hidden(self, idx, cache=None):
-        """idx (B, T) → what the head reads, (B, T, C) after the last norm."""
+    def hidden(self, idx, cache=None, last=None):
+        """idx (B, T) → what the head reads, (B, T, C) after the last norm. last (B,), which needs a
+        cache: only these positions are read, (B, 1, C). For the others the last layer then stops at
+        their keys and values, so that a prompt costs most of a layer less."""
         config = self.config
         T = idx.shape[1]
         pos = torch.arange(T, device=idx.device)[None]                               # (1, T)
@@ -331,11 +344,14 @@ class GPT(nn.Module):
             value_embed = None
             if config.has_value_embed(layer):
                 value_embed = self.value_embeds[str(layer)](idx).to(x.dtype)
-            x = block(x, pos, rotary, value_embed, cache)
+            only = last if layer == config.n_layer - 1 else None
+            x = block(x, pos, rotary, value_embed, cache, only)
             if layer == config.n_layer // 2:
                 middle = x
         if cache is not None:
             cache.advance(T)
+        if last is not None and middle is not x:    # else the last layer is the middle one
+            middle = take(middle, last)
         if config.backout:
             x = x - self.backout_scalar.to(x.dtype) * middle
         return self.ln_f(x)
@@ -355,6 +371,7 @@ class GPT(nn.Module):
         can compile hidden() alone: the loss is a loop over chunks, which compiling would unroll."""
         x, flat = x.flatten(0, 1), targets.flatten()                        # (B·T, C), (B·T,)
         if reduction == "mean":
+            from precision import matmul_precision
             with matmul_precision(self.loss_precision):
                 return CrossEntropy.apply(x, self.lm_head.weight, flat, self.config)
         size = chunk_rows(x, self.config.vocab_size)
@@ -384,26 +401,19 @@ class GPT(nn.Module):
         While training, the blocks' matrices of at least 128 x 128 multiply in 8 bits if fp8, and on
         a CPU they and the loss multiply in bf16. bf16: None means where it is faster; False: never.
         """
-        from precision import Fp8Matmul, bf16_product, find_bf16, fp8_product
+        from precision import find_bf16, find_product
         device = str(device)
-        has_bf16 = bf16
         if bf16 is None:
-            has_bf16, _ = find_bf16(device)
-        on_gpu = "cuda" in device
+            bf16, _ = find_bf16(device)
         self.compute_dtype = torch.get_default_dtype()
         kernel = sdpa
-        if on_gpu and has_bf16:
+        if bf16 and "cuda" in device:
             self.compute_dtype = torch.bfloat16
             kernel, _ = find_kernel(device)
-        product = None
         self.loss_precision = None
-        if has_bf16 and not on_gpu:
-            product = bf16_product
-            if self.config.n_embd >= 128:
-                self.loss_precision = "medium"
-        if fp8:     # torch.compile must not look inside: the code it makes of these parts is slower
-            torch._dynamo.allow_in_graph(Fp8Matmul)
-            product = fp8_product
+        if bf16 and "cuda" not in device and self.config.n_embd >= 128:
+            self.loss_precision = "medium"
+        product = find_product(device, bf16, fp8)
         for module in self.h.modules():
             if isinstance(module, Attention):
                 module.kernel = kernel
@@ -413,11 +423,15 @@ class GPT(nn.Module):
 
     def for_inference(self):
         """Ends training: keeps the matrices in the dtype they are multiplied in. On a GPU that
-        halves the bytes, and with them the time, that each new token takes to read the weights."""
+        halves the bytes, and with them the time, that each new token takes to read the weights. On
+        a CPU the head is stored by columns, which one row reads faster; wte keeps its rows."""
         for p in self.parameters():
             p.requires_grad_(False)
             if p.ndim == 2:
                 p.data = p.data.to(self.compute_dtype)
+        head = self.lm_head.weight
+        if head.device.type == "cpu":
+            self.lm_head.weight = nn.Parameter(head.T.contiguous().T, requires_grad=False)
         return self
 
 # ---- The cache of generation ---------------------------------------------------------------------
@@ -504,13 +518,14 @@ def file_tensor(name, p, vocab_size):
         p = p[:vocab_size]
     elif name.endswith(TRANSPOSED):
         p = p.T
-    if not name.startswith("lm_head"):
+    if not name.startswith(("lm_head", "score")):       # score: the head of a reward model
         name = "transformer." + name
     return name, p.detach()
 
 def file_tensors(model):
-    V = model.config.vocab_size
-    return [file_tensor(name, p, V) for name, p in model.named_parameters()]
+    V = model.config.vocab_size     # a tied head is in no file, though for_inference copies it
+    return [file_tensor(name, p, V) for name, p in model.named_parameters()
+            if name != "lm_head.weight" or not model.config.tied_head]
 
 def put_in_place(part, path):
     """Gives a finished file its name after its bytes are on the disk, so that there is never half
@@ -599,8 +614,8 @@ def save_checkpoint(run, model, tokenizer=None, stage="pretrain", step=0, **extr
     plain = GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head,
                       config.n_embd, config.dropout, tied_head=config.tied_head)
     write_json(run / "config.json", dict(
-        model_type="gpt2" if config == plain else "deepdive", architectures=["GPT2LMHeadModel"],
-        vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head,
+        model_type=model.model_types[0 if config == plain else -1], vocab_size=config.vocab_size,
+        architectures=["GPT2LMHeadModel"], n_layer=config.n_layer, n_head=config.n_head,
         n_embd=config.n_embd, n_positions=config.block_size, activation_function="gelu_new",
         layer_norm_epsilon=1e-5, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
         resid_pdrop=config.dropout, tie_word_embeddings=config.tied_head,
@@ -619,25 +634,25 @@ def config_from_hf(described):
             raise SystemExit(f"{name} is {value}, but here it is always {values[-1]}")
     return config
 
-def read_config(path):
+def read_config(path, model_types=GPT.model_types):
     """config.json, ours or HF's → (GPTConfig, metadata)."""
     described = read_json(path, "a model is a folder with config.json and model.safetensors; train "
                           "one, or name another with --model")
     meta = described.get("deepdive", dict(format_version=FORMAT_VERSION, stage="pretrain", step=0))
     kind = described.get("model_type")
     try:
-        if kind not in ("gpt2", "deepdive") or meta.get("format_version") != FORMAT_VERSION:
+        if kind not in model_types or meta.get("format_version") != FORMAT_VERSION:
             raise SystemExit(f"this is a {kind} model of format {meta.get('format_version')}; only "
-                             f"gpt2 and deepdive of format {FORMAT_VERSION} can be read")
+                             f"{' and '.join(model_types)} of format {FORMAT_VERSION} can be read")
         config = GPTConfig(**meta["model"]) if "model" in meta else config_from_hf(described)
     except (SystemExit, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}: {error}; train this model again, or name another") from None
     return config, meta
 
-def load_checkpoint(run, device="cpu", vocab_size=None):
+def load_checkpoint(run, device="cpu", vocab_size=None, architecture=GPT):
     """A run of ours, or a folder with HF's GPT-2 → (model, meta); meta: run, stage, step, …
     vocab_size: grows the vocabulary to this, for special tokens that the model has never seen."""
-    config, meta = read_config(Path(run) / "config.json")
+    config, meta = read_config(Path(run) / "config.json", architecture.model_types)
     path = Path(run) / "model.safetensors"
     tensors = read_tensors(path)
     find_tensor(tensors, "transformer.wte.weight", (config.vocab_size, config.n_embd), path)
@@ -645,7 +660,7 @@ def load_checkpoint(run, device="cpu", vocab_size=None):
     if len(layers) != config.n_layer:
         raise SystemExit(f"{path} has {len(layers)} layers; config.json asks for {config.n_layer}; "
                          "take both files from one checkpoint")
-    model = GPT(replace(config, vocab_size=max(config.vocab_size, vocab_size or 0)))
+    model = architecture(replace(config, vocab_size=max(config.vocab_size, vocab_size or 0)))
     load_weights(path, model, tensors, file_vocab=config.vocab_size)
     return model.use(device), {"run": str(run), **meta}
 
@@ -742,17 +757,6 @@ def loss_and_gradient(z, target, share, s):
         dy.addcmul_(dy, t.square_(), value=-1)
         dy_target = dy_target * (1 - (y_target / s).square())
     return loss, dy.to(z.dtype).scatter_(1, target, dy_target.to(z.dtype))
-
-@contextmanager
-def matmul_precision(precision):
-    """Within, an fp32 matmul of a CPU with AMX may round its inputs to bf16, if this is "medium";
-    None changes nothing. Attention must stay outside: its small matmuls would become slower."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision or before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 class CrossEntropy(torch.autograd.Function):
     """Head, soft-cap and mean cross-entropy in one, a chunk of tokens at a time.

@@ -1,6 +1,7 @@
 """
 How a layer multiplies while it is trained: in bf16 on a CPU that has a unit for it, or, with
-train_gpt2.py --fp8 1, in 8 bits on a GPU that has them (H100 or later). GPT.use chooses.
+train_gpt2.py --fp8 1, in 8 bits on a GPU that has them (H100 or later). GPT.use asks
+find_product, which chooses.
 
     >>> x = torch.tensor([[1.0, -448.0]])
     >>> x8, scale = to_fp8(x, torch.float8_e4m3fn)
@@ -13,6 +14,7 @@ Papers: FP8 formats for deep learning (arXiv 2209.05433).
 Differs from the paper: a tensor has one scale, which is taken from itself, not from earlier steps.
 """
 import functools
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,17 @@ def find_bf16(device):
     if has_amx():
         return True, "matmuls of training in bf16, because this CPU has AMX; --bf16 0: in fp32"
     return False, "matmuls in fp32: without AMX, bf16 is slower on a CPU"
+
+@contextmanager
+def matmul_precision(precision):
+    """Within, an fp32 matmul of a CPU with AMX may round its inputs to bf16, if this is "medium";
+    None changes nothing. Attention must stay outside: its small matmuls would become slower."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision or before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 # ---- 8 bits --------------------------------------------------------------------------------------
 
@@ -77,3 +90,15 @@ class Fp8Matmul(torch.autograd.Function):
 
 def fp8_product(x, weight):
     return Fp8Matmul.apply(x, weight)
+
+# ---- The choice ----------------------------------------------------------------------------------
+
+def find_product(device, bf16, fp8):
+    """The product of the large matrices while training; None: F.linear in the dtype of the input,
+    which is bf16 on a GPU that has it."""
+    if fp8:     # torch.compile must not look inside: the code it makes of these parts is slower
+        torch._dynamo.allow_in_graph(Fp8Matmul)
+        return fp8_product
+    if bf16 and "cuda" not in device:
+        return bf16_product
+    return None

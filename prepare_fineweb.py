@@ -520,7 +520,7 @@ def inspect_pages(files, stems, settings, args):
     --inspect N shows up to N pages for every way that pages ended, --inspect TEXT the pages whose
     URL contains TEXT.
     """
-    import report
+    import inspection
 
     urls = urls_to_inspect(args)
     steps_after = [("near_duplicates", mark_near_duplicates(stems, args)), ("pii", filters.pii)]
@@ -528,10 +528,10 @@ def inspect_pages(files, stems, settings, args):
     with contextlib.closing(Extractor(settings["extractor"])) as extract_text:
         steps = steps_of_a_page(settings, extract_text) + steps_after
         for page in itertools.islice(pages_to_inspect(files, args.inspect, urls), MAX_INSPECTED):
-            trace = report.Trace(page, [name for name, _ in steps])
+            trace = inspection.Trace(page, [name for name, _ in steps])
             filter_page(page, steps, settings["quality"] == "annotate", trace)
             traces.append(trace)
-    report.write_inspection(args.out / "inspect.html", traces)
+    inspection.write_inspection(args.out / "inspect.html", traces)
     print(f"{args.out}/inspect.html shows what each step did to {len(traces)} pages")
 
 def urls_to_inspect(args):

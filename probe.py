@@ -43,7 +43,7 @@ from subjects import (ASKED, ASKED_IN_TEST, DONT_KNOW, documented, is_held_out, 
 
 BATCH = 32          # questions that are asked together
 REPLY_TOKENS = 48   # tokens in a reply, at most
-WORDINGS = 12       # of a question whose answer is known
+WORDINGS = 16       # of a question whose answer is known
 MIN_CHARS = 80      # in a passage about which a question can be written
 
 # ---- Questions with known answers ----------------------------------------------------------------

@@ -1,129 +1,61 @@
 """
 Problems: questions with answers that can be checked, and what a right answer is.
 
-    >>> is_correct("6 * 7 = 42 #### 42.0", dict(answer="42", check="final"))
+    >>> is_correct("6 * 7 = 42 #### 42.0", dict(answer="42", checker="final"))
     True
 
     in:  .jsonl or .jsonl.gz, a problem a line: {"question", "answer"} as GSM8K has it, or
-         {"messages", "answer", "kind", "check"}
+         {"messages", "answer", "kind", "checker"}; checkers.py lists the checkers
 
 SFT tests on them, RL practises them, and evaluation asks them, so that all three agree on what is
-right. A checker is a pure function of a reply and an answer; nothing that a reply can say may fool
-it.
+right.
 """
 import gzip
 import json
 import re
 import zlib
-from collections import Counter
-from decimal import Decimal
 from pathlib import Path
 
 from bpe import checked
 
-
-# ---- What a right answer is ----------------------------------------------------------------------
-
-# 5, 05, .5, 5.0, 1e3, and 1,234: a comma only between groups of three digits
-NUMBER = r"(?:(?:(?!0)\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3})?"
-MINUS_SIGNS = str.maketrans("\u2212\u2013\ufe63\uff0d", "----")
-SQUARED = r"(?<=[mt])(?:\^?[23]|[²³])(?!\w)"       # of m², ft^2 or cm3
-NOT_A_UNIT = r"^k\b|\b(?:and|or|dozen|hundred|thousand|million|billion|trillion)\b"
-
-def final_answer(text):
-    """The rest of the line after the last ####, GSM8K's mark: in lower case, without the signs that
-    decorate an answer and without the commas in a number. None if nothing is left.
-
-    >>> final_answer("6 * 700 = 4,200\\n#### **$4,200.**")
-    '4200'
-    """
-    if "####" not in text:
-        return None
-    line = text.rpartition("####")[2].split("\n")[0].lower().translate(MINUS_SIGNS)
-    line = re.sub(r"\\+\$", "$", line)
-    if "\\boxed{" in line:
-        line = line.replace("\\boxed{", " ").replace("}", " ")
-    line = " ".join(line.split()).lstrip(" $*`:=").rstrip(" $*`.,")
-    if as_number(line) is not None:
-        number = re.search(NUMBER, line)[0]
-        line = line.replace(number, number.replace(",", ""), 1)
-    return line or None
-
-def as_number(text, with_words=False):
-    """A text → Decimal; None if the text is not just one number, perhaps with signs like $ and %.
-
-    with_words: words may follow ("18 dollars a day"), but no second number, no "or", no "million".
-
-    >>> as_number("$1,234.50"), as_number("5 apples"), as_number("5 apples", with_words=True)
-    (Decimal('1234.50'), None, Decimal('5'))
-    """
-    text = re.sub(r"^([-+]?) ?[$€£¥] ?", r"\1", text)
-    found = re.match(rf"[-+]?{NUMBER}", text)
-    if not found:
-        return None
-    rest = re.sub(SQUARED, "", text[found.end():])
-    if any(c.isnumeric() for c in rest) or re.search(NOT_A_UNIT, rest):
-        return None
-    if not with_words and any(c.isalpha() for c in rest):
-        return None
-    return Decimal(found[0].replace(",", ""))
-
-def is_final(reply, answer):
-    """The answer stands after the last ####. If it is a number, values are compared, else texts."""
-    said = final_answer(reply)
-    wanted = final_answer("#### " + answer)
-    if said is None or wanted is None:
-        return False
-    number = as_number(wanted)
-    if number is None:
-        return said == wanted
-    return as_number(said, with_words=True) == number
-
-def is_contained(reply, answer):
-    """The answer is a word or several words of the reply; a number is one of the reply's numbers.
-    """
-    reply = reply.lower().translate(MINUS_SIGNS)
-    answer = answer.lower().translate(MINUS_SIGNS)
-    number = as_number(answer)
-    if number is None:
-        return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply) is not None
-    found = re.findall(rf"(?<![\w.,])[-+]?{NUMBER}(?![\d.,]*\d|\w)", reply)
-    return any(as_number(text) == number for text in set(found))
-
-def after_tools(reply):
-    """What a reply says after the output of the last tool: that alone is its answer."""
-    return reply.rpartition("<|/output|>")[2]
-
-def overlaps(reply, answer):
-    """At least 3 in 5 words are shared: F1 = 2 · shared / (words of both) ≥ 0.6."""
-    ours = Counter(re.findall(r"\w+", after_tools(reply).lower()))
-    theirs = Counter(re.findall(r"\w+", answer.lower()))
-    shared = (ours & theirs).total()
-    return 2 * shared >= 0.6 * max(1, ours.total() + theirs.total())
-
-REFUSAL = re.compile(
-    r"\b(?:do not|don't|cannot|can't|have not|haven't|did not|didn't) (?:\w+ )?"
-    r"(?:know|say|tell|learnt|learned|find|found)|\bno idea\b|\bnot (?:sure|certain)")
-
-def declines(reply, answer=""):
-    """The reply says that it does not know; the answer plays no part.
-
-    >>> declines("Sorry, I don't know."), declines("It returns the sum.")
-    (True, False)
-    """
-    return REFUSAL.search(after_tools(reply).lower().replace("\u2019", "'")) is not None
-
-CHECKS = dict(final=is_final, contains=is_contained, overlap=overlaps, declines=declines)
+# ---- What a right answer is: checkers.py knows; who only reads files needs none of it ----------
 
 def is_correct(reply, problem):
-    """True if the reply solves {"answer", "check"}; check is a name in CHECKS."""
-    return CHECKS[problem["check"]](reply, problem["answer"])
+    """True if the reply solves the problem, which names its checker and holds what that needs.
+    What the reply thinks is not looked at."""
+    from checkers import CHECKERS
+    return CHECKERS[checker_of(problem)](without_thinking(reply), problem)
+
+def checker_of(problem):
+    """The name of a problem's checker. "check" is what the demo's files call the field."""
+    return problem.get("checker", problem.get("check", "final"))
+
+def declines(reply):
+    """Whether a reply says that it does not know."""
+    return is_correct(reply, dict(checker="declines"))
+
+def without_thinking(reply):
+    """What a reply says outside of <|think|>…<|/think|>. A thought that is not closed reaches to
+    the end.
+
+    >>> without_thinking("<|think|>perhaps #### 5<|/think|>It is #### 6")
+    'It is #### 6'
+    """
+    return re.sub(r"<\|think\|>.*?(?:<\|/think\|>|\Z)", "", reply, flags=re.DOTALL)
+
+class CheckerReward:
+    """The reward of problems that can be checked: 1 for a right reply, 0 for any other. Like every
+    reward it has score(problems, replies) → floats, and what a reply earns that did not end."""
+    cut_off = 0.0
+
+    def score(self, problems, replies):
+        return [float(is_correct(reply, problem)) for problem, reply in zip(problems, replies)]
 
 # ---- Files of problems ---------------------------------------------------------------------------
 
 def read_problems(path):
     """A .jsonl of {"question", "answer"} or {"messages", "answer"} → problems, as as_problem
-    completes them. "kind" and "check" are optional."""
+    completes them. "kind" and "checker" are optional."""
     return read_lines(path, as_problem, 'a problem is a line {"question": …, "answer": …}; repair '
                       "the file, or make one with python chat_sft.py make")
 
@@ -132,6 +64,7 @@ def as_problem(row):
 
     Of the worked solution in a row of GSM8K only the result after #### is kept.
     """
+    from checkers import CHECKERS, complete
     problem = dict(row)
     if "messages" not in problem:
         check_text("question", problem["question"])
@@ -139,16 +72,12 @@ def as_problem(row):
     check_messages(problem["messages"])
     problem.setdefault("kind", "problems")
     check_text("kind", problem["kind"])
-    problem.setdefault("check", "final")
-    check_text("check", problem["check"])
-    if problem["check"] not in CHECKS:
-        raise ValueError(f"check must be one of {', '.join(CHECKS)}, got {problem['check']}")
-    answer = problem["answer"]
-    check_text("answer", answer)
-    if problem["check"] == "final":
-        problem["answer"] = final_answer(answer) or final_answer("#### " + answer)
-        if problem["answer"] is None:
-            raise ValueError(f"the answer holds nothing after ####, got {quoted(answer)}")
+    problem["checker"] = checker_of(problem)
+    check_text("checker", problem["checker"])
+    if problem["checker"] not in CHECKERS:
+        raise ValueError(f"checker must be one of {', '.join(CHECKERS)}, got "
+                         f"{problem['checker']}")
+    complete(problem)
     return problem
 
 def check_messages(messages):

@@ -9,27 +9,20 @@ The report: one page that tells the story of a run, from the files that the stag
     out: report.html, one file that loads nothing; or the summary, in the terminal; or an SVG of
          two curves, the base model's loss and RL's reward
 
-`eval.py report` and `eval.py summary` are the same commands. The page of
-`prepare_fineweb.py --inspect` is rendered here, too.
+`eval.py report` and `eval.py summary` are the same commands.
 """
 import argparse
-import difflib
-import itertools
 import math
-import multiprocessing
-import os
-import re
 import signal
 import sys
-from dataclasses import dataclass
 from datetime import timedelta
-from html import escape
 from pathlib import Path
 
 if __name__ == "__main__":      # Ctrl-C during the slow imports below ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from problems import STAGES, figures, printable, read_json, reason, write_whole
+from problems import STAGES, figures, printable, read_json, read_lines, reason, write_whole
+from svg import GRAPHICS, SVG_STYLE, curve, panel, shown
 from training import read_log
 
 # ---- What runs left on disk ----------------------------------------------------------------------
@@ -91,6 +84,9 @@ def is_finite(value):
 def is_number_or_none(value):
     return value is None or is_finite(value)
 
+def is_right(value):
+    return isinstance(value, bool)
+
 def is_size(value):
     return type(value) is int and 1 < value < 2 ** 31
 
@@ -106,9 +102,12 @@ RESULT = {"left_out?": [is_text], "arguments?": {}, "kinds?": {ANY: SHARES}, "ta
 LOG_ROW = {"step?": is_finite, "seconds?": is_finite, "loss?": is_number, "val_loss?": is_number,
            "val_bpb?": is_number, "gzip?": is_finite, "xz?": is_finite, "reward?": is_number,
            "reply_tokens?": is_number, "usd?": is_finite, "sample?": is_text, "kind?": is_text,
-           "when?": is_text, "accuracy?": is_finite,
+           "when?": is_text, "accuracy?": is_finite, "others?": {ANY: is_finite},
+           "thinking_tokens?": is_number, "gold?": is_number, "kl_reply?": is_number,
+           "replies?": [{"reply": is_text, "reward": is_finite}],
            "header?": {"flags?": {"gpu_hour_usd?": is_number_or_none,
                                   "total_batch_size?": is_number_or_none}}}
+ANSWER = {"step": is_finite, "question": is_text, "reply": is_text, "right": is_right}
 SFT_ROW = {**LOG_ROW, "accuracy?": {ANY: is_finite}}
 
 def misfit(value, shape, place="the file"):
@@ -146,6 +145,13 @@ def read_checked(path, shape):
         raise SystemExit(f"{path} is damaged: {printable(place)}, is missing or of a wrong type; "
                          "delete the file, or make it again")
     return value
+
+def as_answer(row):
+    """A row of answers.jsonl; ValueError if it is not one."""
+    place = misfit(row, ANSWER, "its row")
+    if place:
+        raise ValueError(f"{printable(place)}, is missing or of a wrong type")
+    return row
 
 def read_checked_log(run):
     """The rows of <run>/log.jsonl."""
@@ -194,6 +200,10 @@ def logged_accuracies(runs):
             if row["step"] == 0:
                 stages.setdefault("SFT", {})[row["kind"]] = row["accuracy"]
             stages.setdefault("RL", {})[row["kind"]] = row["accuracy"]
+        for row in run.rows("step", "others"):      # kinds that are not practised
+            if row["step"] == 0:
+                stages.setdefault("SFT", {}).update(row["others"])
+            stages.setdefault("RL", {}).update(row["others"])
     return stages
 
 def accuracy_sources(runs):
@@ -269,80 +279,7 @@ def print_summary(runs, funnel, strict):
     fall_short = [claim for verdict, claim, _ in judged if verdict == "fall short"]
     return 1 if strict and fall_short else 0
 
-# ---- Curves: SVG, for the report and for a file of its own ---------------------------------------
-
-NOT_XML = re.compile("[^\\t\\n\\x20-\\x7e\\xa0-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
-
-def shown(text):
-    """A text from a run → HTML and XML: escaped, with U+FFFD for what neither can hold."""
-    return escape(NOT_XML.sub("\ufffd", str(text)))
-
-def ticks(low, high, most):
-    """Round numbers between low and high: 0, 9.3, 5 → 0, 2, 4, 6, 8."""
-    magnitude = 10.0 ** math.floor(math.log10((high - low) / most))
-    for multiple in (1, 2, 5, 10):
-        size = multiple * magnitude
-        if (high - low) / size <= most:
-            break
-    return [i * size for i in range(math.ceil(low / size), math.floor(high / size) + 1)]
-
-def thinned(points, most=400):
-    """At most `most` points, each the mean of its neighbours, so that a long run stays small."""
-    size = math.ceil(len(points) / most)
-    means = []
-    for first in range(0, len(points), size):
-        group = points[first:first + size]
-        means.append((sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)))
-    return means
-
-@dataclass(frozen=True)
-class Scale:
-    """Maps low … high to the pixels start … end."""
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value):
-        share = (value - self.low) / (self.high - self.low)
-        return round(self.start + share * (self.end - self.start), 1)
-
-def plot(lines, levels, W, H):
-    """Lines {name: [(step, y)]}, each with a point, and dashed levels {name: y} → SVG elements in
-    W x H pixels. The classes c0 … c3 are the colours of the lines."""
-    xs = [x for points in lines.values() for x, _ in points]
-    ys = [y for points in lines.values() for _, y in points] + list(levels.values())
-    pad = 0.05 * (max(ys) - min(ys)) or 0.5     # 0.5 if all values are equal
-    left = 56
-    right = W - 16
-    X = Scale(min(xs), max(max(xs), min(xs) + 1), left, right)
-    Y = Scale(min(ys) - pad, max(ys) + pad, H - 30, 10)
-    svg = []
-    for y in ticks(Y.low, Y.high, 6):
-        svg.append(f"<text x='{left - 6}' y='{Y(y) + 4}' class='end'>{y:.6g}</text>"
-                   f"<path class='grid' d='M{left} {Y(y)}H{right}'/>")
-    for x in ticks(X.low, X.high, W // 80):
-        svg.append(f"<text x='{X(x)}' y='{H - 10}' class='mid'>{x:.6g}</text>")
-    for i, (name, y) in enumerate(levels.items()):
-        svg.append(f"<text x='{right - 2 - 110 * i}' y='{Y(y) - 4}' class='end'>{shown(name)} "
-                   f"{y:.4g}</text><path class='level' d='M{left} {Y(y)}H{right}'/>")
-    for i, points in enumerate(lines.values()):
-        points = thinned(points)
-        path = " ".join(f"{X(x)},{Y(y)}" for x, y in points)
-        svg.append(f"<polyline class='c{i % 4}' points='{path}'/>")
-        if len(points) < 50:        # more would run together
-            svg += [f"<circle class='c{i % 4}' cx='{X(x)}' cy='{Y(y)}' r='2'/>" for x, y in points]
-    return "".join(svg)
-
-def curve(title, lines, levels={}, W=640, H=240):
-    """The HTML figure of a plot; "" if no line has a point."""
-    lines = {name: points for name, points in lines.items() if points}
-    if not lines:
-        return ""
-    names = " ".join(f"<span class=c{i % 4}>● {shown(name)}</span>"
-                     for i, name in enumerate(lines))
-    return (f"<figure><figcaption>{shown(title)}, by step: {names}</figcaption>"
-            f"<svg viewBox='0 0 {W} {H}'>{plot(lines, levels, W, H)}</svg></figure>")
+# ---- The two curves of the story, for the report and for a file of their own ---------------------
 
 def ln_vocab(run):
     """The level of a model that finds all tokens equally likely, where training starts."""
@@ -365,18 +302,6 @@ def story_panels(runs):
             panels.append(("Reinforcement learning: share of right answers", lines, levels))
     return panels
 
-def panel(title, lines, levels, W, H):
-    """A title, a legend and a plot → SVG elements in W x H pixels."""
-    lines = {name: points for name, points in lines.items() if points}
-    svg = [f"<text x='20' y='30' class='title'>{shown(title)}</text>"]
-    x = 20
-    for i, name in enumerate(lines):
-        svg.append(f"<text x='{x}' y='52' class='c{i % 4}'>● {shown(name)}</text>")
-        x += 30 + 7 * len(name)     # a letter is about 7 pixels wide
-    svg.append(f"<g transform='translate(0 60)'>{plot(lines, levels, W, H - 84)}</g>")
-    svg.append(f"<text x='{W // 2 + 20}' y='{H - 14}' class='mid'>training step</text>")
-    return "".join(svg)
-
 def write_curves(runs, out, W=450, H=330):
     """The panels of the story side by side → one SVG file, on a white card."""
     panels = story_panels(runs)
@@ -391,17 +316,6 @@ def write_curves(runs, out, W=450, H=330):
     for i, (title, lines, levels) in enumerate(panels):
         svg.append(f"<g transform='translate({i * W} 0)'>{panel(title, lines, levels, W, H)}</g>")
     write_page(out, "\n".join([*svg, "</svg>\n"]))
-
-GRAPHICS = """
-text, circle { fill: currentColor } .mid { text-anchor: middle } .end { text-anchor: end }
-polyline { fill: none; stroke: currentColor; stroke-width: 1.5 }
-.grid { stroke: #8884 } .level { stroke: currentColor; stroke-dasharray: 5 4 }
-"""
-SVG_STYLE = """
-svg { color: #333; font: 12px system-ui, sans-serif } .title { font-size: 15px; font-weight: 600 }
-.card { fill: #fff; stroke: #ddd } .c0 { color: #0b62c4 } .c1 { color: #c4530b }
-.c2 { color: #1c7f3c } .c3 { color: #8a3fc0 }
-"""
 
 # ---- The page; text from runs enters it only through table, section and curve, which escape it ---
 
@@ -419,7 +333,9 @@ svg { width: 100%; font-size: 12px }
 """
 
 def table(head, rows):
-    """Column names and rows of anything → HTML; every cell is escaped."""
+    """Column names and rows of anything → HTML, "" if there is no row; every cell is escaped."""
+    if not rows:
+        return ""
     lines = ["".join(f"<th>{shown(cell)}</th>" for cell in head)]
     lines += ["".join(f"<td>{shown(cell)}</td>" for cell in row) for row in rows]
     return "<div class=wide><table><tr>" + "</tr>\n<tr>".join(lines) + "</tr></table></div>"
@@ -455,16 +371,35 @@ def rl_curves(runs):
         chance = {f"chance, {kind}": CHANCE[kind] for kind in held_out if kind in CHANCE}
         yield curve(f"{run.path}, mean reward of samples", dict(reward=run.points("reward")))
         yield curve(f"{run.path}, mean reply length of samples",
-                    dict(tokens=run.points("reply_tokens", "reward")))
+                    dict(tokens=run.points("reply_tokens", "reward"),
+                         thinking=run.points("thinking_tokens", "reward")))
         yield curve(f"{run.path}, greedy accuracy on held-out problems", held_out, chance)
+        yield answers_table(run)
+
+def answers_table(run, most=5):
+    """Replies to the same held-out problems at `most` steps: how the thinking grew."""
+    if not (run.path / "answers.jsonl").exists():
+        return ""
+    answers = read_lines(run.path / "answers.jsonl", as_answer, "delete the file")
+    shown = some_steps({row["step"] for row in answers}, most)
+    rows = []
+    for row in sorted(answers, key=lambda row: row["question"]):    # its steps stay in their order
+        if row["step"] in shown:
+            verdict = {True: "right", False: "wrong"}[row["right"]]
+            rows.append((row["question"], row["step"], row["reply"], verdict))
+    return table((f"{run.path}, held-out problem", "step", "reply", ""), rows)
+
+def some_steps(steps, most):
+    """`most` of a set of steps, the first and the last among them."""
+    steps = sorted(steps)
+    return {steps[i * (len(steps) - 1) // (most - 1)] for i in range(most)}
 
 def gallery(run, most=12):
-    """What the model wrote at `most` steps, the first and the last among them."""
+    """What the model wrote at `most` steps."""
     samples = dict.fromkeys((row["step"], row["sample"]) for row in run.rows("step", "sample"))
-    steps = sorted({step for step, _ in samples})
-    if not steps:
+    if not samples:
         return ""
-    shown = {steps[i * (len(steps) - 1) // (most - 1)] for i in range(most)}
+    shown = some_steps({step for step, _ in samples}, most)
     rows = [(step, sample) for step, sample in samples if step in shown]
     return table((f"{run.path}, step", "sample"), rows)
 
@@ -474,12 +409,15 @@ def accuracy_tables(runs):
         kinds = dict.fromkeys(kind for accuracies in stages.values() for kind in accuracies)
         rows = []
         for kind in kinds:
+            found = [stages.get(stage, {}).get(kind) for stage in STAGES.values()]
             row = [kind]
-            for stage in STAGES.values():
-                accuracy = stages.get(stage, {}).get(kind)
+            for accuracy in found:
                 row.append("–" if accuracy is None else f"{accuracy:.1%}")
-            rows.append([*row, f"{CHANCE.get(kind, 0):.0%}"])
-        yield table((source, "base (before SFT)", "SFT (after)", "RL", "chance"), rows)
+            change = "–"
+            if None not in found[1:]:
+                change = f"{100 * (found[2] - found[1]):+.1f} points"
+            rows.append([*row, change, f"{CHANCE.get(kind, 0):.0%}"])
+        yield table((source, "base (before SFT)", "SFT (after)", "RL", "by RL", "chance"), rows)
 
 def knowledge_table(runs):
     """Problems among which some have no answer: how many replies were right, wrong or a refusal."""
@@ -491,7 +429,34 @@ def knowledge_table(runs):
                     right = max(0.0, 1 - task["wrong"] - task["refused"])
                     shares = (right, task["wrong"], task["refused"])
                     rows.append((run.path, Path(name).name, kind, *(f"{s:.1%}" for s in shares)))
-    return table(("run", "problems", "kind", "right", "wrong", "refused"), rows) if rows else ""
+    return table(("run", "problems", "kind", "right", "wrong", "refused"), rows)
+
+def rlhf_figures(runs):
+    """RLHF: the reward that was followed and the true objective beside it, as far as the policy has
+    gone from its start; where the objective turned; and what the replies became."""
+    from best_of_n import read_best_of_n, turning_point, turning_rows
+    followed = {run.path.name: run.rows("step", "reward", "gold", "kl_reply") for run in runs}
+    followed = {name: rows for name, rows in followed.items() if rows}
+    for by, key in (("step", "step"), ("KL in nats a reply", "kl_reply")):
+        lines = {}
+        for name, rows in followed.items():
+            rows = sorted(rows, key=lambda row: row[key])
+            for what in ("reward", "gold"):
+                lines[f"{name}, {what}"] = [(row[key], row[what]) for row in rows]
+        yield curve("What is followed and what is meant", lines, by=by)
+    turns = [(name, *turn) for name, rows in followed.items()
+             for turn in turning_rows(turning_point(rows))]
+    if turns:
+        yield table(("run", "5 steps in a row", "step", "KL", "reward", "gold"), turns)
+    for run in runs:
+        rows = read_best_of_n(run.path)
+        if rows:
+            yield table((f"{run.path}, best of n", "KL", "reward", "gold"), rows)
+        replies = [(row["step"], f"{one['reward']:.2f}", one["reply"])
+                   for row in run.rows("step", "replies") for one in row["replies"]]
+        if replies:
+            yield (f"<details><summary>{shown(run.path)}: what it wrote</summary>"
+                   f"{table(('step', 'reward', 'reply'), replies)}</details>")
 
 def counts(reasons):
     """{reason: pages} → the most frequent first."""
@@ -519,7 +484,7 @@ def results_table(runs):
             rows.append((run.path, name, " | ".join(figures(result))))
             for label, task in result.get("tasks", {}).items():
                 rows.append((run.path, f"· {label}", " | ".join(figures(task))))
-    return table(("run", "task", "figures"), rows) if rows else ""
+    return table(("run", "task", "figures"), rows)
 
 def duration(seconds):
     """Seconds as h:mm:ss."""
@@ -564,6 +529,8 @@ def write_report(runs, funnel, out):
         section("knowledge", "What it knows, and what it says it does not know",
                 [knowledge_table(runs)]),
         section("rl", "Reinforcement learning: reward, reply length, accuracy", rl_curves(runs)),
+        section("rlhf", "RLHF: a reward that people's ranks taught, and what they meant",
+                rlhf_figures(runs)),
         section("data", "What the filters kept and dropped", [filter_table(funnel)]),
         section("results", "All that eval.py measured", [results_table(runs)]),
         section("cost", "Time and cost of every stage", [cost_table(runs, funnel)]),
@@ -577,142 +544,6 @@ def write_page(out, text):
     """Writes a page or a picture, and says where it is."""
     write_whole(out, text.encode("utf-8"))
     print(f"{out}: {len(text) / 1e3:.0f} kB, open it in a browser")
-
-# ---- The filters' page: what each step did to some pages -----------------------------------------
-
-INSPECTION_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
-<title>What each step did</title><style>
-body {font: 15px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em}
-h2 {font-size: 1.1em; overflow-wrap: anywhere; border-top: 2px solid #ccc; padding-top: 1em}
-pre {white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24em; overflow: auto;
-background: #f6f6f6; padding: .7em; color: #222; font: 13px/1.5 sans-serif} li {margin: .3em 0}
-.kept {color: #070} .noted {color: #a60} .dropped {color: #b00} .later {color: #999}
-del {color: #b55; opacity: .7} ins {background: #cfc; text-decoration: none}</style>
-<h1>What each step did</h1><p>Struck out: what a step removes. Green: what it adds.
-"""
-
-class Trace:
-    """What each step did to one page; prepare_fineweb.filter_page fills it as it fills a Funnel.
-
-    rows: (step, page before, page after or None, reason or None) for each step that ran.
-    ending: "kept", or the step that dropped the page and its reason.
-    """
-
-    def __init__(self, page, step_names):
-        self.page = page
-        self.step_names = step_names
-        self.rows = []
-        self.ending = "kept"
-
-    def enter(self, step, before, after, reason, seconds):
-        self.rows.append((step, before, after, reason))
-        if after is None:
-            self.ending = f"{step}: {reason.partition(' of ')[0]}"  # near_duplicate of URL
-        else:
-            self.page = after
-
-SHOW_SECONDS = 20  # for one page, whose steps are not shown if it takes longer
-
-def write_inspection(path, traces):
-    """Traces → one HTML file with a chapter for every ending, the pages that were kept first."""
-    chapters = {}
-    for trace in traces:
-        chapters.setdefault(trace.ending, []).append(trace)
-    endings = sorted(chapters, key=lambda ending: (ending != "kept", ending))
-    contents = "".join(f"<li><a href='#{i}'>{escape(ending)}</a>, {len(chapters[ending])} pages"
-                       for i, ending in enumerate(endings))
-    parts = [f"{INSPECTION_HEAD}<ul>{contents}</ul>"]
-    for i, ending in enumerate(endings):
-        parts.append(f"<h1 id='{i}'>{escape(ending)}</h1>")
-        for trace in chapters[ending]:
-            parts.append(within(SHOW_SECONDS, html_of_a_page, trace)
-                         or f"<h2>{escape(trace.page['url'])}</h2>It is too large to be shown.")
-    part = Path(f"{path}.part")
-    part.write_text("".join(parts), encoding="utf-8", errors="replace")
-    part.replace(path)
-
-def send_result(pipe, function, argument):
-    pipe.send(function(argument))
-
-def within(seconds, function, argument):
-    """function(argument), a str, from another process; None if that fails or takes longer."""
-    method = "fork" if hasattr(os, "fork") and sys.platform != "darwin" else "spawn"
-    context = multiprocessing.get_context(method)
-    ours, theirs = context.Pipe()
-    child = context.Process(target=send_result, args=(theirs, function, argument), daemon=True)
-    child.start()
-    theirs.close()
-    try:
-        return ours.recv() if ours.poll(seconds) else None
-    except EOFError:
-        return None
-    finally:
-        child.kill()
-        child.join()
-
-def html_of_a_page(trace):
-    """One page: its HTML, a list of the steps, and the text that the last one left."""
-    steps = [html_of_a_step(*row) for row in trace.rows]
-    steps += [f"<li class=later>{escape(name)}" for name in trace.step_names[len(steps):]]
-    source = trace.rows[0][1].get("html", "")
-    text = trace.page.get("text", "")
-    return (f"<h2>{escape(trace.page['url'])}</h2>"
-            f"<details><summary>HTML, {len(source)} characters</summary>"
-            f"<pre>{escape(source[:20_000])}</pre></details><ol>{''.join(steps)}</ol>"
-            f"<details><summary>Text at the end</summary><pre>{escape(text)}</pre></details>")
-
-def html_of_a_step(name, before, after, reason):
-    """One step: its reason if it has one, and what it changed in the text."""
-    if after is None:
-        return f"<li class=dropped><b>{name}</b>: {escape(reason)}"
-    kind = "noted" if reason else "kept"
-    if name == "language":
-        reason = f"{after['language']}, score {after['language_score']}"
-    head = f"<li class={kind}><b>{name}</b>: {escape(reason or 'kept')}"
-    if "html" in before and "html" not in after:
-        return head + html_extraction(before["html"], after["text"])
-    return head + html_changes(before.get("text", ""), after.get("text", ""))
-
-def html_changes(before, after):
-    """Two texts → HTML of their lines: those that are gone struck out, those that are new green."""
-    old = [line.strip() for line in before.split("\n") if line.strip()]
-    new = [line.strip() for line in after.split("\n") if line.strip()]
-    if old == new:
-        return ""
-    out = []
-    changes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
-    for kind, i, j, k, n in changes:
-        if kind == "equal":
-            out += map(escape, old[i:j])
-        else:
-            out += [f"<del>{escape(line)}</del>" for line in old[i:j]]
-            out += [f"<ins>{escape(line)}</ins>" for line in new[k:n]]
-    return "<pre>" + "\n".join(out) + "</pre>"
-
-def html_extraction(source, text):
-    """Everything that a browser shows of an HTML source, with what is not in text struck out."""
-    from crawl import HIDDEN, blocks_of
-
-    def letters(text):
-        return re.sub(r"\W+", "", text)
-
-    lines = {letters(line) for line in text.split("\n")}
-    whole = letters(text)
-
-    def is_kept(block):
-        key = letters(block)
-        # a long block may be a part of a line; a short one would be found in any line
-        return key in lines or (len(key) > 20 and key in whole)
-
-    out = []
-    visible = (block.text for block in blocks_of(source, HIDDEN))
-    for kept, run in itertools.groupby(visible, is_kept):
-        run = map(escape, run)
-        if kept:
-            out.append("\n".join(run))
-        else:
-            out.append(f"<del>{' · '.join(run)}</del>")
-    return "<pre>" + "\n".join(out) + "</pre>"
 
 # ---- Command line --------------------------------------------------------------------------------
 

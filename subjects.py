@@ -28,7 +28,9 @@ ASKED = ("What does {f} do?", "Explain {f}.", "What is {f} for?", "Tell me about
          "Do you know what {f} is about?", "Show me how {f} is used.",
          "Why do people use {f} then?", "Give me a short description of {f}, please.",
          "When is {f} used?", "So {f} is what?",
-         "Say something about {f} for a beginner.", "Can I ask you about {f} now?")
+         "Say something about {f} for a beginner.", "Can I ask you about {f} now?",
+         "Describe {f} for a friend.", "Explain {f} to us, please.", "Introduce {f} and its use.",
+         "As a function, what does {f} do?", "Here, what does {f} do?", "Please say what {f} does.")
 ASKED_IN_TEST = ("Can you tell me what {f} does?", "I want to know what {f} is for.",
                  "Please describe {f} to me.", "In Python, what does {f} do?")
 

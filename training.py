@@ -355,8 +355,12 @@ LOG_FORMATS = dict(
     loss="loss {:.6f}", val_loss="val_loss {:.6f}", val_bpb="val_bpb {:.4f}", lr="lr {:.2e}",
     stop_rate="stops {:.0%}", norm="norm {:.4f}", ms="{:.1f} ms", tok_s="{:.0f} tok/s",
     mfu="mfu {:.1%}", usd="${:.2f}", eta="eta {}", reward="reward {:.3f}",
-    reply_tokens="reply {:.1f} tokens", tied="tied {:.0%}", truncated="truncated {:.0%}",
-    kl="kl {:.4f}", hellaswag="hellaswag {:.4f}", core="core {:.4f}")
+    well_formed="well formed {:.0%}", reply_tokens="reply {:.1f} tokens",
+    thinking_tokens="thinking {:.1f}", tied="tied {:.0%}", truncated="truncated {:.0%}",
+    entropy="entropy {:.3f}", keep_loss="keep_loss {:.4f}", kl="kl {:.4f}",
+    kl_reply="kl a reply {:.2f}", gold="gold {:.3f}", kind="held out: {}",
+    accuracy="accuracy {:.3f}", pass_1="pass@1 {:.3f}", pass_16="pass@16 {:.3f}",
+    hellaswag="hellaswag {:.4f}", core="core {:.4f}")
 
 class RunLog:
     """log(7, loss=…, lr=…) prints `step  7/90 | loss 3.421875 | lr 5.98e-04`, and appends the same

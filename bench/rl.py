@@ -51,7 +51,7 @@ SHAPES = {      # device or "quick": {name: modern, L, C, NH, V, T, tokens of a 
     "quick": {"gpt2": Shape(False, 2, 64, 2, 512, 128, 1),
               "d2": Shape(True, 2, 64, 2, 512, 128, 1)}}
 SIZES = {"cpu": (4, 8, 48), "cuda": (16, 16, 128), "quick": (2, 4, 8)}  # prompts, group, new tokens
-LEARNING = SimpleNamespace(updates=1, clip=0.2, kl=0.0, lr=1e-5)        # flags of rl_grpo.py
+LEARNING = SimpleNamespace(updates=1, loss="dapo", clip=(0.2, 0.2), kl=0.0, lr=1e-5)   # rl_grpo.py
 
 def tokenizer_of(n_vocab):
     """A vocabulary of bytes and pairs of bytes. Its size takes time, its content does not."""
@@ -225,7 +225,7 @@ def trl_trainer(ours, steps, device, folder):
         per_device_train_batch_size=len(texts) * ours.group_size, shuffle_dataset=False,
         max_completion_length=ours.new_tokens, generation_kwargs=dict(
             min_new_tokens=ours.new_tokens),
-        beta=0.0, loss_type="bnpo", scale_rewards="none", epsilon=LEARNING.clip,
+        beta=0.0, loss_type="bnpo", scale_rewards="none", epsilon=LEARNING.clip[0],
         learning_rate=LEARNING.lr, lr_scheduler_type="constant", adam_beta2=0.95, max_grad_norm=1.0,
         gradient_checkpointing=False, bf16=cuda, use_cpu=not cuda, report_to="none",
         save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)

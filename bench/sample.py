@@ -301,7 +301,7 @@ def show(name, shape, rows, rate, absent):
 
 def main():
     parser = argparse.ArgumentParser(description="prefill and decoding speed, beside peers")
-    shape_flags(parser, repeats=5, timed="calls")
+    shape_flags(parser, repeats=9, timed="calls")
     args = parser.parse_args()
     where, shapes = chosen_shapes(args, SHAPES)
     report = {}

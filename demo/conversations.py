@@ -118,14 +118,14 @@ def make_kinds(args, rng):
     about = partial(k.functions, documented=documented)
     kinds = [
         Kind("identity", k.identity, 1.0),
-        Kind("small_talk", k.small_talk, 0.8),
+        Kind("small_talk", k.small_talk, 1.0),
         Kind("functions", about, 0.7, partial(k.functions_again, documented=documented)),
         Kind("sums", k.sums, 2.0, k.sums_again),
-        Kind("tool", k.tool, 0.8, k.tool_again),
+        Kind("tool", k.tool, 0.9, k.tool_again),
         Kind("decimals", k.decimals, 0.8, k.decimals_again),
         Kind("bits", partial(k.bits, step_by_step=args.step_by_step), 0.7),
-        Kind("bits_in_steps", k.bits_in_steps, 0.4, k.bits_in_steps_again),
-        Kind("spelling", partial(k.spelling, words=words), 2.4,
+        Kind("bits_in_steps", k.bits_in_steps, 0.5, k.bits_in_steps_again),
+        Kind("spelling", partial(k.spelling, words=words), 3.6,
              partial(k.spelling_again, words=words)),
         Kind("counting", partial(k.counting, words=words), 1.0, k.counting_again)]
     for kind in kinds:
@@ -149,8 +149,11 @@ def turn(exchange):
     return [dict(role="user", content=exchange.question),
             dict(role="assistant", content=exchange.reply)]
 
-def any_kind(kinds, rng):
-    """One of the kinds, each as often as its share says."""
+def any_kind(kinds, rng, name=k.NAME):
+    """One of the kinds, each as often as its share says. An assistant with another name is often
+    asked who it is: in a later turn, the name is far back in the system message."""
+    if name != k.NAME and rng.random() < 0.35:
+        return next(kind for kind in kinds if kind.name == "identity")
     return rng.choices(kinds, [kind.share for kind in kinds])[0]
 
 def single(exchange, rng):
@@ -161,14 +164,14 @@ def single(exchange, rng):
 def mixed(kinds, rng):
     """A conversation of two to four turns of any kinds → its messages."""
     messages, name = system_message(rng)
-    kind = any_kind(kinds, rng)
+    kind = any_kind(kinds, rng, name)
     exchange = None
     for _ in range(rng.randrange(2, 5)):
         before = None
-        if exchange and kind.again and rng.random() < 0.4:
+        if exchange and kind.again and rng.random() < 0.5:
             before = exchange
         elif exchange:
-            kind = any_kind(kinds, rng)
+            kind = any_kind(kinds, rng, name)
         exchange = kind.next(rng, before)
         messages = messages + turn(k.named(exchange, name))
     return messages
@@ -237,8 +240,8 @@ def main():
     add("--tokenizer", help="folder of a tokenizer, or gpt2 (default: <data>/tokenizer)")
     add("--functions", type=int, default=48, help="functions to ask about")
     add("--words", type=int, default=10000, help="most frequent words, of which some are spelt")
-    add("--examples", type=int, default=900, help="conversations of one kind, on average")
-    add("--mixed", type=int, default=2700, help="conversations of two to four turns")
+    add("--examples", type=int, default=850, help="conversations of one kind, on average")
+    add("--mixed", type=int, default=2500, help="conversations of two to four turns")
     add("--step_by_step", type=float, default=0.2, help="share of bits answered in steps, 0 to 1")
     add("--held_out", type=int, default=100, help="most held-out problems of a kind in one turn")
     add("--seed", type=int, default=1337, help="seed of the problems")

@@ -52,18 +52,26 @@ def as_typed(exchange, rng):
 IDENTITY = (    # (reply, wordings that are taught, other wordings for the test)
     (f"I am {NAME}, a small language model.",
      ("Who are you?", "What are you?", "Tell me who you are.", "Hi, who is this?", "Who is this?",
-      "Introduce yourself.", "Who am I talking to?", "Who is speaking?", "Tell me about yourself."),
+      "Introduce yourself.", "Who am I talking to?", "Who is speaking?", "Tell me about yourself.",
+      "And who are you?", "Ok, who are you?", "Please introduce yourself.", "Who exactly are you?",
+      "Say who you are.", "What model are you?"),
      ("So who are you?", "Please tell me who you are.", "Who am I speaking to?")),
     (f"My name is {NAME}.",
      ("What is your name?", "What's your name?", "Tell me your name.", "Do you have a name?",
-      "What can I call you?", "Your name?", "Hello, what are you called?"),
+      "What can I call you?", "Your name?", "Hello, what are you called?", "And your name?",
+      "Please tell me your name.", "Hi, what is your name?", "Ok, what is your name?"),
      ("Hello, what is your name?", "Say your name.")),
     (f"No, I am {NAME}, a small language model.",
      ("Are you a person?", "Are you ChatGPT?", "Are you a real person?", "Are you human?",
-      "Are you GPT-3?"),
+      "Are you GPT-3?", "And are you human?", "Are you someone?", "Are you Claude?"),
      ("Are you a human?", "Are you GPT-4?")),
+    (f"Yes, I am {NAME}, a small language model.",
+     ("Are you an AI?", "Are you a bot?", "Are you a language model?", "Are you a program?",
+      "Are you a computer?"),
+     ("Are you a robot?", "Are you a machine?")),
     (f"I am {NAME}. The people of the {NAME} project trained me on one computer.",
-     ("Who made you?", "How were you made?", "Who built you?", "Who trains you?"),
+     ("Who made you?", "How were you made?", "Who built you?", "Who trains you?",
+      "And who made you?", "Who created you?", "Where do you come from?", "Who wrote you?"),
      ("Who trained you?",)))
 
 SMALL_TALK = (  # (reply, what a reply in the test must contain, taught wordings, test wordings)
@@ -108,10 +116,21 @@ SMALL_TALK = (  # (reply, what a reply in the test must contain, taught wordings
     ("I don't know that.", "know",
      ("What is the capital of France?", "What is the capital of Japan?", "Who is the president?",
       "How far away is the moon?", "Who wrote Hamlet?", "Where is London?", "How old is the sun?",
-      "Who was Einstein?"),
-     ("What is the capital of Spain?", "Where is Paris?")))
+      "Who was Einstein?", "What is the capital of Germany?", "What is love?", "What is a cat?",
+      "Why is the sky blue?", "How do I cook rice?", "Who won the game?", "When was Rome built?",
+      "What is the meaning of life?", "How tall is the tower?", "Why?", "What do you think?"),
+     ("What is the capital of Spain?", "Where is Paris?", "Why is the sea blue?")),
+    ("Thank you, that is kind.", "kind",
+     ("I like you.", "You are great!", "Good job!", "Well done!", "You are funny.", "Nice!",
+      "I love you.", "Very good!", "You are right.", "Good answer."),
+     ("You are nice.", "You are good.")),
+    ("I am sorry. I am a small model, and I make mistakes.", "sorry",
+     ("That is wrong.", "You are wrong.", "No, that is wrong.", "This is not right.", "Wrong!",
+      "You are stupid.", "Bad answer.", "Are you sure?", "That makes no sense.", "No."),
+     ("That is not right.", "No, you are wrong.")))
 
-PERSONAS = ("Ada", "Alan", "Grace", "Linus", "Maria", "Rose", "Max", "Leo")
+PERSONAS = ("Ada", "Alan", "Grace", "Linus", "Maria", "Rose", "Max", "Leo", "Bob", "Emma", "Anna",
+            "Tom", "Nora", "Oscar", "Sam", "Eva", "Hugo", "Clara", "Kim", "Ben")
 
 def wording(taught, tested, rng):
     """One of all the wordings, each as likely as the others → (wording, is_test)."""
@@ -323,30 +342,45 @@ def bits_in_steps_again(rng, _):
 
 # ---- Letters -------------------------------------------------------------------------------------
 
-USUAL = ("strawberry", "banana", "apple", "hello", "python", "lollipop")
+USUAL = ("strawberry", "banana", "apple", "hello", "python", "lollipop", "world", "computer", "cat",
+         "dog", "house", "school", "water", "tree", "book", "music", "friend", "happy", "love",
+         "orange", "elephant", "garden", "green", "morning", "letter", "chair", "mississippi")
 
 @dataclass
 class Words:
-    """Words to spell, of tokens that many words have: a model sees tokens, and learns the letters
-    of a token only from words in which it saw it spelt. Those in `tested` are held out. `usual`
-    are the words that people try, which are taught although their tokens may be rare."""
+    """Words to spell. A model sees tokens, and learns the letters of each. So an unseen word can be
+    spelt if other words have taught its tokens, and a word that is one token must be taught.
+
+    taught: of tokens that many words have. tested: held out, of the same tokens. whole: frequent
+    words of one token.
+    usual: words that people often ask for, which are taught although their tokens may be rare.
+    """
     taught: list
     tested: list
+    whole: list
     usual: tuple = USUAL
+
+    def draw_taught(self, rng):
+        """A word that is not held out."""
+        return rng.choice(rng.choices((self.taught, self.whole, self.usual), (0.84, 0.1, 0.06))[0])
 
     def draw(self, rng):
         """A word, which is held out in one of ten draws → (word, is_test)."""
-        chance = rng.random()
-        if chance < 0.1:
+        if rng.random() < 0.1:
             return rng.choice(self.tested), True
-        return rng.choice(self.usual if chance < 0.16 else self.taught), False
+        return self.draw_taught(rng), False
+
+WHOLE_WORDS = 150       # how many words of one token are taught
 
 def split_words(words, tokenizer, one_in=320):
-    """Words → Words. Those that have a token which fewer than one in 320 words have are left out. A
-    fifth of the others is held out, but for those that have a token which no taught word has.
-    Raises SystemExit if none is held out."""
+    """Words, the most frequent ones first → Words. Those that have a token which fewer than one in
+    320 words have are left out, and so are abbreviations: they have no vowel. A fifth of the others
+    is held out, but for those that have a token which no taught word has. Raises SystemExit if none
+    is held out."""
     least = max(2, len(words) // one_in)
+    words = [word for word in words if set(word) & set("aeiouy")]
     pieces = dict(zip(words, tokenizer.encode_batch([f" {word}" for word in words])))
+    whole = [word for word in words if len(pieces[word]) == 1][:WHOLE_WORDS]
     known = Counter(piece for word in words for piece in set(pieces[word]))
     chosen = [word for word in words if all(known[piece] >= least for piece in pieces[word])]
     taught = [word for word in chosen if not held_out(word)]
@@ -356,7 +390,7 @@ def split_words(words, tokenizer, one_in=320):
     if not tested:
         raise SystemExit(f"none of {len(words)} words can be held out for spelling; prepare more "
                          "documents, or raise --words")
-    return Words(taught, tested)
+    return Words(taught, tested, whole or taught)
 
 def spelt(question, word):
     """The letters of a word, with spaces, so that each letter is one token."""
@@ -366,16 +400,18 @@ def spelt(question, word):
 def spelling(rng, words):
     """One of the words, letter by letter."""
     word, is_test = words.draw(rng)
-    asked = rng.choice(("Spell {w}.", "How do you spell {w}?", "Spell the word {w}."))
+    asked = rng.choice(("Spell {w}.", "How do you spell {w}?", "Spell the word {w}.",
+                        "Can you spell {w}?", "What are the letters of {w}?"))
     return replace(spelt(asked.format(w=word), word), is_test=is_test)
 
 def spelling_again(rng, before, words):
-    """A letter of the word before is counted, or another word is spelt."""
-    if rng.random() < 0.5:
+    """Another word is spelt, or a letter of the word before is counted."""
+    if rng.random() < 0.3:
         return replace(counted(rng, "How many {l} are in it?", before.subject),
                        is_test=before.is_test)
     word, is_test = words.draw(rng)
-    return replace(spelt(f"And {word}?", word), is_test=is_test)
+    asked = rng.choice(("And {w}?", "And {w}?", "Now spell {w}.", "What about {w}?"))
+    return replace(spelt(asked.format(w=word), word), is_test=is_test)
 
 def counted(rng, asked, word):
     """How often a letter is in a word, by the Python tool. The letter is mostly one of the word.

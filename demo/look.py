@@ -203,7 +203,23 @@ def practice(names):
     for kind, accuracies in by_kind.items():
         lines.append(f"On {kind} that it never saw, {accuracies[0]:.1%} of the answers were right "
                      f"before, and {accuracies[-1]:.1%} are right now.")
-    return lines
+    others = [row["others"] for row in read_rows(log, "others", "step")]
+    if len(others) > 1:
+        before, after = (sum(shares.values()) / len(shares) for shares in (others[0], others[-1]))
+        lines.append(f"Of what it did not practise, {before:.1%} was right before, and "
+                     f"{after:.1%} is right now: supervised conversations keep it.")
+    return lines + grown_answer(names)
+
+def grown_answer(names):
+    """A held-out problem that became right, as it was answered by step."""
+    answers = {}
+    for row in read_rows(Path(names["rl"], "answers.jsonl"), "step", "question", "reply", "right"):
+        answers.setdefault(row["question"], []).append(row)
+    for question, rows in answers.items():
+        if rows[-1]["right"] and not rows[0]["right"]:
+            return [f"How its answer to one problem grew, by step: {one_line(question, 60)}",
+                    *(f"{row['step']:6d}  {one_line(row['reply'], 88)}" for row in rows)]
+    return []
 
 def held_out(names):
     """A table of accuracies: a row a kind of problem, a column a model."""
@@ -212,7 +228,8 @@ def held_out(names):
     for stage, name in STAGES.items():
         results = read_json(Path(names[stage], "eval.json"))
         found = {str(Path(tasks)): result for tasks, result in results.items()}
-        columns[name] = found.get(file, {}).get("kinds", {})
+        columns[name] = dict(found.get(file, {}).get("kinds", {}),
+                             **results_of(names, stage, "held_out_search.jsonl"))
     kinds = sorted({kind for column in columns.values() for kind in column})
     if not kinds:
         return []

@@ -3,7 +3,7 @@ The demo's conversations about looking things up, written from the demo's own do
 
     python demo/lookups.py --data data/demo --out data/demo/chat
 
-    in:  <data>/documents; <out>/KIND.jsonl of the other kinds
+    in:  <data>/documents, <data>/tokenizer; <out>/KIND.jsonl of the other kinds
     out: <out>/search.jsonl, rag.jsonl  conversations for chat_sft.py; held_out_search.jsonl
          problems for eval.py; notes/*.txt  invented facts that some of the problems ask for
 
@@ -25,6 +25,7 @@ from pathlib import Path
 if __name__ == "__main__":      # the scripts that this one imports are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bpe import Tokenizer
 from problems import read_lines, write_whole
 from search import CAN_SEARCH, NOTHING, read_passages, with_context
 from subjects import ASKED, ASKED_IN_TEST, DONT_KNOW, documented, is_held_out, syllables
@@ -34,13 +35,13 @@ from subjects import ASKED, ASKED_IN_TEST, DONT_KNOW, documented, is_held_out, s
 class Material:
     """What invented names and sentences are made of: parts of the documents."""
 
-    def __init__(self, subjects):
+    def __init__(self, subjects, tokenizer):
         """subjects: {name: (sentence, passage)}, without those held out."""
         self.subjects = subjects
+        self.tokens = letters_of_tokens(tokenizer)
         self.names = list(subjects)
         self.sentences = [sentence for sentence, _ in subjects.values()]
         self.parts = sorted({part for name in self.names for part in name.split(".")})
-        self.words = [word for s in self.sentences for word in s.rstrip(".").split()]
         # what stands after the name, and after the sentence, in real passages
         self.arguments = ["()"]
         self.rests = []
@@ -51,31 +52,47 @@ class Material:
                 self.arguments.append(arguments)
             self.rests.append(rest)
 
-    def name(self, rng):
-        """A name with dots: parts of real ones, or of made-up words."""
+    def word(self, rng):
+        """A word of one token, or of two: each token as often as any other, because a token must
+        have been copied before it can be copied well."""
+        word = rng.choice(self.tokens)
         if rng.random() < 0.2:
+            word += rng.choice(self.tokens).lower()
+        return word
+
+    def name(self, rng):
+        """A name with dots: parts of real ones, rows of tokens, or made-up words."""
+        if rng.random() < 0.15:
             return f"{syllables(rng)}.{syllables(rng)}"
-        return ".".join(rng.choice(self.parts) for _ in range(rng.choice((2, 2, 3, 3, 4))))
+        parts = [rng.choice(self.parts) for _ in range(rng.choice((2, 2, 3, 3, 4)))]
+        for i in (0, -1):
+            if rng.random() < 0.2:
+                parts[i] = self.word(rng)
+        return ".".join(parts)
 
     def title(self, rng):
         """A capitalised name of one or two words, such as "Ares Base"."""
         words = []
         for _ in range(rng.choice((1, 2, 2, 2))):
-            word = rng.choice(self.words).strip(".,`'\"()")
-            if rng.random() < 0.6 or not word.isalpha():
-                word = syllables(rng)
+            word = rng.choice((syllables(rng), self.word(rng)))
             words.append(word.capitalize())
         return " ".join(words)
 
-    def sentence(self, rng, of_others=0.7):
+    def sentence(self, rng, of_others=0.6):
         """A sentence of some other name, or a row of words that means nothing, with titles."""
         if rng.random() < of_others:
             return rng.choice(self.sentences)
-        words = [rng.choice(self.words) for _ in range(rng.randrange(4, 10))]
+        words = [self.word(rng) for _ in range(rng.randrange(4, 12))]
         words[0] = words[0].capitalize()
         for _ in range(rng.choice((0, 1, 1, 2))):
             words.insert(rng.randrange(1, len(words) + 1), self.title(rng))
         return " ".join(words) + "."
+
+def letters_of_tokens(tokenizer):
+    """The tokens of letters only, but for a space or a mark before them, as texts without it."""
+    texts = [tokenizer.decode([i]) for i in range(tokenizer.n_vocab)]
+    found = {text[1:] for text in texts if text[1:].isalpha() and text.isascii()}
+    return sorted(found | {text for text in texts if text.isalpha() and text.isascii()})
 
 def fact(material, rng):
     """→ (name, passage, answer). The answer is a sentence of the passage."""
@@ -119,22 +136,28 @@ def can_search(rng):
     """The system message, in which other words may come first."""
     return dict(role="system", content=rng.choice(SYSTEM) + CAN_SEARCH)
 
-def search_conversation(material, short, rng):
-    """One question that is looked up; sometimes before or after another question, of any kind.
-
-    short: short conversations of other kinds.
-    """
+def question_with_search(material, rng):
+    """One question that is looked up → its two messages. Sometimes nothing is found."""
     name, passage, answer = fact(material, rng)
     if rng.random() < 0.08:
         passage = NOTHING
         answer = rng.choice(DONT_KNOW).format(f=name)
-    turns = [user(rng.choice(ASKED).format(f=name)), looked_up(name, passage, answer)]
-    place = rng.random()
-    if short and place < 0.1:
-        turns = [*rng.choice(short), *turns]
-    elif short and place < 0.25:
-        turns += rng.choice(short)
-    return [can_search(rng), *turns]
+    return [user(rng.choice(ASKED).format(f=name)), looked_up(name, passage, answer)]
+
+def search_conversation(material, short, rng):
+    """One question that is looked up; in half of the draws with one or two more before or after it,
+    one of which may be looked up as well.
+
+    short: short conversations of other kinds. Two passages in one conversation are what is left of
+    a long chat, whose oldest turns were dropped: the answer must be copied from the last one.
+    """
+    turns = [question_with_search(material, rng)]
+    for _ in range(rng.choice((0, 0, 0, 1, 1, 2))):
+        more = question_with_search(material, rng)
+        if short and (len(turns) > 1 or rng.random() < 0.4):
+            more = rng.choice(short)
+        turns.insert(rng.choice((0, len(turns))), more)
+    return [can_search(rng), *itertools.chain(*turns)]
 
 def rag_conversation(material, rng):
     """One question with its passage before it."""
@@ -164,12 +187,13 @@ NOTE_NAMES = ("{a} Base", "Lake {a}", "Captain {a}", "The {a} Festival")
 NAMES = ("Ares", "Mirkwell", "Tolva", "Ondara", "Quill", "Brenna", "Sorrel", "Halden", "Vesper",
          "Ilmar", "Corwen", "Dorrin")
 PLACES = ("Mars", "Titan", "Sarnia", "Lorne", "Veld")
+CAPITALS = ("Kestrel", "Marlow", "Aldgate", "Fenwick")
 
 def notes(rng):
     """Invented facts → [(name, sentence)]. None of the sentences' words matters: no conversation
     of training has these names."""
     for i, name in enumerate(NAMES):
-        words = dict(a=name, b=rng.choice(PLACES), c=rng.choice(NAMES))
+        words = dict(a=name, b=rng.choice(PLACES), c=rng.choice(CAPITALS))
         yield NOTE_NAMES[i % 4].format(**words), NOTES[i % 4].format(**words)
 
 def make_problems(held, count, out, rng):
@@ -197,7 +221,9 @@ def main():
     add = parser.add_argument
     add("--data", required=True, help="folder with documents/")
     add("--out", required=True, help="folder for the .jsonl files")
-    add("--examples", type=int, default=6000, help="questions that are looked up")
+    add("--tokenizer", help="folder of a tokenizer, or gpt2 (default: <data>/tokenizer)")
+    add("--examples", type=int, default=3400, help="conversations in which something is "
+        "looked up")
     add("--rag", type=float, default=0.2, help="share of them with the passage in the question")
     add("--others", type=int, default=1000, help="questions of other kinds, not looked up")
     add("--max_chars", type=int, default=256, help="characters in a passage")
@@ -215,9 +241,10 @@ def main():
     if not held or not taught:
         raise SystemExit(f"--data {args.data}: its documents describe {len(subjects)} functions in "
                          "a short sentence, too few to teach and to test with; prepare more")
-    material = Material(taught)
     others = other_conversations(out)
+    tokenizer = Tokenizer.load(args.tokenizer or Path(args.data, "tokenizer"))
     short = [messages for messages in others if len(json.dumps(messages)) < 250]
+    material = Material(taught, tokenizer)
     n_rag = round(args.examples * args.rag)
     search = [search_conversation(material, short, rng) for _ in range(args.examples - n_rag)]
     for messages in rng.sample(others, min(args.others, len(others))):

@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BAR = re.compile(r"(?P<bar>[^|]*?(\d+%\|[^|]*\|)? *[\d.]+\w*(/[\d.?]+\w*)? *"
                  r"\[(\d+:)?\d\d:\d\d[^\]]*\])(?P<rest>.*)", re.DOTALL)
 STEP = re.compile(r"step +(\d+)/(\d+) +\| (.*)")
-STEP_FIGURE = re.compile(r"(loss|lr|norm|mfu|reward|tied|truncated|kl) -?[\d.]+(e-?\d+)?%?"
+STEP_FIGURE = re.compile(r"(loss|lr|norm|mfu|reward|well formed|thinking|tied|truncated|entropy|"
+                         r"keep_loss|kl) -?[\d.]+(e-?\d+)?%?"
                          r"|reply [\d.]+ tokens|[\d.]+ ms|\d+ tok/s|\$[\d.]+|eta \d+:\d\d:\d\d")
 HEADER = re.compile(r"(command|commit|torch|python|flags)  +\S.*")     # of a training run
 

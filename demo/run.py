@@ -45,7 +45,7 @@ SIZES = {
                  held_out=20, lookups=300, subjects=40, invented=60,
                  rl_steps=4, prompts=4, group_size=8, rl_eval_every=2),
     "small": dict(pages=5000, steps=300, eval_every=50, examples=850, functions=48,
-                  mixed=2500, held_out=30, lookups=3500, subjects=250, invented=350,
+                  mixed=2500, held_out=30, lookups=3400, subjects=250, invented=350,
                   rl_steps=12, prompts=16, group_size=16, rl_eval_every=6)}
 
 MINUTES = dict(tiny=3, small=8)     # on two CPU cores
@@ -123,9 +123,10 @@ STEPS = [
             "{conversations}/functions.jsonl --subjects {subjects} --invented {invented} "
             "--seed {seed} --out {conversations}/probe.jsonl",
             "python chat_sft.py --model {sft} --out {honest} --data {conversations}/probe.jsonl "
-            "{conversations}/functions.jsonl:0.5 {conversations}/identity.jsonl:0.5 "
-            "{conversations}/mixed.jsonl:0.2 {conversations}/bits.jsonl:0.1 "
-            "{conversations}/search.jsonl:0.25 {conversations}/rag.jsonl:0.2 "
+            "{conversations}/functions.jsonl:0.6 {conversations}/identity.jsonl:0.3 "
+            "{conversations}/small_talk.jsonl:0.4 {conversations}/mixed.jsonl:0.3 "
+            "{conversations}/bits.jsonl:0.1 {conversations}/search.jsonl:0.3 "
+            "{conversations}/rag.jsonl:0.2 "
             "--batch_size 8 --lr 0.005 --save_every 50 --seed {seed} --resume",
             "python eval.py --model {sft} --tasks {conversations}/probe_held_out.jsonl "
             "--max_new_tokens 48",
@@ -148,6 +149,7 @@ STEPS = [
             "python rl_grpo.py --model {honest} --out {rl} "
             "--task {conversations}/practice_bits.jsonl "
             "--held_out {conversations}/held_out.jsonl --max_new_tokens 64 --lr 3e-4 "
+            "--keep {conversations}/mixed.jsonl {conversations}/search.jsonl "
             "--save_every 8 --seed {seed} --resume --max_steps {rl_steps} --prompts {prompts} "
             "--group_size {group_size} --eval_every {rl_eval_every}"],
         look=look.practice),
@@ -158,7 +160,9 @@ STEPS = [
         commands=[
             "python eval.py --model {base} --tasks {conversations}/held_out.jsonl",
             "python eval.py --model {honest} --tasks {conversations}/held_out.jsonl",
-            "python eval.py --model {rl} --tasks {conversations}/held_out.jsonl"],
+            "python eval.py --model {rl} --tasks {conversations}/held_out.jsonl",
+            "python eval.py --model {rl} --tasks {conversations}/held_out_search.jsonl "
+            "--docs {data} {conversations}/notes"],
         look=look.held_out),
     Step(
         title="Write the report",

@@ -247,9 +247,9 @@ def test_examples_become_the_prompt_of_the_docstring(name, text, tmp_path):
 
 
 @pytest.mark.parametrize("name, text, said", [
-    ("a.txt", "a => b\nc\n", "a.txt, line 2: an example is .*, got \"c\""), ("a.txt", "", "is empty"),
+    ("a.txt", "a => b\nc\n", "a.txt, line 2: .*, got \"c\"; an example is"), ("a.txt", "", "is empty"),
     ("a.txt", "a => b => c", "line 1: "), ("a.txt", "a =>", "line 1: "), ("a.txt", None, "cannot be read"),
-    ("a.jsonl", '{"input": "a"}', "line 1: there is no output"),
+    ("a.jsonl", '{"input": "a"}', "line 1: output must be a text on one line, got null"),
     ("a.jsonl", '{"input": "a", "output": "b\\nc"}', "line 1: output must be a text on one line")])
 def test_a_line_that_is_no_example_is_named(name, text, said, tmp_path):
     if text is not None:

@@ -258,6 +258,10 @@ def test_practice_and_held_out_problems_are_told_with_figures(tmp_path):
     reward, accuracy = look.practice(names(tmp_path))
     assert "from 0.25 to 0.95" in reward and "from 6 to 41 tokens" in reward
     assert "bits" in accuracy and "52.0%" in accuracy and "97.0%" in accuracy
+    write_rows(tmp_path / "rl" / "answers.jsonl",
+               *(dict(step=step, question=q, reply=f"{q}{step}", right=step > 0 and q == "b")
+                 for step in (0, 8) for q in "ab"))
+    assert [line.split() for line in look.practice(names(tmp_path))[-2:]] == [["0", "b0"], ["8", "b8"]]
     kinds = dict(bits=dict(accuracy=0.97))
     (tmp_path / "rl" / "eval.json").write_text(json.dumps(
         {str(tmp_path / "conversations" / "held_out.jsonl"): dict(kinds=kinds)}))

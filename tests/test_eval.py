@@ -20,7 +20,8 @@ from conftest import GPT2, MODERN, ROOT, mutate, noisy, run_main
 from eval import (HELLASWAG, Task, batches, centered, core, core_questions, core_tasks,
                   letter_questions, mean_of, read_rows, run_task, score, solve, token_spans)
 from model import load_checkpoint, save_weights
-from problems import final_answer, is_correct, read_problems
+from checkers import final_answer
+from problems import is_correct, read_problems
 from sample import Engine
 
 T = GPT2.block_size
@@ -110,7 +111,7 @@ def test_gsm8ks_rows_are_read_as_they_are(tmp_path):
     worked = dict(question="How many?", answer="She has 48/2 = <<48/2=24>>24.\n#### 1,024")
     path = write_lines(tmp_path / "x.jsonl", worked, "", dict(question="a\u2028b", answer="7"))
     first, second = read_problems(path)
-    assert first["answer"] == "1024" and first["check"] == "final"
+    assert first["answer"] == "1024" and first["checker"] == "final"
     assert first["messages"] == [dict(role="user", content="How many?")]
     assert second["answer"] == "7" and second["question"] == "a\u2028b"
 

@@ -20,11 +20,12 @@ def name_of(n):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, tokenizer):
     """A folder of documents and what is written from them → (conversations of search, of rag, the
     folder)."""
     folder = tmp_path_factory.mktemp("lookups")
     (folder / "documents").mkdir()
+    tokenizer.save(folder / "tokenizer")
     rows = [dict(text=f"{name_of(n)}(x)\nReturn the {n}th part of the whole list.\nMore of it.")
             for n in range(90)]
     (folder / "documents" / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -49,7 +50,7 @@ def lookups_of(conversations):
 
 def test_the_query_is_copied_from_the_question_and_the_answer_from_the_passage(made):
     looked_up = list(lookups_of(made[0]))
-    assert len(looked_up) == 480
+    assert len(looked_up) > 480 < len(made[0])
     for question, query, found, answer in looked_up:
         assert query in question and query[0] == " "
         assert answer in found or found == NOTHING
@@ -96,11 +97,25 @@ def test_the_same_seed_writes_the_same_conversations(made, tmp_path):
         assert (tmp_path / name).read_bytes() == (made[2] / name).read_bytes()
 
 
-def test_a_passage_holds_its_answer_whatever_its_length(made):
+def test_several_things_are_looked_up_in_one_conversation_and_each_in_its_own_passage(made):
+    several = [list(lookups_of([messages])) for messages in made[0]]
+    assert {1, 2} <= set(map(len, several))
+    for looked_up in several:
+        for _, query, found, _ in looked_up:
+            assert found == NOTHING or query.split()[-1] in found
+
+
+def test_every_token_of_letters_may_be_copied(made, tokenizer):
+    words = lookups.letters_of_tokens(tokenizer)
+    assert all(word.isalpha() for word in words) and len(words) == len(set(words))
+    assert {"the", "function"} & set(words)
+
+
+def test_a_passage_holds_its_answer_whatever_its_length(made, tokenizer):
     names = {name_of(n): (f"Return the {n}th part of the whole list.", "") for n in range(9)}
     long = {name: (sentence, f"{name}({'a' * 90})\n{sentence} {'More. ' * 40}")
             for name, (sentence, _) in names.items()}
-    material = lookups.Material(long)
+    material = lookups.Material(long, tokenizer)
     rng = random.Random(0)
     for _ in range(500):
         name, passage, answer = lookups.fact(material, rng)

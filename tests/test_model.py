@@ -15,7 +15,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import model as model_module
 import precision
@@ -23,6 +23,7 @@ from conftest import GPT2, MODERN, mutate, noisy
 from model import (GPT, GPT2_SIZES, CrossEntropy, GPTConfig, KVCache, Linear, find_compiler,
                    find_kernel, load_checkpoint, save_checkpoint, sdpa)
 from precision import Fp8Matmul, bf16_product, find_bf16, fp8_matmul, fp8_product, to_fp8
+from reward_model import rows_tensors, with_reward_head
 from training import Optimizer, make_optimizer
 
 T = GPT2.block_size
@@ -62,6 +63,18 @@ def test_logits_of_a_transformers_gpt2_are_ours(name, tmp_path):
         expected, found = theirs(idx).logits, ours(idx)
     assert expected.std() > 0.1 and (found - expected).abs().max() < 1e-4
     assert meta["stage"] == "pretrain"
+
+
+def test_transformers_computes_the_same_reward(tmp_path):
+    model = with_reward_head(noisy(GPT2), seed=0).eval()
+    save_checkpoint(tmp_path, model, stage="reward")
+    theirs = GPT2ForSequenceClassification(GPT2Config(
+        vocab_size=65, n_positions=32, n_embd=32, n_layer=4, n_head=2, num_labels=1,
+        pad_token_id=64)).eval()
+    theirs.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    rows = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5, 8]]
+    idx, last = rows_tensors(rows, 64, "cpu")
+    torch.testing.assert_close(theirs(idx).logits[:, 0], model(idx, last), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", GPT2_SIZES)
@@ -305,6 +318,40 @@ def test_cache_rows_can_be_copied_reordered_and_dropped(config):
             logits = model(TEXT[order, t:t + 1], cache=copy)
             torch.testing.assert_close(logits[:, 0], expected[:, t], rtol=0, atol=1e-4)
     assert cache.used == 12 and (cache.pos == 12).all()     # the original has not moved on
+
+
+def check_last(config):
+    """Two reads: rows of different lengths, then five tokens on top, of which some are padding."""
+    model = noisy(config)
+    cache, whole = KVCache(config, 3, T), KVCache(config, 3, T)
+    with torch.inference_mode():
+        for start, count, lengths in ((0, 14, [3, 14, 9]), (14, 5, [5, 1, 2])):
+            idx = TEXT[:, start:start + count]
+            last = torch.tensor(lengths) - 1
+            found = model.hidden(idx, cache, last=last)
+            wanted = model.hidden(idx, whole)[torch.arange(3), last]
+            torch.testing.assert_close(found, wanted[:, None], rtol=0, atol=1e-4)
+            assert torch.equal(cache.k, whole.k) and torch.equal(cache.v, whole.v)
+            cache.pos = whole.pos = whole.pos - (count - torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN, replace(GPT2, n_layer=1),
+                                    replace(MODERN, n_layer=1), replace(MODERN, n_layer=2)],
+                         ids=["gpt2", "modern", "gpt2 of 1", "modern of 1", "modern of 2"])
+def test_the_last_position_alone_reads_what_it_reads_beside_the_others(config):
+    check_last(config)
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_a_head_stored_by_columns_computes_the_same(config):
+    model = noisy(config)
+    before = model(TEXT)
+    embedding = model.wte.weight.clone()
+    n = model.num_params()
+    after = model.for_inference()(TEXT)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
+    assert model.lm_head.weight.T.is_contiguous() and torch.equal(model.wte.weight, embedding)
+    assert model.wte.weight.is_contiguous() and model.num_params() == n
 
 
 @pytest.mark.parametrize("change", [
@@ -718,6 +765,9 @@ def text_only(value):
      check_cache, GPT2),
     (KVCache, "append", "device=k.device), window)", "device=k.device), 8)", check_cache, MODERN),
     (GPT, "hidden", "pos + cache.pos[:, None]", "pos + cache.used", check_cache, MODERN),
+    (GPT, "hidden", "middle = take(middle, last)", "middle = middle[:, -1:]", check_last, MODERN),
+    (model_module.Attention, "forward", "take(pos, last)", "pos[:, -1:]", check_last, GPT2),
+    (model_module.Block, "forward", "x = take(x, last)", "x = x[:, -1:]", check_last, GPT2),
     (model_module, "loss_and_gradient", "dy.addcmul_(dy, t.square_(), value=-1)", "pass",
      check_cross_entropy, 3.0),
     (model_module, "loss_and_gradient", "share / sum_exp", "1 / sum_exp", check_cross_entropy, 0.0),

@@ -22,7 +22,7 @@ import crawl  # noqa: E402
 import download  # noqa: E402
 import filters  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
-import report  # noqa: E402
+import inspection  # noqa: E402
 import warc  # noqa: E402
 from bpe import Tokenizer  # noqa: E402
 from conftest import mutate, run_main  # noqa: E402
@@ -240,9 +240,9 @@ def test_inspect_shows_what_each_step_did_and_runs_nothing_of_a_page(inspected):
     assert "<script>" not in shown and "&lt;script&gt;" in shown
 
 def test_a_page_that_takes_too_long_to_show_has_a_note_instead(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "SHOW_SECONDS", 0.2)
-    monkeypatch.setattr(report, "html_of_a_page", lambda trace: time.sleep(60))
-    report.write_inspection(tmp_path / "a.html", [report.Trace(page("text"), [])])
+    monkeypatch.setattr(inspection, "SHOW_SECONDS", 0.2)
+    monkeypatch.setattr(inspection, "html_of_a_page", lambda trace: time.sleep(60))
+    inspection.write_inspection(tmp_path / "a.html", [inspection.Trace(page("text"), [])])
     assert "https://example.org/a</h2>It is too large" in (tmp_path / "a.html").read_text()
 
 def test_inspect_has_pages_of_every_file_for_every_way_to_end(inspected):

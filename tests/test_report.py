@@ -5,6 +5,7 @@ from runs is shown as text.
 import contextlib
 import json
 import random
+import re
 import runpy
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -14,7 +15,8 @@ import pytest
 import eval as eval_module
 import report
 from conftest import ROOT, run_main
-from report import Run, accuracy_sources, curve, ticks, verdicts
+from report import Run, accuracy_sources, verdicts
+from svg import curve, ticks
 from training import RunLog
 
 
@@ -53,7 +55,7 @@ def demo(tmp_path, bpb=2.1, identity=0.9, functions=0.6, bits=0.95, sft_bits=0.3
             dict(pretrain=base, sft=sft, rl=rl).items()]
 
 
-SECTIONS = "verdicts loss samples bpb accuracy knowledge rl data results cost runs".split()
+SECTIONS = "verdicts loss samples bpb accuracy knowledge rl rlhf data results cost runs".split()
 
 
 class Checker(HTMLParser):
@@ -252,6 +254,28 @@ def test_a_file_damaged_anywhere_gives_a_report_or_one_line(tmp_path):
         with contextlib.suppress(SystemExit):
             svg_of(tmp_path, runs)
         write_jsonl(runs[which] / "log.jsonl", logs[which])
+
+
+def test_kinds_that_were_not_practised_are_compared_before_and_after(tmp_path):
+    rows = [(0, dict(others=dict(sums=0.9, tool=0.5))), (5, dict(reward=0.5)),
+            (9, dict(others=dict(sums=0.875, tool=0.5)))]
+    page = report_of(write_run(tmp_path / "rl", "rl", rows))
+    cells = re.findall("<tr><td>sums</td>(.*?)</tr>", page)[0]
+    assert re.findall("<td>(.*?)</td>", cells) == ["–", "90.0%", "87.5%", "-2.5 points", "0%"]
+
+
+def test_answers_to_the_same_problem_stand_together_by_step(tmp_path):
+    run = demo(tmp_path)[2]
+    rows = [dict(step=step, question=q, reply=f"<|think|>{q}{step}", right=step == 8)
+            for step in (0, 4, 8) for q in "ba"]
+    write_jsonl(run / "answers.jsonl", rows)
+    found = re.findall("&lt;|think|&gt;(..)</td><td>(.....)".replace("|", "[|]"), report_of(run))
+    assert found == [("a0", "wrong"), ("a4", "wrong"), ("a8", "right"),
+                     ("b0", "wrong"), ("b4", "wrong"), ("b8", "right")]
+    for text in ("", "[]", '{"step": 0, "question": "?", "reply": "", "right": 1}'):
+        (run / "answers.jsonl").write_text(text)
+        with pytest.raises(SystemExit, match="answers.jsonl.*; delete the file"):
+            report_of(run)
 
 
 def test_text_from_runs_cannot_control_a_terminal_a_page_or_an_svg(tmp_path, capsys):

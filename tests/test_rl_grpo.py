@@ -4,7 +4,9 @@ definitions, the mask token by token; and a model that can only guess learns whi
 """
 import copy
 import doctest
+import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +15,16 @@ from safetensors.torch import load_file
 
 import chat_sft
 import rl_grpo
+import tasks
 from bpe import Tokenizer
-from conftest import assert_same_files, mutate, run_main, run_ranks, stop_at
-from model import load_checkpoint
-from rl_grpo import (advantages, learn, policy_loss, rollout, rollout_tensors, thinking_pays,
-                     token_logprobs)
+from conftest import (GPT2, MODERN, assert_same_files, in_fp64, mutate, noisy, run_main, run_ranks,
+                      stop_at)
+from dialogs import Conversations
+from model import file_tensor, file_tensors, load_checkpoint, save_checkpoint
+from rl_grpo import (PromptCache, SharedPrompts, advantages, is_well_formed, keep_gradients, learn,
+                     pass_at_k, policy_loss, read_answers, rollout, rollout_tensors,
+                     sampled_entropy, spread_out, thinking_pays, thinking_tokens, token_logprobs,
+                     write_answers)
 from sample import Completion, Engine
 from training import Optimizer, Ranks, read_log
 
@@ -39,7 +46,7 @@ def test_advantages_of_a_group_sum_to_zero_and_of_a_tied_group_are_zero(size):
         found = advantages(rewards, divide_by_std)
         assert found.sum(1).abs().max() < 1e-5 and (found[:2] == 0).all()
     std = found[(rewards.std(1) > 0)].std(1)
-    torch.testing.assert_close(std, torch.ones_like(std), rtol=1e-4, atol=0)
+    torch.testing.assert_close(std, torch.ones_like(std), rtol=4e-4, atol=0)
 
 
 # ---- the objective
@@ -53,7 +60,7 @@ def check_reinforce():
     """At ratio 1 the gradient is that of -Σ A log π over sampled tokens."""
     logprobs, A = some_logprobs().requires_grad_(), torch.tensor([0.5, -0.5, 0.0, 2.0])
     mask = (some_logprobs(1) > -1.5).float()
-    loss, _ = policy_loss(logprobs, logprobs.detach(), None, A, mask, clip=0.2, kl=0.0)
+    loss, _ = policy_loss(logprobs, logprobs.detach(), None, A, mask, clip=(0.2, 0.2), kl=0.0)
     loss.backward()
     assert torch.equal(logprobs.grad, -A[:, None] * mask) and 5 < mask.sum() < 20
 
@@ -68,7 +75,7 @@ def check_clip():
     for A, live in ((1.0, ratio < 1.2), (-1.0, ratio > 0.8)):
         logprobs = ratio.log()[None].requires_grad_()
         loss, _ = policy_loss(logprobs, torch.zeros(1, 7), None, torch.tensor([A]),
-                              torch.ones(1, 7), clip=0.2, kl=0.0)
+                              torch.ones(1, 7), clip=(0.2, 0.2), kl=0.0)
         loss.backward()
         expected = torch.where(live, -A * ratio, 0.0)       # d(-ratio A) / d log π = -ratio A
         torch.testing.assert_close(logprobs.grad[0], expected)
@@ -87,13 +94,13 @@ def check_k3():
     zero, ones = torch.zeros(5).double(), torch.ones(5, 40).double()
     for i in range(40):
         _, k3 = policy_loss(logp[:, i:i + 1], logp[:, i:i + 1], ref[:, i:i + 1], zero,
-                            ones[:, :1], 0.2, 0.7)
+                            ones[:, :1], (0.2, 0.2), 0.7)
         assert k3 >= 0
-    _, mean = policy_loss(logp, logp, ref, zero, logp.exp(), 0.2, 0.7)
+    _, mean = policy_loss(logp, logp, ref, zero, logp.exp(), (0.2, 0.2), 0.7)
     torch.testing.assert_close(mean, (logp.exp() * (logp - ref)).sum())
-    loss, equal = policy_loss(logp, logp, logp, zero, ones, 0.2, 0.7)
+    loss, equal = policy_loss(logp, logp, logp, zero, ones, (0.2, 0.2), 0.7)
     assert equal == 0 and loss == 0
-    loss, _ = policy_loss(logp, logp, ref, zero, logp.exp(), 0.2, 0.7)
+    loss, _ = policy_loss(logp, logp, ref, zero, logp.exp(), (0.2, 0.2), 0.7)
     torch.testing.assert_close(loss, 0.7 * mean)
 
 
@@ -101,9 +108,24 @@ def test_k3_is_an_estimate_of_the_kl_that_is_never_negative():
     check_k3()
 
 
+def check_gradient_of_the_kl():
+    """The mean gradient under π, over all tokens, is that of KL(π ‖ π_ref) itself."""
+    logits, ref_logits = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0)).double()
+    logits.requires_grad_()
+    logp, ref = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    [expected] = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits, retain_graph=True)
+    loss, _ = policy_loss(logp, logp.detach(), ref, torch.zeros(5), logp.detach().exp(), (0.2, 0.2),
+                          0.7)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], 0.7 * expected)
+
+
+def test_the_gradient_of_the_kl_term_is_that_of_the_kl():
+    check_gradient_of_the_kl()
+
+
 def test_without_a_reference_there_is_no_kl():
     logprobs, A = some_logprobs(), torch.tensor([1.0, 0.0, -1.0, 2.0])
-    loss, k3 = policy_loss(logprobs, logprobs, None, A, torch.ones(4, 6), 0.2, kl=9.0)
+    loss, k3 = policy_loss(logprobs, logprobs, None, A, torch.ones(4, 6), (0.2, 0.2), kl=9.0)
     assert k3 == 0 and loss.item() == pytest.approx(-12.0)
 
 
@@ -135,16 +157,75 @@ def test_token_logprobs_are_those_of_the_next_tokens(base_run):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-FLAGS = dict(updates=1, clip=0.2, kl=0.0, out="run")
+def groups_of_replies(model, seed):
+    """Three groups that share prompts, of which one fills the context: ids (N, T + 1), mask (N, T),
+    with tool outputs between sampled tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(least, most, size):
+        return torch.randint(least, most, (size,), generator=generator).tolist()
+
+    prompts, completions = [], []
+    for length in (1, 9, model.config.block_size - 6):
+        prompt = numbers(1, 65, length)
+        for size in numbers(1, 6, 4) if length > 9 else numbers(1, 20, 4):
+            prompts.append(prompt)
+            completions.append(Completion(numbers(1, 65, size), [True, *numbers(0, 2, size - 1)]))
+    ids, mask = rollout_tensors(prompts, completions, pad=0)
+    return ids, mask[:, 1:]
 
 
-def grads_of_learn(model, prompts, completions, advantage, reference=None, **changes):
+def check_shared_prompts(config):
+    """Log probabilities and gradients of the slow twin, in fp64; in parts of 5 rows."""
+    with in_fp64():
+        model, twin = noisy(config).double(), noisy(config).double()
+        ids, mask = groups_of_replies(model, seed=0)
+        weight = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) * mask
+        expected = token_logprobs(twin, ids, mask.double())
+        (expected * weight).sum().backward()
+        batch = SharedPrompts(ids, mask.double(), config.block_size, rows=5)
+        cache = PromptCache(model, batch.prompts)
+        for part in batch.parts:
+            found = cache.logprobs(part)
+            torch.testing.assert_close(found[part.mask > 0], expected[part.rows][mask[part.rows] > 0])
+            (found[part.mask > 0] * weight[part.rows][mask[part.rows] > 0]).sum().backward()
+        cache.backward()
+        for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
+    return batch
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_prompts_that_rows_share_are_read_once_and_change_nothing(config):
+    batch = check_shared_prompts(config)
+    assert len(batch.prompts) == 3 and len(batch.parts) == 3
+    longest = [part.mask.shape[1] for part in batch.parts]
+    assert longest == sorted(longest) and longest[0] < longest[-1]
+
+
+@pytest.mark.parametrize("owner, name, old, new", [
+    (SharedPrompts, "__init__", "block_size - longest", "block_size"),
+    (SharedPrompts, "__init__", "at[:, :-1] >= end[part, None]", "at[:, :-1] < 0"),
+    (PromptCache, "append", "self.model.config.block_size", "0"),
+    (PromptCache, "append", "[self.part.prompt], v)", "[self.part.prompt * 0], v)"),
+    (PromptCache, "logprobs", "self.pos = part.start", "self.pos = 0 * part.start")], ids=str)
+def test_the_check_of_shared_prompts_notices_a_mutant(owner, name, old, new, monkeypatch):
+    mutate(monkeypatch, owner, name, old, new)
+    with pytest.raises((AssertionError, IndexError)):
+        check_shared_prompts(MODERN)
+
+
+FLAGS = dict(updates=1, loss="dapo", clip=(0.2, 0.2), kl=0.0, max_new_tokens=8)
+
+
+def grads_of_learn(model, prompts, completions, advantage, reference=None, keep=None, **changes):
     optimizer = Optimizer([dict(kind="adamw", params=dict(model.named_parameters()), lr=1e-3,
                                 betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)])
     optimizer.step = lambda *_, **__: None                  # which would clear the gradients
     ids, mask = rollout_tensors(prompts, completions, pad=0)
     args = SimpleNamespace(**{**FLAGS, **changes})
-    loss, norm, kl = learn(model, optimizer, Ranks(), ids, mask, advantage, args, 1.0, reference)
+    loss, norm, kl = learn(model, optimizer, Ranks(), ids, mask, advantage, args, 1.0, reference,
+                           keep)
     return {name: p.grad for name, p in model.named_parameters()}, loss, norm, kl
 
 
@@ -166,6 +247,103 @@ def check_learn(base_run):
     expected = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
     assert count == 4 and norm == pytest.approx(expected, rel=1e-4) and kl is None
     assert loss == pytest.approx(-advantage.repeat_interleave(torch.tensor([3, 1])).mean().item())
+
+
+def updated_twice(model, then, reference, ids, mask, advantage, **changes):
+    """The loss and gradients of learn's second update, in which the model has the weights of
+    `then`; the first one only says what the policy was."""
+    optimizer = Optimizer([dict(kind="adamw", params=dict(model.named_parameters()))])
+
+    def step(*_, **__):
+        if optimizer.steps == 0:
+            model.load_state_dict(then.state_dict())
+            optimizer.zero_grad()
+        optimizer.steps += 1
+
+    optimizer.step = step
+    args = SimpleNamespace(**{**FLAGS, "updates": 2, **changes})
+    loss, *_ = learn(model, optimizer, Ranks(), ids, mask, advantage, args, 1.0, reference)
+    return loss, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def trl_batch():
+    """Three groups of four replies of up to 8 tokens, with tool outputs in them. No group is tied.
+    The prompts are equally long, because transformers' GPT-2 counts padding as positions."""
+    generator = torch.Generator().manual_seed(3)
+    rewards = torch.tensor([[1., 0, 0, 1], [0, 0.5, 1, 0], [1, 1, 0, 1]])
+    prompts, completions = [], []
+    for _ in rewards:
+        prompt = torch.randint(1, 60, (5,), generator=generator).tolist()
+        for n in torch.randint(1, 9, (4,), generator=generator).tolist():
+            ids = torch.randint(1, 60, (n,), generator=generator).tolist()
+            sampled = torch.randint(0, 2, (n,), generator=generator).bool().tolist()
+            prompts.append(prompt)
+            completions.append(Completion(ids, [True, *sampled[1:]]))
+    return prompts, completions, rewards
+
+
+def trl_trainer(model, reference, tokenizer, prompts, completions, rewards, folder, **options):
+    """TRL's GRPOTrainer, whose model "writes" these replies. It always computes in fp32."""
+    from datasets import Dataset
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Fixed(GRPOTrainer):
+        def _generate(self, asked):
+            sampled = [[int(s) for s in c.sampled] for c in completions]
+            return (prompts, [c.ids for c in completions], sampled, [""] * len(asked), None, {}, None,
+                    None)
+
+    save_checkpoint(folder, model, tokenizer)
+    tokenizer.export_hf(folder / "hf.json")
+    config = GRPOConfig(output_dir=str(folder), num_generations=4, num_iterations=2, use_cpu=True,
+                        per_device_train_batch_size=12, max_completion_length=8, temperature=1.0,
+                        bf16=False, report_to="none", gradient_checkpointing=False, **options)
+    trainer = Fixed(
+        GPT2LMHeadModel.from_pretrained(folder), args=config,
+        reward_funcs=lambda **_: rewards.flatten().tolist(),
+        train_dataset=Dataset.from_dict(dict(prompt=["?"])),
+        processing_class=PreTrainedTokenizerFast(tokenizer_file=str(folder / "hf.json"),
+                                                 eos_token="<|endoftext|>", pad_token="<|pad|>"))
+    trainer.current_gradient_accumulation_steps = 1
+    if trainer.ref_model:
+        load_into(trainer.ref_model, reference)
+    return trainer
+
+
+@torch.no_grad()
+def load_into(theirs, ours):
+    """Gives transformers' GPT-2 the weights of ours."""
+    tensors = dict(file_tensors(ours))
+    for name, p in theirs.named_parameters():
+        p.copy_(tensors[name])
+
+
+@pytest.mark.parametrize("loss, std, kl", [
+    ("grpo", True, 0.3), ("dr_grpo", False, 0.0), ("bnpo", False, 0.3), ("dapo", True, 0.0)])
+def test_loss_and_gradients_are_those_of_trl(loss, std, kl, trl_batch, tokenizer, tmp_path):
+    pytest.importorskip("trl")
+    prompts, completions, rewards = trl_batch
+    models = [noisy(replace(GPT2, vocab_size=tokenizer.n_vocab), seed, 0.05) for seed in range(3)]
+    trainer = trl_trainer(models[0], models[2], tokenizer, *trl_batch, tmp_path, loss_type=loss,
+                          beta=kl, epsilon=0.1, epsilon_high=0.25,
+                          scale_rewards="group" if std else "none")
+    batch = trainer._generate_and_score_completions([dict(prompt="?")] * 12)
+    load_into(trainer.model, models[1])
+    expected = trainer.compute_loss(trainer.model, batch)
+    expected.backward()
+    theirs = {name: p.grad for name, p in trainer.model.named_parameters()}
+    ids, mask = rollout_tensors(prompts, completions, pad=0)
+    reference = models[2].double() if kl else None
+    with in_fp64():
+        found, grads = updated_twice(models[0].double(), models[1].double(), reference, ids,
+                                     mask.double(), advantages(rewards, std).flatten().double(),
+                                     loss=loss, kl=kl, clip=(0.1, 0.25))
+    assert abs(found - expected.item()) < 1e-6
+    ours = dict(file_tensor(name, grad, tokenizer.n_vocab) for name, grad in grads.items())
+    apart = sum((ours[name] - theirs[name]).square().sum() for name in ours).sqrt()
+    assert apart < 1e-6 * sum(grad.square().sum() for grad in ours.values()).sqrt()
 
 
 def test_learn_follows_the_policy_gradient_of_the_sampled_tokens(base_run):
@@ -200,18 +378,101 @@ def test_tied_groups_have_the_gradient_of_the_kl_when_it_is_asked_for(base_run):
     assert grads_of_learn(model, *written(), torch.zeros(2), reference, kl=0.5)[3] < kl
 
 
-def test_replies_that_were_cut_off_earn_nothing(tokenizer):
-    ids = tokenizer.encode_ordinary("#### 7")
-    end = tokenizer.special["<|im_end|>"]
-    replies = [Completion([*ids, end], [True] * 9, "stop"), Completion(ids, [True] * 9, "length"),
-               Completion([end], [True], "stop"), Completion([*ids, end], [True] * 9, "stop")]
+def rewarded(tokenizer, replies):
+    """Rewards of four replies, (text, finish), to two problems: their answers are 7 and 8."""
+    completions = []
+    for text, finish in replies:
+        ids = tokenizer.encode(text, allowed_special="all")
+        if finish == "stop":
+            ids = [*ids, tokenizer.special["<|im_end|>"]]
+        completions.append(Completion(ids, [True] * len(ids), finish))
     engine = Engine(SimpleNamespace(), tokenizer)
-    engine.generate = lambda *_, **__: replies
+    engine.generate = lambda *_, **__: completions
     problems = [dict(messages=[dict(role="user", content="?")], answer=a, check="final")
                 for a in "78"]
     args = SimpleNamespace(max_new_tokens=9, group_size=2)
     prompts, _, rewards = rollout(engine, problems, args, seed=0)
-    assert rewards.tolist() == [[1, 0], [0, 0]] and len(prompts) == 4
+    assert len(prompts) == 4
+    return rewards.tolist()
+
+
+def test_replies_that_were_cut_off_earn_nothing(tokenizer):
+    replies = [("#### 7", "stop"), ("#### 7", "length"), ("", "stop"), ("#### 7", "stop")]
+    assert rewarded(tokenizer, replies) == [[1, 0], [0, 0]]
+
+
+def test_an_answer_that_is_only_thought_earns_nothing(tokenizer):
+    replies = [("<|think|>is it #### 8<|/think|>It is #### 7", "stop"),
+               ("It is <|think|>#### 7", "stop"), ("<|think|>x<|/think|>#### 8", "stop"),
+               ("#### 7<|think|>#### 8<|/think|>", "stop")]
+    assert rewarded(tokenizer, replies) == [[1, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("text, tokens, is_good", [
+    ("<|think|>ab<|/think|>c", 2, True), ("<|think|><|/think|>c", 0, False), ("abc", 0, False),
+    ("<|think|>ab<|/think|>", 2, False), ("<|think|>abc", 3, False), ("", 0, False),
+    ("a<|think|>b<|/think|>c", 1, False), ("<|think|>a<|think|>b<|/think|>c", 2, False),
+    ("<|think|>a<|/think|>b<|/think|>c", 1, False), ("<|/think|>a<|think|>b", 2, False)])
+def test_a_reply_is_well_formed_if_it_thinks_once_and_then_speaks(text, tokens, is_good, tokenizer):
+    text = text.replace("b<|", " b<|").replace("bc", " b c")         # a letter is a token
+    ids = [*tokenizer.encode(text, allowed_special="all"), tokenizer.special["<|im_end|>"]]
+    assert is_well_formed(ids, tokenizer.special) is is_good
+    assert thinking_tokens(ids[:-1], tokenizer.special) == tokens - text.startswith("<|/think")
+
+
+# ---- what must not be lost
+
+def check_keep(base_run):
+    """weight times the gradient of the mean loss of the supervised tokens of the step's rows."""
+    rendered = [([1, 2, 3 + i, 4, 5 + i], [0, 0, 1, 0, 1]) for i in range(2 * rl_grpo.KEEP_ROWS)]
+    loader = chat_sft.Loader(Conversations.of(rendered), 4, 0, 99)
+    rows = [rendered[c][0] for p in range(rl_grpo.KEEP_ROWS)
+            for c in loader.row(rl_grpo.KEEP_ROWS + p)]
+    found, expected = load_checkpoint(base_run)[0], load_checkpoint(base_run)[0]
+    loss = keep_gradients(found, [(loader, 0.3)], 1, Ranks())
+    logp = expected(torch.tensor(rows)).log_softmax(-1)
+    mean = -sum(logp[i, t - 1, row[t]] for i, row in enumerate(rows) for t in (2, 4)) / 2 / len(rows)
+    (0.3 * mean).backward()
+    assert loss == pytest.approx(mean.item(), rel=1e-4)
+    for one, other in zip(found.parameters(), expected.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_kept_adds_the_gradient_of_its_rows_with_its_weight(base_run):
+    check_keep(base_run)
+
+
+def test_keep_acts_in_every_update(base_run):
+    calls = []
+    grads_of_learn(load_checkpoint(base_run)[0], *written(), torch.tensor([0.5, -1.0]), updates=3,
+                   keep=lambda: calls.append(1))
+    assert len(calls) == 3
+
+
+# ---- measuring
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_reply():
+    for n, k in itertools.product((4, 6), (1, 2, 4)):
+        for right in range(n + 1):
+            subsets = list(itertools.combinations([1] * right + [0] * (n - right), k))
+            share = sum(map(any, subsets)) / len(subsets)
+            assert pass_at_k(n, right, k) == pytest.approx(share)
+
+
+def test_the_entropy_is_that_of_the_tokens_that_were_sampled(base_run):
+    model, _ = load_checkpoint(base_run)
+    ids, mask = rollout_tensors(*written(), pad=99)
+    logp = model(ids).log_softmax(-1)
+    each = -(logp.exp() * logp).sum(-1)
+    nats, tokens = sampled_entropy(model, ids, mask)
+    assert tokens == 4 and nats == pytest.approx((each[:, :-1] * mask[:, 1:]).sum().item(), rel=1e-4)
+
+
+def test_answers_after_a_step_are_forgotten_and_the_ends_are_shown(tmp_path):
+    assert read_answers(tmp_path, 9) == [] and spread_out(list(range(21)), 3) == [0, 10, 20]
+    rows = [dict(step=step, reply="\ud800 é") for step in (0, 5, 10)]
+    write_answers(tmp_path, rows)
+    assert [row["step"] for row in read_answers(tmp_path, 5)] == [0, 5]
 
 
 def test_thinking_pays_compares_short_replies_with_long_ones():
@@ -301,6 +562,23 @@ def test_stopped_run_resumes_bit_by_bit(more, assistant, task, whole, tmp_path, 
     assert logged(run, "reward") == logged(whole, "reward")
 
 
+def test_what_is_kept_and_read_is_the_same_after_a_resume(assistant, task, tmp_path, monkeypatch):
+    more = ["--held_out", task, "--eval_every", 2, "--format_reward", 0.5, "--keep",
+            f"{assistant.parent / 'sft.jsonl'}:0.5"]
+    run_main(rl_grpo, *flags(assistant, task, tmp_path / "whole"), *more)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, rl_grpo, "rollout", call=3)
+        run_main(rl_grpo, *flags(assistant, task, tmp_path / "run"), *more)
+    with pytest.raises(SystemExit, match="another contents_of_keep and keep"):
+        run_main(rl_grpo, *flags(assistant, task, tmp_path / "run"), *more[:-2], "--resume")
+    run_main(rl_grpo, *flags(assistant, task, tmp_path / "run"), *more, "--resume")
+    assert_same_files(tmp_path / "run", tmp_path / "whole", "model.safetensors", "answers.jsonl")
+    for key in ("keep_loss", "entropy", "pass_1", "well_formed"):
+        assert logged(tmp_path / "run", key) == logged(tmp_path / "whole", key) != []
+    assert [row["step"] for row in read_answers(tmp_path / "run", 99)] == [
+        step for step in (0, 2, 4, 6) for _ in COLOURS]
+
+
 def test_finished_run_is_kept_and_other_settings_refused(assistant, task, whole):
     before = (whole / "model.safetensors").read_bytes()
     with pytest.raises(SystemExit, match="overwrite.*--resume"):
@@ -318,7 +596,7 @@ def test_a_group_of_one_is_refused(assistant, task, tmp_path):
 
 @pytest.mark.parametrize("flag, value", [
     ("max_steps", 0), ("prompts", 0), ("max_new_tokens", -1), ("updates", 0), ("eval_every", 0),
-    ("save_every", 0), ("clip", -1), ("kl", -1), ("seed", -1), ("lr", 0), ("lr", "nan")])
+    ("save_every", 0), ("format_reward", -1), ("clip", -1), ("kl", -1), ("seed", -1), ("lr", 0), ("lr", "nan")])
 def test_a_flag_out_of_range_is_one_line_before_any_work(flag, value, tmp_path):
     with pytest.raises(SystemExit, match=f"--{flag} must be (above|at least) .*, got {value}"):
         run_main(rl_grpo, "--task", "x.jsonl", "--out", tmp_path / "run", f"--{flag}", value)
@@ -334,10 +612,22 @@ def test_questions_that_do_not_fit_and_kinds_not_practised_are_counted(assistant
     run_main(rl_grpo, *flags(assistant, tmp_path / "task", tmp_path / "run", max_steps=1,
                              prompts=1), "--held_out", tmp_path / "held_out")
     said = capsys.readouterr().out
-    assert said.count("1 of 2 questions are longer than") == 2 and "left out: sum" in said
+    assert "task: 1 of 2 questions are longer" in said and "held_out: 1 of 3 questions are" in said
+    assert "held out, not practised: sum 0.000" in said
     (tmp_path / "task").write_text(json.dumps(long))
     with pytest.raises(SystemExit, match="no question of .*task fits into"):
         run_main(rl_grpo, *flags(assistant, tmp_path / "task", tmp_path / "none"))
+
+
+def test_a_task_by_name_is_practised_and_its_held_out_problems_asked(assistant, tmp_path, capsys,
+                                                                     monkeypatch):
+    monkeypatch.setattr(tasks.make_task, "__defaults__", (8, 4))
+    run_main(rl_grpo, *flags(assistant, "decimals", tmp_path / "run", max_steps=1))
+    assert logged(tmp_path / "run", "kind") == ["decimals"] * 2
+    with pytest.raises(SystemExit, match="cuntdown is neither a task nor a file; the tasks are"):
+        run_main(rl_grpo, *flags(assistant, "cuntdown", tmp_path / "none"))
+    with pytest.raises(SystemExit, match="none.jsonl cannot be read: No such file"):
+        run_main(rl_grpo, *flags(assistant, "none.jsonl", tmp_path / "none"))
 
 
 def test_a_resumed_run_must_practise_the_same_problems(assistant, task, tmp_path):
@@ -397,7 +687,8 @@ def assert_same_run(run, other):
 
 
 def check_ranks(assistant, task, tmp_path, by_question):
-    more = flags(assistant, task, tmp_path / "one", lr=1e-4, kl=0.1)
+    more = [*flags(assistant, task, tmp_path / "one", lr=1e-4, kl=0.1), "--keep",
+            assistant.parent / "sft.jsonl"]
     run_main(rl_grpo, *more)
     assert by_question() == 6 * ["16"]
     run_ranks(rl_grpo, *more, "--out", tmp_path / "two")        # the later --out counts
@@ -426,9 +717,10 @@ def test_prompts_that_cannot_be_shared_out_are_refused(assistant, task, tmp_path
 
 @pytest.mark.parametrize("name, old, new, check", [
     ("policy_loss", "-torch.min(", "-torch.max(", check_clip),
-    ("policy_loss", "clamp(1 - clip, 1 + clip)", "clamp(max=1 + clip)", check_clip),
+    ("policy_loss", "clamp(1 - low, 1 + high)", "clamp(max=1 + high)", check_clip),
     ("policy_loss", "ref_logprobs - logprobs", "logprobs - ref_logprobs", check_k3),
     ("policy_loss", "log_r.exp() - log_r - 1", "-log_r", check_k3),
+    ("policy_loss", "kl * ratio * k3", "kl * k3", check_gradient_of_the_kl),
     ("policy_loss", "losses = -torch.min", "losses = torch.min", check_reinforce),
     ("rollout_tensors", "mask[i, len(p):end] = torch.tensor(c.sampled, dtype=torch.float)",
      "mask[i, len(p):end] = 1", check_mask)], ids=lambda value: str(value)[:20])
@@ -439,21 +731,33 @@ def test_checks_notice_a_mutant(name, old, new, check, monkeypatch):
         check()
 
 
-@pytest.mark.parametrize("old, new", [("mask[:, 1:]", "mask[:, :-1]"), ("(part / tokens", "(part"),
-                                      ("advantage != 0", "advantage > 0")], ids=str)
-def test_check_of_learn_notices_a_mutant(old, new, base_run, monkeypatch):
-    mutate(monkeypatch, rl_grpo, "learn", old, new)
+@pytest.mark.parametrize("name, old, new", [
+    ("learn", "mask[:, 1:]", "mask[:, :-1]"), ("learn", "advantage != 0", "advantage > 0"),
+    ("learn", "cache.backward()", "pass"), ("token_weights", "max(1, divisors[args.loss])", "1"),
+    ("learn", "advantage[part.rows]", "advantage")], ids=str)
+def test_check_of_learn_notices_a_mutant(name, old, new, base_run, monkeypatch):
+    mutate(monkeypatch, rl_grpo, name, old, new)
     monkeypatch.setitem(globals(), "learn", rl_grpo.learn)
     with pytest.raises(AssertionError):
         check_learn(base_run)
 
 
-@pytest.mark.parametrize("old, new", [
-    ("ranks.sum(mask.sum().item())[0]", "mask.sum().item()"), ("* ranks.world_size)", ")")],
-    ids=str)
-def test_check_of_the_ranks_notices_a_mutant(old, new, assistant, task, tmp_path, by_question,
+@pytest.mark.parametrize("old, new", [("step * KEEP_ROWS, K", "0, K"), ("ranks, weight)", "ranks)")],
+                         ids=str)
+def test_check_of_keep_notices_a_mutant(old, new, base_run, monkeypatch):
+    mutate(monkeypatch, rl_grpo, "keep_gradients", old, new)
+    monkeypatch.setitem(globals(), "keep_gradients", rl_grpo.keep_gradients)
+    with pytest.raises(AssertionError):
+        check_keep(base_run)
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("token_weights", "ranks.sum(len(n), n.sum().item(), n[is_live].sum().item())",
+     "len(n), n.sum().item(), n[is_live].sum().item()"),
+    ("learn", "* ranks.world_size)", ")")], ids=str)
+def test_check_of_the_ranks_notices_a_mutant(name, old, new, assistant, task, tmp_path, by_question,
                                              monkeypatch):
-    mutate(monkeypatch, rl_grpo, "learn", old, new)
+    mutate(monkeypatch, rl_grpo, name, old, new)
     with pytest.raises(AssertionError):
         check_ranks(assistant, task, tmp_path, by_question)
 

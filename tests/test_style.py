@@ -24,24 +24,40 @@ ALLOWED = {                         # which of the project's files each may impo
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
     "engine": {"model"}, "dispatch": {"engine"}, "api": {"engine"},
     "page": {"api", "engine"}, "serve": {"api", "dispatch", "model", "page"},
-    "show": set(), "chat": {"show"}, "few_shot": {"problems"},
+    "show": set(), "chat": {"show"}, "few_shot": set(), "checkers": set(),
+    "tasks": {"problems", "subjects"},
     "search": {"corpus"}, "subjects": set(), "probe": {"model", "problems", "sample", "subjects"},
-    "eval": {"model", "problems", "sample", "training"},
-    "report": {"problems", "training"}, "dialogs": {"bpe", "problems"},
+    "eval": {"model", "problems", "sample", "training"}, "preferences": {"dialogs", "problems"},
+    "reward_model": {"model", "problems", "sample", "training"},
+    **dict.fromkeys(("rank", "best_of_n"), {"model", "problems", "sample"}),
+    "report": {"problems", "svg", "training"}, "svg": set(), "inspection": set(),
+    "dialogs": {"bpe", "problems"},
+    "claims": set(), **dict.fromkeys(("claims_data", "claims_base", "claims_assistant",
+                                      "claims_reasoner"), {"claims"}),
+    "talk": {"claims", "claims_data", "claims_base", "claims_assistant", "claims_reasoner"},
     "train_gpt2": {"bpe", "model", "precision", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
     "web": set(), "kinds": {"subjects"}, "conversations": {"bpe", "subjects"},
-    "lookups": {"problems", "search", "subjects"},
-    **dict.fromkeys(("run", "look", "narrator"), set())}
+    "lookups": {"bpe", "problems", "search", "subjects"},
+    **dict.fromkeys(("run", "look", "narrator", "rlhf"), set())}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
     "bpe": {"corpus"}, "sample": {"chat", "download", "engine", "few_shot", "search", "show"},
-    "api": {"show"}, "page": {"bpe", "search"}, "serve": {"chat", "sample", "search"},
+    "problems": {"checkers"}, "checkers": {"sample"}, "tasks": {"dialogs"},
+    "rl_grpo": {"chat_sft", "dialogs", "preferences", "reward_model", "tasks"},
+    **dict.fromkeys(("rank", "best_of_n"), {"preferences", "reward_model"}),
+    "reward_model": {"preferences"},
     "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
+    "api": {"show"}, "page": {"bpe", "search"}, "serve": {"chat", "sample", "search"},
     "eval": {"search"}, "probe": {"search"},
     "model": {"precision"}, "train_gpt2": {"eval"},
-    "prepare_fineweb": {"report", "shards"}, "report": {"crawl"}}
+    "prepare_fineweb": {"inspection", "shards"}, "report": {"best_of_n"},
+    "inspection": {"crawl"},
+    "claims_data": {"bpe", "eval", "model", "warc"},
+    "claims_base": {"claims_data", "eval", "few_shot", "problems", "sample"},
+    "talk": {"eval", "model", "problems", "sample", "search", "train_gpt2", "training"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
-                           ".ci/run") for path in [ROOT / name] if path.exists()]
+                           ".ci/run", "docs/files.md", "docs/talk.md")
+         for path in [ROOT / name] if path.exists()]
 
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 
@@ -283,7 +299,9 @@ def test_nothing_is_left_to_do_and_no_path_is_of_one_machine(path):
     assert path.name != "README.md" or not re.search("^[A-Z_]{4,}$", text, re.M), "a placeholder"
 
 
-ALIASES = {"chat_sft.py probe": "probe", "chat_sft.py make": "demo/conversations"}
+ALIASES = {"chat_sft.py probe": "probe", "chat_sft.py make": "demo/conversations",
+           "rl_grpo.py reward_model": "reward_model", "rl_grpo.py rank": "rank",
+           "rl_grpo.py best_of_n": "best_of_n"}
 
 
 def check_commands(text):
@@ -306,27 +324,35 @@ def targets():
     return set(re.findall(r"^([a-z_0-9]+):(?!=)", text, re.M)), text
 
 
-def test_commands_of_the_readme_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert check_commands(text) >= 5
+def pages():
+    """The text of the README and of the pages in docs/ that it leads to."""
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+def test_commands_of_the_readme_and_of_docs_exist():
+    text = pages()
+    assert check_commands(text) >= 20
     blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S))
     made = re.findall(r"^make (\w+)", blocks, re.M) + re.findall(r"`make (\w+)", text)
     assert made and set(made) <= targets()[0], set(made) - targets()[0]
 
 
-def test_files_and_names_of_the_readme_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
-    assert links and [link for link in links if not (ROOT / link).exists()] == []
-    for name, symbol in re.findall(r"`((?:\w+/)?\w+)\.py: (\w+)", text):
+def test_files_and_names_of_the_readme_and_of_docs_exist():
+    for page in (ROOT / "README.md", ROOT / "docs" / "files.md"):
+        links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8"))
+        assert links and [link for link in links if not (page.parent / link).exists()] == []
+    named = re.findall(r"`((?:\w+/)?\w+)\.py: (\w+)", pages())
+    assert len(named) >= 20
+    for name, symbol in named:
         source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
         defined = rf"^(?:(?:def|class) {symbol}\b|{symbol} *=)"
         assert re.search(defined, source, re.M), f"{name}.py defines no {symbol}"
 
 
-def test_the_readme_says_what_each_script_imports():
+def test_a_page_says_what_each_script_imports():
     """A row: | [file](file) | step | in → out | imports, optional: those of single functions |."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \[(\w+)\.py\].*\| ([^|]+) \|$", text, re.M)
     assert {name for name, _ in rows} == NAMES
     for name, cell in rows:

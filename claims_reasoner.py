@@ -1,0 +1,246 @@
+"""
+The talk's claims about thinking, tools, letters and reinforcement learning.
+
+    python talk.py think arithmetic letters jagged discovery rlhf
+
+    in:  talk.py's Models, held-out problems       out: a Finding for each claim
+
+Each function is one claim: its docstring says what is asked, what is counted, and against what. "In
+one leap" means that the reply is begun for the model, up to the place where the answer must come
+next: so it has a single token's time to find it.
+"""
+import os
+import random
+import re
+
+from claims import (Check, Finding, Measured, NotMeasured, difference, mean, one_line, share,
+                    share_of)
+
+ASSISTANT = ("honest", "sft", "rl")     # who has not practised, if it is there
+GUESSED = Measured(0.5, unit="%")       # of two answers
+LEAP = "It is ####"                     # how a reply in one leap begins
+
+def says(reply, answer):
+    """Whether a reply gives the answer: after its last ####, or else anywhere in it."""
+    from problems import is_contained, is_final
+    if "####" in reply:
+        return is_final(reply, answer)
+    return is_contained(reply.rpartition("<|/output|>")[2], answer)
+
+def in_one_leap(models, questions, begun, answers):
+    """Replies that begin with `begun`, where an answer must come next. The beginning ends where the
+    tokens of different answers part, since the space before an answer may be in its token."""
+    encode = models.engine(*ASSISTANT).tokenizer.encode_ordinary
+    ids = os.path.commonprefix([encode(f"{begun} {answer}") for answer in sorted(set(answers))])
+    return models.replies(ASSISTANT, questions, ids, max_new_tokens=8, python=False)
+
+# ---- Tokens to think -----------------------------------------------------------------------------
+
+PER_SIZE = 24
+
+def think(models):
+    """A model needs tokens to think: the same problems, in one leap and in steps.
+
+    Asked: sums of numbers of one, two and three digits, without the Python tool; and, where they
+    are held out, whether a row of bits has an even number of ones. Counted: right answers. Against:
+    the same problem in one leap.
+    """
+    rng = random.Random(models.seed)
+    figures = {}
+    checks = []
+    texts = []
+    outcomes = dict(leap=[], steps=[])
+    for digits in (1, 2, 3):
+        low, high = (0, 10) if digits == 1 else (10 ** (digits - 1), 10 ** digits)
+        sums = [(rng.randrange(low, high), rng.randrange(low, high)) for _ in range(PER_SIZE)]
+        asked = [(f"What is {a} + {b}?", str(a + b)) for a, b in sums]
+        replies = ways(models, asked, [q for q, _ in asked], "The sum is ####")
+        for way, some in replies.items():
+            right = [says(reply, answer) for reply, (_, answer) in zip(some, asked)]
+            outcomes[way] += map(float, right)
+            figures[f"{way}_{digits}_digits"] = share_of(right)
+            texts.append(f"{asked[0][0]}  {way}: {one_line(some[0])}")
+    checks.append(Check("sums in steps are right more often, pair by pair",
+                        difference(outcomes["steps"], outcomes["leap"])))
+    rows = models.held_out("bits", most=30)
+    if rows:
+        asked = [(p["messages"][-1]["content"].rstrip("? ") + "?", p["answer"]) for p in rows]
+        replies = ways(models, asked, [f"{q} Think step by step." for q, _ in asked], LEAP)
+        for way, some in replies.items():
+            figures[f"{way}_bits"] = share_of(map(says, some, [a for _, a in asked]))
+        checks.append(Check("rows of bits too", figures["steps_bits"], figures["leap_bits"]))
+    said = "right in steps and in one leap: " + "; ".join(
+        f"{name.removeprefix('steps_').replace('_', ' ')} {m} and "
+        f"{figures[name.replace('steps', 'leap')]}"
+        for name, m in figures.items() if name.startswith("steps"))
+    return Finding(said, checks, figures, texts)
+
+def ways(models, asked, in_steps, begun):
+    """Replies to the questions {"leap": begun for the model, "steps": free}, without tools."""
+    questions = [question for question, _ in asked]
+    answers = [answer for _, answer in asked]
+    return dict(leap=in_one_leap(models, questions, begun, answers),
+                steps=models.replies(ASSISTANT, in_steps, max_new_tokens=64, python=False))
+
+# ---- Tools ---------------------------------------------------------------------------------------
+
+def arithmetic(models):
+    """Mental arithmetic fails where the Python tool does not.
+
+    Asked: products of a number of three digits and one of two. Counted: right answers with the
+    tool. Against: the same problems in one leap.
+    """
+    from sample import run_python
+    rng = random.Random(models.seed)
+    asked = []
+    for _ in range(PER_SIZE):
+        a, b = rng.randrange(100, 1000), rng.randrange(12, 100)
+        asked.append((f"Compute {a} * {b}.", str(a * b)))
+    questions = [question for question, _ in asked]
+    answers = [answer for _, answer in asked]
+    mental = in_one_leap(models, questions, LEAP, answers)
+    tool = models.replies(ASSISTANT, questions)
+    figures = dict(mental=share_of(map(says, mental, answers)),
+                   tool=share_of(map(says, tool, answers)))
+    called = share_of("<|python|>" in reply for reply in tool)
+    texts = [f"{q}  {one_line(leap, 30)}  tool: {one_line(reply)}  ({q[8:-1]} = "
+             f"{run_python(q[8:-1])})" for q, leap, reply in list(zip(questions, mental, tool))[:4]]
+    return Finding(f"products right: {figures['tool']} with Python (asked in {called} of replies), "
+                   f"{figures['mental']} in one leap",
+                   [Check("right more often with Python", figures["tool"], figures["mental"])],
+                   dict(figures, called=called), texts)
+
+# ---- Letters -------------------------------------------------------------------------------------
+
+def letters(models):
+    """Tokens are not letters: counting letters fails in one leap, and Python does it.
+
+    Asked: how often a letter is in a held-out word; how many dots are in a row. Counted: right
+    answers in one leap, in one leap after the word was spelt in the chat, and with Python. Against:
+    one leap.
+    """
+    tokenizer = models.engine(*ASSISTANT).tokenizer
+    problems = [p for p in models.problems("held_out.jsonl", "counting", most=30)
+                if letter_and_word(p["messages"][-1]["content"])]
+    questions = [p["messages"][-1]["content"] for p in problems]
+    answers = [p["answer"] for p in problems]
+    words = [letter_and_word(question)[1] for question in questions]
+    spelt = [[dict(role="user", content=f"Spell {word}."),
+              dict(role="assistant", content=f"The letters are #### {' '.join(word)}."),
+              dict(role="user", content=question)] for word, question in zip(words, questions)]
+    dots = [(f"How many . are in {'.' * n}?", str(n)) for n in range(3, 19)]
+    counts = list(map(str, range(10)))
+    replies = dict(leap=in_one_leap(models, questions, LEAP, counts),
+                   spelt=in_one_leap(models, spelt, LEAP, counts),
+                   python=models.replies(ASSISTANT, questions))
+    figures = {way: share_of(map(says, some, answers)) for way, some in replies.items()}
+    counted = in_one_leap(models, [question for question, _ in dots], LEAP, counts)
+    figures["dots_leap"] = share_of(map(says, counted, [n for _, n in dots]))
+    spelling = models.problems("held_out.jsonl", "spelling", most=30)
+    from problems import is_correct
+    figures["spelling"] = share_of(map(is_correct, models.replies(
+        ASSISTANT, [p["messages"] for p in spelling]), spelling))
+    sizes = [len(word) / len(tokenizer.encode_ordinary(f" {word}")) for word in words]
+    figures["letters_a_token"] = mean(sizes)
+    checks = [Check("a token holds more than a letter", figures["letters_a_token"], Measured(1.0)),
+              Check("Python counts right more often than one leap", figures["python"],
+                    figures["leap"])]
+    said = (f"letters counted right: {figures['leap']} in one leap, {figures['spelt']} after "
+            f"spelling, {figures['python']} with Python; dots {figures['dots_leap']}; words spelt "
+            f"right {figures['spelling']}; {figures['letters_a_token']} letters a token")
+    texts = [f"{question}  {way}: {one_line(some[i])}" for i, question in
+             list(enumerate(questions))[:3] for way, some in replies.items()]
+    return Finding(said, checks, figures, texts)
+
+def letter_and_word(question):
+    """The letter and the word that a question to count names, or None.
+
+    >>> letter_and_word("How many times is the letter r in strawberry?")
+    ('r', 'strawberry')
+    """
+    found = (re.search(r"(?:many|letter|the) ([a-z]) (?:are )?in (\w+)", question))
+    return found and found.groups()
+
+# ---- Jagged intelligence -------------------------------------------------------------------------
+
+def jagged(models):
+    """Intelligence is jagged: 9.11 against 9.9 fails beside harder things that succeed.
+
+    Asked: pairs such as 9.11 and 9.9, where the longer number is the smaller one; pairs with one
+    digit after the point; products of three digits by two. Counted: right answers; those to pairs
+    also in one leap. Against: the products, which are harder for people; all may use their tools.
+    """
+    rng = random.Random(models.seed)
+    traps = [("9.11", "9.9")]
+    while len(traps) < 40:
+        whole, tenths = rng.randrange(1, 10), rng.randrange(2, 10)
+        pair = (f"{whole}.{rng.randrange(1, tenths)}{rng.randrange(1, 10)}", f"{whole}.{tenths}")
+        traps.append(pair if rng.random() < 0.5 else pair[::-1])
+    easy = [tuple(f"{rng.randrange(1, 10)}.{d}" for d in rng.sample(range(1, 10), 2))
+            for _ in traps]
+    figures = {}
+    texts = []
+    for name, pairs in dict(traps=traps, one_digit=easy).items():
+        questions = [f"Which is larger, {a} or {b}?" for a, b in pairs]
+        larger = [max(pair, key=float) for pair in pairs]
+        leap = in_one_leap(models, questions, "The larger one is ####", larger)
+        free = models.replies(ASSISTANT, questions, max_new_tokens=64)
+        figures[f"{name}_leap"] = share_of(map(says, leap, larger))
+        figures[f"{name}_free"] = share_of(map(says, free, larger))
+        texts += [f"{q}  {one_line(a)}  freely: {one_line(b)}"
+                  for q, a, b in list(zip(questions, leap, free))[:3]]
+    figures["products"] = arithmetic(models).figures["tool"]
+    said = (f"pairs like 9.11 and 9.9 right: {figures['traps_free']}, in one leap "
+            f"{figures['traps_leap']}; with one digit {figures['one_digit_free']}, in one leap "
+            f"{figures['one_digit_leap']}; products {figures['products']}")
+    return Finding(said, [Check("products are right more often than pairs like 9.11 and 9.9",
+                                figures["products"], figures["traps_free"])], figures, texts)
+
+# ---- Reinforcement learning ----------------------------------------------------------------------
+
+LONGER = 14             # bits in a row; the examples have 10
+
+def discovery(models):
+    """SFT imitates, RL discovers: practice finds a longer way of thinking that is right more often.
+
+    Asked: held-out problems of the practised kind, of the model before and after practice; rows of
+    14 bits, longer than any example. Counted: right answers; tokens of the replies. Against:
+    before practice; guessing.
+    """
+    before_run = models.engine("honest", "sft").tokenizer
+    log = models.log("rl")
+    practised = {row["kind"] for row in log if "kind" in row and "accuracy" in row}
+    problems = models.problems("held_out.jsonl", *practised, most=30)
+    replies = {role: models.replies((role, *ASSISTANT), [p["messages"] for p in problems],
+                                    max_new_tokens=128) for role in ("honest", "rl")}
+    from problems import is_correct
+    models.run("rl")
+    right = {role: share_of(map(is_correct, some, problems)) for role, some in replies.items()}
+    lengths = {role: mean([len(before_run.encode_ordinary(reply)) for reply in some], "tokens")
+               for role, some in replies.items()}
+    checks = [Check("more answers are right after practice", right["rl"], right["honest"]),
+              Check("replies are longer after practice", lengths["rl"], lengths["honest"])]
+    figures = dict(before=right["honest"], after=right["rl"], tokens_before=lengths["honest"],
+                   tokens_after=lengths["rl"])
+    said = (f"right before practice {right['honest']}, after {right['rl']}; replies "
+            f"{lengths['honest']}, then {lengths['rl']}")
+    if "bits" in practised:
+        longer = longer_rows(models)
+        figures["longer"] = longer
+        checks.append(Check(f"rows of {LONGER} bits, longer than any example, are no guess", longer,
+                            GUESSED))
+        said += f"; rows of {LONGER} bits {longer}"
+    texts = [f"step {row['step']}: reward {row['reward']:.2f}, {row['reply_tokens']:.0f} tokens a "
+             "reply" for row in log if "reward" in row and "reply_tokens" in row][::3]
+    texts += [f"{problems[0]['messages'][-1]['content']}  {role}: {one_line(some[0])}"
+              for role, some in replies.items()]
+    return Finding(said, checks, figures, texts)
+
+def longer_rows(models):
+    """The share of rows of LONGER bits that the reasoner answers rightly."""
+    rng = random.Random(models.seed)
+    rows = [[rng.randrange(2) for _ in range(LONGER)] for _ in range(40)]
+    replies = models.replies(("rl",), [
+        f"Is the number of ones in {' '.join(map(str, row))} even or odd?" for row in rows],
+        max_new_tokens=128)
+    return share_of(says(reply, ("even", "odd")[sum(row) % 2]) for reply, row in zip(replies, rows))
