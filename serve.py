@@ -154,7 +154,7 @@ def load_models(args):
         name = run.name
         if name in models:
             name = str(run)
-        engine = Engine(model.for_inference(), tokenizer, python=python, search=search)
+        engine = Engine(model.eval().for_inference(), tokenizer, python=python, search=search)
         models[name] = Served(name, run, engine, meta, args.max_tokens)
         models[name].index = index
         print(f"{run}: stage {meta['stage']}, step {meta['step']}, {model.num_params():,} "

@@ -592,6 +592,7 @@ def test_models_run_python_with_tools_alone(server, tools, monkeypatch):
     models = serve.load_models(serve.parse_args())
     assert list(models) == ["tiny-sft", "tiny-base"]
     assert [bool(model.engine.tools) for model in models.values()] == [tools, tools]
+    assert not any(model.engine.model.training for model in models.values())
 
 
 def test_documents_are_searched_as_the_model_learnt_it(server, tmp_path, monkeypatch):
