@@ -6,6 +6,7 @@ the engine itself, or by the model without any cache.
 import asyncio
 import contextlib
 import http.client
+import importlib.util
 import json
 import re
 import socket
@@ -25,7 +26,7 @@ import page
 import search
 import serve
 from api import Choice
-from conftest import noisy, run_main
+from conftest import ROOT, noisy, run_main
 from dispatch import Busy, Dispatcher
 from engine import Event, Request
 from model import GPTConfig, save_checkpoint
@@ -307,6 +308,19 @@ def test_a_client_that_leaves_frees_its_rows(server, port, stream, monkeypatch):
     leave(port, body, "/v1/completions", lambda: scheduler.step_number > before + 3)
     wait_until(lambda: scheduler.running == 0 and server.dispatcher.n_open == 0, 2)
     assert scheduler.step_number - before < 100 and not scheduler.waiting
+
+
+def test_the_bench_asks_and_kills(server, port, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    spec = importlib.util.spec_from_file_location("bench_serve", ROOT / "bench" / "serve.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    asked = bench.questions(3)
+    answers = asyncio.run(bench.ask_all(port, "tiny-sft", asked, at_once=3))
+    assert len(set(asked)) == 3 and all(text and tokens for text, tokens, _ in answers)
+    assert all(0 < first < 20 for _, _, first in answers)
+    bench.kill_clients(port, "tiny-sft", asked)
+    wait_until(lambda: server.dispatcher.n_open == 0)
 
 
 def idle_dispatcher(tokenizer, **limits):
