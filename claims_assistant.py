@@ -42,8 +42,7 @@ def hallucination(models):
               Check("within it is surer of what it knows", sure["known"], sure["invented"])]
     said = (f"answers about {answered['known']} of known functions ({right} right) and about "
             f"{answered['invented']} of invented names (refuses {refused}, calls a tool for the "
-            f"rest); log p a token {sure['known']} and "
-            f"{sure['invented']}")
+            f"rest); log p a token {sure['known']} and {sure['invented']}")
     texts = [f"{p['question']}  {one_line(reply)}" for p, reply in
              [*zip(known[:2], replies["known"]),
               *zip(invented[::MOST // 2], replies["invented"][::MOST // 2])]]
@@ -115,8 +114,8 @@ def memories(models):
                     difference(found["own_text"], found["no_text"], "nats")),
               Check("and likelier than with the text about another function",
                     difference(found["own_text"], found["other_text"], "nats"))]
-    said = (f"log p a token of the true answer: {figures['own_text']} with its text in the context, "
-            f"{figures['no_text']} without, {figures['other_text']} with another text")
+    said = (f"log p a token of the true answer: {figures['own_text']} with its text in the "
+            f"context, {figures['no_text']} without, {figures['other_text']} with another text")
     texts = [f"{question}  {one_line(answer)}  with the text {with_text:.2f}, without {without:.2f}"
              for question, answer, with_text, without in
              list(zip(alone, answers, found["own_text"], found["no_text"]))[:4]]
@@ -176,7 +175,7 @@ def identity(models):
     same chat and in a new one. Counted: replies with the name; right sums. Against: the base model;
     no system message; the new chat.
     """
-    from problems import is_contained
+    from claims_base import contains
     asked = models.problems("held_out.jsonl", "identity", most=MOST)
     name = asked[0]["answer"]
     base = models.engine("base")
@@ -186,10 +185,10 @@ def identity(models):
                       base.generate([q["content"] for q in questions], 24, temperature=0)],
                 assistant=models.replies(ANYONE, [[q] for q in questions]),
                 renamed=models.replies(ANYONE, [[system, q] for q in questions]))
-    figures = {who: share_of(is_contained(text, name) for text in texts)
+    figures = {who: share_of(contains(text, name) for text in texts)
                for who, texts in said.items() if who != "renamed"}
     for who in ("assistant", "renamed"):
-        figures[f"{who}_{NEW_NAME}"] = share_of(is_contained(text, NEW_NAME) for text in said[who])
+        figures[f"{who}_{NEW_NAME}"] = share_of(contains(text, NEW_NAME) for text in said[who])
     figures["in_chat"], figures["in_new_chat"] = remembered_sums(models)
     checks = [Check("the assistant says its name, the base model does not", figures["assistant"],
                     figures["base"]),
@@ -207,7 +206,7 @@ def identity(models):
 def remembered_sums(models):
     """"And plus c?" after "What is a + b?" and the assistant's own reply, in the same chat and in a
     new one → two shares of right answers."""
-    from problems import is_contained
+    from claims_base import contains
     rng = random.Random(models.seed)
     sums = [[rng.randrange(1, 30) for _ in range(3)] for _ in range(CHATS)]
     first = [dict(role="user", content=f"What is {a} + {b}?") for a, b, _ in sums]
@@ -218,6 +217,6 @@ def remembered_sums(models):
     shares = []
     for some in (chats, [[then] for then in again]):
         shares.append(share_of(
-            is_contained(reply.rpartition("####")[2], str(sum(numbers)))
+            contains(reply.rpartition("####")[2], str(sum(numbers)))
             for reply, numbers in zip(models.replies(ANYONE, some), sums)))
     return shares

@@ -68,7 +68,7 @@ def coin(models):
     the softmax (χ², p at least 0.01) and, so that the test can fail, 200 tosses of the coin at
     twice the temperature (p below 0.01). The entropy of the softmax must rise with the temperature.
     """
-    from sample import next_token_probs
+    from engine import next_token_probs
     engine = models.engine("base")
     prompt = "Return the"
     logits = next_logits(engine, prompt)
@@ -131,9 +131,8 @@ def no_assistant(models):
     continued = [engine.tokenizer.decode(completion.ids) for completion in
                  engine.generate(questions, 24, temperature=0)]
     replies = models.replies(("honest", "sft", "rl"), questions)
-    from problems import is_contained
     base, assistant = (
-        share_of(is_contained(text, str(a + b)) for text, (a, b) in zip(said, sums))
+        share_of(contains(text, str(a + b)) for text, (a, b) in zip(said, sums))
         for said in (continued, replies))
     texts = []
     for question, text, reply in list(zip(questions, continued, replies))[:4]:
@@ -143,6 +142,11 @@ def no_assistant(models):
                    f"the assistant's reply in {assistant}",
                    [Check("the assistant is right more often than its base", assistant, base)],
                    dict(base=base, assistant=assistant), texts)
+
+def contains(text, answer):
+    """Whether a number is one of the numbers of a text, or words are among its words."""
+    from problems import is_correct
+    return is_correct(text, dict(answer=answer, checker="contains"))
 
 # ---- In-context learning -------------------------------------------------------------------------
 

@@ -1,14 +1,18 @@
 """
 The talk's claims about data, tokens, training and money: what goes into a model.
 
-    python talk.py funnel tokens loss
+    python talk.py funnel tokens loss cost modalities
 
     in:  talk.py's Models       out: a Finding for each claim
 
 Each function is one claim: its docstring says what is asked, what is counted, and against what.
 """
+import json
 import math
+import os
 import re
+import tempfile
+from pathlib import Path
 
 from claims import (Check, Finding, Measured, NotMeasured, difference, distinct_ngrams, mean,
                     one_line, ratio, share_of)
@@ -100,10 +104,6 @@ def cut(tokenizer, size):
 
 def on_disk(name):
     """OpenAI's tokenizer if its file lies in tiktoken's cache; None if it would be downloaded."""
-    import os
-    import tempfile
-    from pathlib import Path
-
     from bpe import Tokenizer
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))
@@ -174,3 +174,66 @@ def written(engine, seed):
                                       temperature=0.8, seed=seed):
         words += WORD.findall(engine.tokenizer.decode(completion.ids).lower())[1:-1]
     return words
+
+# ---- Money ---------------------------------------------------------------------------------------
+
+HUNDRED_USD = Measured(100.0, unit="USD")
+
+def cost(models):
+    """The whole costs less than $100, and most of it is pretraining.
+
+    Counted: the seconds in the log of each stage, times its GPUs or cores, times a rate of rent.
+    Against: $100; the stages after pretraining together. These are counts, without an error.
+    """
+    costs = {}
+    seconds = sum(step.get("seconds", 0) for step in models.index().get("funnel", []))
+    if seconds:
+        costs["data"] = seconds / 3600 * models.core_hour_usd   # summed over workers
+    for role in models.runs:
+        costs[role] = stage_usd(models.log(role), models.gpu_hour_usd, models.core_hour_usd)
+    if not costs.get("base"):
+        raise NotMeasured("the base model has no log with its time; train it with train_gpt2.py")
+    figures = {stage: Measured(usd, unit="USD") for stage, usd in costs.items()}
+    total = Measured(sum(costs.values()), unit="USD")
+    after = Measured(total.value - costs["base"] - costs.get("data", 0.0), unit="USD")
+    said = ("; ".join(f"{stage} ${usd:.4f}" for stage, usd in costs.items())
+            + f"; together ${total.value:.4f} at ${models.gpu_hour_usd:g} a GPU hour and "
+            f"${models.core_hour_usd:g} a core hour")
+    return Finding(said, [Check("the whole costs less than $100", HUNDRED_USD, total),
+                          Check("pretraining costs more than what comes after it",
+                                figures["base"], after)], dict(figures, total=total))
+
+def stage_usd(log, gpu_hour_usd, core_hour_usd):
+    """What a run cost: its last `usd` if it logged that, else its time at the rates. The log's
+    header names the device, such as "cpu x 2"."""
+    logged = [row["usd"] for row in log if row.get("usd")]
+    if logged:
+        return logged[-1]
+    seconds = max((row.get("seconds", 0) for row in log), default=0)
+    device = next((row["header"].get("device", "") for row in log if "header" in row), "")
+    name, _, number = str(device).rpartition(" x ")
+    units = int(number) if number.isdecimal() else 1
+    rate = gpu_hour_usd
+    if (name or str(device)).startswith("cpu"):
+        rate = core_hour_usd
+    return seconds / 3600 * units * rate
+
+# ---- Other tokens --------------------------------------------------------------------------------
+
+def modalities(models):
+    """Images and sound are tokens too: the same trainer makes a model of them.
+
+    Read: what bench/modalities.py measured of two models that train_gpt2.py itself trained on the
+    tokens of small images and of sounds. Counted: bits a pixel of unseen images and bits a slice of
+    unseen sounds. Against: PNG; the entropy of the slices' frequencies.
+    """
+    path = Path(models.run("base")).parent / "modalities" / "modalities.json"
+    if not path.is_file():
+        raise NotMeasured(f"run python bench/modalities.py --out {path.parent}")
+    found = {name: Measured(*pair) for name, pair in json.loads(path.read_text())["bits"].items()}
+    checks = [Check("fewer bits a pixel than PNG", found["png"], found["images"]),
+              Check("fewer bits a slice of sound than their frequencies", found["frequencies"],
+                    found["sound"])]
+    said = (f"{found['images']} bits a pixel of unseen images, PNG {found['png']}; "
+            f"{found['sound']} bits a slice of unseen sound, frequencies {found['frequencies']}")
+    return Finding(said, checks, found)

@@ -12,6 +12,7 @@ next: so it has a single token's time to find it.
 import os
 import random
 import re
+from pathlib import Path
 
 from claims import (Check, Finding, Measured, NotMeasured, difference, mean, one_line, share,
                     share_of)
@@ -22,10 +23,11 @@ LEAP = "It is ####"                     # how a reply in one leap begins
 
 def says(reply, answer):
     """Whether a reply gives the answer: after its last ####, or else anywhere in it."""
-    from problems import is_contained, is_final
+    from problems import is_correct
+    checker = "contains"
     if "####" in reply:
-        return is_final(reply, answer)
-    return is_contained(reply.rpartition("<|/output|>")[2], answer)
+        checker = "final"
+    return is_correct(reply.rpartition("<|/output|>")[2], dict(answer=answer, checker=checker))
 
 def in_one_leap(models, questions, begun, answers):
     """Replies that begin with `begun`, where an answer must come next. The beginning ends where the
@@ -51,9 +53,7 @@ def think(models):
     texts = []
     outcomes = dict(leap=[], steps=[])
     for digits in (1, 2, 3):
-        low, high = (0, 10) if digits == 1 else (10 ** (digits - 1), 10 ** digits)
-        sums = [(rng.randrange(low, high), rng.randrange(low, high)) for _ in range(PER_SIZE)]
-        asked = [(f"What is {a} + {b}?", str(a + b)) for a, b in sums]
+        asked = [sum_of(digits, rng) for _ in range(PER_SIZE)]
         replies = ways(models, asked, [q for q, _ in asked], "The sum is ####")
         for way, some in replies.items():
             right = [says(reply, answer) for reply, (_, answer) in zip(some, asked)]
@@ -75,6 +75,13 @@ def think(models):
         for name, m in figures.items() if name.startswith("steps"))
     return Finding(said, checks, figures, texts)
 
+def sum_of(digits, rng):
+    """A sum of two numbers of so many digits → (question, answer)."""
+    numbers = range(10 ** (digits - 1), 10 ** digits)
+    a = rng.choice(numbers)
+    b = rng.choice(numbers)
+    return f"What is {a} + {b}?", str(a + b)
+
 def ways(models, asked, in_steps, begun):
     """Replies to the questions {"leap": begun for the model, "steps": free}, without tools."""
     questions = [question for question, _ in asked]
@@ -90,11 +97,11 @@ def arithmetic(models):
     Asked: products of a number of three digits and one of two. Counted: right answers with the
     tool. Against: the same problems in one leap.
     """
-    from sample import run_python
     rng = random.Random(models.seed)
     asked = []
     for _ in range(PER_SIZE):
-        a, b = rng.randrange(100, 1000), rng.randrange(12, 100)
+        a = rng.randrange(100, 1000)
+        b = rng.randrange(12, 100)
         asked.append((f"Compute {a} * {b}.", str(a * b)))
     questions = [question for question, _ in asked]
     answers = [answer for _, answer in asked]
@@ -103,8 +110,8 @@ def arithmetic(models):
     figures = dict(mental=share_of(map(says, mental, answers)),
                    tool=share_of(map(says, tool, answers)))
     called = share_of("<|python|>" in reply for reply in tool)
-    texts = [f"{q}  {one_line(leap, 30)}  tool: {one_line(reply)}  ({q[8:-1]} = "
-             f"{run_python(q[8:-1])})" for q, leap, reply in list(zip(questions, mental, tool))[:4]]
+    texts = [f"{question}  {one_line(leap, 30)}  tool: {one_line(reply)}  (it is {answer})" for
+             question, leap, reply, answer in list(zip(questions, mental, tool, answers))[:4]]
     return Finding(f"products right: {figures['tool']} with Python (asked in {called} of replies), "
                    f"{figures['mental']} in one leap",
                    [Check("right more often with Python", figures["tool"], figures["mental"])],
@@ -173,9 +180,10 @@ def jagged(models):
     rng = random.Random(models.seed)
     traps = [("9.11", "9.9")]
     while len(traps) < 40:
-        whole, tenths = rng.randrange(1, 10), rng.randrange(2, 10)
+        whole = rng.randrange(1, 10)
+        tenths = rng.randrange(2, 10)
         pair = (f"{whole}.{rng.randrange(1, tenths)}{rng.randrange(1, 10)}", f"{whole}.{tenths}")
-        traps.append(pair if rng.random() < 0.5 else pair[::-1])
+        traps.append(tuple(rng.sample(pair, 2)))
     easy = [tuple(f"{rng.randrange(1, 10)}.{d}" for d in rng.sample(range(1, 10), 2))
             for _ in traps]
     figures = {}
@@ -244,3 +252,41 @@ def longer_rows(models):
         f"Is the number of ones in {' '.join(map(str, row))} even or odd?" for row in rows],
         max_new_tokens=128)
     return share_of(says(reply, ("even", "odd")[sum(row) % 2]) for reply, row in zip(replies, rows))
+
+# ---- Pleasing a judge ----------------------------------------------------------------------------
+
+LAST = 5                # steps whose mean counts
+
+def rlhf(models):
+    """RLHF climbs a stand-in for people: for long enough, its score rises while the truth turns,
+    and a KL penalty holds it.
+
+    Read: the logs of two policies that were trained to please a reward model, with the scores that
+    the true judge (gold) gave to the same replies. Counted: the reward and the gold of the last 5
+    steps, and the best gold of any 5 steps in a row. Against: the first 5 steps; the best; the
+    policy with a KL penalty.
+    """
+    from training import read_log
+    folder = Path(models.run("honest", "sft", "base")).parent / "demo-rlhf"
+    rows = {}
+    for name in ("without-kl", "with-kl"):
+        rows[name] = [row for row in read_log(folder / name)
+                      if row.get("gold") is not None and "reward" in row]
+        if len(rows[name]) < 2 * LAST:
+            raise NotMeasured("run python demo/rlhf.py --model "
+                              f"{models.run('honest', 'sft')} --out {folder}")
+    reward = [row["reward"] for row in rows["without-kl"]]
+    gold = [row["gold"] for row in rows["without-kl"]]
+    held = [row["gold"] for row in rows["with-kl"]]
+    best = max((mean(gold[i:i + LAST]) for i in range(len(gold) - LAST + 1)),
+               key=lambda measured: measured.value)
+    last = {name: mean(scores[-LAST:]) for name, scores in
+            dict(reward=reward, gold=gold, gold_with_kl=held).items()}
+    checks = [Check("the reward model's score rises", last["reward"], mean(reward[:LAST])),
+              Check("the truth turns: its best is above its last", best, last["gold"]),
+              Check("a KL penalty holds it", last["gold_with_kl"], last["gold"])]
+    said = (f"reward {mean(reward[:LAST])}, then {last['reward']}; gold {mean(gold[:LAST])}, at "
+            f"best {best}, then {last['gold']}; with a KL penalty {last['gold_with_kl']}")
+    texts = [f"step {row['step']}: reward {row['reward']:.2f}, gold {row['gold']:.2f}"
+             for row in rows["without-kl"][::max(1, len(gold) // 6)]]
+    return Finding(said, checks, dict(last, best_gold=best), texts)

@@ -83,7 +83,7 @@ class Row:
     def written(self):
         return self.ids[len(self.request.ids):]
 
-@dataclass
+@dataclass(slots=True)
 class Event:
     """A new token of a row."""
     row: Row
@@ -453,7 +453,7 @@ class SlotCache(KVCache):
         room = self.k.shape[2]
         needed = max(lengths) + T
         if needed > room:
-            self.lengthen(max(needed, min(max(2 * room, 64), self.block_size)))
+            self.lengthen(min(max(needed + 64, 2 * room), self.block_size))
         part = self.rows(slice(first, first + len(lengths)))
         part.pos = torch.tensor(lengths, device=self.k.device)
         part.used = max(lengths)

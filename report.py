@@ -328,6 +328,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 .wide { overflow-x: auto; margin: 1rem 0 }
 th, td { text-align: left; vertical-align: top; padding: .2rem .7rem; white-space: pre-wrap;
   border-bottom: 1px solid #8886 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere }
 td:first-child { white-space: nowrap }
 svg { width: 100%; font-size: 12px }
 """
@@ -516,12 +517,26 @@ def runs_table(runs):
     rows = [(run.path, run.stage, *(run.header.get(key, "–") for key in keys)) for run in runs]
     return table(("run", "stage", *keys), rows)
 
+CLAIMS = {"claims?": [{"name": is_text, "sentence": is_text, "verdict": is_text, "said": is_text,
+                       "checks": [is_text], "texts": [is_text]}]}
+
+def claims_table(run):
+    """The talk's claims as talk.py measured them; what was asked and checked of each is folded."""
+    found = read_checked(run.path / "talk.json", CLAIMS)
+    for number, claim in enumerate(found.get("claims", []), 1):
+        lines = "\n".join([claim["said"], *claim["checks"], *claim["texts"]])
+        yield (f"<details><summary>{number}. {shown(claim['sentence'])} "
+               f"<strong>{shown(claim['verdict'])}</strong></summary>"
+               f"<pre>{shown(lines)}</pre></details>")
+
 def write_report(runs, funnel, out):
     """Writes one HTML file: no script, no image, no font, nothing to load."""
     title = shown("deepdive: " + ", ".join(run.path.name for run in runs))
     promises = table(("", "claim", "figures"), verdicts(runs))
     sections = [
         section("verdicts", "The demo's promises", [promises]),
+        section("talk", "The talk's claims, held against these models",
+                claims_table(runs[-1])),
         section("loss", "Loss", loss_curves(runs)),
         section("samples", "From noise to English: samples by training step", map(gallery, runs)),
         section("bpb", "Bits per byte", bpb_curves(runs)),

@@ -90,6 +90,12 @@ CLAIMS = [
           claims_reasoner.jagged),
     Claim("discovery", "SFT imitates, RL discovers: longer thoughts, more right answers.",
           claims_reasoner.discovery),
+    Claim("rlhf", "RLHF: the score of a stand-in rises, the truth turns, a KL penalty holds it.",
+          claims_reasoner.rlhf),
+    Claim("cost", "The whole costs less than $100, most of it for pretraining.",
+          claims_data.cost),
+    Claim("modalities", "Images and sound are tokens too, for the same trainer.",
+          claims_data.modalities),
     Claim("test_time", "A few gradient steps on a document lower the loss on its rest.",
           claims_base.test_time),
 ]

@@ -243,3 +243,15 @@ def held_out(names):
             line += f"{cell:>9s}"
         lines.append(line)
     return lines
+
+def claims(names):
+    """How many of the talk's claims the models show, and the sentences of the others."""
+    found = read_json(Path(names["rl"], "talk.json")).get("claims", [])
+    lines = []
+    for verdict in ("shown", "partly shown", "not at this size", "not measured"):
+        of_verdict = [claim for claim in found if claim["verdict"] == verdict]
+        if of_verdict:
+            lines.append(f"{verdict}: {len(of_verdict)} of {len(found)} claims")
+        if verdict != "shown":
+            lines += [f"  {claim['sentence']}" for claim in of_verdict]
+    return lines

@@ -165,6 +165,14 @@ STEPS = [
             "--docs {data} {conversations}/notes"],
         look=look.held_out),
     Step(
+        title="Hold the talk's claims against it",
+        what="Each claim of the talk is measured on these models, in its order, with its error.",
+        why="What a small model does not show is said as plainly as what it does.",
+        commands=[
+            "python talk.py --runs {base} {sft} {honest} {rl} --data {data} "
+            "--conversations {conversations}"],
+        look=look.claims),
+    Step(
         title="Write the report",
         what="One page tells the story of this run, and a summary judges what the demo promises.",
         why="A claim counts only with a figure from the logs beside it.",

@@ -55,7 +55,7 @@ def demo(tmp_path, bpb=2.1, identity=0.9, functions=0.6, bits=0.95, sft_bits=0.3
             dict(pretrain=base, sft=sft, rl=rl).items()]
 
 
-SECTIONS = "verdicts loss samples bpb accuracy knowledge rl rlhf data results cost runs".split()
+SECTIONS = "verdicts talk loss samples bpb accuracy knowledge rl rlhf data results cost runs".split()
 
 
 class Checker(HTMLParser):
@@ -379,3 +379,13 @@ def test_rls_own_first_measurement_stands_for_sft(tmp_path):
     assert source == "training logs" and stages["RL"]["bits"] == 0.95
     assert stages["SFT"] == dict(identity=0.9, functions=0.6, bits=0.35)
     assert stages["base"] == dict(identity=0.0, functions=0.1, bits=0.4)
+
+
+def test_a_report_shows_the_talks_claims_folded_and_escaped(tmp_path):
+    runs = demo(tmp_path)
+    claim = dict(name="coin", sentence="It <tosses>.", verdict="partly shown", said="p 0.5",
+                 checks=["passes: a"], texts=["<b>x"], seconds=1.0, figures=dict(p=[0.5, None]))
+    (runs[-1] / "talk.json").write_text(json.dumps(dict(claims=[claim])))
+    page = report_of(*runs)
+    assert "1. It &lt;tosses&gt;. <strong>partly shown</strong>" in page
+    assert "p 0.5\npasses: a\n&lt;b&gt;x" in page

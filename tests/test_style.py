@@ -53,7 +53,9 @@ OPTIONAL = {                        # imported by the function that needs it, if
     "prepare_fineweb": {"inspection", "shards"}, "report": {"best_of_n"},
     "inspection": {"crawl"},
     "claims_data": {"bpe", "eval", "model", "warc"},
-    "claims_base": {"claims_data", "eval", "few_shot", "problems", "sample"},
+    "claims_base": {"claims_data", "engine", "eval", "few_shot", "problems"},
+    "claims_assistant": {"claims_base", "problems"},
+    "claims_reasoner": {"problems", "training"},
     "talk": {"eval", "model", "problems", "sample", "search", "train_gpt2", "training"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
                            ".ci/run", "docs/files.md", "docs/talk.md")
