@@ -57,7 +57,7 @@ NEUTRAL = {     # fields that are not known here: the values with which they cha
 HARMLESS = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
             "prompt_cache_key")
 COMMON = ("model", "stream", "stream_options", "stop", "logprobs", *NUMBERS)
-MAX_STOPS = 16
+MAX_STOPS = 16          # OpenAI allows 4
 
 def check_fields(body, more):
     """Refuses a field that is not known, unless its value changes nothing."""
@@ -109,6 +109,7 @@ def texts(body, name, most):
     return value
 
 def find_model(body, models):
+    """The model that a body names. Raises Refused with status 404 if there is none."""
     name = body.get("model")
     if not isinstance(name, str):
         raise Refused("model must name one of the models of /v1/models", "model")
@@ -131,6 +132,7 @@ def read_messages(body):
     return [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 def read_message(message, where):
+    """A message → {"role", "content"}; where: how an error names it."""
     if not isinstance(message, dict):
         raise Refused(f"{where} must be an object", "messages")
     role = message.get("role")
@@ -195,6 +197,7 @@ class Asked:
                                     top=top, **self.sampling))
         return rows
 
+# OpenAI's defaults, and no cut for the settings that it does not have
 SAMPLING = dict(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0)
 
 def read_common(body, model, prompts, default_tokens):
@@ -372,12 +375,14 @@ class Answer:
         self.offsets = [0] * len(self.choices)      # characters of text so far
 
     def usage(self):
+        """Tokens read and written. A prompt counts once, however many answers it has."""
         prompt_tokens = sum(map(len, self.asked.prompts))
         completion_tokens = sum(choice.n_tokens for choice in self.choices)
         return dict(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens,
                     total_tokens=prompt_tokens + completion_tokens)
 
     def whole(self):
+        """The answer of a request that is no stream."""
         choices = []
         for i, choice in enumerate(self.choices):
             form = dict(index=i, finish_reason=choice.finish, logprobs=None)
@@ -391,6 +396,8 @@ class Answer:
         return dict(self.head, choices=choices, usage=self.usage())
 
     def message(self, choice):
+        """A choice as a message; `parts`, which OpenAI does not have, keeps the order in which an
+        assistant thought, asked tools and spoke."""
         message = dict(role="assistant", content=choice.text_of(), refusal=None)
         reasoning = choice.text_of(is_text=False)
         if reasoning:
@@ -412,6 +419,7 @@ class Answer:
         return self.chunk_form([form])
 
     def chunk_form(self, choices, usage=None):
+        """What all chunks share. With include_usage, all but the last say usage: null."""
         form = dict(self.head, choices=choices)
         if self.asked.is_chat:
             form["object"] = "chat.completion.chunk"
@@ -424,6 +432,8 @@ class Answer:
         return self.chunk_form([], self.usage())
 
     def logprobs(self, i, pieces):
+        """The log-probabilities of the tokens of some pieces, before temperature and cuts. Of
+        /v1/completions they have a form of their own, with the place of each token in the text."""
         pieces = [piece for piece in pieces if piece.event]
         if self.asked.is_chat:
             return dict(content=[self.entry(piece.event) for piece in pieces], refusal=None)
@@ -439,10 +449,12 @@ class Answer:
         return form
 
     def entry(self, event):
+        """A token of a chat with its alternatives. A tool's token has no log-probability."""
         top = [self.named(token, logprob) for token, logprob in event.alternatives or ()]
         return dict(self.named(event.token, event.logprob), top_logprobs=top)
 
     def named(self, token, logprob):
+        """A token as text, and as bytes, since it may be a part of a character."""
         data = self.tokenizer.decode_bytes([token])
         return dict(token=data.decode("utf-8", "replace"), logprob=logprob, bytes=list(data))
 
@@ -458,6 +470,7 @@ def delta(pieces, is_first):
 
 def models_form(models):
     """/v1/models."""
-    data = [dict(id=model.name, object="model", created=model.created, owned_by="deepdive")
-            for model in models.values()]
-    return dict(object="list", data=data)
+    return dict(object="list", data=[model_form(model) for model in models.values()])
+
+def model_form(model):
+    return dict(id=model.name, object="model", created=model.created, owned_by="deepdive")

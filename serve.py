@@ -126,6 +126,7 @@ class Served:
         return self.last_logits[key]
 
     def described(self):
+        """What the page shows of it."""
         return dict(name=self.name, stage=self.stage, step=self.step, is_chat=self.is_chat,
                     params=self.engine.model.num_params(), context=self.block_size,
                     vocab=self.engine.tokenizer.n_vocab, tokenizer=self.engine.tokenizer.name)
@@ -208,6 +209,8 @@ class Guard:
         await app(scope, receive, send_with_headers)
 
     def check_source(self, scope, headers):
+        """None, or why a request does not come from this server's own page or from a program. A
+        link from another site may open the page itself, which is a navigation."""
         host = headers.get("host", "")
         if self.hosts is not None and host.lower() not in self.hosts:
             return Refused("this server answers to its own address alone", status=403)
@@ -220,6 +223,8 @@ class Guard:
         return None
 
     def check_key(self, scope, headers):
+        """None, or that the key is missing; compared in a time that does not tell how much of it
+        was right."""
         if not self.api_key or scope["path"] == "/":        # the page itself holds no secret
             return None
         given = headers.get("authorization", "").removeprefix("Bearer ")
@@ -234,6 +239,7 @@ def own_hosts(host, port):
     return {f"{name}:{port}" for name in names} | (names if port == 80 else set())
 
 def is_loopback(host):
+    """Whether only programs on this machine can reach an address to listen on."""
     if host == "localhost":
         return True
     try:
@@ -255,6 +261,7 @@ def policy_of(html):
 # ---- Answering -----------------------------------------------------------------------------------
 
 def as_response(refused):
+    """A Refused → the response in OpenAI's form."""
     from starlette.responses import JSONResponse
     headers = {}
     if refused.status == 401:
@@ -288,13 +295,13 @@ async def read_json(request):
 def endpoint(function):
     """A coroutine function (server, body of the request) → a route's function. What it returns is
     sent as JSON, or if it is an async iterator, as a stream of its items; a Refused that it raises,
-    in OpenAI's form. GET has the query for a body."""
+    in OpenAI's form. GET has the query, and what the path names, for a body."""
     @functools.wraps(function)
     async def answer(request):
         from starlette.requests import ClientDisconnect
         from starlette.responses import JSONResponse
         try:
-            body = dict(request.query_params)
+            body = dict(request.query_params, **request.path_params)
             if request.method == "POST":
                 body = await read_json(request)
             result = await unless_gone(request, function(request.app.state.server, body))
@@ -341,6 +348,7 @@ class Stream:
             pass
 
     async def send_all(self, scope, receive, send):
+        """Sends the items. An error after the first one becomes an event, as OpenAI does it."""
         has_begun = False
         try:
             async for item in self.items:
@@ -432,6 +440,9 @@ class Server:
 async def list_models(server, body):
     return api.models_form(server.models)
 
+async def show_model(server, body):
+    return api.model_form(api.find_model(body, server.models))
+
 async def chat_completions(server, body):
     return await server.answer(api.read_chat(body, server.models))
 
@@ -440,7 +451,8 @@ async def completions(server, body):
 
 # ---- Starting ------------------------------------------------------------------------------------
 
-ROUTES = {("GET", "/v1/models"): list_models, ("POST", "/v1/chat/completions"): chat_completions,
+ROUTES = {("GET", "/v1/models"): list_models, ("GET", "/v1/models/{model:path}"): show_model,
+          ("POST", "/v1/chat/completions"): chat_completions,
           ("POST", "/v1/completions"): completions, ("GET", "/api/state"): page.state,
           ("POST", "/api/write"): page.write, ("POST", "/api/next"): page.next_token,
           ("POST", "/api/tokens"): page.tokens, ("GET", "/api/log"): page.log,

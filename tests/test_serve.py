@@ -118,6 +118,9 @@ CHAT = dict(model="tiny-sft", messages=[dict(role="user", content="Hi")], max_to
 
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == ["tiny-base", "tiny-sft"]
+    assert client.models.retrieve("tiny-sft").owned_by == "deepdive"
+    with pytest.raises(openai.NotFoundError, match="no model gpt-5"):
+        client.models.retrieve("gpt-5")
 
 
 def test_a_reply_is_what_the_engine_writes(client, server, tokenizer):
