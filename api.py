@@ -21,7 +21,6 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
-from bpe import MOVES
 from engine import Request
 
 # ---- Checking a request --------------------------------------------------------------------------
@@ -58,7 +57,7 @@ NEUTRAL = {     # fields that are not known here: the values with which they cha
 HARMLESS = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
             "prompt_cache_key")
 COMMON = ("model", "stream", "stream_options", "stop", "logprobs", *NUMBERS)
-MAX_STOPS = 16
+MAX_STOPS = 16          # OpenAI allows 4
 
 def check_fields(body, more):
     """Refuses a field that is not known, unless its value changes nothing."""
@@ -110,6 +109,7 @@ def texts(body, name, most):
     return value
 
 def find_model(body, models):
+    """The model that a body names. Raises Refused with status 404 if there is none."""
     name = body.get("model")
     if not isinstance(name, str):
         raise Refused("model must name one of the models of /v1/models", "model")
@@ -118,7 +118,7 @@ def find_model(body, models):
                       "model_not_found")
     return models[name]
 
-PART_TYPES = ("text", "think", "python", "output", "search")
+PARTS = ("think", "python", "output", "search")     # what an assistant's turn has beside text
 MAX_MESSAGES = 1000
 
 def read_messages(body):
@@ -132,6 +132,7 @@ def read_messages(body):
     return [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 def read_message(message, where):
+    """A message → {"role", "content"}; where: how an error names it."""
     if not isinstance(message, dict):
         raise Refused(f"{where} must be an object", "messages")
     role = message.get("role")
@@ -146,9 +147,17 @@ def read_message(message, where):
         raise Refused(f"{where}.content must be a text or a list of parts", "messages")
     return dict(role=role, content=content)
 
+def plain(message):
+    """The text of a message, without what else an assistant's may have."""
+    if isinstance(message["content"], str):
+        return message["content"]
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
 def read_part(part, role, where):
     """A part of a content. An assistant's may be those of bpe.py; the others' are texts."""
-    allowed = PART_TYPES if role == "assistant" else ("text",)
+    allowed = ("text",)
+    if role == "assistant":
+        allowed = ("text", *PARTS)
     if not isinstance(part, dict) or part.get("type") not in allowed:
         raise Refused(f"{where}.content may have parts of type {', '.join(allowed)} alone",
                       "messages")
@@ -188,6 +197,7 @@ class Asked:
                                     top=top, **self.sampling))
         return rows
 
+# OpenAI's defaults, and no cut for the settings that it does not have
 SAMPLING = dict(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0)
 
 def read_common(body, model, prompts, default_tokens):
@@ -254,10 +264,10 @@ def read_completion(body, models):
 
 @dataclass
 class Piece:
-    """Some text of an answer, and the tokens that it came from."""
-    part: str       # "text", or what else an assistant's turn has: think, python, output, search
-    text: str
-    event: object   # of the scheduler
+    """The text of a token of an answer."""
+    part: str       # "text" or one of PARTS
+    text: str       # "" for a token that is not the last one of its character
+    event: object   # of the scheduler; None for what is left of a character at the end
 
 class Choice:
     """One of the answers to a request, while it is being written: `add` takes the next event of the
@@ -278,23 +288,28 @@ class Choice:
 
     def add(self, event):
         self.n_tokens += 1
-        name = self.name_of.get(event.token)
-        opened = MOVES.get((self.part, name))
-        certain = []
-        if event.finish == "stop":
-            certain = self.release(Piece(self.part, self.decoder.decode(b"", final=True), event))
-        elif self.in_parts and opened:
-            certain = self.release(Piece(self.part, self.decoder.decode(b"", final=True), event))
-            self.part = opened
+        part = self.part_after(event.token)
+        if event.finish == "stop" or part != self.part:     # a token that is not text ends a text
+            certain = self.release()
+            self.part = part
         else:
             text = self.decoder.decode(self.tokenizer.decode_bytes([event.token]))
             self.waiting.append(Piece(self.part, text, event))
             certain = self.settle()
         if event.finish and not self.finish:
             self.finish = event.finish
-            certain += self.release(Piece(self.part, self.decoder.decode(b"", final=True), None))
+            certain += self.release()
         self.pieces += certain
         return certain
+
+    def part_after(self, token):
+        """The part that a token opens; "text" if it closes one; the same part for other tokens."""
+        name = self.name_of.get(token, "")
+        if self.in_parts and self.part == "text" and name.strip("<|>") in PARTS:
+            return name.strip("<|>")
+        if self.in_parts and name == f"<|/{self.part}|>":
+            return "text"
+        return self.part
 
     def settle(self):
         """The waiting pieces that no stop text can begin in; ends the answer at a stop text."""
@@ -316,12 +331,14 @@ class Choice:
             self.waiting = []
         return done
 
-    def release(self, last):
-        """All waiting pieces, because no stop text can go on; and one more, if it says anything."""
+    def release(self):
+        """All waiting pieces, because the text has ended, and what is left of a character that was
+        cut."""
         done = self.waiting
         self.waiting = []
-        if last.text:
-            done.append(last)
+        rest = self.decoder.decode(b"", final=True)
+        if rest:
+            done.append(Piece(self.part, rest, None))
         return done
 
     def text_of(self, is_text=True):
@@ -358,12 +375,14 @@ class Answer:
         self.offsets = [0] * len(self.choices)      # characters of text so far
 
     def usage(self):
+        """Tokens read and written. A prompt counts once, however many answers it has."""
         prompt_tokens = sum(map(len, self.asked.prompts))
         completion_tokens = sum(choice.n_tokens for choice in self.choices)
         return dict(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens,
                     total_tokens=prompt_tokens + completion_tokens)
 
     def whole(self):
+        """The answer of a request that is no stream."""
         choices = []
         for i, choice in enumerate(self.choices):
             form = dict(index=i, finish_reason=choice.finish, logprobs=None)
@@ -377,6 +396,8 @@ class Answer:
         return dict(self.head, choices=choices, usage=self.usage())
 
     def message(self, choice):
+        """A choice as a message; `parts`, which OpenAI does not have, keeps the order in which an
+        assistant thought, asked tools and spoke."""
         message = dict(role="assistant", content=choice.text_of(), refusal=None)
         reasoning = choice.text_of(is_text=False)
         if reasoning:
@@ -398,6 +419,7 @@ class Answer:
         return self.chunk_form([form])
 
     def chunk_form(self, choices, usage=None):
+        """What all chunks share. With include_usage, all but the last say usage: null."""
         form = dict(self.head, choices=choices)
         if self.asked.is_chat:
             form["object"] = "chat.completion.chunk"
@@ -410,6 +432,8 @@ class Answer:
         return self.chunk_form([], self.usage())
 
     def logprobs(self, i, pieces):
+        """The log-probabilities of the tokens of some pieces, before temperature and cuts. Of
+        /v1/completions they have a form of their own, with the place of each token in the text."""
         pieces = [piece for piece in pieces if piece.event]
         if self.asked.is_chat:
             return dict(content=[self.entry(piece.event) for piece in pieces], refusal=None)
@@ -425,10 +449,12 @@ class Answer:
         return form
 
     def entry(self, event):
+        """A token of a chat with its alternatives. A tool's token has no log-probability."""
         top = [self.named(token, logprob) for token, logprob in event.alternatives or ()]
         return dict(self.named(event.token, event.logprob), top_logprobs=top)
 
     def named(self, token, logprob):
+        """A token as text, and as bytes, since it may be a part of a character."""
         data = self.tokenizer.decode_bytes([token])
         return dict(token=data.decode("utf-8", "replace"), logprob=logprob, bytes=list(data))
 
@@ -444,6 +470,7 @@ def delta(pieces, is_first):
 
 def models_form(models):
     """/v1/models."""
-    data = [dict(id=model.name, object="model", created=model.created, owned_by="deepdive")
-            for model in models.values()]
-    return dict(object="list", data=data)
+    return dict(object="list", data=[model_form(model) for model in models.values()])
+
+def model_form(model):
+    return dict(id=model.name, object="model", created=model.created, owned_by="deepdive")

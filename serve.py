@@ -11,9 +11,10 @@ in:  runs, and a browser or a client of OpenAI's API
 out: http://127.0.0.1:8000, the page serve.html; /v1/models, /v1/chat/completions, /v1/completions;
      --preferences, a file of rankings {"prompt", "ranking"} that were made on the page
 
-dispatch.py holds the thread that computes, api.py OpenAI's forms. This file has the routes, what
-the page asks for, and what keeps others out: only this machine is served, or who knows the key; a
-request from another site's page is refused; all sizes have limits; tools are off without --tools.
+dispatch.py has the thread that computes, api.py OpenAI's forms, and page.py what the page asks for.
+Here is what answers them over HTTP, and what keeps others out: only this machine is served, or who
+knows the key; a request from the page of another site is refused; all sizes have limits; tools are
+off without --tools.
 """
 import argparse
 import asyncio
@@ -23,20 +24,16 @@ import hashlib
 import hmac
 import ipaddress
 import json
-import math
-import os
 import re
 import secrets
-import time
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import api
-from api import Answer, Asked, Choice, Refused
-from bpe import Tokenizer
+import page
+from api import Answer, Refused
 from dispatch import Busy, Dispatcher, Failed
-from engine import next_token_probs
 from model import load_checkpoint
 
 MAX_BODY_BYTES = 1 << 20
@@ -67,7 +64,7 @@ class Served:
         if self.is_chat:
             ids, _ = self.engine.tokenizer.render(self.with_tools(messages), for_completion=True)
             return ids
-        return self.document("\n".join(plain(message) for message in messages))
+        return self.document("\n".join(api.plain(message) for message in messages))
 
     def with_tools(self, messages):
         """The messages, in which the system says that the model can search, as it learnt it."""
@@ -76,7 +73,7 @@ class Served:
         from search import CAN_SEARCH
         system = ""
         if messages[0]["role"] == "system":
-            system = plain(messages[0])
+            system = api.plain(messages[0])
             messages = messages[1:]
         return [dict(role="system", content=f"{system} {CAN_SEARCH}".strip()), *messages]
 
@@ -99,15 +96,15 @@ class Served:
         dropped = max(0, len(ids) - most)
         return [*ids[:1], *ids[1 + dropped:]], dropped
 
-    def fit_chat(self, messages):
+    def fit_chat(self, messages, may_search=True):
         """Drops the oldest turns of a chat until a quarter of the context is free for the reply,
         or half of it if a search may bring a passage → (ids, how many messages were dropped)."""
         from chat import fit_context
         share = 4
-        if self.engine.search:
+        if self.engine.search and may_search:
             share = 2
+            messages = self.with_tools(messages)
         most = self.block_size - max(1, self.block_size // share)
-        messages = self.with_tools(messages)
         kept, ids = fit_context(self.engine.tokenizer, messages, most)
         if len(ids) >= self.block_size:
             raise Refused(f"the message is too long: with it the prompt has {len(ids)} tokens, and "
@@ -129,15 +126,10 @@ class Served:
         return self.last_logits[key]
 
     def described(self):
+        """What the page shows of it."""
         return dict(name=self.name, stage=self.stage, step=self.step, is_chat=self.is_chat,
                     params=self.engine.model.num_params(), context=self.block_size,
                     vocab=self.engine.tokenizer.n_vocab, tokenizer=self.engine.tokenizer.name)
-
-def plain(message):
-    """The text of a message, without what else an assistant's may have."""
-    if isinstance(message["content"], str):
-        return message["content"]
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 def load_models(args):
     """--model, or the newest run of each stage → {name: Served}."""
@@ -145,6 +137,7 @@ def load_models(args):
     runs = [find_run(name) for name in args.model or ()] or newest_runs(args.runs)
     device = choose_device(args.device)
     python = run_python if args.tools else None
+    indexes = {}        # of --docs; models with the same documents and context share one
     models = {}
     for run in runs:
         tokenizer = load_tokenizer(run)
@@ -152,13 +145,17 @@ def load_models(args):
         index = None
         search = None
         if args.docs is not None and meta["stage"] != "pretrain":
-            from search import open_docs
-            index = open_docs(args.docs, run, model.config.block_size)
+            from search import build_index, own_documents
+            folders = tuple(args.docs) or (own_documents(run),)
+            block_size = model.config.block_size
+            if (folders, block_size) not in indexes:
+                indexes[folders, block_size] = build_index(folders, max_chars=block_size)
+            index = indexes[folders, block_size]
             search = index.look_up
         name = run.name
         if name in models:
             name = str(run)
-        engine = Engine(model.for_inference(), tokenizer, python=python, search=search)
+        engine = Engine(model.eval().for_inference(), tokenizer, python=python, search=search)
         models[name] = Served(name, run, engine, meta, args.max_tokens)
         models[name].index = index
         print(f"{run}: stage {meta['stage']}, step {meta['step']}, {model.num_params():,} "
@@ -212,6 +209,8 @@ class Guard:
         await app(scope, receive, send_with_headers)
 
     def check_source(self, scope, headers):
+        """None, or why a request does not come from this server's own page or from a program. A
+        link from another site may open the page itself, which is a navigation."""
         host = headers.get("host", "")
         if self.hosts is not None and host.lower() not in self.hosts:
             return Refused("this server answers to its own address alone", status=403)
@@ -224,6 +223,8 @@ class Guard:
         return None
 
     def check_key(self, scope, headers):
+        """None, or that the key is missing; compared in a time that does not tell how much of it
+        was right."""
         if not self.api_key or scope["path"] == "/":        # the page itself holds no secret
             return None
         given = headers.get("authorization", "").removeprefix("Bearer ")
@@ -238,6 +239,7 @@ def own_hosts(host, port):
     return {f"{name}:{port}" for name in names} | (names if port == 80 else set())
 
 def is_loopback(host):
+    """Whether only programs on this machine can reach an address to listen on."""
     if host == "localhost":
         return True
     try:
@@ -245,12 +247,12 @@ def is_loopback(host):
     except ValueError:
         return False
 
-def policy_of(page):
+def policy_of(html):
     """The Content-Security-Policy of a page: its own script and style, by their hashes, requests to
     this server, and nothing else."""
     allowed = {}
     for tag in ("script", "style"):
-        source = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.S)[1]
+        source = re.search(rf"<{tag}>(.*?)</{tag}>", html, re.S)[1]
         digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
         allowed[tag] = f"{tag}-src 'sha256-{digest}'"
     return (f"default-src 'none'; {allowed['script']}; {allowed['style']}; img-src data:; "
@@ -259,6 +261,7 @@ def policy_of(page):
 # ---- Answering -----------------------------------------------------------------------------------
 
 def as_response(refused):
+    """A Refused → the response in OpenAI's form."""
     from starlette.responses import JSONResponse
     headers = {}
     if refused.status == 401:
@@ -290,14 +293,15 @@ async def read_json(request):
     return body
 
 def endpoint(function):
-    """A route's function (server, body of the request) → the response that it returns, or the
-    error that it raises in OpenAI's form. GET has the query for a body."""
+    """A coroutine function (server, body of the request) → a route's function. What it returns is
+    sent as JSON, or if it is an async iterator, as a stream of its items; a Refused that it raises,
+    in OpenAI's form. GET has the query, and what the path names, for a body."""
     @functools.wraps(function)
     async def answer(request):
         from starlette.requests import ClientDisconnect
         from starlette.responses import JSONResponse
         try:
-            body = dict(request.query_params)
+            body = dict(request.query_params, **request.path_params)
             if request.method == "POST":
                 body = await read_json(request)
             result = await unless_gone(request, function(request.app.state.server, body))
@@ -305,7 +309,9 @@ def endpoint(function):
             return as_response(refused)
         except ClientDisconnect:
             return JSONResponse({}, 499)        # nobody reads it
-        return JSONResponse(result) if isinstance(result, dict) else result
+        if isinstance(result, dict):
+            return JSONResponse(result)
+        return Stream(result)
     return answer
 
 async def gone(receive):
@@ -342,6 +348,7 @@ class Stream:
             pass
 
     async def send_all(self, scope, receive, send):
+        """Sends the items. An error after the first one becomes an event, as OpenAI does it."""
         has_begun = False
         try:
             async for item in self.items:
@@ -409,284 +416,57 @@ class Server:
     # ---- OpenAI's API
 
     async def answer(self, asked):
+        """What /v1/chat/completions and /v1/completions answer, whole or as a stream."""
         answer = Answer(asked)
         if asked.is_stream:
-            return Stream(self.chunks(asked, answer))
+            return self.chunks(asked, answer)
         async for _ in self.events(asked, answer.choices):
             pass
         return answer.whole()
 
     async def chunks(self, asked, answer):
+        """The chunks of a stream. A token without text of its own is held back for the next one."""
         begun = set()
-        async for i, _, pieces in self.events(asked, answer.choices):
-            is_last = bool(answer.choices[i].finish)
-            if pieces or is_last or i not in begun:
-                yield answer.chunk(i, pieces, i not in begun, is_last)
-            begun.add(i)
+        async with aclosing(self.events(asked, answer.choices)) as events:
+            async for i, _, pieces in events:
+                is_last = bool(answer.choices[i].finish)
+                if pieces or is_last or i not in begun:
+                    yield answer.chunk(i, pieces, i not in begun, is_last)
+                begun.add(i)
         if asked.has_usage:
             yield answer.last_chunk()
         yield "[DONE]"
 
-@endpoint
 async def list_models(server, body):
     return api.models_form(server.models)
 
-@endpoint
+async def show_model(server, body):
+    return api.model_form(api.find_model(body, server.models))
+
 async def chat_completions(server, body):
     return await server.answer(api.read_chat(body, server.models))
 
-@endpoint
 async def completions(server, body):
     return await server.answer(api.read_completion(body, server.models))
 
-# ---- What the page asks for ----------------------------------------------------------------------
-
-def token_form(tokenizer, i):
-    """A token as the page shows it: [id, its text or bytes, its bytes in hex, is it special?]."""
-    data = tokenizer.decode_bytes([i])
-    is_special = i in tokenizer.special.values()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        text = "".join(f"\\x{byte:02x}" for byte in data)
-    return [i, text, data.hex(" "), is_special]
-
-@endpoint
-async def state(server, body):
-    """What the page must know before it shows anything."""
-    return dict(models=[model.described() for model in server.models.values()],
-                open=server.dispatcher.n_open, tools=server.tools, docs=any(model.index for model in server.models.values()),
-                tokenizers=tokenizer_names(server), runs=run_names(server),
-                preferences=str(server.preferences))
-
-WRITE_FIELDS = ("messages", "text", "reply_ids", "top", "rag")
-
-@endpoint
-async def write(server, body):
-    """A stream for the page: the prompt as the model reads it, then every token of every answer,
-    with the alternatives. reply_ids: how the reply begins, from where it is continued."""
-    api.check_fields(body, WRITE_FIELDS)
-    model = api.find_model(body, server.models)
-    prompt, dropped, retrieved = await asyncio.to_thread(read_prompt, model, body)
-    prefix = body.get("reply_ids") or []
-    if prefix:
-        prefix = model.document(prefix)
-    asked = api.read_common(body, model, [[*prompt, *prefix]], None)
-    asked.top = number_of_bars(body)
-    asked.has_logprobs = asked.top > 0
-    head = dict(type="prompt", tokens=[token_form(model.engine.tokenizer, i) for i in prompt],
-                dropped=dropped, retrieved=retrieved, context=model.block_size, seed=asked.seed)
-    return Stream(written(server, asked, prefix, head))
-
-def read_prompt(model, body):
-    """What the page asks a model → (ids, how many messages of a chat or tokens of a document fell
-    out of the context, passages that were put before the question)."""
-    if "messages" not in body:
-        return *model.fit_document(model.document(body.get("text", ""))), []
-    messages = api.read_messages(body)
-    retrieved = []
-    if api.flag(body, "rag") and model.index:
-        messages, retrieved = with_passages(model, messages)
-    if not model.is_chat:
-        return *model.fit_document(model.prompt(messages)), retrieved
-    return *model.fit_chat(messages), retrieved
-
-def number_of_bars(body):
-    top = body.get("top", 10)
-    if not isinstance(top, int) or isinstance(top, bool) or not 0 <= top <= 20:
-        raise Refused("top must be a whole number from 0 to 20", "top")
-    return top
-
-def with_passages(model, messages):
-    """Puts the passages that the last question finds before it → (messages, passages)."""
-    from search import with_context
-    question = plain(messages[-1])
-    found = model.index.search(question)
-    last = dict(messages[-1], content=with_context(found, question))
-    return [*messages[:-1], last], found
-
-async def written(server, asked, prefix, head):
-    tokenizer = asked.model.engine.tokenizer
-    choices = [Choice(tokenizer, asked.stops) for _ in range(asked.n)]
-    for choice in choices:      # a character may be split over the prefix and what follows it
-        head["prefix"] = [choice.decoder.decode(tokenizer.decode_bytes([i])) for i in prefix]
-    has_begun = False
-    async for i, event, pieces in server.events(asked, choices):
-        if not has_begun:
-            has_begun = True
-            yield head
-        form = dict(type="token", choice=i, token=token_form(tokenizer, event.token),
-                    sampled=event.sampled, text="".join(piece.text for piece in pieces),
-                    finish=choices[i].finish)
-        if event.logprob is not None:
-            form.update(logprob=round(event.logprob, 5), top=[
-                [*token_form(tokenizer, token)[:2], round(logprob, 5)]
-                for token, logprob in event.alternatives])
-        yield form
-    yield dict(type="end")
-
-@endpoint
-async def next_token(server, body):
-    """The bars of the next token of a document, as the sampler would draw it."""
-    api.check_fields(body, ("text",))
-    model = api.find_model(body, server.models)
-    ids, _ = model.fit_document(model.document(body.get("text", "")))
-    sampling = api.read_common(body, model, [ids[:1]], None).sampling
-    logits = await server.dispatcher.call(model.next_logits, ids)
-    probs = next_token_probs(logits[None], **sampling, contexts=[ids])[0]
-    values, order = probs.topk(min(12, len(probs)))
-    bars = [[*token_form(model.engine.tokenizer, i)[:2], p]
-            for i, p in zip(order.tolist(), values.tolist()) if p > 0]
-    possible = probs[probs > 0]
-    return dict(bars=bars, kept=len(possible), tokens=len(ids),
-                bits=-(possible * possible.log2()).sum().item())
-
-# ---- tokens
-
-def tokenizer_names(server):
-    """The tokenizers of the models, and those of OpenAI that are on the disk."""
-    own = dict.fromkeys(model.name for model in distinct_tokenizers(server))
-    return list(dict.fromkeys([*own, *filter(is_on_disk, OPENAI_FILES)]))
-
-def distinct_tokenizers(server):
-    """One model for each different tokenizer."""
-    found = {model.engine.tokenizer.sha256: model for model in reversed(server.models.values())}
-    return list(reversed(found.values()))
-
-OPENAI_URL = "https://openaipublic.blob.core.windows.net/"
-OPENAI_FILES = {"gpt2": ("gpt-2/encodings/main/vocab.bpe", "gpt-2/encodings/main/encoder.json"),
-                "cl100k_base": ("encodings/cl100k_base.tiktoken",),
-                "o200k_base": ("encodings/o200k_base.tiktoken",)}
-
-def is_on_disk(name):
-    """Whether tiktoken has downloaded a vocabulary before, under the hash of its address."""
-    import tempfile
-    default = Path(tempfile.gettempdir(), "data-gym-cache")
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
-    keys = [hashlib.sha1((OPENAI_URL + path).encode()).hexdigest() for path in OPENAI_FILES[name]]
-    return all(Path(folder, key).is_file() for key in keys)
-
-@functools.cache
-def openai_tokenizer(name):
-    return Tokenizer.pretrained(name)
-
-MAX_TEXT_CHARS = 20_000     # of the Tokens page
-
-@endpoint
-async def tokens(server, body):
-    """How a tokenizer cuts a text."""
-    text = body.get("text")
-    name = body.get("tokenizer")
-    if not isinstance(text, str) or len(text) > MAX_TEXT_CHARS:
-        raise Refused(f"text must be a text of at most {MAX_TEXT_CHARS} characters", "text")
-    if name not in tokenizer_names(server):
-        raise Refused(f"there is no tokenizer {name}", "tokenizer", 404)
-    if name in server.models:
-        tokenizer = server.models[name].engine.tokenizer
-    else:
-        tokenizer = await asyncio.to_thread(openai_tokenizer, name)
-    ids = tokenizer.encode(text, allowed_special="all")
-    if api.flag(body, "plain"):
-        ids = tokenizer.encode_ordinary(text)
-    return dict(tokens=[token_form(tokenizer, i) for i in ids], chars=len(text),
-                bytes=len(text.encode("utf-8", "replace")), vocab=tokenizer.n_vocab)
-
-# ---- training
-
-def run_folders(server):
-    """{name: folder} of the runs that have a log, oldest first, those of the models included."""
-    folders = [path.parent for path in server.runs.glob("*/log.jsonl")]
-    folders += [model.run for model in server.models.values() if (model.run / "log.jsonl").exists()]
-    folders = sorted(set(folders), key=lambda folder: (folder / "log.jsonl").stat().st_mtime)
-    return {folder.name: folder for folder in folders}
-
-def run_names(server):
-    return list(run_folders(server))
-
-SHOWN = ("step", "loss", "val_loss", "val_bpb", "sample", "reward", "reply_tokens", "kind",
-         "accuracy", "lr", "tok_s", "eta", "seconds")
-MAX_LOG_BYTES = 8 << 20         # in one answer
-LIVE_SECONDS = 60               # a run that wrote nothing for so long is not training
-
-@endpoint
-async def log(server, body):
-    """The rows of a run's log.jsonl from a byte on, and the byte to ask from next."""
-    folders = run_folders(server)
-    if body.get("run") not in folders:
-        raise Refused("there is no run of this name with a log", "run", 404)
-    try:
-        start = max(0, int(body.get("after", 0)))
-    except ValueError:
-        raise Refused("after must be a whole number", "after") from None
-    path = folders[body["run"]] / "log.jsonl"
-    with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(min(start, size))
-        data = file.read(MAX_LOG_BYTES)
-    data = data[:data.rfind(b"\n") + 1]         # a line that is still being written comes later
-    is_live = time.time() - path.stat().st_mtime < LIVE_SECONDS
-    return dict(rows=log_rows(data), next=min(start, size) + len(data), size=size, is_live=is_live)
-
-def log_rows(data):
-    rows = []
-    for line in data.splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            shown = {key: finite(row[key]) for key in SHOWN if key in row}
-            if isinstance(row.get("header"), dict):
-                shown["command"] = str(row["header"].get("command", ""))
-            rows.append(shown)
-    return rows
-
-def finite(value):
-    """JSON has no word for infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-# ---- ranking
-
-@endpoint
-async def rank(server, body):
-    """Appends {"prompt", "ranking"} to the preferences, the best answer first."""
-    prompt = body.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise Refused("prompt must be a text that is not empty", "prompt")
-    ranking = body.get("ranking")
-    is_ranking = isinstance(ranking, list) and 2 <= len(ranking) <= 16 and all(
-        isinstance(text, str) for text in ranking)
-    if not is_ranking:
-        raise Refused("ranking must be a list of 2 to 16 texts, the best first", "ranking")
-    line = json.dumps(dict(prompt=prompt, ranking=ranking), ensure_ascii=False)
-    try:
-        server.preferences.parent.mkdir(parents=True, exist_ok=True)
-        with open(server.preferences, "ab") as file:
-            file.write(line.encode("utf-8", "replace") + b"\n")
-        count = server.preferences.read_bytes().count(b"\n")
-    except OSError as error:
-        raise Refused(f"{server.preferences} cannot be written: {error.strerror}",
-                      status=500) from None
-    return dict(saved=str(server.preferences), lines=count)
-
 # ---- Starting ------------------------------------------------------------------------------------
 
-ROUTES = {("GET", "/v1/models"): list_models, ("POST", "/v1/chat/completions"): chat_completions,
-          ("POST", "/v1/completions"): completions, ("GET", "/api/state"): state,
-          ("POST", "/api/write"): write, ("POST", "/api/next"): next_token,
-          ("POST", "/api/tokens"): tokens, ("GET", "/api/log"): log, ("POST", "/api/rank"): rank}
+ROUTES = {("GET", "/v1/models"): list_models, ("GET", "/v1/models/{model:path}"): show_model,
+          ("POST", "/v1/chat/completions"): chat_completions,
+          ("POST", "/v1/completions"): completions, ("GET", "/api/state"): page.state,
+          ("POST", "/api/write"): page.write, ("POST", "/api/next"): page.next_token,
+          ("POST", "/api/tokens"): page.tokens, ("GET", "/api/log"): page.log,
+          ("POST", "/api/rank"): page.rank}
 
 def make_app(server, hosts, api_key=None):
     """The ASGI application. hosts: what Guard accepts."""
     from starlette.applications import Starlette
     from starlette.responses import HTMLResponse
     from starlette.routing import Route
-    page = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
+    html = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
 
     async def home(request):
-        return HTMLResponse(page)
+        return HTMLResponse(html)
 
     async def refuse(request, error):
         return as_response(Refused(f"{request.method} {request.url.path}: {error.detail}",
@@ -695,11 +475,11 @@ def make_app(server, hosts, api_key=None):
     async def fail(request, error):
         return as_response(Refused("the server failed; its log says why", status=500))
     routes = [Route("/", home)]
-    routes += [Route(path, function, methods=[method])
+    routes += [Route(path, endpoint(function), methods=[method])
                for (method, path), function in ROUTES.items()]
     app = Starlette(routes=routes, exception_handlers={404: refuse, 405: refuse, 500: fail})
     app.state.server = server
-    return Guard(app, hosts, api_key, policy_of(page))
+    return Guard(app, hosts, api_key, policy_of(html))
 
 def parse_args():
     parser = argparse.ArgumentParser(description="a page and an API for your models")
@@ -754,9 +534,9 @@ def main():
         import starlette    # noqa: F401
     except ImportError:
         raise SystemExit("serve.py needs two packages: pip install starlette uvicorn") from None
-    models = load_models(args)
     sock = listen(args.host, args.port)
     port = sock.getsockname()[1]
+    models = load_models(args)
     dispatcher = Dispatcher({name: model.engine for name, model in models.items()}, args.max_rows,
                             args.max_waiting)
     server = Server(models, dispatcher, args.runs, args.preferences, args.tools)

@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,9 +185,9 @@ def nanochat_engine(model, tokenizer):
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
-def measure(server, name, asked, wanted, nanochat, clients, repeats):
-    """The contenders in turns → the rows of the table. nanochat: a function (number of a question)
-    → what `ask` returns for it; or None."""
+def measure(server, name, asked, ids, wanted, nanochat, clients, repeats):
+    """The contenders in turns → the rows of the table. nanochat: a function of a prompt's ids →
+    what `ask` returns; or None. wanted: the text of each reply."""
     last = {}
 
     def at_once():
@@ -196,7 +197,7 @@ def measure(server, name, asked, wanted, nanochat, clients, repeats):
         last["one by one"] = asyncio.run(ask_all(server.port, name, asked, 1))
 
     def peer():
-        last["nanochat"] = [nanochat(i) for i in range(len(asked))]
+        last["nanochat"] = [nanochat(prompt) for prompt in ids]
     contenders = {"at once": at_once, "one by one": in_order}
     if nanochat:
         contenders["nanochat"] = peer
@@ -257,13 +258,12 @@ def main():
     engine = nanochat_engine(model, tokenizer)
     nanochat = None
     if engine:
-        def nanochat(i):
-            return nanochat_reply(engine, tokenizer, ids[i])
+        nanochat = partial(nanochat_reply, engine, tokenizer)
     name = Path(args.model).name
     server = Server(args.model, args.clients)
     try:
         wanted = [shown(tokenizer, written) for written in alone]
-        rows = measure(server, name, asked, wanted, nanochat, args.clients, args.repeats)
+        rows = measure(server, name, asked, ids, wanted, nanochat, args.clients, args.repeats)
         killed = measure_killed(server, name, args.killed, args.clients)
     finally:
         server.stop()

@@ -6,6 +6,7 @@ the engine itself, or by the model without any cache.
 import asyncio
 import contextlib
 import http.client
+import importlib.util
 import json
 import re
 import socket
@@ -20,11 +21,13 @@ pytest.importorskip("uvicorn", reason="the server needs it: pip install starlett
 pytest.importorskip("starlette", reason="the server needs it: pip install starlette uvicorn")
 openai = pytest.importorskip("openai", reason="its client asks the server: pip install openai")
 
+import api
+import page
 import search
 import serve
 from api import Choice
 from conftest import ROOT, noisy, run_main
-from dispatch import Busy, Dispatcher, Failed
+from dispatch import Busy, Dispatcher
 from engine import Event, Request
 from model import GPTConfig, save_checkpoint
 from sample import Engine
@@ -115,6 +118,9 @@ CHAT = dict(model="tiny-sft", messages=[dict(role="user", content="Hi")], max_to
 
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == ["tiny-base", "tiny-sft"]
+    assert client.models.retrieve("tiny-sft").owned_by == "deepdive"
+    with pytest.raises(openai.NotFoundError, match="no model gpt-5"):
+        client.models.retrieve("gpt-5")
 
 
 def test_a_reply_is_what_the_engine_writes(client, server, tokenizer):
@@ -307,6 +313,19 @@ def test_a_client_that_leaves_frees_its_rows(server, port, stream, monkeypatch):
     assert scheduler.step_number - before < 100 and not scheduler.waiting
 
 
+def test_the_bench_asks_and_kills(server, port, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    spec = importlib.util.spec_from_file_location("bench_serve", ROOT / "bench" / "serve.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    asked = bench.questions(3)
+    answers = asyncio.run(bench.ask_all(port, "tiny-sft", asked, at_once=3))
+    assert len(set(asked)) == 3 and all(text and tokens for text, tokens, _ in answers)
+    assert all(0 < first < 20 for _, _, first in answers)
+    bench.kill_clients(port, "tiny-sft", asked)
+    wait_until(lambda: server.dispatcher.n_open == 0)
+
+
 def idle_dispatcher(tokenizer, **limits):
     """One whose thread is not started, so that the test can take its steps."""
     return Dispatcher({"one": tiny_engine(tokenizer, 64)}, **limits)
@@ -422,7 +441,7 @@ def test_the_bars_are_what_the_sampler_draws_from(server, port, how):
     _, bars, _ = request(port, "POST", "/api/next", dict(model="tiny-base", text="The a", **how))
     engine = server.models["tiny-base"].engine
     logits = engine.model(torch.tensor([engine.prompt_ids("The a")]))[:, -1, :engine.n_vocab]
-    wanted = serve.next_token_probs(logits, **how)[0]
+    wanted = page.next_token_probs(logits, **how)[0]
     assert bars["bars"][0][0] == wanted.argmax() and bars["kept"] == (wanted > 0).sum()
     assert [bar[2] for bar in bars["bars"]] == pytest.approx(
         wanted.topk(len(bars["bars"])).values.tolist(), abs=1e-5)
@@ -443,9 +462,9 @@ def test_tokens_are_cut_as_the_tokenizer_cuts(port, tokenizer):
 
 def test_openai_tokenizers_are_offered_if_they_are_on_the_disk(server, monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    assert serve.tokenizer_names(server) == ["tiny-base"]
+    assert page.tokenizer_names(server) == ["tiny-base"]
     (tmp_path / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4").write_bytes(b"")
-    assert serve.tokenizer_names(server) == ["tiny-base", "cl100k_base"]
+    assert page.tokenizer_names(server) == ["tiny-base", "cl100k_base"]
 
 
 def test_a_log_is_read_while_it_grows(server, port):
@@ -535,14 +554,14 @@ def test_limits_of_the_body(port, monkeypatch):
 
 
 def test_the_page_can_hold_no_foreign_script(port):
-    _, page, headers = request(port, "GET", "/")
+    _, html, headers = request(port, "GET", "/")
     policy = headers["content-security-policy"]
-    assert policy == serve.policy_of(page) and "default-src 'none'" in policy
+    assert policy == serve.policy_of(html) and "default-src 'none'" in policy
     assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
-    script = re.search(r"<script>(.*)</script>", page, re.S)[1]
+    script = re.search(r"<script>(.*)</script>", html, re.S)[1]
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\("
                          r"|srcdoc|setTimeout\(['\"]", script)
-    assert not re.search(r"""<[^>]+ (?:on\w+|style)=|(?:src|href)=["'](?!data:|#)""", page.replace(
+    assert not re.search(r"""<[^>]+ (?:on\w+|style)=|(?:src|href)=["'](?!data:|#)""", html.replace(
         script, ""))
     assert headers["x-content-type-options"] == "nosniff"
 
@@ -590,6 +609,7 @@ def test_models_run_python_with_tools_alone(server, tools, monkeypatch):
     models = serve.load_models(serve.parse_args())
     assert list(models) == ["tiny-sft", "tiny-base"]
     assert [bool(model.engine.tools) for model in models.values()] == [tools, tools]
+    assert not any(model.engine.model.training for model in models.values())
 
 
 def test_documents_are_searched_as_the_model_learnt_it(server, tmp_path, monkeypatch):
@@ -599,9 +619,13 @@ def test_documents_are_searched_as_the_model_learnt_it(server, tmp_path, monkeyp
                                       "--docs", str(tmp_path)])
     model = serve.load_models(serve.parse_args())["tiny-sft"]
     messages = [dict(role="user", content="What is Zorblax?")]
-    assert "search" in serve.plain(model.with_tools(messages)[0]) and model.engine.search
-    replaced, found = serve.with_passages(model, messages)
+    assert "search" in api.plain(model.with_tools(messages)[0]) and model.engine.search
+    replaced, found = page.with_passages(model, messages)
     assert "capital of Mars" in found[0] and "capital of Mars" in replaced[0]["content"]
+    decode = model.engine.tokenizer.decode
+    assert "search" in decode(page.read_prompt(model, dict(messages=messages))[0])
+    ids, _, shown = page.read_prompt(model, dict(messages=messages, rag=True))
+    assert shown == found and "search" not in decode(ids) and "of Mars" in decode(ids)
 
 
 def test_the_newest_run_of_each_stage_is_served(server, monkeypatch):

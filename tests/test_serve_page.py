@@ -28,7 +28,7 @@ NAMES = ("a-base", "b-sft")
 
 
 class Slow:
-    """A scheduler whose steps take a moment while `seconds` is set, so that a reply can be stopped."""
+    """Steps that take a moment while `seconds` is set, so that a reply can be stopped."""
 
     def __init__(self, scheduler):
         self.take_step = scheduler.step
