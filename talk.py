@@ -37,9 +37,9 @@ import claims_assistant
 import claims_base
 import claims_data
 import claims_reasoner
-from claims import NotMeasured, one_line
+from claims import NotMeasured
 
-SEED = 1337
+SEED = 1337             # of what is drawn and asked
 VAL_TOKENS = 2 ** 14    # of unseen text that claims read, at most
 GPU_HOUR_USD = 3.0      # an H100, as the talk has it
 CORE_HOUR_USD = 0.05    # a core of a rented CPU
@@ -109,9 +109,9 @@ class Models:
 
     def __init__(self, runs, data=None, conversations=None, device="auto", gpu_hour_usd=None,
                  core_hour_usd=CORE_HOUR_USD):
-        self.runs = runs                # {role: folder}
-        self.data = data
-        self.conversations = conversations
+        self.runs = runs                    # {role: folder}
+        self.data = data                    # of prepare_fineweb.py
+        self.conversations = conversations  # a folder of files of held-out problems
         self.device = device
         self.gpu_hour_usd = gpu_hour_usd or GPU_HOUR_USD
         self.core_hour_usd = core_hour_usd
@@ -128,6 +128,7 @@ class Models:
 
     @functools.lru_cache
     def engine_of(self, run):
+        """The Engine of a run's folder; a model is loaded once."""
         from model import load_checkpoint
         from sample import Engine, choose_device, load_tokenizer
         tokenizer = load_tokenizer(run)
@@ -154,6 +155,7 @@ class Models:
         return read_log(self.run(*roles))
 
     def data_folder(self):
+        """The folder of data; NotMeasured without one."""
         if not self.data or not Path(self.data).is_dir():
             raise NotMeasured("there is no folder of data; name it with --data")
         return Path(self.data)
@@ -165,6 +167,7 @@ class Models:
 
     @functools.lru_cache
     def shards(self, split):
+        """The tokens of a split, as the trainer reads them; NotMeasured if there are none."""
         from train_gpt2 import Shards
         try:
             return Shards(str(self.data_folder()), split)
@@ -325,7 +328,11 @@ def line_of(number, entry):
             f"({entry['seconds']:.1f} CPU s)")
 
 def sitting(models, runs, again):
-    """Measures all claims in order, prints a line for each, and keeps talk.json up to date."""
+    """Measures all claims in order, prints a line for each, and keeps talk.json up to date.
+
+    talk.json is written after each claim, so that a kill loses one at most. What was measured on
+    the same weights is kept, unless `again`; what was not measured is tried again.
+    """
     from problems import read_json, write_whole
     out = Path(runs[-1], "talk.json")
     weights = weights_of(runs, models.data)
@@ -350,7 +357,7 @@ def sitting(models, runs, again):
     print(f"{out}: of {len(entries)} claims {counted}; {seconds:.0f} CPU s of measuring")
 
 def show(number, claim, models):
-    """Measures one claim, and prints its checks and texts."""
+    """Measures one claim, and prints its texts and checks; talk.json stays as it is."""
     entry = measure(claim, models)
     print(claim.sentence)
     for text in entry["texts"]:
