@@ -8,8 +8,9 @@ A conversation with an assistant in the terminal.
 in:  an engine of sample.py, and what the user types; /help lists the commands
 out: replies; /save FILE.jsonl adds the conversation to a file that chat_sft.py can learn from
 
-Before each reply the model reads the whole conversation. When that outgrows the context, the oldest
-turns are dropped, each with its question and its replies; the system message stays.
+Before each reply the model reads what is new in the conversation; the engine keeps the rest. When
+that outgrows the context, the oldest turns are dropped, each with its question and its replies; the
+system message stays, and the model reads all of what is left again.
 """
 import json
 import math
@@ -34,6 +35,7 @@ TOOLS = dict(python=("asks Python: ", "Python answers: "), search=("searches for
 # The end of a text that may become its last line "#### 42", so that it cannot be shown yet, with
 # the space before it. A longer row of # counts too, as it does for checkers.
 UNDECIDED = re.compile(r"\s*(#{1,3}|#{4,}.*\s*)?\Z")
+DIM = "\033[2m{}\033[0m"    # for a terminal: what was only thought is less bright
 LAST_MARK = re.compile(r"\s*#{4,}[ \t]*(.*?)\s*")
 
 class Shown:
@@ -208,7 +210,12 @@ class Chat:
             for token, text in until(pieces, self.stops):
                 if token is not None:
                     reply.append(token)
-                print(printable(shown.add(token, text)), end="", flush=True)
+                is_thought = shown.part == "think"
+                piece = printable(shown.add(token, text))
+                is_thought = is_thought or shown.part == "think"
+                if is_thought and piece and sys.stdout.isatty():
+                    piece = DIM.format(piece)
+                print(piece, end="", flush=True)
         except KeyboardInterrupt:
             is_stopped = True
         print(printable(shown.end()))

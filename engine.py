@@ -11,9 +11,9 @@ in:  requests, at any time: a prompt, how to draw, a seed, the tokens that end t
 out: events, one for each new token of each row
 
 A step feeds each row the last token of its text, all rows in one pass through the model, and draws
-the next one from what the model says. That is the whole loop. Because the batch is
-formed again at each step, a row that ends leaves at once, and the first prompt that waits takes its
-place. The rest saves work:
+the next one from what the model says. That is the whole loop. Because the batch is formed again at
+each step, a row that ends leaves at once, and the first prompt that waits takes its place. The rest
+saves work:
 
   - a prompt is read in passes of its own (prefill), many positions at a time; long ones in parts,
     between which the other rows are written
@@ -39,92 +39,6 @@ from dataclasses import dataclass
 import torch
 
 from model import KVCache
-
-# ---- From logits to one token --------------------------------------------------------------------
-
-MIN_TEMPERATURE = 1e-5      # a lower one is greedy, and would only overflow
-
-def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None,
-                     repetition_penalty=1.0, contexts=()):
-    """logits (B, V) → the distribution that the next token is drawn from, (B, V).
-
-    repetition_penalty comes first and needs `contexts`, as penalize describes both.
-    Temperature 0 gives all of it to the best token. top_k keeps the k best tokens. top_p keeps, of
-    these, the fewest best tokens that hold a share p. min_p keeps those that are at least min_p
-    times as probable as the best. The tokens that are kept share the rest in proportion. This is
-    also the order of transformers. None: no cut.
-    """
-    if repetition_penalty != 1:
-        logits = penalize(logits, contexts, repetition_penalty)
-    if temperature < MIN_TEMPERATURE:
-        return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
-    probs = torch.softmax(logits / temperature, dim=-1)
-    if top_k is not None:
-        kth = probs.topk(min(top_k, probs.shape[-1])).values[:, -1:]
-        probs = probs.masked_fill(probs < kth, 0.0)
-    if top_p is not None and top_p < 1:     # all tokens hold a share 1, whatever rounding says
-        ordered, order = probs.sort(descending=True)
-        ends = ordered.double().cumsum(-1)
-        before = ends - ordered             # a token stays if the better ones hold less than p
-        is_cut = before >= top_p * ends[:, -1:]
-        probs = probs.masked_fill(torch.zeros_like(is_cut).scatter_(1, order, is_cut), 0.0)
-    if min_p is not None:
-        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
-    return probs / probs.sum(-1, keepdim=True)
-
-def penalize(logits, contexts, penalty):
-    """logits (B, V) → logits in which each token that a row has read or written is less probable.
-
-    contexts: the ids of each row, its prompt included. A logit above 0 is divided by the penalty
-    and one below 0 is multiplied by it, as in transformers. Differs from CTRL, which divides both,
-    so that a token whose logit is below 0 becomes more probable there.
-    """
-    logits = logits.clone()
-    for b, ids in enumerate(contexts):
-        seen = torch.tensor(sorted(set(ids)), device=logits.device)
-        before = logits[b, seen]
-        logits[b, seen] = torch.where(before > 0, before / penalty, before * penalty)
-    return logits
-
-def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
-    """ValueError if an argument of next_token_probs is outside of its range."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}; leave it out for no cut")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    if min_p is not None and not 0 <= min_p <= 1:
-        raise ValueError(f"min_p must be from 0 to 1, got {min_p}")
-    if not 0 < repetition_penalty < math.inf:
-        raise ValueError(f"repetition_penalty must be above 0, got {repetition_penalty}; 1 means "
-                         "none")
-
-
-def draw(probs, shares):
-    """probs (B, V), shares (B,) from 0 to below 1 → one token per row, (B,), by inverse-CDF
-    sampling: the first token at which the cumulative probability exceeds the row's share."""
-    ends = probs.double().cumsum(-1)    # in fp32, rounding could give a share to a token at 0
-    return torch.searchsorted(ends, shares[:, None] * ends[:, -1:], right=True)[:, 0]
-
-def splitmix64(x):
-    """A 64-bit number → another one, from which nobody would guess the first (SplitMix64)."""
-    x = (x + 0x9E3779B97F4A7C15) % 2 ** 64
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2 ** 64
-    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2 ** 64
-    return x ^ x >> 31
-
-def mix(seed, number):
-    """The seed of sample `number` of a request: as random as the seed itself, and repeatable."""
-    return splitmix64(splitmix64(seed) + number)
-
-def random_share(seed, position):
-    """The uniform number, 0 to below 1, that draws the token at this position of a text."""
-    return (mix(seed, position) >> 11) / 2 ** 53
-
-def drawing_device(device):
-    """Where draw() runs for a model on this device. Apple's GPUs have no fp64."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 # ---- What goes in, what comes out ----------------------------------------------------------------
 
@@ -190,10 +104,13 @@ MAX_PADDING = 0.25          # of a prompt that is read beside longer ones, as a 
 class Scheduler:
     """Writes the texts of many requests in one batch of at most `rows` rows.
 
-    engine: its model, tokenizer and tools. keep: whether what a row has read stays in the cache
-    after its end. tool_threads: so many tools may work at a time while other rows are written; 0:
-    all rows wait for a tool, so that each step is the same in every run. The cache is as long as the longest text so far needs, and takes
-    rows × block_size tokens at most. Weights must not change while it is in use.
+    engine: its model, tokenizer and tools.
+    keep: whether what a row has read stays in the cache after its end.
+    tool_threads: so many tools may work at a time while other rows are written; 0: all rows wait
+    for a tool, so that the steps are the same in every run.
+
+    The cache is as long as the longest text so far, and takes rows × block_size tokens at most. The
+    weights must not change while it is in use, and one thread makes all calls.
     """
 
     def __init__(self, engine, rows=64, keep=True, tool_threads=0):
@@ -245,8 +162,8 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self):
-        """→ the events of this step, which ends with one more token in each row, or two in a row
-        whose prompt was read in it, or more if a tool wrote them."""
+        """→ the events of this step: one for each row that is written, one more for a prompt that
+        was read to its end, and those of tools."""
         self.step_number += 1
         events = self.hear_tools()
         self.admit()
@@ -407,7 +324,7 @@ class Scheduler:
         start = row.ids[:min(most, MIN_SHARED)]
         best = None
         longest = 0
-        for other in self.slots:
+        for other in self.newest_first():
             if longest == most:
                 break
             if other is None or other.ids[:len(start)] != start:
@@ -418,7 +335,14 @@ class Scheduler:
             if n > longest:
                 best = other
                 longest = n
+        while best and best.donor and longest <= best.shared:   # it will copy these ids itself
+            best = best.donor
         return best, longest
+
+    def newest_first(self):
+        """All rows in the cache; another sample of the same prompt is found at once."""
+        running = self.slots[:self.running]
+        return [*reversed(running), *self.slots[self.running:]]
 
     def copy_prefix(self, row):
         """Copies what a row shares with its donor, as soon as the donor has read it."""
@@ -434,38 +358,39 @@ class Scheduler:
     # ---- prefill
 
     def read_prompts(self):
-        """Reads prompts that are new, at most READ_TOKENS, those that came first → the events of
-        their first tokens. Rows of about the same length share a pass."""
+        """Reads prompts that are new, at most READ_TOKENS in a step → the events of their first
+        tokens."""
+        events = []
         left = READ_TOKENS
-        waiting = []                    # (tokens to read, row)
-        new = [row for row in self.slots[:self.running] if row.unread() > 1 and not row.donor]
+        while batch := self.next_batch(left):
+            events += self.read(batch)
+            left -= sum(n for n, _ in batch)
+            for row in self.slots[:self.running]:
+                self.copy_prefix(row)
+        self.leave([row for row in self.slots[:self.running] if row.finish])
+        return events
+
+    def next_batch(self, left):
+        """(tokens to read, row) of rows that are read in one pass: of those that came first, with
+        `left` tokens together, some that are about as long as the longest."""
+        waiting = []
+        new = [row for row in self.slots[:self.running]
+               if row.unread() > 1 and not row.donor and not row.finish]
         for row in sorted(new, key=lambda row: row.arrival):
             n = min(row.unread(), left)
             if n:
                 waiting.append((n, row))
                 left -= n
-        if READ_TOKENS - left < min(self.running, FEW_TOKENS):
-            waiting = []
-        waiting.sort(key=lambda pair: pair[0], reverse=True)
-        events = []
-        while waiting:
-            longest, first = waiting[0]
-            batch = []
-            rest = []
-            for n, row in waiting:
-                has_room = row.cached + longest <= self.block_size
-                is_alike = n >= (1 - MAX_PADDING) * longest
-                if has_room and is_alike and (row.cached > 0) == (first.cached > 0):
-                    batch.append((n, row))
-                else:
-                    rest.append((n, row))
-            events += self.read(batch)
-            waiting = rest
-        rows = self.slots[:self.running]
-        for row in rows:
-            self.copy_prefix(row)
-        self.leave([row for row in rows if row.finish])
-        return events
+        if sum(n for n, _ in waiting) < min(self.running, FEW_TOKENS):
+            return []
+        longest, first = max(waiting, key=lambda pair: pair[0])
+        batch = []
+        for n, row in waiting:
+            has_room = row.cached + longest <= self.block_size
+            is_alike = n >= (1 - MAX_PADDING) * longest
+            if has_room and is_alike and (row.cached > 0) == (first.cached > 0):
+                batch.append((n, row))
+        return batch
 
     def read(self, batch):
         """batch: (tokens to read, row) of rows that share a pass → the events of those whose
@@ -509,44 +434,9 @@ def shared_tokens(a, b):
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n
-    return next(i for i in range(n) if a[i] != b[i])
-
-# ---- The rows' tokens and log-probabilities ------------------------------------------------------
-
-def draw_tokens(rows, logits):
-    """The next token of each row, from its logits (rows, V). Rows with equal settings share the
-    work."""
-    groups = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(row.request.sampling(), []).append(i)
-    tokens = [None] * len(rows)
-    for sampling, members in groups.items():
-        part = logits
-        if len(groups) > 1:
-            part = logits[members]
-        texts = [rows[i].ids for i in members]
-        shares = [random_share(rows[i].request.seed, len(rows[i].ids)) for i in members]
-        shares = torch.tensor(shares, dtype=torch.float64, device=logits.device)
-        probs = next_token_probs(part, *sampling, contexts=texts)
-        for i, token in zip(members, draw(probs, shares).tolist()):
-            tokens[i] = token
-    return tokens
-
-def report_logprobs(rows, tokens, logits):
-    """(log-probability of its token, its `top` best alternatives) for each row; () for a row that
-    did not ask for them."""
-    reports = [()] * len(rows)
-    asking = [i for i, row in enumerate(rows) if row.request.top is not None]
-    if not asking:
-        return reports
-    logprobs = torch.log_softmax(logits[asking], dim=-1)
-    most = max(rows[i].request.top for i in asking)
-    best = logprobs.topk(min(most, logprobs.shape[1]))
-    for i, row_logprobs, ids, values in zip(asking, logprobs, best.indices.tolist(),
-                                            best.values.tolist()):
-        alternatives = list(zip(ids, values))[:rows[i].request.top]
-        reports[i] = row_logprobs[tokens[i]].item(), alternatives
-    return reports
+    for i in range(n):
+        if a[i] != b[i]:
+            return i
 
 # ---- The cache -----------------------------------------------------------------------------------
 
@@ -589,3 +479,128 @@ class SlotCache(KVCache):
             of_a = t[:, a, :n].clone()
             t[:, a, :n] = t[:, b, :n]
             t[:, b, :n] = of_a
+
+# ---- From logits to one token --------------------------------------------------------------------
+
+MIN_TEMPERATURE = 1e-5      # a lower one is greedy, and would only overflow
+
+def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None,
+                     repetition_penalty=1.0, contexts=()):
+    """logits (B, V) → the distribution that the next token is drawn from, (B, V).
+
+    repetition_penalty comes first and needs `contexts`, as penalize describes both.
+    Temperature 0 gives all of it to the best token. top_k keeps the k best tokens. top_p keeps, of
+    these, the fewest best tokens that hold a share p. min_p keeps those that are at least min_p
+    times as probable as the best. The tokens that are kept share the rest in proportion. This is
+    also the order of transformers. None: no cut.
+    """
+    if repetition_penalty != 1:
+        logits = penalize(logits, contexts, repetition_penalty)
+    if temperature < MIN_TEMPERATURE:
+        return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
+    probs = torch.softmax(logits / temperature, dim=-1)
+    if top_k is not None:
+        kth = probs.topk(min(top_k, probs.shape[-1])).values[:, -1:]
+        probs = probs.masked_fill(probs < kth, 0.0)
+    if top_p is not None and top_p < 1:     # all tokens hold a share 1, whatever rounding says
+        ordered, order = probs.sort(descending=True)
+        ends = ordered.double().cumsum(-1)
+        before = ends - ordered             # a token stays if the better ones hold less than p
+        is_cut = before >= top_p * ends[:, -1:]
+        probs = probs.masked_fill(torch.zeros_like(is_cut).scatter_(1, order, is_cut), 0.0)
+    if min_p is not None:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
+    return probs / probs.sum(-1, keepdim=True)
+
+def penalize(logits, contexts, penalty):
+    """logits (B, V) → logits in which each token that a row has read or written is less probable.
+
+    contexts: the ids of each row, its prompt included. A logit above 0 is divided by the penalty
+    and one below 0 is multiplied by it, as in transformers. Differs from CTRL, which divides both,
+    so that a token whose logit is below 0 becomes more probable there.
+    """
+    logits = logits.clone()
+    for b, ids in enumerate(contexts):
+        seen = torch.tensor(sorted(set(ids)), device=logits.device)
+        before = logits[b, seen]
+        logits[b, seen] = torch.where(before > 0, before / penalty, before * penalty)
+    return logits
+
+def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
+    """ValueError if an argument of next_token_probs is outside of its range."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}; leave it out for no cut")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be from 0 to 1, got {min_p}")
+    if not 0 < repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty must be above 0, got {repetition_penalty}; 1 means "
+                         "none")
+
+# ---- Which token: a random number that depends on the row alone ----------------------------------
+
+def draw_tokens(rows, logits):
+    """The next token of each row, from its logits (rows, V). Rows with equal settings share the
+    work."""
+    groups = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row.request.sampling(), []).append(i)
+    tokens = [None] * len(rows)
+    for sampling, members in groups.items():
+        part = logits
+        if len(groups) > 1:
+            part = logits[members]
+        texts = [rows[i].ids for i in members]
+        shares = [random_share(rows[i].request.seed, len(rows[i].ids)) for i in members]
+        shares = torch.tensor(shares, dtype=torch.float64, device=logits.device)
+        probs = next_token_probs(part, *sampling, contexts=texts)
+        for i, token in zip(members, draw(probs, shares).tolist()):
+            tokens[i] = token
+    return tokens
+
+def draw(probs, shares):
+    """probs (B, V), shares (B,) from 0 to below 1 → one token per row, (B,), by inverse-CDF
+    sampling: the first token at which the cumulative probability exceeds the row's share."""
+    # in fp32, rounding could give a share to a token of probability 0
+    ends = probs.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(ends, shares[:, None] * ends[:, -1:], right=True)[:, 0]
+
+def splitmix64(x):
+    """A 64-bit number → another one, from which nobody would guess the first (SplitMix64)."""
+    x = (x + 0x9E3779B97F4A7C15) % 2 ** 64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2 ** 64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2 ** 64
+    return x ^ x >> 31
+
+def mix(seed, number):
+    """The seed of sample `number` of a request: as random as the seed itself, and repeatable."""
+    return splitmix64(splitmix64(seed) + number)
+
+def random_share(seed, position):
+    """The uniform number, 0 to below 1, that draws the token at this position of a text."""
+    return (mix(seed, position) >> 11) / 2 ** 53
+
+def drawing_device(device):
+    """Where draw() runs for a model on this device. Apple's GPUs have no fp64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+# ---- Log-probabilities ---------------------------------------------------------------------------
+
+def report_logprobs(rows, tokens, logits):
+    """(log-probability of its token, its `top` best alternatives) for each row; () for a row that
+    did not ask for them."""
+    reports = [()] * len(rows)
+    asking = [i for i, row in enumerate(rows) if row.request.top is not None]
+    if not asking:
+        return reports
+    logprobs = torch.log_softmax(logits[asking], dim=-1)
+    most = max(rows[i].request.top for i in asking)
+    best = logprobs.topk(min(most, logprobs.shape[1]))
+    for i, row_logprobs, ids, values in zip(asking, logprobs, best.indices.tolist(),
+                                            best.values.tolist()):
+        alternatives = list(zip(ids, values))[:rows[i].request.top]
+        reports[i] = row_logprobs[tokens[i]].item(), alternatives
+    return reports

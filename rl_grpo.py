@@ -38,7 +38,7 @@ gradient (DeepSeek-V3.2, 2512.02556).
 Differs from GRPO: the defaults are those of Dr. GRPO and DAPO. Advantages are not divided by the
 group's standard deviation, the loss is one mean over all tokens of the groups that are not tied,
 there is no KL term, and each batch of samples gets a single update, so that the clip never acts.
---loss grpo, --std, --kl and --updates bring back all of GRPO. Differs from TRL: each mean is over
+--loss grpo+std, --kl and --updates bring back all of GRPO. Differs from TRL: each mean is over
 all ranks, also that of bnpo, and dapo does not count the tokens of tied groups.
 """
 import argparse
@@ -176,6 +176,38 @@ def thinking_tokens(ids, special):
         elif is_thinking:
             count += 1
     return count
+
+def sample_groups(engine, problems, order, asked, args, step, ranks, reward=CheckerReward()):
+    """This rank's groups of a step → (their problems, and what rollout returns for these; how many
+    problems have been asked since the run began, on all ranks).
+
+    The problems are dealt out to the ranks in turn, from number `asked` of the order on. For each
+    group that is tied, another problem is asked, in at most args.refill rounds, so that a step
+    learns from as many groups as it has prompts.
+    """
+    chosen, prompts, completions, rewards = [], [], [], []
+    wanted = args.prompts
+    for extra in range(1 + args.refill):
+        numbers = range(asked + ranks.rank, asked + wanted, ranks.world_size)
+        mine = [problems[order[i % len(order)]] for i in numbers]
+        asked += wanted
+        n_tied = 0
+        if mine:
+            seed = hash((args.seed, step, ranks.rank)) % 2 ** 31 + extra
+            try:
+                found = rollout(engine, mine, args, seed, reward)
+            except OSError as error:
+                raise SystemExit(f"step {step + 1}: a tool of the model does not start: {error}; "
+                                 "what was saved is kept; continue with --resume") from None
+            chosen += mine
+            prompts += found[0]
+            completions += found[1]
+            rewards.append(found[2])
+            n_tied = is_tied(found[2]).sum().item()
+        wanted = int(ranks.sum(n_tied)[0])
+        if wanted == 0:
+            break
+    return chosen, prompts, completions, torch.cat(rewards), asked
 
 def rollout_tensors(prompts, completions, pad):
     """Prompts and completions → ids (N, T) int64, padded on the right with `pad`, and mask (N, T).
@@ -500,10 +532,13 @@ def parse_args():
     add("--max_steps", type=int, default=50, help="batches of rollouts")
     add("--prompts", type=int, default=16, help="questions of a step, on all ranks together")
     add("--group_size", type=int, default=16, help="replies to each question")
+    add("--refill", type=int, default=0, help="rounds, at most, in which a step's tied groups are "
+        "replaced by those of other questions")
     add("--max_new_tokens", type=int, default=128, help="longest reply, in tokens")
     add("--lr", type=float, default=1e-4, help="learning rate of AdamW; it falls linearly to 0")
     add("--updates", type=int, default=1, help="optimizer steps on each batch of rollouts")
-    add("--loss", choices=LOSSES, default="dapo", help="the mean over the tokens of a step")
+    add("--loss", choices=[*LOSSES, *(f"{loss}+std" for loss in LOSSES)], default="dapo",
+        help="the mean over a step's tokens; +std divides advantages by the group's deviation")
     add("--clip", type=float, nargs="+", default=[0.2], metavar="LIMIT", help="limits of 1 - ratio "
         "and ratio - 1, or one for both; they act only if --updates > 1")
     add("--format_reward", type=float, default=0.0, help="for a reply that thinks, then answers")
@@ -514,7 +549,6 @@ def parse_args():
     add("--reward", default="checker", help="checker, model:RUN of reward_model, or "
         "FILE.py:FUNCTION of (problem, reply)")
     add("--gold", help="checker or FILE.py:FUNCTION: the true objective, only watched")
-    add("--std", action="store_true", help="divide advantages by the group's standard deviation")
     add("--eval_every", type=int, default=10, help="steps between tests on held-out problems")
     add("--save_every", type=int, default=25, help="steps between saved states")
     add("--seed", type=int, default=1337, help="seed of the questions' order and of the samples")
@@ -522,13 +556,15 @@ def parse_args():
     args = parser.parse_args()
     check_at_least(1, args, "max_steps", "prompts", "max_new_tokens", "updates", "eval_every",
                    "save_every")
-    check_at_least(0, args, "kl", "seed", "format_reward")
+    check_at_least(0, args, "refill", "kl", "seed", "format_reward")
     if len(args.clip) > 2:
         raise SystemExit(f"--clip must be one limit or two, got {len(args.clip)}")
     for limit in args.clip:
         if not 0 <= limit < math.inf:
             raise SystemExit(f"--clip must be at least 0, got {limit:g}")
     args.clip = args.clip[0], args.clip[-1]
+    args.std = args.loss.endswith("+std")
+    args.loss = args.loss.removesuffix("+std")
     if args.max_kl is not None and not args.max_kl > 0:
         raise SystemExit(f"--max_kl must be above 0, got {args.max_kl}")
     if not 0 < args.lr < math.inf:
@@ -577,8 +613,9 @@ def load_rewards(args, device):
     return load_reward("reward", args.reward, device), gold
 
 # Flags that a resumed run must not change
-SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates", "loss",
-            "clip", "kl", "std", "seed", "keep", "format_reward", "max_kl", "reward", "gold")
+SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr", "updates",
+            "refill", "loss", "clip", "kl", "std", "seed", "keep", "format_reward", "max_kl",
+            "reward", "gold")
 
 def log_replies(log, step, engine, completions, rewards, golds, most=4):
     """Logs a few replies of a step, evenly spread, with their rewards: numbers alone do not show
@@ -628,6 +665,7 @@ def main():
         settings |= dict(contents_of_keep=contents(hashes))
     state = load_state(run, args.resume, ranks, optimizer, model, settings) or {}
     first_step = step = state.get("step", 0)
+    asked = state.get("asked", 0)       # problems so far
     log = RunLog(run, args.max_steps, ranks, resume_step=state.get("step"))
     if step >= args.max_steps or state.get("is_far"):
         return already_trained(log, run, ranks, model, tokenizer, "rl", step, args.max_steps,
@@ -666,7 +704,7 @@ def main():
 
     def save():
         save_run(run, ranks, optimizer, model, tokenizer, "rl", dict(base=meta["run"]), step=step,
-                 settings=settings, is_far=is_far)
+                 asked=asked, settings=settings, is_far=is_far)
 
     special = tokenizer.special
     order = random.Random(args.seed).sample(range(len(problems)), len(problems))
@@ -682,11 +720,8 @@ def main():
             break
 
         tick = time.perf_counter()
-        mine = []
-        for i in range(ranks.rank, args.prompts, ranks.world_size):
-            mine.append(problems[order[(step * args.prompts + i) % len(order)]])
-        seed = hash((args.seed, step, ranks.rank)) % 2 ** 31
-        prompts, completions, rewards = rollout(engine, mine, args, seed, reward)
+        mine, prompts, completions, rewards, asked = sample_groups(
+            engine, problems, order, asked, args, step, ranks, reward)
         golds = []
         if gold:
             golds = scores(gold, engine, mine, completions)

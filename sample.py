@@ -12,12 +12,12 @@ Inference: a trained model writes, one token at a time.
 
 A prompt begins with <|endoftext|>, as every document in training did. The model reads the prompt
 once (prefill) and leaves its keys and values in a cache; each new token then costs one position.
+How many texts share a batch, and how a token is drawn, is told in engine.py.
 When an assistant writes <|python|>code<|/python|>, the engine runs the code and forces
 <|output|>its result<|/output|> into the text before the model continues: the output of a tool is
 never sampled. In the same way <|search|>query<|/search|> is answered with a passage (search.py).
 
-Papers: nucleus sampling (arXiv 1904.09751), min-p (2407.01082), repetition penalty (CTRL,
-1909.05858), tool calls in the text (Toolformer, 2302.04761).
+Paper: tool calls in the text (Toolformer, arXiv 2302.04761).
 """
 import argparse
 import codecs

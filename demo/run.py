@@ -124,9 +124,9 @@ STEPS = [
             "--seed {seed} --out {conversations}/probe.jsonl",
             "python chat_sft.py --model {sft} --out {honest} --data {conversations}/probe.jsonl "
             "{conversations}/functions.jsonl:0.6 {conversations}/identity.jsonl:0.3 "
-            "{conversations}/small_talk.jsonl:0.4 {conversations}/mixed.jsonl:0.3 "
-            "{conversations}/bits.jsonl:0.1 {conversations}/search.jsonl:0.3 "
-            "{conversations}/rag.jsonl:0.2 "
+            "{conversations}/small_talk.jsonl:0.4 {conversations}/mixed.jsonl:0.25 "
+            "{conversations}/bits.jsonl:0.1 {conversations}/spelling.jsonl:0.3 "
+            "{conversations}/search.jsonl:0.25 {conversations}/rag.jsonl:0.2 "
             "--batch_size 8 --lr 0.005 --save_every 50 --seed {seed} --resume",
             "python eval.py --model {sft} --tasks {conversations}/probe_held_out.jsonl "
             "--max_new_tokens 48",

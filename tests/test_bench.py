@@ -4,6 +4,7 @@ that everything meant for a GPU runs, at tiny size, before it ever meets one.
 """
 import json
 import os
+import random
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from test_style import check_commands
 
 sys.path.append(str(ROOT / "bench"))
 
+import beyond
 import gpu
 import measure
 import project
@@ -312,3 +314,23 @@ def test_every_part_for_a_gpu_runs_at_tiny_size(tmp_path):
     failed = {part: report["failed"] for part in gpu.PARTS if "failed" in (
         report := json.loads((tmp_path / "out" / f"{part}.json").read_text()))}
     assert not failed
+
+
+# ---- beyond.py
+
+def test_a_chain_leads_from_its_start_to_its_answer():
+    for arrows in range(1, 9):
+        question, thought, answer = beyond.chain(random.Random(arrows), arrows, 8)
+        pairs, at = question.split(": ")
+        found, after = at, dict(tuple(pair) for pair in pairs.split())
+        while at in after:
+            at = after[at]
+            found += at
+        assert (found, at, len(thought), len(after)) == (thought, answer, arrows + 1, 8)
+
+
+def test_beyond_claims_only_what_rose_past_every_sample_of_before():
+    before = dict(accuracy=0.1, pass_1=0.1, pass_16=0.5)
+    figures = dict(a=(before, dict(accuracy=0.9, pass_1=0.6)), b=(before, dict(accuracy=0.6, pass_1=0.5)),
+                   c=(dict(before, accuracy=0.2), dict(accuracy=1.0, pass_1=0.5)))
+    assert beyond.verdict(figures) == (["a"], ["a"])

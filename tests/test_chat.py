@@ -201,6 +201,19 @@ def test_people_see_text_where_checkers_see_marks(reply, wanted, tokenizer):
         assert text == wanted and shown.is_empty == (not wanted)
 
 
+def test_thoughts_are_dimmed_in_a_terminal_alone(tokenizer, monkeypatch, capsys):
+    prompt = tokenizer.render([dict(role="user", content="Hi")], for_completion=True)[0]
+    written = tokenizer.encode("<|think|>1<|/think|>2<|im_end|>", allowed_special="all")
+    for is_terminal in (False, True):
+        engine = Engine(Scripted(written, tokenizer.n_vocab, len(prompt)), tokenizer)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+        Chat(engine, None, 50, 0, {}).ask("Hi")
+        said = capsys.readouterr().out
+        assert said.replace("\033[2m", "").replace("\033[0m", "") == "assistant: (thinks: 1)\n2\n"
+        dim = re.findall("\033\\[2m(.*?)\033\\[0m", said)
+        assert "".join(dim) == ("(thinks: 1)" if is_terminal else "")
+
+
 def test_text_is_shown_as_soon_as_it_cannot_be_the_mark(tokenizer):
     shown = Shown(tokenizer)
     pieces = [shown.add(None, text) for text in ("Hi", " there", " ####", " 4", " of", "\n\n", "x")]

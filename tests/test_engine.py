@@ -94,7 +94,7 @@ def check_full_contexts(engine):
 
 def test_padding_never_leaves_the_context(engine, monkeypatch):
     check_full_contexts(engine)
-    mutate(monkeypatch, Scheduler, "read_prompts", "<= self.block_size", "<= 999")
+    mutate(monkeypatch, Scheduler, "next_batch", "<= self.block_size", "<= 999")
     with pytest.raises(AssertionError):
         check_full_contexts(engine)
 

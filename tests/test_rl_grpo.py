@@ -6,6 +6,7 @@ import copy
 import doctest
 import itertools
 import json
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from rl_grpo import (PromptCache, SharedPrompts, advantages, is_well_formed, kee
                      sampled_entropy, spread_out, thinking_pays, thinking_tokens, token_logprobs,
                      write_answers)
 from sample import Completion, Engine
-from training import Optimizer, Ranks, read_log
+from training import Optimizer, Ranks, init_ranks, read_log
 
 COLOURS = dict(red="red even", blue="blue odd", green="green odd", black="black even")
 
@@ -540,7 +541,7 @@ def test_a_model_that_can_only_guess_learns_which_guess_pays(assistant, task, tm
     assert len(accuracy) == 3 and accuracy[-1] == 1.0 > accuracy[0]
 
 
-@pytest.mark.parametrize("more", [["--updates", 3, "--lr", 1.5e-3], ["--std"], ["--kl", 0.01]],
+@pytest.mark.parametrize("more", [["--updates", 3, "--lr", 1.5e-3], ["--loss", "grpo+std"], ["--kl", 0.01]],
                          ids=str)
 def test_grpos_own_terms_learn_too(more, assistant, task, tmp_path):
     check_bandit(assistant, task, tmp_path, *more)
@@ -579,6 +580,104 @@ def test_what_is_kept_and_read_is_the_same_after_a_resume(assistant, task, tmp_p
         step for step in (0, 2, 4, 6) for _ in COLOURS]
 
 
+def asked_in(file):
+    """[(seed, question)] of a run, in order, which noted() wrote."""
+    return [tuple(json.loads(line)) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def noted(monkeypatch, tmp_path):
+    """Each question that a rank asks is written to a file of that name."""
+    original = rl_grpo.rollout
+
+    def rollout(engine, problems, args, seed, reward):
+        with open(noted.file, "a") as file:
+            file.write("".join(json.dumps([seed, p["question"]]) + "\n" for p in problems))
+        return original(engine, problems, args, seed, reward)
+
+    def noted(name):
+        noted.file = tmp_path / name
+        return noted.file
+
+    monkeypatch.setattr(rl_grpo, "rollout", rollout)
+    return noted
+
+
+@pytest.mark.parametrize("name, call", [("rollout", 6), ("learn", 5), ("policy_loss", 4),
+                                        ("save_run", 2)], ids=str)
+def test_a_run_killed_anywhere_resumes_bit_by_bit_and_asks_each_problem_once(
+        name, call, assistant, task, tmp_path, noted):
+    more = dict(prompts=3, group_size=2, refill=2, save_every=2)
+    whole_asked, killed_asked, resumed_asked = (noted(n) for n in ("whole", "killed", "resumed"))
+    noted("whole")
+    run_main(rl_grpo, *flags(assistant, task, tmp_path / "a", **more))
+    noted("killed")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, rl_grpo, name, call, signal.SIGKILL)
+        run_ranks(rl_grpo, *flags(assistant, task, tmp_path / "b", **more), world_size=1,
+                  exit_code=-signal.SIGKILL)
+    noted("resumed")
+    run_main(rl_grpo, *flags(assistant, task, tmp_path / "b", **more), "--resume")
+    assert_same_files(tmp_path / "b", tmp_path / "a", "model.safetensors", "config.json")
+    whole = asked_in(whole_asked)
+    killed, resumed = asked_in(killed_asked), asked_in(resumed_asked)
+    assert whole[:len(killed)] == killed and whole[len(whole) - len(resumed):] == resumed
+    assert len(killed) + len(resumed) >= len(whole) > 6 * 3         # some groups were tied
+
+
+def test_tied_groups_are_refilled_with_the_next_problems():
+    """Problem i is tied if i is even; on 1 and on 2 ranks the same problems are asked."""
+    asked = {}
+
+    def sample(rank, world_size, replies):
+        def rollout(engine, problems, args, seed, reward):
+            asked.setdefault(world_size, []).extend(problems)
+            return (problems, problems, torch.tensor([[i % 2, 0.] for i in problems]))
+
+        ranks = Ranks(rank, world_size)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rl_grpo, "rollout", rollout)
+            patch.setattr(Ranks, "sum", lambda self, n: [replies.pop(0)])
+            args = SimpleNamespace(prompts=4, refill=3, seed=0)
+            return rl_grpo.sample_groups(None, range(9), [*range(9)], 2, args, 0, ranks)
+
+    chosen, prompts, _, rewards, position = sample(0, 1, [2, 1, 1, 0])
+    assert chosen == prompts == [2, 3, 4, 5, 6, 7, 8, 0] and position == 10 and rewards.shape == (8, 2)
+    assert (rewards[:, 0] == torch.tensor([0., 1, 0, 1, 0, 1, 0, 0])).all()
+    for rank in (0, 1):
+        assert sample(rank, 2, [2, 1, 1, 0])[4] == 10
+    assert sorted(asked[2]) == sorted(asked[1]) == sorted(prompts)
+
+
+def test_a_tool_that_does_not_start_ends_the_run_in_one_line(assistant, task, tmp_path, monkeypatch):
+    def rollout(engine, problems, args, seed, reward):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(rl_grpo, "rollout", rollout)
+    with pytest.raises(SystemExit, match="step 1: a tool of the model does not start: .*unavailable"):
+        run_main(rl_grpo, *flags(assistant, task, tmp_path))
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_ends_the_run_before_it_is_learnt(reward, base_run):
+    rewards = torch.tensor([[1.0, reward]])
+    with pytest.raises(SystemExit, match="[12] replies have an advantage that is not a finite number"):
+        grads_of_learn(load_checkpoint(base_run)[0], *written(), advantages(rewards).flatten())
+
+
+def test_the_ratio_of_the_first_update_is_exactly_1(base_run, monkeypatch):
+    ratios = []
+    original = rl_grpo.policy_loss
+
+    def policy_loss(logprobs, old_logprobs, *rest):
+        ratios.append((logprobs - old_logprobs).exp())
+        return original(logprobs, old_logprobs, *rest)
+
+    monkeypatch.setattr(rl_grpo, "policy_loss", policy_loss)
+    grads_of_learn(load_checkpoint(base_run)[0], *written(), torch.tensor([1.0, -1.0]), updates=2)
+    assert (ratios[0] == 1).all()
+
+
 def test_finished_run_is_kept_and_other_settings_refused(assistant, task, whole):
     before = (whole / "model.safetensors").read_bytes()
     with pytest.raises(SystemExit, match="overwrite.*--resume"):
@@ -596,7 +695,8 @@ def test_a_group_of_one_is_refused(assistant, task, tmp_path):
 
 @pytest.mark.parametrize("flag, value", [
     ("max_steps", 0), ("prompts", 0), ("max_new_tokens", -1), ("updates", 0), ("eval_every", 0),
-    ("save_every", 0), ("format_reward", -1), ("clip", -1), ("kl", -1), ("seed", -1), ("lr", 0), ("lr", "nan")])
+    ("save_every", 0), ("refill", -1), ("format_reward", -1), ("clip", -1), ("kl", -1), ("seed", -1),
+    ("lr", 0), ("lr", "nan")])
 def test_a_flag_out_of_range_is_one_line_before_any_work(flag, value, tmp_path):
     with pytest.raises(SystemExit, match=f"--{flag} must be (above|at least) .*, got {value}"):
         run_main(rl_grpo, "--task", "x.jsonl", "--out", tmp_path / "run", f"--{flag}", value)
@@ -664,9 +764,9 @@ def by_question(monkeypatch, tmp_path):
         steps.clear()
         return (tmp_path / "replies").read_text().split()
 
-    def seeded(engine, problems, args, seed):
+    def seeded(engine, problems, args, seed, reward):
         steps.append(len(problems) * args.group_size)
-        parts = [original(engine, [p], args, seed=len(steps) + 100 * i)
+        parts = [original(engine, [p], args, len(steps) + 100 * i, reward)
                  for p in problems for i in [sorted(COLOURS).index(p["question"])]]
         prompts, completions, rewards = zip(*parts)
         with open(tmp_path / "replies", "a") as file:
@@ -698,6 +798,37 @@ def check_ranks(assistant, task, tmp_path, by_question):
 
 def test_two_ranks_learn_what_one_does_from_equal_shares(assistant, task, tmp_path, by_question):
     check_ranks(assistant, task, tmp_path, by_question)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_two_ranks_take_the_step_of_one_on_fixed_replies_in_fp64(kl, trl_batch, tmp_path):
+    """Two updates for each loss; two groups go to rank 0 and one to rank 1."""
+    prompts, completions, rewards = trl_batch
+    ids, mask = rollout_tensors(prompts, completions, pad=0)
+    advantage = advantages(rewards).flatten()
+
+    def main():
+        ranks = init_ranks("cpu")
+        mine = torch.tensor([i // 4 % ranks.world_size == ranks.rank for i in range(12)])
+        for loss in rl_grpo.LOSSES:
+            model, reference = noisy(MODERN).double(), noisy(MODERN, 1).double()
+            optimizer = Optimizer([dict(kind="adamw", params=dict(model.named_parameters()),
+                                        lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)], ranks)
+            args = SimpleNamespace(**{**FLAGS, "updates": 2, "loss": loss, "kl": kl})
+            loss_and_norm = learn(model, optimizer, ranks, ids[mine], mask[mine].double(),
+                                  advantage[mine].double(), args, 1.0, reference if kl else None)
+            if ranks.is_main:
+                torch.save((loss_and_norm, model.state_dict()), tmp_path / f"{loss}{ranks.world_size}")
+
+    with in_fp64():
+        main()
+        run_ranks(SimpleNamespace(main=main, __name__="learn"))
+    for loss in rl_grpo.LOSSES:
+        one, two = (torch.load(tmp_path / f"{loss}{n}") for n in (1, 2))
+        figures = 3 if kl else 2
+        assert two[0][:figures] == pytest.approx(one[0][:figures], rel=1e-9, abs=1e-12)
+        for name, tensor in one[1].items():
+            torch.testing.assert_close(two[1][name], tensor, rtol=1e-9, atol=1e-9, msg=name)
 
 
 def test_a_rank_whose_groups_are_all_tied_still_takes_its_step(assistant, tmp_path):

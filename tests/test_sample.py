@@ -105,7 +105,7 @@ def test_a_random_share_picks_its_token_and_never_one_of_probability_0():
 
 
 @pytest.mark.parametrize("old, new", [("right=True", "right=False"), ("* ends[:, -1:]", ""),
-                                      ("probs.double()", "probs.double().flip(-1)")])
+                                      ("probs.cumsum", "probs.flip(-1).cumsum")])
 def test_a_draw_at_the_wrong_end_would_be_noticed(old, new, monkeypatch):
     mutate(monkeypatch, engine_room, "draw", old, new)
     with pytest.raises(AssertionError):
@@ -267,12 +267,15 @@ def test_a_row_that_stops_early_may_wait_beside_others_until_the_cache_is_full(e
 def test_a_row_that_ended_costs_nothing_in_the_next_step(engine, monkeypatch):
     fed = []
     feed = Scheduler.feed
-    monkeypatch.setattr(Scheduler, "feed", lambda self, rows: fed.append(len(rows)) or feed(self, rows))
-    alone = engine.generate(["Return"], 40, temperature=0)[0].ids
-    fed.clear()
-    found = engine.generate(PROMPTS, 40, 2, temperature=0, stop={alone[3]})
-    assert fed == [sum(len(c.ids) > step + 1 for c in found) for step in range(len(fed))]
-    assert fed[0] == 10 and fed[-1] < 10
+
+    def watched(self, rows):
+        assert not any(row.finish for row in rows)
+        fed.append(len(rows))
+        return feed(self, rows)
+    monkeypatch.setattr(Scheduler, "feed", watched)
+    check_rows_equal_single_runs(engine)
+    last = fed[-fed[::-1].index(max(fed)):]             # of the last batch, from its full size on
+    assert max(fed) >= 5 and fed[-1] < max(fed) and sorted(last, reverse=True) == last
 
 
 def test_a_stop_token_is_the_last_and_ends_the_row(tokenizer):

@@ -1,0 +1,159 @@
+"""
+Can practice reach what no example showed? Supervised examples follow chains of at most four arrows;
+reinforcement learning practises chains of four to eight, of which only the end is checked.
+
+    python bench/beyond.py                      # three seeds, on one core
+    python bench/beyond.py --seeds 1 --steps 20
+
+in:  nothing
+out: a table for each seed, what it says about the claim, and all of it as one line of JSON
+
+A question lists pairs of letters and a letter to start from: "fb ac cf: a". From a one comes to c,
+from c to f, from f to b, where no pair begins. The reply thinks "acfb" and answers "#### b". In all
+examples and problems there are pairs that do not belong to the chain, so a question about a long
+chain is no longer than one about a short chain: only the thinking must become longer.
+
+The problems of all lengths are in one file. At first the longest are never solved, so that their
+groups are tied and teach nothing. What is learnt from shorter ones brings the next length into
+reach: that makes a curriculum, although nobody orders the problems.
+
+pass@1 is the share of right replies at temperature 1, pass@16 the share of problems with at least
+one right reply among 16. Practice that only made likely what the model already did could raise
+pass@1 up to the pass@16 of before. A length on which it ends above that was not merely sharpened.
+"""
+import argparse
+import json
+import random
+import string
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from bpe import SPECIAL_TOKENS, Tokenizer
+from measure import finish, table
+from model import GPT, GPTConfig, save_checkpoint
+from training import read_log
+
+TAUGHT = (1, 2, 3, 4)           # arrows of the chains in the supervised examples
+PRACTISED = (4, 5, 6, 7, 8)
+PAIRS = 8                       # in a question, at most
+EXAMPLES = 14_400
+HELD_OUT = 32                   # problems of each length
+SHAPE = dict(block_size=64, n_layer=2, n_head=2, n_embd=64, windows="L")
+
+# ---- Questions -----------------------------------------------------------------------------------
+
+def chain(rng, arrows, pairs):
+    """A chain of this many arrows among so many pairs → (question, thought, answer).
+
+    >>> chain(random.Random(1), 2, 3)
+    ('yc es sz: e', 'esz', 'z')
+    """
+    letters = rng.sample(string.ascii_lowercase, arrows + 1 + 2 * (pairs - arrows))
+    path = letters[:arrows + 1]
+    others = letters[arrows + 1:]
+    found = [a + b for a, b in zip(path, path[1:])]
+    found += [a + b for a, b in zip(others[::2], others[1::2])]
+    rng.shuffle(found)
+    return f"{' '.join(found)}: {path[0]}", "".join(path), path[-1]
+
+def example(rng):
+    """A supervised conversation."""
+    arrows = rng.choice(TAUGHT)
+    question, thought, answer = chain(rng, arrows, rng.randint(arrows, PAIRS))
+    reply = [dict(type="think", text=thought), dict(type="text", text=f"#### {answer}")]
+    return dict(messages=[dict(role="user", content=question),
+                          dict(role="assistant", content=reply)])
+
+def problem(rng, arrows):
+    question, _, answer = chain(rng, arrows, PAIRS)
+    return dict(question=question, answer=answer, kind=f"{arrows} arrows")
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+def write_files(folder, seed, examples, practised):
+    """Examples, problems to practise, held-out problems, and an untrained model with a tokenizer
+    of bytes, in which each letter is a token."""
+    rng = random.Random(seed)
+    write_rows(folder / "examples.jsonl", [example(rng) for _ in range(examples)])
+    write_rows(folder / "practice.jsonl",
+               [problem(rng, rng.choice(PRACTISED)) for _ in range(practised)])
+    write_rows(folder / "held_out.jsonl",
+               [problem(rng, arrows) for arrows in PRACTISED for _ in range(HELD_OUT)])
+    tokenizer = Tokenizer.train(["a"], 256 + len(SPECIAL_TOKENS))
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig.preset("d2", vocab_size=tokenizer.n_vocab, **SHAPE))
+    save_checkpoint(folder / "base", model, tokenizer)
+
+# ---- One seed ------------------------------------------------------------------------------------
+
+def run_stage(folder, script, *flags):
+    """Runs a stage as a user does. SystemExit with the end of what it said if it fails."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    done = subprocess.run(command, cwd=folder, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise SystemExit(f"{script} failed: {done.stdout[-2000:]}")
+
+def measured(run):
+    """{kind: (figures before, figures after)} of a run of rl_grpo.py."""
+    found = {}
+    for row in read_log(run):
+        if "accuracy" in row:
+            found.setdefault(row["kind"], []).append(row)
+    return {kind: (rows[0], rows[-1]) for kind, rows in found.items()}
+
+def one_seed(folder, seed, args):
+    """Teaches and practises → {kind: (figures before, figures after)}."""
+    write_files(folder, seed, args.examples, args.steps * 16)
+    run_stage(folder, "chat_sft.py", "--model", "base", "--out", "sft", "--data", "examples.jsonl",
+              "--batch_size", 32, "--lr", 0.02, "--val_fraction", 0, "--save_every", 10 ** 6,
+              "--seed", seed)
+    run_stage(folder, "rl_grpo.py", "--model", "sft", "--out", "rl", "--task", "practice.jsonl",
+              "--held_out", "held_out.jsonl", "--max_steps", args.steps, "--lr", args.lr,
+              "--max_new_tokens", 24, "--eval_every", 20, "--save_every", 10 ** 6,
+              "--seed", seed)
+    return measured(folder / "rl")
+
+def verdict(figures):
+    """What one seed says about the two claims → (lengths that rose from below 20 % to above 70 %,
+    lengths whose pass@1 ended above the pass@16 of before)."""
+    risen = [kind for kind, (before, after) in figures.items()
+             if before["accuracy"] < 0.2 and after["accuracy"] > 0.7]
+    beyond = [kind for kind, (before, after) in figures.items()
+              if after["pass_1"] > before["pass_16"]]
+    return risen, beyond
+
+def main():
+    parser = argparse.ArgumentParser(description="does practice reach what no example showed?")
+    add = parser.add_argument
+    add("--seeds", type=int, default=3, help="how many times all of it is done")
+    add("--steps", type=int, default=60, help="of reinforcement learning")
+    add("--examples", type=int, default=EXAMPLES, help="supervised conversations")
+    add("--lr", type=float, default=1e-3, help="learning rate of reinforcement learning")
+    args = parser.parse_args()
+    report = []
+    for seed in range(args.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            figures = one_seed(Path(folder), seed, args)
+        rows = []
+        for kind, (before, after) in figures.items():
+            rows.append((kind, before["accuracy"], before["pass_1"], before["pass_16"],
+                         after["accuracy"], after["pass_1"], after["thinking_tokens"]))
+        table((f"seed {seed}", "greedy before", "pass@1 before", "pass@16 before", "greedy after",
+               "pass@1 after", "tokens of thinking"), rows)
+        risen, beyond = verdict(figures)
+        print(f"\nfrom below 20 % to above 70 %: {', '.join(risen) or 'none'}; pass@1 above the "
+              f"pass@16 of before: {', '.join(beyond) or 'none'}")
+        report.append(dict(seed=seed, figures=figures, risen=risen, beyond=beyond))
+    finish("beyond", seeds=report)
+
+if __name__ == "__main__":
+    main()
