@@ -170,41 +170,44 @@ def few_shot(models):
     """A base model learns a task from examples in its prompt, with no training.
 
     Asked: 16 items of each of four tasks, after 0, 1, 2, 4 and 8 examples. Counted: how often the
-    right output is more probable a token than three outputs of other items. Against: no example.
+    right output is more probable a token than three outputs of other items; beside it, its own
+    log-probability. Against: no example.
     """
-    right = {shots: few_shot_outcomes(models, shots) for shots in SHOTS}
-    by_task = {}
-    for task in TASKS:
-        by_task[task] = [share_of(ok for name, ok in right[shots] if name == task)
-                         for shots in SHOTS]
-    shares = {shots: share_of(ok for _, ok in right[shots]) for shots in SHOTS}
+    scores = {shots: few_shot_scores(models, shots) for shots in SHOTS}
+    right = {shots: [(task, max(found) == found[0]) for task, found in rows]
+             for shots, rows in scores.items()}
+    sure = {shots: mean([found[0] for _, found in rows], "nats") for shots, rows in scores.items()}
+    shares = {shots: share_of(ok for _, ok in rows) for shots, rows in right.items()}
     gained = difference([float(ok) for _, ok in right[SHOTS[-1]]],
                         [float(ok) for _, ok in right[0]])
-    texts = [f"{task}: " + ", ".join(f"{shots} shots {m}" for shots, m in zip(SHOTS, row))
-             for task, row in by_task.items()]
-    said = (f"right of {CHOICES} choices after " + ", ".join(f"{n} examples {m}" for n, m
-                                                             in shares.items()))
+    texts = []
+    for task in TASKS:
+        row = [share_of(ok for name, ok in right[shots] if name == task) for shots in SHOTS]
+        texts.append(f"{task}: " + ", ".join(f"{n} shots {m}" for n, m in zip(SHOTS, row)))
+    said = (f"right of {CHOICES} choices after " +
+            ", ".join(f"{n} examples {m}" for n, m in shares.items()) +
+            f"; log p a token of the right output {sure[0]}, then {sure[SHOTS[-1]]}")
     return Finding(said, [Check("8 examples gain right answers, item by item", gained)],
                    {f"shots_{n}": m for n, m in shares.items()}, texts)
 
-def few_shot_outcomes(models, shots):
-    """(task, is it right) of every item after this many examples, which are other items."""
+def few_shot_scores(models, shots):
+    """(task, log-probability a token of the right output and of three others) of every item, after
+    this many examples, which are other items."""
+    from eval import token_spans
     from few_shot import few_shot_prompt
-    from eval import is_right, token_spans
     tokenizer = models.engine("base").tokenizer
     rng = random.Random(models.seed)
     names = []
     pairs = []
     for task, items in TASKS.items():
         for item in items:
-            others = rng.sample([other for other in items if other != item], 8 + CHOICES - 1)
+            others = rng.sample([other for other in items if other != item],
+                                SHOTS[-1] + CHOICES - 1)
             prompt = few_shot_prompt(others[:shots], item[0])
             names.append(task)
-            pairs += [(prompt, f" {answer}") for _, answer in [item, *others[8:]]]
-    scores = [(mean_nats, None) for mean_nats in
-              models.log_probs(("base",), token_spans(tokenizer, pairs))]
-    return [(task, is_right(scores[i * CHOICES:(i + 1) * CHOICES], 0))
-            for i, task in enumerate(names)]
+            pairs += [(prompt, f" {answer}") for _, answer in [item, *others[SHOTS[-1]:]]]
+    found = models.log_probs(("base",), token_spans(tokenizer, pairs))
+    return [(task, found[i * CHOICES:(i + 1) * CHOICES]) for i, task in enumerate(names)]
 
 # ---- Memory of what was read ---------------------------------------------------------------------
 

@@ -31,7 +31,8 @@ def funnel(models):
     Against: 10 %. These are counts of everything, so they have no standard error.
     """
     steps = [step for step in models.index().get("funnel", []) if step["step"] not in LATER_STEPS]
-    crawled = crawled_bytes(models.data_folder())
+    inputs = models.index().get("settings", {}).get("inputs", [])
+    crawled = crawled_bytes([*sorted((models.data_folder() / "warc").glob("*.warc*")), *inputs])
     if not steps or not crawled:
         raise NotMeasured("the data has no crawl; python prepare_fineweb.py --source crawl or warc "
                           "makes one")
@@ -47,11 +48,13 @@ def funnel(models):
     return Finding(said, [Check("less than 10% of the bytes are left", FEW_PER_CENT, left)],
                    dict(bytes_left=left, pages_left=pages), texts)
 
-def crawled_bytes(data):
-    """The bytes of HTML in the WARC files of a folder of data; 0 if there are none."""
+def crawled_bytes(paths):
+    """The bytes of HTML in those of these files that are WARC files and are here."""
     from warc import parse_record, read_warc
     n = 0
-    for path in sorted((data / "warc").glob("*.warc*")):
+    for path in map(Path, paths):
+        if ".warc" not in path.name or not path.is_file():
+            continue
         for record, _ in read_warc(path):
             page = record and parse_record(*record)[0]
             if page:

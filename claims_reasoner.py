@@ -14,8 +14,7 @@ import random
 import re
 from pathlib import Path
 
-from claims import (Check, Finding, Measured, NotMeasured, difference, mean, one_line, share,
-                    share_of)
+from claims import Check, Finding, Measured, NotMeasured, difference, mean, one_line, share_of
 
 ASSISTANT = ("honest", "sft", "rl")     # who has not practised, if it is there
 GUESSED = Measured(0.5, unit="%")       # of two answers
@@ -215,16 +214,17 @@ def discovery(models):
     14 bits, longer than any example. Counted: right answers; tokens of the replies. Against:
     before practice; guessing.
     """
-    before_run = models.engine("honest", "sft").tokenizer
+    tokenizer = models.engine("rl").tokenizer
     log = models.log("rl")
     practised = {row["kind"] for row in log if "kind" in row and "accuracy" in row}
+    if not practised:
+        raise NotMeasured("the log of rl_grpo.py has no held-out problems; give it --held_out")
     problems = models.problems("held_out.jsonl", *practised, most=30)
     replies = {role: models.replies((role, *ASSISTANT), [p["messages"] for p in problems],
                                     max_new_tokens=128) for role in ("honest", "rl")}
     from problems import is_correct
-    models.run("rl")
     right = {role: share_of(map(is_correct, some, problems)) for role, some in replies.items()}
-    lengths = {role: mean([len(before_run.encode_ordinary(reply)) for reply in some], "tokens")
+    lengths = {role: mean([len(tokenizer.encode_ordinary(reply)) for reply in some], "tokens")
                for role, some in replies.items()}
     checks = [Check("more answers are right after practice", right["rl"], right["honest"]),
               Check("replies are longer after practice", lengths["rl"], lengths["honest"])]

@@ -37,9 +37,9 @@ import claims_assistant
 import claims_base
 import claims_data
 import claims_reasoner
-from claims import NotMeasured, one_line
+from claims import NotMeasured
 
-SEED = 1337
+SEED = 1337             # of what is drawn and asked
 VAL_TOKENS = 2 ** 14    # of unseen text that claims read, at most
 GPU_HOUR_USD = 3.0      # an H100, as the talk has it
 CORE_HOUR_USD = 0.05    # a core of a rented CPU
@@ -109,9 +109,9 @@ class Models:
 
     def __init__(self, runs, data=None, conversations=None, device="auto", gpu_hour_usd=None,
                  core_hour_usd=CORE_HOUR_USD):
-        self.runs = runs                # {role: folder}
-        self.data = data
-        self.conversations = conversations
+        self.runs = runs                    # {role: folder}
+        self.data = data                    # of prepare_fineweb.py
+        self.conversations = conversations  # a folder of files of held-out problems
         self.device = device
         self.gpu_hour_usd = gpu_hour_usd or GPU_HOUR_USD
         self.core_hour_usd = core_hour_usd
@@ -128,6 +128,7 @@ class Models:
 
     @functools.lru_cache
     def engine_of(self, run):
+        """The Engine of a run's folder; a model is loaded once."""
         from model import load_checkpoint
         from sample import Engine, choose_device, load_tokenizer
         tokenizer = load_tokenizer(run)
@@ -154,6 +155,7 @@ class Models:
         return read_log(self.run(*roles))
 
     def data_folder(self):
+        """The folder of data; NotMeasured without one."""
         if not self.data or not Path(self.data).is_dir():
             raise NotMeasured("there is no folder of data; name it with --data")
         return Path(self.data)
@@ -165,6 +167,7 @@ class Models:
 
     @functools.lru_cache
     def shards(self, split):
+        """The tokens of a split, as the trainer reads them; NotMeasured if there are none."""
         from train_gpt2 import Shards
         try:
             return Shards(str(self.data_folder()), split)
@@ -207,23 +210,23 @@ class Models:
             return []
 
     def replies(self, roles, conversations, begun=(), max_new_tokens=48, search=None, python=True):
-        """Greedy replies to conversations, as texts. begun: the ids with which each reply begins,
-        as if the model had written them. search: the tool's function, if there is one. python:
-        whether there is that tool."""
+        """Greedy replies to conversations, as texts; "" to one that does not fit into the context.
+        begun: the ids with which each reply begins, as if the model had written them. search: the
+        tool's function, if there is one. python: whether there is that tool."""
         from sample import Engine, run_python
         kept = self.engine(*roles)
         engine = Engine(kept.model, kept.tokenizer, python=python and run_python, search=search)
-        prompts = []
-        for conversation in conversations:
+        prompts = {}
+        for number, conversation in enumerate(conversations):
             if isinstance(conversation, str):
                 conversation = [dict(role="user", content=conversation)]
             ids, _ = engine.tokenizer.render(conversation, for_completion=True)
-            prompts.append([*ids, *begun])
-        beginning = engine.tokenizer.decode(begun)
-        found = []
-        for i in range(0, len(prompts), 64):
-            completions = engine.generate(prompts[i:i + 64], max_new_tokens, temperature=0)
-            found += [beginning + engine.reply_text(completion) for completion in completions]
+            if len(ids) + len(begun) < engine.model.config.block_size:
+                prompts[number] = [*ids, *begun]
+        completions = engine.generate(list(prompts.values()), max_new_tokens, temperature=0)
+        found = [""] * len(conversations)
+        for number, completion in zip(prompts, completions):
+            found[number] = engine.tokenizer.decode(begun) + engine.reply_text(completion)
         return found
 
     def log_probs(self, roles, spans):
@@ -255,21 +258,27 @@ def roles_of(runs):
             roles[ROLES.get(stage, ("base",))[0]] = run
     return roles
 
-def newest_chain(root="runs"):
-    """The newest run of the latest stage under root/, after the runs that it began from."""
+def newest(root="runs"):
+    """The newest run of the latest stage under root/."""
     from sample import find_run
-    try:
-        run = find_run(None, ("rl",), root)
-    except SystemExit:
+    for stage in ("rl", "sft", "pretrain"):
         try:
-            run = find_run(None, ("sft",), root)
+            return find_run(None, (stage,), root)
         except SystemExit:
-            run = find_run(None, ("pretrain",), root)
-    chain = []
-    while run and Path(run).is_dir() and Path(run) not in chain:
-        chain.insert(0, Path(run))
-        _, run = described(run)
-    return chain
+            pass
+    raise SystemExit(f"{root}/ holds no run of train_gpt2.py or of a later stage; make demo trains "
+                     "small ones; or name yours after --runs")
+
+def with_bases(runs):
+    """Folders of runs → the same, each after the runs that it began from, if these are here."""
+    found = []
+    for run in runs:
+        chain = []
+        while run and Path(run).is_dir() and Path(run) not in [*found, *chain]:
+            chain.insert(0, Path(run))
+            _, run = described(run)
+        found += chain
+    return found
 
 def data_of(run):
     """The folder of data that a base model's log names, if it is here; else None."""
@@ -319,7 +328,11 @@ def line_of(number, entry):
             f"({entry['seconds']:.1f} CPU s)")
 
 def sitting(models, runs, again):
-    """Measures all claims in order, prints a line for each, and keeps talk.json up to date."""
+    """Measures all claims in order, prints a line for each, and keeps talk.json up to date.
+
+    talk.json is written after each claim, so that a kill loses one at most. What was measured on
+    the same weights is kept, unless `again`; what was not measured is tried again.
+    """
     from problems import read_json, write_whole
     out = Path(runs[-1], "talk.json")
     weights = weights_of(runs, models.data)
@@ -344,7 +357,7 @@ def sitting(models, runs, again):
     print(f"{out}: of {len(entries)} claims {counted}; {seconds:.0f} CPU s of measuring")
 
 def show(number, claim, models):
-    """Measures one claim, and prints its checks and texts."""
+    """Measures one claim, and prints its texts and checks; talk.json stays as it is."""
     entry = measure(claim, models)
     print(claim.sentence)
     for text in entry["texts"]:
@@ -360,7 +373,7 @@ def chosen(names):
     for name in names:
         number = numbers.get(name, int(name) if name.isdecimal() else 0)
         if not 1 <= number <= len(CLAIMS):
-            near = difflib.get_close_matches(name, numbers, n=3, cutoff=0.4) or numbers
+            near = difflib.get_close_matches(name, numbers, n=3, cutoff=0.5) or numbers
             raise SystemExit(f"{name} is not a claim; did you mean {', '.join(near)}? A number "
                              f"from 1 to {len(CLAIMS)} does as well")
         found.append((number, CLAIMS[number - 1]))
@@ -372,7 +385,8 @@ def parse_args():
         + ", ".join(claim.name for claim in CLAIMS))
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="claims to show, with texts (default: all)")
-    add("--runs", nargs="+", help="a base model, assistants, a reasoner (default: the newest)")
+    add("--runs", nargs="+", help="base model, assistants, reasoner (default: the newest, and those "
+        "that it began from)")
     add("--data", help="folder of prepare_fineweb.py (default: the base model's)")
     add("--conversations", help="folder of held-out problems (default: DATA/chat)")
     add("--gpu_hour_usd", type=float, help=f"rent of a GPU (default: {GPU_HOUR_USD:g})")
@@ -385,9 +399,7 @@ def main():
     args = parse_args()
     claims = chosen(args.names)
     from sample import find_run
-    runs = newest_chain()
-    if args.runs:
-        runs = [find_run(run) for run in args.runs]
+    runs = with_bases([find_run(run) for run in args.runs or [newest()]])
     roles = roles_of(runs)
     data = args.data or data_of(roles.get("base", runs[0]))
     if args.data and not Path(args.data).is_dir():

@@ -310,7 +310,7 @@ def test_an_unknown_claim_names_the_nearest(monkeypatch):
         talk.chosen(["99"])
 
 
-def test_roles_follow_stages_and_the_newest_run_its_bases(tmp_path):
+def test_roles_follow_stages_and_a_run_brings_its_bases(tmp_path):
     chain = []
     for name, stage in (("a", "pretrain"), ("b", "sft"), ("c", "sft"), ("d", "rl")):
         run = tmp_path / name
@@ -319,7 +319,8 @@ def test_roles_follow_stages_and_the_newest_run_its_bases(tmp_path):
         (run / "config.json").write_text(json.dumps(dict(deepdive=about)))
         (run / "model.safetensors").write_bytes(bytes(8))
         chain.append(run)
-    assert talk.newest_chain(tmp_path) == chain
+    assert talk.newest(tmp_path) == chain[-1]
+    assert talk.with_bases(chain[-1:]) == talk.with_bases([chain[0], chain[3]]) == chain
     assert talk.roles_of(chain) == dict(zip(("base", "sft", "honest", "rl"), chain))
     assert talk.roles_of(chain[:2]) == dict(base=chain[0], sft=chain[1])
 
