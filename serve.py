@@ -26,9 +26,13 @@ import ipaddress
 import json
 import re
 import secrets
+import signal
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
+
+if __name__ == "__main__":      # Ctrl-C ends without a traceback, during the slow imports below too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import api
 import page
@@ -556,5 +560,3 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None

@@ -198,6 +198,18 @@ def test_a_question_is_edited_and_a_chat_is_found_again(page):
     assert page.texts(".asked .text") == ["Other"] and page.texts(".reply .body")[0]
 
 
+def test_old_chats_lose_their_roads_when_the_browser_is_full(page):
+    page.ask("First")
+    page.browser.execute_script("localStorage.setItem('x', 'y'.repeat(5 * 1024 * 1024 - 30000))")
+    for n in range(4):
+        page.one("#new-chat").click()
+        page.ask(f"Question {n}")
+    kept = page.browser.execute_script("return chats.map(one => [one.title, tokensOf(one).filter("
+                                       "token => token.top).length > 0])")
+    stored = page.browser.execute_script("return JSON.parse(localStorage.chats).length")
+    assert kept[0] == ["Question 3", True] and stored == len(kept) and not kept[-1][1]
+
+
 def test_what_people_and_models_write_is_text(page):
     page.one("#models button", "Settings").click()
     page.one("#system").send_keys(EVIL)
