@@ -2,7 +2,7 @@
 What to look at after each step of the demo, with figures from the files that the step left.
 
 Each function takes the demo's names, of which it reads the folders `data`, `conversations`, `base`,
-`sft`, `honest` and `rl`, and returns lines of text. A figure that is not there is left out, so that
+`sft`, `honest`, `rl` and `rlhf`, and returns lines of text. A figure that is not there is left out, so that
 no line says more than a file does.
 """
 import gzip
@@ -220,6 +220,25 @@ def grown_answer(names):
             return [f"How its answer to one problem grew, by step: {one_line(question, 60)}",
                     *(f"{row['step']:6d}  {one_line(row['reply'], 88)}" for row in rows)]
     return []
+
+def pleasing(names):
+    """Without the KL term and with it: the stand-in's reward and the judge's own opinion at the
+    start, where the judge liked the replies best, and at the end; and a late reply."""
+    lines = []
+    for run, when in (("without-kl", "without a KL term"), ("with-kl", "with a KL term")):
+        rows = read_rows(Path(names["rlhf"], run, "log.jsonl"), "step", "reward", "gold")
+        if not rows:
+            continue
+        best = max(rows, key=lambda row: row["gold"])
+        rewards = " → ".join(f"{row['reward']:.2f}" for row in (rows[0], best, rows[-1]))
+        golds = " → ".join(f"{row['gold']:.2f}" for row in (rows[0], best, rows[-1]))
+        lines.append(f"{when:18s} at the start, in step {best['step']}, and at the end: the "
+                     f"stand-in gives {rewards}, the judge {golds}")
+    replies = read_rows(Path(names["rlhf"], "without-kl", "log.jsonl"), "replies")
+    if replies and replies[-1]["replies"]:
+        reply = replies[-1]["replies"][0]
+        lines.append(f"What pleases the stand-in at the end: {one_line(reply['reply'])}")
+    return lines
 
 def held_out(names):
     """A table of accuracies: a row a kind of problem, a column a model."""

@@ -6,7 +6,7 @@ The demo: every command from a small web to a model that reasons, with a word on
     in:  nothing; the web is the manual of the software on this machine (demo/web.py)
     out: <data>/     documents, tokenizer, shards, conversations
          <run>-base, <run>-sft, <run>-honest, <run>-rl    the models; the last one holds
-         report.html
+         report.html; <run>-rlhf/    the models of the experiment with a reward model
          <run>.log, <run>-times.jsonl       all that was printed; the seconds of each command
 
 STEPS below is the whole demo, in the order of the talk. Each command is one that you can type
@@ -31,7 +31,7 @@ from narrator import ROOT, Narrator, Screen, end_with_parent, shown
 @dataclass(frozen=True)
 class Step:
     """Commands, with a line on what is about to happen and one on why. A command is text: {data},
-    {base}, {sft}, {honest}, {rl}, {conversations}, {seed} and the names in SIZES are filled in,
+    {base}, {sft}, {honest}, {rl}, {rlhf}, {conversations}, {seed} and the names in SIZES are filled in,
     each into the word where it stands. look(names) → lines on what is to be seen afterwards, with
     figures."""
     title: str
@@ -43,10 +43,10 @@ class Step:
 SIZES = {
     "tiny": dict(pages=400, steps=60, eval_every=30, examples=60, functions=12, mixed=200,
                  held_out=20, lookups=300, subjects=40, invented=60,
-                 rl_steps=4, prompts=4, group_size=8, rl_eval_every=2),
+                 rl_steps=4, prompts=4, group_size=8, rl_eval_every=2, rlhf_steps=2),
     "small": dict(pages=5000, steps=300, eval_every=50, examples=850, functions=48,
                   mixed=2500, held_out=30, lookups=3400, subjects=250, invented=350,
-                  rl_steps=12, prompts=16, group_size=16, rl_eval_every=6)}
+                  rl_steps=12, prompts=16, group_size=16, rl_eval_every=6, rlhf_steps=20)}
 
 MINUTES = dict(tiny=3, small=8)     # on two CPU cores
 
@@ -154,6 +154,13 @@ STEPS = [
             "--group_size {group_size} --eval_every {rl_eval_every}"],
         look=look.practice),
     Step(
+        title="Train it to please a stand-in for people",
+        what="A reward model learns from ranked jokes what a judge likes, and practice follows it.",
+        why="A stand-in can be gamed: its reward still rises when the judge likes the jokes less.",
+        commands=[
+            "python demo/rlhf.py --model {honest} --out {rlhf} --steps {rlhf_steps} --seed {seed}"],
+        look=look.pleasing),
+    Step(
         title="Ask all three models what they never saw",
         what="Base model, assistant and reasoner get the same problems, held out from training.",
         why="Only a problem that was never shown tells understanding from memory.",
@@ -177,7 +184,8 @@ STEPS = [
         what="One page tells the story of this run, and a summary judges what the demo promises.",
         why="A claim counts only with a figure from the logs beside it.",
         commands=[
-            "python report.py {base} {sft} {honest} {rl} --data {data}",
+            "python report.py {base} {sft} {honest} {rl} {rlhf}/reward {rlhf}/without-kl "
+            "{rlhf}/with-kl --data {data} --out {rl}/report.html",
             "python report.py summary {base} {sft} {honest} {rl} --data {data}"]),
 ]
 
@@ -260,7 +268,7 @@ def main():
     data = args.data or f"data/demo-{args.size}"
     prefix = args.run or f"runs/demo-{args.size}"
     names = dict(SIZES[args.size], seed=args.seed, data=data, base=f"{prefix}-base",
-                 sft=f"{prefix}-sft", honest=f"{prefix}-honest", rl=f"{prefix}-rl",
+                 sft=f"{prefix}-sft", honest=f"{prefix}-honest", rl=f"{prefix}-rl", rlhf=f"{prefix}-rlhf",
                  conversations=args.conversations or f"{data}/chat")
     os.chdir(ROOT)
     if "MAKELEVEL" in os.environ:
