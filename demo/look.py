@@ -2,8 +2,8 @@
 What to look at after each step of the demo, with figures from the files that the step left.
 
 Each function takes the demo's names, of which it reads the folders `data`, `conversations`, `base`,
-`sft`, `honest`, `rl` and `rlhf`, and returns lines of text. A figure that is not there is left out, so that
-no line says more than a file does.
+`sft`, `honest`, `rl` and `rlhf`, and returns lines of text. A figure that is not there is left out,
+so that no line says more than a file does.
 """
 import gzip
 import json

@@ -31,9 +31,9 @@ from narrator import ROOT, Narrator, Screen, end_with_parent, shown
 @dataclass(frozen=True)
 class Step:
     """Commands, with a line on what is about to happen and one on why. A command is text: {data},
-    {base}, {sft}, {honest}, {rl}, {rlhf}, {conversations}, {seed} and the names in SIZES are filled in,
-    each into the word where it stands. look(names) → lines on what is to be seen afterwards, with
-    figures."""
+    {base}, {sft}, {honest}, {rl}, {rlhf}, {conversations}, {seed} and the names in SIZES are filled
+    in, each into the word where it stands. look(names) → lines on what is to be seen afterwards,
+    with figures."""
     title: str
     what: str
     why: str
@@ -268,7 +268,8 @@ def main():
     data = args.data or f"data/demo-{args.size}"
     prefix = args.run or f"runs/demo-{args.size}"
     names = dict(SIZES[args.size], seed=args.seed, data=data, base=f"{prefix}-base",
-                 sft=f"{prefix}-sft", honest=f"{prefix}-honest", rl=f"{prefix}-rl", rlhf=f"{prefix}-rlhf",
+                 sft=f"{prefix}-sft", honest=f"{prefix}-honest", rl=f"{prefix}-rl",
+                 rlhf=f"{prefix}-rlhf",
                  conversations=args.conversations or f"{data}/chat")
     os.chdir(ROOT)
     if "MAKELEVEL" in os.environ:
