@@ -13,6 +13,10 @@ from c to f, from f to b, where no pair begins. The reply thinks "acfb" and answ
 examples and problems there are pairs that do not belong to the chain, so a question about a long
 chain is no longer than one about a short chain: only the thinking must become longer.
 
+That was too easy: with seed 0 fine-tuning alone followed 91 % of the chains of eight arrows, and
+40 steps of practice brought that to 100 %. Neither claim below was reached. With no other pairs in
+the examples it follows no chain of one arrow more, and there is nothing to practise on.
+
 The problems of all lengths are in one file. At first the longest are never solved, so that their
 groups are tied and teach nothing. What is learnt from shorter ones brings the next length into
 reach: that makes a curriculum, although nobody orders the problems.
