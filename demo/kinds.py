@@ -370,7 +370,7 @@ class Words:
             return rng.choice(self.tested), True
         return self.draw_taught(rng), False
 
-WHOLE_WORDS = 150       # how many words of one token are taught
+WHOLE_WORDS = 50        # how many words of one token are taught
 
 def split_words(words, tokenizer, one_in=320):
     """Words, the most frequent ones first → Words. Those that have a token which fewer than one in
