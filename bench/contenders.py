@@ -191,6 +191,21 @@ def nanochat_weights(model):
             weights[name] = p
     return weights
 
+def nanochat_engine(model, tokenizer):
+    """nanochat's engine with our weights; None if its checkout is not there."""
+    if not (PEERS / "nanochat").is_dir():
+        return None
+    config = model.config
+    shape = Shape(True, config.n_layer, config.n_embd, config.n_head, config.vocab_size,
+                  config.block_size, 1)
+    theirs = nanochat_model(shape).eval()
+    from nanochat.engine import Engine
+    theirs.load_state_dict(theirs.state_dict() | nanochat_weights(model))
+    names = {"<|assistant_end|>": tokenizer.special["<|im_end|>"]}
+    special = types.SimpleNamespace(encode_special=lambda name: names.get(name, -1),
+                                    get_bos_token_id=lambda: tokenizer.eot)
+    return Engine(theirs, special)
+
 def convert_to_fp8(model):
     """As its base_train.py does: layers of at least 128 x 128 with sides divisible by 16."""
     from nanochat.fp8 import convert_to_float8_training

@@ -31,12 +31,11 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from measure import PEERS, finish, in_turns, missing, ratio, table
+from measure import finish, in_turns, missing, ratio, table
 
 MAX_TOKENS = 64
 
@@ -167,22 +166,6 @@ def shown(tokenizer, ids):
     special = set(tokenizer.special.values())
     return tokenizer.decode([i for i in ids if i not in special])
 
-def nanochat_engine(model, tokenizer):
-    """nanochat's engine with our weights; None if its checkout is not there."""
-    if not (PEERS / "nanochat").is_dir():
-        return None
-    from contenders import Shape, nanochat_model, nanochat_weights
-    config = model.config
-    shape = Shape(True, config.n_layer, config.n_embd, config.n_head, config.vocab_size,
-                  config.block_size, 1)
-    theirs = nanochat_model(shape).eval()
-    from nanochat.engine import Engine
-    theirs.load_state_dict(theirs.state_dict() | nanochat_weights(model))
-    names = {"<|assistant_end|>": tokenizer.special["<|im_end|>"]}
-    special = SimpleNamespace(encode_special=lambda name: names.get(name, -1),
-                              get_bos_token_id=lambda: tokenizer.eot)
-    return Engine(theirs, special)
-
 # ---- Measuring -----------------------------------------------------------------------------------
 
 def measure(server, name, asked, ids, wanted, nanochat, clients, repeats):
@@ -252,6 +235,7 @@ def main():
     parser.add_argument("--killed", type=int, default=1000, help="requests of killed clients")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds")
     args = parser.parse_args()
+    from contenders import nanochat_engine
     asked = questions(args.clients)
     model, tokenizer, ids = prompts(args.model, asked)
     alone = [write_alone(model, tokenizer, prompt) for prompt in ids]
