@@ -57,7 +57,7 @@ def think(models):
         for way, some in replies.items():
             right = [says(reply, answer) for reply, (_, answer) in zip(some, asked)]
             outcomes[way] += map(float, right)
-            figures[f"{way}_{digits}_digits"] = share_of(right)
+            figures[f"{way}_{digits}_digit_sums"] = share_of(right)
             texts.append(f"{asked[0][0]}  {way}: {one_line(some[0])}")
     checks.append(Check("sums in steps are right more often, pair by pair",
                         difference(outcomes["steps"], outcomes["leap"])))

@@ -145,8 +145,8 @@ def calculator(question, begun, python):
 
 def test_tokens_to_think_pay_only_for_who_needs_them(tokenizer):
     found = claims_reasoner.think(Played(tokenizer, calculator))
-    assert found.verdict == "shown" and found.figures["steps_3_digits"].value == 1
-    assert found.figures["leap_3_digits"].value == 0
+    assert found.verdict == "shown" and found.figures["steps_3_digit_sums"].value == 1
+    assert found.figures["leap_3_digit_sums"].value == 0
     at_once = Played(tokenizer, lambda question, begun, python: calculator(question, "", python))
     assert claims_reasoner.think(at_once).verdict == "not at this size"
 
