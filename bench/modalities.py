@@ -156,6 +156,7 @@ def draw(model, out, samples=8):
     for completion in engine.generate(prompts, SIDE * SIDE // 2, num_samples=samples, seed=0):
         ids = [i if i < PATCHES else 0 for i in completion.ids]
         drawn.append(pixels_of(ids + [0] * (SIDE * SIDE // 2 - len(ids))))
+    drawn = [np.pad(digit, 1, constant_values=LEVELS // 2) for digit in drawn]      # a frame
     rows = [np.concatenate(drawn[i:i + samples], 1) for i in range(0, len(drawn), samples)]
     sheet = np.concatenate(rows).repeat(8, 0).repeat(8, 1) * 255 // (LEVELS - 1)
     (out / "digits.png").write_bytes(png(sheet))
