@@ -348,7 +348,7 @@ def test_files_and_names_of_the_readme_and_of_docs_exist():
     assert len(named) >= 20
     for name, symbol in named:
         source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-        defined = rf"^(?:(?:def|class) {symbol}\b|{symbol} *=)"
+        defined = rf"^(?:(?:async def|def|class) {symbol}\b|{symbol} *=)"
         assert re.search(defined, source, re.M), f"{name}.py defines no {symbol}"
 
 
