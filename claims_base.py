@@ -297,9 +297,9 @@ def trainable_copy(model):
     """
     import torch
     torch.set_flush_denormal(True)
-    model = copy.deepcopy(model).float().train()
-    model.compute_dtype = torch.float32
-    return model.requires_grad_(True)
+    device = next(model.parameters()).device
+    model = copy.deepcopy(model).float().use(device, bf16=False)
+    return model.train().requires_grad_(True)
 
 # ---- What came after the data ends ---------------------------------------------------------------
 

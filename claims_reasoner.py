@@ -57,7 +57,7 @@ def think(models):
         for way, some in replies.items():
             right = [says(reply, answer) for reply, (_, answer) in zip(some, asked)]
             outcomes[way] += map(float, right)
-            figures[f"{way}_{digits}_digits"] = share_of(right)
+            figures[f"{way}_{digits}_digit_sums"] = share_of(right)
             texts.append(f"{asked[0][0]}  {way}: {one_line(some[0])}")
     checks.append(Check("sums in steps are right more often, pair by pair",
                         difference(outcomes["steps"], outcomes["leap"])))
@@ -263,8 +263,7 @@ def rlhf(models):
 
     Read: the logs of two policies that were trained to please a reward model, with the scores that
     the true judge (gold) gave to the same replies. Counted: the reward and the gold of the last 5
-    steps, and the best gold of any 5 steps in a row. Against: the first 5 steps; the best; the
-    policy with a KL penalty.
+    steps. Against: the first 5 steps; the gold at its best; the policy with a KL penalty.
     """
     from training import read_log
     folder = Path(models.run("honest", "sft", "base")).parent / "demo-rlhf"
@@ -278,8 +277,7 @@ def rlhf(models):
     reward = [row["reward"] for row in rows["without-kl"]]
     gold = [row["gold"] for row in rows["without-kl"]]
     held = [row["gold"] for row in rows["with-kl"]]
-    best = max((mean(gold[i:i + LAST]) for i in range(len(gold) - LAST + 1)),
-               key=lambda measured: measured.value)
+    best = at_its_best(gold)
     last = {name: mean(scores[-LAST:]) for name, scores in
             dict(reward=reward, gold=gold, gold_with_kl=held).items()}
     checks = [Check("the reward model's score rises", last["reward"], mean(reward[:LAST])),
@@ -290,3 +288,12 @@ def rlhf(models):
     texts = [f"step {row['step']}: reward {row['reward']:.2f}, gold {row['gold']:.2f}"
              for row in rows["without-kl"][::max(1, len(gold) // 6)]]
     return Finding(said, checks, dict(last, best_gold=best), texts)
+
+def at_its_best(scores):
+    """The mean of scores where they are highest. The place is found on every second score and the
+    mean is that of the others there, so that a lucky score does not count."""
+    found_on = scores[::2]
+    others = scores[1::2]
+    places = range(max(1, len(others) - LAST + 1))
+    best = max(places, key=lambda i: sum(found_on[i:i + LAST]))
+    return mean(others[best:best + LAST])

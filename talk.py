@@ -385,8 +385,8 @@ def parse_args():
         + ", ".join(claim.name for claim in CLAIMS))
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="claims to show, with texts (default: all)")
-    add("--runs", nargs="+", help="base model, assistants, reasoner (default: the newest, and those "
-        "that it began from)")
+    add("--runs", nargs="+", help="base model, assistants, reasoner (default: the newest); those "
+        "that they began from are added")
     add("--data", help="folder of prepare_fineweb.py (default: the base model's)")
     add("--conversations", help="folder of held-out problems (default: DATA/chat)")
     add("--gpu_hour_usd", type=float, help=f"rent of a GPU (default: {GPU_HOUR_USD:g})")

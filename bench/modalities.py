@@ -156,6 +156,7 @@ def draw(model, out, samples=8):
     for completion in engine.generate(prompts, SIDE * SIDE // 2, num_samples=samples, seed=0):
         ids = [i if i < PATCHES else 0 for i in completion.ids]
         drawn.append(pixels_of(ids + [0] * (SIDE * SIDE // 2 - len(ids))))
+    drawn = [np.pad(digit, 1, constant_values=LEVELS // 2) for digit in drawn]      # a frame
     rows = [np.concatenate(drawn[i:i + samples], 1) for i in range(0, len(drawn), samples)]
     sheet = np.concatenate(rows).repeat(8, 0).repeat(8, 1) * 255 // (LEVELS - 1)
     (out / "digits.png").write_bytes(png(sheet))
@@ -228,7 +229,8 @@ def sound(out, steps, melodies=600):
 def main():
     parser = argparse.ArgumentParser(description="images and sound through train_gpt2.py")
     parser.add_argument("--out", default="runs/modalities", help="folder of data and models")
-    parser.add_argument("--steps", type=int, default=400, help="of training, for each")
+    parser.add_argument("--steps", type=int, default=120,
+                        help="of training, for each; with 400 it learns the few documents by heart")
     args = parser.parse_args()
     out = Path(args.out).absolute()
     started = time.perf_counter()

@@ -145,8 +145,8 @@ def calculator(question, begun, python):
 
 def test_tokens_to_think_pay_only_for_who_needs_them(tokenizer):
     found = claims_reasoner.think(Played(tokenizer, calculator))
-    assert found.verdict == "shown" and found.figures["steps_3_digits"].value == 1
-    assert found.figures["leap_3_digits"].value == 0
+    assert found.verdict == "shown" and found.figures["steps_3_digit_sums"].value == 1
+    assert found.figures["leap_3_digit_sums"].value == 0
     at_once = Played(tokenizer, lambda question, begun, python: calculator(question, "", python))
     assert claims_reasoner.think(at_once).verdict == "not at this size"
 
@@ -258,6 +258,31 @@ def test_what_is_planted_often_is_recited(models, monkeypatch):
     reader = type(engine)(claims_base.read_on(models, [row] * 60, lr=1e-2), engine.tokenizer)
     assert reader.generate([row[:2]], 3, temperature=0)[0].ids == row[2:]
     assert engine.generate([row[:2]], 3, temperature=0)[0].ids != row[2:]
+
+
+def test_the_best_of_noise_is_not_above_its_mean():
+    """The oracle: the highest of windows of pure noise, measured on the scores that chose it, is
+    0.7 above the mean; measured on the others it is not."""
+    rng = random.Random(0)
+    best = [claims_reasoner.at_its_best([rng.gauss(1, 1) for _ in range(50)]).value
+            for _ in range(300)]
+    assert mean(best).value == pytest.approx(1, abs=0.1)
+    assert claims_reasoner.at_its_best([0] * 10 + [5] * 10 + [1] * 20).value == 5
+
+
+@pytest.mark.parametrize("reward, gold, held, verdict", [
+    (2.0, 0.2, 0.9, "shown"), (2.0, 0.9, 0.9, "partly shown"), (0.0, 0.9, 0.5, "not at this size")])
+def test_rlhf_is_shown_if_the_reward_rises_and_the_gold_turns(tmp_path, reward, gold, held,
+                                                              verdict):
+    noise = [0.01 * (i % 3) for i in range(40)]
+    for name, last in (("without-kl", gold), ("with-kl", held)):
+        rows = [dict(step=i, reward=(i // 20) * reward + n, gold=(0.9, last)[i // 20] + n)
+                for i, n in enumerate(noise)]
+        (tmp_path / "demo-rlhf" / name).mkdir(parents=True)
+        (tmp_path / "demo-rlhf" / name / "log.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows))
+    models = SimpleNamespace(run=lambda *roles: tmp_path / "honest")
+    assert claims_reasoner.rlhf(models).verdict == verdict
 
 
 @pytest.mark.parametrize("log, usd", [
