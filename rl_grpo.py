@@ -634,11 +634,11 @@ def log_replies(log, step, engine, completions, rewards, golds, most=4):
 def warn(log, truncated, tied):
     """Logs warnings about a step: `truncated` and `tied` are shares of its replies, 0 to 1."""
     if truncated > 0.5:
-        log.say(f"warning: {truncated:.0%} of the replies were cut off and earned nothing; raise "
-                "--max_new_tokens")
+        log.say(f"warning: {truncated:.0%} of the replies were cut off, which earns the least; "
+                "raise --max_new_tokens")
     if tied > 0.9:
-        log.say(f"warning: {tied:.0%} of the groups are tied, all right or all wrong; give "
-                "problems that are sometimes solved, or raise --group_size")
+        log.say(f"warning: {tied:.0%} of the groups are tied, whose replies all earn the "
+                "same; give problems that are sometimes solved, or raise --group_size")
 
 def main():
     args = parse_args()
