@@ -339,7 +339,7 @@ def sitting(models, runs, again):
     before = read_json(out)
     known = {}
     if before.get("weights") == weights and not again:
-        known = {entry["name"]: entry for entry in before["claims"]}
+        known = {entry["name"]: entry for entry in before.get("claims", [])}
     entries = []
     for number, claim in enumerate(CLAIMS, 1):
         entry = known.get(claim.name)
