@@ -19,6 +19,7 @@ Differs from the papers: a name such as os.path.join counts as one word and as i
 """
 import argparse
 import json
+import logging
 import re
 import time
 from collections import Counter
@@ -206,6 +207,7 @@ def use_bm25s(ranking, rows):
         import bm25s
     except ImportError:
         return False
+    logging.getLogger("bm25s").setLevel(logging.WARNING)     # it sets DEBUG when it is imported
     library = bm25s.BM25(k1=K1, b=B, method="lucene")
     library.index(rows, show_progress=False)
 
