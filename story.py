@@ -555,12 +555,14 @@ def published_table(story):
     for run, result in core_runs(story):
         device = str(run.header.get("device", "–"))
         rows.append((f"this: {story.label(run)}", device, f"{run.seconds / 3600:.2f}", dollars(run),
-                     f"{result['core']:.4f}", "its log and eval.json"))
-    rows.append(GPT2_COST)
-    for name, hours, core, source in PUBLISHED:
-        rows.append((name, "8×H100", hours, f"${hours * NODE_GPUS * price:.0f}", core, source))
+                     f"{result['core']:.4f}"))
+    rows.append(GPT2_COST[:-1])
+    for name, hours, core, _ in PUBLISHED:
+        rows.append((name, "8×H100", hours, f"${hours * NODE_GPUS * price:.0f}", core))
+    sources = "; ".join(f"{name}: {source}" for name, *_, source in [GPT2_COST, *PUBLISHED])
     return (said(f"Beside published runs, whose dollars are at ${price:g} a GPU hour:")
-            + table(("run", "on", "hours", "cost", "CORE", "source"), rows))
+            + table(("run", "on", "hours", "cost", "CORE"), rows)
+            + f"<p class=quiet>{shown(sources)}.</p>")
 
 # ---- The chapters --------------------------------------------------------------------------------
 
@@ -629,4 +631,5 @@ def chapter(number, told, parts, again):
     body = "\n".join(parts)
     command = f"<pre class=again><code>{shown(again)}</code></pre>" if again else ""
     return (f"<section id={told.name}>\n<h2><span>{number}</span> {shown(told.title)}</h2>\n"
-            f"<p class=talk>{shown(told.talk)}</p>\n{body}\n{command}\n</section>")
+            f"<p class=talk><strong>The talk:</strong> {shown(told.talk)}</p>\n"
+            f"{body}\n{command}\n</section>")
