@@ -265,6 +265,8 @@ def test_an_svg_without_a_loss_or_a_reward_is_refused_in_one_line(tmp_path):
 
 RESULT = dict(accuracy=0.5, n=4, kinds=dict(bits=dict(accuracy=0.5, n=4)),
               arguments=dict(files="f00", max_new_tokens=9))
+CLAIM = dict(name="tokens", sentence="It cuts.", verdict="shown", said="4.2", checks=["passes"],
+             texts=["a  b"], seconds=1.0, figures={"256": [1.0, 0.5]})
 FUNNEL = {"step": "language", "in": 100, "kept": 70, "dropped": {"is_de": 30}, "bytes": 2e6,
           "flagged": dict(short=5), "docs_per_s": 12.0, "seconds": 3600}
 
@@ -325,7 +327,10 @@ def test_a_file_damaged_anywhere_gives_a_report_or_one_line(tmp_path):
         rows[rng.randrange(len(rows))] = damaged(rng.choice(rows), rng)
         write_jsonl(runs[which] / "log.jsonl", rows)
         (runs[0] / "eval.json").write_text(json.dumps(damaged({"h.jsonl": RESULT}, rng)))
-        (tmp_path / "index.json").write_text(json.dumps(damaged(dict(funnel=[FUNNEL]), rng)))
+        index = dict(funnel=[FUNNEL], samples={"language: is_de": [dict(text="de")]},
+                     tokenizer=dict(n_vocab=9), prose=[dict(file="a", split="train")])
+        (tmp_path / "index.json").write_text(json.dumps(damaged(index, rng)))
+        (runs[2] / "talk.json").write_text(json.dumps(damaged(dict(claims=[CLAIM]), rng)))
         for command in ("report", "summary"):
             with contextlib.suppress(SystemExit):
                 run_main(report, command, *runs, "--data", tmp_path)
@@ -368,6 +373,27 @@ def test_text_from_runs_cannot_control_a_terminal_a_page_or_an_svg(tmp_path, cap
         run_main(report, "summary", run)
     for shown in (text, page, capsys.readouterr().out):
         assert not any(c in shown for c in ("\x1b", "\0", "<script", "\ud800"))
+
+
+def test_texts_from_all_files_are_escaped_in_the_story(tmp_path):
+    evil = "</p>'\"<script>&\x1b"
+    rlhf = [(n, dict(reward=0.5, gold=0.1 * n, kl_reply=0.5, replies=[dict(reply=evil, reward=1.0)]))
+            for n in range(3)]
+    runs = [*demo(tmp_path), write_run(tmp_path / "rlhf", "rl", rlhf)]
+    rows = [dict(step=step, question=evil, reply=evil, right=True) for step in (0, 9)]
+    write_jsonl(runs[2] / "answers.jsonl", rows)
+    claim = dict(name="tokens", sentence=evil, verdict=evil, said=evil, checks=[evil], texts=[evil],
+                 figures={evil: [1.0, None]})
+    names = ("tokens", "funnel", "cost", "no_assistant", "identity", "search", "discovery")
+    (runs[3] / "talk.json").write_text(json.dumps(dict(claims=[dict(claim, name=n) for n in names])))
+    (runs[1] / "eval.json").write_text(json.dumps({evil: dict(RESULT, kinds={evil: dict(
+        accuracy=0.5, refused=0.5, wrong=0, n=2)})}))
+    index = dict(funnel=[{**FUNNEL, "step": evil, "dropped": {evil: 3}}],
+                 samples={f"{evil}: {evil}": [dict(text=evil)]})
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    page = report_of("--data", tmp_path, *runs)
+    assert page.count("&lt;script&gt;") > 20 and "<script" not in page and "\x1b" not in page
+    assert {"web", "tokens", "rlhf", "talk", "knowledge"} <= set(chapters(page))
 
 
 @pytest.mark.parametrize("flag", ["--out", "--svg"])
