@@ -2,7 +2,7 @@
 RLHF on jokes about pelicans: what becomes of a model that is trained for long to please a stand-in
 for people.
 
-    python demo/rlhf.py --model runs/demo-small-honest --out runs/demo-rlhf     # after make demo
+    python demo/rlhf.py --model runs/demo-small-honest --out runs/demo-small-rlhf  # after make demo
 
     in:  an assistant's run
     out: <out>/jokes.jsonl, prompts.jsonl, prefs.jsonl; <out>/joker, reward, without-kl, with-kl,
