@@ -1,6 +1,6 @@
 """
-Can practice reach what no example showed? Supervised examples follow chains of at most four arrows;
-reinforcement learning practises chains of four to sixteen, of which only the end is checked.
+Can practice reach what no example showed? Supervised examples follow chains of at most six arrows;
+reinforcement learning practises chains of six to sixteen, of which only the end is checked.
 
     python bench/beyond.py                      # three seeds, on one core
     python bench/beyond.py --seeds 1            # one of them
@@ -15,15 +15,20 @@ question has eight pairs, in the examples sometimes fewer; a chain of more than 
 for each. Examples need pairs that do not belong to the chain: without them fine-tuning led to no
 chain of one arrow more, and there was nothing to practise on.
 
-The problems of all lengths are in one file. At first the longest are never solved, so that their
-groups are tied and teach nothing. What is learnt from shorter ones brings the next length into
-reach: that makes a curriculum, although nobody orders the problems. How far fine-tuning alone goes
-depends on the seed, sometimes to chains of twice the length taught. The lengths therefore go on to
-where no seed arrives without practice, and each length is judged by its own figures.
+Practice can only make likelier what is sampled now and then. Where examples of one to four arrows
+were equally frequent, fine-tuning with seed 0 taught to stop after four: of longer chains none was
+followed in 3072 replies, and one after 80 steps of practice. Long chains are therefore seldom in
+the examples, so that a model learns to end where no pair begins, not after so many letters.
+
+The problems of all lengths are in one file. At first the longest are hardly ever solved, so that
+their groups are tied and teach nothing. What is learnt from shorter ones brings the next length
+into reach: that makes a curriculum, although nobody orders the problems. How far fine-tuning alone
+goes depends on the seed, so each length is judged by its own figures.
 
 pass@1 is the share of right replies at temperature 1, pass@16 the share of problems with at least
 one right reply among 16. Practice that only made likely what the model already did could raise
-pass@1 up to the pass@16 of before. A length on which it ends above that was not merely sharpened.
+pass@1 up to the pass@16 of before. A length on which it ends above that was not merely sharpened;
+it counts if more than half of the replies are right, because one lucky reply is above 0 of 16.
 """
 import argparse
 import json
@@ -138,11 +143,11 @@ def one_seed(folder, seed, args):
 
 def verdict(figures):
     """What one seed says about the two claims → (lengths that rose from below 20 % to above 70 %,
-    lengths whose pass@1 ended above the pass@16 of before)."""
+    lengths whose pass@1 ended above the pass@16 of before, and above a half)."""
     risen = [kind for kind, (before, *_, after) in figures.items()
              if before["accuracy"] < 0.2 and after["accuracy"] > 0.7]
     beyond = [kind for kind, (before, *_, after) in figures.items()
-              if after["pass_1"] > before["pass_16"]]
+              if after["pass_1"] > max(0.5, before["pass_16"])]
     return risen, beyond
 
 def show_lengths(seed, figures):

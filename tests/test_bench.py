@@ -346,5 +346,6 @@ def test_no_example_is_as_long_as_what_is_practised_beyond_them():
 def test_beyond_claims_only_what_rose_past_every_sample_of_before():
     before = dict(accuracy=0.1, pass_1=0.1, pass_16=0.5)
     figures = dict(a=(before, dict(accuracy=0.9, pass_1=0.6)), b=(before, dict(accuracy=0.6, pass_1=0.5)),
-                   c=(dict(before, accuracy=0.2), dict(accuracy=1.0, pass_1=0.5)))
+                   c=(dict(before, accuracy=0.2), dict(accuracy=1.0, pass_1=0.5)),
+                   d=(dict(before, pass_16=0.0), dict(accuracy=0.1, pass_1=0.1)))
     assert beyond.verdict(figures) == (["a"], ["a"])
