@@ -26,7 +26,7 @@ from problems import STAGES, figures, write_whole
 from records import (CHANCE, JUDGED_TOKENS, Data, Run, accuracy_sources, ln_vocab, read_answers,
                      tokens_read, verdicts)
 from story import CHAPTERS, Story, chapter, folded, some_steps, table
-from svg import FIGURES, GRAPHICS, SVG_STYLE, panel, shown
+from svg import FIGURE_STYLE, GRAPHICS, SVG_STYLE, panel, shown
 
 # ---- The page ------------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ def page(runs, data):
     title = shown(f"deepdive: {names}")
     return ("<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n"
             "<meta name=viewport content='width=device-width'>\n"
-            f"<title>{title}</title>\n<style>{STYLE}{GRAPHICS}{FIGURES}</style>\n"
+            f"<title>{title}</title>\n<style>{STYLE}{GRAPHICS}{FIGURE_STYLE}</style>\n"
             f"<h1>{shown(headline(story))}</h1>\n<p class=quiet>{shown(names)}</p>\n"
             f"{promises(runs)}\n<nav>{links}</nav>\n"
             + "\n".join(html for _, html in told) + f"\n{details(story, untold)}\n</html>\n")
@@ -111,8 +111,9 @@ def knowledge_table(runs):
                 if "wrong" in task and "refused" in task:
                     right = max(0.0, 1 - task["wrong"] - task["refused"])
                     shares = (right, task["wrong"], task["refused"])
-                    rows.append((run.path, Path(name).name, kind, *(f"{s:.1%}" for s in shares)))
-    return table(("run", "problems", "kind", "right", "wrong", "refused"), rows)
+                    rows.append((f"{run.path}, {Path(name).name}", kind,
+                                 *(f"{s:.1%}" for s in shares)))
+    return table(("run, problems", "kind", "right", "wrong", "refused"), rows)
 
 def counts(reasons):
     """{reason: pages} → the most frequent first."""
@@ -122,23 +123,25 @@ def counts(reasons):
 def filter_table(funnel):
     """funnel: the rows of index.json that prepare_fineweb.py wrote, one for each step."""
     rows = []
+    reasons = []
     for row in funnel:
         share = row["kept"] / max(1, row["in"])
         rows.append((row["step"], row["in"], row["kept"], f"{share:.1%}",
-                     f"{row.get('bytes', 0) / 1e6:.2f}", f"{row.get('docs_per_s', 0):.0f}",
-                     counts(row.get("dropped", {})), counts(row.get("flagged", {}))))
-    return table(("step", "in", "kept", "share", "MB of text", "pages/s", "why dropped",
-                  "noted, not dropped"), rows)
+                     f"{row.get('bytes', 0) / 1e6:.2f}", f"{row.get('docs_per_s', 0):.0f}"))
+        reasons.append((row["step"], counts(row.get("dropped", {})),
+                        counts(row.get("flagged", {}))))
+    return (table(("step", "in", "kept", "share", "MB of text", "pages/s"), rows)
+            + table(("step", "why dropped", "noted, not dropped"), reasons))
 
-def results_table(runs):
+def results_tables(runs):
     """Everything in eval.json; the tasks of a mean stand below it."""
-    rows = []
     for run in runs:
+        rows = []
         for name, result in run.results.items():
-            rows.append((run.path, name, " | ".join(figures(result))))
+            rows.append((name, " | ".join(figures(result))))
             for label, task in result.get("tasks", {}).items():
-                rows.append((run.path, f"· {label}", " | ".join(figures(task))))
-    return table(("run", "task", "figures"), rows)
+                rows.append((f"· {label}", " | ".join(figures(task))))
+        yield table((f"{run.path}, task", "figures"), rows)
 
 def answers_table(run, most=5):
     """Replies to the same held-out problems at `most` steps: how the thinking grew."""
@@ -162,11 +165,15 @@ def rlhf_tables(story):
                    for row in run.rows("step", "replies") for one in row["replies"]]
         yield table((f"{run.path}, step", "reward", "gold", "reply"), replies)
 
-def runs_table(runs):
-    """What it takes to repeat each run."""
-    keys = ("params", "commit", "torch", "python", "device", "command")
-    rows = [(run.path, run.stage, *(run.header.get(key, "–") for key in keys)) for run in runs]
-    return table(("run", "stage", *keys), rows)
+def run_tables(runs):
+    """What it takes to repeat each run, and the flags that it had."""
+    for run in runs:
+        rows = [("stage", run.stage)]
+        for key in ("params", "commit", "torch", "python", "device", "command"):
+            rows.append((key, run.header.get(key, "–")))
+        flags = run.header.get("flags", {})
+        rows.append(("flags", " ".join(f"{name}={value}" for name, value in flags.items())))
+        yield table(("run", run.path), rows)
 
 def details(story, untold):
     """The folded tables at the end → HTML."""
@@ -178,8 +185,8 @@ def details(story, untold):
         folded("Right, wrong and refused", [knowledge_table(runs)]),
         folded("Held-out problems of reinforcement learning", map(answers_table, story.rl)),
         folded("RLHF: the best of n, and all replies", rlhf_tables(story)),
-        folded("All that eval.py measured", [results_table(runs)]),
-        folded("Runs, versions, and the commands that repeat them", [runs_table(runs)]),
+        folded("All that eval.py measured", results_tables(runs)),
+        folded("Runs, versions, and the commands that repeat them", run_tables(runs)),
         folded("What is not told here, and what would tell it", [table(
             ("chapter", "what makes it"), [(told.title, told.missing) for told in untold])])]
     return ("<section id=details>\n<h2>Details</h2>\n" + "\n".join(part for part in parts if part)
@@ -201,7 +208,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .4rem }
 section { margin: 3.2rem 0 }
 .quiet { color: var(--quiet); margin: 0 0 1rem; overflow-wrap: anywhere }
 .talk { color: var(--quiet); border-left: 3px solid var(--line); padding-left: .9rem;
-  margin: .2rem 0 1.1rem; max-width: 40rem }
+  margin: .2rem 0 1.1rem; max-width: 40rem } .talk strong { font-weight: 600 }
 nav { font-size: .94rem; line-height: 1.9; margin: 1rem 0 }
 nav a { color: inherit; margin-right: 1rem; white-space: nowrap }
 .promises span { margin-right: 1rem; display: inline-block }
@@ -223,8 +230,13 @@ details { border-bottom: 1px solid var(--line); padding: .45rem 0 } summary { cu
 .wide { overflow-x: auto; margin: 1rem 0; font-size: .875rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; vertical-align: top; padding: .25rem .7rem .25rem 0;
-  white-space: pre-wrap; border-bottom: 1px solid var(--line); min-width: 2.5rem }
-@media (max-width: 600px) { body { font-size: 16px } section { margin: 2.4rem 0 } }
+  white-space: pre-wrap; border-bottom: 1px solid var(--line); min-width: 2.4rem }
+th:first-child, td:first-child { overflow-wrap: anywhere; min-width: 8.5rem }
+th:last-child, td:last-child { overflow-wrap: anywhere; min-width: 3.5rem }
+@media (max-width: 600px) { body { font-size: 16px } section { margin: 2.4rem 0 }
+  .wide { font-size: .78rem } th, td { padding-right: .3rem; min-width: 2rem }
+  th:first-child, td:first-child { min-width: 5.2rem }
+  th:last-child, td:last-child { min-width: 3rem; padding-right: 0 } }
 @media print { :root { color-scheme: light } body { max-width: none; font-size: 11pt; padding: 0 }
   nav { display: none } details::details-content { content-visibility: visible }
   .wide { overflow-x: visible } section, dd { break-inside: auto } h2, h3 { break-after: avoid } }

@@ -62,7 +62,10 @@ class Story:
 
     def label(self, run):
         """The name of a run without what all names have in common: demo-small-sft → sft."""
+        everyone = [other.path.name for other in self.runs]
         names = {other.path.name for other in self.runs if other not in self.rlhf}
+        if len(set(everyone)) < len(everyone):
+            return str(run.path)        # two runs of one name, in different folders
         if run in self.rlhf or len(names) < 2:
             return run.path.name
         common, dash, _ = os.path.commonprefix(list(names)).rpartition("-")
@@ -171,7 +174,7 @@ def some_steps(steps, most):
 def with_error(accuracy, n):
     """(accuracy, its standard error), as claims.py computes it; the error is None without an n."""
     from claims import share
-    if not n or not 0 <= accuracy <= 1:
+    if not n or n < 0 or not 0 <= accuracy <= 1:
         return accuracy, None
     return accuracy, share(accuracy * n, n).error
 
@@ -368,7 +371,7 @@ def solved_sentence(story):
             for run, kinds in answered.items():
                 n = sum(task.get("n", 0) for task in kinds.values())
                 right = sum(task["accuracy"] * task.get("n", 0) for task in kinds.values())
-                if n:
+                if n > 0:
                     parts.append(f"{story.label(run)} solves {right / n:.0%} of {n:,.0f}")
     return sentence("Of problems that were never shown", parts)
 
@@ -392,7 +395,7 @@ def tell_knowledge(story):
         if kind != "known":
             for label, (share, _) in series.items():
                 before_after.setdefault(label, []).append(share)
-    yield said(sentence("Of names that it cannot know, by kind, it says so on average", [
+    yield said(sentence("Of names that it does not know, by kind, it says so on average", [
         f"{label} for {sum(shares) / len(shares):.0%}" for label, shares in before_after.items()]))
     yield side_by_side(bars("Says that it does not know, by kind of name", refused),
                        bars("Right after looking it up, by kind of question", found))
@@ -405,7 +408,7 @@ def tell_practice(story):
     """Replies become longer and rewards higher together: that is the thinking which emerges."""
     for run in story.rl:
         lines = {"mean reward of samples": run.points("reward")}
-        held_out = run.held_out()
+        held_out = held_out_points(run)
         yield said(sentence("Before practice and after it", practice_parts(run)))
         for kind, points in held_out.items():
             lines[f"accuracy on held-out {kind}"] = points
@@ -415,8 +418,25 @@ def tell_practice(story):
             curve("Length of the replies", dict(
                 reply=run.points("reply_tokens", "reward"),
                 thinking=run.points("thinking_tokens", "reward")), unit="tokens a reply"))
-        yield texts("The same problem, by step of practice", answers_by_step(run))
-    yield texts("Practice, as it went", story.claim_texts("discovery", 99)[-2:])
+        yield texts("The same problem, by step of practice", answers_by_step(run) or
+                    story.claim_texts("discovery", 99)[-2:])
+
+def held_out_points(run):
+    """{kind: [(step, accuracy, standard error)]} of held-out problems. The log does not say how
+    many there were; answers.jsonl does if they are of one kind, else points have no error."""
+    asked_at = {}
+    for row in read_answers(run):
+        asked_at[row["step"]] = asked_at.get(row["step"], 0) + 1
+    found = run.held_out()
+    if len(found) > 1:
+        return found
+    lines = {}
+    for kind, points in found.items():
+        lines[kind] = []
+        for step, accuracy in points:
+            error = with_error(accuracy, asked_at.get(step))[1]
+            lines[kind].append((step, accuracy, error or 0))
+    return lines
 
 def practice_parts(run):
     """What practice changed, each with its first and its last figure."""
@@ -449,9 +469,12 @@ def tell_rlhf(story):
     """The reward that was followed and the true objective beside it, as far as the policy has gone
     from its start; where the objective turned; and what the replies became."""
     from best_of_n import turning_point, turning_rows
-    followed = {story.label(run): run.rows("step", "reward", "gold", "kl_reply")
-                for run in story.rlhf}
-    followed = {name: rows for name, rows in followed.items() if rows}
+    followed = {}
+    for run in story.rlhf:
+        rows = [row for row in run.rows("step", "reward", "gold", "kl_reply")
+                if all(is_finite(row[key]) for key in ("reward", "gold", "kl_reply"))]
+        if rows:
+            followed[story.label(run)] = rows
     drawn = []
     parts = []
     for name, rows in followed.items():
@@ -555,12 +578,14 @@ def published_table(story):
     for run, result in core_runs(story):
         device = str(run.header.get("device", "–"))
         rows.append((f"this: {story.label(run)}", device, f"{run.seconds / 3600:.2f}", dollars(run),
-                     f"{result['core']:.4f}", "its log and eval.json"))
-    rows.append(GPT2_COST)
-    for name, hours, core, source in PUBLISHED:
-        rows.append((name, "8×H100", hours, f"${hours * NODE_GPUS * price:.0f}", core, source))
+                     f"{result['core']:.4f}"))
+    rows.append(GPT2_COST[:-1])
+    for name, hours, core, _ in PUBLISHED:
+        rows.append((name, "8×H100", hours, f"${hours * NODE_GPUS * price:.0f}", core))
+    sources = "; ".join(f"{name}: {source}" for name, *_, source in [GPT2_COST, *PUBLISHED])
     return (said(f"Beside published runs, whose dollars are at ${price:g} a GPU hour:")
-            + table(("run", "on", "hours", "cost", "CORE", "source"), rows))
+            + table(("run", "on", "hours", "cost", "CORE"), rows)
+            + f"<p class=quiet>{shown(sources)}.</p>")
 
 # ---- The chapters --------------------------------------------------------------------------------
 
@@ -629,4 +654,5 @@ def chapter(number, told, parts, again):
     body = "\n".join(parts)
     command = f"<pre class=again><code>{shown(again)}</code></pre>" if again else ""
     return (f"<section id={told.name}>\n<h2><span>{number}</span> {shown(told.title)}</h2>\n"
-            f"<p class=talk>{shown(told.talk)}</p>\n{body}\n{command}\n</section>")
+            f"<p class=talk><strong>The talk:</strong> {shown(told.talk)}</p>\n"
+            f"{body}\n{command}\n</section>")

@@ -186,7 +186,7 @@ svg { color: #333; font: 12px system-ui, sans-serif } .title { font-size: 15px; 
 .card { fill: #fff; stroke: #ddd } .c0 { color: #0b62c4 } .c1 { color: #c4530b }
 .c2 { color: #1c7f3c } .c3 { color: #8a3fc0 }
 """
-FIGURES = """
+FIGURE_STYLE = """
 figure { margin: 0; break-inside: avoid } figcaption { font-size: .875rem; line-height: 1.4 }
 figcaption span { font-weight: 600; margin-right: .5rem; display: inline-block }
 figure svg { width: 100%; max-width: 26rem; font-size: 12.5px; display: block }

@@ -3,20 +3,24 @@ report.py: the page and the summary say what logs and eval.json say, whatever a 
 from runs is shown as text.
 """
 import contextlib
+import gzip
 import json
 import random
 import re
 import runpy
 import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
 from html.parser import HTMLParser
 
 import pytest
 
 import eval as eval_module
 import report
+import story
 from conftest import ROOT, run_main
-from report import Run, accuracy_sources, verdicts
-from svg import curve, ticks
+from records import Run, accuracy_sources, verdicts
+from svg import FIGURE_STYLE, bars, curve, ticks
+from test_style import check_commands
 from training import RunLog
 
 
@@ -139,6 +143,42 @@ def test_a_run_that_lacks_pieces_has_a_report_all_the_same(tmp_path, pieces):
     assert "name the folder of prepare_fineweb.py with --data" in page      # how to make the rest
 
 
+def test_a_chapter_says_what_the_talk_says_what_happened_and_the_command(tmp_path):
+    runs = demo(tmp_path)
+    funnel = [{**FUNNEL, "seconds": 1}, {**FUNNEL, "step": "tokenize", "tokens": 500_000}]
+    index = dict(funnel=funnel, tokenizer=dict(n_vocab=4096), documents=[
+        dict(file="documents/train.jsonl.gz", split="train")], samples={
+            "language: is_de": [dict(text="Hier <i>ist</i> es.")]})
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    (tmp_path / "documents").mkdir()
+    with gzip.open(tmp_path / "documents" / "train.jsonl.gz", "wt") as file:
+        file.write(json.dumps(dict(text="The kept <i>one</i>.")) + "\n")
+    page = report_of("--data", tmp_path, *runs)
+    assert chapters(page)[:3] == ["web", "tokens", "base"] and page.count("<p class=talk>") == 7
+    for text in ("The kept &lt;i&gt;one", "Hier &lt;i&gt;ist", "one for every 4.00 bytes", "4,096",
+                 f"python sample.py --model {runs[1]} --chat", "the loss went from"):
+        assert text in page, text
+
+
+def test_the_commands_of_the_chapters_exist():
+    for told in story.CHAPTERS:
+        check_commands(told.again.format_map(defaultdict(str, trained="train_gpt2.py")))
+        check_commands(told.missing)
+    assert len({told.name for told in story.CHAPTERS}) == 10
+
+
+def test_core_stands_beside_gpt2_and_cost_beside_published_runs(tmp_path):
+    [base, *_] = demo(tmp_path)
+    tasks = dict(piqa=dict(accuracy=0.74, centered=0.48, n=100), copa=dict(accuracy=0.6, n=9))
+    (base / "eval.json").write_text(json.dumps(dict(core=dict(core=0.2612, n=109, tasks=tasks))))
+    page = report_of(base)
+    figure = re.findall("<figure><figcaption>Right answers on tasks of CORE.*?</figure>", page)[0]
+    assert "74%" in figure and "72%" in figure and "class='error'" in figure   # ours, GPT-2's
+    for text in ("CORE 0.2612, GPT-2 (1,558M) 0.2565", "$43,000", "nanochat d24, run 1", "$576"):
+        assert text in page, text
+    assert "GPT-2" not in report_of(demo(tmp_path / "without")[0]).replace("GPT-2 took", "")
+
+
 def test_cost_is_the_trainers_own_or_one_gpus_hours(tmp_path):
     for name, row in dict(own=dict(usd=7.5), hours={}).items():
         row = dict(step=3, seconds=1800.0, **row)
@@ -156,6 +196,31 @@ def test_a_curve_draws_lines_levels_and_round_ticks():
     xs, ys = zip(*(map(float, point.split(",")) for point in points))
     assert list(xs) == sorted(xs) and list(ys) == sorted(ys, reverse=True) and max(ys) <= 240
     assert curve("", {}) == curve("", {"x": []}) == "" and "circle" in curve("", {"x": [(0, 1.0)]})
+
+
+def test_a_point_with_a_standard_error_has_it_drawn_to_scale():
+    svg = curve("", {"x": [(0, 1.0, 0.5), (1, 2.0, 0.25)]})
+    (low, high), (low2, high2) = [map(float, ends) for ends in re.findall(
+        "class='error c0' d='M[0-9.]+ ([0-9.]+)V([0-9.]+)'", svg)]
+    assert low - high == pytest.approx(2 * (low2 - high2), abs=0.3) and low > high
+
+
+def test_bars_are_as_long_as_their_values_and_say_them():
+    svg = bars("a < b", {"x & y": {"s": (0.5, 0.1), "t": (1.0, None)}, "none": {}})
+    starts, ends = zip(*re.findall("class='bar c[01]' d='M([0-9.]+) [0-9]+H([0-9.]+)V", svg))
+    short, long = [float(end) - float(start) for start, end in zip(starts, ends)]
+    assert long == pytest.approx(2 * short, abs=0.2) and svg.count("class='error'") == 1
+    assert "a &lt; b" in svg and "x &amp; y" in svg and "none" not in svg and ">50%<" in svg
+    assert bars("", {}) == bars("", {"x": {}}) == ""
+    assert ">3,048<" in bars("", {"x": {"": (3048, None)}}, unit="pages")
+
+
+def test_letters_of_a_figure_are_not_shrunk_on_a_phone():
+    """A phone of 400 pixels leaves 368 between the margins of the page."""
+    letters = float(re.search("figure svg { [^}]*font-size: ([0-9.]+)px", FIGURE_STYLE)[1])
+    for drawn in (curve("", {"x": [(0, 1.0)]}), bars("", {"x": {"": (1, None)}})):
+        width = float(re.search("viewBox='0 0 ([0-9]+) ", drawn)[1])
+        assert letters * 368 / width >= 11
 
 
 @pytest.mark.parametrize("low, high", [(0, 9.3), (-0.4, 0.7), (1.21, 1.23), (3, 20000), (0.5, 1.5)])
@@ -200,6 +265,8 @@ def test_an_svg_without_a_loss_or_a_reward_is_refused_in_one_line(tmp_path):
 
 RESULT = dict(accuracy=0.5, n=4, kinds=dict(bits=dict(accuracy=0.5, n=4)),
               arguments=dict(files="f00", max_new_tokens=9))
+CLAIM = dict(name="tokens", sentence="It cuts.", verdict="shown", said="4.2", checks=["passes"],
+             texts=["a  b"], seconds=1.0, figures={"256": [1.0, 0.5]})
 FUNNEL = {"step": "language", "in": 100, "kept": 70, "dropped": {"is_de": 30}, "bytes": 2e6,
           "flagged": dict(short=5), "docs_per_s": 12.0, "seconds": 3600}
 
@@ -260,7 +327,10 @@ def test_a_file_damaged_anywhere_gives_a_report_or_one_line(tmp_path):
         rows[rng.randrange(len(rows))] = damaged(rng.choice(rows), rng)
         write_jsonl(runs[which] / "log.jsonl", rows)
         (runs[0] / "eval.json").write_text(json.dumps(damaged({"h.jsonl": RESULT}, rng)))
-        (tmp_path / "index.json").write_text(json.dumps(damaged(dict(funnel=[FUNNEL]), rng)))
+        index = dict(funnel=[FUNNEL], samples={"language: is_de": [dict(text="de")]},
+                     tokenizer=dict(n_vocab=9), prose=[dict(file="a", split="train")])
+        (tmp_path / "index.json").write_text(json.dumps(damaged(index, rng)))
+        (runs[2] / "talk.json").write_text(json.dumps(damaged(dict(claims=[CLAIM]), rng)))
         for command in ("report", "summary"):
             with contextlib.suppress(SystemExit):
                 run_main(report, command, *runs, "--data", tmp_path)
@@ -303,6 +373,27 @@ def test_text_from_runs_cannot_control_a_terminal_a_page_or_an_svg(tmp_path, cap
         run_main(report, "summary", run)
     for shown in (text, page, capsys.readouterr().out):
         assert not any(c in shown for c in ("\x1b", "\0", "<script", "\ud800"))
+
+
+def test_texts_from_all_files_are_escaped_in_the_story(tmp_path):
+    evil = "</p>'\"<script>&\x1b"
+    rlhf = [(n, dict(reward=0.5, gold=0.1 * n, kl_reply=0.5, replies=[dict(reply=evil, reward=1.0)]))
+            for n in range(3)]
+    runs = [*demo(tmp_path), write_run(tmp_path / "rlhf", "rl", rlhf)]
+    rows = [dict(step=step, question=evil, reply=evil, right=True) for step in (0, 9)]
+    write_jsonl(runs[2] / "answers.jsonl", rows)
+    claim = dict(name="tokens", sentence=evil, verdict=evil, said=evil, checks=[evil], texts=[evil],
+                 figures={evil: [1.0, None]})
+    names = ("tokens", "funnel", "cost", "no_assistant", "identity", "search", "discovery")
+    (runs[3] / "talk.json").write_text(json.dumps(dict(claims=[dict(claim, name=n) for n in names])))
+    (runs[1] / "eval.json").write_text(json.dumps({evil: dict(RESULT, kinds={evil: dict(
+        accuracy=0.5, refused=0.5, wrong=0, n=2)})}))
+    index = dict(funnel=[{**FUNNEL, "step": evil, "dropped": {evil: 3}}],
+                 samples={f"{evil}: {evil}": [dict(text=evil)]})
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    page = report_of("--data", tmp_path, *runs)
+    assert page.count("&lt;script&gt;") > 20 and "<script" not in page and "\x1b" not in page
+    assert {"web", "tokens", "rlhf", "talk", "knowledge"} <= set(chapters(page))
 
 
 @pytest.mark.parametrize("flag", ["--out", "--svg"])
