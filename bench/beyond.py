@@ -54,7 +54,7 @@ TAUGHT = {1: 6, 2: 5, 3: 4, 4: 3, 5: 2, 6: 1}   # arrows of an example's chain: 
 PRACTISED = range(6, 17)
 TESTED = range(6, 17, 2)
 PAIRS = 8                       # in a question, if the chain needs no more
-EXAMPLES = 20_000
+EXAMPLES = 30_000
 HELD_OUT = 32                   # problems of each length
 SHAPE = dict(block_size=96, n_layer=2, n_head=2, n_embd=64, windows="L")
 
