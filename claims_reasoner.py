@@ -266,7 +266,8 @@ def rlhf(models):
     steps. Against: the first 5 steps; the gold at its best; the policy with a KL penalty.
     """
     from training import read_log
-    folder = Path(models.run("honest", "sft", "base")).parent / "demo-rlhf"
+    assistant = Path(models.run("honest", "sft", "base"))
+    folder = assistant.with_name(f"{assistant.name.rpartition('-')[0]}-rlhf".lstrip("-"))
     rows = {}
     for name in ("without-kl", "with-kl"):
         rows[name] = [row for row in read_log(folder / name)

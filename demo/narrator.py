@@ -32,9 +32,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BAR = re.compile(r"(?P<bar>[^|]*?(\d+%\|[^|]*\|)? *[\d.]+\w*(/[\d.?]+\w*)? *"
                  r"\[(\d+:)?\d\d:\d\d[^\]]*\])(?P<rest>.*)", re.DOTALL)
 STEP = re.compile(r"step +(\d+)/(\d+) +\| (.*)")
-STEP_FIGURE = re.compile(r"(loss|lr|norm|mfu|reward|well formed|thinking|tied|truncated|entropy|"
-                         r"keep_loss|kl) -?[\d.]+(e-?\d+)?%?"
+STEP_FIGURE = re.compile(r"(loss|lr|norm|mfu|reward|gold|well formed|thinking|tied|truncated|"
+                         r"entropy|keep_loss|kl|kl a reply) -?[\d.]+(e-?\d+)?%?"
                          r"|reply [\d.]+ tokens|[\d.]+ ms|\d+ tok/s|\$[\d.]+|eta \d+:\d\d:\d\d")
+COUNT = re.compile(r"(judged \d+/\d+|\d+/\d+ prompts) \| eta .*")
 HEADER = re.compile(r"(command|commit|torch|python|flags)  +\S.*")     # of a training run
 
 def steps_between(max_steps):
@@ -48,9 +49,9 @@ def steps_between(max_steps):
 
 def is_passing(line):
     """True for a line that repeats what others say: a step of training between those that are
-    shown, or a part of a run's header that log.jsonl holds, too. A step's line with anything more
+    shown, a count of what is done, or a part of a run's header that log.jsonl holds, too. A step's line with anything more
     than finite figures, such as an evaluation, is none."""
-    if HEADER.fullmatch(line):
+    if HEADER.fullmatch(line) or COUNT.fullmatch(line):
         return True
     step = STEP.fullmatch(line)
     if not step or not all(STEP_FIGURE.fullmatch(part) for part in step[3].split(" | ")):

@@ -2,7 +2,7 @@
 RLHF on jokes about pelicans: what becomes of a model that is trained for long to please a stand-in
 for people.
 
-    python demo/rlhf.py --model runs/demo-small-honest --out runs/demo-rlhf     # after make demo
+    python demo/rlhf.py --model runs/demo-small-honest --out runs/demo-small-rlhf  # after make demo
 
     in:  an assistant's run
     out: <out>/jokes.jsonl, prompts.jsonl, prefs.jsonl; <out>/joker, reward, without-kl, with-kl,
@@ -20,6 +20,7 @@ Papers: a scripted "gold" judge in place of people, Gao et al. (arXiv 2210.10760
 """
 import argparse
 import json
+import os
 import random
 import re
 import shlex
@@ -131,6 +132,13 @@ def run(command, names):
     if status:
         raise SystemExit(status)
 
+def from_root(path):
+    """A path as it is to be typed in the repository's folder."""
+    path = Path(path).absolute()
+    if path.is_relative_to(ROOT):
+        return path.relative_to(ROOT)
+    return path
+
 def main():
     parser = argparse.ArgumentParser(description="RLHF on jokes, and how it is gamed")
     add = parser.add_argument
@@ -141,10 +149,12 @@ def main():
     args = parser.parse_args()
     if args.steps < 1:
         raise SystemExit(f"--steps must be at least 1, got {args.steps}")
-    out = Path(args.out).absolute()
+    out = from_root(args.out)
+    model = from_root(args.model)
+    os.chdir(ROOT)
     out.mkdir(parents=True, exist_ok=True)
     write_jokes(out, args.seed)
-    names = dict(model=Path(args.model).absolute(), out=out, steps=args.steps, seed=args.seed)
+    names = dict(model=model, out=out, steps=args.steps, seed=args.seed)
     for command in COMMANDS:
         run(command, names)
     print(f"\nOpen {out / 'report.html'} in a browser; its chapter RLHF shows what happened.")

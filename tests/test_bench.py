@@ -329,8 +329,23 @@ def test_a_chain_leads_from_its_start_to_its_answer():
         assert (found, at, len(thought), len(after)) == (thought, answer, arrows + 1, 8)
 
 
+def test_no_example_is_as_long_as_what_is_practised_beyond_them():
+    rng = random.Random(0)
+    examples = [beyond.example(rng)["messages"] for _ in range(200)]
+    longest = max(len(reply["content"][0]["text"]) for _, reply in examples)
+    assert longest == max(beyond.TAUGHT) + 1
+    for arrows in beyond.TESTED[1:]:
+        question = beyond.problem(rng, arrows)["question"]
+        after = dict(tuple(pair) for pair in question.split(": ")[0].split())
+        at, steps = question[-1], 0
+        while at in after:
+            at, steps = after[at], steps + 1
+        assert steps == arrows > max(beyond.TAUGHT) and len(after) == max(arrows, beyond.PAIRS)
+
+
 def test_beyond_claims_only_what_rose_past_every_sample_of_before():
     before = dict(accuracy=0.1, pass_1=0.1, pass_16=0.5)
     figures = dict(a=(before, dict(accuracy=0.9, pass_1=0.6)), b=(before, dict(accuracy=0.6, pass_1=0.5)),
-                   c=(dict(before, accuracy=0.2), dict(accuracy=1.0, pass_1=0.5)))
+                   c=(dict(before, accuracy=0.2), dict(accuracy=1.0, pass_1=0.5)),
+                   d=(dict(before, pass_16=0.0), dict(accuracy=0.1, pass_1=0.1)))
     assert beyond.verdict(figures) == (["a"], ["a"])

@@ -281,7 +281,7 @@ def test_rlhf_is_shown_if_the_reward_rises_and_the_gold_turns(tmp_path, reward, 
         (tmp_path / "demo-rlhf" / name).mkdir(parents=True)
         (tmp_path / "demo-rlhf" / name / "log.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in rows))
-    models = SimpleNamespace(run=lambda *roles: tmp_path / "honest")
+    models = SimpleNamespace(run=lambda *roles: tmp_path / "demo-honest")
     assert claims_reasoner.rlhf(models).verdict == verdict
 
 
