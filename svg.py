@@ -5,7 +5,7 @@ for a page or for a file.
     in:  {name: [(x, y)]} or {name: [(x, y, error)]}; for bars, {label: {series: (value, error)}}
     out: text: an HTML figure, or SVG elements. Every word that is shown in it is escaped
 
-A figure of a page is W = 360 pixels wide, about as wide as a phone, so that its letters of 12.5
+A figure of a page is W = 360 pixels wide, about as wide as a phone, so that its letters of 13
 pixels are never shrunk; a wide window sets figures side by side.
 """
 import math
@@ -121,7 +121,8 @@ def bars(title, rows, unit="%", most=0.0, W=360):
     names = list(dict.fromkeys(name for series in rows.values() for name in series))
     values = [value + (error or 0) for series in rows.values() for value, error in series.values()]
     top = 1.0 if unit == "%" else max(*values, most, 1e-9)
-    left = 10 + 7 * min(19, max(len(label) for label in rows))  # a letter is about 7 pixels wide
+    # a letter is about 7.5 pixels wide
+    left = 10 + round(7.5 * min(19, max(len(label) for label in rows)))
     X = Scale(0, top, left, W - 52)
     svg = []
     y = 8
@@ -189,6 +190,6 @@ svg { color: #333; font: 12px system-ui, sans-serif } .title { font-size: 15px; 
 FIGURE_STYLE = """
 figure { margin: 0; break-inside: avoid } figcaption { font-size: .875rem; line-height: 1.4 }
 figcaption span { font-weight: 600; margin-right: .5rem; display: inline-block }
-figure svg { width: 100%; max-width: 26rem; font-size: 12.5px; display: block }
+figure svg { width: 100%; max-width: 26rem; font-size: 13px; display: block }
 .bar { fill: currentColor; opacity: .8 } .error { stroke: currentColor; fill: none }
 """
