@@ -73,6 +73,7 @@ class Data:
             index = read_checked(self.path / "index.json", INDEX)
         self.funnel = index.get("funnel", [])       # a row for each step
         self.samples = index.get("samples", {})     # "step: reason": pages that ended so
+        self.settings = index.get("settings", {})   # flags of prepare_fineweb.py
         self.n_vocab = index.get("tokenizer", {}).get("n_vocab")
         self.texts = index.get("prose") or index.get("documents", [])
 
@@ -118,6 +119,7 @@ FUNNEL_ROW = {"step": is_text, "in": is_finite, "kept": is_finite, "bytes?": is_
 CONFIG = {"vocab_size?": is_size, "deepdive?": {"stage?": is_text}}
 INDEX = {"funnel?": [FUNNEL_ROW], "samples?": {ANY: [{"text?": is_text}]},
          "tokenizer?": {"n_vocab?": is_finite},
+         "settings?": {"quality?": is_text, "extractor?": is_text},
          **dict.fromkeys(("documents?", "prose?"), [{"file": is_text, "split?": is_text}])}
 SHARES = {"accuracy": is_finite, "n?": is_finite, "refused?": is_finite, "wrong?": is_finite}
 TASK = {"accuracy?": is_finite, "centered?": is_finite, "n?": is_finite}

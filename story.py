@@ -85,6 +85,9 @@ class Story:
             names["data"] = shlex.quote(str(self.data.path))
         if self.data.path and Path(self.data.path, "warc").is_dir():
             names["crawl"] = f"{names['data']}/warc/*.warc.gz"
+            for flag in ("quality", "extractor"):
+                if flag in self.data.settings:
+                    names["crawl"] += f" --{flag} {shlex.quote(self.data.settings[flag])}"
         if self.base and self.base[-1].header.get("command"):
             names["trained"] = str(self.base[-1].header["command"])
         try:
