@@ -29,7 +29,8 @@ from svg import bars, curve, shown
 # ---- What was published --------------------------------------------------------------------------
 
 # CORE and accuracies of OpenAI's GPT-2 with 1,558M parameters, from nanochat,
-# dev/LEADERBOARD.md and dev/estimate_gpt3_core.ipynb. Its scoring differs a little, see eval.py.
+# dev/LEADERBOARD.md and dev/estimate_gpt3_core.ipynb, which has these six of the 22 tasks. Its
+# scoring differs a little, see eval.py.
 GPT2_CORE = 0.2565
 GPT2_ACCURACIES = dict(hellaswag_zeroshot=0.502, lambada_openai=0.523, hellaswag=0.512, piqa=0.725,
                        arc_easy=0.595, arc_challenge=0.299)
@@ -46,7 +47,10 @@ GPU_HOUR_USD = 3.0          # if no log has a price
 # ---- Who is who ----------------------------------------------------------------------------------
 
 class Story:
-    """The runs by the part that they play, the data, and the talk's claims."""
+    """The runs by the part that they play, the data, and the talk's claims.
+
+    A run of RL is a reasoner (`rl`), or belongs to RLHF (`rlhf`) if its log has a true objective
+    beside the reward; so do reward models. Of several talk.json the last one counts."""
 
     def __init__(self, runs, data):
         self.runs = runs
@@ -72,11 +76,12 @@ class Story:
         return run.path.name.removeprefix(common + dash)
 
     def command(self, template):
-        """A chapter's command with the folders of this story; "" if it needs one that is missing.
-        """
+        """A chapter's command with the folders of this story filled in, quoted for a shell; "" if
+        it needs one that is missing. {honest} is the last assistant, {all} are the runs that
+        talk.py takes, {crawl} the crawl and the filters' settings, {trained} the trainer's own
+        command."""
         names = {}
-        for name, runs in dict(base=self.base, sft=self.sft[:1], honest=self.sft, rl=self.rl,
-                               last=self.sft + self.rl).items():
+        for name, runs in dict(base=self.base, honest=self.sft, rl=self.rl).items():
             if runs:
                 names[name] = shlex.quote(str(runs[-1].path))
         names["all"] = " ".join(shlex.quote(str(run.path)) for run in self.runs
@@ -281,7 +286,7 @@ def base_sentence(story, run):
     losses = run.points("val_loss") or run.points("loss")
     if len(losses) > 1:
         parts.append(f"the loss went from {losses[0][1]:.2f} to {losses[-1][1]:.2f} nats a token")
-    for row in run.rows("val_bpb", "gzip", "xz"):
+    for row in run.rows("val_bpb", "gzip", "xz")[-1:]:      # a resumed run may have several
         parts.append(f"unseen text takes {row['val_bpb']:.2f} bits a byte, gzip {row['gzip']:.2f}, "
                      f"xz {row['xz']:.2f}")
     for result in run.results.values():
@@ -381,7 +386,8 @@ def solved_sentence(story):
 # ---- What it knows -------------------------------------------------------------------------------
 
 def tell_knowledge(story):
-    """What it says to names that it knows and does not know, and what it looks up."""
+    """What it says to names that it knows and does not know, and what it looks up. A file of
+    problems whose result has "refused" asks for names; one "with search" was asked with --docs."""
     refused = {}
     found = {}
     for (name, *_), answered in asked(story.runs).items():
