@@ -484,6 +484,7 @@ def tell_rlhf(story):
                      f"{rows[0]['reward']:.2f} to {last['reward']:.2f}")
     yield said(sentence("What the judge thinks of the replies (gold), and the reward model",
                         parts))
+    yield side_by_side(*reward_figures(story))
     for by, key in (("step", "step"), ("KL in nats a reply", "kl_reply")):
         lines = {}
         for name, rows in followed.items():
@@ -501,8 +502,24 @@ def tell_rlhf(story):
         for row in rows[:1] + rows[1:][-1:]:        # the first and the last
             replies += [(f"{story.label(run)}, step {row['step']}: reward {one['reward']:.2f}, "
                          f"gold {one.get('gold', '–')}", shortened(one["reply"]))
-                        for one in row["replies"][:2]]
+                        for one in row["replies"][:1]]
     yield texts("What it wrote, at first and in the end", replies)
+
+def reward_figures(story):
+    """How often the reward model prefers the reply that the judge does, and what the best of n
+    replies by its score is worth to the judge."""
+    from best_of_n import read_best_of_n
+    for run in story.rlhf:
+        agrees = [(row["step"], row["accuracy"], row["accuracy_error"])
+                  for row in run.rows("step", "accuracy", "accuracy_error")
+                  if is_finite(row["accuracy_error"])]
+        yield curve("The reward model prefers what the judge prefers", {"unseen pairs": agrees},
+                    {"chance": 0.5}, unit="share of pairs")
+        best = [tuple(map(float, row)) for row in read_best_of_n(run.path)]
+        yield curve("The best of n replies by the reward model", {
+            "reward": [(kl, reward) for _, kl, reward, _ in best],
+            "gold": [(kl, gold) for _, kl, _, gold in best]}, by="KL in nats a reply",
+            unit="score")
 
 # ---- The talk's claims ---------------------------------------------------------------------------
 

@@ -361,6 +361,16 @@ def test_answers_to_the_same_problem_stand_together_by_step(tmp_path):
             report_of(run)
 
 
+def test_a_reward_model_is_shown_with_its_standard_error_and_its_best_of_n(tmp_path):
+    rows = [(step, dict(accuracy=0.5 + step / 100, accuracy_error=0.05)) for step in (0, 20)]
+    run = write_run(tmp_path / "reward", "reward_model", rows)
+    best = [dict(n=n, kl=n / 4, reward=float(n), gold=1.0) for n in (1, 2, 4)]
+    write_jsonl(run / "best_of_n.jsonl", best)
+    page = report_of(run)
+    assert chapters(page)[0] == "rlhf" and page.count("class='error c0'") == 2
+    assert "unseen pairs" in page and "chance 0.5" in page and "The best of n replies" in page
+
+
 def test_text_from_runs_cannot_control_a_terminal_a_page_or_an_svg(tmp_path, capsys):
     evil = "\x1b[2J\0</text><script>&\ud800"
     rl = [(step, dict(reward=0.5)) for step in range(1, 4)]
