@@ -1,5 +1,5 @@
 # make demo   web → tokenizer → base model → assistant → reasoner → report, on a CPU, in minutes
-# make test   run all tests, offline
+# make test   run the tests, offline; SLOW=1 adds those that take minutes
 # make bench  measure speed against other projects on a CPU → bench/RESULTS.md (on a GPU: bench/gpu.sh)
 # make train_gpt2cu   compile the CUDA trainer; make check prints the compiler and libraries it would use
 # The demo's commands are in demo/run.py. After an interruption, make demo continues.

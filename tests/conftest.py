@@ -31,6 +31,8 @@ from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 torch.set_num_threads(1)
 
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1 make test runs it")
+
 def documents(*modules):
     """The docstrings in these modules, short ones first: real English that every machine has."""
     found = []

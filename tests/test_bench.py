@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, slow
 from test_style import check_commands
 
 sys.path.append(str(ROOT / "bench"))
@@ -302,6 +302,7 @@ def test_contenders_of_several_parts_meet_in_one_table():
     assert gpu.quality_tables(reports)[0].endswith("| nanochat | 1.0000 | 0.5000 | 0.300 |")
 
 
+@slow
 @pytest.mark.timeout(600)
 def test_every_part_for_a_gpu_runs_at_tiny_size(tmp_path):
     rows = [dict(text=f"{word} and {i}") for i in range(2000) for word in ("one", "two")]

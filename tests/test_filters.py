@@ -23,6 +23,7 @@ import crawl  # noqa: E402
 import filters  # noqa: E402
 import prepare_fineweb as pf  # noqa: E402
 import warc  # noqa: E402
+from conftest import slow  # noqa: E402
 
 WEB = ROOT.parent / "shared" / "data" / "web"
 NEEDED = ("datatrove", "spacy", "tldextract", "ahocorasick", "fasteners", "nltk")
@@ -81,7 +82,7 @@ def decision(rule, text):
     return page is not None, page["text"] if page else text
 
 @parity
-@pytest.mark.parametrize("extractor", ["plain", "trafilatura"])
+@pytest.mark.parametrize("extractor", ["plain", pytest.param("trafilatura", marks=slow)])
 def test_given_the_same_words_every_document_is_decided_as_datatrove_s(monkeypatch, extractor):
     for (url, text), (words, decisions) in zip(real_texts(extractor), theirs(extractor)):
         monkeypatch.setattr(filters, "split_words", lambda text: words)

@@ -25,7 +25,7 @@ import prepare_fineweb as pf  # noqa: E402
 import inspection  # noqa: E402
 import warc  # noqa: E402
 from bpe import Tokenizer  # noqa: E402
-from conftest import mutate, run_main  # noqa: E402
+from conftest import mutate, run_main, slow  # noqa: E402
 from test_download import add_hub, server  # noqa: E402, F401
 
 WEB = ROOT.parent / "shared" / "data" / "web"
@@ -329,6 +329,7 @@ def test_a_ray_cluster_of_two_workers_writes_the_same_bytes(tmp_path):
                for name in "ab"]
     assert written[0] == written[1] and len(documents(tmp_path / "b")) == 82
 
+@slow
 def test_a_mistake_on_a_ray_cluster_ends_in_one_line_too(tmp_path):
     pytest.importorskip("ray", reason="ray is an extra")
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\nbroken')

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 
 import eval as eval_module
 import train_gpt2
-from conftest import DOCUMENTS, ROOT, noisy, run_main, write_shard
+from conftest import DOCUMENTS, ROOT, noisy, run_main, slow, write_shard
 from cuda_emulator.rewrite import build as build_emulation
 from model import GPTConfig, file_tensors, load_checkpoint, save_checkpoint
 from sample import Engine
@@ -38,7 +38,6 @@ pytestmark = pytest.mark.skipif(
     not DEVICE and not (shutil.which("g++") and platform.machine() == "x86_64"),
     reason="the emulation takes g++ on x86-64")
 emulated = pytest.mark.skipif(DEVICE, reason="only the emulator can do it")
-slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="make test_train_gpt2cu runs it")
 
 
 def make(folder, *variables, source=SOURCE):
