@@ -49,8 +49,8 @@ def steps_between(max_steps):
 
 def is_passing(line):
     """True for a line that repeats what others say: a step of training between those that are
-    shown, a count of what is done, or a part of a run's header that log.jsonl holds, too. A step's line with anything more
-    than finite figures, such as an evaluation, is none."""
+    shown, a count of what is done, or a part of a run's header that log.jsonl holds, too. A step's
+    line with anything more than finite figures, such as an evaluation, is none."""
     if HEADER.fullmatch(line) or COUNT.fullmatch(line):
         return True
     step = STEP.fullmatch(line)
