@@ -25,6 +25,9 @@ their groups are tied and teach nothing. What is learnt from shorter ones brings
 into reach: that makes a curriculum, although nobody orders the problems. How far fine-tuning alone
 goes depends on the seed, so each length is judged by its own figures.
 
+Two of three seeds reach both claims below. With the other, seed 1, fine-tuning does not learn in
+time to follow the chains that it is taught; practice then does not either (bench/RESULTS.md).
+
 pass@1 is the share of right replies at temperature 1, pass@16 the share of problems with at least
 one right reply among 16. Practice that only made likely what the model already did could raise
 pass@1 up to the pass@16 of before. A length on which it ends above that was not merely sharpened;
