@@ -108,13 +108,18 @@ def write_files(folder, seed, examples, practised):
 
 # ---- One seed ------------------------------------------------------------------------------------
 
-def run_stage(folder, script, *flags):
-    """Runs a stage as a user does. SystemExit with the end of what it said if it fails."""
+def run_stage(folder, is_kept, script, *flags):
+    """Runs a stage as a user does. In a folder that is kept it shows its steps, and continues what
+    was interrupted. SystemExit with the end of what it said if it fails."""
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    done = subprocess.run(command, cwd=folder, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
+    if is_kept:
+        sys.stdout.flush()
+        done = subprocess.run([*command, "--resume"], cwd=folder)
+    else:
+        done = subprocess.run(command, cwd=folder, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
     if done.returncode:
-        raise SystemExit(f"{script} failed: {done.stdout[-2000:]}")
+        raise SystemExit(f"{script} failed: {(done.stdout or '')[-2000:]}")
 
 def measured(run):
     """{kind: its figures at every evaluation} of a run of rl_grpo.py, the first before practice."""
@@ -134,13 +139,14 @@ def longest(run):
 
 def one_seed(folder, seed, args):
     """Teaches and practises → (measured(), longest())."""
-    write_files(folder, seed, args.examples, args.steps * 16)
-    run_stage(folder, "chat_sft.py", "--model", "base", "--out", "sft", "--data", "examples.jsonl",
-              "--batch_size", 21, "--lr", 0.02, "--val_fraction", 0, "--save_every", 10 ** 6,
+    if not (folder / "base" / "model.safetensors").exists():
+        write_files(folder, seed, args.examples, args.steps * 16)
+    run_stage(folder, args.folder, "chat_sft.py", "--model", "base", "--out", "sft", "--data", "examples.jsonl",
+              "--batch_size", 21, "--lr", 0.02, "--val_fraction", 0, "--save_every", 200,
               "--seed", seed)
-    run_stage(folder, "rl_grpo.py", "--model", "sft", "--out", "rl", "--task", "practice.jsonl",
+    run_stage(folder, args.folder, "rl_grpo.py", "--model", "sft", "--out", "rl", "--task", "practice.jsonl",
               "--held_out", "held_out.jsonl", "--max_steps", args.steps, "--lr", args.lr,
-              "--max_new_tokens", 30, "--eval_every", 40, "--save_every", 10 ** 6,
+              "--max_new_tokens", 30, "--eval_every", 40, "--save_every", 20,
               "--seed", seed)
     return measured(folder / "rl"), longest(folder / "rl")
 
@@ -172,12 +178,15 @@ def main():
     add("--steps", type=int, default=80, help="of reinforcement learning")
     add("--examples", type=int, default=EXAMPLES, help="supervised conversations")
     add("--lr", type=float, default=1e-3, help="learning rate of reinforcement learning")
+    add("--folder", help="keeps files and runs here, so that an interrupted run continues")
     args = parser.parse_args()
     check_at_least(1, args, "steps", "examples")
     report = []
     for seed in args.seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            figures, (question, answer, first, last) = one_seed(Path(folder), seed, args)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(args.folder or temporary, f"seed_{seed}").absolute()
+            folder.mkdir(parents=True, exist_ok=True)
+            figures, (question, answer, first, last) = one_seed(folder, seed, args)
         show_lengths(seed, figures)
         print(f"\n{question} → {answer}\n\nbefore: `{first}`\n\nafter: `{last}`")
         risen, beyond = verdict(figures)

@@ -2,8 +2,8 @@
 What to look at after each step of the demo, with figures from the files that the step left.
 
 Each function takes the demo's names, of which it reads the folders `data`, `conversations`, `base`,
-`sft`, `honest`, `rl` and `rlhf`, and returns lines of text. A figure that is not there is left out,
-so that no line says more than a file does.
+`sft`, `honest`, `rl`, `rlhf` and `beyond`, and returns lines of text. A figure that is not there is
+left out, so that no line says more than a file does.
 """
 import gzip
 import json
@@ -220,6 +220,19 @@ def grown_answer(names):
             return [f"How its answer to one problem grew, by step: {one_line(question, 60)}",
                     *(f"{row['step']:6d}  {one_line(row['reply'], 88)}" for row in rows)]
     return []
+
+def beyond(names):
+    """Right answers by length of the chain, before practice and after."""
+    tests = {}
+    for row in read_rows(Path(names["beyond"], "seed_0", "rl", "log.jsonl"), "kind", "accuracy"):
+        tests.setdefault(row["kind"], []).append(row)
+    lines = []
+    for kind, rows in tests.items():
+        lines.append(f"{kind:10s} right before {rows[0]['accuracy']:6.1%} (of 16 tries one: "
+                     f"{rows[0].get('pass_16', 0):6.1%})   after {rows[-1]['accuracy']:6.1%}")
+    if lines:
+        lines.append("That is one seed; of three, two went so far (bench/RESULTS.md).")
+    return lines
 
 def pleasing(names):
     """Without the KL term and with it: the stand-in's reward and the judge's own opinion at the

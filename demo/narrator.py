@@ -49,9 +49,10 @@ def steps_between(max_steps):
 
 def is_passing(line):
     """True for a line that repeats what others say: a step of training between those that are
-    shown, a count of what is done, or a part of a run's header that log.jsonl holds, too. A step's
-    line with anything more than finite figures, such as an evaluation, is none."""
-    if HEADER.fullmatch(line) or COUNT.fullmatch(line):
+    shown, a count of what is done, a bench's figures as JSON, or a part of a run's header that
+    log.jsonl holds, too. A step's line with anything more than finite figures, such as an
+    evaluation, is none."""
+    if HEADER.fullmatch(line) or COUNT.fullmatch(line) or line.startswith('{"bench"'):
         return True
     step = STEP.fullmatch(line)
     if not step or not all(STEP_FIGURE.fullmatch(part) for part in step[3].split(" | ")):

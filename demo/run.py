@@ -6,7 +6,7 @@ The demo: every command from a small web to a model that reasons, with a word on
     in:  nothing; the web is the manual of the software on this machine (demo/web.py)
     out: <data>/     documents, tokenizer, shards, conversations
          <run>-base, <run>-sft, <run>-honest, <run>-rl    the models; the last one holds
-         report.html; <run>-rlhf/    the models of the experiment with a reward model
+         report.html; <run>-rlhf/, <run>-beyond/    the models of two experiments
          <run>.log, <run>-times.jsonl       all that was printed; the seconds of each command
 
 STEPS below is the whole demo, in the order of the talk. Each command is one that you can type
@@ -31,9 +31,9 @@ from narrator import ROOT, Narrator, Screen, end_with_parent, shown
 @dataclass(frozen=True)
 class Step:
     """Commands, with a line on what is about to happen and one on why. A command is text: {data},
-    {base}, {sft}, {honest}, {rl}, {rlhf}, {conversations}, {seed} and the names in SIZES are filled
-    in, each into the word where it stands. look(names) → lines on what is to be seen afterwards,
-    with figures."""
+    {base}, {sft}, {honest}, {rl}, {rlhf}, {beyond}, {conversations}, {seed} and the names in SIZES
+    are filled in, each into the word where it stands. look(names) → lines on what is to be seen
+    afterwards, with figures."""
     title: str
     what: str
     why: str
@@ -43,12 +43,13 @@ class Step:
 SIZES = {
     "tiny": dict(pages=400, steps=60, eval_every=30, examples=60, functions=12, mixed=200,
                  held_out=20, lookups=300, subjects=40, invented=60,
-                 rl_steps=4, prompts=4, group_size=8, rl_eval_every=2, rlhf_steps=2),
+                 rl_steps=4, prompts=4, group_size=8, rl_eval_every=2, rlhf_steps=2, chains=400, chain_steps=2),
     "small": dict(pages=5000, steps=300, eval_every=50, examples=850, functions=48,
                   mixed=2500, held_out=30, lookups=3400, subjects=250, invented=350,
-                  rl_steps=12, prompts=16, group_size=16, rl_eval_every=6, rlhf_steps=20)}
+                  rl_steps=12, prompts=16, group_size=16, rl_eval_every=6, rlhf_steps=20,
+                  chains=30000, chain_steps=80)}
 
-MINUTES = dict(tiny=3, small=8)     # on two CPU cores
+MINUTES = dict(tiny=4, small=14)     # on two CPU cores
 
 STEPS = [
     Step(
@@ -153,6 +154,14 @@ STEPS = [
             "--save_every 8 --seed {seed} --resume --max_steps {rl_steps} --prompts {prompts} "
             "--group_size {group_size} --eval_every {rl_eval_every}"],
         look=look.practice),
+    Step(
+        title="Go beyond what was shown",
+        what="A tiny model saw chains of up to six arrows followed; it practises up to sixteen.",
+        why="Imitation ends where its examples end. Practice needs only that answers are checked.",
+        commands=[
+            "python bench/beyond.py --seeds 0 --examples {chains} --steps {chain_steps} "
+            "--folder {beyond}"],
+        look=look.beyond),
     Step(
         title="Train it to please a stand-in for people",
         what="A reward model learns from ranked jokes what a judge likes, and practice follows it.",
@@ -269,7 +278,7 @@ def main():
     prefix = args.run or f"runs/demo-{args.size}"
     names = dict(SIZES[args.size], seed=args.seed, data=data, base=f"{prefix}-base",
                  sft=f"{prefix}-sft", honest=f"{prefix}-honest", rl=f"{prefix}-rl",
-                 rlhf=f"{prefix}-rlhf",
+                 rlhf=f"{prefix}-rlhf", beyond=f"{prefix}-beyond",
                  conversations=args.conversations or f"{data}/chat")
     os.chdir(ROOT)
     if "MAKELEVEL" in os.environ:

@@ -37,7 +37,7 @@ def tell(tmp_path):
 
 def names(folder, size="tiny"):
     """What the table's placeholders stand for."""
-    folders = ("data", "base", "sft", "honest", "rl", "rlhf", "conversations")
+    folders = ("data", "base", "sft", "honest", "rl", "rlhf", "beyond", "conversations")
     return dict(run.SIZES[size], seed=1, **{name: f"{folder}/{name}" for name in folders})
 
 
@@ -284,7 +284,7 @@ def test_data_and_tokens_are_told_with_figures(tmp_path):
 
 @pytest.mark.parametrize("content", [None, "", '{"cut', "[]"])
 def test_without_figures_nothing_is_said(tmp_path, content):
-    for folder in ("data", "base", "sft", "honest", "rl", "rlhf", "conversations"):
+    for folder in ("data", "base", "sft", "honest", "rl", "rlhf", "beyond", "conversations"):
         (tmp_path / folder).mkdir()
         for name in ("index.json", "log.jsonl", "eval.json", "config.json", "identity.jsonl"):
             if content is not None:
