@@ -43,7 +43,8 @@ class Step:
 SIZES = {
     "tiny": dict(pages=400, steps=60, eval_every=30, examples=60, functions=12, mixed=200,
                  held_out=20, lookups=300, subjects=40, invented=60,
-                 rl_steps=4, prompts=4, group_size=8, rl_eval_every=2, rlhf_steps=2, chains=400, chain_steps=2),
+                 rl_steps=4, prompts=4, group_size=8, rl_eval_every=2, rlhf_steps=2,
+                 chains=400, chain_steps=2),
     "small": dict(pages=5000, steps=300, eval_every=50, examples=850, functions=48,
                   mixed=2500, held_out=30, lookups=3400, subjects=250, invented=350,
                   rl_steps=12, prompts=16, group_size=16, rl_eval_every=6, rlhf_steps=20,
