@@ -47,7 +47,7 @@ SIZES = {
                  chains=400, chain_steps=2),
     "small": dict(pages=5000, steps=300, eval_every=50, examples=850, functions=48,
                   mixed=2500, held_out=30, lookups=3400, subjects=250, invented=350,
-                  rl_steps=12, prompts=16, group_size=16, rl_eval_every=6, rlhf_steps=20,
+                  rl_steps=20, prompts=16, group_size=16, rl_eval_every=10, rlhf_steps=20,
                   chains=30000, chain_steps=80)}
 
 MINUTES = dict(tiny=4, small=12)     # on two CPU cores
