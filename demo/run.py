@@ -50,7 +50,7 @@ SIZES = {
                   rl_steps=20, prompts=16, group_size=16, rl_eval_every=10, rlhf_steps=20,
                   chains=30000, chain_steps=80)}
 
-MINUTES = dict(tiny=4, small=12)     # on two CPU cores
+MINUTES = dict(tiny=5, small=12)     # on two CPU cores
 
 STEPS = [
     Step(
