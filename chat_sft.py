@@ -28,7 +28,6 @@ ever cut or split.
 import argparse
 import bisect
 import codecs
-import math
 import random
 import runpy
 import sys
@@ -41,7 +40,7 @@ import torch
 from bpe import Tokenizer
 from model import find_compiler, load_checkpoint, read_json
 from problems import is_correct, problems_that_fit, read_problems
-from sample import Engine, check_at_least, find_run, load_tokenizer, quiet_end
+from sample import Engine, check_above_0, check_at_least, find_run, load_tokenizer, quiet_end
 from training import (RunLog, already_trained, catch_signals, check_finite, contents, default_lr,
                       finish, init_ranks, load_state, make_optimizer, newest_state, read_rank,
                       save_run)
@@ -346,9 +345,7 @@ def parse_args():
     args = parser.parse_args()
     check_at_least(1, args, "batch_size", "total_batch_size", "save_every", "eval_every")
     check_at_least(0, args, "seed")
-    for name, value in (("epochs", args.epochs), ("lr", args.lr)):
-        if value is not None and not 0 < value < math.inf:
-            raise SystemExit(f"--{name} must be above 0, got {value}")
+    check_above_0(args, "epochs", "lr")
     if args.val_fraction is not None and not 0 <= args.val_fraction < 1:
         raise SystemExit(f"--val_fraction must be at least 0 and below 1, got {args.val_fraction}")
     return args

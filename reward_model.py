@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 from model import GPT, Linear, load_checkpoint
 from problems import CheckerReward
-from sample import check_at_least, find_run, load_tokenizer
+from sample import check_above_0, check_at_least, find_run, load_tokenizer
 from training import (Optimizer, RunLog, already_trained, catch_signals, check_finite, contents,
                       finish, init_ranks, load_state, save_run)
 
@@ -339,9 +339,7 @@ def parse_args():
     args = parser.parse_args()
     check_at_least(1, args, "batch_size", "eval_every", "save_every")
     check_at_least(0, args, "seed")
-    for name, value in (("epochs", args.epochs), ("lr", args.lr)):
-        if not 0 < value < math.inf:
-            raise SystemExit(f"--{name} must be above 0, got {value}")
+    check_above_0(args, "epochs", "lr")
     if not 0 < args.val_fraction < 1:
         raise SystemExit(f"--val_fraction must be above 0 and below 1, got {args.val_fraction}")
     return args

@@ -58,7 +58,7 @@ from bpe import checked
 from model import load_checkpoint, visible
 from problems import (CheckerReward, is_correct, problems_that_fit, read_lines, read_problems,
                       warn_of_gamed, write_whole)
-from sample import Engine, check_at_least, find_run, load_tokenizer
+from sample import Engine, check_above_0, check_at_least, find_run, load_tokenizer
 from training import (Optimizer, RunLog, already_trained, catch_signals, check_finite, contents,
                       finish, init_ranks, load_state, save_run)
 
@@ -225,7 +225,8 @@ def rollout_tensors(prompts, completions, pad):
 
 def token_logprobs(model, ids, mask, rows=ROWS):
     """ids (N, T), mask (N, T - 1) → log p (N, T - 1) of the tokens ids[:, 1:], in nats; 0 where
-    the mask is 0.
+    the mask is 0. The slow twin of PromptCache, which learn() uses: each prompt passes through the
+    model with every reply.
 
     `rows` rows pass through the model at a time. Only positions where the mask is 1 pass through
     the head, so that no logits are computed for prompts and padding.
@@ -569,8 +570,7 @@ def parse_args():
     args.loss = args.loss.removesuffix("+std")
     if args.max_kl is not None and not args.max_kl > 0:
         raise SystemExit(f"--max_kl must be above 0, got {args.max_kl}")
-    if not 0 < args.lr < math.inf:
-        raise SystemExit(f"--lr must be above 0, got {args.lr}")
+    check_above_0(args, "lr")
     if args.group_size < 2:
         raise SystemExit(f"--group_size must be at least 2, got {args.group_size}; "
                          "try --group_size 16")

@@ -25,6 +25,7 @@ import ctypes
 import difflib
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -426,6 +427,13 @@ def check_at_least(least, args, *names):
         value = getattr(args, name)
         if value is not None and not value >= least:
             raise SystemExit(f"--{name} must be at least {least}, got {value}")
+
+def check_above_0(args, *names):
+    """Stops at a flag that is not above 0 and finite; one that was not given is None and passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise SystemExit(f"--{name} must be above 0, got {value}")
 
 def choose_device(name):
     """--device → a device of torch, for auto the GPU if there is one."""

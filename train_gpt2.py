@@ -49,8 +49,8 @@ import torch
 from bpe import Tokenizer
 from model import GPT, GPT2_SIZES, GPTConfig, find_compiler, find_kernel, load_checkpoint, sdpa
 from precision import find_bf16
-from sample import (Engine, check_at_least, choose_device, find_run, has_tokenizer, load_tokenizer,
-                    quiet_end)
+from sample import (Engine, check_above_0, check_at_least, choose_device, find_run, has_tokenizer,
+                    load_tokenizer, quiet_end)
 from training import (D12_MATMUL_PARAMS, RunLog, already_trained, catch_signals, check_finite,
                       finish, init_ranks, load_state, make_optimizer, save_run)
 
@@ -498,8 +498,7 @@ def parse_args():
     check_at_least(0, args, "max_steps", "gpu_hour_usd", "seed")
     if args.seed >= 2 ** 63:
         raise SystemExit(f"--seed must be below {2 ** 63}, got {args.seed}")
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        raise SystemExit(f"--lr must be above 0, got {args.lr}")
+    check_above_0(args, "lr")
     choose_device(args.device)
     return args
 

@@ -2,7 +2,7 @@
 The replies of a step of reinforcement learning, beside nanochat's engine prompt by prompt, on the
 same weights and problems.
 
-    python bench/rollouts.py --model runs/demo-small-sft --data data/demo-small     # after make demo
+    python bench/rollouts.py                    # after make demo, on its assistant
 
 in:  the run of an assistant, and the conversations of the demo; .peers/nanochat
 out: a table for each kind of problems, and all of them as one line of JSON
@@ -82,8 +82,8 @@ def measure(engine, nanochat, prompts, max_tokens, repeats):
 def main():
     parser = argparse.ArgumentParser(description="rollouts, beside nanochat's engine")
     add = parser.add_argument
-    add("--model", required=True, help="run folder of an assistant")
-    add("--data", required=True, help="the demo's data, with its folder chat")
+    add("--model", default="runs/demo-small-sft", help="run folder of an assistant")
+    add("--data", default="data/demo-small", help="the demo's data, with its folder chat")
     add("--repeats", type=int, default=5, help="timed runs of each")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)

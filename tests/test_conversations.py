@@ -5,7 +5,6 @@ refers to.
 """
 import gzip
 import json
-import random
 import re
 from collections import Counter
 from types import SimpleNamespace

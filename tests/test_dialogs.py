@@ -5,7 +5,6 @@ and counted; and its tokens are the same however many processes made them, and f
 import doctest
 import gzip
 import json
-import os
 from pathlib import Path
 
 import numpy as np
