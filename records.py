@@ -128,7 +128,7 @@ RESULT = {"left_out?": [is_text], "arguments?": {}, "kinds?": {ANY: SHARES}, "co
 LOG_ROW = {"step?": is_finite, "seconds?": is_finite, "loss?": is_number, "val_loss?": is_number,
            "val_bpb?": is_number, "known_words?": is_number, "gzip?": is_finite, "xz?": is_finite,
            "reward?": is_number, "reply_tokens?": is_number, "usd?": is_finite, "sample?": is_text,
-           "kind?": is_text, "when?": is_text, "accuracy?": is_finite,
+           "kind?": is_text, "when?": is_text, "accuracy?": is_finite, "n?": is_finite,
            "accuracy_error?": is_number, "others?": {ANY: is_finite},
            "thinking_tokens?": is_number, "gold?": is_number, "kl_reply?": is_number,
            "replies?": [{"reply": is_text, "reward": is_finite, "gold?": is_finite}],

@@ -443,8 +443,9 @@ def mean(values):
     return sum(values) / len(values)
 
 def greedy_figures(engine, problems, max_new_tokens):
-    """Answers problems greedily → ({kind: figures}, [reply]): the share of right replies and the
-    mean tokens of a reply and of its thinking; and a row for answers.jsonl for each problem."""
+    """Answers problems greedily → ({kind: figures}, [reply]): how many there are, the share of
+    right replies, the mean tokens of a reply and of its thinking; and a row for answers.jsonl for
+    each problem."""
     special = engine.tokenizer.special
     by_kind = {}
     rows = []
@@ -457,14 +458,15 @@ def greedy_figures(engine, problems, max_new_tokens):
         by_kind.setdefault(problem["kind"], []).append(row)
     found = {}
     for kind, of_kind in by_kind.items():
-        found[kind] = dict(accuracy=mean([row["right"] for row in of_kind]),
+        found[kind] = dict(n=len(of_kind), accuracy=mean([row["right"] for row in of_kind]),
                            reply_tokens=mean([row["reply_tokens"] for row in of_kind]),
                            thinking_tokens=mean([row["thinking_tokens"] for row in of_kind]))
     return found, rows
 
 def sampled_figures(engine, problems, max_new_tokens, seed):
     """Samples SAMPLES replies at temperature 1 to the first problems of each kind → {kind:
-    pass@1 and pass@16, the mean share of right replies and of problems with one among 16}."""
+    pass@1 and pass@16, the mean share of right replies and of problems with one among 16; and of
+    how many problems}."""
     chosen = {}
     for problem in problems:
         of_kind = chosen.setdefault(problem["kind"], [])
@@ -476,6 +478,7 @@ def sampled_figures(engine, problems, max_new_tokens, seed):
                  answer(engine, of_kind, max_new_tokens, SAMPLES, 1.0, seed)]
         found[kind] = {f"pass_{k}": mean([pass_at_k(SAMPLES, n, k) for n in right])
                        for k in (1, SAMPLES)}
+        found[kind]["sampled"] = len(of_kind)
     return found
 
 @torch.inference_mode()

@@ -429,22 +429,17 @@ def tell_practice(story):
                 thinking=run.points("thinking_tokens", "reward")), unit="tokens a reply"))
         yield texts("The same problem, by step of practice", answers_by_step(run) or
                     story.claim_texts("discovery", 99)[-2:])
+    beyond = story.claim_said("beyond")
+    if beyond:
+        yield said(f"A tiny model of its own was shown short chains, and practised: {beyond}")
 
 def held_out_points(run):
-    """{kind: [(step, accuracy, standard error)]} of held-out problems. The log does not say how
-    many there were; answers.jsonl does if they are of one kind, else points have no error."""
-    asked_at = {}
-    for row in read_answers(run):
-        asked_at[row["step"]] = asked_at.get(row["step"], 0) + 1
-    found = run.held_out()
-    if len(found) > 1:
-        return found
+    """{kind: [(step, accuracy, standard error)]} of held-out problems; the error is 0 in logs that
+    do not say how many there were."""
     lines = {}
-    for kind, points in found.items():
-        lines[kind] = []
-        for step, accuracy in points:
-            error = with_error(accuracy, asked_at.get(step))[1]
-            lines[kind].append((step, accuracy, error or 0))
+    for row in run.rows("step", "kind", "accuracy"):
+        error = with_error(row["accuracy"], row.get("n"))[1]
+        lines.setdefault(row["kind"], []).append((row["step"], row["accuracy"], error or 0))
     return lines
 
 def practice_parts(run):

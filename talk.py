@@ -90,6 +90,8 @@ CLAIMS = [
           claims_reasoner.jagged),
     Claim("discovery", "SFT imitates, RL discovers: longer thoughts, more right answers.",
           claims_reasoner.discovery),
+    Claim("beyond", "Practice reaches problems longer than any that a teacher showed.",
+          claims_reasoner.beyond),
     Claim("rlhf", "RLHF: the score of a stand-in rises, the truth turns, a KL penalty holds it.",
           claims_reasoner.rlhf),
     Claim("cost", "The whole costs less than $100, most of it for pretraining.",

@@ -359,8 +359,8 @@ LOG_FORMATS = dict(
     thinking_tokens="thinking {:.1f}", tied="tied {:.0%}", truncated="truncated {:.0%}",
     entropy="entropy {:.3f}", keep_loss="keep_loss {:.4f}", kl="kl {:.4f}",
     kl_reply="kl a reply {:.2f}", gold="gold {:.3f}", kind="held out: {}",
-    accuracy="accuracy {:.3f}", pass_1="pass@1 {:.3f}", pass_16="pass@16 {:.3f}",
-    hellaswag="hellaswag {:.4f}", core="core {:.4f}")
+    n="{} asked", accuracy="accuracy {:.3f}", pass_1="pass@1 {:.3f}", pass_16="pass@16 {:.3f}",
+    sampled="of {} problems", hellaswag="hellaswag {:.4f}", core="core {:.4f}")
 
 class RunLog:
     """log(7, loss=…, lr=…) prints `step  7/90 | loss 3.421875 | lr 5.98e-04`, and appends the same
