@@ -164,6 +164,12 @@ def limit_process(timeout, parent):
 
 MAX_QUERY_TOKENS = 32       # of a search; names and a few words fit
 
+def finds_nothing(query):
+    """The search tool where there are no documents. A model that writes a query all the same learns
+    that nothing was found, instead of making up how it goes on."""
+    from search import NOTHING
+    return NOTHING
+
 @dataclass
 class Completion:
     """What was written after one prompt."""
@@ -176,14 +182,15 @@ class Engine:
     Both let the Scheduler of engine.py write.
 
     python: the function that runs the code of <|python|>; None: the token means nothing.
-    search: the function that finds a passage for the query of <|search|>, in the same way.
+    search: the function that finds a passage for the query of <|search|>, in the same way. With
+    finds_nothing the model is not told that it can search.
     """
 
     def __init__(self, model, tokenizer, python=run_python, search=None):
         self.model = model
         self.tokenizer = tokenizer
         self.n_vocab = getattr(tokenizer, "n_vocab", None)
-        self.search = search
+        self.can_search = search not in (None, finds_nothing)
         self.kept = None    # the scheduler of stream(), if its cache may be kept
         self.tools = {}     # {closing token: (opening token, function)}
         for name, tool in (("python", python), ("search", search)):
@@ -593,7 +600,7 @@ def main():
     if args.docs is not None:
         from search import open_docs
         index = open_docs(args.docs, run, model.config.block_size)
-    search = None
+    search = finds_nothing if is_assistant else None
     if index and args.rag:
         prompt = prompt and index.in_context(prompt)
     elif index:
