@@ -50,7 +50,8 @@ class Story:
     """The runs by the part that they play, the data, and the talk's claims.
 
     A run of RL is a reasoner (`rl`), or belongs to RLHF (`rlhf`) if its log has a true objective
-    beside the reward; so do reward models. Of several talk.json the last one counts."""
+    beside the reward; so do reward models. One that practises chains of arrows is bench/beyond.py's
+    (`beyond`). Of several talk.json the last one counts."""
 
     def __init__(self, runs, data):
         self.runs = runs
@@ -58,7 +59,9 @@ class Story:
         self.base = [run for run in runs if run.stage == "base"]
         self.sft = [run for run in runs if run.stage == "SFT"]
         self.rlhf = [run for run in runs if is_rlhf(run)]
-        self.rl = [run for run in runs if run.stage == "RL" and run not in self.rlhf]
+        self.beyond = [run for run in runs if is_beyond(run)]
+        self.experiments = [*self.rlhf, *self.beyond]       # on models that are not of the story
+        self.rl = [run for run in runs if run.stage == "RL" and run not in self.experiments]
         self.claims = []
         for run in runs:
             self.claims = read_claims(run) or self.claims
@@ -67,10 +70,10 @@ class Story:
     def label(self, run):
         """The name of a run without what all names have in common: demo-small-sft → sft."""
         everyone = [other.path.name for other in self.runs]
-        names = {other.path.name for other in self.runs if other not in self.rlhf}
+        names = {other.path.name for other in self.runs if other not in self.experiments}
         if len(set(everyone)) < len(everyone):
             return str(run.path)        # two runs of one name, in different folders
-        if run in self.rlhf or len(names) < 2:
+        if run in self.experiments or len(names) < 2:
             return run.path.name
         common, dash, _ = os.path.commonprefix(list(names)).rpartition("-")
         return run.path.name.removeprefix(common + dash)
@@ -85,7 +88,7 @@ class Story:
             if runs:
                 names[name] = shlex.quote(str(runs[-1].path))
         names["all"] = " ".join(shlex.quote(str(run.path)) for run in self.runs
-                                if run not in self.rlhf)
+                                if run not in self.experiments)
         if self.data.path:
             names["data"] = shlex.quote(str(self.data.path))
         if self.data.path and Path(self.data.path, "warc").is_dir():
@@ -125,6 +128,12 @@ def is_rlhf(run):
     """Whether a run is part of RLHF: a reward model, or a policy whose true objective is logged."""
     return (run.stage not in STAGES.values() or bool(run.rows("step", "reward", "gold"))
             or (run.path / "best_of_n.jsonl").exists())
+
+def is_beyond(run):
+    """Whether a run practises the chains of bench/beyond.py, whose kinds are "6 arrows" and so on.
+    """
+    kinds = run.held_out()
+    return bool(kinds) and all(kind.endswith(" arrows") for kind in kinds)
 
 # ---- Pieces of a page ----------------------------------------------------------------------------
 
@@ -413,6 +422,8 @@ def tell_knowledge(story):
 
 # ---- Reinforcement learning ----------------------------------------------------------------------
 
+VERDICTS = {True: "right", False: "wrong"}
+
 def tell_practice(story):
     """Replies become longer and rewards higher together: that is the thinking which emerges."""
     for run in story.rl:
@@ -467,10 +478,47 @@ def answers_by_step(run, most=4):
     for question in first:
         for row in answers:
             if row["question"] == question and row["step"] in steps:
-                verdict = {True: "right", False: "wrong"}[row["right"]]
-                rows.append((f"{question} · step {row['step']}, {verdict}",
+                rows.append((f"{question} · step {row['step']}, {VERDICTS[row['right']]}",
                              shortened(row["reply"], 500)))
     return rows
+
+# ---- Beyond imitation ----------------------------------------------------------------------------
+
+def tell_beyond(story):
+    """Chains by their length: the share that is followed before practice and after it, and how long
+    the thinking about them became; then how the reply to one of the longest grew."""
+    for run in story.beyond:
+        right = {}
+        for row in run.rows("step", "kind", "accuracy"):
+            if row["step"] == 0:
+                right[row["kind"]] = {"before": (row["accuracy"], None)}
+                if "pass_16" in row:
+                    right[row["kind"]]["before, in 16 tries"] = (row["pass_16"], None)
+        thinking = {}
+        for row in run.rows("step", "kind", "thinking_tokens"):
+            thinking.setdefault(row["kind"], []).append((row["step"], row["thinking_tokens"]))
+        parts = []
+        for kind, points in run.held_out().items():
+            if len(points) > 1:
+                right.setdefault(kind, {})["after"] = (points[-1][1], None)
+                parts.append(f"{kind} {points[0][1]:.0%}, then {points[-1][1]:.0%}")
+        yield said(sentence("Right answers before practice and after it", parts))
+        every_second = dict(list(thinking.items())[1::2])       # a figure has four colours
+        yield side_by_side(bars("Chains that are followed to their end", right),
+                           curve("Length of the thinking", every_second, unit="tokens a reply"))
+        yield texts("A long chain, by step of practice", growth_of_a_reply(run))
+
+def growth_of_a_reply(run):
+    """Replies by step to the last held-out problem that became right, or to the last one."""
+    by_question = {}
+    for row in read_answers(run):
+        by_question.setdefault(row["question"], []).append(row)
+    chosen = list(by_question.values())[-1:]
+    for rows in by_question.values():
+        if rows[-1]["right"] and not rows[0]["right"]:
+            chosen = [rows]
+    return [(f"{row['question']} · step {row['step']}, {VERDICTS[row['right']]}",
+             shortened(row["reply"], 500)) for rows in chosen for row in rows]
 
 # ---- RLHF ----------------------------------------------------------------------------------------
 
@@ -660,6 +708,11 @@ CHAPTERS = [
             "No teacher knows which way of thinking suits a model. Practice on problems whose "
             "answers can be checked lets it find out.",
             tell_practice, "python sample.py --model {rl} --chat", "name the run of rl_grpo.py"),
+    Chapter("beyond", "Beyond imitation",
+            "Who imitates is at best as good as those imitated. Practice against a check has no "
+            "such limit: it found moves in Go that no expert would have played.",
+            tell_beyond, "python bench/beyond.py --seeds 0", "python bench/beyond.py --folder "
+            "makes its run"),
     Chapter("rlhf", "RLHF",
             "Where nothing can be checked, a model of what people like gives the reward. Followed "
             "for too long, it is gamed: the score rises, and the replies get worse.",

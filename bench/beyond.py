@@ -57,7 +57,9 @@ TAUGHT = {1: 6, 2: 5, 3: 4, 4: 3, 5: 2, 6: 1}   # arrows of an example's chain: 
 PRACTISED = range(6, 17)
 TESTED = range(6, 17, 2)
 PAIRS = 8                       # in a question, if the chain needs no more
-EXAMPLES = 30_000
+EXAMPLES = 10_000               # of each round of fine-tuning
+ROUNDS = 8                      # of fine-tuning, at most
+LEARNT = 0.9                    # share of the longest taught chains from which it is learnt
 HELD_OUT = 32                   # problems of each length
 SHAPE = dict(block_size=96, n_layer=2, n_head=2, n_embd=64, windows="L")
 
@@ -92,11 +94,12 @@ def problem(rng, arrows):
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-def write_files(folder, seed, examples, practised):
-    """Examples, problems to practise, held-out problems, and an untrained model with a tokenizer
-    of bytes, in which each letter is a token."""
+def write_files(folder, seed, practised):
+    """Held-out problems as long as the longest examples, problems to practise, held-out problems
+    of all their lengths, and an untrained model with a tokenizer of bytes, in which each letter is
+    a token."""
     rng = random.Random(seed)
-    write_rows(folder / "examples.jsonl", [example(rng) for _ in range(examples)])
+    write_rows(folder / "taught.jsonl", [problem(rng, max(TAUGHT)) for _ in range(HELD_OUT)])
     write_rows(folder / "practice.jsonl",
                [problem(rng, rng.choice(PRACTISED)) for _ in range(practised)])
     write_rows(folder / "held_out.jsonl",
@@ -137,18 +140,38 @@ def longest(run):
     replies = [row["reply"] for row in rows if row["question"] == question]
     return question, rows[-1]["answer"], replies[0], replies[-1]
 
+def teach(folder, seed, args):
+    """Fine-tunes in rounds, each on new examples, until the longest chains of the examples are
+    followed → (name of the last run, share of those chains that it follows)."""
+    model = "base"
+    for number in range(1, args.rounds + 1):
+        examples = f"examples_{number}.jsonl"
+        rng = random.Random(f"{seed} {number}")
+        write_rows(folder / examples, [example(rng) for _ in range(args.examples)])
+        run = f"sft_{number}"
+        run_stage(folder, args.folder, "chat_sft.py", "--model", model, "--out", run,
+                  "--data", examples, "--held_out", "taught.jsonl", "--batch_size", 21,
+                  "--lr", 0.02, "--val_fraction", 0, "--save_every", 200, "--seed", seed + number)
+        model = run
+        for row in read_log(folder / run):
+            if "accuracy" in row:               # the last one is that of after the round
+                followed = row["accuracy"][f"{max(TAUGHT)} arrows"]
+        if followed >= LEARNT:
+            break
+    return model, followed
+
 def one_seed(folder, seed, args):
-    """Teaches and practises → (measured(), longest())."""
+    """Teaches and practises → (a line on what was taught, measured(), longest())."""
     if not (folder / "base" / "model.safetensors").exists():
-        write_files(folder, seed, args.examples, args.steps * 16)
-    run_stage(folder, args.folder, "chat_sft.py", "--model", "base", "--out", "sft", "--data", "examples.jsonl",
-              "--batch_size", 21, "--lr", 0.02, "--val_fraction", 0, "--save_every", 200,
-              "--seed", seed)
-    run_stage(folder, args.folder, "rl_grpo.py", "--model", "sft", "--out", "rl", "--task", "practice.jsonl",
-              "--held_out", "held_out.jsonl", "--max_steps", args.steps, "--lr", args.lr,
-              "--max_new_tokens", 30, "--eval_every", 40, "--save_every", 20,
-              "--seed", seed)
-    return measured(folder / "rl"), longest(folder / "rl")
+        write_files(folder, seed, args.steps * 16)
+    model, followed = teach(folder, seed, args)
+    taught = (f"fine-tuning: {model.removeprefix('sft_')} rounds of {args.examples:,} examples, "
+              f"after which {followed:.1%} of other chains of {max(TAUGHT)} arrows are followed")
+    run_stage(folder, args.folder, "rl_grpo.py", "--model", model, "--out", "rl",
+              "--task", "practice.jsonl", "--held_out", "held_out.jsonl",
+              "--max_steps", args.steps, "--lr", args.lr, "--max_new_tokens", 30,
+              "--eval_every", 20, "--save_every", 20, "--seed", seed)
+    return taught, measured(folder / "rl"), longest(folder / "rl")
 
 def verdict(figures):
     """What one seed says about the two claims → (lengths that rose from below 20 % to above 70 %,
@@ -176,23 +199,25 @@ def main():
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="all of it is done with each")
     add("--steps", type=int, default=80, help="of reinforcement learning")
-    add("--examples", type=int, default=EXAMPLES, help="supervised conversations")
+    add("--examples", type=int, default=EXAMPLES, help="supervised conversations of a round")
+    add("--rounds", type=int, default=ROUNDS, help="of fine-tuning, at most")
     add("--lr", type=float, default=1e-3, help="learning rate of reinforcement learning")
     add("--folder", help="keeps files and runs here, so that an interrupted run continues")
     args = parser.parse_args()
-    check_at_least(1, args, "steps", "examples")
+    check_at_least(1, args, "steps", "examples", "rounds")
     report = []
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(args.folder or temporary, f"seed_{seed}").absolute()
             folder.mkdir(parents=True, exist_ok=True)
-            figures, (question, answer, first, last) = one_seed(folder, seed, args)
+            taught, figures, (question, answer, first, last) = one_seed(folder, seed, args)
+        print(f"\nseed {seed}, {taught}")
         show_lengths(seed, figures)
         print(f"\n{question} → {answer}\n\nbefore: `{first}`\n\nafter: `{last}`")
         risen, beyond = verdict(figures)
         print(f"\nfrom below 20 % to above 70 %: {', '.join(risen) or 'none'}; pass@1 above the "
               f"pass@16 of before: {', '.join(beyond) or 'none'}")
-        report.append(dict(seed=seed, figures=figures, risen=risen, beyond=beyond))
+        report.append(dict(seed=seed, taught=taught, figures=figures, risen=risen, beyond=beyond))
     finish("beyond", seeds=report)
 
 if __name__ == "__main__":
