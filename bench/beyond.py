@@ -20,13 +20,14 @@ were equally frequent, fine-tuning with seed 0 taught to stop after four: of lon
 followed in 3072 replies, and one after 80 steps of practice. Long chains are therefore seldom in
 the examples, so that a model learns to end where no pair begins, not after so many letters.
 
+When a small model begins to follow chains differs from seed to seed: one has learnt it after 10,000
+examples, another needs 30,000. Fine-tuning therefore goes in rounds, each on new examples, and ends
+with the round after which the longest chains of the examples are followed. How much further it goes
+by itself depends on the seed, so each length is judged by its own figures.
+
 The problems of all lengths are in one file. At first the longest are hardly ever solved, so that
 their groups are tied and teach nothing. What is learnt from shorter ones brings the next length
-into reach: that makes a curriculum, although nobody orders the problems. How far fine-tuning alone
-goes depends on the seed, so each length is judged by its own figures.
-
-Two of three seeds reach both claims below. With the other, seed 1, fine-tuning does not learn in
-time to follow the chains that it is taught; practice then does not either (bench/RESULTS.md).
+into reach: that makes a curriculum, although nobody orders the problems.
 
 pass@1 is the share of right replies at temperature 1, pass@16 the share of problems with at least
 one right reply among 16. Practice that only made likely what the model already did could raise
