@@ -36,6 +36,7 @@ it counts if more than half of the replies are right, because one lucky reply is
 """
 import argparse
 import json
+import os
 import random
 import string
 import subprocess
@@ -183,6 +184,11 @@ def verdict(figures):
               if after["pass_1"] > max(0.5, before["pass_16"])]
     return risen, beyond
 
+def processor_time():
+    """Seconds of processor time of this process and of the stages that it ran."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
 def show_lengths(seed, figures):
     """The table of one seed."""
     rows = []
@@ -208,6 +214,7 @@ def main():
     check_at_least(1, args, "steps", "examples", "rounds")
     report = []
     for seed in args.seeds:
+        started = processor_time()
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(args.folder or temporary, f"seed_{seed}").absolute()
             folder.mkdir(parents=True, exist_ok=True)
@@ -216,9 +223,12 @@ def main():
         show_lengths(seed, figures)
         print(f"\n{question} → {answer}\n\nbefore: `{first}`\n\nafter: `{last}`")
         risen, beyond = verdict(figures)
+        seconds = processor_time() - started
         print(f"\nfrom below 20 % to above 70 %: {', '.join(risen) or 'none'}; pass@1 above the "
-              f"pass@16 of before: {', '.join(beyond) or 'none'}")
-        report.append(dict(seed=seed, taught=taught, figures=figures, risen=risen, beyond=beyond))
+              f"pass@16 of before: {', '.join(beyond) or 'none'}; {seconds:.0f} s of processor "
+              "time")
+        report.append(dict(seed=seed, taught=taught, figures=figures, risen=risen, beyond=beyond,
+                           seconds=seconds))
     finish("beyond", seeds=report)
 
 if __name__ == "__main__":
