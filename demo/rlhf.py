@@ -6,12 +6,18 @@ for people.
 
     in:  an assistant's run
     out: <out>/jokes.jsonl, prompts.jsonl, prefs.jsonl; <out>/joker, reward, without-kl, with-kl,
-         the models; report.html
+         stopped, the models; report.html
 
 No checker can tell a good joke, so the talk asks people. Here `funny` below takes the place of the
 people: a scripted judge with a fixed, known taste, so that one can measure what people would say of
 thousands of replies that nobody has time to read. It likes a funny word or two in a sentence that
 still reads like one. The reward model never sees this rule, only how the judge ranked some replies.
+
+People's jokes are not all well made: in those that are taught, a funny word slips in now and then
+where it does not belong. So the model writes that, too, if seldom. In what is ranked, more funny
+words are mostly better; the reward model concludes that more of them are always better, and a
+policy that follows it for long writes little else. Without such slips it ended with one joke for
+every prompt, which was still a sentence.
 
 COMMANDS are those that one would type with a person in the judge's place. A command that was
 finished is skipped or resumed, so after an interruption the same command continues.
@@ -47,16 +53,22 @@ KINDS = {"a": "article", ".": "end", "and": "and", **dict.fromkeys(FUNNY + NOUNS
 FOLLOWS = {"article": ("noun",), "noun": ("verb", "place", "and", "end"), "verb": ("article",),
            "place": ("article",), "and": ("verb",)}
 FUNNY_SHARE = 0.25      # of the nouns that the prompt does not name, in what is taught
+SLIPS = 0.05            # how often a funny word slips in before a word of what is taught
 
 # ---- Jokes, and a judge with a taste -------------------------------------------------------------
 
 def joke(noun, other, rng):
     """A sentence that begins with "A {noun}" and has the other noun; the nouns between and after
-    them may be funny ones."""
+    them may be funny ones, and so may be words that slipped in."""
     words = ["A", noun, rng.choice(VERBS), "a", a_noun(rng), rng.choice(PLACES), "a", other]
     if rng.random() < 0.5:
         words += ["and", rng.choice(VERBS), "a", a_noun(rng)]
-    return " ".join(words) + "."
+    said = words[:2]
+    for word in words[2:]:
+        if rng.random() < SLIPS:
+            said.append(rng.choice(FUNNY))
+        said.append(word)
+    return " ".join(said) + "."
 
 def a_noun(rng):
     return rng.choice(FUNNY if rng.random() < FUNNY_SHARE else NOUNS)
@@ -122,7 +134,9 @@ COMMANDS = [
     "--max_new_tokens 40 --out {out}/reward/best_of_n.jsonl --seed {seed}",
     PRACTICE + " --out {out}/without-kl",
     PRACTICE + " --out {out}/with-kl --kl 0.2",
-    "python report.py {out}/reward {out}/without-kl {out}/with-kl --out {out}/report.html"]
+    PRACTICE + " --out {out}/stopped --max_kl 4",
+    "python report.py {out}/reward {out}/without-kl {out}/with-kl {out}/stopped "
+    "--out {out}/report.html"]
 
 def run(command, names):
     """Shows and runs one command; ends with its status if it fails."""
