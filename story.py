@@ -440,9 +440,6 @@ def tell_practice(story):
                 thinking=run.points("thinking_tokens", "reward")), unit="tokens a reply"))
         yield texts("The same problem, by step of practice", answers_by_step(run) or
                     story.claim_texts("discovery", 99)[-2:])
-    beyond = story.claim_said("beyond")
-    if beyond:
-        yield said(f"A tiny model of its own was shown short chains, and practised: {beyond}")
 
 def held_out_points(run):
     """{kind: [(step, accuracy, standard error)]} of held-out problems; the error is 0 in logs that
@@ -486,20 +483,23 @@ def tell_beyond(story):
         right = {}
         for row in run.rows("step", "kind", "accuracy"):
             if row["step"] == 0:
-                right[row["kind"]] = {"before": (row["accuracy"], None)}
+                right[row["kind"]] = {"before": with_error(row["accuracy"], row.get("n"))}
                 if "pass_16" in row:
-                    right[row["kind"]]["before, in 16 tries"] = (row["pass_16"], None)
+                    right[row["kind"]]["before, in 16 tries"] = with_error(row["pass_16"],
+                                                                           row.get("sampled"))
         thinking = {}
         for row in run.rows("step", "kind", "thinking_tokens"):
             thinking.setdefault(row["kind"], []).append((row["step"], row["thinking_tokens"]))
         parts = []
-        for kind, points in run.held_out().items():
+        tests = held_out_points(run)
+        for kind, points in tests.items():
             if len(points) > 1:
-                right.setdefault(kind, {})["after"] = (points[-1][1], None)
+                right.setdefault(kind, {})["after"] = points[-1][1], points[-1][2] or None
                 parts.append(f"{kind} {points[0][1]:.0%}, then {points[-1][1]:.0%}")
-        kinds = list(run.held_out())
+        kinds = list(tests)
         yield said(sentence(f"No example was longer than {kinds[0]}. Right answers before practice "
                             "and after it", parts))
+        yield said(story.claim_said("beyond"))
         every_second = dict(list(thinking.items())[1::2])       # a figure has four colours
         yield side_by_side(bars("Chains that are followed to their end", right),
                            curve("Length of the thinking", every_second, unit="tokens a reply"))
