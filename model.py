@@ -2,7 +2,8 @@
 The Transformer, its cache for generation, and its checkpoints.
 
 GPTConfig.preset("gpt2" … "gpt2-xl") is exactly OpenAI's GPT-2. preset("d12"), preset("d24") … is a
-modern recipe in which depth is the only dial. The fast versions of slow parts come last.
+modern recipe in which depth is the only dial. The fast versions of slow parts come last; the loss
+of training is in loss.py.
 
     >>> model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=2, n_head=2, n_embd=16))
     >>> idx = torch.zeros(1, 8, dtype=torch.long)
@@ -82,8 +83,8 @@ class GPTConfig:
 
     @property
     def padded_vocab(self):
-        """Rows of the embedding and the head: V rounded up to 64, for the GPU's matrix units."""
-        return math.ceil(self.vocab_size / 64) * 64
+        """Rows of the embedding and the head: V rounded up to 128, for the GPU's matrix units."""
+        return math.ceil(self.vocab_size / 128) * 128
 
     def has_value_embed(self, layer):
         """Every second layer has one, and the last does."""
@@ -369,12 +370,14 @@ class GPT(nn.Module):
     def loss(self, x, targets, reduction="mean"):
         """The cross-entropy of what hidden() returned. It is a method of its own so that a trainer
         can compile hidden() alone: the loss is a loop over chunks, which compiling would unroll."""
+        from loss import CrossEntropy, chunk_rows, loss_and_gradient
+        from precision import matmul_precision
         x, flat = x.flatten(0, 1), targets.flatten()                        # (B·T, C), (B·T,)
         if reduction == "mean":
-            from precision import matmul_precision
+            chunk_loss = compiled(loss_and_gradient, x.device.type)
             with matmul_precision(self.loss_precision):
-                return CrossEntropy.apply(x, self.lm_head.weight, flat, self.config)
-        size = chunk_rows(x, self.config.vocab_size)
+                return CrossEntropy.apply(x, self.lm_head.weight, flat, self.config, chunk_loss)
+        size = chunk_rows(x, self.config.padded_vocab)
         losses = [F.cross_entropy(self.logits(part), target, ignore_index=-1, reduction="none")
                   for part, target in zip(x.split(size), flat.split(size))]
         return torch.cat(losses).view_as(targets)
@@ -709,7 +712,7 @@ def find_kernel(device, kernels=(flash_attention_3, varlen_attention)):
             return kernel, "; ".join(tried)
     return sdpa, "; ".join([*tried, "sdpa is used"])
 
-# ---- torch.compile, and the loss in chunks -------------------------------------------------------
+# ---- torch.compile -------------------------------------------------------------------------------
 
 @functools.cache
 def find_compiler(device):
@@ -728,73 +731,3 @@ def find_compiler(device):
 def compiled(function, device):
     compiler, _ = find_compiler(device)
     return compiler(function)
-
-CHUNK_LOGITS = {"cuda": 2 ** 27, "mps": 2 ** 24, "cpu": 2 ** 20}    # 256, 64, 4 MB, a CPU's cache
-
-def chunk_rows(x, V):
-    """Tokens with logits in memory at a time; below 256, reading the weights would dominate."""
-    return max(256, CHUNK_LOGITS[x.device.type] // V)
-
-def loss_and_gradient(z, target, share, s):
-    """The loss of one chunk and its gradient with respect to z, which is overwritten.
-
-    z (n, V): the head's outputs; target (n, 1); share (n, 1): each token's weight in the mean;
-    s: the soft-cap. On a GPU this is compiled into one or two passes over z.
-    """
-    t = z.float()
-    y = t.div_(s).tanh_() * s if s else t               # with a soft-cap, t becomes tanh(z / s)
-    y_target = y.gather(1, target)
-    top = torch.zeros_like(share)
-    if not 0 < s < 64:                  # a soft-cap bounds y; else its exp could overflow
-        top = y.amax(-1, keepdim=True)
-        y.sub_(top)
-    dy = y.exp_()                       # the loss needs its sum, the gradient all of it
-    sum_exp = dy.sum(-1, keepdim=True)
-    loss = ((top + sum_exp.log() - y_target) * share).sum()
-    dy_target = ((y_target - top).exp() / sum_exp - 1) * share
-    dy.mul_(share / sum_exp)
-    if s:
-        dy.addcmul_(dy, t.square_(), value=-1)
-        dy_target = dy_target * (1 - (y_target / s).square())
-    return loss, dy.to(z.dtype).scatter_(1, target, dy_target.to(z.dtype))
-
-class CrossEntropy(torch.autograd.Function):
-    """Head, soft-cap and mean cross-entropy in one, a chunk of tokens at a time.
-
-    At B = 32, T = 2048 and V = 32,768 the logits alone would take 8 GB. Here forward turns the
-    logits of a chunk into their gradient at once, so that they never exist all together and are
-    not computed twice. x (N, C), head weight (padded V, C), targets (N,) → the mean over the
-    targets that are not -1.
-        z = W x    y = s tanh(z / s)    loss = ln Σ exp(y) - y[target]
-        dz = (softmax(y) - onehot(target)) (1 - (y/s)²) / count    dx = Wᵀ dz    dW = dz xᵀ
-    """
-    @staticmethod
-    def forward(ctx, x, weight, targets, config):
-        V, s = config.vocab_size, config.softcap
-        W = weight[:V].to(x.dtype)
-        dx = torch.empty_like(x)
-        dW = torch.zeros_like(weight)
-        target = targets.clamp(min=0)[:, None]
-        share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)
-        share = share[:, None]          # (N, 1): each token's weight in the mean
-        total = torch.zeros((), device=x.device)
-        size = chunk_rows(x, V)
-        buffer = x.new_empty(min(size, len(x)), V)
-        chunk_loss = compiled(loss_and_gradient, x.device.type)
-        for start in range(0, len(x), size):
-            part = slice(start, start + size)
-            z = torch.mm(x[part], W.T, out=buffer[:len(x[part])])           # (n, V)
-            loss, dz = chunk_loss(z, target[part], share[part], s)
-            total += loss
-            torch.mm(dz, W, out=dx[part])
-            if dz.dtype == dW.dtype:
-                dW[:V].addmm_(dz.T, x[part])
-            else:
-                dW[:V] += dz.T @ x[part]
-        ctx.save_for_backward(dx, dW)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dW = ctx.saved_tensors
-        return dx * grad, dW * grad, None, None

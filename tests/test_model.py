@@ -17,11 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
+import loss as loss_module
 import model as model_module
 import precision
 from conftest import GPT2, MODERN, mutate, noisy
-from model import (GPT, GPT2_SIZES, CrossEntropy, GPTConfig, KVCache, Linear, find_compiler,
-                   find_kernel, load_checkpoint, save_checkpoint, sdpa)
+from loss import CrossEntropy, loss_and_gradient
+from model import (GPT, GPT2_SIZES, GPTConfig, KVCache, Linear, find_compiler, find_kernel,
+                   load_checkpoint, save_checkpoint, sdpa)
 from precision import Fp8Matmul, bf16_product, find_bf16, fp8_matmul, fp8_product, to_fp8
 from reward_model import rows_tensors, with_reward_head
 from training import Optimizer, make_optimizer
@@ -32,8 +34,9 @@ TEXT = torch.randint(0, 65, (3, T), generator=torch.Generator().manual_seed(1))
 
 def test_docstring_examples_are_true():
     torch.manual_seed(0)
-    result = doctest.testmod(model_module)
-    assert result.attempted > 0 and result.failed == 0
+    for module in (model_module, loss_module):
+        result = doctest.testmod(module)
+        assert result.attempted > 0 and result.failed == 0
 
 
 # ---- the architecture
@@ -550,10 +553,10 @@ def check_cross_entropy(softcap, chunk=17, masked=0.3):
     expected = expected / max(1, (targets >= 0).sum())
     (3 * expected).backward()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_module, "chunk_rows", lambda x, V: chunk)
+        patch.setattr(loss_module, "chunk_rows", lambda x, V: chunk)
         x.requires_grad_()
         weight.requires_grad_()
-        loss = CrossEntropy.apply(x, weight, targets, config)
+        loss = CrossEntropy.apply(x, weight, targets, config, loss_module.loss_and_gradient)
         (3 * loss).backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-4, atol=1e-6)
@@ -565,6 +568,28 @@ def check_cross_entropy(softcap, chunk=17, masked=0.3):
 @pytest.mark.parametrize("chunk", [1, 17, 1000])
 def test_loss_and_gradients_equal_pytorchs(softcap, chunk):
     check_cross_entropy(softcap, chunk)
+
+
+def check_overflow(_):
+    """Logits of 200, whose exp is infinite in fp32, and a padding row with a larger one."""
+    z = torch.tensor([[200.0, 190.0, 300.0]])
+    loss, dz = loss_module.loss_and_gradient(z, torch.tensor([[1]]), torch.ones(1, 1), V=2, s=0)
+    share = 1 / (1 + math.exp(-10))
+    assert loss.item() == pytest.approx(10 - math.log(share), rel=1e-4)
+    torch.testing.assert_close(dz, torch.tensor([[share, -share, 0.0]]))
+
+
+def test_large_logits_do_not_overflow_and_padding_does_not_count():
+    check_overflow(None)
+
+
+def test_the_loss_compiles_into_one_graph_and_keeps_its_values():
+    for dtype, softcap in [(torch.float32, 0.0), (torch.bfloat16, 15.0)]:
+        z = torch.randn(4, 128).to(dtype)
+        rest = torch.randint(0, 100, (4, 1)), torch.rand(4, 1), 100, softcap
+        compiled = torch.compile(loss_and_gradient, fullgraph=True, backend="aot_eager")
+        for found, wanted in zip(compiled(z.clone(), *rest), loss_and_gradient(z.clone(), *rest)):
+            torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
@@ -768,17 +793,20 @@ def text_only(value):
     (GPT, "hidden", "middle = take(middle, last)", "middle = middle[:, -1:]", check_last, MODERN),
     (model_module.Attention, "forward", "take(pos, last)", "pos[:, -1:]", check_last, GPT2),
     (model_module.Block, "forward", "x = take(x, last)", "x = x[:, -1:]", check_last, GPT2),
-    (model_module, "loss_and_gradient", "dy.addcmul_(dy, t.square_(), value=-1)", "pass",
+    (loss_module, "loss_and_gradient", "dy.addcmul_(dy, t.square_(), value=-1)", "pass",
      check_cross_entropy, 3.0),
-    (model_module, "loss_and_gradient", "share / sum_exp", "1 / sum_exp", check_cross_entropy, 0.0),
-    (model_module, "loss_and_gradient", "(1 - (y_target / s).square())", "1", check_cross_entropy,
+    (loss_module, "loss_and_gradient", "share / sum_exp", "1 / sum_exp", check_cross_entropy, 0.0),
+    (loss_module, "loss_and_gradient", "(1 - (y_target / s).square())", "1", check_cross_entropy,
      3.0),
     (Fp8Matmul, "backward", "weight.t().contiguous(), weight_scale", "weight, weight_scale",
      check_fp8, (32, 32, 32)),
     (precision, "to_fp8", "x.float() / scale", "x.float()", check_fp8, (64, 48, 32)),
-    (CrossEntropy, "forward", "dW[:V].addmm_(dz.T, x[part])", "dW[:V] = dz.T @ x[part]",
+    (loss_module.CrossEntropy, "forward", "dW.addmm_(dz.T, x[part])", "dW = dz.T @ x[part]",
      check_cross_entropy, 0.0),
-    (CrossEntropy, "backward", "dx * grad", "dx", check_cross_entropy, 0.0)],
+    (loss_module, "loss_and_gradient", "dy[:, :V].sum", "dy.sum", check_cross_entropy, 3.0),
+    (loss_module, "loss_and_gradient", "y[:, :V].amax", "y[:, -1:].amax", check_overflow, None),
+    (loss_module, "loss_and_gradient", "dy[:, V:] = 0", "pass", check_cross_entropy, 0.0),
+    (loss_module.CrossEntropy, "backward", "dx * grad", "dx", check_cross_entropy, 0.0)],
     ids=text_only)
 def test_checks_notice_a_mutant(owner, name, old, new, check, argument, monkeypatch):
     check(argument)
