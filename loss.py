@@ -47,16 +47,16 @@ class CrossEntropy(torch.autograd.Function):
 
     At B = 32, T = 2048 and V = 32,768 the logits alone would take 8 GB. Here forward turns the
     logits of a chunk into their gradient at once, so that they never exist all together and are
-    not computed twice. x (N, C), head weight (padded V, C), targets (N,) → the mean over the
-    targets that are not -1. chunk_loss: loss_and_gradient, or the same compiled.
+    not computed twice. x (N, C), head weight (padded V, C), W: the weight in the dtype of x,
+    targets (N,) → the mean over the targets that are not -1. chunk_loss: loss_and_gradient, or the
+    same compiled.
         z = W x    y = s tanh(z / s)    loss = ln Σ exp(y) - y[target]
         dz = (softmax(y) - onehot(target)) (1 - (y/s)²) / count    dx = Wᵀ dz    dW = dz xᵀ
     z and dz have padding rows, because a GPU multiplies slower by V = 50,257 than by 50,304.
     """
     @staticmethod
-    def forward(ctx, x, weight, targets, config, chunk_loss=loss_and_gradient):
+    def forward(ctx, x, weight, W, targets, config, chunk_loss):
         V, s = config.vocab_size, config.softcap
-        W = weight.to(x.dtype)                                              # (padded V, C)
         dx = torch.empty_like(x)
         dW = torch.zeros_like(weight)
         target = targets.clamp(min=0)[:, None]
@@ -81,4 +81,4 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dW = ctx.saved_tensors
-        return dx * grad, dW * grad, None, None, None
+        return dx * grad, dW * grad, None, None, None, None

@@ -103,13 +103,34 @@ def cast(p, dtype):
     """A parameter in this dtype; None, for a bias that a layer lacks, stays None."""
     return None if p is None else p.to(dtype)
 
+class CastBefore(torch.autograd.Function):
+    """(weight, its copy in another dtype, which was made before) → the copy. The gradient is the
+    weight's, as if the cast had happened here."""
+    @staticmethod
+    def forward(ctx, weight, copy):
+        ctx.dtype = weight.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None
+
 class Linear(nn.Linear):
     """Weights are fp32; they multiply in the dtype of the input (bf16 on a GPU). While training, a
-    large matrix may have a faster product (x, W) → x Wᵀ, which GPT.use gives it."""
+    large matrix may have a faster product (x, W) → x Wᵀ, which GPT.use gives it, and `copy` may be
+    the weight in the dtype of its factors, which GPT.cast_weights makes once for many calls."""
     product = None
+    factors = None
+    copy = None
+
+    def cast_weight(self, dtype):
+        """The weight in this dtype. A copy is of one training step, so nothing else reads it."""
+        if self.copy is None or not (self.training and torch.is_grad_enabled()):
+            return cast(self.weight, dtype)
+        return CastBefore.apply(self.weight, self.copy)
 
     def forward(self, x):
-        weight = cast(self.weight, x.dtype)
+        weight = self.cast_weight(x.dtype)
         bias = cast(self.bias, x.dtype)
         if self.product is None or not self.training:
             return F.linear(x, weight, bias)
@@ -376,7 +397,8 @@ class GPT(nn.Module):
         if reduction == "mean":
             chunk_loss = compiled(loss_and_gradient, x.device.type)
             with matmul_precision(self.loss_precision):
-                return CrossEntropy.apply(x, self.lm_head.weight, flat, self.config, chunk_loss)
+                W = self.lm_head.cast_weight(x.dtype).detach()
+                return CrossEntropy.apply(x, self.lm_head.weight, W, flat, self.config, chunk_loss)
         size = chunk_rows(x, self.config.padded_vocab)
         losses = [F.cross_entropy(self.logits(part), target, ignore_index=-1, reduction="none")
                   for part, target in zip(x.split(size), flat.split(size))]
@@ -404,7 +426,7 @@ class GPT(nn.Module):
         While training, the blocks' matrices of at least 128 x 128 multiply in 8 bits if fp8, and on
         a CPU they and the loss multiply in bf16. bf16: None means where it is faster; False: never.
         """
-        from precision import find_bf16, find_product
+        from precision import bf16_product, find_bf16, find_product
         device = str(device)
         if bf16 is None:
             bf16, _ = find_bf16(device)
@@ -422,7 +444,23 @@ class GPT(nn.Module):
                 module.kernel = kernel
             elif isinstance(module, Linear) and min(module.weight.shape) >= 128:
                 module.product = product
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.copy = None
+                module.factors = self.compute_dtype
+                if module.product is bf16_product and self.compute_dtype == torch.float32:
+                    module.factors = torch.bfloat16
         return self.to(device)
+
+    @torch.no_grad()
+    def cast_weights(self):
+        """Copies the matrices in the dtype they multiply in, for the micro-steps of one training
+        step, so that they are not cast in each. Call it again when the weights have changed."""
+        for module in self.modules():
+            if isinstance(module, Linear) and module.factors not in (None, module.weight.dtype):
+                if module.copy is None:
+                    module.copy = torch.empty_like(module.weight, dtype=module.factors)
+                module.copy.copy_(module.weight)
 
     def for_inference(self):
         """Ends training: keeps the matrices in the dtype they are multiplied in. On a GPU that

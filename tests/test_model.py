@@ -15,6 +15,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import loss as loss_module
@@ -536,6 +537,68 @@ def test_fp8_reaches_the_large_matrices_and_trains(monkeypatch):
     torch.testing.assert_close(plain, in_8_bits, rtol=0.01, atol=0)
 
 
+# ---- weights are cast once a step
+
+class CountCasts(TorchDispatchMode):
+    """Counts how often a matrix of a model changes its dtype."""
+    def __init__(self, model):
+        super().__init__()
+        self.matrices = {p.data_ptr() for p in model.parameters()
+                         if p.ndim == 2 and min(p.shape) >= 128}
+        self.n_casts = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        source = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}
+        if function in source and args[source[function]].data_ptr() in self.matrices:
+            self.n_casts += 1
+        return function(*args, **kwargs or {})
+
+
+def gradients_of_two_steps(casts, config, bf16_everywhere):
+    """Two steps of three micro-steps → (all their gradients, how many casts)."""
+    torch.manual_seed(0)
+    model = GPT(config).use("cpu", bf16=True)
+    if bf16_everywhere:                     # as on a GPU
+        model.compute_dtype = torch.bfloat16
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.product, module.factors = None, torch.bfloat16
+    found = []
+    with CountCasts(model) as counter:
+        for _ in range(2):
+            if casts:
+                model.cast_weights()
+            for micro_step in range(3):
+                model(TEXT.roll(micro_step, 1), TEXT).backward()
+            found += [p.grad.clone() for p in model.parameters()]
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.sub_(p.grad, alpha=0.1)
+                    p.grad = None
+    return found, counter.n_casts
+
+
+@pytest.mark.parametrize("preset, bf16_everywhere", [(GPT2, True), (GPT2, False), (MODERN, True),
+                                                     (MODERN, False)])
+def test_weights_are_cast_once_a_step_and_the_gradients_are_the_same_bits(preset, bf16_everywhere):
+    config = replace(preset, n_embd=128, n_layer=2, vocab_size=130)
+    each_time, n_each = gradients_of_two_steps(False, config, bf16_everywhere)
+    once, n_once = gradients_of_two_steps(True, config, bf16_everywhere)
+    assert all(torch.equal(a, b) for a, b in zip(each_time, once))
+    n_matrices = 4 * 2 + int(bf16_everywhere)           # of the blocks, and the head
+    assert (n_each, n_once) == (2 * 3 * n_matrices, 2 * n_matrices)
+
+
+def test_a_copy_is_not_read_after_its_step():
+    model = GPT(MODERN).use("cpu", bf16=False)
+    model.lm_head.factors = torch.bfloat16
+    model.cast_weights()
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+        fresh = model(TEXT)
+        assert fresh.abs().max() > 0.1 and torch.equal(fresh, model.eval()(TEXT))
+
+
 # ---- the loss
 
 def check_cross_entropy(softcap, chunk=17, masked=0.3):
@@ -556,7 +619,8 @@ def check_cross_entropy(softcap, chunk=17, masked=0.3):
         patch.setattr(loss_module, "chunk_rows", lambda x, V: chunk)
         x.requires_grad_()
         weight.requires_grad_()
-        loss = CrossEntropy.apply(x, weight, targets, config, loss_module.loss_and_gradient)
+        loss = CrossEntropy.apply(x, weight, weight.detach(), targets, config,
+                                  loss_module.loss_and_gradient)
         (3 * loss).backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-4, atol=1e-6)
