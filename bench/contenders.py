@@ -30,7 +30,7 @@ import torch
 from model import GPT, GPTConfig, find_kernel, sdpa
 from precision import find_bf16
 from training import Ranks, make_optimizer
-from train_gpt2 import most_rows, schedule
+from recipe import most_rows, schedule
 
 @dataclass(frozen=True)
 class Shape:

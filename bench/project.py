@@ -41,7 +41,7 @@ import torch
 
 from measure import finish, table
 from model import GPT, GPTConfig
-from train_gpt2 import plan_batch
+from recipe import plan_batch
 
 H100_FLOPS = 989e12             # dense bf16, from the data sheets, as are the memories' speeds
 H200_TB_S = 4.8

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,15 +22,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import recipe
 import train_gpt2
 from bpe import Tokenizer
-from conftest import (GPT2, ROOT, assert_same_files, in_fp64, mutate, noisy, run_main, run_ranks,
+from conftest import (GPT2, MODERN, ROOT, assert_same_files, in_fp64, mutate, noisy, run_main, run_ranks,
                       stop_at, write_shard)
 from model import GPT, GPTConfig, load_checkpoint
 from test_model import RECIPE, text_only
-from train_gpt2 import (Loader, Shards, compressors_bpb, evaluate, is_spike, memory_bytes,
-                        plan_batch, schedule, shuffled_rows)
-from training import Optimizer, Ranks, RunLog, finish, read_log
+from recipe import is_spike, memory_bytes, plan_batch, schedule
+from train_gpt2 import Loader, Shards, compressors_bpb, evaluate, shuffled_rows
+from training import Optimizer, Ranks, RunLog, finish, make_optimizer, read_log
 
 HERE = dict(cwd=ROOT, capture_output=True, text=True)
 PRESETS = dict(adamw=["--model", "gpt2"], muon=["--model", "d4"])
@@ -516,7 +518,9 @@ def test_state_of_two_ranks_can_be_resumed_by_one(data, whole_in_fp64, tmp_path,
     assert_equal_in_fp64(tmp_path, whole_in_fp64["muon"])
 
 
-def test_ranks_leave_together_when_one_is_signalled_at_a_bad_moment(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("runs_ahead, stopped", [(False, 5), (True, 6)])
+def test_ranks_leave_together_when_one_is_signalled_at_a_bad_moment(runs_ahead, stopped, data,
+                                                                    tmp_path, monkeypatch):
     """After the ranks have told each other whether to stop, and before they look at the answer."""
     def signalled(step, *args, **kwargs):
         if step == 3 and os.environ["RANK"] == "0":
@@ -524,8 +528,9 @@ def test_ranks_leave_together_when_one_is_signalled_at_a_bad_moment(data, tmp_pa
         return schedule(step, *args, **kwargs)
 
     monkeypatch.setattr(train_gpt2, "schedule", signalled)
+    monkeypatch.setattr(Ranks, "runs_ahead", runs_ahead)
     run_ranks(train_gpt2, *flags(data, tmp_path, eval_every=100), exit_code=130, seconds=20)
-    assert max(logged(tmp_path, "loss")) == 5
+    assert max(logged(tmp_path, "loss")) == stopped
 
 
 def test_a_signal_in_the_last_step_does_not_make_a_finished_run_a_failure(data, tmp_path,
@@ -595,6 +600,101 @@ def twin_val_loss(data, run, T=32):
                      1).mean().item()
 
 
+# ---- a step in which nobody waits for the device
+
+WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
+
+
+@contextmanager
+def counted_waits(patch):
+    """Counts, within the training step, how often Python asks for a number of the device. This is
+    what a GPU would be waited for; a CPU is treated as one here."""
+    counts, inside = [], []
+
+    @contextmanager
+    def watched(ranks, step, phase):
+        inside.append(phase == "training")
+        with failures(ranks, step, phase):
+            yield
+        inside.pop()
+
+    def noted(name, original):
+        def function(tensor, *args, **kwargs):
+            if inside and inside[-1]:
+                counts.append(name)
+            return original(tensor, *args, **kwargs)
+        return function
+
+    def read(outcome):
+        inside.append(False)
+        numbers = original_read(outcome)
+        inside.pop()
+        return numbers
+
+    failures, original_read = train_gpt2.named_failures, train_gpt2.Outcome.read
+    patch.setattr(train_gpt2, "named_failures", watched)
+    patch.setattr(train_gpt2.Outcome, "read", read)
+    for name in WAITS:
+        patch.setattr(torch.Tensor, name, noted(name, getattr(torch.Tensor, name)))
+    yield counts
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_step_waits_for_nothing_and_trains_the_same(preset, data, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, counted_waits(patch) as counts:
+        patch.setattr(Ranks, "runs_ahead", True)
+        run_main(train_gpt2, *flags(data, tmp_path, preset))
+    assert counts == []
+    assert_same_files(tmp_path, whole[preset], "model.safetensors", "config.json")
+    for key in ("loss", "norm", "lr"):
+        assert logged(tmp_path, key) == logged(whole[preset], key)
+
+
+def test_a_step_that_waits_is_noticed(data, tmp_path, monkeypatch):
+    mutate(monkeypatch, train_gpt2, "is_spike", "is_bad |=", "is_bad.item(); is_bad |=")
+    monkeypatch.setattr(recipe, "SPIKE_WINDOW", 3)
+    with monkeypatch.context() as patch, counted_waits(patch) as counts:
+        patch.setattr(train_gpt2, "SPIKE_WINDOW", 3)
+        run_main(train_gpt2, *flags(data, tmp_path, max_steps=5))
+    assert "item" in counts
+
+
+def test_numbers_are_read_when_the_next_step_has_been_handed_out(data, tmp_path, monkeypatch):
+    def handed_out(step, *args, **kwargs):
+        calls.append(("handed out", step + 1))
+        return schedule(step, *args, **kwargs)
+
+    def read(outcome):
+        calls.append(("read", outcome.step))
+        return original(outcome)
+
+    calls, original = [], train_gpt2.Outcome.read
+    monkeypatch.setattr(Ranks, "runs_ahead", True)
+    monkeypatch.setattr(train_gpt2, "schedule", handed_out)
+    monkeypatch.setattr(train_gpt2.Outcome, "read", read)
+    run_main(train_gpt2, *flags(data, tmp_path, max_steps=4, eval_every=3))
+    assert [step for word, step in calls] == [1, 2, 1, 3, 2, 3, 4, 4]   # 3 is read before val_loss
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_device_that_skips_a_step_leaves_everything_as_it_was(preset):
+    model = noisy(GPT2 if preset == "adamw" else MODERN)
+    optimizer = make_optimizer(model, Ranks())
+    outcomes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranks, "runs_ahead", True)
+        for is_bad in (False, True, False):
+            for number, p in enumerate(model.parameters()):
+                p.grad = torch.full_like(p, math.nan if is_bad else 1e-3 * number)
+            optimizer.step(skip=torch.tensor(is_bad))
+            tensors = [*model.parameters(), *optimizer.state.values()]
+            outcomes.append([tensor.detach().clone() for tensor in tensors])
+    for first, second, third in zip(*outcomes):
+        assert torch.equal(first, second) and third.isfinite().all()
+    assert int(optimizer.steps) == 2
+    assert any(not torch.equal(second, third) for _, second, third in zip(*outcomes))
+
+
 # ---- spikes, failures, memory, profile, benchmarks on the way
 
 def test_a_spike_is_skipped_and_logged_and_training_goes_on(data, tmp_path, monkeypatch):
@@ -603,7 +703,8 @@ def test_a_spike_is_skipped_and_logged_and_training_goes_on(data, tmp_path, monk
         return ours(self, x, targets, *args) * (50.0 if len(calls) == 4 * 8 + 1 else 1.0)
 
     calls, ours = [], GPT.loss
-    monkeypatch.setattr(train_gpt2, "SPIKE_WINDOW", 5)
+    for module in (recipe, train_gpt2):
+        monkeypatch.setattr(module, "SPIKE_WINDOW", 8)
     monkeypatch.setattr(GPT, "loss", loss_of)
     monkeypatch.setattr(train_gpt2, "evaluate", lambda *args, **kwargs: (math.log(400), 0.0))
     run_main(train_gpt2, *flags(data, tmp_path))
@@ -613,8 +714,12 @@ def test_a_spike_is_skipped_and_logged_and_training_goes_on(data, tmp_path, monk
 
 @pytest.mark.parametrize("value, expected", [(1.0, False), (2.2, False), (2.3, True)])
 def test_a_spike_is_7_deviations_above_a_full_window(value, expected):
-    window = [1.0, 1.4] * 64        # mean 1.2, deviation 0.2
-    assert is_spike(window, value + 0.35) is expected and not is_spike(window[1:], 1e9)
+    window = torch.tensor([[3.0, 3.4] * 64, [1.0, 1.4] * 64])   # means 3.2, 1.2, deviations 0.2
+    values = torch.tensor([3.0, value + 0.35])
+    assert is_spike(window, values).item() is expected
+    assert is_spike(window.flip(0), values.flip(0)).item() is expected
+    assert not is_spike(window[:, 1:], values * 1e9)
+    assert is_spike(window[:, 1:], values * math.nan)
 
 
 def test_a_rank_that_dies_ends_the_others_with_rank_and_phase(data, tmp_path, monkeypatch, capfd):
@@ -661,7 +766,7 @@ def test_the_first_loss_of_a_wide_gpt2_is_expected(C, V):
     ids = torch.randint(0, V, (4, 65))
     loss = GPT(config).eval()(ids[:, :-1], ids[:, 1:]).item()
     expected = math.log(V) + 0.0002 * C
-    assert loss == pytest.approx(expected, rel=0.01)
+    assert loss == pytest.approx(expected, rel=0.02)
     train_gpt2.check_first_loss(loss, config)
     with pytest.raises(SystemExit, match="broken"):
         train_gpt2.check_first_loss(1.06 * expected, config)
@@ -785,7 +890,7 @@ def test_checks_notice_a_mutant(owner, name, old, new, check, counting, data, to
 
 @pytest.mark.parametrize("owner, name, old, new", [
     (train_gpt2, "main", "+ ranks.rank) * B", "+ 0) * B"),
-    (Optimizer, "average_grads", "(mine, self.ranks.world_size)", "(mine, 1)")], ids=text_only)
+    (Optimizer, "reduce_grads", "(mine, self.ranks.world_size)", "(mine, 1)")], ids=text_only)
 def test_two_ranks_notice_a_mutant(owner, name, old, new, data, whole, tmp_path, monkeypatch):
     mutate(monkeypatch, owner, name, old, new)
     run_ranks(train_gpt2, *flags(data, tmp_path))

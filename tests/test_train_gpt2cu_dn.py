@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+import recipe
 import train_gpt2
 from bpe import Tokenizer
 from conftest import DOCUMENTS, noisy, run_main, write_shard
@@ -194,14 +195,14 @@ def test_schedules_are_those_of_train_gpt2_py(tmp_path):
     with torch.device("meta"):
         model = GPT(GPTConfig.preset("d12", vocab_size=32768))
     args = type("Arguments", (), dict(total_batch_size=0, batch_size=1, seq_len=None, max_steps=None))
-    train_gpt2.plan_batch(model, args, 1, 1)
+    recipe.plan_batch(model, args, 1, 1)
     assert (max_steps, batch) == (args.max_steps, args.total_batch_size)
     assert flops == model.flops_per_token()
     rates = [default_lr(model.config, tokens) for tokens in (2 ** 12, 2 ** 16, 2 ** 18, 2 ** 20)]
     assert [*map(float, printed.split()[-4:])] == pytest.approx(rates, rel=1e-12)
     muon = make_optimizer(model, batch_tokens=args.total_batch_size).groups[0]
     for i, step in enumerate(range(0, args.max_steps, 40)):
-        lr_scale, momentum, decay_scale = train_gpt2.schedule(step, args.max_steps, True)
+        lr_scale, momentum, decay_scale = recipe.schedule(step, args.max_steps, True)
         expected = lr_scale * muon["lr"], momentum, decay_scale * muon["weight_decay"]
         assert updates[3 * i:3 * i + 3] == pytest.approx(expected, rel=1e-12)
 
