@@ -59,6 +59,8 @@ class GPTConfig:
     backout: bool = False           # subtract a share of the middle layer's stream before the head
     softcap: float = 0.0            # logits = s tanh(logits / s); 0 switches it off
     windows: str = "L"              # per layer, repeated: L sees all before it, S block_size / 4
+    norm_scales: str = ""           # RMSNorms with a learned scale: a before attention, m before
+                                    # the MLP, f before the head
 
     def __post_init__(self):
         check_config(self)
@@ -137,24 +139,25 @@ class Linear(nn.Linear):
         y = self.product(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
 
-def rms_norm(x):
+def rms_norm(x, weight=None):
     # one epsilon for every dtype, so that bf16 and fp32 models compute the same function
-    return F.rms_norm(x, x.shape[-1:], eps=torch.finfo(torch.float32).eps)
+    return F.rms_norm(x, x.shape[-1:], weight, eps=torch.finfo(torch.float32).eps)
 
 class Norm(nn.Module):
-    """GPT-2's LayerNorm, or RMSNorm without parameters."""
-    def __init__(self, config):
+    """GPT-2's LayerNorm, or RMSNorm, without parameters unless its letter is in norm_scales."""
+    def __init__(self, config, letter):
         super().__init__()
+        self.is_rms = config.rms_norm
         self.weight = self.bias = None
-        if not config.rms_norm:
+        if not self.is_rms or letter in config.norm_scales:
             self.weight = nn.Parameter(torch.empty(config.n_embd))
-            if config.bias:
-                self.bias = nn.Parameter(torch.empty(config.n_embd))
+        if not self.is_rms and config.bias:
+            self.bias = nn.Parameter(torch.empty(config.n_embd))
 
     def forward(self, x):
-        if self.weight is None:
-            return rms_norm(x)
         weight = cast(self.weight, x.dtype)
+        if self.is_rms:
+            return rms_norm(x, weight)
         bias = cast(self.bias, x.dtype)
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps=1e-5)
 
@@ -255,9 +258,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = Norm(config)
+        self.ln_1 = Norm(config, "a")
         self.attn = Attention(config, layer)
-        self.ln_2 = Norm(config)
+        self.ln_2 = Norm(config, "m")
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -267,6 +270,17 @@ class Block(nn.Module):
             x = take(x, last)
         x = x + self.dropout(y)
         return x + self.dropout(self.mlp(self.ln_2(x)))
+
+def run_layer(block, scalars, table, x, x0, idx, pos, rotary, cache, last):
+    """A block, and what modern parts add before it: scalars, the shares of x and of x0; table, the
+    embedding of the token that the values get."""
+    if scalars is not None:
+        share, share0 = scalars
+        x = (share * x + share0 * x0).to(x.dtype)
+    value_embed = None
+    if table is not None:
+        value_embed = table(idx).to(x.dtype)
+    return block(x, pos, rotary, value_embed, cache, last)
 
 class GPT(nn.Module):
     """model(idx) → logits (B, T, V); model(idx, targets) → mean loss in nats per token.
@@ -291,7 +305,7 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.block_size, C)
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(L))
-        self.ln_f = Norm(config)
+        self.ln_f = Norm(config, "f")
         self.lm_head = Linear(C, V, bias=False)     # tied below, after it was initialised
         if config.value_embeds:
             self.value_embeds = nn.ModuleDict()
@@ -339,10 +353,11 @@ class GPT(nn.Module):
         if name.startswith(VOCABULARY):
             p[V:] = 0.0                 # the padding rows are never a token
 
-    def hidden(self, idx, cache=None, last=None):
+    def hidden(self, idx, cache=None, last=None, run_layer=run_layer):
         """idx (B, T) → what the head reads, (B, T, C) after the last norm. last (B,), which needs a
         cache: only these positions are read, (B, 1, C). For the others the last layer then stops at
-        their keys and values, so that a prompt costs most of a layer less."""
+        their keys and values, so that a prompt costs most of a layer less. run_layer: a trainer may
+        bring its own, which computes the same."""
         config = self.config
         T = idx.shape[1]
         pos = torch.arange(T, device=idx.device)[None]                               # (1, T)
@@ -361,13 +376,13 @@ class GPT(nn.Module):
         x = self.dropout(x)
         x0 = x                          # residual_scalars add a share of it before each block
         for layer, block in enumerate(self.h):
+            scalars = table = None
             if config.residual_scalars:
-                x = (self.resid_scalars[layer] * x + self.x0_scalars[layer] * x0).to(x.dtype)
-            value_embed = None
+                scalars = self.resid_scalars[layer], self.x0_scalars[layer]
             if config.has_value_embed(layer):
-                value_embed = self.value_embeds[str(layer)](idx).to(x.dtype)
+                table = self.value_embeds[str(layer)]
             only = last if layer == config.n_layer - 1 else None
-            x = block(x, pos, rotary, value_embed, cache, only)
+            x = run_layer(block, scalars, table, x, x0, idx, pos, rotary, cache, only)
             if layer == config.n_layer // 2:
                 middle = x
         if cache is not None:
@@ -453,10 +468,11 @@ class GPT(nn.Module):
         return self.to(device)
 
     @torch.no_grad()
-    def cast_weights(self):
+    def cast_weights(self, part=None):
         """Copies the matrices in the dtype they multiply in, for the micro-steps of one training
-        step, so that they are not cast in each. Call it again when the weights have changed."""
-        for module in self.modules():
+        step, so that they are not cast in each. Call it again when the weights have changed. part:
+        a module of the model; default: all of it."""
+        for module in (part or self).modules():
             if isinstance(module, Linear) and module.factors not in (None, module.weight.dtype):
                 if module.copy is None:
                     module.copy = torch.empty_like(module.weight, dtype=module.factors)
@@ -546,6 +562,8 @@ def check_config(config):
             raise SystemExit(f"{field.name} must be true or false, got {value}")
     if not re.fullmatch("[SL]+", str(config.windows)):
         raise SystemExit(f"windows must be letters S and L, got {config.windows}")
+    if not re.fullmatch("[amf]*", str(config.norm_scales)):
+        raise SystemExit(f"norm_scales must be letters a, m and f, got {config.norm_scales}")
     HS, rest = divmod(config.n_embd, config.n_head)
     if rest:
         raise SystemExit(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}; all "

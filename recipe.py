@@ -17,21 +17,24 @@ from training import D12_MATMUL_PARAMS
 
 # ---- Learning rates, their schedule, the batch size ----------------------------------------------
 
-def schedule(step, max_steps, modern):
+def schedule(step, max_steps, modern, final_lr=None):
     """The shape of a run, for step 0 … max_steps - 1 → (lr_scale, momentum, decay_scale).
 
     The two scales multiply each parameter group's own lr and weight decay; momentum is Muon's.
+    final_lr: the share of the peak to which the lr falls; default: 0.05 for dN, 0 for GPT-2.
     """
-    if not modern:      # llm.c's GPT-2: linear warm-up, then a cosine down to 0
+    if final_lr is None:
+        final_lr = 0.05 if modern else 0.0
+    if not modern:      # llm.c's GPT-2: linear warm-up, then a cosine down
         warmup = min(700, max_steps // 10)
         if step < warmup:
             return (step + 1) / warmup, 0.95, 1.0
         angle = math.pi * (step - warmup) / max(1, max_steps - warmup)
-        return 0.5 * (1 + math.cos(angle)), 0.95, 1.0
+        return final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(angle)), 0.95, 1.0
     warmup = min(40, max_steps // 10)
-    warmdown = 0.65 * max_steps     # in the last 65 % of the steps the lr falls linearly to 5 %
+    warmdown = 0.65 * max_steps     # in the last 65 % of the steps the lr falls linearly
     left = min(1.0, (max_steps - step) / warmdown)
-    lr_scale = min(1.0, (step + 1) / max(1, warmup)) * (0.05 + 0.95 * left)
+    lr_scale = min(1.0, (step + 1) / max(1, warmup)) * (final_lr + (1 - final_lr) * left)
     momentum = 0.85 + 0.12 * min(1.0, step / 400)
     if left < 1:
         momentum = 0.90 + (momentum - 0.90) * left
@@ -44,17 +47,20 @@ def plan_batch(model, args, world_size, most_rows):
     """Decides how many steps a run takes and how a step is split → grad_accum_steps.
 
     Sets args.total_batch_size (tokens), args.batch_size (rows) and args.max_steps where the user
-    left them out, in place. most_rows: how many rows of a rank fit in its memory.
+    left them out, in place. args.ratio: tokens for each weight that multiplies a token, or None.
+    most_rows: how many rows of a rank fit in its memory.
     Raises SystemExit if total_batch_size cannot be split evenly.
     """
     config = model.config
     size = model.matmul_params()
     T = args.seq_len or config.block_size
     if config.rms_norm:     # 8 tokens a parameter reach GPT-2 at d24; batch ∝ tokens^0.383
-        tokens = 8 * size
+        tokens = (args.ratio or 8) * size
         batch_scale = (size / D12_MATMUL_PARAMS) ** 0.383
     else:   # powers through llm.c's runs: 10B tokens for 124M, 33.6B by twice the batch for 1558M
         tokens = 1e10 * (size / GPT2_MATMUL_PARAMS) ** 0.48
+        if args.ratio:
+            tokens = args.ratio * size
         batch_scale = (size / GPT2_MATMUL_PARAMS) ** 0.27
     if not args.total_batch_size:
         args.total_batch_size = 2 ** round(math.log2(2 ** 19 * batch_scale))

@@ -3844,6 +3844,10 @@ static Config read_config(const char* folder) {
         die("%s has %d of dN's %d parts, but the CUDA trainer has only GPT-2, with none of them, "
             "and dN, with all; use python train_gpt2.py", folder, n_modern, N_MODERN_FIELDS);
     }
+    if (json_find(text, "norm_scales") != NULL && !json_is(text, "norm_scales", "\"\"")) {
+        die("%s has learned scales in its RMSNorms, but the CUDA trainer has none; use python "
+            "train_gpt2.py", folder);
+    }
     Config config = {};
     config.block_size = (int)json_integer(path, text, "n_positions", 1, MAX_SIZE);
     config.vocab_size = (int)json_integer(path, text, "vocab_size", 1, MAX_SIZE);

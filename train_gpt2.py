@@ -49,7 +49,8 @@ import numpy as np
 import torch
 
 from bpe import Tokenizer
-from model import GPT, GPT2_SIZES, GPTConfig, find_compiler, find_kernel, load_checkpoint, sdpa
+from model import (GPT, GPT2_SIZES, GPTConfig, find_compiler, find_kernel, load_checkpoint,
+                   run_layer, sdpa)
 from recipe import (SPIKE_WINDOW, is_spike, memory_bytes, most_rows, peak_flops, plan_batch,
                     schedule)
 from sample import (Engine, check_above_0, check_at_least, choose_device, find_run, has_tokenizer,
@@ -371,11 +372,15 @@ def parse_args():
     parser.add_argument("--resume", action="store_true", help="continue from <out>/state, if any")
     parser.add_argument("--init_from", help="start from a run's weights, or from gpt2 … gpt2-xl")
     parser.add_argument("--max_steps", type=int, help="steps (default: from the model's size)")
+    parser.add_argument("--ratio", type=float, help="tokens to train on for each weight that "
+                        "multiplies a token (default: 8 for dN), instead of --max_steps")
     parser.add_argument("--total_batch_size", type=int, help="tokens per step, over all ranks")
     parser.add_argument("--batch_size", type=int, help="rows per rank at a time")
     parser.add_argument("--seq_len", type=int, help="tokens per row (default and maximum: the "
                         "model's block_size)")
     parser.add_argument("--lr", type=float, help="peak learning rate: AdamW's, or for dN Muon's")
+    parser.add_argument("--final_lr", type=float, help="share of the peak to which the learning "
+                        "rate falls (default: 0.05 for dN, 0 for GPT-2)")
     parser.add_argument("--eval_every", type=int, default=250, help="steps between evaluations")
     parser.add_argument("--core_dir", help="eval_bundle folder: also evaluate HellaSwag and CORE")
     parser.add_argument("--save_every", type=int, default=1000, help="steps between saved states")
@@ -384,17 +389,19 @@ def parse_args():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--fp8", type=int, default=0, choices=(0, 1),
                         help="1: multiply in 8 bits (H100 or later)")
-    parser.add_argument("--bf16", type=int, choices=(0, 1), help="multiply in bf16 while training; "
-                        "default: where it is faster")
+    parser.add_argument("--bf16", type=int, choices=(0, 1, 2), help="1: multiply in bf16 while "
+                        "training; 2: and send gradients in bf16; default: 1 where it is faster")
     parser.add_argument("--deterministic", type=int, default=0, choices=(0, 1),
                         help="1: repeatable bits on a GPU")
     parser.add_argument("--profile", action="store_true", help="trace steps 10-12 into <out>")
     args = parser.parse_args()
     check_at_least(1, args, "total_batch_size", "batch_size", "seq_len", "eval_every", "save_every")
-    check_at_least(0, args, "max_steps", "gpu_hour_usd", "seed")
+    check_at_least(0, args, "max_steps", "gpu_hour_usd", "seed", "final_lr")
     if args.seed >= 2 ** 63:
         raise SystemExit(f"--seed must be below {2 ** 63}, got {args.seed}")
-    check_above_0(args, "lr")
+    check_above_0(args, "lr", "ratio")
+    if args.ratio and args.max_steps is not None:
+        raise SystemExit("--ratio and --max_steps both say how long the run is; leave one out")
     choose_device(args.device)
     return args
 
@@ -558,6 +565,39 @@ def log_plan(log, args, model, T, ranks, grad_accum_steps, n_tokens):
         from precision import find_bf16
         log.say(find_bf16(ranks.device)[1])
 
+def training_hidden(model, exchange, ranks):
+    """A function that computes model.hidden in a training step: compiled, and with weights that
+    are cast when they are new.
+
+    On one rank the model is compiled as a whole. Several ranks compile a layer, because a compiled
+    backward gives its gradients away at its end: so each layer's can leave when they are finished,
+    and its weights may arrive while the layers before it compute.
+    """
+    compiler, _ = find_compiler(ranks.device)
+    whole = compiler(model.hidden)
+    one_layer = compiler(run_layer)
+
+    def layer(block, *inputs):
+        if exchange.wait_for(block.attn.layer):
+            model.cast_weights(block)
+        return one_layer(block, *inputs)
+
+    def hidden_by_layers(x):
+        exchange.wait_for(exchange.first)
+        y = model.hidden(x, run_layer=layer)
+        if exchange.wait_for(exchange.head):
+            model.cast_weights(model.lm_head)
+        return y
+
+    def hidden(x):
+        if exchange.wait_for(exchange.first):
+            model.cast_weights()
+        return whole(x)
+
+    if ranks.world_size > 1:
+        return hidden_by_layers
+    return hidden
+
 @contextmanager
 def named_failures(ranks, step, phase):
     """If memory runs out, or if another rank is lost in a collective, this rank ends with one line
@@ -608,13 +648,18 @@ def main():
     B = args.batch_size
     loader = Loader(train_shards, T, args.seed)
     optimizer = make_optimizer(model, ranks, args.lr, args.total_batch_size)
+    if args.bf16 == 2:
+        optimizer.exchange.dtype = torch.bfloat16
     engine = Engine(model, tokenizer)
     token_bytes = torch.from_numpy(tokenizer.token_bytes().astype(np.int64))
     known = known_words(train_shards, tokenizer)
 
-    settings = dict(model=vars(config), total_batch_size=args.total_batch_size,
-                    seq_len=T, max_steps=args.max_steps, seed=args.seed, lr=args.lr, fp8=args.fp8,
-                    bf16=args.bf16, tokenizer=tokenizer.sha256,
+    # norm_scales is left out where it is off, so that runs from before it existed can be resumed
+    shape = {name: value for name, value in vars(config).items() if name != "norm_scales" or value}
+    settings = dict(model=shape, total_batch_size=args.total_batch_size,
+                    seq_len=T, max_steps=args.max_steps, seed=args.seed, lr=args.lr,
+                    final_lr=args.final_lr, fp8=args.fp8, bf16=args.bf16,
+                    tokenizer=tokenizer.sha256,
                     n_tokens=train_shards.n_tokens)
     state = load_state(run, args.resume, ranks, optimizer, model, settings)
     progress = Progress()
@@ -628,7 +673,8 @@ def main():
                                args.max_steps)
     log.header(args, model, ranks.device)
     log_plan(log, args, model, T, ranks, grad_accum_steps, train_shards.n_tokens)
-    hidden = find_compiler(ranks.device)[0](model.hidden)   # evaluations and samples stay eager
+    exchange = optimizer.exchange
+    hidden = training_hidden(model, exchange, ranks)        # evaluations and samples stay eager
     profiler = None
     if args.profile and ranks.is_main:
         profiler = make_profiler(run, ranks, log)
@@ -677,6 +723,7 @@ def main():
             with named_failures(ranks, step, "training"):
                 for outcome in outcomes:
                     report(outcome)
+                exchange.wait()
             outcomes = []
 
         if evaluates:
@@ -704,10 +751,11 @@ def main():
 
         with named_failures(ranks, step, "training"):
             started = time.perf_counter()
-            model.cast_weights()
             loss = torch.zeros((), device=ranks.device)
             for micro_step in range(grad_accum_steps):
                 micro_loss = model.loss(hidden(x), y) / grad_accum_steps
+                if micro_step == grad_accum_steps - 1:
+                    exchange.expect()
                 micro_loss.backward()
                 loss += micro_loss.detach()
                 x, y = batch(micro_step + 1)        # while a GPU is still busy with the backward
@@ -715,11 +763,12 @@ def main():
             values = totals[:2]                     # loss and norm
             skip = is_spike(window, values)
             window = torch.cat([window, values[:, None]], 1)[:, -SPIKE_WINDOW:]
-            lr_scale, momentum, decay_scale = schedule(step, args.max_steps, config.rms_norm)
+            lr_scale, momentum, decay_scale = schedule(step, args.max_steps, config.rms_norm,
+                                                       args.final_lr)
             grad_scale = 1.0            # the modern recipe does not clip: it would never act
             if not config.rms_norm:
                 grad_scale = (1 / (values[1] + 1e-6)).clamp(max=1.0)
-            optimizer.step(lr_scale, grad_scale, momentum, decay_scale, skip)
+            optimizer.step(lr_scale, grad_scale, momentum, decay_scale, skip, wait=False)
             progress.step += 1
             progress.position += args.total_batch_size // T
             outcomes.append(Outcome(progress.step, started, lr_scale * optimizer.groups[0]["lr"],

@@ -182,6 +182,8 @@ class Optimizer:
         self.params = {name: p for group in groups for name, p in group["params"].items()}
         by_size = sorted(self.params, key=lambda name: (-self.params[name].numel(), name))
         self.owner = {name: i % ranks.world_size for i, name in enumerate(by_size)}
+        from exchange import Exchange
+        self.exchange = Exchange(self.params, self.owner, ranks)
 
     def is_mine(self, name):
         """Whether this rank owns a parameter. Large ones are dealt out first, so that all ranks
@@ -225,14 +227,6 @@ class Optimizer:
         for p in self.params.values():
             p.grad = None
 
-    def send_all(self, collective, tensors):
-        """Starts to reduce each tensor {name: tensor} to its owner, or to broadcast it from there.
-        Returns what to wait for."""
-        if self.ranks.world_size == 1:
-            return []
-        return [collective(tensor, self.owner[name], async_op=True)
-                for name, tensor in tensors.items()]
-
     def average_grads(self):
         """Averages each gradient over the ranks, onto its owner. Returns the norm of all."""
         square = self.reduce_grads().item()
@@ -245,8 +239,7 @@ class Optimizer:
         for p in self.params.values():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        for work in self.send_all(dist.reduce, {name: p.grad for name, p in self.params.items()}):
-            work.wait()
+        self.exchange.collect_gradients()
         mine = [self.params[name].grad for name in filter(self.is_mine, self.params)]
         if not mine:
             return torch.zeros((), dtype=torch.float64, device=self.ranks.fp64_device)
@@ -258,12 +251,15 @@ class Optimizer:
         return norms.double().square().sum()
 
     @torch.no_grad()
-    def step(self, lr_scale=1.0, grad_scale=1.0, momentum=0.95, decay_scale=1.0, skip=None):
+    def step(self, lr_scale=1.0, grad_scale=1.0, momentum=0.95, decay_scale=1.0, skip=None,
+             wait=True):
         """Updates all parameters. The scales multiply each group's lr and weight_decay; grad_scale
-        clips the gradients. Updated parameters travel while their owners update the next ones.
+        clips the gradients.
 
         grad_scale may be a 0-D tensor. skip, a 0-D tensor of bool, leaves all as it was if it is
-        true. A GPU decides by itself, so that Python does not wait; elsewhere Python decides."""
+        true. A GPU decides by itself, so that Python does not wait; elsewhere Python decides.
+        wait=False: the parameters may still travel; exchange.wait_for() says when they are there.
+        """
         if not self.ranks.runs_ahead:
             grad_scale = float(grad_scale)
             if skip is not None and bool(skip):
@@ -271,8 +267,7 @@ class Optimizer:
             skip = None
         elif torch.is_tensor(grad_scale):
             grad_scale = grad_scale.float()
-        sent = []
-        for group in sorted(self.groups, key=lambda group: group["kind"]):      # AdamW is quick
+        for group in self.groups:
             lr = lr_scale * group["lr"]
             decay = decay_scale * group["weight_decay"]
             for names in self.batches(group):
@@ -283,10 +278,9 @@ class Optimizer:
                     self.adamw(mine, lr, decay, group["betas"], group["eps"], skip)
                 elif mine:
                     self.muon(mine, lr, decay, momentum, skip)
-                sent += self.send_all(dist.broadcast,
-                                      {name: self.params[name].data for name in names})
-        for work in sent:
-            work.wait()
+        self.exchange.send_weights()
+        if wait:
+            self.exchange.wait()
         self.zero_grad()
         self.steps = self.steps + 1         # a tensor, once a GPU has decided about a step
         if skip is not None:
@@ -339,6 +333,7 @@ class Optimizer:
 ADAM_RECIPE = {     # nanochat's, tuned at d12: lr, betas, weight decay
     "lm_head": (0.008, (0.8, 0.96), 0.01), "wte": (0.3, (0.8, 0.995), 0.001),
     "wpe": (0.3, (0.8, 0.995), 0.001),      # our own, for a dN without RoPE
+    "norm_scales": (0.005, (0.8, 0.95), 0.0),       # our own, of RMSNorms
     "value_embeds": (0.15, (0.8, 0.995), 0.01), "resid_scalars": (0.005, (0.8, 0.95), 0.05),
     "x0_scalars": (0.5, (0.96, 0.95), 0.0), "backout_scalar": (0.2, (0.8, 0.95), 0.0)}
 D12_MATMUL_PARAMS = 110.1e6     # of d12 with 32,768 tokens, where decay and batch size were tuned
@@ -373,8 +368,10 @@ def make_optimizer(model, ranks=Ranks(), lr=None, batch_tokens=2 ** 19):
         return Optimizer([dict(adam, params=matrices, weight_decay=0.1),
                           dict(adam, params=vectors, weight_decay=0.0)], ranks)
     decay = 0.28 * math.sqrt(batch_tokens / 2 ** 19) * D12_MATMUL_PARAMS / model.matmul_params()
+    scales = {name: p for name, p in params.items() if ".ln_" in f".{name}"}
     groups = [dict(kind="muon", lr=lr, weight_decay=decay,
-                   params={name: p for name, p in params.items() if name.startswith("h.")})]
+                   params={name: p for name, p in params.items()
+                           if name.startswith("h.") and name not in scales})]
     for start, recipe in ADAM_RECIPE.items():
         if start == "wte" and config.tied_head:
             recipe = ADAM_RECIPE["lm_head"]
@@ -383,6 +380,8 @@ def make_optimizer(model, ranks=Ranks(), lr=None, batch_tokens=2 ** 19):
         if start in VOCABULARY:
             rate *= math.sqrt(768 / config.n_embd)
         group = {name: p for name, p in params.items() if name.startswith(start)}
+        if start == "norm_scales":
+            group = scales
         groups.append(dict(kind="adamw", params=group, lr=rate, betas=betas, eps=1e-10,
                            weight_decay=decay))
     assert sum(len(group["params"]) for group in groups) == len(params), "a parameter in no group"

@@ -54,10 +54,9 @@ def plan(name, ratio=None, **overrides):
     With a ratio: so many tokens for each weight that multiplies a token."""
     with torch.device("meta"):
         model = GPT(GPTConfig.preset(name, **overrides))
-    args = SimpleNamespace(max_steps=None, total_batch_size=None, batch_size=1, seq_len=None)
+    args = SimpleNamespace(max_steps=None, total_batch_size=None, batch_size=1, seq_len=None,
+                           ratio=ratio)
     plan_batch(model, args, world_size=GPUS, most_rows=1)
-    if ratio:
-        args.max_steps = round(ratio * model.matmul_params() / args.total_batch_size)
     return SimpleNamespace(steps=args.max_steps, batch=args.total_batch_size, config=model.config,
                            params=model.num_params(), flops=model.flops_per_token(),
                            matmul_params=model.matmul_params(),

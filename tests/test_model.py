@@ -537,6 +537,24 @@ def test_fp8_reaches_the_large_matrices_and_trains(monkeypatch):
     torch.testing.assert_close(plain, in_8_bits, rtol=0.01, atol=0)
 
 
+def test_norm_scales_multiply_what_their_norms_return_and_begin_at_one():
+    torch.manual_seed(0)
+    plain = GPT(MODERN)
+    torch.manual_seed(0)
+    scaled = GPT(replace(MODERN, norm_scales="amf"))
+    assert torch.equal(plain(TEXT), scaled(TEXT))
+    x = torch.randn(3, 32)
+    for norm in (scaled.h[1].ln_1, scaled.h[2].ln_2, scaled.ln_f):
+        with torch.no_grad():
+            norm.weight.normal_()
+        expected = x / x.square().mean(-1, keepdim=True).sqrt() * norm.weight
+        torch.testing.assert_close(norm(x), expected)
+    for letter, name in (("a", "ln_1"), ("m", "ln_2")):
+        model = GPT(replace(MODERN, norm_scales=letter))
+        assert [f"h.{n}.{name}.weight" for n in range(4)] == [
+            name for name, p in model.named_parameters() if ".ln_" in name]
+
+
 # ---- weights are cast once a step
 
 class CountCasts(TorchDispatchMode):

@@ -27,6 +27,7 @@ import train_gpt2
 from bpe import Tokenizer
 from conftest import (GPT2, MODERN, ROOT, assert_same_files, in_fp64, mutate, noisy, run_main, run_ranks,
                       stop_at, write_shard)
+from exchange import Exchange
 from model import GPT, GPTConfig, load_checkpoint
 from test_model import RECIPE, text_only
 from recipe import is_spike, memory_bytes, plan_batch, schedule
@@ -356,6 +357,16 @@ def test_modern_schedule_is_the_recipes(step, expected):
 
 
 @pytest.mark.parametrize("modern", [False, True])
+def test_the_learning_rate_falls_to_the_share_that_is_asked_for(modern):
+    scales = [schedule(step, 1000, modern, final_lr=0.2)[0] for step in range(1000)]
+    plain = [schedule(step, 1000, modern, final_lr=0.0)[0] for step in range(1000)]
+    assert scales[-1] == pytest.approx(0.2, abs=0.002) and plain[-1] == pytest.approx(0, abs=0.002)
+    assert scales[200] == plain[200] == 1 if modern else scales[200] > plain[200]
+    for scale, without in zip(scales[100:], plain[100:]):
+        assert scale == pytest.approx(0.2 + 0.8 * without)
+
+
+@pytest.mark.parametrize("modern", [False, True])
 @pytest.mark.parametrize("max_steps", [1, 2, 9, 50])
 def test_short_schedules_stay_within_bounds(modern, max_steps):
     for step in range(max_steps):
@@ -364,7 +375,7 @@ def test_short_schedules_stay_within_bounds(modern, max_steps):
 
 
 def batch_flags(**given):
-    flags = dict(total_batch_size=None, batch_size=None, seq_len=None, max_steps=None)
+    flags = dict(total_batch_size=None, batch_size=None, seq_len=None, max_steps=None, ratio=None)
     return SimpleNamespace(**{**flags, **given})
 
 
@@ -388,6 +399,21 @@ def test_plan_batch_of_gpt2_is_that_of_llm_cs_runs(name, tokens, steps):
     plan_batch(model, args, world_size=8, most_rows=16)
     assert args.total_batch_size == tokens
     assert args.max_steps == pytest.approx(steps, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "d12"])
+def test_a_ratio_is_tokens_for_each_weight_of_a_matmul(name):
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset(name))
+    args = batch_flags(ratio=9.4)
+    plan_batch(model, args, world_size=8, most_rows=16)
+    tokens = args.max_steps * args.total_batch_size
+    assert tokens == pytest.approx(9.4 * model.matmul_params(), rel=1e-3)
+
+
+def test_ratio_and_max_steps_exclude_each_other(data, tmp_path):
+    with pytest.raises(SystemExit, match="^--ratio and --max_steps both .*; leave one out"):
+        run_main(train_gpt2, *flags(data, tmp_path), "--ratio", 3)
 
 
 @pytest.mark.parametrize("given", [
@@ -508,6 +534,14 @@ def test_ranks_train_what_one_does(preset, world_size, data, whole_in_fp64, tmp_
     assert_equal_in_fp64(tmp_path, whole_in_fp64[preset])
 
 
+def test_gradients_may_travel_in_bf16(data, whole, tmp_path):
+    """It rounds them to 0.4 %, so the ranks do not train exactly what one does."""
+    run_ranks(train_gpt2, *flags(data, tmp_path), "--bf16", 2)
+    assert_nearly_equal(tmp_path, whole["muon"], steps=2, rel=0.01)
+    with pytest.raises(AssertionError):
+        assert_nearly_equal(tmp_path, whole["muon"])
+
+
 def test_state_of_two_ranks_can_be_resumed_by_one(data, whole_in_fp64, tmp_path, monkeypatch):
     with in_fp64(), monkeypatch.context() as patch:
         stop_at(patch, train_gpt2, "schedule", call=4)
@@ -552,7 +586,7 @@ def test_saved_run_is_not_overwritten(data, whole):
 
 @pytest.mark.parametrize("change", [
     dict(seed=1), dict(max_steps=30), dict(total_batch_size=128), dict(lr=0.1), dict(seq_len=16),
-    dict(block_size=16)], ids=str)
+    dict(block_size=16), dict(final_lr=0)], ids=str)
 def test_resume_with_other_settings_is_refused(data, whole, change):
     with pytest.raises(SystemExit, match="another .*;.*;"):
         run_main(train_gpt2, *flags(data, whole["muon"], **change), "--resume")
@@ -777,7 +811,8 @@ def test_the_first_loss_of_a_wide_gpt2_is_expected(C, V):
     ("save_every", 0, "at least 1"), ("batch_size", 0, "at least 1"), ("seq_len", 0, "at least 1"),
     ("total_batch_size", 0, "at least 1"), ("lr", 0, "above 0, got 0"), ("lr", "nan", "above 0"),
     ("seed", -1, "at least 0"), ("max_steps", -1, "at least 0"), ("device", "foo", "auto, cpu, cuda or"),
-    ("gpu_hour_usd", -1, "at least 0")])
+    ("gpu_hour_usd", -1, "at least 0"), ("final_lr", -1, "at least 0"),
+    ("ratio", 0, "above 0, got 0")])
 def test_a_flag_out_of_range_is_one_line_and_0_is_not_the_default(flag, value, said, data, tmp_path):
     with pytest.raises(SystemExit, match=f"^--{flag} must be {said}"):
         run_main(train_gpt2, *flags(data, tmp_path), f"--{flag}", value)
@@ -785,7 +820,7 @@ def test_a_flag_out_of_range_is_one_line_and_0_is_not_the_default(flag, value, s
 
 @pytest.mark.parametrize("given", [
     "n_layer=0", "n_head=0", "n_head=-2", "n_embd=0", "block_size=0", "dropout=1.5", "dropout=nan",
-    "softcap=-1", "windows=", "windows=XQ", "rope=maybe", "rope=2", "rope=", "n_embd=6", "n_embd"])
+    "softcap=-1", "windows=", "windows=XQ", "norm_scales=x", "rope=maybe", "rope=2", "rope=", "n_embd=6", "n_embd"])
 def test_a_shape_that_no_model_has_is_one_line(given, data, tmp_path):
     with pytest.raises(SystemExit, match=f"{given.split('=')[0]}.*(must be|multiple)|rope needs") as error:
         run_main(train_gpt2, "--model", "d2", "--data", data, "--out", tmp_path, "--config",
@@ -833,9 +868,12 @@ def test_bad_config_is_one_line(data, tmp_path, given, words):
 
 def test_config_switches_parts_of_the_recipe_off(data, tmp_path):
     run_main(train_gpt2, *flags(data, tmp_path, max_steps=1)[:-2], "--max_steps", 1, "--config",
-             "n_embd=32", "n_head=2", "block_size=32", "backout=0", "softcap=0", "windows=SSSL")
-    config = load_checkpoint(tmp_path)[0].config
+             "n_embd=32", "n_head=2", "block_size=32", "backout=0", "softcap=0", "windows=SSSL",
+             "norm_scales=mf")
+    model, _ = load_checkpoint(tmp_path)
+    config = model.config
     assert (config.backout, config.softcap, config.windows) == (False, 0.0, "SSSL")
+    assert config.norm_scales == "mf" and (model.ln_f.weight != 1).any()
 
 
 def test_hellaswag_and_core_are_logged_beside_val_loss(data, tmp_path, monkeypatch):
@@ -890,6 +928,8 @@ def test_checks_notice_a_mutant(owner, name, old, new, check, counting, data, to
 
 @pytest.mark.parametrize("owner, name, old, new", [
     (train_gpt2, "main", "+ ranks.rank) * B", "+ 0) * B"),
+    (train_gpt2, "main", "micro_step == grad_accum_steps - 1", "micro_step == 0"),
+    (Exchange, "send_weights", "self.buckets.items()", "list(self.buckets.items())[:1]"),
     (Optimizer, "reduce_grads", "(mine, self.ranks.world_size)", "(mine, 1)")], ids=text_only)
 def test_two_ranks_notice_a_mutant(owner, name, old, new, data, whole, tmp_path, monkeypatch):
     mutate(monkeypatch, owner, name, old, new)

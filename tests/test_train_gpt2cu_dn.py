@@ -267,13 +267,15 @@ def test_a_new_model_begins_as_pythons_and_python_reads_it(bf16, dn_data, tmp_pa
 @pytest.mark.parametrize("flags, found", [
     (["--model", "d0"], "d1, d2"),
     (["--model", "d2", "--config", "n_embd=96", "n_head=1"], "power of two"),
-    (["--init_from", "mixed"], "8 of dN's 9 parts")])
+    (["--init_from", '"relu2": false'], "8 of dN's 9 parts"),
+    (["--init_from", '"norm_scales": "f"'], "learned scales in its RMSNorms")])
 def test_a_mistake_ends_in_one_line_that_names_the_remedy(bf16, dn_init, dn_data, tmp_path, flags,
                                                           found):
-    if "mixed" in flags:
+    if flags[0] == "--init_from":
         mixed = shutil.copytree(dn_init, tmp_path / "mixed")
+        name = re.match('"\\w+"', flags[1])[0]
         text = (mixed / "config.json").read_text()
-        (mixed / "config.json").write_text(text.replace('"relu2": true', '"relu2": false'))
+        (mixed / "config.json").write_text(re.sub(f'{name}: [^,\\s]+', flags[1], text))
         flags = ["--init_from", mixed]
     error = train(bf16, dn_data, tmp_path / "run", "--max_steps", 1, *FLAGS, *flags, code=1)
     assert found in error and error.count("\n") == 1 and error.count(";") == 1
