@@ -1,9 +1,29 @@
-"""
+r"""
 The recipe of a pretraining run: its learning rates over the steps, how many tokens it reads and how
 many of them at a time, what fits in the memory, and which steps are left out.
 
     >>> schedule(0, 1000, modern=True)[0]               # the share of the peak lr in the first step
     0.025
+
+`--recipe speedrun` is the cheapest way that is known to a CORE of 0.2565, which is GPT-2 1558M's.
+It follows nanochat's pull request 830, which was closed unmerged: d22, 9.4 tokens a parameter, a
+vocabulary of 49,152, multiplied in 8 bits, and a learning rate that falls to 0 (from pull request
+733). Six of its runs reached 0.2618 ± 0.0023 in 82 minutes on 8×H100. Ours is not measured. Of that
+model's parts it lacks smear, which mixes neighbouring tokens across the border of documents.
+
+    parameters in matmuls   22 · 12 · 1408² in the blocks + 49,152 · 1408 in the head = 593 million
+    tokens                  9.4 · 593 million = 5.57 billion, 5,312 steps of 2²⁰
+    FLOP                    6 · 593 million + 12 · 1408 · 20,480 keys = 3.90 billion a token,
+                            2.17e19 in all, which 8×H100 at their bf16 peak do in 46 minutes
+
+python bench/project.py --models speedrun divides that by the rates of kernels. With the network
+hidden it predicts 1.75 hours, $42.0 at $3 for a GPU hour, by train_gpt2.cu's kernels in bf16, and
+1.18 hours, $28.2, with wgmma and fp8. The shards must be of that vocabulary:
+
+    python bpe.py train --input data/fineweb --vocab_size 49152 --out data/fineweb/tokenizer
+    python shards.py --data data/fineweb --tokenizer data/fineweb/tokenizer
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py \
+        --recipe speedrun --data data/fineweb --out runs/speedrun
 
 Papers: MiniCPM (2404.06395) for the trapezoidal schedule, Chinchilla (2203.15556) for tokens per
 parameter, Power Lines (2505.13738) for batch size against tokens.
@@ -14,6 +34,11 @@ import math
 import torch
 
 from training import D12_MATMUL_PARAMS
+
+# ---- Known runs ----------------------------------------------------------------------------------
+
+RECIPES = {"speedrun": dict(model="d22", ratio=9.4, final_lr=0.0, fp8=1)}   # flags of train_gpt2.py
+SPEEDRUN_VOCAB = 49152      # tokens; the shards bring it
 
 # ---- Learning rates, their schedule, the batch size ----------------------------------------------
 

@@ -51,8 +51,8 @@ import torch
 from bpe import Tokenizer
 from model import (GPT, GPT2_SIZES, GPTConfig, find_compiler, find_kernel, load_checkpoint,
                    run_layer, sdpa)
-from recipe import (SPIKE_WINDOW, is_spike, memory_bytes, most_rows, peak_flops, plan_batch,
-                    schedule)
+from recipe import (RECIPES, SPIKE_WINDOW, is_spike, memory_bytes, most_rows, peak_flops,
+                    plan_batch, schedule)
 from sample import (Engine, check_above_0, check_at_least, choose_device, find_run, has_tokenizer,
                     load_tokenizer, quiet_end)
 from training import (RunLog, already_trained, catch_signals, check_finite, finish, init_ranks,
@@ -364,6 +364,8 @@ def check_first_loss(val_loss, config):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="pretrain a GPT on token shards")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), help="flags of a known run, from "
+                        "recipe.py; those that are given too count more")
     parser.add_argument("--model", default="d12", help="gpt2 … gpt2-xl, or dN for N layers")
     parser.add_argument("--config", nargs="*", default=[], metavar="KEY=VALUE",
                         help="other fields of GPTConfig: n_embd=128 n_head=4 block_size=256 …")
@@ -402,6 +404,9 @@ def parse_args():
     check_above_0(args, "lr", "ratio")
     if args.ratio and args.max_steps is not None:
         raise SystemExit("--ratio and --max_steps both say how long the run is; leave one out")
+    if args.recipe:
+        parser.set_defaults(**RECIPES[args.recipe])
+        args = parser.parse_args()
     choose_device(args.device)
     return args
 

@@ -411,6 +411,16 @@ def test_a_ratio_is_tokens_for_each_weight_of_a_matmul(name):
     assert tokens == pytest.approx(9.4 * model.matmul_params(), rel=1e-3)
 
 
+def test_a_recipe_sets_flags_and_flags_that_are_given_count_more(monkeypatch):
+    given = ["train_gpt2.py", "--data", "d", "--out", "o", "--recipe", "speedrun"]
+    monkeypatch.setattr(sys, "argv", given)
+    args = train_gpt2.parse_args()
+    assert (args.model, args.ratio, args.final_lr, args.fp8) == ("d22", 9.4, 0.0, 1)
+    monkeypatch.setattr(sys, "argv", [*given, "--model", "d24", "--fp8", "0", "--max_steps", "9"])
+    args = train_gpt2.parse_args()
+    assert (args.model, args.max_steps, args.final_lr, args.fp8) == ("d24", 9, 0.0, 0)
+
+
 def test_ratio_and_max_steps_exclude_each_other(data, tmp_path):
     with pytest.raises(SystemExit, match="^--ratio and --max_steps both .*; leave one out"):
         run_main(train_gpt2, *flags(data, tmp_path), "--ratio", 3)
