@@ -664,8 +664,7 @@ def main():
     settings = dict(model=shape, total_batch_size=args.total_batch_size,
                     seq_len=T, max_steps=args.max_steps, seed=args.seed, lr=args.lr,
                     final_lr=args.final_lr, fp8=args.fp8, bf16=args.bf16,
-                    tokenizer=tokenizer.sha256,
-                    n_tokens=train_shards.n_tokens)
+                    tokenizer=tokenizer.sha256, n_tokens=train_shards.n_tokens)
     state = load_state(run, args.resume, ranks, optimizer, model, settings)
     progress = Progress()
     resume_step = None

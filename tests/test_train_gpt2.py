@@ -2,6 +2,7 @@
 train_gpt2.py: the loader gives every token once, a run that was killed goes on bit by bit, and two
 ranks train what one does. Runs are of 12 steps on the manuals of conftest.py.
 """
+import doctest
 import gzip
 import hashlib
 import json
@@ -337,6 +338,11 @@ def test_the_share_of_known_words_leaves_out_the_two_ends_of_a_sample(tokenizer)
 
 
 # ---- schedules and batch arithmetic
+
+def test_the_recipes_example_is_true():
+    result = doctest.testmod(recipe)
+    assert result.attempted > 0 and result.failed == 0
+
 
 @pytest.mark.parametrize("step, expected", {
     0: (1 / 700, 0.95, 1), 349: (0.5, 0.95, 1), 699: (1, 0.95, 1), 700: (1, 0.95, 1),
