@@ -76,8 +76,10 @@ def check_leaving(config, sent):
         return original(tensor, owner, async_op)
 
     exchange.dist.reduce = reduce
+    hidden = training_hidden(model, optimizer.exchange, Ranks(0, 2))
+    loss = model.loss(hidden(TEXT), TEXT.roll(-1, 1))
     optimizer.exchange.expect()
-    model(TEXT, TEXT.roll(-1, 1)).backward()
+    loss.backward()
     in_backward = len(sent)
     optimizer.reduce_grads()
     assert in_backward == len(optimizer.params) == sum(event == "reduce" for event, *_ in sent)
@@ -91,6 +93,14 @@ def check_leaving(config, sent):
 @both
 def test_gradients_leave_layer_by_layer_while_backward_goes_on(config, sent):
     check_leaving(config, sent)
+
+
+def test_gradients_leave_in_time_when_layers_are_compiled(sent, monkeypatch):
+    """A model that was compiled as a whole would give all gradients at its end."""
+    torch._dynamo.reset()
+    compiler = partial(torch.compile, dynamic=False, backend="aot_eager")
+    monkeypatch.setattr(train_gpt2, "find_compiler", lambda device: (compiler, ""))
+    check_leaving(MODERN, sent)
 
 
 def test_only_the_announced_backward_sends(sent):

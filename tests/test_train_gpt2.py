@@ -541,10 +541,12 @@ def test_two_ranks_under_torchrun_train_what_one_does_with_muon(data, whole, tmp
     assert_nearly_equal(tmp_path, whole["muon"])
 
 
-@pytest.mark.parametrize("preset, world_size", [("adamw", 2), ("adamw", 4), ("muon", 2),
-                                                ("muon", 4)])
-def test_ranks_train_what_one_does(preset, world_size, data, whole_in_fp64, tmp_path):
-    """2 rows at a time: one rank accumulates 4, two 2, four 1."""
+@pytest.mark.parametrize("preset, world_size, runs_ahead", [
+    ("adamw", 2, False), ("adamw", 4, True), ("muon", 2, True), ("muon", 4, False)])
+def test_ranks_train_what_one_does(preset, world_size, runs_ahead, data, whole_in_fp64, tmp_path,
+                                   monkeypatch):
+    """2 rows at a time: one rank accumulates 4, two 2, four 1. runs_ahead: as on GPUs."""
+    monkeypatch.setattr(Ranks, "runs_ahead", runs_ahead)
     with in_fp64():
         run_ranks(train_gpt2, *flags(data, tmp_path, preset), world_size=world_size)
     assert_equal_in_fp64(tmp_path, whole_in_fp64[preset])
