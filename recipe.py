@@ -7,9 +7,11 @@ many of them at a time, what fits in the memory, and which steps are left out.
 
 `--recipe speedrun` is the cheapest way that is known to a CORE of 0.2565, which is GPT-2 1558M's.
 It follows nanochat's pull request 830, which was closed unmerged: d22, 9.4 tokens a parameter, a
-vocabulary of 49,152, multiplied in 8 bits, and a learning rate that falls to 0 (from pull request
-733). Six of its runs reached 0.2618 ± 0.0023 in 82 minutes on 8×H100. Ours is not measured. Of that
-model's parts it lacks smear, which mixes neighbouring tokens across the border of documents.
+vocabulary of 49,152, multiplied in 8 bits. From pull request 733 comes a learning rate that falls
+to 0 in the last 85 % of the steps. By their author's measurements six runs of 830 reached 0.2618 ±
+0.0023, in 82 minutes on 8×H100. Ours is not measured. It lacks that model's smear, which mixes
+neighbouring tokens across the border of documents, and its scales of some norms, because which
+norms they are is not known here; --config norm_scales=amf gives all of ours one.
 
     parameters in matmuls   22 · 12 · 1408² in the blocks + 49,152 · 1408 in the head = 593 million
     tokens                  9.4 · 593 million = 5.57 billion, 5,312 steps of 2²⁰
@@ -37,16 +39,18 @@ from training import D12_MATMUL_PARAMS
 
 # ---- Known runs ----------------------------------------------------------------------------------
 
-RECIPES = {"speedrun": dict(model="d22", ratio=9.4, final_lr=0.0, fp8=1)}   # flags of train_gpt2.py
+# flags of train_gpt2.py, and warmdown, the share of the steps in which the learning rate falls
+RECIPES = {"speedrun": dict(model="d22", ratio=9.4, final_lr=0.0, fp8=1, warmdown=0.85)}
 SPEEDRUN_VOCAB = 49152      # tokens; the shards bring it
 
 # ---- Learning rates, their schedule, the batch size ----------------------------------------------
 
-def schedule(step, max_steps, modern, final_lr=None):
+def schedule(step, max_steps, modern, final_lr=None, warmdown=None):
     """The shape of a run, for step 0 … max_steps - 1 → (lr_scale, momentum, decay_scale).
 
     The two scales multiply each parameter group's own lr and weight decay; momentum is Muon's.
     final_lr: the share of the peak to which the lr falls; default: 0.05 for dN, 0 for GPT-2.
+    warmdown: the share of the steps in which it falls, linearly; default: 0.65. For dN alone.
     """
     if final_lr is None:
         final_lr = 0.05 if modern else 0.0
@@ -57,8 +61,7 @@ def schedule(step, max_steps, modern, final_lr=None):
         angle = math.pi * (step - warmup) / max(1, max_steps - warmup)
         return final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(angle)), 0.95, 1.0
     warmup = min(40, max_steps // 10)
-    warmdown = 0.65 * max_steps     # in the last 65 % of the steps the lr falls linearly
-    left = min(1.0, (max_steps - step) / warmdown)
+    left = min(1.0, (max_steps - step) / ((warmdown or 0.65) * max_steps))
     lr_scale = min(1.0, (step + 1) / max(1, warmup)) * (final_lr + (1 - final_lr) * left)
     momentum = 0.85 + 0.12 * min(1.0, step / 400)
     if left < 1:

@@ -396,6 +396,7 @@ def parse_args():
     parser.add_argument("--deterministic", type=int, default=0, choices=(0, 1),
                         help="1: repeatable bits on a GPU")
     parser.add_argument("--profile", action="store_true", help="trace steps 10-12 into <out>")
+    parser.set_defaults(warmdown=None)      # no flag: a recipe may set it
     args = parser.parse_args()
     check_at_least(1, args, "total_batch_size", "batch_size", "seq_len", "eval_every", "save_every")
     check_at_least(0, args, "max_steps", "gpu_hour_usd", "seed", "final_lr")
@@ -663,7 +664,7 @@ def main():
     shape = {name: value for name, value in vars(config).items() if name != "norm_scales" or value}
     settings = dict(model=shape, total_batch_size=args.total_batch_size,
                     seq_len=T, max_steps=args.max_steps, seed=args.seed, lr=args.lr,
-                    final_lr=args.final_lr, fp8=args.fp8, bf16=args.bf16,
+                    final_lr=args.final_lr, warmdown=args.warmdown, fp8=args.fp8, bf16=args.bf16,
                     tokenizer=tokenizer.sha256, n_tokens=train_shards.n_tokens)
     state = load_state(run, args.resume, ranks, optimizer, model, settings)
     progress = Progress()
@@ -768,7 +769,7 @@ def main():
             skip = is_spike(window, values)
             window = torch.cat([window, values[:, None]], 1)[:, -SPIKE_WINDOW:]
             lr_scale, momentum, decay_scale = schedule(step, args.max_steps, config.rms_norm,
-                                                       args.final_lr)
+                                                       args.final_lr, args.warmdown)
             grad_scale = 1.0            # the modern recipe does not clip: it would never act
             if not config.rms_norm:
                 grad_scale = (1 / (values[1] + 1e-6)).clamp(max=1.0)

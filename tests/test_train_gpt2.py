@@ -372,6 +372,13 @@ def test_the_learning_rate_falls_to_the_share_that_is_asked_for(modern):
         assert scale == pytest.approx(0.2 + 0.8 * without)
 
 
+def test_the_learning_rate_falls_in_the_share_of_the_steps_that_is_asked_for():
+    for warmdown, begins in ((None, 350), (0.85, 150)):
+        falling = [step for step in range(40, 1000)
+                   if schedule(step, 1000, True, 0.0, warmdown)[0] < 1]
+        assert falling == list(range(begins + 1, 1000))
+
+
 @pytest.mark.parametrize("modern", [False, True])
 @pytest.mark.parametrize("max_steps", [1, 2, 9, 50])
 def test_short_schedules_stay_within_bounds(modern, max_steps):
@@ -422,6 +429,7 @@ def test_a_recipe_sets_flags_and_flags_that_are_given_count_more(monkeypatch):
     monkeypatch.setattr(sys, "argv", given)
     args = train_gpt2.parse_args()
     assert (args.model, args.ratio, args.final_lr, args.fp8) == ("d22", 9.4, 0.0, 1)
+    assert args.warmdown == 0.85
     monkeypatch.setattr(sys, "argv", [*given, "--model", "d24", "--fp8", "0", "--max_steps", "9"])
     args = train_gpt2.parse_args()
     assert (args.model, args.max_steps, args.final_lr, args.fp8) == ("d24", 9, 0.0, 0)
