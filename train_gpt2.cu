@@ -3844,6 +3844,10 @@ static Config read_config(const char* folder) {
         die("%s has %d of dN's %d parts, but the CUDA trainer has only GPT-2, with none of them, "
             "and dN, with all; use python train_gpt2.py", folder, n_modern, N_MODERN_FIELDS);
     }
+    if (json_find(text, "norm_scales") != NULL && !json_is(text, "norm_scales", "\"\"")) {
+        die("%s has learned scales in its RMSNorms, but the CUDA trainer has none; use python "
+            "train_gpt2.py", folder);
+    }
     Config config = {};
     config.block_size = (int)json_integer(path, text, "n_positions", 1, MAX_SIZE);
     config.vocab_size = (int)json_integer(path, text, "vocab_size", 1, MAX_SIZE);
@@ -4529,7 +4533,7 @@ static void check_config(Config config, int V, int64_t T) {
 
 // ---- §17 The log and saved states ---------------------------------------------------------------
 //
-// The twin of RunLog, save_run and load_state in training.py, and of is_spike in train_gpt2.py:
+// The twin of RunLog, save_run and load_state in training.py, and of is_spike in recipe.py:
 //   <run>/lock                                       held while a process trains in the run
 //   <run>/log.jsonl                                  JSON lines: the header, steps, samples
 //   <run>/config.json, model.safetensors             the model, in fp32
@@ -5388,8 +5392,8 @@ static void say_samples(Log* log, Model* model, Loader* loader, const Vocabulary
 
 // ---- §19 Main -----------------------------------------------------------------------------------
 //
-// Schedules, the arithmetic of a step, and the training loop, as in train_gpt2.py. The constants of
-// GPT-2 are llm.c's, those of dN are nanochat's; train_gpt2.py names the sources.
+// Schedules, the arithmetic of a step, and the training loop, as in recipe.py and train_gpt2.py. The
+// constants of GPT-2 are llm.c's, those of dN are nanochat's; recipe.py names the sources.
 
 // GPT-2's share of the peak learning rate: linear warm-up, then a cosine to 0
 static double gpt2_schedule(int64_t step, int64_t max_steps) {
@@ -5420,7 +5424,7 @@ const double GPT2_MATMUL_PARAMETERS = 12.0 * 12 * 768 * 768 + 50257.0 * 768;    
 const double TUNED_BATCH = 1 << 19;             // tokens a step, where dN's rates were tuned
 
 // What the step after `step` steps multiplies its update by: for GPT-2, schedule and clipping; for
-// dN, the schedules of rate, momentum and decay. The twin of schedule in train_gpt2.py.
+// dN, the schedules of rate, momentum and decay. The twin of schedule in recipe.py.
 static Update plan_update(Config config, int64_t step, double norm) {
     const Arguments& a = arguments;
     int64_t n = a.max_steps;

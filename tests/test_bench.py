@@ -21,6 +21,7 @@ import beyond
 import gpu
 import measure
 import project
+import recipe
 import scale
 import train as train_bench
 import trainers
@@ -368,3 +369,21 @@ def test_beyond_claims_only_what_rose_past_every_sample_of_before():
                    c=(dict(before, accuracy=0.2), dict(accuracy=1.0, pass_1=0.5)),
                    d=(dict(before, pass_16=0.0), dict(accuracy=0.1, pass_1=0.1)))
     assert beyond.verdict(figures) == (["a"], ["a"])
+
+
+def test_the_speedruns_arithmetic_is_what_its_docstring_says():
+    run = project.plan("speedrun")
+    config = run.config
+    keys = sum(min(config.window(layer), 2048) for layer in range(config.n_layer))
+    rates = project.read_rates(ROOT / "bench" / "rates.csv")
+    said = [f"{run.matmul_params / 1e6:.0f} million", f"{run.tokens / 1e9:.2f} billion",
+            f"{run.steps:,} steps", f"{keys:,} keys", f"{run.flops / 1e9:.2f} billion a token",
+            f"{run.flops * run.tokens:.2e}".replace("e+", "e"), "22 · 12 · 1408²",
+            f"{run.flops * run.tokens / 8 / project.H100_FLOPS / 60:.0f} minutes"]
+    for kernels in ("train_gpt2.cu", "wgmma and fp8"):
+        ms, _ = project.step_from_rates(run, rates[kernels])
+        hours = run.steps * ms / 3.6e6
+        said.append(f"{hours:.2f} hours, ${24 * hours:.1f}")
+    for words in said:
+        assert words in recipe.__doc__, words
+    assert (config.n_layer, config.n_embd, config.vocab_size) == (22, 1408, 49152)

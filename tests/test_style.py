@@ -18,7 +18,7 @@ MODULES = {"torch", "numpy", "tiktoken", "requests", "safetensors", "tqdm", "pro
            "regex", "urllib3"}      # tiktoken and requests bring them
 ALLOWED = {                         # which of the project's files each may import
     "bpe": set(), "model": set(), "download": set(), "corpus": set(), "python_tool": set(),
-    "precision": set(), "warc": set(), "filters": set(), "crawl": {"download", "warc"},
+    "exchange": set(), "precision": set(), "loss": set(), "warc": set(), "filters": set(), "crawl": {"download", "warc"},
     "prose": {"corpus", "download"}, "shards": {"bpe", "corpus", "download"},
     "prepare_fineweb": {"corpus", "crawl", "download", "filters", "warc"},
     "training": {"model"}, "problems": {"bpe"}, "sample": {"bpe", "model"},
@@ -36,7 +36,7 @@ ALLOWED = {                         # which of the project's files each may impo
     "claims": set(), **dict.fromkeys(("claims_data", "claims_base", "claims_assistant",
                                       "claims_reasoner"), {"claims"}),
     "talk": {"claims", "claims_data", "claims_base", "claims_assistant", "claims_reasoner"},
-    "train_gpt2": {"bpe", "model", "precision", "sample", "training"},
+    "recipe": {"training"}, "train_gpt2": {"bpe", "model", "recipe", "sample", "training"},
     **dict.fromkeys(("chat_sft", "rl_grpo"), {"bpe", "model", "problems", "sample", "training"}),
     "web": set(), "kinds": {"subjects"}, "conversations": {"bpe", "subjects"},
     "lookups": {"bpe", "problems", "search", "subjects"},
@@ -50,7 +50,7 @@ OPTIONAL = {                        # imported by the function that needs it, if
     "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
     "api": {"show"}, "page": {"bpe", "search"}, "serve": {"chat", "sample", "search"},
     "eval": {"search"}, "probe": {"search"},
-    "model": {"precision"}, "train_gpt2": {"eval"},
+    "training": {"exchange"}, "model": {"loss", "precision"}, "train_gpt2": {"eval", "precision"},
     "prepare_fineweb": {"inspection", "shards"}, "report": {"best_of_n"},
     "records": {"training"}, "story": {"best_of_n", "bpe", "claims"},
     "inspection": {"crawl"},
