@@ -1282,16 +1282,23 @@ template <int HS> __device__ floatX* chunk_at(floatX* tile, int row, int chunk) 
 }
 
 // Begins to copy rows first … first + ROWS - 1 of a matrix into a tile; rows from T on become
-// zeros. `stride` is the distance of two rows in memory. One thread copies every 128th chunk; 8 (or
-// 16, if HS is 128) neighbouring threads copy a row, which is contiguous in memory.
+// zeros. `stride` is the distance of two rows in memory. 8 (or 16, if HS is 128) neighbouring
+// threads copy a row, which is contiguous in memory; a thread copies the same chunk of every
+// STEP-th row. Since STEP is a multiple of 8, that chunk has the same slot in all of these rows, so
+// the addresses differ by constants, and one addition makes each instead of ten instructions.
 template <int HS, int ROWS>
 __device__ void load_tile(floatX* tile, const floatX* from, int64_t stride, int first, int T) {
-    for (int i = threadIdx.x; i < ROWS * HS / 8; i += ATTENTION_THREADS) {
-        int row = i / (HS / 8);
-        int chunk = i % (HS / 8);
-        int t = first + row;
-        const floatX* source = from + (t < T ? t * stride + chunk * 8 : 0);
-        cp_async16(chunk_at<HS>(tile, row, chunk), source, t < T ? 16 : 0);
+    constexpr int CHUNKS = HS / 8;                          // of a row
+    constexpr int STEP = ATTENTION_THREADS / CHUNKS;        // rows that all threads copy at once
+    static_assert(STEP % 8 == 0 && ROWS % STEP == 0);
+    int row = threadIdx.x / CHUNKS;
+    int chunk = threadIdx.x % CHUNKS;
+    floatX* to = chunk_at<HS>(tile, row, chunk);
+    const floatX* source = from + (first + row) * stride + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < ROWS; i += STEP) {
+        int valid = first + row + i < T ? 16 : 0;           // of a row that is not there, 0 bytes
+        cp_async16(to + i * HS, source + i * stride, valid);
     }
 }
 
