@@ -5,9 +5,9 @@ Runs the kernels of train_gpt2.cu on the CPU, for tests without a GPU: g++ on x8
     g++ -std=c++20 -O2 -Ishim train_gpt2.cpp
 
 A CUDA thread is a fiber with a stack of its own. Blocks run one after another; in a block, a thread
-runs until it waits: at a barrier for the block, at a shuffle, ldmatrix or mma for its warp, at wgmma
-for its warpgroup. The last one to arrive does the work of all. What a GPU leaves open is chosen by
-the environment:
+runs until it waits: at a barrier for the block, at a shuffle, ldmatrix or mma for its warp, at
+wgmma for its warpgroup. The last one to arrive does the work of all. What a GPU leaves open is
+chosen by the environment:
 
     CUEMU_ORDER=0     threads and blocks forward; asynchronous copies land when they are waited for,
                       asynchronous products (wgmma) are computed when they are waited for

@@ -1,6 +1,7 @@
 /*
-What GPUs of compute capability 9.0 have beyond those before them: mbarriers, copies of boxes by TMA,
-and wgmma. Layouts and rules are those of the PTX manual, 9.7.13 and 9.7.15.
+What GPUs of compute capability 9.0 have beyond those before them: mbarriers, copies of boxes by
+TMA, and wgmma. Layouts and rules are those of the PTX manual and of CUTLASS's descriptors
+(include/cute/atom/mma_traits_sm90_gmma.hpp).
 */
 #pragma once
 #define LINE int line = __builtin_LINE()
@@ -154,8 +155,9 @@ inline float element(uint64_t descriptor, int i, int k, bool k_major) {
     if (descriptor >> 62 != 1) { die("wgmma without the swizzle of 128 bytes"); }
     uint32_t start = (descriptor & 0x3FFF) * 16, leading = (descriptor >> 16 & 0x3FFF) * 16;
     uint32_t stride = (descriptor >> 32 & 0x3FFF) * 16;
-    uint32_t address = k_major ? start + i / 8 * stride + i % 8 * 128 + k * 2
-                               : start + i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128;
+    uint32_t address = start;
+    if (k_major) { address += i / 8 * stride + i % 8 * 128 + k * 2; }
+    else { address += i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128; }
     uint16_t bits;
     memcpy(&bits, swizzled(address), 2);
     return __uint_as_float((uint32_t)bits << 16);
