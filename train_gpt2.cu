@@ -1898,13 +1898,13 @@ __device__ __forceinline__ void wgmma_registers(float (&c)[N / 8][4], const uint
 }
 #endif
 
-// A shuffle tells the compiler that all lanes get the same number. So it computes addresses once for
-// the warp.
+// A shuffle tells the compiler that all lanes get the same number. So it computes addresses once
+// for the warp.
 __device__ int warp_number() { return __shfl_sync(~0u, threadIdx.x / WARP, 0); }
 
 // How wgmma finds a matrix in panels: where it starts, how far it is to the next 64 channels and to
-// the next 8 rows, all in units of 16 bytes, and 1 for the swizzle of 128 bytes. In a K-major matrix
-// the 16 channels of a product are in one panel, and the first of the two distances is not used.
+// the next 8 rows, all in units of 16 bytes, and 1 for the swizzle of 128 bytes. In a K-major
+// matrix the 16 channels of a product are in one panel, so the first distance is not used.
 __device__ uint64_t matrix_descriptor(const floatX* start, int panels_to_next_channels) {
     uint64_t address = shared_address(start) / 16;
     uint64_t next_channels = panels_to_next_channels * sizeof(Panel) / 16;
@@ -1912,8 +1912,8 @@ __device__ uint64_t matrix_descriptor(const floatX* start, int panels_to_next_ch
     return address | next_channels << 16 | next_rows << 32 | (uint64_t)1 << 62;
 }
 
-// Starts product (64, N) = a bᵀ for a warpgroup, where a is its 64 rows of a tile of BLOCK_ROWS, and
-// b a tile of N rows.
+// Starts product (64, N) = a bᵀ for a warpgroup, where a is its 64 rows of a tile of BLOCK_ROWS,
+// and b is a tile of N rows.
 template <int HS, int N>
 __device__ void start_multiply_transposed(float (&product)[N / 8][4], const Panel* a,
                                           const Panel* b) {
@@ -2317,6 +2317,9 @@ static CUtensorMap tensor_map(const floatX* matrix, AttentionSizes sizes, int ch
         cudaDriverEntryPointQueryResult found;
         CHECK_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void**)&encode,
                                                     12000, cudaEnableDefault, &found));
+        if (found != cudaDriverEntryPointSuccess) {
+            die("the driver cannot describe matrices to TMA; update it, or use --attention mma");
+        }
     }
     CUtensorMap map;
     cuuint64_t lengths[3] = {(cuuint64_t)channels, (cuuint64_t)sizes.T, (cuuint64_t)sizes.B};
@@ -2329,8 +2332,8 @@ static CUtensorMap tensor_map(const floatX* matrix, AttentionSizes sizes, int ch
                              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
-        die("the driver returned error %d for a tensor map; continue with --resume --attention mma",
-            (int)result);
+        die("the driver returned error %d for a tensor map of attention; continue with --resume "
+            "--attention mma", (int)result);
     }
     return map;
 }
@@ -4932,8 +4935,8 @@ static int* read_token_bytes(const char* data, int V) {
 
 // ---- §16 Flags ----------------------------------------------------------------------------------
 //
-// The flags of train_gpt2.py, with their names and meanings. One table drives parsing, --help and
-// the header of the log.
+// The flags of train_gpt2.py, with their names and meanings, and --attention. One table drives
+// parsing, --help and the header of the log.
 
 // Defaults of 0 and NULL, and the -1 of max_steps, mean that no flag was given; plan_batch and main
 // then choose a value.

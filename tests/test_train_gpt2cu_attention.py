@@ -147,7 +147,7 @@ def test_other_stages_and_tiles_compute_the_same(old, new, tmp_path):
     binary = build_kernels(tmp_path, SOURCE.replace(old, new))
     for sizes in SIZES[1:8:3] + SIZES[-3:]:
         found = errors(binary, "wgmma", sizes, tmp_path, float64(sizes))
-        assert max(found.values()) < 5e-3, sizes
+        assert all(error < 5e-3 for error in found.values()), sizes
 
 
 # ---- mutants: a wait that is missing, a mask or a matrix that is shifted
@@ -198,7 +198,7 @@ def test_a_mutant_fails(old, new, which, tmp_path):
                 found = errors(binary, "wgmma", sizes, tmp_path, expected, CUEMU_ORDER=order)
             except AssertionError:
                 return              # the emulator stopped it
-            if not max(found.values()) < 5e-3:
+            if not all(error < 5e-3 for error in found.values()):       # also if one is NaN
                 return
     pytest.fail("no check has seen it")
 

@@ -140,8 +140,8 @@ typedef void (*Collective)(void** arguments);       // one of each lane; NULL: i
 // Threads that work together: the 32 of a warp, or the 128 of a warpgroup
 struct Warp {
     Thread* lanes[128];
-    void* arguments[128];
-    int n_alive, n_arrived;
+    void* arguments[128];                   // NULL but while a lane waits
+    int n_lanes, n_alive, n_arrived;
     Collective collective;
     std::vector<Product> products;
 };
@@ -257,7 +257,7 @@ inline void barrier(int line) {
 inline void complete(Warp* warp) {
     warp->n_arrived = 0;
     warp->collective(warp->arguments);
-    for (int lane = 0; lane < 128; lane++) {
+    for (int lane = 0; lane < warp->n_lanes; lane++) {
         if (warp->arguments[lane] != NULL) { wake(warp->lanes[lane]); }
         warp->arguments[lane] = NULL;
     }
@@ -328,8 +328,10 @@ inline void run_block(uint3 index, size_t shared_bytes) {
     dim3 size = block.size;
     block.index = index, block.n_started = 0, block.n_alive = block.n;
     block.boxes.clear();
-    for (Warp& warp : block.warps) { warp = {}; }
-    for (Warp& warpgroup : block.warpgroups) { warpgroup = {}; }
+    for (Warp& warp : block.warps) { warp.n_lanes = 32, warp.n_alive = 0; }
+    for (Warp& warp : block.warpgroups) {
+        warp.n_lanes = 128, warp.n_alive = 0, warp.products.clear();
+    }
     for (int i = 0; i < block.n; i++) {
         Thread& thread = block.threads[i];
         thread.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
