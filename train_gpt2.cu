@@ -25,8 +25,9 @@ them. The rest is plumbing.
     §9 classifier: softmax and cross-entropy     §19 main
     §10 AdamW, Muon, the gradient's norm
 
-Three figures show the layouts that are hard to see in code: the registers of a tensor-core multiply
-(§2), the swizzle of shared memory and the double buffer of key and value tiles (both §7).
+Four figures show the layouts that are hard to see in code: the registers of a tensor-core multiply
+(§2), the swizzle of shared memory, the double buffer of key and value tiles, and the ring of tiles
+between the warps of a block on Hopper (all §7).
 
 Numerics: weights and activations are bf16 (floatX); sums and statistics are computed in fp32. Each
 rank keeps fp32 master weights and optimizer states of its 1/world_size of the parameters (ZeRO-1,
@@ -54,6 +55,7 @@ text are not compared with gzip and xz.
 #include <algorithm>
 #include <arpa/inet.h>
 #include <cublasLt.h>
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <dirent.h>
@@ -330,7 +332,8 @@ __device__ float block_max(float value) {
 // a result can be the left factor of the next product without leaving its registers (multiply_add
 // in §7).
 
-// This is the only inline PTX. tests/cuda_emulator has functions of the same names for the CPU.
+// This and §7's part for Hopper have all inline PTX. tests/cuda_emulator has functions of the same
+// names for the CPU.
 #if !defined(CUEMU) && !defined(FP32)
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return (uint32_t)__cvta_generic_to_shared(pointer);
@@ -1420,30 +1423,42 @@ __device__ void load_keys(floatX* k, floatX* v, const floatX* from, int64_t C, i
     cp_async_commit();
 }
 
+// Sets elements of a product to -∞ where the query does not see the key. If KEYS is false, rows are
+// queries, as in q kᵀ; if it is true, rows are keys, as in k qᵀ. `row` is the first of the lane's
+// two.
+template <bool KEYS, int N>
+__device__ void hide_unseen(float (&p)[N][4], int row, int first_column, int window) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int column = first_column + n * 8 + threadIdx.x % 4 * 2 + i % 2;
+            int query = KEYS ? column : row + i / 2 * 8;
+            int key = KEYS ? row + i / 2 * 8 : column;
+            if (!sees(query, key, window)) { p[n][i] = -INFINITY; }
+        }
+    }
+}
+
 // The state of the softmax of a lane's two rows, lane/4 and lane/4 + 8
 template <int HS> struct OnlineSoftmax {
     float highest[2] = {LOWEST, LOWEST};    // of the row's scores so far
     float total[2] = {};                    // Σ 2^(score - highest), over this lane's columns
 
-    // p: in q kᵀ for 64 keys, out 2^(score - highest). Where a row has a new highest score, the row
-    // of sum, Σ 2^(score - highest) v, and total shrink. `query` is the first of the lane's two.
-    __device__ void add_tile(float (&p)[TILE / 8][4], float (&sum)[HS / 8][4], int query,
-                             int first_key, float to_base_2, int window) {
-        float new_highest[2] = {highest[0], highest[1]};
+    // p: in q kᵀ for 8 N keys, out 2^(score - highest). Where a row has a new highest score, the
+    // row of sum, Σ 2^(score - highest) v, and total shrink.
+    template <int N>
+    __device__ void add_tile(float (&p)[N][4], float (&sum)[HS / 8][4], float to_base_2) {
+        float of_tile[2] = {-INFINITY, -INFINITY};      // the highest of q kᵀ
 #pragma unroll
-        for (int n = 0; n < TILE / 8; n++) {
+        for (int n = 0; n < N; n++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int key = first_key + n * 8 + threadIdx.x % 4 * 2 + i % 2;
-                bool seen = sees(query + i / 2 * 8, key, window);
-                p[n][i] = seen ? p[n][i] * to_base_2 : -INFINITY;
-                new_highest[i / 2] = fmaxf(new_highest[i / 2], p[n][i]);
-            }
+            for (int i = 0; i < 4; i++) { of_tile[i / 2] = fmaxf(of_tile[i / 2], p[n][i]); }
         }
         for (int r = 0; r < 2; r++) {
-            new_highest[r] = quad_max(new_highest[r]);
-            float shrink = exp2f(highest[r] - new_highest[r]);
-            highest[r] = new_highest[r];
+            float new_highest = fmaxf(highest[r], quad_max(of_tile[r]) * to_base_2);
+            float shrink = exp2f(highest[r] - new_highest);
+            highest[r] = new_highest;
             total[r] *= shrink;
             for (auto& part : sum) {
                 part[2 * r] *= shrink;
@@ -1451,10 +1466,10 @@ template <int HS> struct OnlineSoftmax {
             }
         }
 #pragma unroll
-        for (int n = 0; n < TILE / 8; n++) {
+        for (int n = 0; n < N; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                p[n][i] = exp2f(p[n][i] - highest[i / 2]);
+                p[n][i] = exp2f(p[n][i] * to_base_2 - highest[i / 2]);
                 total[i / 2] += p[n][i];
             }
         }
@@ -1500,7 +1515,8 @@ attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSize
         __syncthreads();
         float p[TILE / 8][4];
         multiply_transposed<HS, TILE>(p, q, warp * 16, k_tile);
-        softmax.add_tile(p, sum, query, j * TILE, to_base_2, sizes.window);
+        hide_unseen<false>(p, query, j * TILE, sizes.window);
+        softmax.add_tile(p, sum, to_base_2);
         multiply_add<HS, TILE>(sum, p, v_tile);
         __syncthreads();
     }
@@ -1699,11 +1715,672 @@ template <int HS> static void flash_backward(floatX* dqkv, const floatX* qkv, co
            {grid, ATTENTION_THREADS, stream, bytes}, attention_backward_queries_kernel<HS>, dqkv,
            qkv, dy, lse, delta, sizes);
 }
+
+// ---- §7, on Hopper: wgmma, TMA, mbarriers -------------------------------------------------------
+//
+// The same three kernels for GPUs of compute capability 9.0 (H100, H200). --attention mma does
+// without them. They use what only these GPUs have:
+//
+//   wgmma     Four warps, a warpgroup, multiply together: C (64, N) += A (64, 16) B (16, N). B is
+//             read from shared memory, once for all four. A is there, too, or in registers. The
+//             products are asynchronous: threads start some, and wait for them later.
+//   TMA       One thread starts the copy of a box of a matrix into shared memory. The hardware
+//             computes all addresses, swizzles, and writes zeros for rows from T on.
+//   mbarrier  A counter in shared memory of arrivals of threads, and of bytes that TMA copies. When
+//             all have come, its phase ends and the next one begins. A phase has a parity, 0 or 1
+//             in turn, and threads wait until the phase of some parity has ended.
+//
+// A block has 128 rows, queries or keys: 64 for each of two warpgroups, the consumers. One warp of
+// a third warpgroup is the producer: it copies the tiles by which they multiply into a ring of two
+// places, each with two mbarriers. Figure 4, from left to right in time:
+//
+//     producer    copy 0 │ copy 1 │ wait for empty[0] │ copy 2 │ wait for empty[1] │ copy 3 │ …
+//     full[0]     ends when tile 0 is there, then when tile 2 is there, …
+//     consumer    wait for full[0] │ multiply by 0 │ wait for full[1] │ multiply by 1 │ …
+//     empty[0]    ends when all warps of the consumers have finished with tile 0, then with 2, …
+//
+// The warpgroups do not wait for one another, so one computes powers of 2 while the other one
+// multiplies. Masks are applied only in tiles where a query does not see a key, and a warpgroup
+// skips tiles where none of its queries sees any key.
+//
+// A Panel is 64 rows of 64 channels of a head, swizzled as in Figure 2 by TMA. A tile of 128 rows
+// has two panels one below the other. A head of 128 channels has two such columns of panels, the
+// first 64 channels first. C is spread over each warp as in Figure 1, with 16 rows a warp, and so
+// is A if it is in registers.
+//
+// The layouts and rules are those of the PTX manual, "Asynchronous Warpgroup Level Matrix
+// Instructions", and of CUTLASS's mma_traits_sm90_gmma.hpp.
+
+const int PANEL = 64;                       // rows and channels of a Panel
+const int BLOCK_ROWS = 2 * PANEL;
+const int STAGES = 2;                       // places in the ring
+const int CONSUMER_WARPS = 8;
+const int HOPPER_THREADS = (CONSUMER_WARPS + 4) * WARP;
+
+struct alignas(1024) Panel { floatX rows[PANEL][PANEL]; };
+template <int HS, int ROWS> constexpr int PANELS = (HS / PANEL) * (ROWS / PANEL);      // of a tile
+
+// Rows of the tiles that a block walks over, forward and backward: as many as the registers allow
+template <int HS> constexpr int KEY_TILE = HS == 64 ? 64 : 128;
+template <int HS> constexpr int BACKWARD_TILE = HS == 64 ? 128 : 64;
+
+// Blocks of the forward kernel on a multiprocessor at a time. With small tiles there are two, which
+// together keep the tensor cores busier than one.
+template <int HS> constexpr int FORWARD_BLOCKS = HS * KEY_TILE<HS> == 64 * 64 ? 2 : 1;
+
+// The 65536 registers of a multiprocessor are 168 a thread for one block, or 80 for two. The
+// producer's warpgroup keeps 24, the fewest that are allowed, and the consumers take the others.
+template <int BLOCKS> constexpr int CONSUMER_REGISTERS = BLOCKS == 1 ? 240 : 104;
+
+struct Ring { uint64_t full[STAGES], empty[STAGES]; };      // mbarriers
+
+// Device code for Hopper alone is compiled for sm_90a, not for sm_90. choose_attention asks the GPU
+// which of the two it runs.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(CUEMU)
+#define SM_90A
+__device__ int compiled_for_sm_90a = 1;
+#else
+__device__ int compiled_for_sm_90a = 0;
+#endif
+
+#ifndef CUEMU
+// Each has its twin of the same name in tests/cuda_emulator.
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;"
+                 :: "r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// Makes new mbarriers known to TMA.
+__device__ __forceinline__ void fence_mbarrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];"
+                 :: "r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and lets this phase also wait for so many bytes of copies.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;"
+                 :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+
+// Waits until the phase of this parity has ended. Before the first phase, parity 1 has.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
+    uint32_t ended = 0;
+    while (ended == 0) {
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p,[%1],%2; "
+                     "selp.u32 %0,1,0,p;}"
+                     : "=r"(ended) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+    }
+}
+
+// Starts the copy of the box at (x, y, z) of a matrix. The mbarrier counts its bytes.
+__device__ __forceinline__ void tma_copy(void* to, const CUtensorMap* matrix, int x, int y, int z,
+                                         uint64_t* barrier) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0],[%1,{%3,%4,%5}],[%2];"
+                 :: "r"(shared_address(to)), "l"(matrix), "r"(shared_address(barrier)), "r"(x),
+                    "r"(y), "r"(z) : "memory");
+}
+
+// The compiler may not move reads or writes of these registers past this point.
+template <int N> __device__ __forceinline__ void pin(float (&c)[N][4]) {
+    for (auto& part : c) {
+        for (float& element : part) { asm volatile("" : "+f"(element) :: "memory"); }
+    }
+}
+
+// Products that start after this may use registers which were written before it.
+template <int N> __device__ __forceinline__ void wgmma_fence(float (&c)[N][4]) {
+    pin(c);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Makes one group of all products started since the last call.
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits for all groups. Only then may c be read, and what they read be overwritten.
+template <int N> __device__ __forceinline__ void wgmma_wait(float (&c)[N][4]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    pin(c);
+}
+
+// Changes the number of registers that each thread of a warpgroup has. All of its warps must call
+// it.
+template <int N> __device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
+}
+
+template <int N> __device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
+}
+
+#define C4(c, n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define C32(c, n) C4(c, n), C4(c, n + 1), C4(c, n + 2), C4(c, n + 3), \
+                  C4(c, n + 4), C4(c, n + 5), C4(c, n + 6), C4(c, n + 7)
+#define NAMES_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
+                 "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NAMES_64 NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48," \
+                 "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+
+// Starts c (64, N) = a (64, 16) b (16, N), or c += a b if `add`. Both are in shared memory, where
+// rows of a and columns of b are contiguous ("K-major": 0, 0 at the end of the instruction).
+template <int N>
+__device__ __forceinline__ void wgmma_shared(float (&c)[N / 8][4], uint64_t a, uint64_t b,
+                                             bool add) {
+    static_assert(N == 64 || N == 128);
+    if constexpr (N == 64) {
+        asm volatile("{.reg .pred p; setp.ne.b32 p,%34,0; "
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     "{" NAMES_32 "},%32,%33,p,1,1,0,0;}"
+                     : C32(c, 0) : "l"(a), "l"(b), "r"((int)add));
+    } else {
+        asm volatile("{.reg .pred p; setp.ne.b32 p,%66,0; "
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                     "{" NAMES_64 "},%64,%65,p,1,1,0,0;}"
+                     : C32(c, 0), C32(c, 8) : "l"(a), "l"(b), "r"((int)add));
+    }
+}
+
+// Starts c (64, N) += a (64, 16) b (16, N). a is in registers. b is in shared memory, where its
+// rows are contiguous ("MN-major": 1 at the end of the instruction).
+template <int N>
+__device__ __forceinline__ void wgmma_registers(float (&c)[N / 8][4], const uint32_t (&a)[4],
+                                                uint64_t b) {
+    static_assert(N == 64 || N == 128);
+    if constexpr (N == 64) {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     "{" NAMES_32 "},{%32,%33,%34,%35},%36,1,1,1,1;"
+                     : C32(c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    } else {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                     "{" NAMES_64 "},{%64,%65,%66,%67},%68,1,1,1,1;"
+                     : C32(c, 0), C32(c, 8)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    }
+}
+#endif
+
+// A shuffle tells the compiler that all lanes get the same number. So it computes addresses once
+// for the warp.
+__device__ int warp_number() { return __shfl_sync(~0u, threadIdx.x / WARP, 0); }
+
+// How wgmma finds a matrix in panels: where it starts, how far it is to the next 64 channels and to
+// the next 8 rows, all in units of 16 bytes, and 1 for the swizzle of 128 bytes. In a K-major
+// matrix the 16 channels of a product are in one panel, so the first distance is not used.
+__device__ uint64_t matrix_descriptor(const floatX* start, int panels_to_next_channels) {
+    uint64_t address = shared_address(start) / 16;
+    uint64_t next_channels = panels_to_next_channels * sizeof(Panel) / 16;
+    uint64_t next_rows = 8 * PANEL * sizeof(floatX) / 16;
+    return address | next_channels << 16 | next_rows << 32 | (uint64_t)1 << 62;
+}
+
+// Starts product (64, N) = a bᵀ for a warpgroup, where a is its 64 rows of a tile of BLOCK_ROWS,
+// and b is a tile of N rows.
+template <int HS, int N>
+__device__ void start_multiply_transposed(float (&product)[N / 8][4], const Panel* a,
+                                          const Panel* b) {
+#pragma unroll
+    for (int k = 0; k < HS; k += 16) {
+        const Panel* left = a + k / PANEL * (BLOCK_ROWS / PANEL);
+        const Panel* right = b + k / PANEL * (N / PANEL);
+        wgmma_shared<N>(product, matrix_descriptor(&left->rows[0][k % PANEL], 0),
+                        matrix_descriptor(&right->rows[0][k % PANEL], 0), k > 0);
+    }
+}
+
+// The left factor of start_multiply_add: a product rounded to bf16. See multiply_add.
+template <int N>
+__device__ void round_product(uint32_t (&left)[N / 2][4], const float (&product)[N][4]) {
+#pragma unroll
+    for (int k = 0; k < N; k += 2) {
+        const float* near = product[k];
+        const float* far = product[k + 1];
+        left[k / 2][0] = pack_bf16(near[0], near[1]);
+        left[k / 2][1] = pack_bf16(near[2], near[3]);
+        left[k / 2][2] = pack_bf16(far[0], far[1]);
+        left[k / 2][3] = pack_bf16(far[2], far[3]);
+    }
+}
+
+// Starts sum (64, HS) += a b for a warpgroup, where a (64, K) is in registers and b is a tile of K
+// rows.
+template <int HS, int K>
+__device__ void start_multiply_add(float (&sum)[HS / 8][4], const uint32_t (&a)[K / 16][4],
+                                   const Panel* b) {
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+        const floatX* right = b[k / PANEL].rows[k % PANEL];
+        wgmma_registers<HS>(sum, a[k / 16], matrix_descriptor(right, K / PANEL));
+    }
+}
+
+// One thread: starts to copy rows first … first + ROWS - 1 of row b of the batch into a tile.
+// `channel` is where the head begins.
+template <int HS, int ROWS>
+__device__ void copy_tile(Panel* tile, const CUtensorMap* matrix, int channel, int first, int b,
+                          uint64_t* barrier) {
+    for (int c = 0; c < HS; c += PANEL) {
+        for (int r = 0; r < ROWS; r += PANEL) {
+            tma_copy(tile, matrix, channel + c, first + r, b, barrier);
+            tile++;
+        }
+    }
+}
+
+// A place in the ring is full after `arrivals` and its bytes, and empty after all consumers' warps.
+__device__ void init_ring(Ring* ring, uint64_t* rows_here, int arrivals) {
+    if (threadIdx.x == 0) {
+        mbarrier_init(rows_here, 1);
+        for (int i = 0; i < STAGES; i++) {
+            mbarrier_init(&ring->full[i], arrivals);
+            mbarrier_init(&ring->empty[i], CONSUMER_WARPS);
+        }
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+}
+
+// The n-th tile of a block lies in place n % STAGES of the ring, as the n / STAGES-th one there.
+__device__ void wait_until_empty(Ring* ring, int n) {
+    mbarrier_wait(&ring->empty[n % STAGES], n / STAGES % 2 ^ 1);
+}
+
+__device__ void wait_until_full(Ring* ring, int n) {
+    mbarrier_wait(&ring->full[n % STAGES], n / STAGES % 2);
+}
+
+__device__ void leave_place(Ring* ring, int n) {
+    __syncwarp();
+    if (threadIdx.x % WARP == 0) { mbarrier_arrive(&ring->empty[n % STAGES]); }
+}
+
+// The producer of the kernels that walk over keys: copies tiles first … last of k and v.
+template <int HS, int KEYS>
+__device__ void copy_keys(Panel* k, Panel* v, const CUtensorMap* qkv, Ring* ring, int C, int h,
+                          int b, int first, int last) {
+    for (int n = 0; n <= last - first; n++) {
+        int tile = n % STAGES * PANELS<HS, KEYS>;
+        int key = (first + n) * KEYS;
+        uint64_t* full = &ring->full[n % STAGES];
+        wait_until_empty(ring, n);
+        mbarrier_arrive_expect(full, 2 * PANELS<HS, KEYS> * sizeof(Panel));
+        copy_tile<HS, KEYS>(k + tile, qkv, C + h * HS, key, b, full);
+        copy_tile<HS, KEYS>(v + tile, qkv, 2 * C + h * HS, key, b, full);
+    }
+}
+
+// True if one of n_queries, from `query` on, sees one of n_keys, from `key` on
+__device__ bool sees_any(int query, int n_queries, int key, int n_keys, int window) {
+    return key < query + n_queries && query - (key + n_keys - 1) <= window;
+}
+
+// True if each of them sees each of the keys
+__device__ bool sees_all(int query, int n_queries, int key, int n_keys, int window) {
+    return key + n_keys - 1 <= query && query + n_queries - 1 - key <= window;
+}
+
+// y and lse. One block: 128 queries of a head, 64 for each warpgroup of consumers, which has their
+// scores and sums in its registers. It walks over the tiles of keys that its queries see. Grid
+// (T/128, NH, B) x 384, blocks with the most keys first. Reads k and v T/128 times, mostly from L2.
+// 2 BT²C FLOP; bound by tensor cores.
+template <int HS> __global__ void __launch_bounds__(HOPPER_THREADS, FORWARD_BLOCKS<HS>)
+hopper_attention_forward_kernel(floatX* y, float* lse, const __grid_constant__ CUtensorMap qkv,
+                                AttentionSizes sizes) {
+#ifdef SM_90A
+    constexpr int KEYS = KEY_TILE<HS>;
+    extern __shared__ Panel panels[];
+    __shared__ Ring ring;
+    __shared__ uint64_t q_here;
+    Panel* q = panels;                              // one tile
+    Panel* k = q + PANELS<HS, BLOCK_ROWS>;          // STAGES tiles
+    Panel* v = k + STAGES * PANELS<HS, KEYS>;       // STAGES tiles
+    int T = sizes.T, NH = sizes.NH;
+    int lane = threadIdx.x % WARP;
+    int warp = warp_number();
+    int h = blockIdx.y;
+    int b = blockIdx.z;
+    int C = NH * HS;
+    int block_query = (gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS;
+    int first = max(0, block_query - sizes.window) / KEYS;          // tiles of keys
+    int last = min(T - 1, block_query + BLOCK_ROWS - 1) / KEYS;
+    init_ring(&ring, &q_here, 1);
+
+    if (warp >= CONSUMER_WARPS) {                   // the producer
+        give_registers<24>();
+        if (threadIdx.x != CONSUMER_WARPS * WARP) { return; }
+        mbarrier_arrive_expect(&q_here, PANELS<HS, BLOCK_ROWS> * sizeof(Panel));
+        copy_tile<HS, BLOCK_ROWS>(q, &qkv, h * HS, block_query, b, &q_here);
+        copy_keys<HS, KEYS>(k, v, &qkv, &ring, C, h, b, first, last);
+        return;
+    }
+    take_registers<CONSUMER_REGISTERS<FORWARD_BLOCKS<HS>>>();
+    int group = warp / 4;                           // the warpgroup
+    int group_query = block_query + group * PANEL;
+    int query = group_query + warp % 4 * 16 + lane / 4;     // the first of this lane's two
+    float sum[HS / 8][4] = {};                      // Σ 2^(score - highest) v
+    OnlineSoftmax<HS> softmax;
+    float to_base_2 = rsqrtf((float)HS) * LOG2_E * sizes.sharpness;
+    mbarrier_wait(&q_here, 0);
+    for (int n = 0; n <= last - first; n++) {
+        Panel* k_tile = k + n % STAGES * PANELS<HS, KEYS>;
+        Panel* v_tile = v + n % STAGES * PANELS<HS, KEYS>;
+        int key = (first + n) * KEYS;
+        wait_until_full(&ring, n);
+        if (sees_any(group_query, PANEL, key, KEYS, sizes.window)) {
+            float p[KEYS / 8][4];
+            uint32_t rounded[KEYS / 16][4];
+            wgmma_fence(p);
+            start_multiply_transposed<HS, KEYS>(p, q + group, k_tile);
+            wgmma_commit();
+            wgmma_wait(p);
+            if (!sees_all(group_query, PANEL, key, KEYS, sizes.window)) {
+                hide_unseen<false>(p, query, key, sizes.window);
+            }
+            softmax.add_tile(p, sum, to_base_2);
+            round_product(rounded, p);
+            wgmma_fence(sum);
+            start_multiply_add<HS, KEYS>(sum, rounded, v_tile);
+            wgmma_commit();
+            wgmma_wait(sum);
+        }
+        leave_place(&ring, n);
+    }
+    for (int r = 0; r < 2; r++) {
+        softmax.total[r] = quad_sum(softmax.total[r]);
+        int t = query + 8 * r;
+        if (lane % 4 == 0 && t < T) {
+            lse[((int64_t)b * NH + h) * T + t] = softmax.highest[r] + log2f(softmax.total[r]);
+        }
+    }
+    store_rows<HS>(y + head_start(b, h, T, NH, HS, 1), C, group_query + warp % 4 * 16, T, sum,
+                   1.0f / softmax.total[0], 1.0f / softmax.total[1]);
+#endif
+}
+
+// dk and dv. One block: 128 keys of a head, 64 for each warpgroup of consumers, which has their dk
+// and dv in its registers. It walks over the tiles of queries that see its keys; all lanes of the
+// producer also copy their lse and delta. S, P, dP and dS are transposed, as in
+// attention_backward_keys_kernel. Grid (T/128, NH, B) x 384. Reads q and dy T/128 times, mostly
+// from L2. 4 BT²C FLOP; bound by tensor cores.
+template <int HS> __global__ void __launch_bounds__(HOPPER_THREADS, 1)
+hopper_attention_backward_keys_kernel(floatX* dqkv, const float* lse, const float* delta,
+                                      const __grid_constant__ CUtensorMap qkv,
+                                      const __grid_constant__ CUtensorMap dy,
+                                      AttentionSizes sizes) {
+#ifdef SM_90A
+    constexpr int QUERIES = BACKWARD_TILE<HS>;
+    extern __shared__ Panel panels[];
+    __shared__ Ring ring;
+    __shared__ uint64_t keys_here;
+    __shared__ float lse_tiles[STAGES][QUERIES];
+    __shared__ float delta_tiles[STAGES][QUERIES];
+    Panel* k = panels;                              // one tile
+    Panel* v = k + PANELS<HS, BLOCK_ROWS>;          // one tile
+    Panel* q = v + PANELS<HS, BLOCK_ROWS>;          // STAGES tiles
+    Panel* dy_tiles = q + STAGES * PANELS<HS, QUERIES>;     // STAGES tiles
+    int T = sizes.T, NH = sizes.NH;
+    int lane = threadIdx.x % WARP;
+    int warp = warp_number();
+    int h = blockIdx.y;
+    int b = blockIdx.z;
+    int C = NH * HS;
+    int block_key = blockIdx.x * BLOCK_ROWS;
+    int first = block_key / QUERIES;                // tiles of queries
+    int last = (min(T, block_key + BLOCK_ROWS + sizes.window) - 1) / QUERIES;
+    init_ring(&ring, &keys_here, WARP);
+
+    if (warp >= CONSUMER_WARPS) {                   // the producer
+        give_registers<24>();
+        if (warp != CONSUMER_WARPS) { return; }
+        int64_t row = ((int64_t)b * NH + h) * T;
+        if (lane == 0) {
+            mbarrier_arrive_expect(&keys_here, 2 * PANELS<HS, BLOCK_ROWS> * sizeof(Panel));
+            copy_tile<HS, BLOCK_ROWS>(k, &qkv, C + h * HS, block_key, b, &keys_here);
+            copy_tile<HS, BLOCK_ROWS>(v, &qkv, 2 * C + h * HS, block_key, b, &keys_here);
+        }
+        for (int n = 0; n <= last - first; n++) {
+            int place = n % STAGES;
+            int query = (first + n) * QUERIES;
+            uint64_t* full = &ring.full[place];
+            wait_until_empty(&ring, n);
+            for (int i = lane; i < QUERIES; i += WARP) {    // from T on, P becomes 2^-inf = 0
+                int t = query + i;
+                lse_tiles[place][i] = t < T ? lse[row + t] : INFINITY;
+                delta_tiles[place][i] = t < T ? delta[row + t] : 0.0f;
+            }
+            if (lane != 0) {
+                mbarrier_arrive(full);
+                continue;
+            }
+            mbarrier_arrive_expect(full, 2 * PANELS<HS, QUERIES> * sizeof(Panel));
+            copy_tile<HS, QUERIES>(q + place * PANELS<HS, QUERIES>, &qkv, h * HS, query, b, full);
+            copy_tile<HS, QUERIES>(dy_tiles + place * PANELS<HS, QUERIES>, &dy, h * HS, query, b,
+                                   full);
+        }
+        return;
+    }
+    take_registers<CONSUMER_REGISTERS<1>>();
+    int group = warp / 4;                           // the warpgroup
+    int group_key = block_key + group * PANEL;
+    int key = group_key + warp % 4 * 16 + lane / 4;         // the first of this lane's two
+    float dk[HS / 8][4] = {};
+    float dv[HS / 8][4] = {};
+    float scale = rsqrtf((float)HS) * sizes.sharpness;
+    float to_base_2 = scale * LOG2_E;
+    mbarrier_wait(&keys_here, 0);
+    for (int n = 0; n <= last - first; n++) {
+        int place = n % STAGES;
+        Panel* q_tile = q + place * PANELS<HS, QUERIES>;
+        Panel* dy_tile = dy_tiles + place * PANELS<HS, QUERIES>;
+        int query = (first + n) * QUERIES;
+        wait_until_full(&ring, n);
+        if (sees_any(query, QUERIES, group_key, PANEL, sizes.window)) {
+            float p[QUERIES / 8][4];                // Sᵀ = k qᵀ, then Pᵀ
+            float ds[QUERIES / 8][4];               // dPᵀ = v dyᵀ, then dSᵀ
+            uint32_t p_rounded[QUERIES / 16][4];
+            uint32_t ds_rounded[QUERIES / 16][4];
+            wgmma_fence(p);
+            wgmma_fence(ds);
+            start_multiply_transposed<HS, QUERIES>(p, k + group, q_tile);
+            start_multiply_transposed<HS, QUERIES>(ds, v + group, dy_tile);
+            wgmma_commit();
+            wgmma_wait(p);
+            wgmma_wait(ds);
+            if (!sees_all(query, QUERIES, group_key, PANEL, sizes.window)) {
+                hide_unseen<true>(p, key, query, sizes.window);
+            }
+#pragma unroll
+            for (int m = 0; m < QUERIES / 8; m++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int column = m * 8 + lane % 4 * 2 + i % 2;
+                    p[m][i] = exp2f(p[m][i] * to_base_2 - lse_tiles[place][column]);
+                    ds[m][i] = p[m][i] * (ds[m][i] - delta_tiles[place][column]);
+                }
+            }
+            round_product(p_rounded, p);
+            round_product(ds_rounded, ds);
+            wgmma_fence(dv);
+            wgmma_fence(dk);
+            start_multiply_add<HS, QUERIES>(dv, p_rounded, dy_tile);
+            start_multiply_add<HS, QUERIES>(dk, ds_rounded, q_tile);
+            wgmma_commit();
+            wgmma_wait(dv);
+            wgmma_wait(dk);
+        }
+        leave_place(&ring, n);
+    }
+    floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
+    int warp_key = group_key + warp % 4 * 16;
+    store_rows<HS>(to + C, 3 * C, warp_key, T, dk, scale, scale);
+    store_rows<HS>(to + 2 * C, 3 * C, warp_key, T, dv, 1.0f, 1.0f);
+#endif
+}
+
+// dq. One block: 128 queries of a head, 64 for each warpgroup of consumers, which has their dq, lse
+// and delta in its registers. It walks over the tiles of keys as in the forward pass. Grid (T/128,
+// NH, B) x 384. Reads k and v T/128 times, mostly from L2. 3 BT²C FLOP; bound by tensor cores.
+template <int HS> __global__ void __launch_bounds__(HOPPER_THREADS, 1)
+hopper_attention_backward_queries_kernel(floatX* dqkv, const float* lse, const float* delta,
+                                         const __grid_constant__ CUtensorMap qkv,
+                                         const __grid_constant__ CUtensorMap dy,
+                                         AttentionSizes sizes) {
+#ifdef SM_90A
+    constexpr int KEYS = BACKWARD_TILE<HS>;
+    extern __shared__ Panel panels[];
+    __shared__ Ring ring;
+    __shared__ uint64_t queries_here;
+    Panel* q = panels;                              // one tile
+    Panel* dy_tile = q + PANELS<HS, BLOCK_ROWS>;    // one tile
+    Panel* k = dy_tile + PANELS<HS, BLOCK_ROWS>;    // STAGES tiles
+    Panel* v = k + STAGES * PANELS<HS, KEYS>;       // STAGES tiles
+    int T = sizes.T, NH = sizes.NH;
+    int lane = threadIdx.x % WARP;
+    int warp = warp_number();
+    int h = blockIdx.y;
+    int b = blockIdx.z;
+    int C = NH * HS;
+    int block_query = (gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS;
+    int first = max(0, block_query - sizes.window) / KEYS;          // tiles of keys
+    int last = min(T - 1, block_query + BLOCK_ROWS - 1) / KEYS;
+    init_ring(&ring, &queries_here, 1);
+
+    if (warp >= CONSUMER_WARPS) {                   // the producer
+        give_registers<24>();
+        if (threadIdx.x != CONSUMER_WARPS * WARP) { return; }
+        mbarrier_arrive_expect(&queries_here, 2 * PANELS<HS, BLOCK_ROWS> * sizeof(Panel));
+        copy_tile<HS, BLOCK_ROWS>(q, &qkv, h * HS, block_query, b, &queries_here);
+        copy_tile<HS, BLOCK_ROWS>(dy_tile, &dy, h * HS, block_query, b, &queries_here);
+        copy_keys<HS, KEYS>(k, v, &qkv, &ring, C, h, b, first, last);
+        return;
+    }
+    take_registers<CONSUMER_REGISTERS<1>>();
+    int group = warp / 4;                           // the warpgroup
+    int group_query = block_query + group * PANEL;
+    int query = group_query + warp % 4 * 16 + lane / 4;     // the first of this lane's two
+    int64_t row = ((int64_t)b * NH + h) * T;
+    float dq[HS / 8][4] = {};
+    float lse_of[2];
+    float delta_of[2];
+    float scale = rsqrtf((float)HS) * sizes.sharpness;
+    float to_base_2 = scale * LOG2_E;
+    for (int r = 0; r < 2; r++) {
+        int t = query + 8 * r;
+        lse_of[r] = t < T ? lse[row + t] : INFINITY;
+        delta_of[r] = t < T ? delta[row + t] : 0.0f;
+    }
+    mbarrier_wait(&queries_here, 0);
+    for (int n = 0; n <= last - first; n++) {
+        Panel* k_tile = k + n % STAGES * PANELS<HS, KEYS>;
+        Panel* v_tile = v + n % STAGES * PANELS<HS, KEYS>;
+        int key = (first + n) * KEYS;
+        wait_until_full(&ring, n);
+        if (sees_any(group_query, PANEL, key, KEYS, sizes.window)) {
+            float p[KEYS / 8][4];                   // S = q kᵀ
+            float ds[KEYS / 8][4];                  // dP = dy vᵀ, then dS
+            uint32_t rounded[KEYS / 16][4];
+            wgmma_fence(p);
+            wgmma_fence(ds);
+            start_multiply_transposed<HS, KEYS>(p, q + group, k_tile);
+            start_multiply_transposed<HS, KEYS>(ds, dy_tile + group, v_tile);
+            wgmma_commit();
+            wgmma_wait(p);
+            wgmma_wait(ds);
+            if (!sees_all(group_query, PANEL, key, KEYS, sizes.window)) {
+                hide_unseen<false>(p, query, key, sizes.window);
+            }
+#pragma unroll
+            for (int m = 0; m < KEYS / 8; m++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float power = p[m][i] * to_base_2 - lse_of[i / 2];
+                    ds[m][i] = exp2f(power) * (ds[m][i] - delta_of[i / 2]);
+                }
+            }
+            round_product(rounded, ds);
+            wgmma_fence(dq);
+            start_multiply_add<HS, KEYS>(dq, rounded, k_tile);
+            wgmma_commit();
+            wgmma_wait(dq);
+        }
+        leave_place(&ring, n);
+    }
+    floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
+    store_rows<HS>(to, 3 * C, group_query + warp % 4 * 16, T, dq, scale, scale);
+#endif
+}
+
+static bool use_wgmma;          // choose_attention sets it (§19)
+
+// A matrix (B, T, channels), from which TMA copies boxes of 64 rows of 64 channels
+static CUtensorMap tensor_map(const floatX* matrix, AttentionSizes sizes, int channels) {
+    static decltype(cuTensorMapEncodeTiled)* encode;        // of the driver; -lcuda is not needed
+    if (encode == NULL) {
+        cudaDriverEntryPointQueryResult found;
+        CHECK_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void**)&encode,
+                                                    12000, cudaEnableDefault, &found));
+        if (found != cudaDriverEntryPointSuccess) {
+            die("the driver cannot describe matrices to TMA; update it, or use --attention mma");
+        }
+    }
+    CUtensorMap map;
+    cuuint64_t lengths[3] = {(cuuint64_t)channels, (cuuint64_t)sizes.T, (cuuint64_t)sizes.B};
+    cuuint64_t row_bytes = channels * sizeof(floatX);
+    cuuint64_t strides[2] = {row_bytes, row_bytes * sizes.T};       // of t and of b
+    cuuint32_t box[3] = {PANEL, PANEL, 1};
+    cuuint32_t steps[3] = {1, 1, 1};
+    CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void*)matrix, lengths,
+                             strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) {
+        die("the driver returned error %d for a tensor map of attention; continue with --resume "
+            "--attention mma", (int)result);
+    }
+    return map;
+}
+
+template <int HS> static void hopper_forward(floatX* y, float* lse, const floatX* qkv,
+                                             AttentionSizes sizes, cudaStream_t stream) {
+    dim3 grid(ceil_div(sizes.T, BLOCK_ROWS), sizes.NH, sizes.B);
+    size_t n_panels = PANELS<HS, BLOCK_ROWS> + 2 * STAGES * PANELS<HS, KEY_TILE<HS>>;
+    size_t bytes = n_panels * sizeof(Panel);
+    allow_shared_bytes(hopper_attention_forward_kernel<HS>, bytes);
+    launch({"hopper_attention_forward", 4 * sizes.bytes(), 2 * sizes.flops()},
+           {grid, HOPPER_THREADS, stream, bytes}, hopper_attention_forward_kernel<HS>, y, lse,
+           tensor_map(qkv, sizes, 3 * sizes.NH * HS), sizes);
+}
+
+template <int HS> static void hopper_backward(floatX* dqkv, const floatX* qkv, const floatX* dy,
+                                              const float* lse, const float* delta,
+                                              AttentionSizes sizes, cudaStream_t stream) {
+    dim3 grid(ceil_div(sizes.T, BLOCK_ROWS), sizes.NH, sizes.B);
+    size_t n_panels = 2 * PANELS<HS, BLOCK_ROWS> + 2 * STAGES * PANELS<HS, BACKWARD_TILE<HS>>;
+    size_t bytes = n_panels * sizeof(Panel);
+    CUtensorMap qkv_map = tensor_map(qkv, sizes, 3 * sizes.NH * HS);
+    CUtensorMap dy_map = tensor_map(dy, sizes, sizes.NH * HS);
+    allow_shared_bytes(hopper_attention_backward_keys_kernel<HS>, bytes);
+    launch({"hopper_attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops()},
+           {grid, HOPPER_THREADS, stream, bytes}, hopper_attention_backward_keys_kernel<HS>, dqkv,
+           lse, delta, qkv_map, dy_map, sizes);
+    allow_shared_bytes(hopper_attention_backward_queries_kernel<HS>, bytes);
+    launch({"hopper_attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops()},
+           {grid, HOPPER_THREADS, stream, bytes}, hopper_attention_backward_queries_kernel<HS>,
+           dqkv, lse, delta, qkv_map, dy_map, sizes);
+}
+
 #endif
 
 static void attention_forward(floatX* y, float* lse, const floatX* qkv, AttentionSizes sizes,
                               cudaStream_t stream) {
 #ifndef FP32
+    if (use_wgmma && sizes.HS == 64) { return hopper_forward<64>(y, lse, qkv, sizes, stream); }
+    if (use_wgmma && sizes.HS == 128) { return hopper_forward<128>(y, lse, qkv, sizes, stream); }
     if (sizes.HS == 64) { return flash_forward<64>(y, lse, qkv, sizes, stream); }
     if (sizes.HS == 128) { return flash_forward<128>(y, lse, qkv, sizes, stream); }
 #endif
@@ -1720,6 +2397,12 @@ static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, con
     launch({"attention_delta", 2 * sizes.bytes()}, grid, attention_delta_kernel, delta, y, dy,
            sizes);
 #ifndef FP32
+    if (use_wgmma && sizes.HS == 64) {
+        return hopper_backward<64>(dqkv, qkv, dy, lse, delta, sizes, stream);
+    }
+    if (use_wgmma && sizes.HS == 128) {
+        return hopper_backward<128>(dqkv, qkv, dy, lse, delta, sizes, stream);
+    }
     if (sizes.HS == 64) { return flash_backward<64>(dqkv, qkv, dy, lse, delta, sizes, stream); }
     if (sizes.HS == 128) { return flash_backward<128>(dqkv, qkv, dy, lse, delta, sizes, stream); }
 #endif
@@ -4263,8 +4946,8 @@ static int* read_token_bytes(const char* data, int V) {
 
 // ---- §16 Flags ----------------------------------------------------------------------------------
 //
-// The flags of train_gpt2.py, with their names and meanings. One table drives parsing, --help and
-// the header of the log.
+// The flags of train_gpt2.py, with their names and meanings, and --attention. One table drives
+// parsing, --help and the header of the log.
 
 // Defaults of 0 and NULL, and the -1 of max_steps, mean that no flag was given; plan_batch and main
 // then choose a value.
@@ -4286,6 +4969,7 @@ struct Arguments {
     int64_t seed = 1337;
     int64_t recompute = 0;
     int64_t deterministic = 1;
+    const char* attention = NULL;
     double lr = 0;
     double gpu_hour_usd = 0;
 };
@@ -4347,6 +5031,8 @@ static const Flag FLAGS[] = {
                  "to save memory, compute again in the backward pass: 1 GELU, 2 also the norms"),
     integer_flag("deterministic", &arguments.deterministic, 0, 1,
                  "1: the same run gives the same bits, which is always so here"),
+    text_flag("attention", &arguments.attention,
+              "tensor-core kernels of attention: wgmma or mma (default: wgmma if the GPU has it)"),
     switch_flag("profile", &arguments.profile, "time each kernel of steps 10-12"),
 };
 
@@ -5550,6 +6236,25 @@ static cudaDeviceProp find_gpu() {
     return properties;
 }
 
+// Sets which kernels attention uses for heads of 64 and 128. In fp32 there is no choice.
+static void choose_attention(cudaDeviceProp gpu) {
+    const char* wanted = arguments.attention;
+    if (wanted != NULL && strcmp(wanted, "wgmma") != 0 && strcmp(wanted, "mma") != 0) {
+        die("--attention must be wgmma or mma, got %s; see --help", wanted);
+    }
+#ifndef FP32
+    int compiled = 0;
+    CHECK_CUDA(cudaMemcpyFromSymbol(&compiled, compiled_for_sm_90a, sizeof compiled));
+    bool is_here = gpu.major == 9 && compiled;
+    if (wanted != NULL && strcmp(wanted, "wgmma") == 0 && !is_here) {
+        die("--attention wgmma needs a GPU of compute capability 9.0, got %s, and a build for it; "
+            "use make train_gpt2cu GPU_ARCHS=90a, or leave --attention out", gpu.name);
+    }
+    use_wgmma = is_here && (wanted == NULL || strcmp(wanted, "wgmma") == 0);
+    arguments.attention = use_wgmma ? "wgmma" : "mma";
+#endif
+}
+
 // After SIGTERM or SIGINT all ranks save and leave after the same step.
 static volatile sig_atomic_t stop_asked;
 static void on_signal(int) { stop_asked = 1; }
@@ -5755,6 +6460,7 @@ int main(int argc, char** argv) {
     Validation validation = open_validation(V);
     Ranks ranks = start_ranks();
     cudaDeviceProp gpu = find_gpu();
+    choose_attention(gpu);
 
     // model: its shape, how a step is divided, its memory
     const char* init_from = a.init_from != NULL ? init_folder() : NULL;

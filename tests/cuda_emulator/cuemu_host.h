@@ -111,6 +111,20 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int shared_bytes) {
     return cudaSuccess;
 }
 
+template <class T> cudaError_t cudaMemcpyFromSymbol(void* to, const T& symbol, size_t bytes) {
+    return cudaMemcpy(to, &symbol, bytes, cudaMemcpyDeviceToHost);
+}
+
+// The driver's only function that is asked for
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+enum { cudaEnableDefault };
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned,
+                                                    unsigned long long,
+                                                    cudaDriverEntryPointQueryResult* found) {
+    *function = (void*)cuTensorMapEncodeTiled, *found = cudaDriverEntryPointSuccess;
+    return cudaSuccess;
+}
+
 // ---- cuBLASLt -----------------------------------------------------------------------------------
 
 enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7 };
