@@ -378,7 +378,7 @@ class PromptCache:
         self.pos = torch.zeros(len(prompts), dtype=torch.long, device=prompts.device)
         self.s = torch.arange(prompts.shape[1], device=prompts.device)
         if len(prompts):
-            model.hidden(prompts, self)
+            model.hidden(prompts, self, last=self.pos)  # of the last layer, only keys and values
         self.leaves = self.made
         if torch.is_grad_enabled():
             self.leaves = [tensor.detach().requires_grad_() for tensor in self.made]
