@@ -55,7 +55,7 @@ from pathlib import Path
 import torch
 
 from bpe import checked
-from model import load_checkpoint, visible
+from model import load_checkpoint, sdpa, visible
 from problems import (CheckerReward, is_correct, problems_that_fit, read_lines, read_problems,
                       warn_of_gamed, write_whole)
 from sample import Engine, check_above_0, check_at_least, find_run, load_tokenizer
@@ -369,6 +369,7 @@ class PromptCache:
 
     To model.hidden it is a cache, as KVCache is: first of the prompts, then of each part's rows.
     """
+    attention = staticmethod(sdpa)
 
     def __init__(self, model, prompts):
         self.model = model
