@@ -234,7 +234,7 @@ class Attention(nn.Module):
                 q = take(q, last)
                 query = take(pos, last)[:, None, :, None]                   # (B, 1, 1, 1)
                 mask = visible(query, torch.arange(k.shape[1], device=k.device), self.window)
-            y = sdpa(q, k, v, self.window, scale, mask)
+            y = cache.attention(q, k, v, self.window, scale, mask)
         elif self.training and self.config.dropout:
             y = sdpa(q, k, v, self.window, scale, dropout=self.config.dropout)
         else:
@@ -496,6 +496,7 @@ class GPT(nn.Module):
 class KVCache:
     """Keys and values (L, B, max_tokens, NH, HS) of the tokens so far, one row per sequence. `pos`
     (B,) counts the tokens of each row; no query sees the entries after them."""
+    attention = staticmethod(sdpa)      # another cache may know a faster one
     def __init__(self, config, batch_size, max_tokens, device="cpu", dtype=torch.float32):
         HS = config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, max_tokens, config.n_head, HS)
@@ -515,18 +516,17 @@ class KVCache:
         return new
 
     def append(self, layer, k, v, pos, window):
-        """Writes k, v (B, T, NH, HS) at pos (B, T), after each row's last token.
-
-        Returns all keys and values up to the longest row's end, (B, S, NH, HS), and the mask
-        (B, 1, T, S) of those that each token sees; None, for causal, if the cache was empty."""
+        """Writes k, v (B, T, NH, HS) at pos (B, T), after each row's last token → all keys and
+        values up to the longest row's end, (B, S, NH, HS), and the mask (B, 1, T, S) of those that
+        each token sees; None, for causal, if the cache was empty."""
         T = k.shape[1]
         if not self.used:
             self.k[layer, :, :T] = k
             self.v[layer, :, :T] = v
             return k, v, None
-        at = pos[:, :, None, None]                                          # (B, T, 1, 1)
-        self.k[layer].scatter_(1, at.expand_as(k), k)
-        self.v[layer].scatter_(1, at.expand_as(v), v)
+        at = pos[:, :, None, None].expand_as(k)                             # (B, T, NH, HS)
+        self.k[layer].scatter_(1, at, k)
+        self.v[layer].scatter_(1, at, v)
         S = self.used + T
         if window not in self.masks:    # layers with the same window share it
             query = pos[:, None, :, None]                                   # (B, 1, T, 1)

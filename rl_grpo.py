@@ -55,7 +55,7 @@ from pathlib import Path
 import torch
 
 from bpe import checked
-from model import load_checkpoint, visible
+from model import load_checkpoint, sdpa, visible
 from problems import (CheckerReward, is_correct, problems_that_fit, read_lines, read_problems,
                       warn_of_gamed, write_whole)
 from sample import Engine, check_above_0, check_at_least, find_run, load_tokenizer
@@ -369,6 +369,7 @@ class PromptCache:
 
     To model.hidden it is a cache, as KVCache is: first of the prompts, then of each part's rows.
     """
+    attention = staticmethod(sdpa)
 
     def __init__(self, model, prompts):
         self.model = model
@@ -378,7 +379,7 @@ class PromptCache:
         self.pos = torch.zeros(len(prompts), dtype=torch.long, device=prompts.device)
         self.s = torch.arange(prompts.shape[1], device=prompts.device)
         if len(prompts):
-            model.hidden(prompts, self)
+            model.hidden(prompts, self, last=self.pos)  # of the last layer, only keys and values
         self.leaves = self.made
         if torch.is_grad_enabled():
             self.leaves = [tensor.detach().requires_grad_() for tensor in self.made]

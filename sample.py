@@ -252,9 +252,11 @@ class Engine:
         no room in the context.
         """
         from engine import Request, Scheduler, mix
+        from precision import packed
         if max_new_tokens < 1:
             return [Completion() for _ in range(len(prompts) * num_samples)]
-        scheduler = Scheduler(self, min(rows, len(prompts) * num_samples), keep=False)
+        rows = min(rows, len(prompts) * num_samples)
+        scheduler = Scheduler(self, rows, keep=False)
         sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                         repetition_penalty=repetition_penalty, stop=self.stop_ids(stop))
         done = {}
@@ -265,12 +267,13 @@ class Engine:
                 done[scheduler.add(request)] = Completion()
         was_training = self.model.training
         self.model.eval()
-        while scheduler.is_busy():
-            for event in scheduler.step():
-                completion = done[event.row]
-                completion.ids.append(event.token)
-                completion.sampled.append(event.sampled)
-                completion.finish = event.finish
+        with packed(self.model, rows):
+            while scheduler.is_busy():
+                for event in scheduler.step():
+                    completion = done[event.row]
+                    completion.ids.append(event.token)
+                    completion.sampled.append(event.sampled)
+                    completion.finish = event.finish
         self.model.train(was_training)
         return list(done.values())
 

@@ -42,7 +42,8 @@ ALLOWED = {                         # which of the project's files each may impo
     "lookups": {"bpe", "problems", "search", "subjects"},
     **dict.fromkeys(("run", "look", "narrator", "rlhf"), set())}
 OPTIONAL = {                        # imported by the function that needs it, if it is called
-    "bpe": {"corpus"}, "sample": {"chat", "download", "engine", "few_shot", "search", "show"},
+    "bpe": {"corpus"},
+    "sample": {"chat", "download", "engine", "few_shot", "precision", "search", "show"},
     "problems": {"checkers"}, "checkers": {"sample"}, "tasks": {"dialogs"},
     "rl_grpo": {"chat_sft", "dialogs", "preferences", "reward_model", "tasks"},
     **dict.fromkeys(("rank", "best_of_n"), {"preferences", "reward_model"}),
