@@ -7,7 +7,9 @@ Evaluation: how well a model does, in numbers.
     python eval.py hellaswag --tokenizer data/fineweb/tokenizer          # for train_gpt2.cu
 
     in:  <run>/model.safetensors, config.json, the tokenizer; the tasks' files
-    out: <run>/eval.json {task: figures}, which report.py shows
+    out: <run>/eval.json {task: figures}, which report.py shows: each accuracy with its standard
+         error; with --documents, the share of questions that stand in these training documents,
+         and the accuracy on the others (contamination.py)
 
 A model is asked in one of two ways. By log-likelihood, the model reads every possible answer, and
 the most probable one is its choice; this suits base models. By generation, the model replies
@@ -33,6 +35,7 @@ import csv
 import hashlib
 import itertools
 import json
+import math
 import random
 import re
 import runpy
@@ -50,7 +53,8 @@ from tqdm import tqdm
 
 from model import load_checkpoint, visible, write_json
 from problems import (STAGES, cannot_write, check_text, declines, figures, is_correct, printable,
-                      quoted, read_json, read_lines, read_problems, reason, write_whole)
+                      quoted, read_json, read_lines, read_problems, reason, share_of, text_of,
+                      write_whole)
 from sample import Engine, check_at_least, find_run, load_tokenizer
 from training import Ranks, init_ranks
 
@@ -284,28 +288,48 @@ def is_right(scores, gold):
     best = max(range(len(scores)), key=lambda i: scores[i].mean())
     return best == gold
 
-def measure(engine, questions, n, name, ranks=Ranks()):
-    """n questions (spans, gold) → {"accuracy", "n", "cut"}. Each rank answers its share.
+def measure(engine, questions, n, name, ranks=Ranks(), dirty=None):
+    """n questions (spans, gold) → {"accuracy", "accuracy_error", "n", "cut"}. Each rank answers its
+    share.
 
-    cut counts the questions whose beginning did not fit into the model's context.
+    cut counts the questions whose beginning did not fit into the model's context. dirty: for each
+    question whether it is contaminated; then the accuracy on the others is measured, too.
     """
-    right = done = cut = 0
+    right = done = cut = found_dirty = clean_right = 0
     room = engine.model.config.block_size + 1
-    mine = itertools.islice(questions, ranks.rank, None, ranks.world_size)
+    flagged = zip(questions, dirty or itertools.repeat(False))
+    mine = itertools.islice(flagged, ranks.rank, None, ranks.world_size)
     with tqdm(total=n // ranks.world_size, desc=printable(name), unit="question", leave=False,
               disable=not ranks.is_main) as progress:
         while chunk := list(itertools.islice(mine, 64)):
-            found = score(engine.model, [spans for spans, _ in chunk])
-            for (spans, gold), scores in zip(chunk, found):
+            found = score(engine.model, [spans for (spans, _), _ in chunk])
+            for ((spans, gold), is_dirty), scores in zip(chunk, found):
+                if is_dirty:
+                    found_dirty += 1
                 if is_right(scores, gold):
                     right += 1
+                    if not is_dirty:
+                        clean_right += 1
                 if any(len(ids) > room for ids, _ in spans):
                     cut += 1
             done += len(chunk)
             progress.update(len(chunk))
             progress.set_postfix_str(f"accuracy {right / done:.3f}")
-    right, done, cut = map(int, ranks.sum(right, done, cut))
-    return dict(accuracy=right / done, n=done, cut=cut)
+    right, done, cut, found_dirty, clean_right = map(int, ranks.sum(
+        right, done, cut, found_dirty, clean_right))
+    result = dict(share_of(right, done), cut=cut)
+    if dirty:
+        result.update(on_clean(found_dirty, done, clean_right))
+    return result
+
+def on_clean(n_dirty, n, clean_right):
+    """n_dirty of n questions are contaminated, and clean_right of the others are answered right →
+    what a result says about it."""
+    found = dict(contaminated=n_dirty / n)
+    if n_dirty < n:
+        clean = share_of(clean_right, n - n_dirty)
+        found.update({f"clean_{name}": value for name, value in clean.items()})
+    return found
 
 # ---- CORE and HellaSwag --------------------------------------------------------------------------
 
@@ -368,12 +392,24 @@ def letter_questions(tokenizer, task, rows, n):
         spans = [([*ids, *tokenizer.encode_ordinary(letter)], len(ids)) for letter in letters]
         yield spans, row["gold"]
 
-def run_task(engine, task, path, max_examples=None, ranks=Ranks()):
-    """→ {"accuracy", "n", "cut"} of one task."""
+def row_text(task, row):
+    """A question with its right answer, as one text."""
+    if task.kind == "letters":
+        return f"{row['query']}\n{row['choices'][row['gold']]}"
+    return "".join(candidates(task, row)[gold_of(task, row) or 0])
+
+def run_task(engine, task, path, max_examples=None, ranks=Ranks(), overlap=None):
+    """→ what measure() returns of one task. overlap: an Overlap of contamination.py that knows its
+    questions, or None."""
     rows = read_rows(path, task.kind)
     n = len(rows[:max_examples])
     ask = letter_questions if task.kind == "letters" else core_questions
-    return measure(engine, ask(engine.tokenizer, task, rows, n), n, task.label, ranks)
+    questions = ask(engine.tokenizer, task, rows, n)
+    if not overlap:
+        return measure(engine, questions, n, task.label, ranks)
+    texts = [row_text(task, row) for row in rows[:n]]
+    result = measure(engine, questions, n, task.label, ranks, overlap.flags(texts))
+    return dict(result, short=len([text for text in texts if text in overlap.short]))
 
 # ---- CORE as a mean of tasks ---------------------------------------------------------------------
 
@@ -440,35 +476,45 @@ def published_tasks(listed, about):
                          random_baseline_percent=baselines[row["label"]]))
     return rows
 
-def run_tasks(engine, tasks, folder, max_examples, ranks=Ranks()):
+def run_tasks(engine, tasks, folder, max_examples, ranks=Ranks(), overlap=None):
     """Yields (label, baseline, result); the result is None if the task's file is missing."""
     for task in tasks:
         path = existing(Path(folder, "eval_data", task.file))
         result = None
         if path:
-            result = run_task(engine, task, path, max_examples, ranks)
+            result = run_task(engine, task, path, max_examples, ranks, overlap)
         yield task.label, task.baseline, result
 
 def mean_of(name, results):
-    """Results as run_tasks yields them → {name: mean of centered, "n", "tasks", "left_out"}."""
+    """Results as run_tasks yields them → {name: mean of centered, its standard error, "n", "tasks",
+    "left_out"}."""
     tasks = {}
     left_out = []
+    squares = 0.0
     for label, baseline, result in results:
         if not result:
             left_out.append(label)
             continue
-        tasks[label] = dict(result, centered=centered(result["accuracy"], baseline))
+        error = result["accuracy_error"] / (1 - baseline)
+        squares += error ** 2
+        tasks[label] = dict(result, centered=centered(result["accuracy"], baseline),
+                            centered_error=error)
         say(f"{label:32s}", *figures(tasks[label]))
     if not tasks:
         raise SystemExit(f"{name} needs the file of at least one of {', '.join(left_out)}, and "
                          f"none is there; {GET_CORE}")
     mean = sum(task["centered"] for task in tasks.values()) / len(tasks)
     n = sum(task["n"] for task in tasks.values())
-    return {name: mean, "n": n, "tasks": tasks, "left_out": left_out}
+    found = {name: mean, f"{name}_error": math.sqrt(squares) / len(tasks), "n": n}
+    if any("contaminated" in task for task in tasks.values()):
+        dirty = sum(task["contaminated"] * task["n"] for task in tasks.values())
+        found["contaminated"] = dirty / n
+    return dict(found, tasks=tasks, left_out=left_out)
 
-def core(engine, folder, max_examples=None):
-    """→ {"core": mean of centered, "n", "tasks": {label: result}, "left_out": [labels]}."""
-    return mean_of("core", run_tasks(engine, core_tasks(folder), folder, max_examples))
+def core(engine, folder, max_examples=None, overlap=None):
+    """→ {"core": mean of centered, "core_error", "n", "tasks": {label: result}, "left_out"}."""
+    tasks = core_tasks(folder)
+    return mean_of("core", run_tasks(engine, tasks, folder, max_examples, overlap=overlap))
 
 def scores(engine, folder, max_examples=None, ranks=Ranks()):
     """For the log of a training run: {"hellaswag": accuracy, "core": mean of centered}."""
@@ -484,16 +530,21 @@ def scores(engine, folder, max_examples=None, ranks=Ranks()):
 
 # ---- Replies to the chat prompt ------------------------------------------------------------------
 
-def solve(engine, path, max_examples=None, max_new_tokens=128):
-    """Greedy replies to the problems of a file → {"accuracy", "n", "cut", "kinds"}.
-
-    kinds: {kind: {"accuracy", "n"}}, and if some questions have no answer (their checker is
-    "declines"), also "refused" and "wrong", the shares of such replies. cut counts the questions
-    that do not fit into the model's context; they count as wrong.
-    """
+def some_problems(path, max_examples=None):
+    """The problems of a file, shuffled with SEED, at most so many."""
     problems = read_problems(path)
     random.Random(SEED).shuffle(problems)
-    problems = problems[:max_examples]
+    return problems[:max_examples]
+
+def solve(engine, path, max_examples=None, max_new_tokens=128, overlap=None):
+    """Greedy replies to the problems of a file → {"accuracy", "accuracy_error", "n", "cut",
+    "kinds"}, and with an overlap what run_task says of it.
+
+    kinds: {kind: {"accuracy", "accuracy_error", "n"}}, and if some questions have no answer (their
+    checker is "declines"), also "refused" and "wrong", the shares of such replies. cut counts the
+    questions that do not fit into the model's context; they count as wrong.
+    """
+    problems = some_problems(path, max_examples)
     for p in problems:
         p["tokens"] = len(engine.tokenizer.render(p["messages"], for_completion=True)[0])
         p["right"] = False
@@ -517,18 +568,24 @@ def solve(engine, path, max_examples=None, max_new_tokens=128):
             refused = len([p for p in of_kind if p["refused"]]) / len(of_kind)
             wrong = len([p for p in of_kind if not (p["right"] or p["refused"])]) / len(of_kind)
             kinds[kind].update(refused=refused, wrong=wrong)
-    return dict(share_right(problems), cut=len(problems) - len(fitting), kinds=kinds)
+    result = dict(share_right(problems), cut=len(problems) - len(fitting))
+    if overlap:
+        texts = [text_of(p) for p in problems]
+        flags = overlap.flags(texts)
+        clean_right = [p for p, is_dirty in zip(problems, flags) if p["right"] and not is_dirty]
+        result.update(on_clean(flags.count(True), len(flags), len(clean_right)))
+        result["short"] = len([text for text in texts if text in overlap.short])
+    return dict(result, kinds=kinds)
 
 def share_right(problems):
-    right = [p for p in problems if p["right"]]
-    return dict(accuracy=len(right) / len(problems), n=len(problems))
+    return share_of(len([p for p in problems if p["right"]]), len(problems))
 
-def chat_core(engine, folder, gsm8k, max_examples=None, max_new_tokens=256):
+def chat_core(engine, folder, gsm8k, max_examples=None, max_new_tokens=256, overlap=None):
     """ChatCORE of the tasks whose files are there: letters are guessed with 0.25, GSM8K with 0."""
     def results():
         path = existing(gsm8k)
-        yield from run_tasks(engine, CHAT_TASKS, folder, max_examples)
-        yield "gsm8k", 0.0, path and solve(engine, path, max_examples, max_new_tokens)
+        yield from run_tasks(engine, CHAT_TASKS, folder, max_examples, overlap=overlap)
+        yield "gsm8k", 0.0, path and solve(engine, path, max_examples, max_new_tokens, overlap)
         yield "humaneval", 0.0, None
     return mean_of("chat_core", results())
 
@@ -547,15 +604,23 @@ def digest(*paths):
                 sha.update(piece)
     return sha.hexdigest()[:12]
 
+def tasks_of(name, args):
+    """The tasks by log-likelihood that a name of --tasks stands for."""
+    if name == "core":
+        return core_tasks(args.core_dir)
+    return dict(chat=CHAT_TASKS, hellaswag=[HELLASWAG]).get(name, [])
+
 def files_of(name, args):
     """The files that a task reads; each may be missing, or be there with .gz."""
-    tasks = dict(chat=CHAT_TASKS, hellaswag=[HELLASWAG]).get(name, [])
-    if name == "core":
-        tasks = core_tasks(args.core_dir)
-    files = [Path(args.core_dir, "eval_data", task.file) for task in tasks]
+    files = [Path(args.core_dir, "eval_data", task.file) for task in tasks_of(name, args)]
     if name in ("gsm8k", "chat"):
         files.append(args.gsm8k)
     return files or [name]
+
+def names_and_sizes(folders):
+    """The files of training data {path: bytes}, by which the same data is known again."""
+    from contamination import training_files
+    return {str(path): size for path, size in training_files(folders).items()}
 
 def plan(args):
     """--tasks → [(name, its first file, arguments to remember)]; each needs at least one file."""
@@ -576,20 +641,41 @@ def plan(args):
             max_new_tokens = 256 if name in ("gsm8k", "chat") else 128
         arguments = dict(files=digest(*found), max_examples=args.max_examples,
                          max_new_tokens=max_new_tokens)
+        if args.documents:
+            arguments["documents"] = names_and_sizes(args.documents)
         jobs.append((name, found[0], arguments))
     return jobs
 
-def measure_task(engine, name, path, arguments, args):
+def find_overlap(names, args):
+    """Which questions of these tasks stand in the documents of --documents → an Overlap; None if no
+    documents were named."""
+    if not args.documents:
+        return None
+    from contamination import find
+    texts = []
+    for name in names:
+        problem_files = set(map(existing, files_of(name, args)))
+        for task in tasks_of(name, args):
+            path = existing(Path(args.core_dir, "eval_data", task.file))
+            problem_files.discard(path)
+            if path:
+                rows = read_rows(path, task.kind)[:args.max_examples]
+                texts += [row_text(task, row) for row in rows]
+        for path in problem_files - {None}:
+            texts += map(text_of, some_problems(path, args.max_examples))
+    return find(texts, args.documents)
+
+def measure_task(engine, name, path, arguments, args, overlap):
     """→ the result of one of the jobs that plan() lists."""
     n = args.max_examples
     max_new_tokens = arguments["max_new_tokens"]
     if name == "core":
-        return core(engine, args.core_dir, n)
+        return core(engine, args.core_dir, n, overlap)
     if name == "hellaswag":
-        return run_task(engine, HELLASWAG, path, n)
+        return run_task(engine, HELLASWAG, path, n, overlap=overlap)
     if name == "chat":
-        return chat_core(engine, args.core_dir, args.gsm8k, n, max_new_tokens)
-    return solve(engine, path, n, max_new_tokens)
+        return chat_core(engine, args.core_dir, args.gsm8k, n, max_new_tokens, overlap)
+    return solve(engine, path, n, max_new_tokens, overlap)
 
 def parse_args():
     parser = argparse.ArgumentParser(
@@ -600,6 +686,7 @@ def parse_args():
     add("--core_dir", default="data/eval_bundle", help="folder of eval_data/ and the list of tasks")
     add("--gsm8k", default="data/gsm8k/test.jsonl", help="GSM8K's test set")
     add("--docs", nargs="+", help="folders of documents that the model may search in its replies")
+    add("--documents", nargs="+", help="folders of training data, searched for the questions")
     add("--max_examples", type=int, help="questions per task, at most (default: all)")
     add("--max_new_tokens", type=int, help="tokens per reply, at most (128; gsm8k and chat: 256)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -627,6 +714,7 @@ def measure_run():
     engine = Engine(model.for_inference(), tokenizer, search=search)
     checkpoint = dict(stage=meta["stage"], step=meta["step"], seed=SEED,
                       weights=digest(run / "model.safetensors"))
+    to_ask = []
     for name, path, arguments in jobs:
         key = name
         if args.docs and arguments["max_new_tokens"]:
@@ -637,9 +725,15 @@ def measure_run():
         if isinstance(known, dict) and all(known.get(key) == asked[key] for key in asked):
             say(f"{key}: skipped, {run}/eval.json has it for these weights and arguments")
             continue
+        to_ask.append((key, name, path, asked))
+    overlap = None
+    if to_ask:
+        overlap = find_overlap([name for _, name, _, _ in to_ask], args)
+    for key, name, path, asked in to_ask:
+        arguments = asked["arguments"]
         if meta["stage"] == "pretrain" and arguments["max_new_tokens"]:
             say(f"{name}: a base model is asked, which has never seen the chat prompt")
-        result = measure_task(engine, name, path, arguments, args)
+        result = measure_task(engine, name, path, arguments, args, overlap)
         say(key, *figures(result))
         results[key] = {**result, **asked}
         try:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import claims
 import eval as eval_module
 import problems
 from conftest import GPT2, MODERN, ROOT, mutate, noisy, run_main
@@ -22,7 +23,7 @@ from eval import (HELLASWAG, SharedRow, SharedRows, Task, batches, centered, cor
                   score_alone, solve, token_spans)
 from model import load_checkpoint, save_weights
 from checkers import final_answer
-from problems import is_correct, read_problems
+from problems import figures, is_correct, read_problems, share_of
 from sample import Engine
 
 T = GPT2.block_size
@@ -377,7 +378,7 @@ def test_each_type_of_task_is_right_only_for_a_model_that_knows(tokenizer, tmp_p
     knows = Engine(Parrot(tokenizer, RIGHT), tokenizer)
     wrong = Engine(Parrot(tokenizer, ["You can see zzqx kk", "She will eat jjw vvk",
                                       "Qqzx jwv for home", "Vvk zzq by car"]), tokenizer)
-    assert run_task(knows, task, path) == dict(accuracy=1.0, n=2, cut=0)
+    assert run_task(knows, task, path) == dict(share_of(2, 2), cut=0)
     assert run_task(wrong, task, path)["accuracy"] == 0.0
 
 
@@ -391,11 +392,26 @@ def test_core_is_the_mean_of_centered_and_names_what_is_left_out(parrot, core_fo
 
 
 def test_guessing_is_zero_after_centering():
-    tasks = [("a", 0.25, dict(accuracy=0.25, n=4)), ("b", 0.5, dict(accuracy=0.5, n=4))]
+    tasks = [("a", 0.25, share_of(1, 4)), ("b", 0.5, share_of(2, 4))]
     assert mean_of("core", tasks)["core"] == 0.0
     assert centered(0.62, 0.62) == 0.0 and centered(1.0, 0.62) == 1.0 and centered(0.0, 0.5) == -1.0
-    mixed = mean_of("core", [*tasks, ("c", 0.0, dict(accuracy=0.6, n=5))])
+    mixed = mean_of("core", [*tasks, ("c", 0.0, share_of(3, 5))])
     assert mixed["core"] == pytest.approx(0.2)
+    errors = [share_of(1, 4)["accuracy_error"] / 0.75, share_of(2, 4)["accuracy_error"] / 0.5,
+              share_of(3, 5)["accuracy_error"]]
+    assert mixed["core_error"] == pytest.approx(sum(e ** 2 for e in errors) ** 0.5 / 3)
+    assert mixed["tasks"]["a"]["centered_error"] == pytest.approx(errors[0])
+
+
+def test_the_standard_error_is_that_of_claims_and_stands_beside_each_accuracy():
+    for hits, n in ((0, 7), (7, 7), (30, 100)):
+        assert share_of(hits, n)["accuracy_error"] == pytest.approx(claims.share(hits, n).error,
+                                                                    abs=1e-6)
+    assert figures(dict(share_of(30, 100), cut=2)) == ["accuracy 0.3000 ± 0.0455", "n 100", "cut 2"]
+    kinds = dict(a=share_of(1, 2), b=dict(share_of(2, 2), wrong=0.5, refused=0.0))
+    assert figures(dict(share_of(3, 4), kinds=kinds))[1:3] == [
+        "a 0.5000 ± 0.2500", "b 1.0000 ± 0.2165 (wrong 0.5000, refused 0.0000)"]
+    assert figures(dict(accuracy=0.5, accuracy_error="?", n=1)) == ["accuracy 0.5000", "n 1"]
 
 
 def test_the_published_list_of_tasks_reads_as_the_table_does(core_folder):
@@ -528,7 +544,7 @@ def test_accuracy_is_counted_for_each_kind(tokenizer, tmp_path):
         dict(question="Who?", answer="Ada", kind="identity", check="contains")])
     replies = {"1+1?": "#### 2", "2+2?": "#### 5", "Who?": "I am Ada."}
     result = solve(scripted(tokenizer, replies), path)
-    assert result["kinds"] == dict(identity=dict(accuracy=1.0, n=1), sums=dict(accuracy=0.5, n=2))
+    assert result["kinds"] == dict(identity=share_of(1, 1), sums=share_of(1, 2))
     assert result["n"] == 3 and result["accuracy"] == pytest.approx(2 / 3) and result["cut"] == 0
 
 
@@ -570,7 +586,8 @@ def test_results_are_shown_even_if_they_cannot_be_written(base_run, tmp_path, mo
     with pytest.raises(SystemExit, match="eval.json cannot be written: No space left on device; "):
         run_main(eval_module, "--model", base_run, "--tasks", path, "--max_new_tokens", 2)
     out = capsys.readouterr().out
-    assert "accuracy 0.0000 | \\x1b[2J 0.0000 | \\ud800 0.0000 | n 2" in out and "\x1b" not in out
+    assert ("accuracy 0.0000 ± 0.2165 | \\x1b[2J 0.0000 ± 0.2722 | \\ud800 0.0000 ± 0.2722 | n 2"
+            in out and "\x1b" not in out)
 
 
 @pytest.mark.parametrize("stored", ["[]", "{", '{"%s": 3}', "[" * 200_000])
@@ -589,8 +606,7 @@ def test_a_model_of_almost_no_context_is_measured_all_the_same(block_size, token
     engine = Engine(noisy(config), tokenizer)
     assert core(engine, core_folder)["n"] == 6
     path = write_jsonl(core_folder / "p.jsonl", [dict(question="a?", answer="1")])
-    assert solve(engine, path) == dict(accuracy=0.0, n=1, cut=1,
-                                       kinds=dict(problems=dict(accuracy=0.0, n=1)))
+    assert solve(engine, path) == dict(share_of(0, 1), cut=1, kinds=dict(problems=share_of(0, 1)))
 
 
 def test_a_base_model_is_asked_in_the_chat_prompt_and_that_is_said(base_run, tmp_path, capsys):
