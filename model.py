@@ -185,21 +185,20 @@ def sdpa(q, k, v, window, scale, mask=None, dropout=0.0):
     q = q.transpose(1, 2)                                                   # (B, NH, T, HS)
     k = k.transpose(1, 2)                                                   # (B, NH, S, HS)
     v = v.transpose(1, 2)
-    causal = mask is None and window >= q.shape[2] - 1
-    if mask is None and not causal:
+    if mask is None and window < q.shape[2] - 1:
         s = torch.arange(q.shape[2], device=q.device)
         mask = visible(s[:, None], s, window)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale,
-                                       dropout_p=dropout)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                       scale=scale, dropout_p=dropout)
     return y.transpose(1, 2)
 
 def take(x, last):
-    """x (B, T, …), last (B,) → (B, 1, …): one position of each row."""
-    return x[torch.arange(len(x), device=x.device), last][:, None]
+    """x (B, T, …), last (B,) or (B, N) → (B, 1 or N, …): these positions of each row."""
+    return x[torch.arange(len(x), device=x.device)[:, None], last.view(len(x), -1)]
 
 class Attention(nn.Module):
     """x (B, T, C) → (B, T, C): each position averages the values of the positions that it sees.
-    With `last`, only those positions do, and the result is (B, 1, C)."""
+    With `last`, only those positions do, and the result is (B, N, C)."""
     def __init__(self, config, layer):
         super().__init__()
         C = config.n_embd
@@ -232,8 +231,11 @@ class Attention(nn.Module):
             k, v, mask = cache.append(self.layer, k, v, pos, self.window)
             if last is not None:
                 q = take(q, last)
-                query = take(pos, last)[:, None, :, None]                   # (B, 1, 1, 1)
-                mask = visible(query, torch.arange(k.shape[1], device=k.device), self.window)
+                if mask is None:
+                    query = take(pos, last)[:, None, :, None]               # (B, 1, N, 1)
+                    mask = visible(query, torch.arange(k.shape[1], device=k.device), self.window)
+                else:
+                    mask = take(mask[:, 0], last)[:, None]                  # (B, 1, N, S)
             y = cache.attention(q, k, v, self.window, scale, mask)
         elif self.training and self.config.dropout:
             y = sdpa(q, k, v, self.window, scale, dropout=self.config.dropout)
@@ -354,15 +356,15 @@ class GPT(nn.Module):
             p[V:] = 0.0                 # the padding rows are never a token
 
     def hidden(self, idx, cache=None, last=None, run_layer=run_layer):
-        """idx (B, T) → what the head reads, (B, T, C) after the last norm. last (B,), which needs a
-        cache: only these positions are read, (B, 1, C). For the others the last layer then stops at
-        their keys and values, so that a prompt costs most of a layer less. run_layer: a trainer may
-        bring its own, which computes the same."""
+        """idx (B, T) → what the head reads, (B, T, C) after the last norm. last (B,) or (B, N):
+        these positions alone are read, (B, 1 or N, C); it needs a cache. For the others the last
+        layer then stops at their keys and values, and a prompt costs most of a layer less.
+        run_layer: a trainer may bring its own, which computes the same."""
         config = self.config
         T = idx.shape[1]
         pos = torch.arange(T, device=idx.device)[None]                               # (1, T)
         if cache is not None:
-            pos = pos + cache.pos[:, None]                                           # (B, T)
+            pos = pos + cache.pos.view(len(idx), -1)                                 # (B, T)
         longest = T if cache is None else cache.used + T
         assert longest <= config.block_size, (longest, config.block_size)
         x = self.wte(idx).to(self.compute_dtype)                                     # (B, T, C)
@@ -373,8 +375,7 @@ class GPT(nn.Module):
             x = x + self.wpe(pos).to(x.dtype)
         if config.rms_norm:
             x = rms_norm(x)
-        x = self.dropout(x)
-        x0 = x                          # residual_scalars add a share of it before each block
+        x = x0 = self.dropout(x)        # residual_scalars add a share of x0 before each block
         for layer, block in enumerate(self.h):
             scalars = table = None
             if config.residual_scalars:

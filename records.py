@@ -121,8 +121,10 @@ INDEX = {"funnel?": [FUNNEL_ROW], "samples?": {ANY: [{"text?": is_text}]},
          "tokenizer?": {"n_vocab?": is_finite},
          "settings?": {"quality?": is_text, "extractor?": is_text},
          **dict.fromkeys(("documents?", "prose?"), [{"file": is_text, "split?": is_text}])}
-SHARES = {"accuracy": is_finite, "n?": is_finite, "refused?": is_finite, "wrong?": is_finite}
-TASK = {"accuracy?": is_finite, "centered?": is_finite, "n?": is_finite}
+SHARES = {"accuracy": is_finite, "accuracy_error?": is_finite, "n?": is_finite,
+          "refused?": is_finite, "wrong?": is_finite}
+TASK = {"accuracy?": is_finite, "accuracy_error?": is_finite, "centered?": is_finite,
+        "n?": is_finite, "contaminated?": is_finite, "clean_accuracy?": is_finite}
 RESULT = {"left_out?": [is_text], "arguments?": {}, "kinds?": {ANY: SHARES}, "core?": is_finite,
           "tasks?": {ANY: TASK}}
 LOG_ROW = {"step?": is_finite, "seconds?": is_finite, "loss?": is_number, "val_loss?": is_number,

@@ -75,7 +75,7 @@ class Ours:
     def answers(self, task, rows):
         """Yields (spans, whether the answer was right)."""
         for spans, gold in core_questions(self.tokenizer, task, rows, len(rows)):
-            yield spans, is_right(score(self.model, spans), gold)
+            yield spans, is_right(score(self.model, [spans])[0], gold)
 
     def as_written(self, task, row, rest):
         """A row of language modeling whose answer begins with the model's own next token. Without

@@ -332,8 +332,13 @@ def check_last(config):
         for start, count, lengths in ((0, 14, [3, 14, 9]), (14, 5, [5, 1, 2])):
             idx = TEXT[:, start:start + count]
             last = torch.tensor(lengths) - 1
+            two = torch.stack((last, 0 * last), 1)
+            ends, begins = model.hidden(idx, cache.rows([0, 1, 2]), last=two).unbind(1)
             found = model.hidden(idx, cache, last=last)
-            wanted = model.hidden(idx, whole)[torch.arange(3), last]
+            torch.testing.assert_close(ends, found[:, 0], rtol=0, atol=1e-4)
+            read = model.hidden(idx, whole)
+            wanted = read[torch.arange(3), last]
+            torch.testing.assert_close(begins, read[:, 0], rtol=0, atol=1e-4)
             torch.testing.assert_close(found, wanted[:, None], rtol=0, atol=1e-4)
             assert torch.equal(cache.k, whole.k) and torch.equal(cache.v, whole.v)
             cache.pos = whole.pos = whole.pos - (count - torch.tensor(lengths))
@@ -866,14 +871,16 @@ def text_only(value):
 @pytest.mark.parametrize("owner, name, old, new, check, argument", [
     (model_module, "visible", "t - s <= window", "t - s < window", check_window, 4),
     (model_module, "visible", "s <= t", "s <= t + 1", check_window, 4),
-    (model_module, "sdpa", "window >= q.shape[2] - 1", "window >= 0", check_window, 4),
-    (model_module, "sdpa", "is_causal=causal", "is_causal=False", check_causality, GPT2),
+    (model_module, "sdpa", "window < q.shape[2] - 1", "window < 0", check_window, 4),
+    (model_module, "sdpa", "is_causal=mask is None", "is_causal=False", check_causality, GPT2),
     (KVCache, "append", "pos[:, None, :, None]", "self.used + 0 * pos[:, None, :, None]",
      check_cache, GPT2),
     (KVCache, "append", "device=k.device), window)", "device=k.device), 8)", check_cache, MODERN),
-    (GPT, "hidden", "pos + cache.pos[:, None]", "pos + cache.used", check_cache, MODERN),
+    (GPT, "hidden", "pos + cache.pos.view(len(idx), -1)", "pos + cache.used", check_cache, MODERN),
     (GPT, "hidden", "middle = take(middle, last)", "middle = middle[:, -1:]", check_last, MODERN),
     (model_module.Attention, "forward", "take(pos, last)", "pos[:, -1:]", check_last, GPT2),
+    (model_module.Attention, "forward", "take(mask[:, 0], last)", "mask[:, 0, :1]", check_last,
+     GPT2),
     (model_module.Block, "forward", "x = take(x, last)", "x = x[:, -1:]", check_last, GPT2),
     (loss_module, "loss_and_gradient", "dy.addcmul_(dy, t.square_(), value=-1)", "pass",
      check_cross_entropy, 3.0),
