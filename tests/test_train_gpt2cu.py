@@ -622,8 +622,8 @@ def test_every_kernel_is_launched_by_launch_and_so_has_a_row_in_the_profile():
 
 
 @pytest.mark.parametrize("precision, other", [
-    ("bf16", f"plain_|gelu_backward|{DN_KERNELS}"),
-    ("fp32", f"attention_(forward|backward)|{DN_KERNELS}")])
+    ("bf16", f"plain_|gelu_backward|fp8_|{DN_KERNELS}"),
+    ("fp32", f"attention_(forward|backward)|fp8_|{DN_KERNELS}")])
 def test_a_profile_has_every_kernel_and_the_bytes_it_moves(precision, other, cuda_data, tmp_path,
                                                            request):
     binary = request.getfixturevalue(precision)
@@ -730,7 +730,10 @@ def test_no_steps_are_not_the_default_but_save_the_first_model(bf16, init, cuda_
     (["--seq_len", 81], "try --seq_len 80"),
     (["--config", "n_layer=2"], "leave --config out"),
     (["--model", "gpt2", "--config", "n_layer=1", "softcap=0"], "--config softcap=0"),
-    (["--fp8", 1], "--fp8 is a flag of train_gpt2.py"),
+    (["--device", "cpu"], "--device is a flag of train_gpt2.py"),
+    (["--fp8", 2], "--fp8 must be at most 1, got 2"),
+    (["--fp8", 1, "--seq_len", 79, "--total_batch_size", 158], "multiples of 16, got 128 and 158"),
+    (["--fp8", 1, "--model", "gpt2", "--config", "n_head=1", "n_embd=136"], "got 136 and"),
     (["--layers", 3], "--layers is not a flag"),
     (["--lr", "high"], "--lr must be a number, got high"),
     (["--lr", 0], "--lr must be at least 1e-38, got 0"), (["--lr", -1], "must be at least"),
