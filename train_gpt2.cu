@@ -32,9 +32,10 @@ Numerics: weights and activations are bf16 (floatX); sums and statistics are com
 rank keeps fp32 master weights and optimizer states of its 1/world_size of the parameters (ZeRO-1,
 arXiv 1910.02054). A rank owns the matrices that Muon trains by whole layers, as in training.py.
 Gradients of parameters are fp32 and accumulate over micro-steps. Gradients of activations are bf16
-and overwrite what was there, except along the residual stream, where they add up. With -DFP32
-everything is fp32, for cards before sm_80 and for tests. There are no floating-point atomics: the
-same run gives the same bits.
+and overwrite what was there, except along the residual stream, where they add up. With --fp8 1 the
+layers' matmuls have 8-bit operands while the model trains (§6). With -DFP32 everything is fp32, for
+cards before sm_80 and for tests. There are no floating-point atomics: the same run gives the same
+bits.
 
 Memory: matrices are stored as in HF's GPT-2, (in, out), so that files and memory hold the same.
 
@@ -213,7 +214,7 @@ static void add_times(double step_ms) {
 
 // Prints one row for each name of work, the longest time first. "of bound" is the time that memory
 // or tensor cores would need at their peak rate, as a share of the time taken. A peak rate of 0
-// means that it is unknown.
+// means that it is unknown. The rate is that of bf16: a matmul in 8 bits may take half the time.
 static void print_profile(double bytes_per_s, double flops_per_s) {
     int steps = profile.n_steps;
     double rest_ms = profile.ms;
@@ -570,6 +571,7 @@ struct LayerNormForward {
     floatX* x = NULL;
     floatX* out;
     float *mean, *rstd;                 // (BT)
+    unsigned* largest = NULL;           // raised to the largest |out| for --fp8 1 (§6)
     int BT, C;
 };
 
@@ -604,15 +606,18 @@ __global__ void layernorm_forward_kernel(LayerNormForward norm) {
         for (int i = 0; i < PACK; i++) { square_sum += (row[c + i] - mean) * (row[c + i] - mean); }
     }
     float rstd = rsqrtf(warp_sum(square_sum) / C + 1e-5f);
+    float magnitude = 0.0f;
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack weight = load(norm.weight + c);
         Pack bias = load(norm.bias + c);
         Pack value;
         for (int i = 0; i < PACK; i++) {
             value.set(i, (row[c + i] - mean) * rstd * weight[i] + bias[i]);
+            magnitude = fmaxf(magnitude, fabsf(value[i]));
         }
         store(norm.out + bt * C + c, value);
     }
+    if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }
     if (lane == 0) {
         norm.mean[bt] = mean;
         norm.rstd[bt] = rstd;
@@ -625,6 +630,7 @@ struct LayerNormBackward {
     floatX* dx;                         // added to
     float *dweight, *dbias;             // (C), added to
     float* partials;                    // (NORM_PARTIALS, 2C): dweight, then dbias
+    unsigned* largest = NULL;           // raised to the largest |dx| for --fp8 1
     int BT, C;
 };
 
@@ -645,6 +651,7 @@ __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
     bool active = c < C;
     float dweight[PACK] = {};
     float dbias[PACK] = {};
+    float magnitude = 0.0f;
     Pack weight = load(norm.weight + (active ? c : 0));
     for (int first = blockIdx.x * NORM_ROWS; first < norm.BT; first += gridDim.x * NORM_ROWS) {
         float n[NORM_ROWS][PACK] = {};
@@ -685,12 +692,14 @@ __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
                 for (int i = 0; i < PACK; i++) {
                     float here = (dn[r][i] - mean_dn - n[r][i] * mean_dn_n) * rstd[r];
                     dx.set(i, dx[i] + here);
+                    magnitude = fmaxf(magnitude, fabsf(dx[i]));
                 }
                 store(norm.dx + bt * C + c, dx);
             }
         }
         __syncthreads();
     }
+    if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }
     if (!active) { return; }
     float* partial = norm.partials + (int64_t)blockIdx.x * 2 * C + c;
     for (int i = 0; i < PACK; i++) {
@@ -755,6 +764,7 @@ struct RmsNormForward {
     floatX* s = NULL;
     floatX* out;
     float* rstd;                        // (BT)
+    unsigned* largest = NULL;           // raised to the largest |out| for --fp8 1
     int BT, C;
 };
 
@@ -785,11 +795,16 @@ __global__ void rmsnorm_forward_kernel(RmsNormForward norm) {
         }
     }
     float rstd = rsqrtf(warp_sum(square_sum) / C + RMS_EPSILON);
+    float magnitude = 0.0f;
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack value;
-        for (int i = 0; i < PACK; i++) { value.set(i, row[c + i] * rstd); }
+        for (int i = 0; i < PACK; i++) {
+            value.set(i, row[c + i] * rstd);
+            magnitude = fmaxf(magnitude, fabsf(value[i]));
+        }
         store(norm.out + bt * C + c, value);
     }
+    if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }
     if (lane == 0) { norm.rstd[bt] = rstd; }
 }
 
@@ -804,6 +819,7 @@ struct RmsNormBackward {
     float* dlambda = NULL;              // one number, added to
     float* dmu = NULL;                  // one number, added to
     float* partials = NULL;             // (RMS_PARTIALS, 2): dλ, dμ; only with a mix
+    unsigned* largest = NULL;           // raised to the largest |dx| for --fp8 1
     int BT, C;
 };
 
@@ -821,6 +837,7 @@ __global__ void rmsnorm_backward_kernel(RmsNormBackward norm) {
     float mu = mix.e != NULL ? mix.sign * *mix.mu : 0.0f;
     float dlambda = 0.0f;
     float dmu = 0.0f;
+    float magnitude = 0.0f;
     for (int64_t bt = blockIdx.x * NORM_WARPS + warp; bt < norm.BT; bt += gridDim.x * NORM_WARPS) {
         const floatX* from = norm.x + (norm.tokens != NULL ? norm.tokens[bt] : bt) * C;
         float rstd = norm.rstd[bt];
@@ -845,6 +862,7 @@ __global__ void rmsnorm_backward_kernel(RmsNormBackward norm) {
             for (int i = 0; i < PACK; i++) {
                 float ds = dx[i] + (dout[i] - s[i] * rstd * mean) * rstd;
                 dx.set(i, lambda * ds);
+                magnitude = fmaxf(magnitude, fabsf(dx[i]));
                 if (mix.e == NULL) { continue; }
                 dlambda += ds * x[i];
                 dmu += mix.sign * ds * e[i];
@@ -854,6 +872,7 @@ __global__ void rmsnorm_backward_kernel(RmsNormBackward norm) {
             if (mix.e != NULL) { store(norm.de + bt * C + c, de); }
         }
     }
+    if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }
     if (mix.e == NULL) { return; }
     dlambda = block_sum(dlambda);
     dmu = block_sum(dmu);
@@ -1081,16 +1100,21 @@ struct LinearSizes { int rows, C, OC; };
 //   scale = max |x| / (largest number of the format)    x8 = x / scale in 8 bits    x ≈ scale x8
 //   y = x8 w8    dx = dy8 w8ᵀ    dw += x8ᵀ dy8, each times the scales of its two operands
 //
-// Tensor cores take 8-bit operands only if the index that is summed over is contiguous in both of
-// them. That index is a row's in y, and in dx; in w it is so for dx alone, and for dw in neither
-// operand. So a tensor is kept twice, as it is and transposed:
+// Tensor cores take 8-bit operands only if the numbers that are summed over are contiguous in both.
+// The rows of a matrix are so, its columns are not. Each tensor is therefore kept twice, as it is
+// and transposed:
 //
 //   product        summed over    A                     B
 //   y  = x w       C              w.columns (OC, C)     x.rows (rows, C)
 //   dx = dy wᵀ     OC             w.rows (C, OC)        dy.rows (rows, OC)
 //   dw += xᵀ dy    rows           dy.columns (OC, rows) x.columns (C, rows)
 //
-// x, dy and w are read twice to be rounded: once for the scale, and once to be divided by it.
+// The scale is taken from the tensor itself, so the whole tensor must exist before its first number
+// can be rounded. A kernel that produces a tensor therefore writes it in bf16 and measures it as it
+// does so (raise_largest). fp8_quantise_kernel then reads it, rounds it and transposes it. What
+// attention returns is measured by a kernel of its own, and so are the weights, once a step. GELU
+// and ReLU² are computed from their input twice, to be measured and to be rounded, and are never
+// written in bf16.
 
 const int FP8_UNIT = 16;            // sizes of 8-bit operands are multiples of this
 const int FP8_LEAST_SIZE = 128;     // smaller matrices multiply in bf16, as in model.py
@@ -1099,19 +1123,38 @@ struct Fp8Tensor {
     uint8_t *rows, *columns;        // x8 (M, K), and its transpose (K, M)
     unsigned* largest;              // the bits of max |x| as a float
     float* scale;
+    bool measured;                  // by the kernel that produces x; else fp8_quantise does it
 };
 
 // The 8-bit operands of one matrix of a layer, in its three products
 struct Fp8Linear { Fp8Tensor x, w, dy; };
 
+// Where the kernel that produces x, or dy, leaves the largest magnitude; NULL: it does not measure.
+static unsigned* largest_x(const Fp8Linear* fp8) {
+    return fp8 != NULL && fp8->x.measured ? fp8->x.largest : NULL;
+}
+static unsigned* largest_dy(const Fp8Linear* fp8) {
+    return fp8 != NULL && fp8->dy.measured ? fp8->dy.largest : NULL;
+}
+
+// What is measured and rounded is a function of what is in memory: itself, or a class of §8.
+struct Itself { static __device__ float forward(float x) { return x; } };
+
+template <class Function> __device__ float rounded(float x) {
+    return (float)(floatX)Function::forward(x);         // as if it had been in memory
+}
+
 // One thread: Packs that are as far apart as the grid has threads. Grid up to 1024 x 256. Reads n;
 // bound by memory.
+template <class Function>
 __global__ void fp8_measure_kernel(unsigned* largest, const floatX* x, int64_t n) {
     float magnitude = 0.0f;
     for (int64_t at = thread_in_grid() * PACK; at < n;
          at += (int64_t)gridDim.x * blockDim.x * PACK) {
         Pack value = load(x + at);
-        for (int i = 0; i < PACK; i++) { magnitude = fmaxf(magnitude, fabsf(value[i])); }
+        for (int i = 0; i < PACK; i++) {
+            magnitude = fmaxf(magnitude, fabsf(rounded<Function>(value[i])));
+        }
     }
     raise_largest(largest, magnitude);
 }
@@ -1141,7 +1184,7 @@ __device__ Bytes8 divided(const float* x, float scale) {
 // warps side by side: 128 x 128 numbers. So a warp reads 64 neighbouring bytes of each row and
 // writes 32 of it, and 128 of each column. Grid (columns/128, rows/128) x 128. Moves 4 bytes for
 // each number of x; bound by memory.
-template <__nv_fp8_interpretation_t FORMAT>
+template <__nv_fp8_interpretation_t FORMAT, class Function>
 __global__ void __launch_bounds__(128) fp8_quantise_kernel(Fp8Tensor to, const floatX* x, int rows,
                                                            int columns) {
     int lane = threadIdx.x % WARP;
@@ -1161,7 +1204,9 @@ __global__ void __launch_bounds__(128) fp8_quantise_kernel(Fp8Tensor to, const f
     Bytes8 across[16];
     for (int r = 0; r < 16; r++) {
         float values[8];
-        for (int i = 0; i < 8; i++) { values[i] = loaded[r][i / PACK][i % PACK]; }
+        for (int i = 0; i < 8; i++) {
+            values[i] = rounded<Function>(loaded[r][i / PACK][i % PACK]);
+        }
         across[r] = divided<FORMAT>(values, scale);
         *(Bytes8*)(to.rows + (row + r) * columns + column) = across[r];
     }
@@ -1175,26 +1220,29 @@ __global__ void __launch_bounds__(128) fp8_quantise_kernel(Fp8Tensor to, const f
     }
 }
 
-// *to.largest must be 0. rows and columns are multiples of 16.
-template <__nv_fp8_interpretation_t FORMAT>
+// *to.largest must be 0, unless to.measured. rows and columns are multiples of 16.
+template <__nv_fp8_interpretation_t FORMAT, class Function = Itself>
 static void fp8_quantise(Fp8Tensor to, const floatX* x, int rows, int columns,
                          cudaStream_t stream) {
     int64_t n = (int64_t)rows * columns;
     int64_t blocks = min(ceil_div(n, (int64_t)256 * PACK), (int64_t)1024);
-    launch({"fp8_measure", (double)n * sizeof(floatX)}, {(unsigned)blocks, 256, stream},
-           fp8_measure_kernel, to.largest, x, n);
+    if (!to.measured) {
+        launch({"fp8_measure", (double)n * sizeof(floatX)}, {(unsigned)blocks, 256, stream},
+               fp8_measure_kernel<Function>, to.largest, x, n);
+    }
     dim3 grid(ceil_div(columns, 128), ceil_div(rows, 128));
     launch({"fp8_quantise", n * (sizeof(floatX) + 2.0)}, {grid, 128, stream},
-           fp8_quantise_kernel<FORMAT>, to, x, rows, columns);
+           fp8_quantise_kernel<FORMAT, Function>, to, x, rows, columns);
 }
 
-// y = x w + bias. Weights are already in f->w. As in precision.py, only this product has fast sums.
+// y = x w + bias. The weights are already in f->w, and if x is NULL, x is already in f->x. As in
+// precision.py, only this product has fast sums.
 static void fp8_linear_forward(floatX* y, const Fp8Linear* f, const floatX* x, const floatX* bias,
                                LinearSizes n, cudaStream_t stream) {
     Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .transpose = TRANSPOSE_A,
                  .epilogue = bias != NULL ? ADD_BIAS : PLAIN, .a_type = CUDA_R_8F_E4M3,
                  .b_type = CUDA_R_8F_E4M3, .fast_sums = true};
-    fp8_quantise<__NV_E4M3>(f->x, x, n.rows, n.C, stream);
+    if (x != NULL) { fp8_quantise<__NV_E4M3>(f->x, x, n.rows, n.C, stream); }
     matmul(y, f->w.columns, f->x.rows, mm, stream, bias, NULL, {f->w.scale, f->x.scale});
 }
 
@@ -1206,8 +1254,8 @@ static void fp8_linear_backward_input(floatX* dx, const Fp8Linear* f, LinearSize
     matmul(dx, f->w.rows, f->dy.rows, mm, stream, NULL, NULL, {f->w.scale, f->dy.scale});
 }
 
-// dw += xᵀ dy, where x is still in f->x. Unlike PyTorch's, the product is not rounded to bf16 before
-// it is added.
+// dw += xᵀ dy, where x is still in f->x. Unlike precision.py's, the product is not rounded to bf16
+// before it is added.
 static void fp8_linear_backward_weight(float* dw, const Fp8Linear* f, const floatX* dy,
                                        LinearSizes n, cudaStream_t stream) {
     Matmul mm = {.m = n.OC, .n = n.C, .k = n.rows, .transpose = TRANSPOSE_A, .accumulate = true,
@@ -2119,7 +2167,7 @@ static void gate_backward(floatX* dn, float* dgate_weight, float* partials, cons
 // ---- §8 GELU, ReLU² -----------------------------------------------------------------------------
 //
 // In bf16, cuBLASLt computes GELU and its derivative in the epilogues of matmuls (§6). The kernels
-// here serve fp32, --recompute, and dN's ReLU².
+// here serve fp32, --recompute, --fp8 1, and dN's ReLU².
 
 // GPT-2: u = sqrt(2/π) (x + 0.044715 x³)    y = x (1 + tanh u) / 2
 //        dx = dy ((1 + tanh u) / 2 + x (1 - tanh² u) u' / 2)
@@ -2156,17 +2204,22 @@ __global__ void activation_forward_kernel(floatX* y, const floatX* x, int64_t n)
     store(y + at, value);
 }
 
-// dy → dx in place. One thread: one Pack. Grid n/PACK/256 x 256. Moves 3n; bound by memory.
+// dy → dx in place. One thread: one Pack. Grid n/PACK/256 x 256. Moves 3n; bound by memory. If
+// `largest` is not NULL, it is raised to the largest |dx|, and n must fill whole warps.
 template <class Activation>
-__global__ void activation_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
+__global__ void activation_backward_kernel(floatX* dy, const floatX* x, int64_t n,
+                                           unsigned* largest) {
     int64_t at = thread_in_grid() * PACK;
     if (at >= n) { return; }
     Pack gradient = load(dy + at);
     Pack value = load(x + at);
+    float magnitude = 0.0f;
     for (int i = 0; i < PACK; i++) {
         gradient.set(i, Activation::backward(gradient[i], value[i]));
+        magnitude = fmaxf(magnitude, fabsf(gradient[i]));
     }
     store(dy + at, gradient);
+    if (largest != NULL) { raise_largest(largest, magnitude); }
 }
 
 template <class Activation>
@@ -2176,9 +2229,10 @@ static void activation_forward(floatX* y, const floatX* x, int64_t n, cudaStream
 }
 
 template <class Activation>
-static void activation_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
+static void activation_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream,
+                                unsigned* largest = NULL) {
     launch({Activation::BACKWARD, 3.0 * n * sizeof(floatX)}, one_thread_each(n / PACK, stream),
-           activation_backward_kernel<Activation>, dy, x, n);
+           activation_backward_kernel<Activation>, dy, x, n, largest);
 }
 
 // ---- §9 Classifier ------------------------------------------------------------------------------
@@ -3051,13 +3105,14 @@ static void memory_bytes(Config config, int T, int recompute, int world_size, do
     double N = make_table(config, world_size).size;
     const double widths[] = {16, 12, 10};       // allocate_layer, in (BT, C), by recompute
     double width = widths[min(recompute, 2)];
+    if (fp8) { width += recompute < 1 ? -1.5 : 0.5; }           // allocate_layer and allocate_fp8
     *row = T * (sizeof(floatX) * C * (width * L + 18) + 4 * (4 * config.n_head + 4) * (L + 1));
     *fixed = N * (sizeof(floatX) + 4 + 12.0 / world_size) + WORKSPACE_BYTES +
              (double)HEAD_ROWS * padded_vocab(config) * sizeof(floatX);
     if (config.modern) { *fixed += 14 * C * C * sizeof(floatX); }       // Muon's workspace
     if (fp8) {                                          // allocate_fp8
         *fixed += 24 * L * C * C;
-        *row += T * C * (7 * L + 8);
+        *row += T * C * 16;
     }
 }
 
@@ -3073,7 +3128,8 @@ static AttentionSizes attention_sizes(const Model* model, int l) {
 }
 
 // --recompute 1 computes act again in the backward pass; --recompute 2 also the outputs of the
-// norms. What is computed again has memory in the first layer only, which all layers share.
+// norms. What is computed again has memory in the first layer only, which all layers share. With
+// --fp8 1 that is so for all that the backward pass needs in 8 bits alone (allocate_fp8).
 static void allocate_layer(Model* model, int l) {
     int64_t BT = (int64_t)model->B * model->T;
     int64_t C = model->config.n_embd;
@@ -3084,11 +3140,10 @@ static void allocate_layer(Model* model, int l) {
     a->y = allocate_x(BT * C);
     a->x_mid = allocate_x(BT * C);
     a->fc = allocate_x(BT * 4 * C);
-    if (l == 0 || model->recompute < 1) { a->act = allocate_x(BT * 4 * C); }
-    if (l == 0 || model->recompute < 2) {
-        a->ln_1 = allocate_x(BT * C);
-        a->ln_2 = allocate_x(BT * C);
-    }
+    bool fp8 = model->fp8 != NULL;
+    if (l == 0 || (model->recompute < 1 && !fp8)) { a->act = allocate_x(BT * 4 * C); }
+    if (l == 0 || model->recompute < 2) { a->ln_1 = allocate_x(BT * C); }
+    if (l == 0 || (model->recompute < 2 && !fp8)) { a->ln_2 = allocate_x(BT * C); }
     a->lse = allocate_float(BT * model->config.n_head);
     a->ln_1_mean = allocate_float(BT);
     a->ln_1_rstd = allocate_float(BT);
@@ -3171,33 +3226,70 @@ static void allocate_modern(Model* model) {
                    .sums = allocate_float(4 * C)};
 }
 
-// Sets up the 8-bit operands. A layer's x.columns are kept for its backward pass. What only the
-// next matmul reads has memory once: x.rows, dy.rows and dy.columns.
+// Sets up the 8-bit operands. x.columns are kept for the backward pass, or, if --recompute computes
+// x again, have memory in the first layer only. What only the next matmul reads has memory once:
+// x.rows, dy.rows and dy.columns.
 static void allocate_fp8(Model* model) {
     int64_t BT = (int64_t)model->B * model->T;
     int64_t C = model->config.n_embd;
     int n = model->config.n_layer * 4;
-    uint8_t* rows = (uint8_t*)allocate(BT * 4 * C);
-    uint8_t* columns = (uint8_t*)allocate(BT * 4 * C);
+    auto allocate_8 = [](int64_t size) { return (uint8_t*)allocate(size); };
+    uint8_t* rows = allocate_8(BT * 4 * C);
+    uint8_t* columns = allocate_8(BT * 4 * C);
     unsigned* largest = (unsigned*)allocate(3 * n * sizeof(unsigned));
-    float* scales = allocate_float(3 * n);
-    model->fp8 = (Fp8Linear*)calloc(n, sizeof(Fp8Linear));
+    float* scale = allocate_float(3 * n);
+    Fp8Linear* fp8 = (Fp8Linear*)calloc(n, sizeof(Fp8Linear));
+    model->fp8 = fp8;
     model->fp8_largest = largest;
     for (int i = 0; i < n; i++) {
-        Tensor w = model->table.tensors[model->table.layer_tensors[i / 4] + i % 4];
+        int l = i / 4;
+        int which = i % 4;
+        Tensor w = model->table.tensors[model->table.layer_tensors[l] + which];
         int64_t size = (int64_t)w.rows * w.columns;
-        unsigned* l = largest + 3 * i;
-        float* scale = scales + 3 * i;
-        model->fp8[i] = {
-            .x = {rows, (uint8_t*)allocate(BT * w.rows), l, scale},
-            .w = {(uint8_t*)allocate(size), (uint8_t*)allocate(size), l + 1, scale + 1},
-            .dy = {rows, columns, l + 2, scale + 2}};
+        bool x_is_norm = which == ATTN_W || which == FC_W;
+        bool x_again = (x_is_norm && model->recompute >= 2) ||
+                       (which == FC_PROJ_W && model->recompute >= 1);
+        uint8_t* x_columns = l > 0 && x_again ? fp8[which].x.columns : allocate_8(BT * w.rows);
+        // dqkv comes from attention; backout adds to the gradient of the stream after the middle
+        bool is_middle = model->config.modern && which == FC_PROJ_W &&
+                         l == model->config.n_layer / 2;
+        bool dy_measured = which != ATTN_W && !is_middle;
+        fp8[i].x = {rows, x_columns, largest + 3 * i, scale + 3 * i, x_is_norm};
+        fp8[i].w = {allocate_8(size), allocate_8(size), largest + 3 * i + 1, scale + 3 * i + 1};
+        fp8[i].dy = {rows, columns, largest + 3 * i + 2, scale + 3 * i + 2, dy_measured};
     }
 }
 
 // The 8-bit operands of a layer's matrix `which`, or NULL. Evaluations multiply in bf16.
 static const Fp8Linear* in_8_bits(const Model* model, int l, int which, bool train) {
     return train && model->fp8 != NULL ? &model->fp8[4 * l + which] : NULL;
+}
+
+// Where to leave the largest magnitude of the gradient of the stream after layer l
+static unsigned* largest_of_stream(const Model* model, int l) {
+    return l < 0 ? NULL : largest_dy(in_8_bits(model, l, FC_PROJ_W, true));
+}
+
+// act = GELU or ReLU² of fc. If a matmul in 8 bits reads it, it goes straight to fp8->x.
+template <class Activation>
+static void activate(const Model* model, LayerActivations* a, const Fp8Linear* fp8) {
+    int BT = model->B * model->T;
+    int width = 4 * model->config.n_embd;
+    if (fp8 != NULL) {
+        fp8_quantise<__NV_E4M3, Activation>(fp8->x, a->fc, BT, width, model->stream);
+    } else {
+        activation_forward<Activation>(a->act, a->fc, (int64_t)BT * width, model->stream);
+    }
+}
+
+// For --recompute 2, after the norms were computed again: their outputs in 8 bits
+static void quantise_norms(const Model* model, int l) {
+    const LayerActivations* a = &model->layers[l];
+    int BT = model->B * model->T;
+    int C = model->config.n_embd;
+    if (model->fp8 == NULL) { return; }
+    fp8_quantise<__NV_E4M3>(model->fp8[4 * l + ATTN_W].x, a->ln_1, BT, C, model->stream);
+    fp8_quantise<__NV_E4M3>(model->fp8[4 * l + FC_W].x, a->ln_2, BT, C, model->stream);
 }
 
 // Every tensor is measured anew.
@@ -3234,9 +3326,9 @@ static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks
     model.masters = allocate_float(all.state);
     model.m = allocate_float(all.state);
     model.v = allocate_float(all.v);
+    if (fp8) { allocate_fp8(&model); }
     allocate_activations(&model);
     if (config.modern) { allocate_modern(&model); }
-    if (fp8) { allocate_fp8(&model); }
     start_cublas();
     CHECK_CUDA(cudaDeviceSynchronize());        // all zeros are written before a stream uses them
     return model;
@@ -3256,21 +3348,23 @@ static void layer_forward(Model* model, int l, const floatX* branch, bool train)
     const floatX* before = branch != NULL ? model->layers[l - 1].x_mid : a->x;
     layernorm_forward({.a = before, .b = branch, .weight = p(LN_1_W), .bias = p(LN_1_B),
                        .x = a->x, .out = a->ln_1, .mean = a->ln_1_mean, .rstd = a->ln_1_rstd,
-                       .BT = BT, .C = C}, stream);
+                       .largest = largest_x(fp8(ATTN_W)), .BT = BT, .C = C},
+                      stream);
     linear_forward(a->qkv, a->ln_1, p(ATTN_W), p(ATTN_B), {BT, C, 3 * C}, stream, fp8(ATTN_W));
     attention_forward(a->y, a->lse, a->qkv, sizes, stream);
     linear_forward(model->branch, a->y, p(ATTN_PROJ_W), p(ATTN_PROJ_B), {BT, C, C}, stream,
                    fp8(ATTN_PROJ_W));
     layernorm_forward({.a = a->x, .b = model->branch, .weight = p(LN_2_W), .bias = p(LN_2_B),
                        .x = a->x_mid, .out = a->ln_2, .mean = a->ln_2_mean, .rstd = a->ln_2_rstd,
-                       .BT = BT, .C = C}, stream);
+                       .largest = largest_x(fp8(FC_W)), .BT = BT, .C = C}, stream);
     if (BF16 && fp8(FC_W) == NULL) {
         linear_gelu_forward(a->act, a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream);
     } else {
         linear_forward(a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream, fp8(FC_W));
-        activation_forward<Gelu>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
+        activate<Gelu>(model, a, fp8(FC_PROJ_W));
     }
-    linear_forward(model->branch, a->act, p(FC_PROJ_W), p(FC_PROJ_B), {BT, 4 * C, C}, stream,
+    const floatX* act = fp8(FC_PROJ_W) == NULL ? a->act : NULL;
+    linear_forward(model->branch, act, p(FC_PROJ_W), p(FC_PROJ_B), {BT, 4 * C, C}, stream,
                    fp8(FC_PROJ_W));
 }
 
@@ -3287,14 +3381,13 @@ static void layer_backward(Model* model, int l) {
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
     auto fp8 = [&](int which) { return in_8_bits(model, l, which, true); };
     auto d = [&](int which) { return model->gradients + layer_offset(model, l, which); };
-    if (model->recompute >= 1) {
-        activation_forward<Gelu>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
-    }
+    if (model->recompute >= 1) { activate<Gelu>(model, a, fp8(FC_PROJ_W)); }
     if (model->recompute >= 2) {
         layernorm_forward({.a = a->x, .weight = p(LN_1_W), .bias = p(LN_1_B), .out = a->ln_1,
                            .mean = a->ln_1_mean, .rstd = a->ln_1_rstd, .BT = BT, .C = C}, stream);
         layernorm_forward({.a = a->x_mid, .weight = p(LN_2_W), .bias = p(LN_2_B), .out = a->ln_2,
                            .mean = a->ln_2_mean, .rstd = a->ln_2_rstd, .BT = BT, .C = C}, stream);
+        quantise_norms(model, l);
     }
     linear_backward_weight(d(FC_PROJ_W), d(FC_PROJ_B), partials, a->act, dx, {BT, 4 * C, C},
                            stream, fp8(FC_PROJ_W));
@@ -3302,14 +3395,17 @@ static void layer_backward(Model* model, int l) {
         linear_gelu_backward_input(dwide, dx, p(FC_PROJ_W), a->fc, {BT, 4 * C, C}, stream);
     } else {
         linear_backward_input(dwide, dx, p(FC_PROJ_W), {BT, 4 * C, C}, stream, fp8(FC_PROJ_W));
-        activation_backward<Gelu>(dwide, a->fc, (int64_t)BT * 4 * C, stream);
+        activation_backward<Gelu>(dwide, a->fc, (int64_t)BT * 4 * C, stream,
+                                  largest_dy(fp8(FC_W)));
     }
     linear_backward_weight(d(FC_W), d(FC_B), partials, a->ln_2, dwide, {BT, C, 4 * C}, stream,
                            fp8(FC_W));
     linear_backward_input(dbranch, dwide, p(FC_W), {BT, C, 4 * C}, stream, fp8(FC_W));
     layernorm_backward({.dout = dbranch, .x = a->x_mid, .weight = p(LN_2_W), .mean = a->ln_2_mean,
                         .rstd = a->ln_2_rstd, .dx = dx, .dweight = d(LN_2_W), .dbias = d(LN_2_B),
-                        .partials = partials, .BT = BT, .C = C}, stream);
+                        .partials = partials,
+                        .largest = largest_dy(fp8(ATTN_PROJ_W)), .BT = BT, .C = C},
+                       stream);
     linear_backward_weight(d(ATTN_PROJ_W), d(ATTN_PROJ_B), partials, a->y, dx, {BT, C, C}, stream,
                            fp8(ATTN_PROJ_W));
     linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream, fp8(ATTN_PROJ_W));
@@ -3319,7 +3415,8 @@ static void layer_backward(Model* model, int l) {
     linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream, fp8(ATTN_W));
     layernorm_backward({.dout = dbranch, .x = a->x, .weight = p(LN_1_W), .mean = a->ln_1_mean,
                         .rstd = a->ln_1_rstd, .dx = dx, .dweight = d(LN_1_W), .dbias = d(LN_1_B),
-                        .partials = partials, .BT = BT, .C = C}, stream);
+                        .partials = partials, .largest = largest_of_stream(model, l - 1),
+                        .BT = BT, .C = C}, stream);
 }
 
 // dN's layer, in which s = λ x + μ x0 takes the place of x. The first layer finds x in a->x. In the
@@ -3334,7 +3431,7 @@ static void modern_layer_forward(Model* model, int l, bool train) {
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
     auto fp8 = [&](int which) { return in_8_bits(model, l, which, train); };
     RmsNormForward ln_1 = {.a = a->x, .mix = a->mix, .s = s, .out = a->ln_1, .rstd = a->ln_1_rstd,
-                           .BT = BT, .C = C};
+                           .largest = largest_x(fp8(ATTN_W)), .BT = BT, .C = C};
     if (l > 0) {
         ln_1.a = model->layers[l - 1].x_mid;
         ln_1.b = branch;
@@ -3346,10 +3443,11 @@ static void modern_layer_forward(Model* model, int l, bool train) {
     attention_forward(a->y, a->lse, a->qkv, sizes, stream);
     linear_forward(branch, a->y, p(ATTN_PROJ_W), NULL, {BT, C, C}, stream, fp8(ATTN_PROJ_W));
     rmsnorm_forward({.a = s, .b = branch, .x = a->x_mid, .out = a->ln_2, .rstd = a->ln_2_rstd,
-                     .BT = BT, .C = C}, stream);
+                     .largest = largest_x(fp8(FC_W)), .BT = BT, .C = C}, stream);
     linear_forward(a->fc, a->ln_2, p(FC_W), NULL, {BT, C, 4 * C}, stream, fp8(FC_W));
-    activation_forward<Relu2>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
-    linear_forward(branch, a->act, p(FC_PROJ_W), NULL, {BT, 4 * C, C}, stream, fp8(FC_PROJ_W));
+    activate<Relu2>(model, a, fp8(FC_PROJ_W));
+    const floatX* act = fp8(FC_PROJ_W) == NULL ? a->act : NULL;
+    linear_forward(branch, act, p(FC_PROJ_W), NULL, {BT, 4 * C, C}, stream, fp8(FC_PROJ_W));
 }
 
 // The backward pass of modern_layer_forward. model->dx is, in: the gradient of the stream after the
@@ -3369,22 +3467,23 @@ static void modern_layer_backward(Model* model, int l, TokenIndex index) {
     auto backward_weight = [&](int which, floatX* x, floatX* dy, LinearSizes n) {
         linear_backward_weight(d(which), NULL, partials, x, dy, n, stream, fp8(which));
     };
-    if (model->recompute >= 1) {
-        activation_forward<Relu2>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
-    }
+    if (model->recompute >= 1) { activate<Relu2>(model, a, fp8(FC_PROJ_W)); }
     if (model->recompute >= 2) {
         rmsnorm_forward({.a = a->x, .mix = a->mix, .out = a->ln_1, .rstd = a->ln_1_rstd, .BT = BT,
                          .C = C}, stream);
         rmsnorm_forward({.a = a->x_mid, .out = a->ln_2, .rstd = a->ln_2_rstd, .BT = BT, .C = C},
                         stream);
+        quantise_norms(model, l);
     }
     backward_weight(FC_PROJ_W, a->act, dx, {BT, 4 * C, C});
     linear_backward_input(dwide, dx, p(FC_PROJ_W), {BT, 4 * C, C}, stream, fp8(FC_PROJ_W));
-    activation_backward<Relu2>(dwide, a->fc, (int64_t)BT * 4 * C, stream);
+    activation_backward<Relu2>(dwide, a->fc, (int64_t)BT * 4 * C, stream,
+                               largest_dy(fp8(FC_W)));
     backward_weight(FC_W, a->ln_2, dwide, {BT, C, 4 * C});
     linear_backward_input(dbranch, dwide, p(FC_W), {BT, C, 4 * C}, stream, fp8(FC_W));
-    rmsnorm_backward({.dout = dbranch, .x = a->x_mid, .rstd = a->ln_2_rstd, .dx = dx, .BT = BT,
-                      .C = C}, stream);
+    rmsnorm_backward({.dout = dbranch, .x = a->x_mid, .rstd = a->ln_2_rstd, .dx = dx,
+                      .largest = largest_dy(fp8(ATTN_PROJ_W)), .BT = BT, .C = C},
+                     stream);
     backward_weight(ATTN_PROJ_W, a->y, dx, {BT, C, C});
     linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream, fp8(ATTN_PROJ_W));
     attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, sizes, stream);
@@ -3398,7 +3497,7 @@ static void modern_layer_backward(Model* model, int l, TokenIndex index) {
     rmsnorm_backward({.dout = dbranch, .x = a->x, .rstd = a->ln_1_rstd, .mix = a->mix, .dx = dx,
                       .de = model->dx0, .dlambda = global_gradient(model, RESID_SCALARS) + l,
                       .dmu = global_gradient(model, X0_SCALARS) + l, .partials = partials,
-                      .BT = BT, .C = C}, stream);
+                      .largest = largest_of_stream(model, l - 1), .BT = BT, .C = C}, stream);
 }
 
 // Head and loss, for HEAD_ROWS tokens at a time, so that memory never holds all logits. Out: losses
@@ -3503,7 +3602,8 @@ static void gpt2_backward(Model* model, TokenIndex index, Callback layer_is_done
                         .rstd = model->ln_f_rstd, .dx = model->dx,
                         .dweight = global_gradient(model, LN_F_W),
                         .dbias = global_gradient(model, LN_F_B), .partials = model->partials,
-                        .BT = BT, .C = C}, stream);
+                        .largest = largest_of_stream(model, model->config.n_layer - 1), .BT = BT,
+                        .C = C}, stream);
     for (int l = model->config.n_layer - 1; l >= 0; l--) {
         layer_backward(model, l);
         layer_is_done(l);
@@ -3529,7 +3629,7 @@ static void modern_backward(Model* model, TokenIndex index, Callback layer_is_do
     rmsnorm_backward({.dout = model->dbranch, .x = model->x_last, .rstd = model->ln_f_rstd,
                       .mix = model->backout, .dx = dx, .de = dmiddle,
                       .dmu = global_gradient(model, BACKOUT_SCALAR), .partials = model->partials,
-                      .BT = BT, .C = C}, stream);
+                      .largest = largest_of_stream(model, L - 1), .BT = BT, .C = C}, stream);
     for (int l = L - 1; l >= 0; l--) {
         if (l == L / 2) { add_to(dx, dmiddle, n, stream); }
         modern_layer_backward(model, l, index);

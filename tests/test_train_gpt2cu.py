@@ -790,8 +790,10 @@ def test_a_truncated_checkpoint_is_refused(bf16, init, cuda_data, tmp_path):
 
 
 @emulated
-@pytest.mark.parametrize("model, recompute", [("gpt2", 0), ("gpt2", 2), ("d4", 0), ("d4", 1)])
-def test_the_memory_said_is_what_is_allocated(model, recompute, tmp_path):
+@pytest.mark.parametrize("model, recompute, fp8", [
+    ("gpt2", 0, 0), ("gpt2", 2, 0), ("d4", 0, 0), ("d4", 1, 0), ("gpt2", 0, 1), ("d4", 1, 1),
+    ("d4", 2, 1)])
+def test_the_memory_said_is_what_is_allocated(model, recompute, fp8, tmp_path):
     source = SOURCE.replace("allocate(size_t bytes) {", "allocate(size_t bytes) { total += bytes;")
     source = source.replace("static void* allocate", "static double total; static void* allocate")
     source = source.replace("int main(", "int trainer_main(") + f"""
@@ -801,8 +803,8 @@ def test_the_memory_said_is_what_is_allocated(model, recompute, tmp_path):
             ranks.world_size = 1;
             arguments.model = "{model}", arguments.config = "n_layer=3 n_head=2 n_embd=128";
             Config config = choose_config(500);
-            memory_bytes(config, 256, {recompute}, 1, &fixed, &row);
-            make_model(config, 40, 256, {recompute}, &ranks);
+            memory_bytes(config, 256, {recompute}, 1, &fixed, &row, {fp8});
+            make_model(config, 40, 256, {recompute}, &ranks, {fp8});
             printf("%.17g", total / (fixed + 40 * row));
         }}"""
     program = build(tmp_path, "-O0", source=source)

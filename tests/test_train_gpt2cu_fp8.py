@@ -237,6 +237,77 @@ def test_ten_steps_are_those_of_train_gpt2_py(recipe, inits, bf16, tmp_path, mon
     assert difference(column(rows, "norm"), column(wide, "norm")) > 0.0035
 
 
+# ---- measuring in the kernels that produce a tensor
+
+MEASURED_ALONE = SOURCE.replace("    if (!to.measured) {\n", """
+    if (to.measured) { CHECK_CUDA(cudaMemsetAsync(to.largest, 0, 4, stream)); }
+    if (true) {
+""")
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """A trainer that measures every tensor by a kernel of its own, just before it is rounded."""
+    assert MEASURED_ALONE != SOURCE
+    return build(tmp_path_factory.mktemp("alone"), source=MEASURED_ALONE)
+
+
+def has_bits_of_alone(binary, alone, inits, recipe, out, recompute=0):
+    init, data, _ = inits[recipe]
+    flags = ["--init_from", init, *STEPS, "--max_steps", 1, "--fp8", 1]
+    train(alone, data, out / "alone", *flags)
+    train(binary, data, out / "fused", *flags, "--recompute", recompute)
+    return same_bits(out / "fused", out / "alone")
+
+
+@pytest.mark.parametrize("recipe, recompute", [("gpt2", 1), ("gpt2", 2), ("dn", 0), ("dn", 2)])
+def test_who_measures_and_what_is_recomputed_changes_no_bit(recipe, recompute, bf16, alone, inits,
+                                                            tmp_path):
+    assert has_bits_of_alone(bf16, alone, inits, recipe, tmp_path, recompute)
+
+
+RAISE = "if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }"
+
+
+@slow
+@emulated
+@pytest.mark.parametrize("recipe, piece, occurrence", [
+    ("gpt2", RAISE, 0), ("gpt2", RAISE, 1), ("dn", RAISE, 2), ("dn", RAISE, 3),
+    ("gpt2", "if (largest != NULL) { raise_largest(largest, magnitude); }", 0),
+    ("dn", "&& !is_middle", 0), ("dn", "    if (train && model->fp8 != NULL) { forget", 0)])
+def test_a_tensor_that_is_measured_wrongly_changes_bits(recipe, piece, occurrence, alone, inits,
+                                                        tmp_path):
+    """The last of them keeps the largest numbers of the step before."""
+    parts = SOURCE.split(piece)
+    assert occurrence + 1 < len(parts)
+    source = piece.join(parts[:occurrence + 1])
+    source += "    if (false) { forget" if "forget" in piece else ""
+    source += piece.join(parts[occurrence + 1:])
+    binary = build(tmp_path, source=source)
+    try:
+        assert not has_bits_of_alone(binary, alone, inits, recipe, tmp_path)
+    except AssertionError as error:
+        assert "must be finite" in str(error)       # it did not even run
+
+
+def test_a_profile_shows_what_is_measured_alone_and_what_is_rounded(bf16, cuda_data, tmp_path):
+    """Of x: ln_1, y and ln_2 (C each), act (4C); of dy: dqkv (3C), dfc (4C), dx twice (C). Only y,
+    act and dqkv are measured by a kernel of their own, and the weights are (12 C²)."""
+    flags = map(str, [*TINY, "--max_steps", 12, "--profile", "--fp8", 1])
+    flags = ["n_embd=128" if flag == "n_embd=64" else flag for flag in flags]
+    done = subprocess.run([bf16, "--data", cuda_data, "--out", tmp_path, *flags],
+                          capture_output=True, text=True, check=True)
+    table = {line.split()[0]: line.split() for line in done.stdout.splitlines() if "%" in line}
+    tokens, weights = 64 * 128, 12 * 128 ** 2
+    for name, calls, bytes_moved in (("fp8_quantise", 12, 4 * (16 * tokens + weights)),
+                                     ("fp8_measure", 7, 2 * (8 * tokens + weights))):
+        assert int(table[name][1]) == calls
+        assert float(table[name][4]) == pytest.approx(bytes_moved / 1e6, abs=6e-4)
+    assert done.stdout.count(", 8 bits") == 12      # three products of each of four matrices
+
+
+# ---- resuming, orders of threads, a user's mistakes
+
 def test_a_resumed_run_ends_with_the_same_bits(inits, bf16, tmp_path):
     init, data, _ = inits["dn"]
     flags = ["--init_from", init, *STEPS, "--max_steps", 3, "--fp8", 1]
