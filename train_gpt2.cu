@@ -33,9 +33,10 @@ Numerics: weights and activations are bf16 (floatX); sums and statistics are com
 rank keeps fp32 master weights and optimizer states of its 1/world_size of the parameters (ZeRO-1,
 arXiv 1910.02054). A rank owns the matrices that Muon trains by whole layers, as in training.py.
 Gradients of parameters are fp32 and accumulate over micro-steps. Gradients of activations are bf16
-and overwrite what was there, except along the residual stream, where they add up. With -DFP32
-everything is fp32, for cards before sm_80 and for tests. There are no floating-point atomics: the
-same run gives the same bits.
+and overwrite what was there, except along the residual stream, where they add up. With --fp8 1 the
+layers' matmuls have 8-bit operands while the model trains (§6). With -DFP32 everything is fp32, for
+cards before sm_80 and for tests. There are no floating-point atomics: the same run gives the same
+bits.
 
 Memory: matrices are stored as in HF's GPT-2, (in, out), so that files and memory hold the same.
 
@@ -57,6 +58,7 @@ text are not compared with gzip and xz.
 #include <cublasLt.h>
 #include <cuda.h>
 #include <cuda_bf16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #include <dirent.h>
 #include <errno.h>
@@ -214,7 +216,7 @@ static void add_times(double step_ms) {
 
 // Prints one row for each name of work, the longest time first. "of bound" is the time that memory
 // or tensor cores would need at their peak rate, as a share of the time taken. A peak rate of 0
-// means that it is unknown.
+// means that it is unknown. The rate is that of bf16: a matmul in 8 bits may take half the time.
 static void print_profile(double bytes_per_s, double flops_per_s) {
     int steps = profile.n_steps;
     double rest_ms = profile.ms;
@@ -307,6 +309,15 @@ __device__ float block_max(float value) {
     if (lane == 0) { of_warp[warp] = value; }
     __syncthreads();
     return warp_max(lane < n_warps ? of_warp[lane] : -INFINITY);
+}
+
+// Raises *largest to the largest of a warp's magnitudes; all lanes of the warp take part. As bits,
+// numbers of at least 0 have the same order as the numbers. A maximum is the same in any order, so
+// this atomic keeps the promise of the same bits. *largest only grows: if the copy of it in the L1
+// cache is old, the only loss is an atomic that changes nothing.
+__device__ void raise_largest(unsigned* largest, float magnitude) {
+    unsigned bits = __float_as_uint(warp_max(magnitude));
+    if (threadIdx.x % WARP == 0 && bits > *largest) { atomicMax(largest, bits); }
 }
 
 // Tensor cores multiply small matrices that lie in the registers of a warp. The instruction used
@@ -563,6 +574,7 @@ struct LayerNormForward {
     floatX* x = NULL;
     floatX* out;
     float *mean, *rstd;                 // (BT)
+    unsigned* largest = NULL;           // raised to the largest |out| for --fp8 1 (§6)
     int BT, C;
 };
 
@@ -597,15 +609,18 @@ __global__ void layernorm_forward_kernel(LayerNormForward norm) {
         for (int i = 0; i < PACK; i++) { square_sum += (row[c + i] - mean) * (row[c + i] - mean); }
     }
     float rstd = rsqrtf(warp_sum(square_sum) / C + 1e-5f);
+    float magnitude = 0.0f;
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack weight = load(norm.weight + c);
         Pack bias = load(norm.bias + c);
         Pack value;
         for (int i = 0; i < PACK; i++) {
             value.set(i, (row[c + i] - mean) * rstd * weight[i] + bias[i]);
+            magnitude = fmaxf(magnitude, fabsf(value[i]));
         }
         store(norm.out + bt * C + c, value);
     }
+    if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }
     if (lane == 0) {
         norm.mean[bt] = mean;
         norm.rstd[bt] = rstd;
@@ -618,6 +633,7 @@ struct LayerNormBackward {
     floatX* dx;                         // added to
     float *dweight, *dbias;             // (C), added to
     float* partials;                    // (NORM_PARTIALS, 2C): dweight, then dbias
+    unsigned* largest = NULL;           // raised to the largest |dx| for --fp8 1
     int BT, C;
 };
 
@@ -638,6 +654,7 @@ __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
     bool active = c < C;
     float dweight[PACK] = {};
     float dbias[PACK] = {};
+    float magnitude = 0.0f;
     Pack weight = load(norm.weight + (active ? c : 0));
     for (int first = blockIdx.x * NORM_ROWS; first < norm.BT; first += gridDim.x * NORM_ROWS) {
         float n[NORM_ROWS][PACK] = {};
@@ -678,12 +695,14 @@ __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
                 for (int i = 0; i < PACK; i++) {
                     float here = (dn[r][i] - mean_dn - n[r][i] * mean_dn_n) * rstd[r];
                     dx.set(i, dx[i] + here);
+                    magnitude = fmaxf(magnitude, fabsf(dx[i]));
                 }
                 store(norm.dx + bt * C + c, dx);
             }
         }
         __syncthreads();
     }
+    if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }
     if (!active) { return; }
     float* partial = norm.partials + (int64_t)blockIdx.x * 2 * C + c;
     for (int i = 0; i < PACK; i++) {
@@ -748,6 +767,7 @@ struct RmsNormForward {
     floatX* s = NULL;
     floatX* out;
     float* rstd;                        // (BT)
+    unsigned* largest = NULL;           // raised to the largest |out| for --fp8 1
     int BT, C;
 };
 
@@ -778,11 +798,16 @@ __global__ void rmsnorm_forward_kernel(RmsNormForward norm) {
         }
     }
     float rstd = rsqrtf(warp_sum(square_sum) / C + RMS_EPSILON);
+    float magnitude = 0.0f;
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack value;
-        for (int i = 0; i < PACK; i++) { value.set(i, row[c + i] * rstd); }
+        for (int i = 0; i < PACK; i++) {
+            value.set(i, row[c + i] * rstd);
+            magnitude = fmaxf(magnitude, fabsf(value[i]));
+        }
         store(norm.out + bt * C + c, value);
     }
+    if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }
     if (lane == 0) { norm.rstd[bt] = rstd; }
 }
 
@@ -797,6 +822,7 @@ struct RmsNormBackward {
     float* dlambda = NULL;              // one number, added to
     float* dmu = NULL;                  // one number, added to
     float* partials = NULL;             // (RMS_PARTIALS, 2): dλ, dμ; only with a mix
+    unsigned* largest = NULL;           // raised to the largest |dx| for --fp8 1
     int BT, C;
 };
 
@@ -814,6 +840,7 @@ __global__ void rmsnorm_backward_kernel(RmsNormBackward norm) {
     float mu = mix.e != NULL ? mix.sign * *mix.mu : 0.0f;
     float dlambda = 0.0f;
     float dmu = 0.0f;
+    float magnitude = 0.0f;
     for (int64_t bt = blockIdx.x * NORM_WARPS + warp; bt < norm.BT; bt += gridDim.x * NORM_WARPS) {
         const floatX* from = norm.x + (norm.tokens != NULL ? norm.tokens[bt] : bt) * C;
         float rstd = norm.rstd[bt];
@@ -838,6 +865,7 @@ __global__ void rmsnorm_backward_kernel(RmsNormBackward norm) {
             for (int i = 0; i < PACK; i++) {
                 float ds = dx[i] + (dout[i] - s[i] * rstd * mean) * rstd;
                 dx.set(i, lambda * ds);
+                magnitude = fmaxf(magnitude, fabsf(dx[i]));
                 if (mix.e == NULL) { continue; }
                 dlambda += ds * x[i];
                 dmu += mix.sign * ds * e[i];
@@ -847,6 +875,7 @@ __global__ void rmsnorm_backward_kernel(RmsNormBackward norm) {
             if (mix.e != NULL) { store(norm.de + bt * C + c, de); }
         }
     }
+    if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }
     if (mix.e == NULL) { return; }
     dlambda = block_sum(dlambda);
     dmu = block_sum(dmu);
@@ -910,6 +939,8 @@ struct Matmul {
     bool accumulate = false;    // D is fp32 and is added to
     Epilogue epilogue = PLAIN;
     int batch = 1;              // number of products; their matrices follow one another in memory
+    cudaDataType_t a_type = CUBLAS_X, b_type = CUBLAS_X;
+    bool fast_sums = false;     // of 8-bit operands: sums with fewer digits than fp32's
     bool operator==(const Matmul&) const = default;
 };
 
@@ -957,6 +988,15 @@ static void set_epilogue(cublasLtMatmulDesc_t operation, Matmul mm, const floatX
     }
 }
 
+// Operands of 8 bits have one scale each, a number in the GPU's memory that multiplies the product.
+struct Scales { const float *a, *b; };
+
+static void set_scales(cublasLtMatmulDesc_t operation, Scales scales) {
+    if (scales.a == NULL) { return; }
+    set(operation, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, scales.a);
+    set(operation, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, scales.b);
+}
+
 static cublasLtMatrixLayout_t layout(cudaDataType_t type, int rows, int columns, int batch) {
     cublasLtMatrixLayout_t made;
     int64_t stride = (int64_t)rows * columns;
@@ -986,7 +1026,8 @@ static void choose_algorithm(MatmulPlan* plan) {
     CHECK_CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
 }
 
-static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias = NULL, floatX* aux = NULL) {
+static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias = NULL, floatX* aux = NULL,
+                               Scales scales = {}) {
     for (int i = 0; i < cublas.n_plans; i++) {
         if (cublas.plans[i].matmul == mm) { return &cublas.plans[i]; }
     }
@@ -1000,6 +1041,7 @@ static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias = NULL, floatX* aux
     snprintf(plan->name, sizeof plan->name, "matmul %d x %d x %d%s%s", mm.m, mm.n, mm.k,
              mm.accumulate ? " += fp32" : "", epilogues[mm.epilogue]);
     if (mm.batch > 1) { snprintf(plan->name + strlen(plan->name), 16, " x %d", mm.batch); }
+    if (mm.a_type != CUBLAS_X) { strcat(plan->name, ", 8 bits"); }
 
     bool a_is_transposed = mm.transpose == TRANSPOSE_A;
     bool b_is_transposed = mm.transpose == TRANSPOSE_B;
@@ -1007,10 +1049,12 @@ static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias = NULL, floatX* aux
     set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSA, a_is_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
     set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSB, b_is_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
     set_epilogue(plan->operation, mm, bias, aux);
-    plan->a = layout(CUBLAS_X, mm.m, mm.k, mm.batch);
-    plan->b = layout(CUBLAS_X, mm.k, mm.n, mm.batch);
-    if (a_is_transposed) { plan->a = layout(CUBLAS_X, mm.k, mm.m, mm.batch); }
-    if (b_is_transposed) { plan->b = layout(CUBLAS_X, mm.n, mm.k, mm.batch); }
+    set_scales(plan->operation, scales);
+    set(plan->operation, CUBLASLT_MATMUL_DESC_FAST_ACCUM, (int8_t)mm.fast_sums);
+    plan->a = layout(mm.a_type, mm.m, mm.k, mm.batch);
+    plan->b = layout(mm.b_type, mm.k, mm.n, mm.batch);
+    if (a_is_transposed) { plan->a = layout(mm.a_type, mm.k, mm.m, mm.batch); }
+    if (b_is_transposed) { plan->b = layout(mm.b_type, mm.n, mm.k, mm.batch); }
     plan->d = layout(mm.accumulate ? CUDA_R_32F : CUBLAS_X, mm.m, mm.n, mm.batch);
     choose_algorithm(plan);
     return plan;
@@ -1018,7 +1062,7 @@ static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias = NULL, floatX* aux
 
 // D = alpha op(A) op(B) + beta C, where C has D's shape
 struct Operands {
-    const floatX *a, *b;
+    const void *a, *b;
     float alpha = 1.0f;
     const void* c = NULL;       // NULL: D itself
     float beta = 0.0f;
@@ -1027,7 +1071,7 @@ struct Operands {
 static void run_matmul(MatmulPlan* plan, void* d, Operands x, cudaStream_t stream) {
     Matmul mm = plan->matmul;
     double m = mm.m, n = mm.n, k = mm.k;
-    double bytes = (m * k + k * n) * sizeof(floatX);
+    double bytes = (m * k + k * n) * (mm.a_type == CUBLAS_X ? sizeof(floatX) : 1);
     bytes += m * n * (mm.accumulate ? 2 * sizeof(float) : sizeof(floatX));
     if (mm.epilogue == ADD_BIAS_GELU || mm.epilogue == TIMES_DGELU) {
         bytes += m * n * sizeof(floatX);
@@ -1042,18 +1086,193 @@ static void run_matmul(MatmulPlan* plan, void* d, Operands x, cudaStream_t strea
 }
 
 // D = op(A) op(B), or D += op(A) op(B) with mm.accumulate; bias and aux are for the epilogue.
-static void matmul(void* d, const floatX* a, const floatX* b, Matmul mm, cudaStream_t stream,
-                   const floatX* bias = NULL, floatX* aux = NULL) {
-    MatmulPlan* plan = plan_matmul(mm, bias, aux);
+static void matmul(void* d, const void* a, const void* b, Matmul mm, cudaStream_t stream,
+                   const floatX* bias = NULL, floatX* aux = NULL, Scales scales = {}) {
+    MatmulPlan* plan = plan_matmul(mm, bias, aux, scales);
     set_epilogue(plan->operation, mm, bias, aux);
+    set_scales(plan->operation, scales);
     run_matmul(plan, d, {.a = a, .b = b, .beta = mm.accumulate ? 1.0f : 0.0f}, stream);
 }
 
 struct LinearSizes { int rows, C, OC; };
 
+// With --fp8 1 the matrices of the layers multiply in 8 bits while the model trains, with the
+// numerics of Fp8Matmul in precision.py: e4m3 has 3 bits of mantissa and serves x and w; e5m2 has 2
+// and the range that gradients need.
+//
+//   scale = max |x| / (largest number of the format)    x8 = x / scale in 8 bits    x ≈ scale x8
+//   y = x8 w8    dx = dy8 w8ᵀ    dw += x8ᵀ dy8, each times the scales of its two operands
+//
+// Tensor cores take 8-bit operands only if the numbers that are summed over are contiguous in both.
+// The rows of a matrix are so, its columns are not. Each tensor is therefore kept twice, as it is
+// and transposed:
+//
+//   product        summed over    A                     B
+//   y  = x w       C              w.columns (OC, C)     x.rows (rows, C)
+//   dx = dy wᵀ     OC             w.rows (C, OC)        dy.rows (rows, OC)
+//   dw += xᵀ dy    rows           dy.columns (OC, rows) x.columns (C, rows)
+//
+// The scale is taken from the tensor itself, so the whole tensor must exist before its first number
+// can be rounded. A kernel that produces a tensor therefore writes it in bf16 and measures it as it
+// does so (raise_largest). fp8_quantise_kernel then reads it, rounds it and transposes it. What
+// attention returns is measured by a kernel of its own, and so are the weights, once a step. GELU
+// and ReLU² are computed from their input twice, to be measured and to be rounded, and are never
+// written in bf16.
+
+const int FP8_UNIT = 16;            // sizes of 8-bit operands are multiples of this
+const int FP8_LEAST_SIZE = 128;     // smaller matrices multiply in bf16, as in model.py
+
+struct Fp8Tensor {
+    uint8_t *rows, *columns;        // x8 (M, K), and its transpose (K, M)
+    unsigned* largest;              // the bits of max |x| as a float
+    float* scale;
+    bool measured;                  // by the kernel that produces x; else fp8_quantise does it
+};
+
+// The 8-bit operands of one matrix of a layer, in its three products
+struct Fp8Linear { Fp8Tensor x, w, dy; };
+
+// Where the kernel that produces x, or dy, leaves the largest magnitude; NULL: it does not measure.
+static unsigned* largest_x(const Fp8Linear* fp8) {
+    return fp8 != NULL && fp8->x.measured ? fp8->x.largest : NULL;
+}
+static unsigned* largest_dy(const Fp8Linear* fp8) {
+    return fp8 != NULL && fp8->dy.measured ? fp8->dy.largest : NULL;
+}
+
+// What is measured and rounded is a function of what is in memory: itself, or a class of §8.
+struct Itself { static __device__ float forward(float x) { return x; } };
+
+template <class Function> __device__ float rounded(float x) {
+    return (float)(floatX)Function::forward(x);         // as if it had been in memory
+}
+
+// One thread: Packs that are as far apart as the grid has threads. Grid up to 1024 x 256. Reads n;
+// bound by memory.
+template <class Function>
+__global__ void fp8_measure_kernel(unsigned* largest, const floatX* x, int64_t n) {
+    float magnitude = 0.0f;
+    for (int64_t at = thread_in_grid() * PACK; at < n;
+         at += (int64_t)gridDim.x * blockDim.x * PACK) {
+        Pack value = load(x + at);
+        for (int i = 0; i < PACK; i++) {
+            magnitude = fmaxf(magnitude, fabsf(rounded<Function>(value[i])));
+        }
+    }
+    raise_largest(largest, magnitude);
+}
+
+struct alignas(8) Bytes8 { uint32_t words[2]; };
+struct alignas(16) Bytes16 { uint32_t words[4]; };
+
+// 8 floats / scale → 8 bits each. The GPU's conversion takes two numbers at a time. The division is
+// exact to the last bit, as PyTorch's is, even with --use_fast_math.
+template <__nv_fp8_interpretation_t FORMAT>
+__device__ Bytes8 divided(const float* x, float scale) {
+    Bytes8 result = {};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+    return result;      // find_gpu refuses --fp8 1: the GPU has no such conversion
+#endif
+    for (int i = 0; i < 8; i += 2) {
+        float2 pair = {__fdiv_rn(x[i], scale), __fdiv_rn(x[i + 1], scale)};
+        uint32_t two = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, FORMAT);
+        result.words[i / 4] |= two << 8 * (i % 4);
+    }
+    return result;
+}
+
+// x (rows, columns) → to.rows and to.columns, with the scale that follows from *to.largest.
+// One thread: 16 rows of 8 columns, which are 16 stores of 8 bytes in to.rows and 8 stores of 16
+// bytes in to.columns. A warp has 4 threads side by side and 8 one below the other, a block 4 such
+// warps side by side: 128 x 128 numbers. So a warp reads 64 neighbouring bytes of each row and
+// writes 32 of it, and 128 of each column. Grid (columns/128, rows/128) x 128. Moves 4 bytes for
+// each number of x; bound by memory.
+template <__nv_fp8_interpretation_t FORMAT, class Function>
+__global__ void __launch_bounds__(128) fp8_quantise_kernel(Fp8Tensor to, const floatX* x, int rows,
+                                                           int columns) {
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    int64_t row = (blockIdx.y * 8 + lane / 4) * 16;
+    int64_t column = (blockIdx.x * 16 + warp * 4 + lane % 4) * 8;
+    const float FORMAT_LARGEST = FORMAT == __NV_E4M3 ? 448.0f : 57344.0f;
+    float scale = __fdiv_rn(fmaxf(__uint_as_float(*to.largest), 1e-12f), FORMAT_LARGEST);
+    if (row == 0 && column == 0) { *to.scale = scale; }
+    if (row >= rows || column >= columns) { return; }
+    Pack loaded[16][8 / PACK];          // first all loads, so that they wait for memory together
+    for (int r = 0; r < 16; r++) {
+        for (int k = 0; k < 8; k += PACK) {
+            loaded[r][k / PACK] = load(x + (row + r) * columns + column + k);
+        }
+    }
+    Bytes8 across[16];
+    for (int r = 0; r < 16; r++) {
+        float values[8];
+        for (int i = 0; i < 8; i++) {
+            values[i] = rounded<Function>(loaded[r][i / PACK][i % PACK]);
+        }
+        across[r] = divided<FORMAT>(values, scale);
+        *(Bytes8*)(to.rows + (row + r) * columns + column) = across[r];
+    }
+    for (int i = 0; i < 8; i++) {
+        Bytes16 down = {};
+        for (int r = 0; r < 16; r++) {
+            uint32_t byte = across[r].words[i / 4] >> 8 * (i % 4) & 255;
+            down.words[r / 4] |= byte << 8 * (r % 4);
+        }
+        *(Bytes16*)(to.columns + (column + i) * rows + row) = down;
+    }
+}
+
+// *to.largest must be 0, unless to.measured. rows and columns are multiples of 16.
+template <__nv_fp8_interpretation_t FORMAT, class Function = Itself>
+static void fp8_quantise(Fp8Tensor to, const floatX* x, int rows, int columns,
+                         cudaStream_t stream) {
+    int64_t n = (int64_t)rows * columns;
+    int64_t blocks = min(ceil_div(n, (int64_t)256 * PACK), (int64_t)1024);
+    if (!to.measured) {
+        launch({"fp8_measure", (double)n * sizeof(floatX)}, {(unsigned)blocks, 256, stream},
+               fp8_measure_kernel<Function>, to.largest, x, n);
+    }
+    dim3 grid(ceil_div(columns, 128), ceil_div(rows, 128));
+    launch({"fp8_quantise", n * (sizeof(floatX) + 2.0)}, {grid, 128, stream},
+           fp8_quantise_kernel<FORMAT, Function>, to, x, rows, columns);
+}
+
+// y = x w + bias. The weights are already in f->w, and if x is NULL, x is already in f->x. As in
+// precision.py, only this product has fast sums.
+static void fp8_linear_forward(floatX* y, const Fp8Linear* f, const floatX* x, const floatX* bias,
+                               LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .transpose = TRANSPOSE_A,
+                 .epilogue = bias != NULL ? ADD_BIAS : PLAIN, .a_type = CUDA_R_8F_E4M3,
+                 .b_type = CUDA_R_8F_E4M3, .fast_sums = true};
+    if (x != NULL) { fp8_quantise<__NV_E4M3>(f->x, x, n.rows, n.C, stream); }
+    matmul(y, f->w.columns, f->x.rows, mm, stream, bias, NULL, {f->w.scale, f->x.scale});
+}
+
+// dx = dy wᵀ, after fp8_linear_backward_weight, which leaves dy in f->dy
+static void fp8_linear_backward_input(floatX* dx, const Fp8Linear* f, LinearSizes n,
+                                      cudaStream_t stream) {
+    Matmul mm = {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A,
+                 .a_type = CUDA_R_8F_E4M3, .b_type = CUDA_R_8F_E5M2};
+    matmul(dx, f->w.rows, f->dy.rows, mm, stream, NULL, NULL, {f->w.scale, f->dy.scale});
+}
+
+// dw += xᵀ dy, where x is still in f->x. Unlike precision.py's, the product is not rounded to bf16
+// before it is added.
+static void fp8_linear_backward_weight(float* dw, const Fp8Linear* f, const floatX* dy,
+                                       LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.OC, .n = n.C, .k = n.rows, .transpose = TRANSPOSE_A, .accumulate = true,
+                 .a_type = CUDA_R_8F_E5M2, .b_type = CUDA_R_8F_E4M3};
+    fp8_quantise<__NV_E5M2>(f->dy, dy, n.rows, n.OC, stream);
+    matmul(dw, f->dy.columns, f->x.columns, mm, stream, NULL, NULL, {f->dy.scale, f->x.scale});
+}
+
+// Of the functions below, those with a parameter `fp8` multiply in 8 bits if it is not NULL.
+
 // y = x w + bias; bias may be NULL
 static void linear_forward(floatX* y, const floatX* x, const floatX* w, const floatX* bias,
-                           LinearSizes n, cudaStream_t stream) {
+                           LinearSizes n, cudaStream_t stream, const Fp8Linear* fp8 = NULL) {
+    if (fp8 != NULL) { return fp8_linear_forward(y, fp8, x, bias, n, stream); }
     Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .epilogue = bias != NULL ? ADD_BIAS : PLAIN};
     matmul(y, w, x, mm, stream, bias);
 }
@@ -1067,7 +1286,8 @@ static void linear_gelu_forward(floatX* y, floatX* u, const floatX* x, const flo
 
 // dx = dy wᵀ
 static void linear_backward_input(floatX* dx, const floatX* dy, const floatX* w, LinearSizes n,
-                                  cudaStream_t stream) {
+                                  cudaStream_t stream, const Fp8Linear* fp8 = NULL) {
+    if (fp8 != NULL) { return fp8_linear_backward_input(dx, fp8, n, stream); }
     matmul(dx, w, dy, {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A}, stream);
 }
 
@@ -1081,9 +1301,14 @@ static void linear_gelu_backward_input(floatX* du, const floatX* dy, const float
 
 // dw += xᵀ dy    dbias += Σ_rows dy; dbias may be NULL
 static void linear_backward_weight(float* dw, float* dbias, float* partials, const floatX* x,
-                                   const floatX* dy, LinearSizes n, cudaStream_t stream) {
+                                   const floatX* dy, LinearSizes n, cudaStream_t stream,
+                                   const Fp8Linear* fp8 = NULL) {
     Matmul mm = {.m = n.OC, .n = n.C, .k = n.rows, .transpose = TRANSPOSE_B, .accumulate = true};
-    matmul(dw, dy, x, mm, stream);
+    if (fp8 != NULL) {
+        fp8_linear_backward_weight(dw, fp8, dy, n, stream);
+    } else {
+        matmul(dw, dy, x, mm, stream);
+    }
     if (dbias != NULL) { bias_backward(dbias, partials, dy, n.rows, n.OC, stream); }
 }
 
@@ -2632,7 +2857,7 @@ static void gate_backward(floatX* dn, float* dgate_weight, float* partials, cons
 // ---- §8 GELU, ReLU² -----------------------------------------------------------------------------
 //
 // In bf16, cuBLASLt computes GELU and its derivative in the epilogues of matmuls (§6). The kernels
-// here serve fp32, --recompute, and dN's ReLU².
+// here serve fp32, --recompute, --fp8 1, and dN's ReLU².
 
 // GPT-2: u = sqrt(2/π) (x + 0.044715 x³)    y = x (1 + tanh u) / 2
 //        dx = dy ((1 + tanh u) / 2 + x (1 - tanh² u) u' / 2)
@@ -2669,17 +2894,22 @@ __global__ void activation_forward_kernel(floatX* y, const floatX* x, int64_t n)
     store(y + at, value);
 }
 
-// dy → dx in place. One thread: one Pack. Grid n/PACK/256 x 256. Moves 3n; bound by memory.
+// dy → dx in place. One thread: one Pack. Grid n/PACK/256 x 256. Moves 3n; bound by memory. If
+// `largest` is not NULL, it is raised to the largest |dx|, and n must fill whole warps.
 template <class Activation>
-__global__ void activation_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
+__global__ void activation_backward_kernel(floatX* dy, const floatX* x, int64_t n,
+                                           unsigned* largest) {
     int64_t at = thread_in_grid() * PACK;
     if (at >= n) { return; }
     Pack gradient = load(dy + at);
     Pack value = load(x + at);
+    float magnitude = 0.0f;
     for (int i = 0; i < PACK; i++) {
         gradient.set(i, Activation::backward(gradient[i], value[i]));
+        magnitude = fmaxf(magnitude, fabsf(gradient[i]));
     }
     store(dy + at, gradient);
+    if (largest != NULL) { raise_largest(largest, magnitude); }
 }
 
 template <class Activation>
@@ -2689,9 +2919,10 @@ static void activation_forward(floatX* y, const floatX* x, int64_t n, cudaStream
 }
 
 template <class Activation>
-static void activation_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
+static void activation_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream,
+                                unsigned* largest = NULL) {
     launch({Activation::BACKWARD, 3.0 * n * sizeof(floatX)}, one_thread_each(n / PACK, stream),
-           activation_backward_kernel<Activation>, dy, x, n);
+           activation_backward_kernel<Activation>, dy, x, n, largest);
 }
 
 // ---- §9 Classifier ------------------------------------------------------------------------------
@@ -3533,6 +3764,9 @@ struct Model {
     floatX* dwide;                          // (BT, 4C) dact and dfc; later dqkv, then dembed
     float *partials, *delta, *square_sums;  // workspace: sums over rows, attention, gradient_norm
 
+    Fp8Linear* fp8;                         // (L, 4) only with --fp8 1: of each layer's matrices
+    unsigned* fp8_largest;                  // (L, 4, 3) what they measure
+
     // Only in dN, where x0 is layers[0].x
     floatX *s, *dx0, *dmiddle;              // (BT, C) s as in §5, d x0, and backout's gradient
     float *x0_rstd, *dgate;                 // (BT), (BT, NH)
@@ -3555,16 +3789,21 @@ static int64_t layer_offset(Model* model, int layer, int which) {
 
 // Upper bounds in bytes: *row for the activations of one row, *fixed for everything else
 static void memory_bytes(Config config, int T, int recompute, int world_size, double* fixed,
-                         double* row) {
+                         double* row, bool fp8 = false) {
     double C = config.n_embd;
     double L = config.n_layer;
     double N = make_table(config, world_size).size;
     const double widths[] = {16, 12, 10};       // allocate_layer, in (BT, C), by recompute
     double width = widths[min(recompute, 2)];
+    if (fp8) { width += recompute < 1 ? -1.5 : 0.5; }           // allocate_layer and allocate_fp8
     *row = T * (sizeof(floatX) * C * (width * L + 18) + 4 * (4 * config.n_head + 4) * (L + 1));
     *fixed = N * (sizeof(floatX) + 4 + 12.0 / world_size) + WORKSPACE_BYTES +
              (double)HEAD_ROWS * padded_vocab(config) * sizeof(floatX);
     if (config.modern) { *fixed += 14 * C * C * sizeof(floatX); }       // Muon's workspace
+    if (fp8) {                                          // allocate_fp8
+        *fixed += 24 * L * C * C;
+        *row += T * C * 16;
+    }
 }
 
 static floatX* allocate_x(int64_t n) { return (floatX*)allocate(n * sizeof(floatX)); }
@@ -3579,7 +3818,8 @@ static AttentionSizes attention_sizes(const Model* model, int l) {
 }
 
 // --recompute 1 computes act again in the backward pass; --recompute 2 also the outputs of the
-// norms. What is computed again has memory in the first layer only, which all layers share.
+// norms. What is computed again has memory in the first layer only, which all layers share. With
+// --fp8 1 that is so for all that the backward pass needs in 8 bits alone (allocate_fp8).
 static void allocate_layer(Model* model, int l) {
     int64_t BT = (int64_t)model->B * model->T;
     int64_t C = model->config.n_embd;
@@ -3590,11 +3830,10 @@ static void allocate_layer(Model* model, int l) {
     a->y = allocate_x(BT * C);
     a->x_mid = allocate_x(BT * C);
     a->fc = allocate_x(BT * 4 * C);
-    if (l == 0 || model->recompute < 1) { a->act = allocate_x(BT * 4 * C); }
-    if (l == 0 || model->recompute < 2) {
-        a->ln_1 = allocate_x(BT * C);
-        a->ln_2 = allocate_x(BT * C);
-    }
+    bool fp8 = model->fp8 != NULL;
+    if (l == 0 || (model->recompute < 1 && !fp8)) { a->act = allocate_x(BT * 4 * C); }
+    if (l == 0 || model->recompute < 2) { a->ln_1 = allocate_x(BT * C); }
+    if (l == 0 || (model->recompute < 2 && !fp8)) { a->ln_2 = allocate_x(BT * C); }
     a->lse = allocate_float(BT * model->config.n_head);
     a->ln_1_mean = allocate_float(BT);
     a->ln_1_rstd = allocate_float(BT);
@@ -3677,7 +3916,92 @@ static void allocate_modern(Model* model) {
                    .sums = allocate_float(4 * C)};
 }
 
-static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks) {
+// Sets up the 8-bit operands. x.columns are kept for the backward pass, or, if --recompute computes
+// x again, have memory in the first layer only. What only the next matmul reads has memory once:
+// x.rows, dy.rows and dy.columns.
+static void allocate_fp8(Model* model) {
+    int64_t BT = (int64_t)model->B * model->T;
+    int64_t C = model->config.n_embd;
+    int n = model->config.n_layer * 4;
+    auto allocate_8 = [](int64_t size) { return (uint8_t*)allocate(size); };
+    uint8_t* rows = allocate_8(BT * 4 * C);
+    uint8_t* columns = allocate_8(BT * 4 * C);
+    unsigned* largest = (unsigned*)allocate(3 * n * sizeof(unsigned));
+    float* scale = allocate_float(3 * n);
+    Fp8Linear* fp8 = (Fp8Linear*)calloc(n, sizeof(Fp8Linear));
+    model->fp8 = fp8;
+    model->fp8_largest = largest;
+    for (int i = 0; i < n; i++) {
+        int l = i / 4;
+        int which = i % 4;
+        Tensor w = model->table.tensors[model->table.layer_tensors[l] + which];
+        int64_t size = (int64_t)w.rows * w.columns;
+        bool x_is_norm = which == ATTN_W || which == FC_W;
+        bool x_again = (x_is_norm && model->recompute >= 2) ||
+                       (which == FC_PROJ_W && model->recompute >= 1);
+        uint8_t* x_columns = l > 0 && x_again ? fp8[which].x.columns : allocate_8(BT * w.rows);
+        // dqkv comes from attention; backout adds to the gradient of the stream after the middle
+        bool is_middle = model->config.modern && which == FC_PROJ_W &&
+                         l == model->config.n_layer / 2;
+        bool dy_measured = which != ATTN_W && !is_middle;
+        fp8[i].x = {rows, x_columns, largest + 3 * i, scale + 3 * i, x_is_norm};
+        fp8[i].w = {allocate_8(size), allocate_8(size), largest + 3 * i + 1, scale + 3 * i + 1};
+        fp8[i].dy = {rows, columns, largest + 3 * i + 2, scale + 3 * i + 2, dy_measured};
+    }
+}
+
+// The 8-bit operands of a layer's matrix `which`, or NULL. Evaluations multiply in bf16.
+static const Fp8Linear* in_8_bits(const Model* model, int l, int which, bool train) {
+    return train && model->fp8 != NULL ? &model->fp8[4 * l + which] : NULL;
+}
+
+// Where to leave the largest magnitude of the gradient of the stream after layer l
+static unsigned* largest_of_stream(const Model* model, int l) {
+    return l < 0 ? NULL : largest_dy(in_8_bits(model, l, FC_PROJ_W, true));
+}
+
+// act = GELU or ReLU² of fc. If a matmul in 8 bits reads it, it goes straight to fp8->x.
+template <class Activation>
+static void activate(const Model* model, LayerActivations* a, const Fp8Linear* fp8) {
+    int BT = model->B * model->T;
+    int width = 4 * model->config.n_embd;
+    if (fp8 != NULL) {
+        fp8_quantise<__NV_E4M3, Activation>(fp8->x, a->fc, BT, width, model->stream);
+    } else {
+        activation_forward<Activation>(a->act, a->fc, (int64_t)BT * width, model->stream);
+    }
+}
+
+// For --recompute 2, after the norms were computed again: their outputs in 8 bits
+static void quantise_norms(const Model* model, int l) {
+    const LayerActivations* a = &model->layers[l];
+    int BT = model->B * model->T;
+    int C = model->config.n_embd;
+    if (model->fp8 == NULL) { return; }
+    fp8_quantise<__NV_E4M3>(model->fp8[4 * l + ATTN_W].x, a->ln_1, BT, C, model->stream);
+    fp8_quantise<__NV_E4M3>(model->fp8[4 * l + FC_W].x, a->ln_2, BT, C, model->stream);
+}
+
+// Every tensor is measured anew.
+static void forget_largest(Model* model) {
+    size_t bytes = model->config.n_layer * 12 * sizeof(unsigned);
+    CHECK_CUDA(cudaMemsetAsync(model->fp8_largest, 0, bytes, model->stream));
+}
+
+// Rounds all matrices of the layers to 8 bits, once a step.
+static void quantise_weights(Model* model) {
+    forget_largest(model);
+    for (int l = 0; l < model->config.n_layer; l++) {
+        for (int which = ATTN_W; which <= FC_PROJ_W; which++) {
+            Tensor w = model->table.tensors[model->table.layer_tensors[l] + which];
+            fp8_quantise<__NV_E4M3>(model->fp8[4 * l + which].w, model->parameters + w.offset,
+                                    w.rows, w.columns, model->stream);
+        }
+    }
+}
+
+static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks,
+                        bool fp8 = false) {
     Model model = {};
     model.config = config;
     model.B = B;
@@ -3692,6 +4016,7 @@ static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks
     model.masters = allocate_float(all.state);
     model.m = allocate_float(all.state);
     model.v = allocate_float(all.v);
+    if (fp8) { allocate_fp8(&model); }
     allocate_activations(&model);
     if (config.modern) { allocate_modern(&model); }
     start_cublas();
@@ -3702,30 +4027,35 @@ static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks
 // GPT-2's layer. In: the stream. Without a branch it is a->x. With a branch it is the previous
 // layer's x_mid plus the branch, and the first norm writes it to a->x. Out: a->x_mid and
 // model->branch, whose sum is the stream after the layer.
-static void layer_forward(Model* model, int l, const floatX* branch) {
+static void layer_forward(Model* model, int l, const floatX* branch, bool train) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
     int C = model->config.n_embd;
     int BT = model->B * model->T;
     cudaStream_t stream = model->stream;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
+    auto fp8 = [&](int which) { return in_8_bits(model, l, which, train); };
     const floatX* before = branch != NULL ? model->layers[l - 1].x_mid : a->x;
     layernorm_forward({.a = before, .b = branch, .weight = p(LN_1_W), .bias = p(LN_1_B),
                        .x = a->x, .out = a->ln_1, .mean = a->ln_1_mean, .rstd = a->ln_1_rstd,
-                       .BT = BT, .C = C}, stream);
-    linear_forward(a->qkv, a->ln_1, p(ATTN_W), p(ATTN_B), {BT, C, 3 * C}, stream);
+                       .largest = largest_x(fp8(ATTN_W)), .BT = BT, .C = C},
+                      stream);
+    linear_forward(a->qkv, a->ln_1, p(ATTN_W), p(ATTN_B), {BT, C, 3 * C}, stream, fp8(ATTN_W));
     attention_forward(a->y, a->lse, a->qkv, sizes, stream);
-    linear_forward(model->branch, a->y, p(ATTN_PROJ_W), p(ATTN_PROJ_B), {BT, C, C}, stream);
+    linear_forward(model->branch, a->y, p(ATTN_PROJ_W), p(ATTN_PROJ_B), {BT, C, C}, stream,
+                   fp8(ATTN_PROJ_W));
     layernorm_forward({.a = a->x, .b = model->branch, .weight = p(LN_2_W), .bias = p(LN_2_B),
                        .x = a->x_mid, .out = a->ln_2, .mean = a->ln_2_mean, .rstd = a->ln_2_rstd,
-                       .BT = BT, .C = C}, stream);
-    if (BF16) {
+                       .largest = largest_x(fp8(FC_W)), .BT = BT, .C = C}, stream);
+    if (BF16 && fp8(FC_W) == NULL) {
         linear_gelu_forward(a->act, a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream);
     } else {
-        linear_forward(a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream);
-        activation_forward<Gelu>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
+        linear_forward(a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream, fp8(FC_W));
+        activate<Gelu>(model, a, fp8(FC_PROJ_W));
     }
-    linear_forward(model->branch, a->act, p(FC_PROJ_W), p(FC_PROJ_B), {BT, 4 * C, C}, stream);
+    const floatX* act = fp8(FC_PROJ_W) == NULL ? a->act : NULL;
+    linear_forward(model->branch, act, p(FC_PROJ_W), p(FC_PROJ_B), {BT, 4 * C, C}, stream,
+                   fp8(FC_PROJ_W));
 }
 
 // The backward pass of layer_forward. model->dx is, in: the gradient of the stream after the layer;
@@ -3739,42 +4069,49 @@ static void layer_backward(Model* model, int l) {
     floatX *dx = model->dx, *dbranch = model->dbranch, *dwide = model->dwide;
     float* partials = model->partials;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
+    auto fp8 = [&](int which) { return in_8_bits(model, l, which, true); };
     auto d = [&](int which) { return model->gradients + layer_offset(model, l, which); };
-    if (model->recompute >= 1) {
-        activation_forward<Gelu>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
-    }
+    if (model->recompute >= 1) { activate<Gelu>(model, a, fp8(FC_PROJ_W)); }
     if (model->recompute >= 2) {
         layernorm_forward({.a = a->x, .weight = p(LN_1_W), .bias = p(LN_1_B), .out = a->ln_1,
                            .mean = a->ln_1_mean, .rstd = a->ln_1_rstd, .BT = BT, .C = C}, stream);
         layernorm_forward({.a = a->x_mid, .weight = p(LN_2_W), .bias = p(LN_2_B), .out = a->ln_2,
                            .mean = a->ln_2_mean, .rstd = a->ln_2_rstd, .BT = BT, .C = C}, stream);
+        quantise_norms(model, l);
     }
     linear_backward_weight(d(FC_PROJ_W), d(FC_PROJ_B), partials, a->act, dx, {BT, 4 * C, C},
-                           stream);
-    if (BF16) {
+                           stream, fp8(FC_PROJ_W));
+    if (BF16 && fp8(FC_W) == NULL) {
         linear_gelu_backward_input(dwide, dx, p(FC_PROJ_W), a->fc, {BT, 4 * C, C}, stream);
     } else {
-        linear_backward_input(dwide, dx, p(FC_PROJ_W), {BT, 4 * C, C}, stream);
-        activation_backward<Gelu>(dwide, a->fc, (int64_t)BT * 4 * C, stream);
+        linear_backward_input(dwide, dx, p(FC_PROJ_W), {BT, 4 * C, C}, stream, fp8(FC_PROJ_W));
+        activation_backward<Gelu>(dwide, a->fc, (int64_t)BT * 4 * C, stream,
+                                  largest_dy(fp8(FC_W)));
     }
-    linear_backward_weight(d(FC_W), d(FC_B), partials, a->ln_2, dwide, {BT, C, 4 * C}, stream);
-    linear_backward_input(dbranch, dwide, p(FC_W), {BT, C, 4 * C}, stream);
+    linear_backward_weight(d(FC_W), d(FC_B), partials, a->ln_2, dwide, {BT, C, 4 * C}, stream,
+                           fp8(FC_W));
+    linear_backward_input(dbranch, dwide, p(FC_W), {BT, C, 4 * C}, stream, fp8(FC_W));
     layernorm_backward({.dout = dbranch, .x = a->x_mid, .weight = p(LN_2_W), .mean = a->ln_2_mean,
                         .rstd = a->ln_2_rstd, .dx = dx, .dweight = d(LN_2_W), .dbias = d(LN_2_B),
-                        .partials = partials, .BT = BT, .C = C}, stream);
-    linear_backward_weight(d(ATTN_PROJ_W), d(ATTN_PROJ_B), partials, a->y, dx, {BT, C, C}, stream);
-    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream);
+                        .partials = partials,
+                        .largest = largest_dy(fp8(ATTN_PROJ_W)), .BT = BT, .C = C},
+                       stream);
+    linear_backward_weight(d(ATTN_PROJ_W), d(ATTN_PROJ_B), partials, a->y, dx, {BT, C, C}, stream,
+                           fp8(ATTN_PROJ_W));
+    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream, fp8(ATTN_PROJ_W));
     attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, sizes, stream);
-    linear_backward_weight(d(ATTN_W), d(ATTN_B), partials, a->ln_1, dwide, {BT, C, 3 * C}, stream);
-    linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream);
+    linear_backward_weight(d(ATTN_W), d(ATTN_B), partials, a->ln_1, dwide, {BT, C, 3 * C}, stream,
+                           fp8(ATTN_W));
+    linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream, fp8(ATTN_W));
     layernorm_backward({.dout = dbranch, .x = a->x, .weight = p(LN_1_W), .mean = a->ln_1_mean,
                         .rstd = a->ln_1_rstd, .dx = dx, .dweight = d(LN_1_W), .dbias = d(LN_1_B),
-                        .partials = partials, .BT = BT, .C = C}, stream);
+                        .partials = partials, .largest = largest_of_stream(model, l - 1),
+                        .BT = BT, .C = C}, stream);
 }
 
 // dN's layer, in which s = λ x + μ x0 takes the place of x. The first layer finds x in a->x. In the
 // others, the first norm adds the branch to the previous layer's x_mid and writes x.
-static void modern_layer_forward(Model* model, int l) {
+static void modern_layer_forward(Model* model, int l, bool train) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
     int C = model->config.n_embd;
@@ -3782,23 +4119,25 @@ static void modern_layer_forward(Model* model, int l) {
     cudaStream_t stream = model->stream;
     floatX *s = model->s, *branch = model->branch;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
+    auto fp8 = [&](int which) { return in_8_bits(model, l, which, train); };
     RmsNormForward ln_1 = {.a = a->x, .mix = a->mix, .s = s, .out = a->ln_1, .rstd = a->ln_1_rstd,
-                           .BT = BT, .C = C};
+                           .largest = largest_x(fp8(ATTN_W)), .BT = BT, .C = C};
     if (l > 0) {
         ln_1.a = model->layers[l - 1].x_mid;
         ln_1.b = branch;
         ln_1.x = a->x;
     }
     rmsnorm_forward(ln_1, stream);
-    linear_forward(a->qkv, a->ln_1, p(ATTN_W), NULL, {BT, C, 3 * C}, stream);
+    linear_forward(a->qkv, a->ln_1, p(ATTN_W), NULL, {BT, C, 3 * C}, stream, fp8(ATTN_W));
     rotary_forward(a->qkv, a->rotary, a->embed, sizes, stream);
     attention_forward(a->y, a->lse, a->qkv, sizes, stream);
-    linear_forward(branch, a->y, p(ATTN_PROJ_W), NULL, {BT, C, C}, stream);
+    linear_forward(branch, a->y, p(ATTN_PROJ_W), NULL, {BT, C, C}, stream, fp8(ATTN_PROJ_W));
     rmsnorm_forward({.a = s, .b = branch, .x = a->x_mid, .out = a->ln_2, .rstd = a->ln_2_rstd,
-                     .BT = BT, .C = C}, stream);
-    linear_forward(a->fc, a->ln_2, p(FC_W), NULL, {BT, C, 4 * C}, stream);
-    activation_forward<Relu2>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
-    linear_forward(branch, a->act, p(FC_PROJ_W), NULL, {BT, 4 * C, C}, stream);
+                     .largest = largest_x(fp8(FC_W)), .BT = BT, .C = C}, stream);
+    linear_forward(a->fc, a->ln_2, p(FC_W), NULL, {BT, C, 4 * C}, stream, fp8(FC_W));
+    activate<Relu2>(model, a, fp8(FC_PROJ_W));
+    const floatX* act = fp8(FC_PROJ_W) == NULL ? a->act : NULL;
+    linear_forward(branch, act, p(FC_PROJ_W), NULL, {BT, 4 * C, C}, stream, fp8(FC_PROJ_W));
 }
 
 // The backward pass of modern_layer_forward. model->dx is, in: the gradient of the stream after the
@@ -3813,32 +4152,34 @@ static void modern_layer_backward(Model* model, int l, TokenIndex index) {
     floatX* dembed = dwide + (int64_t)BT * 3 * C;       // follows dqkv
     float* partials = model->partials;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
+    auto fp8 = [&](int which) { return in_8_bits(model, l, which, true); };
     auto d = [&](int which) { return model->gradients + layer_offset(model, l, which); };
     auto backward_weight = [&](int which, floatX* x, floatX* dy, LinearSizes n) {
-        linear_backward_weight(d(which), NULL, partials, x, dy, n, stream);
+        linear_backward_weight(d(which), NULL, partials, x, dy, n, stream, fp8(which));
     };
-    if (model->recompute >= 1) {
-        activation_forward<Relu2>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
-    }
+    if (model->recompute >= 1) { activate<Relu2>(model, a, fp8(FC_PROJ_W)); }
     if (model->recompute >= 2) {
         rmsnorm_forward({.a = a->x, .mix = a->mix, .out = a->ln_1, .rstd = a->ln_1_rstd, .BT = BT,
                          .C = C}, stream);
         rmsnorm_forward({.a = a->x_mid, .out = a->ln_2, .rstd = a->ln_2_rstd, .BT = BT, .C = C},
                         stream);
+        quantise_norms(model, l);
     }
     backward_weight(FC_PROJ_W, a->act, dx, {BT, 4 * C, C});
-    linear_backward_input(dwide, dx, p(FC_PROJ_W), {BT, 4 * C, C}, stream);
-    activation_backward<Relu2>(dwide, a->fc, (int64_t)BT * 4 * C, stream);
+    linear_backward_input(dwide, dx, p(FC_PROJ_W), {BT, 4 * C, C}, stream, fp8(FC_PROJ_W));
+    activation_backward<Relu2>(dwide, a->fc, (int64_t)BT * 4 * C, stream,
+                               largest_dy(fp8(FC_W)));
     backward_weight(FC_W, a->ln_2, dwide, {BT, C, 4 * C});
-    linear_backward_input(dbranch, dwide, p(FC_W), {BT, C, 4 * C}, stream);
-    rmsnorm_backward({.dout = dbranch, .x = a->x_mid, .rstd = a->ln_2_rstd, .dx = dx, .BT = BT,
-                      .C = C}, stream);
+    linear_backward_input(dbranch, dwide, p(FC_W), {BT, C, 4 * C}, stream, fp8(FC_W));
+    rmsnorm_backward({.dout = dbranch, .x = a->x_mid, .rstd = a->ln_2_rstd, .dx = dx,
+                      .largest = largest_dy(fp8(ATTN_PROJ_W)), .BT = BT, .C = C},
+                     stream);
     backward_weight(ATTN_PROJ_W, a->y, dx, {BT, C, C});
-    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream);
+    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream, fp8(ATTN_PROJ_W));
     attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, sizes, stream);
     rotary_backward(dwide, dembed, model->dgate, a->qkv, a->rotary, a->embed, sizes, stream);
     backward_weight(ATTN_W, a->ln_1, dwide, {BT, C, 3 * C});
-    linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream);
+    linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream, fp8(ATTN_W));
     if (a->embed.table != NULL) {
         wte_backward(d(VALUE_EMBED), dembed, index, BT, C, stream);
         gate_backward(dbranch, d(VALUE_GATE), partials, model->dgate, a->embed, sizes, stream);
@@ -3846,7 +4187,7 @@ static void modern_layer_backward(Model* model, int l, TokenIndex index) {
     rmsnorm_backward({.dout = dbranch, .x = a->x, .rstd = a->ln_1_rstd, .mix = a->mix, .dx = dx,
                       .de = model->dx0, .dlambda = global_gradient(model, RESID_SCALARS) + l,
                       .dmu = global_gradient(model, X0_SCALARS) + l, .partials = partials,
-                      .BT = BT, .C = C}, stream);
+                      .largest = largest_of_stream(model, l - 1), .BT = BT, .C = C}, stream);
 }
 
 // Head and loss, for HEAD_ROWS tokens at a time, so that memory never holds all logits. Out: losses
@@ -3885,13 +4226,15 @@ static void sum_losses(Model* model) {
            model->losses, BT);
 }
 
-static void gpt2_forward(Model* model) {
+static void gpt2_forward(Model* model, bool train) {
     int C = model->config.n_embd;
     int L = model->config.n_layer;
     int BT = model->B * model->T;
     embedding_forward(model->layers[0].x, model->inputs, global_parameter(model, WTE),
                       global_parameter(model, WPE), model->B, model->T, C, model->stream);
-    for (int l = 0; l < L; l++) { layer_forward(model, l, l > 0 ? model->branch : NULL); }
+    for (int l = 0; l < L; l++) {
+        layer_forward(model, l, l > 0 ? model->branch : NULL, train);
+    }
     layernorm_forward({.a = model->layers[L - 1].x_mid, .b = model->branch,
                        .weight = global_parameter(model, LN_F_W),
                        .bias = global_parameter(model, LN_F_B), .x = model->x_last,
@@ -3901,14 +4244,14 @@ static void gpt2_forward(Model* model) {
 
 // The stream begins with x0, the normalised embedding. The last norm first subtracts the stream
 // after the middle layer, times a learned number (backout).
-static void modern_forward(Model* model) {
+static void modern_forward(Model* model, bool train) {
     int C = model->config.n_embd;
     int L = model->config.n_layer;
     int BT = model->B * model->T;
     rmsnorm_forward({.a = global_parameter(model, WTE), .tokens = model->inputs,
                      .out = model->layers[0].x, .rstd = model->x0_rstd, .BT = BT, .C = C},
                     model->stream);
-    for (int l = 0; l < L; l++) { modern_layer_forward(model, l); }
+    for (int l = 0; l < L; l++) { modern_layer_forward(model, l, train); }
     rmsnorm_forward({.a = model->layers[L - 1].x_mid, .b = model->branch, .mix = model->backout,
                      .x = model->x_last, .out = model->ln_f, .rstd = model->ln_f_rstd, .BT = BT,
                      .C = C}, model->stream);
@@ -3916,10 +4259,11 @@ static void modern_forward(Model* model) {
 
 // inputs, targets → losses
 static void forward(Model* model, bool train) {
+    if (train && model->fp8 != NULL) { forget_largest(model); }
     if (model->config.modern) {
-        modern_forward(model);
+        modern_forward(model, train);
     } else {
-        gpt2_forward(model);
+        gpt2_forward(model, train);
     }
     head(model, train);
 }
@@ -3948,7 +4292,8 @@ static void gpt2_backward(Model* model, TokenIndex index, Callback layer_is_done
                         .rstd = model->ln_f_rstd, .dx = model->dx,
                         .dweight = global_gradient(model, LN_F_W),
                         .dbias = global_gradient(model, LN_F_B), .partials = model->partials,
-                        .BT = BT, .C = C}, stream);
+                        .largest = largest_of_stream(model, model->config.n_layer - 1), .BT = BT,
+                        .C = C}, stream);
     for (int l = model->config.n_layer - 1; l >= 0; l--) {
         layer_backward(model, l);
         layer_is_done(l);
@@ -3974,7 +4319,7 @@ static void modern_backward(Model* model, TokenIndex index, Callback layer_is_do
     rmsnorm_backward({.dout = model->dbranch, .x = model->x_last, .rstd = model->ln_f_rstd,
                       .mix = model->backout, .dx = dx, .de = dmiddle,
                       .dmu = global_gradient(model, BACKOUT_SCALAR), .partials = model->partials,
-                      .BT = BT, .C = C}, stream);
+                      .largest = largest_of_stream(model, L - 1), .BT = BT, .C = C}, stream);
     for (int l = L - 1; l >= 0; l--) {
         if (l == L / 2) { add_to(dx, dmiddle, n, stream); }
         modern_layer_backward(model, l, index);
@@ -4968,6 +5313,7 @@ struct Arguments {
     int64_t save_every = 1000;          // steps
     int64_t seed = 1337;
     int64_t recompute = 0;
+    int64_t fp8 = 0;
     int64_t deterministic = 1;
     const char* attention = NULL;
     double lr = 0;
@@ -5029,6 +5375,7 @@ static const Flag FLAGS[] = {
                  "seed of the initial weights and of the order of rows"),
     integer_flag("recompute", &arguments.recompute, 0, 2,
                  "to save memory, compute again in the backward pass: 1 GELU, 2 also the norms"),
+    integer_flag("fp8", &arguments.fp8, 0, 1, "1: multiply in 8 bits (H100 or later)"),
     integer_flag("deterministic", &arguments.deterministic, 0, 1,
                  "1: the same run gives the same bits, which is always so here"),
     text_flag("attention", &arguments.attention,
@@ -5091,8 +5438,8 @@ static void parse_value(const Flag* flag, char* value) {
 static void parse_arguments(int argc, char** argv) {
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--help") == 0) { print_help(); }
-        if (strcmp(argv[i], "--device") == 0 || strcmp(argv[i], "--fp8") == 0) {
-            die("%s is a flag of train_gpt2.py, not of the CUDA trainer; leave it out", argv[i]);
+        if (strcmp(argv[i], "--device") == 0) {
+            die("--device is a flag of train_gpt2.py, not of the CUDA trainer; leave it out");
         }
         const Flag* flag = find_flag(argv[i]);
         if (flag == NULL) { die("%s is not a flag; see --help", argv[i]); }
@@ -5222,6 +5569,19 @@ static void check_config(Config config, int V, int64_t T) {
         die("--seq_len must be from 1 to the model's %d positions, got %lld; try --seq_len %d",
             config.block_size, (long long)T, config.block_size);
     }
+}
+
+// Whether the layers multiply in 8 bits. As in train_gpt2.py, matrices of fewer than 128 channels
+// do not. Ends the run if the matrices have sizes that 8-bit operands cannot have.
+static bool choose_fp8(Config config) {
+    const Arguments& a = arguments;
+    int64_t BT = a.batch_size * a.seq_len;
+    if (!a.fp8 || config.n_embd < FP8_LEAST_SIZE) { return false; }
+    if (config.n_embd % FP8_UNIT != 0 || BT % FP8_UNIT != 0) {
+        die("with --fp8 1, n_embd and batch_size*seq_len must be multiples of %d, got %d and %lld; "
+            "leave --fp8 out", FP8_UNIT, config.n_embd, (long long)BT);
+    }
+    return true;
 }
 
 // ---- §17 The log and saved states ---------------------------------------------------------------
@@ -5405,9 +5765,9 @@ static void write_settings(FILE* file, Config config, int64_t n_tokens) {
     fprintf(file, "\"settings\": {\"model\": ");
     write_config(file, config);
     fprintf(file, ", \"total_batch_size\": %lld, \"seq_len\": %lld, \"max_steps\": %lld, "
-            "\"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, \"bf16\": %d}",
+            "\"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, \"bf16\": %d, \"fp8\": %d}",
             (long long)a.total_batch_size, (long long)a.seq_len, (long long)a.max_steps,
-            (long long)a.seed, a.lr, (long long)n_tokens, BF16);
+            (long long)a.seed, a.lr, (long long)n_tokens, BF16, (int)a.fp8);
 }
 
 // A window as a JSON list; %.17g and strtod keep every bit of a double.
@@ -5695,7 +6055,7 @@ static void load_shards(Model* model, Ranks* ranks, const char* folder, int old_
 // Says which setting of a saved run is not the same any more.
 [[noreturn]] static void die_changed(const char* text, const char* settings) {
     for (const char* key : {"total_batch_size", "seq_len", "max_steps", "seed", "lr", "n_tokens",
-                            "bf16"}) {
+                            "bf16", "fp8"}) {
         double before = json_number(text, key, 0);
         double now = json_number(settings, key, 0);
         if (before == now) { continue; }
@@ -6170,7 +6530,7 @@ static int64_t default_rows(Config config, int world_size) {
     size_t all_bytes = 0;
     CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all_bytes));
     double fixed, row;
-    memory_bytes(config, a.seq_len, a.recompute, world_size, &fixed, &row);
+    memory_bytes(config, a.seq_len, a.recompute, world_size, &fixed, &row, a.fp8);
     int64_t most = fmin(32.0, fmax(1.0, (0.9 * free_bytes - fixed) / row));
     int64_t rows = a.total_batch_size / (a.seq_len * world_size);
     int64_t found = 0;
@@ -6232,6 +6592,13 @@ static cudaDeviceProp find_gpu() {
     if (BF16 && properties.major < 8) {
         die("%s has no bf16 tensor cores, which came with compute capability 8.0; build with make "
             "train_gpt2cu PRECISION=FP32", properties.name);
+    }
+    if (arguments.fp8 && !BF16) {
+        die("--fp8 1 takes a build in bf16; run make train_gpt2cu without PRECISION=FP32");
+    }
+    if (arguments.fp8 && properties.major * 10 + properties.minor < 89) {
+        die("%s has no 8-bit tensor cores, which came with compute capability 8.9; leave --fp8 out",
+            properties.name);
     }
     return properties;
 }
@@ -6298,7 +6665,8 @@ static void say_header(Log* log, Model* model, Ranks* ranks, const char* gpu, co
     int64_t T = model->T;
     int64_t grad_accum_steps = a.total_batch_size / (a.batch_size * T * ranks->world_size);
     double fixed, row_bytes;
-    memory_bytes(model->config, T, a.recompute, ranks->world_size, &fixed, &row_bytes);
+    memory_bytes(model->config, T, a.recompute, ranks->world_size, &fixed, &row_bytes,
+                 model->fp8 != NULL);
     char* lines = to_string([&](FILE* file) {
         fprintf(file, "command  %s\ncommit   unknown\ncuda     %s\nflags    %s\nparams   %lld\n"
                 "device   %s\n", command, cuda, flags, params, gpu);
@@ -6384,6 +6752,7 @@ static double accumulate(Model* model, Loader* loader, Ranks* ranks, int64_t pos
     int B = model->B, BT = B * model->T;
     CHECK_CUDA(cudaMemsetAsync(model->loss_sum, 0, sizeof(double), model->stream));
     position += ranks->rank * B;
+    if (model->fp8 != NULL) { quantise_weights(model); }
     for (int64_t micro_step = 0; micro_step < grad_accum_steps; micro_step++) {
         read_batch(loader, B, position);
         send_batch(loader, model);
@@ -6468,7 +6837,8 @@ int main(int argc, char** argv) {
     if (a.seq_len == 0) { arguments.seq_len = config.block_size; }
     check_config(config, V, a.seq_len);
     int64_t grad_accum_steps = plan_batch(config, ranks.world_size);
-    Model model = make_model(config, a.batch_size, a.seq_len, a.recompute, &ranks);
+    bool fp8 = choose_fp8(config);
+    Model model = make_model(config, a.batch_size, a.seq_len, a.recompute, &ranks, fp8);
     Loader loader = make_loader(train_shards, a.batch_size, a.seq_len, V, a.seed);
 
     // weights: from a saved state, from another model, or random

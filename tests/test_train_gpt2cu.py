@@ -624,8 +624,8 @@ def test_every_kernel_is_launched_by_launch_and_so_has_a_row_in_the_profile():
 
 
 @pytest.mark.parametrize("precision, other", [
-    ("bf16", f"plain_|attention_(forward|backward)|gelu_backward|{DN_KERNELS}"),
-    ("fp32", f"(hopper_)?attention_(forward|backward)|{DN_KERNELS}")])
+    ("bf16", f"plain_|attention_(forward|backward)|gelu_backward|fp8_|{DN_KERNELS}"),
+    ("fp32", f"(hopper_)?attention_(forward|backward)|fp8_|{DN_KERNELS}")])
 def test_a_profile_has_every_kernel_and_the_bytes_it_moves(precision, other, cuda_data, tmp_path,
                                                            request):
     binary = request.getfixturevalue(precision)
@@ -732,7 +732,10 @@ def test_no_steps_are_not_the_default_but_save_the_first_model(bf16, init, cuda_
     (["--seq_len", 81], "try --seq_len 80"),
     (["--config", "n_layer=2"], "leave --config out"),
     (["--model", "gpt2", "--config", "n_layer=1", "softcap=0"], "--config softcap=0"),
-    (["--fp8", 1], "--fp8 is a flag of train_gpt2.py"),
+    (["--device", "cpu"], "--device is a flag of train_gpt2.py"),
+    (["--fp8", 2], "--fp8 must be at most 1, got 2"),
+    (["--fp8", 1, "--seq_len", 79, "--total_batch_size", 158], "multiples of 16, got 128 and 158"),
+    (["--fp8", 1, "--model", "gpt2", "--config", "n_head=1", "n_embd=136"], "got 136 and"),
     (["--layers", 3], "--layers is not a flag"),
     (["--lr", "high"], "--lr must be a number, got high"),
     (["--lr", 0], "--lr must be at least 1e-38, got 0"), (["--lr", -1], "must be at least"),
@@ -789,8 +792,10 @@ def test_a_truncated_checkpoint_is_refused(bf16, init, cuda_data, tmp_path):
 
 
 @emulated
-@pytest.mark.parametrize("model, recompute", [("gpt2", 0), ("gpt2", 2), ("d4", 0), ("d4", 1)])
-def test_the_memory_said_is_what_is_allocated(model, recompute, tmp_path):
+@pytest.mark.parametrize("model, recompute, fp8", [
+    ("gpt2", 0, 0), ("gpt2", 2, 0), ("d4", 0, 0), ("d4", 1, 0), ("gpt2", 0, 1), ("d4", 1, 1),
+    ("d4", 2, 1)])
+def test_the_memory_said_is_what_is_allocated(model, recompute, fp8, tmp_path):
     source = SOURCE.replace("allocate(size_t bytes) {", "allocate(size_t bytes) { total += bytes;")
     source = source.replace("static void* allocate", "static double total; static void* allocate")
     source = source.replace("int main(", "int trainer_main(") + f"""
@@ -800,8 +805,8 @@ def test_the_memory_said_is_what_is_allocated(model, recompute, tmp_path):
             ranks.world_size = 1;
             arguments.model = "{model}", arguments.config = "n_layer=3 n_head=2 n_embd=128";
             Config config = choose_config(500);
-            memory_bytes(config, 256, {recompute}, 1, &fixed, &row);
-            make_model(config, 40, 256, {recompute}, &ranks);
+            memory_bytes(config, 256, {recompute}, 1, &fixed, &row, {fp8});
+            make_model(config, 40, 256, {recompute}, &ranks, {fp8});
             printf("%.17g", total / (fixed + 40 * row));
         }}"""
     program = build(tmp_path, "-O0", source=source)

@@ -55,6 +55,7 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 
 inline float __uint_as_float(uint32_t bits) {
@@ -84,6 +85,7 @@ struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
     return a > b ? a : b;
 }
@@ -431,6 +433,12 @@ inline int __shfl_sync(unsigned, int value, int from, LINE) {
     return mine.value;
 }
 
+inline unsigned atomicMax(unsigned* address, unsigned value) {
+    unsigned before = *address;
+    *address = std::max(before, value);
+    return before;
+}
+
 inline float bf16_half(uint32_t pair, int which) {
     return __uint_as_float(which ? pair & 0xFFFF0000u : pair << 16);
 }
@@ -513,4 +521,5 @@ template <int PENDING> void cp_async_wait() {
 
 #undef LINE
 #include "cuemu_hopper.h"
+#include "cuemu_fp8.h"
 #include "cuemu_host.h"
