@@ -22,7 +22,8 @@ python bench/project.py --models speedrun divides that by the rates of kernels. 
 hidden it predicts 1.75 hours, $42.0 at $3 for a GPU hour, by train_gpt2.cu's kernels in bf16, and
 1.18 hours, $28.2, with wgmma and fp8. The shards must be of that vocabulary:
 
-    python bpe.py train --input data/fineweb --vocab_size 49152 --out data/fineweb/tokenizer
+    python bpe.py train --input data/fineweb/documents --vocab_size 49152 \
+        --out data/fineweb/tokenizer
     python shards.py --data data/fineweb --tokenizer data/fineweb/tokenizer
     torchrun --standalone --nproc_per_node=8 train_gpt2.py \
         --recipe speedrun --data data/fineweb --out runs/speedrun

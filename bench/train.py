@@ -38,8 +38,8 @@ from contenders import Shape, arms
 from measure import (Clock, chosen_shapes, finish, missing, ratio, shape_flags, spread,
                      table)
 from model import find_compiler, load_checkpoint
-from sample import load_tokenizer
 from recipe import peak_flops
+from sample import load_tokenizer
 from train_gpt2 import Loader, Shards, evaluate
 from training import Ranks, make_optimizer
 
