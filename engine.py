@@ -211,7 +211,7 @@ class Scheduler:
     def find_common(self, rows, at):
         """Sets self.common for these rows; None, if they share too little."""
         prompts = {id(row.request.ids) for row in rows}
-        is_read = all(i >= len(row.request.ids) for i, row in zip(at, rows))
+        is_read = all(i >= common_tokens(row) for i, row in zip(at, rows))
         if not is_read or 2 * len(prompts) > len(rows):
             self.common = None
             return
@@ -386,6 +386,8 @@ class Scheduler:
         tokens."""
         events = []
         left = READ_TOKENS
+        for row in self.slots[:self.running]:
+            self.copy_prefix(row)       # a step may have read the last token that it waited for
         while batch := self.next_batch(left):
             events += self.read(batch)
             left -= sum(n for n, _ in batch)
@@ -506,6 +508,11 @@ class SlotCache(KVCache):
 
 # ---- Prompts that rows share, read once for all of them ------------------------------------------
 
+def common_tokens(row):
+    """So many tokens of a row may be read for all samples of its prompt: not its last one, which a
+    new row reads beside rows that are being written."""
+    return len(row.request.ids) - 1
+
 class CommonPrompts:
     """Keys and values of the prompts of these rows, (L, P, NH, S, HS). Rows whose requests have the
     same list of ids share one. In the cache a row keeps its own, for the time when it needs them.
@@ -518,11 +525,11 @@ class CommonPrompts:
         self.prompts = [row.request.ids for row in first.values()]  # so that no other list gets the
         self.number = {key: p for p, key in enumerate(first)}       # id of one of them
         L, _, _, NH, HS = cache.k.shape
-        S = max(len(ids) for ids in self.prompts)
+        S = max(common_tokens(row) for row in rows)
         self.k = cache.k.new_zeros(L, len(first), NH, S, HS)
         self.v = cache.k.new_zeros(L, len(first), NH, S, HS)
         for p, row in enumerate(first.values()):
-            n = len(row.request.ids)
+            n = common_tokens(row)
             self.k[:, p, :, :n] = cache.k[:, row.slot, :n].transpose(1, 2)
             self.v[:, p, :, :n] = cache.v[:, row.slot, :n].transpose(1, 2)
 
@@ -537,7 +544,7 @@ class CommonPrompts:
         self.places = torch.zeros(len(rows), dtype=torch.long)      # (B,): where in members
         for p, some in enumerate(sharing):
             self.places[some] = p * G + torch.arange(len(some))
-        lengths = [len(row.request.ids) for row in rows]
+        lengths = [common_tokens(row) for row in rows]
         self.lengths = torch.tensor(lengths)[:, None]               # (B, 1)
         self.shortest = min(lengths)
         self.longest = max(lengths)
