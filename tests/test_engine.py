@@ -218,7 +218,7 @@ def test_a_prompt_that_rows_share_is_read_once_a_step_and_changes_nothing(config
     (CommonCache, "attention", "* scale + mask", "* scale"),
     (CommonPrompts, "arrange", "p * G", "0 * G"),
     (CommonPrompts, "__init__", "self.v[:, p, :, :n]", "self.v[:, 0, :, :n]"),
-    (Scheduler, "find_common", "not prompts <= self.common.number.keys()", "False"),
+    (Scheduler, "find_common", "not prompts <= common.number.keys()", "False"),
     (Scheduler, "share_prompts", "self.common.rows != rows", "False")], ids=str)
 def test_the_check_of_shared_prompts_notices_a_mutant(owner, name, old, new, tokenizer, monkeypatch):
     mutate(monkeypatch, owner, name, old, new)

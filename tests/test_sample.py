@@ -225,8 +225,8 @@ def test_ids_that_only_pad_the_vocabulary_are_never_written(tokenizer):
 def check_packed(bias=True):
     """Within, many rows multiply with packed weights, and few do not; afterwards none do."""
     torch.manual_seed(0)
-    layer = torch.nn.Linear(64, 80, bias=bias)
-    many, few = torch.randn(PACKED_ROWS, 1, 64), torch.randn(1, 64)
+    layer = torch.nn.Linear(256, 512, bias=bias)
+    many, few = torch.randn(PACKED_ROWS, 1, 256), torch.randn(1, 256)
     wanted = layer(many), layer(few)
     with torch.inference_mode(), packed(layer, PACKED_ROWS):
         assert "forward" in vars(layer)
@@ -258,15 +258,15 @@ def test_without_onednn_nothing_is_packed(monkeypatch):
     monkeypatch.setattr(precision, "pack", pack)
     assert not can_pack.__wrapped__()
     monkeypatch.setattr(precision, "can_pack", lambda: False)
-    layer = torch.nn.Linear(64, 80)
+    layer = torch.nn.Linear(256, 512)
     with packed(layer, PACKED_ROWS):
         assert "forward" not in vars(layer)
 
 
 def test_a_batch_that_is_written_with_packed_weights_learns_as_before(tokenizer):
     """The replies are those of rows that are written alone, and the model keeps its gradients."""
-    config = GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab, n_layer=2, n_head=2, n_embd=64)
-    engine = Engine(noisy(config, seed=15, std=0.4), tokenizer, python=None)
+    config = GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=2, n_embd=256)
+    engine = Engine(noisy(config, seed=15, std=0.1), tokenizer, python=None)
     together = engine.generate(PROMPTS * 2, 12, temperature=0)
     alone = [engine.generate([prompt], 12, temperature=0)[0] for prompt in PROMPTS]
     assert [reply.ids for reply in together] == [reply.ids for reply in alone * 2]
