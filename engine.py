@@ -19,6 +19,7 @@ saves work:
     between which the other rows are written
   - what another text in the cache begins with is copied from there: the chat so far, a prompt that
     many samples share, a system message. Rows that ended stay until their place is needed
+  - on a CPU, a prompt that many samples continue is read once a step for all of them
   - the rows that are being written are always the first ones of the cache, so that a step reads
     them where they are: only a row that changes its place is ever copied
 
@@ -27,7 +28,8 @@ is computed from the row's seed and the token's position, so there is no generat
 What remains is rounding: matrix products of another shape may differ in the last bit.
 
 Papers: continuous batching (Orca, OSDI 2022), nucleus sampling (arXiv 1904.09751), min-p
-(2407.01082), repetition penalty (CTRL, 1909.05858), SplitMix64 (Steele et al., OOPSLA 2014).
+(2407.01082), repetition penalty (CTRL, 1909.05858), shared prompts (Hydragen, 2402.05099),
+SplitMix64 (Steele et al., OOPSLA 2014).
 Differs from vLLM (2309.06180): a row's keys and values lie in one piece, not in pages. That is
 simpler, and each row takes the memory of the longest one.
 """
@@ -205,19 +207,22 @@ class Scheduler:
         if self.device.type != "cpu":
             return False
         if self.common is None or self.common.rows != rows:
-            self.find_common(rows, at)
+            self.common = self.find_common(rows, at)
         return self.common is not None and max(at) <= 2 * self.common.shortest
 
     def find_common(self, rows, at):
-        """Sets self.common for these rows; None, if they share too little."""
+        """→ CommonPrompts of these rows, or None."""
         prompts = {id(row.request.ids) for row in rows}
-        is_read = all(i >= len(row.request.ids) for i, row in zip(at, rows))
-        if not is_read or 2 * len(prompts) > len(rows):
-            self.common = None
-            return
-        if self.common is None or not prompts <= self.common.number.keys():
-            self.common = CommonPrompts(self.cache, rows)
-        self.common.arrange(rows)
+        lengths = [common_tokens(row) for row in rows]
+        is_read = all(i >= n for i, n in zip(at, lengths))
+        is_most = max(at) <= 2 * min(lengths)
+        if not (is_read and is_most) or 2 * len(prompts) > len(rows):
+            return None
+        common = self.common
+        if common is None or not prompts <= common.number.keys():
+            common = CommonPrompts(self.cache, rows)
+        common.arrange(rows)
+        return common
 
     def write(self, rows, logits):
         """Draws the next token of each row from its logits (rows, V), lets tools answer → events.
@@ -386,6 +391,8 @@ class Scheduler:
         tokens."""
         events = []
         left = READ_TOKENS
+        for row in self.slots[:self.running]:
+            self.copy_prefix(row)       # a step may have read the last token that it waited for
         while batch := self.next_batch(left):
             events += self.read(batch)
             left -= sum(n for n, _ in batch)
@@ -506,6 +513,11 @@ class SlotCache(KVCache):
 
 # ---- Prompts that rows share, read once for all of them ------------------------------------------
 
+def common_tokens(row):
+    """So many tokens of a row may be read for all samples of its prompt: not its last one, which a
+    new row reads beside rows that are being written."""
+    return len(row.request.ids) - 1
+
 class CommonPrompts:
     """Keys and values of the prompts of these rows, (L, P, NH, S, HS). Rows whose requests have the
     same list of ids share one. In the cache a row keeps its own, for the time when it needs them.
@@ -518,11 +530,11 @@ class CommonPrompts:
         self.prompts = [row.request.ids for row in first.values()]  # so that no other list gets the
         self.number = {key: p for p, key in enumerate(first)}       # id of one of them
         L, _, _, NH, HS = cache.k.shape
-        S = max(len(ids) for ids in self.prompts)
+        S = max(common_tokens(row) for row in rows)
         self.k = cache.k.new_zeros(L, len(first), NH, S, HS)
         self.v = cache.k.new_zeros(L, len(first), NH, S, HS)
         for p, row in enumerate(first.values()):
-            n = len(row.request.ids)
+            n = common_tokens(row)
             self.k[:, p, :, :n] = cache.k[:, row.slot, :n].transpose(1, 2)
             self.v[:, p, :, :n] = cache.v[:, row.slot, :n].transpose(1, 2)
 
@@ -537,7 +549,7 @@ class CommonPrompts:
         self.places = torch.zeros(len(rows), dtype=torch.long)      # (B,): where in members
         for p, some in enumerate(sharing):
             self.places[some] = p * G + torch.arange(len(some))
-        lengths = [len(row.request.ids) for row in rows]
+        lengths = [common_tokens(row) for row in rows]
         self.lengths = torch.tensor(lengths)[:, None]               # (B, 1)
         self.shortest = min(lengths)
         self.longest = max(lengths)

@@ -167,6 +167,11 @@ def is_well_formed(ids, special):
         return False
     return 1 < ids.index(closing) < len(ids) - 2
 
+def well_formed_replies(completions, special):
+    """1.0 for each reply that has ended and is well formed, and 0.0 for the others, (N,)."""
+    return torch.tensor([c.finish == "stop" and is_well_formed(c.ids, special)
+                         for c in completions]).float()
+
 def thinking_tokens(ids, special):
     """How many tokens of a reply stand between <|think|> and <|/think|>, or after a <|think|> that
     is not closed."""
@@ -184,8 +189,8 @@ def sample_groups(engine, problems, order, asked, args, step, ranks, reward=Chec
     problems have been asked since the run began, on all ranks).
 
     The problems are dealt out to the ranks in turn, from number `asked` of the order on. For each
-    group that is tied, another problem is asked, in at most args.refill rounds, so that a step
-    learns from as many groups as it has prompts.
+    group that is tied, also in --format_reward, another problem is asked, in at most args.refill
+    rounds, so that a step learns from as many groups as it has prompts.
     """
     chosen, prompts, completions, rewards = [], [], [], []
     wanted = args.prompts
@@ -205,7 +210,8 @@ def sample_groups(engine, problems, order, asked, args, step, ranks, reward=Chec
             prompts += found[0]
             completions += found[1]
             rewards.append(found[2])
-            n_tied = is_tied(found[2]).sum().item()
+            formed = well_formed_replies(found[1], engine.tokenizer.special).view_as(found[2])
+            n_tied = is_tied(found[2] + args.format_reward * formed).sum().item()
         wanted = int(ranks.sum(n_tied)[0])
         if wanted == 0:
             break
@@ -740,8 +746,7 @@ def main():
                     f"{short:.0%} of the time, longer ones {long:.0%}",
                     step=0, middle=middle, short=short, long=long)
         ids, mask = rollout_tensors(prompts, completions, tokenizer.special["<|pad|>"])
-        well_formed = torch.tensor([c.finish == "stop" and is_well_formed(c.ids, special)
-                                    for c in completions]).float().view(rewards.shape)
+        well_formed = well_formed_replies(completions, special).view_as(rewards)
         total = rewards + args.format_reward * well_formed
         entropy = sampled_entropy(model, ids, mask)
         keep_losses = []

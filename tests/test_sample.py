@@ -19,10 +19,12 @@ import pytest
 import torch
 
 import engine as engine_room
+import precision
 import sample
 from conftest import ROOT, mutate, noisy, run_main
 from engine import Scheduler, next_token_probs
 from model import GPTConfig, load_checkpoint, save_checkpoint
+from precision import PACKED_ROWS, can_pack, packed
 from sample import Engine, find_run, run_python
 
 PROMPTS = ["Return", "Return the mean of the data", "If", "a, b", "Return the"]
@@ -216,6 +218,60 @@ def test_ids_that_only_pad_the_vocabulary_are_never_written(tokenizer):
                        n_embd=16)
     ids = Engine(noisy(config), tokenizer).generate(["a"], 40, 4, temperature=3.0)[0].ids
     assert max(ids) < tokenizer.n_vocab
+
+
+# ---- packed weights
+
+def check_packed(bias=True):
+    """Within, many rows multiply with packed weights, and few do not; afterwards none do."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(256, 512, bias=bias)
+    many, few = torch.randn(PACKED_ROWS, 1, 256), torch.randn(1, 256)
+    wanted = layer(many), layer(few)
+    with torch.inference_mode(), packed(layer, PACKED_ROWS):
+        assert "forward" in vars(layer)
+        torch.testing.assert_close((layer(many), layer(few)), wanted, rtol=1e-4, atol=1e-5)
+    assert "forward" not in vars(layer) and layer(many).grad_fn
+
+
+@pytest.mark.skipif(not can_pack(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_weights_multiply_as_the_others_and_are_forgotten(bias):
+    check_packed(bias)
+
+
+@pytest.mark.skipif(not can_pack(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("name, old, new", [
+    ("pack", "ordered, bias,", "ordered, None,"), ("packed", "layer.forward =", "_ ="),
+    ("packed", 'pop("forward", None)', 'get("forward")')], ids=str)
+def test_the_check_of_packed_weights_notices_a_mutant(name, old, new, monkeypatch):
+    mutate(monkeypatch, precision, name, old, new)
+    monkeypatch.setitem(globals(), name, getattr(precision, name))
+    with pytest.raises(AssertionError):
+        check_packed()
+
+
+def test_without_onednn_nothing_is_packed(monkeypatch):
+    def pack(*_):
+        raise AttributeError("no mkldnn")
+
+    monkeypatch.setattr(precision, "pack", pack)
+    assert not can_pack.__wrapped__()
+    monkeypatch.setattr(precision, "can_pack", lambda: False)
+    layer = torch.nn.Linear(256, 512)
+    with packed(layer, PACKED_ROWS):
+        assert "forward" not in vars(layer)
+
+
+def test_a_batch_that_is_written_with_packed_weights_learns_as_before(tokenizer):
+    """The replies are those of rows that are written alone, and the model keeps its gradients."""
+    config = GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=2, n_embd=256)
+    engine = Engine(noisy(config, seed=15, std=0.1), tokenizer, python=None)
+    together = engine.generate(PROMPTS * 2, 12, temperature=0)
+    alone = [engine.generate([prompt], 12, temperature=0)[0] for prompt in PROMPTS]
+    assert [reply.ids for reply in together] == [reply.ids for reply in alone * 2]
+    engine.model(torch.zeros(8, 4, dtype=torch.long)).sum().backward()
+    assert all(p.grad is not None for p in engine.model.parameters())
 
 
 # ---- the loop
