@@ -112,6 +112,11 @@ def errors(binary, kind, sizes, folder, expected, **environment):
             for name in expected}
 
 
+def are_right(found):
+    """Measured: 1.1e-7 for lse, which is fp32, and 4.7e-3. NaN is below no bound."""
+    return all(error < (1e-6 if name == "lse" else 7e-3) for name, error in found.items())
+
+
 # Rows that end within a tile, at its end, and one later; windows that end there and in between
 ALL = 9999
 SIZES = [(1, 1, 1, 64, ALL), (2, 65, 2, 64, ALL), (2, 129, 1, 128, ALL), (1, 63, 3, 128, ALL),
@@ -124,9 +129,9 @@ SIZES = [(1, 1, 1, 64, ALL), (2, 65, 2, 64, ALL), (2, 129, 1, 128, ALL), (1, 63,
 def test_outputs_and_gradients_are_float64s_as_closely_as_mma_syncs(sizes, kernels, tmp_path):
     expected = float64(sizes)
     old, new = (errors(kernels, kind, sizes, tmp_path, expected) for kind in KINDS)
+    assert are_right(old) and are_right(new)
     for name, error in new.items():
         assert error < 1.05 * old[name] + 1e-7, name                # measured: 1.01 times
-        assert old[name] < (1e-6 if name == "lse" else 5e-3), name  # measured 4e-8, 3.2e-3
 
 
 @emulated
@@ -147,7 +152,7 @@ def test_other_stages_and_tiles_compute_the_same(old, new, tmp_path):
     binary = build_kernels(tmp_path, SOURCE.replace(old, new))
     for sizes in SIZES[1:8:3] + SIZES[-3:]:
         found = errors(binary, "wgmma", sizes, tmp_path, float64(sizes))
-        assert all(error < 5e-3 for error in found.values()), sizes
+        assert are_right(found), (sizes, found)
 
 
 # ---- mutants: a wait that is missing, a mask or a matrix that is shifted
@@ -198,7 +203,7 @@ def test_a_mutant_fails(old, new, which, tmp_path):
                 found = errors(binary, "wgmma", sizes, tmp_path, expected, CUEMU_ORDER=order)
             except AssertionError:
                 return              # the emulator stopped it
-            if not all(error < 5e-3 for error in found.values()):       # also if one is NaN
+            if not are_right(found):
                 return
     pytest.fail("no check has seen it")
 
