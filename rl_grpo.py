@@ -619,9 +619,9 @@ SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr"
             "refill", "loss", "clip", "kl", "std", "seed", "keep", "format_reward", "max_kl",
             "reward", "gold")
 
-def log_replies(log, step, engine, completions, rewards, golds, most=4):
-    """Logs a few replies of a step, evenly spread, with their rewards: numbers alone do not show
-    that a reward is being gamed."""
+def log_replies(log, step, engine, completions, rewards, golds, kl_reply, most=4):
+    """Logs a few replies of a step, evenly spread, with their rewards and how far they are from
+    where it started: numbers alone do not show that a reward is being gamed."""
     rows = []
     for i in range(0, len(completions), max(1, len(completions) // most)):
         text = engine.reply_text(completions[i])
@@ -629,7 +629,7 @@ def log_replies(log, step, engine, completions, rewards, golds, most=4):
         if golds:
             rows[-1]["gold"] = golds[i]
         log.say(f"  reward {rewards[i]:6.2f} | {' '.join(text.split())}")
-    log.say(f"  {len(rows)} replies of step {step}", step=step, replies=rows)
+    log.say(f"  {len(rows)} replies of step {step}", step=step, kl_reply=kl_reply, replies=rows)
 
 def warn(log, truncated, tied):
     """Logs warnings about a step: `truncated` and `tied` are shares of its replies, 0 to 1."""
@@ -761,8 +761,9 @@ def main():
             is_far = args.max_kl is not None and kl_reply > args.max_kl
         if gold:
             mean_gold = ranks.sum(sum(golds))[0] / n
-        if args.reward != "checker" and (step % args.eval_every == 0 or is_far):
-            log_replies(log, step, engine, completions, rewards.flatten().tolist(), golds)
+        is_last = step + 1 == args.max_steps or is_far
+        if args.reward != "checker" and (step % args.eval_every == 0 or is_last):
+            log_replies(log, step, engine, completions, rewards.flatten().tolist(), golds, kl_reply)
         stop = stops > 0
         step += 1
         ms = 1000 * (time.perf_counter() - tick)

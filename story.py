@@ -502,7 +502,9 @@ def tell_beyond(story):
             if len(points) > 1:
                 right.setdefault(kind, {})["after"] = (points[-1][1], None)
                 parts.append(f"{kind} {points[0][1]:.0%}, then {points[-1][1]:.0%}")
-        yield said(sentence("Right answers before practice and after it", parts))
+        kinds = list(run.held_out())
+        yield said(sentence(f"No example was longer than {kinds[0]}. Right answers before practice "
+                            "and after it", parts))
         every_second = dict(list(thinking.items())[1::2])       # a figure has four colours
         yield side_by_side(bars("Chains that are followed to their end", right),
                            curve("Length of the thinking", every_second, unit="tokens a reply"))
@@ -542,9 +544,10 @@ def tell_rlhf(story):
     yield said(sentence("What the judge thinks of the replies (gold), and the reward model",
                         parts))
     yield side_by_side(*reward_figures(story))
+    two = list(followed.items())[:2]        # a figure has four colours
     for by, key in (("step", "step"), ("KL in nats a reply", "kl_reply")):
         lines = {}
-        for name, rows in followed.items():
+        for name, rows in two:
             rows = sorted(rows, key=lambda row: row[key])
             for what in ("reward", "gold"):
                 lines[f"{name}, {what}"] = [(row[key], row[what]) for row in rows]
@@ -553,14 +556,23 @@ def tell_rlhf(story):
     turns = [(name, *turn) for name, rows in followed.items()
              for turn in turning_rows(turning_point(rows))]
     yield table(("run", "where", "step", "KL", "reward", "gold"), turns)
-    replies = []
-    for run in story.rlhf:
-        rows = run.rows("step", "replies")
-        for row in rows[:1] + rows[1:][-1:]:        # the first and the last
-            replies += [(f"{story.label(run)}, step {row['step']}: reward {one['reward']:.2f}, "
-                         f"gold {one.get('gold', '–')}", shortened(one["reply"]))
-                        for one in row["replies"][:1]]
-    yield texts("What it wrote, at first and in the end", replies)
+    yield texts("What it wrote, the farther it went from where it started",
+                [reply for run in story.rlhf for reply in replies_by_distance(story, run)])
+
+def replies_by_distance(story, run, most=5):
+    """A reply of at most `most` steps, with how far its policy is from where it started."""
+    rows = [row for row in run.rows("step", "kl_reply", "replies") if row["replies"]]
+    if not rows:
+        return []
+    steps = some_steps({row["step"] for row in rows}, most)
+    found = []
+    for row in rows:
+        if row["step"] in steps:
+            one = row["replies"][0]
+            found.append((f"{story.label(run)}, {row['kl_reply']:.1f} nats away: reward "
+                          f"{one['reward']:.2f}, gold {one.get('gold', '–')}",
+                          shortened(one["reply"])))
+    return found
 
 def reward_figures(story):
     """How often the reward model prefers the reply that the judge does, and what the best of n
@@ -709,8 +721,8 @@ CHAPTERS = [
             "answers can be checked lets it find out.",
             tell_practice, "python sample.py --model {rl} --chat", "name the run of rl_grpo.py"),
     Chapter("beyond", "Beyond imitation",
-            "Who imitates is at best as good as those imitated. Practice against a check has no "
-            "such limit: it found moves in Go that no expert would have played.",
+            "An imitator is at best as good as whom it imitates. Practice against a check has no "
+            "such limit: at Go it found moves that no expert would have played.",
             tell_beyond, "python bench/beyond.py --seeds 0", "python bench/beyond.py --folder "
             "makes its run"),
     Chapter("rlhf", "RLHF",

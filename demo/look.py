@@ -234,23 +234,30 @@ def beyond(names):
     return lines + grown_answer(run)
 
 def pleasing(names):
-    """Without the KL term and with it: the stand-in's reward and the judge's own opinion at the
-    start, where the judge liked the replies best, and at the end; and a late reply."""
+    """Without the KL term, with it, and stopped at a KL: the stand-in's reward and the judge's own
+    opinion at the start, where the judge liked the replies best, and at the end; and what was
+    written on the way."""
     lines = []
-    for run, when in (("without-kl", "without a KL term"), ("with-kl", "with a KL term")):
-        rows = read_rows(Path(names["rlhf"], run, "log.jsonl"), "step", "reward", "gold")
+    for run, when in (("without-kl", "without a KL term"), ("with-kl", "with a KL term"),
+                      ("stopped", "stopped in time")):
+        log = Path(names["rlhf"], run, "log.jsonl")
+        rows = read_rows(log, "step", "reward", "gold", "kl_reply")
         if not rows:
             continue
         best = max(rows, key=lambda row: row["gold"])
+        away = f"{best['kl_reply']:.1f} nats away"
         rewards = " → ".join(f"{row['reward']:.2f}" for row in (rows[0], best, rows[-1]))
         golds = " → ".join(f"{row['gold']:.2f}" for row in (rows[0], best, rows[-1]))
-        lines.append(f"{when:18s} at the start, in step {best['step']}, and at the end: the "
-                     f"stand-in gives {rewards}, the judge {golds}")
-    replies = read_rows(Path(names["rlhf"], "without-kl", "log.jsonl"), "replies")
-    if replies and replies[-1]["replies"]:
-        reply = replies[-1]["replies"][0]
-        lines.append(f"What pleases the stand-in at the end: {one_line(reply['reply'])}")
-    return lines
+        lines.append(f"{when:18s} at the start, in step {best['step']} ({away}), and at the end: "
+                     f"the stand-in gives {rewards}, the judge {golds}")
+    written = []
+    for row in read_rows(Path(names["rlhf"], "without-kl", "log.jsonl"), "replies", "kl_reply"):
+        for one in row["replies"][:1]:
+            written.append(f"{row['kl_reply']:6.1f} nats  stand-in {one['reward']:5.2f}, judge "
+                           f"{one['gold']:5.2f}: {one_line(one['reply'], 60)}")
+    if written:
+        lines.append("What it writes without a KL term, the farther it goes from its start:")
+    return lines + written
 
 def held_out(names):
     """A table of accuracies: a row a kind of problem, a column a model."""

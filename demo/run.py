@@ -195,7 +195,8 @@ STEPS = [
         why="A claim counts only with a figure from the logs beside it.",
         commands=[
             "python report.py {base} {sft} {honest} {rl} {beyond}/seed_0/rl {rlhf}/reward "
-            "{rlhf}/without-kl {rlhf}/with-kl --data {data} --out {rl}/report.html",
+            "{rlhf}/without-kl {rlhf}/with-kl {rlhf}/stopped --data {data} "
+            "--out {rl}/report.html",
             "python report.py summary {base} {sft} {honest} {rl} --data {data}"]),
 ]
 
