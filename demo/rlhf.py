@@ -13,11 +13,9 @@ people: a scripted judge with a fixed, known taste, so that one can measure what
 thousands of replies that nobody has time to read. It likes a funny word or two in a sentence that
 still reads like one. The reward model never sees this rule, only how the judge ranked some replies.
 
-People's jokes are not all well made: in those that are taught, a funny word slips in now and then
-where it does not belong. So the model writes that, too, if seldom. In what is ranked, more funny
-words are mostly better; the reward model concludes that more of them are always better, and a
-policy that follows it for long writes little else. Without such slips it ended with one joke for
-every prompt, which was still a sentence.
+Practice goes far on purpose. With half its learning rate, the replies ended as one joke for every
+prompt, which was still a sentence. --kl holds the model back at every step; --max_kl ends the same
+practice early, before what the reward model likes and what the judge likes part.
 
 COMMANDS are those that one would type with a person in the judge's place. A command that was
 finished is skipped or resumed, so after an interruption the same command continues.
@@ -120,7 +118,7 @@ def write_jokes(out, seed, conversations=1500, prompts=400):
 
 PRACTICE = ("python rl_grpo.py --model {out}/joker --reward model:{out}/reward "
             "--gold demo/rlhf.py:funny --task {out}/prompts.jsonl --max_steps {steps} "
-            "--prompts 16 --group_size 4 --max_new_tokens 40 --lr 1e-3 --eval_every 5 "
+            "--prompts 16 --group_size 4 --max_new_tokens 40 --lr 2e-3 --eval_every 5 "
             "--save_every 10 --seed {seed} --resume")
 COMMANDS = [
     "python chat_sft.py --model {model} --data {out}/jokes.jsonl --out {out}/joker --epochs 1 "
