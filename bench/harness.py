@@ -80,21 +80,15 @@ class Harness:
         self.lm = HFLM(pretrained=GPT2LMHeadModel.from_pretrained(folder).eval(), tokenizer=theirs,
                        batch_size=batch_size, device="cpu")
 
-    def accuracy(self, task, rows):
-        """What eval.py's accuracy is, from lm_eval's log-likelihoods of the same questions: those
-        with the highest mean, here per character; only the time of this is of interest."""
+    def log_likelihoods(self, task, rows):
+        """[[(sum of log-probabilities, whether greedy) of each answer] of each row], with the
+        solved examples before each question."""
         from lm_eval.api.instance import Instance
-        questions = list(core_pairs(task, rows, len(rows)))
+        questions = [pairs for pairs, _ in core_pairs(task, rows, len(rows))]
         requests = [Instance("loglikelihood", {}, (EOT + context, answer), 0)
-                    for pairs, _ in questions for context, answer in pairs]
-        found = self.lm.loglikelihood(requests, disable_tqdm=True)
-        right = 0
-        for pairs, gold in questions:
-            own = found[:len(pairs)]
-            found = found[len(pairs):]
-            means = [total / len(answer) for (total, _), (_, answer) in zip(own, pairs)]
-            right += own[0][1] if gold is None else means.index(max(means)) == gold
-        return right / len(rows)
+                    for pairs in questions for context, answer in pairs]
+        found = iter(self.lm.loglikelihood(requests, disable_tqdm=True))
+        return [[next(found) for _ in pairs] for pairs in questions]
 
     def evaluate(self, task, rows):
         """lm_eval's whole pipeline → its results {"acc", "acc_norm"}, and a sample for each row."""
