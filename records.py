@@ -217,8 +217,9 @@ def read_checked_log(run):
 CHANCE = dict(bits=0.5)     # even or odd; the answer to an open question cannot be guessed
 
 def eval_accuracies(runs, key="accuracy"):
-    """{source: {stage: {kind: accuracy}}} from eval.json, or another figure of a kind. The hash of the problems is a part of the
-    source's name, so that accuracies on different problems are never compared."""
+    """{source: {stage: {kind: accuracy}}} from eval.json, or another figure of a kind. The hash of
+    the problems is a part of the source's name, so that accuracies on different problems are never
+    compared."""
     sources = {}
     for run in runs:
         for name, result in run.results.items():
