@@ -97,8 +97,8 @@ class Overlap:
 # ---- The training documents ----------------------------------------------------------------------
 
 def training_files(folders):
-    """The files of folders or files that were named, with their sizes in bytes. A data folder's own
-    documents are those of its training split; without any, its shards are read."""
+    """The files of folders or files that were named → {path: bytes}. A data folder's own documents
+    are those of its training split; without any, its shards are read."""
     files = []
     for folder in map(Path, folders):
         listed = []
@@ -120,7 +120,7 @@ def training_files(folders):
         if not path.is_file():
             raise SystemExit(f"{path} is missing, although index.json lists it; prepare the data "
                              "again, or name another folder with --documents")
-    return {path: path.stat().st_size for path in files}
+    return {str(path): path.stat().st_size for path in files}
 
 def texts_of(path):
     """Yields the texts of the documents in a file."""
@@ -147,7 +147,7 @@ def find(texts, folders):
     """→ an Overlap of these texts that has read all training documents in the folders."""
     overlap = Overlap(texts)
     files = training_files(folders)
-    for number, path in enumerate(files, 1):
+    for number, path in enumerate(map(Path, files), 1):
         overlap.scan(tqdm(texts_of(path), desc=f"contamination, file {number} of {len(files)}",
                           unit="document", leave=False))
     return overlap

@@ -366,8 +366,9 @@ def gold_of(task, row):
     """The place of the right candidate; None in language modeling, which has one candidate."""
     return None if task.kind == "language_modeling" else row["gold"]
 
-def core_questions(tokenizer, task, rows, n):
-    """Yields the first n rows as (spans, gold); before each stand `shots` solved examples."""
+def core_pairs(task, rows, n):
+    """Yields for each of the first n rows its candidates, before which stand `shots` solved
+    examples, and gold."""
     for i, row in enumerate(rows[:n]):
         shots = min(task.shots, len(rows) - 1)
         prefix = ""
@@ -376,7 +377,12 @@ def core_questions(tokenizer, task, rows, n):
                 j += 1          # never the row itself
             prefix += "".join(candidates(task, rows[j])[gold_of(task, rows[j]) or 0]) + "\n\n"
         pairs = [(prefix + context, answer) for context, answer in candidates(task, row)]
-        yield token_spans(tokenizer, pairs), gold_of(task, row)
+        yield pairs, gold_of(task, row)
+
+def core_questions(tokenizer, task, rows, n):
+    """Yields the first n rows as (spans, gold)."""
+    for pairs, gold in core_pairs(task, rows, n):
+        yield token_spans(tokenizer, pairs), gold
 
 def letter_questions(tokenizer, task, rows, n):
     """Yields the first n rows as (spans, gold), in the chat prompt. The spans are the letters with
@@ -618,11 +624,6 @@ def files_of(name, args):
         files.append(args.gsm8k)
     return files or [name]
 
-def names_and_sizes(folders):
-    """The files of training data {path: bytes}, by which the same data is known again."""
-    from contamination import training_files
-    return {str(path): size for path, size in training_files(folders).items()}
-
 def plan(args):
     """--tasks → [(name, its first file, arguments to remember)]; each needs at least one file."""
     jobs = []
@@ -643,7 +644,8 @@ def plan(args):
         arguments = dict(files=digest(*found), max_examples=args.max_examples,
                          max_new_tokens=max_new_tokens)
         if args.documents:
-            arguments["documents"] = names_and_sizes(args.documents)
+            from contamination import training_files
+            arguments["documents"] = training_files(args.documents)     # {file: bytes}
         jobs.append((name, found[0], arguments))
     return jobs
 

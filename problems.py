@@ -128,7 +128,7 @@ def share_of(hits, n):
     p = (hits + 1) / (n + 2)
     return dict(accuracy=hits / n, accuracy_error=round(math.sqrt(p * (1 - p) / (n + 2)), 6), n=n)
 
-def shown(result, key):
+def plus_minus(result, key):
     """A figure of a result, and its standard error if it has one: "0.3000 ± 0.0456"."""
     error = result.get(f"{key}_error")
     if isinstance(error, float):
@@ -137,12 +137,12 @@ def shown(result, key):
 
 def figures(result):
     """The result of a task, as eval.py measures it → the fields of a log line."""
-    fields = [f"{key} {shown(result, key)}" for key, value in result.items()
+    fields = [f"{key} {plus_minus(result, key)}" for key, value in result.items()
               if isinstance(value, float) and not key.endswith("_error")]
     kinds = result.get("kinds", {})
     if len(kinds) > 1:
         for kind, task in kinds.items():
-            fields.append(f"{kind} {shown(task, 'accuracy')}")
+            fields.append(f"{kind} {plus_minus(task, 'accuracy')}")
             if "wrong" in task:
                 fields[-1] += f" (wrong {task['wrong']:.4f}, refused {task['refused']:.4f})"
     counts = ("n", "clean_n", "short", "cut")

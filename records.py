@@ -218,9 +218,10 @@ def read_checked_log(run):
 
 CHANCE = dict(bits=0.5)     # even or odd; the answer to an open question cannot be guessed
 
-def eval_accuracies(runs):
-    """{source: {stage: {kind: accuracy}}} from eval.json. The hash of the problems is a part of the
-    source's name, so that accuracies on different problems are never compared."""
+def eval_accuracies(runs, key="accuracy"):
+    """{source: {stage: {kind: accuracy}}} from eval.json, or another figure of a kind. The hash of
+    the problems is a part of the source's name, so that accuracies on different problems are never
+    compared."""
     sources = {}
     for run in runs:
         for name, result in run.results.items():
@@ -230,7 +231,7 @@ def eval_accuracies(runs):
             source = (f"eval.json: {result.get('n')} of {Path(name).name} (hash "
                       f"{asked.get('files')}), replies of {asked.get('max_new_tokens')} tokens at "
                       "most")
-            shares = {kind: task["accuracy"] for kind, task in result["kinds"].items()}
+            shares = {kind: task[key] for kind, task in result["kinds"].items() if key in task}
             sources.setdefault(source, {})[run.stage] = shares
     return sources
 

@@ -387,6 +387,7 @@ def header_bytes(path):
         return int.from_bytes(file.read(8), "little")
 
 HF_TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
+GPT2_VOCAB = 50257
 
 def has_tokenizer(run):
     """Whether a folder says which tokenizer its model was trained with."""
@@ -394,10 +395,16 @@ def has_tokenizer(run):
 
 def load_tokenizer(run):
     """The tokenizer in a run's folder; for OpenAI's weights, which come without ours, GPT-2's.
-    Raises SystemExit if a folder has another one in HF's format, which cannot be read."""
+    Raises SystemExit if a folder has another one in HF's format, which cannot be read, or none
+    although its model has fewer tokens than GPT-2."""
     run = Path(run)
     if (run / "tokenizer.tiktoken").exists():
         return Tokenizer.load(run)
+    n_vocab = hf_vocab_size(run / "config.json")
+    if n_vocab < GPT2_VOCAB and not has_tokenizer(run):
+        raise SystemExit(f"{run} has no tokenizer, and its model's {n_vocab} tokens are not "
+                         f"GPT-2's {GPT2_VOCAB}; put the model's tokenizer into the folder as "
+                         "bpe.py writes it, tokenizer.tiktoken and tokenizer.json")
     tokenizer = Tokenizer.pretrained("gpt2")
     for name in HF_TOKENIZER_FILES:
         if (run / name).exists() and not is_gpt2(hf_vocabulary(run / name), tokenizer):
@@ -405,6 +412,13 @@ def load_tokenizer(run):
                              "that can be read; put the model's tokenizer into the folder as "
                              "bpe.py writes it, tokenizer.tiktoken and tokenizer.json")
     return tokenizer
+
+def hf_vocab_size(path):
+    """The vocab_size that a config.json states; GPT-2's if it states none."""
+    try:
+        return int(json.loads(path.read_bytes())["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return GPT2_VOCAB
 
 def hf_vocabulary(path):
     """{token: id} of a tokenizer file of HF; {} if it is none."""

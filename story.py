@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Callable
 
-from problems import STAGES
+from problems import STAGES, plus_minus
 from records import (CHANCE, is_finite, ln_vocab, logged_accuracies, read_answers, read_claims,
                      tokens_read)
 from svg import bars, curve, shown
@@ -300,7 +300,7 @@ def base_sentence(story, run):
                      f"xz {row['xz']:.2f}")
     for result in run.results.values():
         if "core" in result:
-            parts.append(f"CORE {result['core']:.4f}, GPT-2 (1,558M) {GPT2_CORE}")
+            parts.append(f"CORE {plus_minus(result, 'core')}, GPT-2 (1,558M) {GPT2_CORE}")
     name = "The model"
     if len(story.base) > 1:
         name = story.label(run)

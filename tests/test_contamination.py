@@ -131,7 +131,7 @@ def data(tmp_path):
 
 
 def test_only_the_training_split_counts(data):
-    assert [path.name for path in training_files([data])] == ["train_0.jsonl.gz"]
+    assert list(training_files([data])) == [str(data / "documents/train_0.jsonl.gz")]
     assert find([SECRET], [data]).flags([SECRET]) == [False]
     write_documents(data / "documents/train_0.jsonl.gz", "one", f"He said: {SECRET.title()}!")
     assert find([SECRET], [data]).flags([SECRET]) == [True]

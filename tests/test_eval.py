@@ -21,6 +21,7 @@ from conftest import GPT2, MODERN, ROOT, mutate, noisy, run_main
 from eval import (HELLASWAG, SharedRow, SharedRows, Task, batches, centered, core, core_questions,
                   core_tasks, letter_questions, mean_log_probs, mean_of, read_rows, run_task, score,
                   score_alone, solve, token_spans)
+from bpe import Tokenizer
 from model import load_checkpoint, save_weights
 from checkers import final_answer
 from problems import figures, is_correct, read_problems, share_of
@@ -653,3 +654,28 @@ def test_a_bad_input_ends_in_one_line_that_says_what_to_do(flags, said, base_run
     message = str(stopped.value)
     assert said in message and "\n" not in message
     assert ";" in message or message.startswith("--")
+
+
+def test_a_folder_that_transformers_wrote_is_measured_offline(tmp_path, capsys, monkeypatch):
+    """GPT-2's sizes but for the layers, with HF's tokenizer files and without any."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CORE.parent / "tiktoken_cache"))
+    try:
+        tokenizer = Tokenizer.pretrained("gpt2")
+    except SystemExit as error:
+        pytest.skip(str(error))
+    run = tmp_path / "hf"
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(run)
+    write_jsonl(tmp_path / "eval_data" / HELLASWAG.file, CHOICES)
+    tokens = {}
+    for with_tokenizer in (False, True):
+        if with_tokenizer:
+            tokenizer.export_hf(tmp_path / "made.json")
+            transformers.PreTrainedTokenizerFast(
+                tokenizer_file=str(tmp_path / "made.json")).save_pretrained(run)
+        run_main(eval_module, "--model", run, "--tasks", "hellaswag", "--core_dir", tmp_path)
+        tokens[with_tokenizer] = json.loads((run / "eval.json").read_text())["hellaswag"]
+        (run / "eval.json").unlink()
+    assert tokens[True] == tokens[False] and tokens[True]["n"] == 2
+    assert "accuracy " in capsys.readouterr().out

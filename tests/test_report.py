@@ -18,6 +18,7 @@ import eval as eval_module
 import report
 import story
 from conftest import ROOT, run_main
+from problems import share_of
 from records import Data, Run, accuracy_sources, verdicts
 from svg import FIGURE_STYLE, bars, curve, ticks
 from test_style import check_commands
@@ -109,17 +110,20 @@ def test_a_report_escapes_html_and_tells_the_stages_in_order(tmp_path):
 
 def test_a_report_shows_the_filters_and_every_measurement(tmp_path):
     runs = demo(tmp_path)
-    result = dict(accuracy=0.5, n=4, cut=0, kinds=dict(bits=dict(accuracy=0.5, n=4)),
+    result = dict(share_of(2, 4), cut=0, kinds=dict(bits=share_of(2, 4)),
                   arguments=dict(files="f00", max_new_tokens=9))
-    core_result = dict(core=0.1234, n=3, left_out=["coqa"], tasks=dict(
-        copa=dict(accuracy=0.75, centered=0.5, n=3)))
+    core_result = dict(core=0.1234, core_error=0.05, n=3, left_out=["coqa"], tasks=dict(
+        copa=dict(accuracy=0.75, centered=0.5, centered_error=0.1, n=3, contaminated=1 / 3,
+                  clean_accuracy=0.5, clean_accuracy_error=0.25, clean_n=2)))
     (runs[0] / "eval.json").write_text(json.dumps({"h.jsonl": result, "core": core_result}))
     funnel = {"step": "language", "in": 100, "kept": 70, "dropped": {"is_<de>": 30}, "bytes": 2e6,
               "flagged": dict(short=5), "docs_per_s": 12.0, "seconds": 3600}
     (tmp_path / "index.json").write_text(json.dumps(dict(funnel=[funnel])))
     page = report_of("--data", tmp_path, *runs)
-    for text in ("70.0%", "is_&lt;de&gt; 30", "short 5", "2.00", "1:00:00, summed", "core 0.1234",
-                 "left out: coqa", "centered 0.5000", "4 of h.jsonl (hash f00)"):
+    for text in ("70.0%", "is_&lt;de&gt; 30", "short 5", "2.00", "1:00:00, summed", "core 0.1234 ± 0.0500",
+                 "CORE 0.1234 ± 0.0500, GPT-2", "left out: coqa", "centered 0.5000 ± 0.1000",
+                 "4 of h.jsonl (hash f00)", "accuracy 0.5000 ± 0.2041", "50.0% ± 20.4%",
+                 "contaminated 0.3333 | clean_accuracy 0.5000 ± 0.2500 | n 3 | clean_n 2"):
         assert text in page, text
 
 

@@ -2,6 +2,7 @@
 sample.py against slow twins: one token at a time without a cache, probabilities from their
 definitions. The Python tool meets code that means ill, the answer checker replies that cheat.
 """
+import contextlib
 import importlib
 import io
 import json
@@ -801,6 +802,12 @@ def test_openais_gpt2_is_read_with_gpt2s_tokenizer(base_run, tmp_path, monkeypat
     monkeypatch.setattr(sample.Tokenizer, "pretrained", asked.append)
     assert sample.load_tokenizer(tmp_path) is None and asked == ["gpt2"]
     assert sample.load_tokenizer(base_run).n_vocab == 400
+    for size, known in ((8192, False), (50256, False), (50257, True), (50304, True)):
+        (tmp_path / "config.json").write_text(json.dumps(dict(vocab_size=size)))
+        with contextlib.nullcontext() if known else pytest.raises(
+                SystemExit, match=f"has no tokenizer, and its model's {size} tokens are not GPT-2"):
+            sample.load_tokenizer(tmp_path)
+    assert asked == ["gpt2"] * 3
 
 
 def test_a_checkpoint_in_hfs_format_with_another_tokenizer_than_gpt2s_is_refused(
