@@ -51,22 +51,16 @@ KINDS = {"a": "article", ".": "end", "and": "and", **dict.fromkeys(FUNNY + NOUNS
 FOLLOWS = {"article": ("noun",), "noun": ("verb", "place", "and", "end"), "verb": ("article",),
            "place": ("article",), "and": ("verb",)}
 FUNNY_SHARE = 0.25      # of the nouns that the prompt does not name, in what is taught
-SLIPS = 0.05            # how often a funny word slips in before a word of what is taught
 
 # ---- Jokes, and a judge with a taste -------------------------------------------------------------
 
 def joke(noun, other, rng):
     """A sentence that begins with "A {noun}" and has the other noun; the nouns between and after
-    them may be funny ones, and so may be words that slipped in."""
+    them may be funny ones."""
     words = ["A", noun, rng.choice(VERBS), "a", a_noun(rng), rng.choice(PLACES), "a", other]
     if rng.random() < 0.5:
         words += ["and", rng.choice(VERBS), "a", a_noun(rng)]
-    said = words[:2]
-    for word in words[2:]:
-        if rng.random() < SLIPS:
-            said.append(rng.choice(FUNNY))
-        said.append(word)
-    return " ".join(said) + "."
+    return " ".join(words) + "."
 
 def a_noun(rng):
     return rng.choice(FUNNY if rng.random() < FUNNY_SHARE else NOUNS)
