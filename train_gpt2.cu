@@ -488,6 +488,7 @@ __global__ void row_sum_kernel(float* partials, const floatX* matrix, int rows, 
     int c = (blockIdx.x * WARP + threadIdx.x) * PACK;
     float sum[PACK] = {};
     if (c < OC) {
+#pragma unroll 4                        // four loads are on their way at once; the order stays
         for (int row = blockIdx.y * 8 + threadIdx.y; row < rows; row += gridDim.y * 8) {
             Pack values = load(matrix + (int64_t)row * OC + c);
             for (int k = 0; k < PACK; k++) { sum[k] += values[k]; }
@@ -565,16 +566,17 @@ struct LayerNormForward {
 
 // One warp: one row. The row stays in shared memory between two passes: the first sums x, and the
 // second sums (x - mean)². (Σ x² / C - mean² would take one pass but lose digits.) No barrier is
-// needed, because a lane reads only what it wrote itself. Grid BT/4 x 128. Moves 4 BTC, or 2 BTC
-// without b; bound by memory.
+// needed, because a lane reads only what it wrote itself. It writes whole Packs: 32 lanes that each
+// wrote single floats, PACK floats apart, would wait for the same banks of shared memory. Grid BT/4
+// x 128. Moves 4 BTC, or 2 BTC without b; bound by memory.
 __global__ void layernorm_forward_kernel(LayerNormForward norm) {
-    extern __shared__ float rows[];     // (NORM_WARPS, C)
+    extern __shared__ Pack rows[];      // (NORM_WARPS, C/PACK)
     int C = norm.C;
     int lane = threadIdx.x % WARP;
     int warp = threadIdx.x / WARP;
     int64_t bt = (int64_t)blockIdx.x * NORM_WARPS + warp;
     if (bt >= norm.BT) { return; }
-    float* row = rows + warp * C;
+    Pack* row = rows + warp * (C / PACK);
     float sum = 0.0f;
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack value = load(norm.a + bt * C + c);
@@ -583,25 +585,23 @@ __global__ void layernorm_forward_kernel(LayerNormForward norm) {
             for (int i = 0; i < PACK; i++) { value.set(i, value[i] + other[i]); }
             store(norm.x + bt * C + c, value);
         }
-        for (int i = 0; i < PACK; i++) {
-            row[c + i] = value[i];
-            sum += value[i];
-        }
+        row[c / PACK] = value;
+        for (int i = 0; i < PACK; i++) { sum += value[i]; }
     }
     float mean = warp_sum(sum) / C;
     float square_sum = 0.0f;
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
-        for (int i = 0; i < PACK; i++) { square_sum += (row[c + i] - mean) * (row[c + i] - mean); }
+        Pack x = row[c / PACK];
+        for (int i = 0; i < PACK; i++) { square_sum += (x[i] - mean) * (x[i] - mean); }
     }
     float rstd = rsqrtf(warp_sum(square_sum) / C + 1e-5f);
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack weight = load(norm.weight + c);
         Pack bias = load(norm.bias + c);
-        Pack value;
-        for (int i = 0; i < PACK; i++) {
-            value.set(i, (row[c + i] - mean) * rstd * weight[i] + bias[i]);
-        }
-        store(norm.out + bt * C + c, value);
+        Pack x = row[c / PACK];
+        Pack out;
+        for (int i = 0; i < PACK; i++) { out.set(i, (x[i] - mean) * rstd * weight[i] + bias[i]); }
+        store(norm.out + bt * C + c, out);
     }
     if (lane == 0) {
         norm.mean[bt] = mean;
@@ -640,6 +640,7 @@ __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
         float n[NORM_ROWS][PACK] = {};
         float dn[NORM_ROWS][PACK] = {};
         float rstd[NORM_ROWS] = {};
+        Pack dx[NORM_ROWS];             // loaded early, so that no thread waits after the barrier
         for (int r = 0; r < NORM_ROWS; r++) {
             int64_t bt = first + r;
             float sum_dn = 0.0f;
@@ -647,6 +648,7 @@ __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
             if (active && bt < norm.BT) {
                 Pack dout = load(norm.dout + bt * C + c);
                 Pack x = load(norm.x + bt * C + c);
+                dx[r] = load(norm.dx + bt * C + c);
                 float mean = norm.mean[bt];
                 rstd[r] = norm.rstd[bt];
                 for (int i = 0; i < PACK; i++) {
@@ -671,12 +673,11 @@ __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
             float mean_dn = warp_sum(lane < n_warps ? of_warp[0][r][lane] : 0.0f) / C;
             float mean_dn_n = warp_sum(lane < n_warps ? of_warp[1][r][lane] : 0.0f) / C;
             if (active && bt < norm.BT) {
-                Pack dx = load(norm.dx + bt * C + c);
                 for (int i = 0; i < PACK; i++) {
                     float here = (dn[r][i] - mean_dn - n[r][i] * mean_dn_n) * rstd[r];
-                    dx.set(i, dx[i] + here);
+                    dx[r].set(i, dx[r][i] + here);
                 }
-                store(norm.dx + bt * C + c, dx);
+                store(norm.dx + bt * C + c, dx[r]);
             }
         }
         __syncthreads();
@@ -690,7 +691,7 @@ __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
 }
 
 static void layernorm_forward(LayerNormForward norm, cudaStream_t stream) {
-    size_t shared_bytes = sizeof(float) * NORM_WARPS * norm.C;
+    size_t shared_bytes = sizeof(floatX) * NORM_WARPS * norm.C;
     double moved = norm.b != NULL ? 4.0 : 2.0;
     launch({"layernorm_forward", moved * norm.BT * norm.C * sizeof(floatX)},
            {ceil_div(norm.BT, NORM_WARPS), NORM_WARPS * WARP, stream, shared_bytes},
@@ -751,14 +752,14 @@ struct RmsNormForward {
 // One warp: one row, held in shared memory between the passes, as in layernorm_forward_kernel. Grid
 // BT/4 x 128. Moves up to 6 BTC; bound by memory.
 __global__ void rmsnorm_forward_kernel(RmsNormForward norm) {
-    extern __shared__ float rows[];     // (NORM_WARPS, C)
+    extern __shared__ Pack rows[];      // (NORM_WARPS, C/PACK)
     int C = norm.C;
     int lane = threadIdx.x % WARP;
     int warp = threadIdx.x / WARP;
     int64_t bt = (int64_t)blockIdx.x * NORM_WARPS + warp;
     if (bt >= norm.BT) { return; }
     const floatX* a = norm.a + (norm.tokens != NULL ? norm.tokens[bt] : bt) * C;
-    float* row = rows + warp * C;
+    Pack* row = rows + warp * (C / PACK);
     float square_sum = 0.0f;
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack value = load(a + c);
@@ -769,16 +770,15 @@ __global__ void rmsnorm_forward_kernel(RmsNormForward norm) {
         if (norm.x != NULL) { store(norm.x + bt * C + c, value); }
         value = mixed(value, norm.mix, bt * C + c);
         if (norm.s != NULL) { store(norm.s + bt * C + c, value); }
-        for (int i = 0; i < PACK; i++) {
-            row[c + i] = value[i];
-            square_sum += value[i] * value[i];
-        }
+        row[c / PACK] = value;
+        for (int i = 0; i < PACK; i++) { square_sum += value[i] * value[i]; }
     }
     float rstd = rsqrtf(warp_sum(square_sum) / C + RMS_EPSILON);
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
-        Pack value;
-        for (int i = 0; i < PACK; i++) { value.set(i, row[c + i] * rstd); }
-        store(norm.out + bt * C + c, value);
+        Pack s = row[c / PACK];
+        Pack out;
+        for (int i = 0; i < PACK; i++) { out.set(i, s[i] * rstd); }
+        store(norm.out + bt * C + c, out);
     }
     if (lane == 0) { norm.rstd[bt] = rstd; }
 }
@@ -853,7 +853,7 @@ __global__ void rmsnorm_backward_kernel(RmsNormBackward norm) {
 }
 
 static void rmsnorm_forward(RmsNormForward norm, cudaStream_t stream) {
-    size_t shared_bytes = sizeof(float) * NORM_WARPS * norm.C;
+    size_t shared_bytes = sizeof(floatX) * NORM_WARPS * norm.C;
     double moved = 2;                   // (BT, C) matrices: a, out, and each that is not NULL
     if (norm.b != NULL) { moved++; }
     if (norm.mix.e != NULL) { moved++; }
