@@ -1212,9 +1212,10 @@ __global__ void attention_delta_kernel(float* delta, const floatX* y, const floa
         sum += (float)y[row * HS + c] * (float)dy[row * HS + c];
     }
     sum = warp_sum(sum);
-    int b = row / ((int64_t)T * NH);
-    int t = row / NH % T;
-    int h = row % NH;
+    unsigned token = (unsigned)row / NH;            // in 32 bits, as in HeadVector
+    int b = token / T;
+    int t = token % T;
+    int h = (unsigned)row % NH;
     if (lane == 0) { delta[((int64_t)b * NH + h) * T + t] = sum; }
 }
 
@@ -1760,20 +1761,27 @@ struct ValueEmbed {
 // The q, k or v of one token and head, of which a thread works on a part. HS/2/PACK neighbouring
 // threads share such a vector. Each has the Pack at channel c and the Pack HS/2 channels later,
 // since these two are rotated together.
+//
+// Indices are divided as 32-bit numbers, because the GPU has no instruction that divides, and its
+// code for 64 bits is longer. 2³² threads would need a qkv of 137 GB.
 struct HeadVector {
     int64_t bt;
+    int t;
     int part;                           // 0 q, 1 k, 2 v
     int h, c;
     int lanes;                          // threads of a vector, a power of two up to 32
     bool exists;
     __device__ HeadVector(AttentionSizes sizes, int parts) {
         lanes = sizes.HS / 2 / PACK;
-        int64_t thread = thread_in_grid();
-        int64_t vector = thread / lanes;            // (BT, parts, NH)
-        exists = vector < (int64_t)sizes.B * sizes.T * parts * sizes.NH;
+        unsigned thread = thread_in_grid();
+        unsigned vector = thread / lanes;           // (BT, parts, NH)
+        exists = vector < (unsigned)sizes.B * sizes.T * parts * sizes.NH;
         if (!exists) { vector = 0; }    // the thread still has to take part in shuffles
-        bt = vector / (parts * sizes.NH);
-        part = vector / sizes.NH % parts;
+        unsigned row = vector / sizes.NH;           // (BT, parts)
+        unsigned token = row / parts;
+        bt = token;
+        t = token % sizes.T;
+        part = row % parts;
         h = vector % sizes.NH;
         c = thread % lanes * PACK;
     }
@@ -1801,8 +1809,8 @@ __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed emb
     float r2[PACK];
     float square_sum = 0.0f;
     if (at.part < 2) {
-        const float* cosine = rotary.cosines + at.bt % sizes.T * half + at.c;
-        const float* sine = rotary.sines + at.bt % sizes.T * half + at.c;
+        const float* cosine = rotary.cosines + at.t * half + at.c;
+        const float* sine = rotary.sines + at.t * half + at.c;
         for (int i = 0; i < PACK; i++) {
             r1[i] = low[i] * cosine[i] + high[i] * sine[i];
             r2[i] = high[i] * cosine[i] - low[i] * sine[i];
@@ -1865,8 +1873,8 @@ __global__ void rotary_backward_kernel(floatX* dqkv, floatX* dembed, float* dz, 
         to = dembed + at.bt * C + at.h * HS + at.c;
         if (at.c == 0) { dz[at.bt * NH + at.h] = product * gate * (1.0f - gate / 3.0f); }
     } else {
-        const float* cosine = rotary.cosines + at.bt % sizes.T * half + at.c;
-        const float* sine = rotary.sines + at.bt % sizes.T * half + at.c;
+        const float* cosine = rotary.cosines + at.t * half + at.c;
+        const float* sine = rotary.sines + at.t * half + at.c;
         float rstd = rotary.rstd[(at.bt * 2 + at.part) * NH + at.h];
         float mean = product / HS;
         for (int i = 0; i < PACK; i++) {
