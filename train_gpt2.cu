@@ -2864,7 +2864,7 @@ struct Model {
     Mix backout;                            // what the last norm subtracts from the stream
 };
 
-const int HEAD_ROWS = 8192;                 // tokens whose logits are in memory at the same time
+const int HEAD_ROWS = 16384;                // tokens whose logits are in memory at the same time
 
 // Where a tensor's parameters, or its gradients, are. `which` is a number of the tensor table.
 
@@ -5480,8 +5480,10 @@ static double default_lr(Config config, int64_t batch_tokens) {
     return 0.02 * fmax(sqrt(batch_tokens / TUNED_BATCH), sqrt(0.5));
 }
 
-// The most rows at a time, up to 32, that fit into 90 % of the free memory and divide a step's rows
-// evenly
+const double MOST_TOKENS = 65536;       // at a time by default: more make matmuls no faster
+
+// The most rows at a time, up to MOST_TOKENS, that fit into 90 % of the free memory and divide a
+// step's rows evenly
 static int64_t default_rows(Config config, int world_size) {
     const Arguments& a = arguments;
     size_t free_bytes = 0;
@@ -5489,7 +5491,7 @@ static int64_t default_rows(Config config, int world_size) {
     CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all_bytes));
     double fixed, row;
     memory_bytes(config, a.seq_len, a.recompute, world_size, &fixed, &row);
-    int64_t most = fmin(32.0, fmax(1.0, (0.9 * free_bytes - fixed) / row));
+    int64_t most = fmax(1.0, fmin(MOST_TOKENS / a.seq_len, (0.9 * free_bytes - fixed) / row));
     int64_t rows = a.total_batch_size / (a.seq_len * world_size);
     int64_t found = 0;
     for (int64_t n = 1; n <= most; n++) {
