@@ -917,6 +917,7 @@ struct MatmulPlan {
     char name[64];
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t a, b, d;
+    bool exists;                // false: cuBLASLt has no kernel for this matmul
     cublasLtMatmulHeuristicResult_t chosen;
 };
 
@@ -966,20 +967,17 @@ static cublasLtMatrixLayout_t layout(cudaDataType_t type, int rows, int columns,
 }
 
 static void choose_algorithm(MatmulPlan* plan) {
-    Matmul mm = plan->matmul;
     cublasLtMatmulPreference_t preference;
     CHECK_CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
     CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(
         preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES,
         sizeof WORKSPACE_BYTES));
     int found = 0;
-    CHECK_CUBLAS(cublasLtMatmulAlgoGetHeuristic(cublas.handle, plan->operation, plan->a, plan->b,
-                                                plan->d, plan->d, preference, 1, &plan->chosen,
-                                                &found));
-    if (found == 0) {
-        die("cuBLASLt has no kernel for a %d x %d x %d matmul; choose an n_embd that is a multiple "
-            "of 64, such as --config n_embd=768 n_head=12", mm.m, mm.n, mm.k);
-    }
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+        cublas.handle, plan->operation, plan->a, plan->b, plan->d, plan->d, preference, 1,
+        &plan->chosen, &found);
+    if (status != CUBLAS_STATUS_NOT_SUPPORTED) { CHECK_CUBLAS(status); }
+    plan->exists = status == CUBLAS_STATUS_SUCCESS && found > 0;
     CHECK_CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
 }
 
@@ -1013,6 +1011,12 @@ static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias = NULL, floatX* aux
     return plan;
 }
 
+// False: cuBLASLt has no kernel for these sizes with this epilogue, so that a kernel of our own has
+// to do the epilogue's work after a plainer matmul.
+static bool has_kernel(Matmul mm, const floatX* bias, floatX* aux = NULL) {
+    return plan_matmul(mm, bias, aux)->exists;
+}
+
 // D = alpha op(A) op(B) + beta C, where C has D's shape
 struct Operands {
     const floatX *a, *b;
@@ -1023,6 +1027,10 @@ struct Operands {
 
 static void run_matmul(MatmulPlan* plan, void* d, Operands x, cudaStream_t stream) {
     Matmul mm = plan->matmul;
+    if (!plan->exists) {
+        die("cuBLASLt has no kernel for a %d x %d x %d matmul; choose an n_embd that is a multiple "
+            "of 64, such as --config n_embd=768 n_head=12", mm.m, mm.n, mm.k);
+    }
     double m = mm.m, n = mm.n, k = mm.k;
     double bytes = (m * k + k * n) * sizeof(floatX);
     bytes += m * n * (mm.accumulate ? 2 * sizeof(float) : sizeof(floatX));
@@ -1048,32 +1056,39 @@ static void matmul(void* d, const floatX* a, const floatX* b, Matmul mm, cudaStr
 
 struct LinearSizes { int rows, C, OC; };
 
+// y (rows, OC) += bias (OC), where no kernel of cuBLASLt adds it. One thread: one Pack. Grid
+// rows*OC/PACK/256 x 256. Moves 2 rows*OC; bound by memory.
+__global__ void add_bias_kernel(floatX* y, const floatX* bias, int64_t n, int OC) {
+    int64_t at = thread_in_grid() * PACK;
+    if (at >= n) { return; }
+    Pack value = load(y + at);
+    Pack shift = load(bias + at % OC);
+    for (int i = 0; i < PACK; i++) { value.set(i, value[i] + shift[i]); }
+    store(y + at, value);
+}
+
 // y = x w + bias; bias may be NULL
 static void linear_forward(floatX* y, const floatX* x, const floatX* w, const floatX* bias,
                            LinearSizes n, cudaStream_t stream) {
-    Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .epilogue = bias != NULL ? ADD_BIAS : PLAIN};
-    matmul(y, w, x, mm, stream, bias);
-}
-
-// u = x w + bias, y = gelu(u)
-static void linear_gelu_forward(floatX* y, floatX* u, const floatX* x, const floatX* w,
-                                const floatX* bias, LinearSizes n, cudaStream_t stream) {
-    Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .epilogue = ADD_BIAS_GELU};
-    matmul(y, w, x, mm, stream, bias, u);
+    Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C};
+    Matmul with_bias = mm;
+    with_bias.epilogue = ADD_BIAS;
+    if (bias == NULL) {
+        matmul(y, w, x, mm, stream);
+    } else if (has_kernel(with_bias, bias)) {
+        matmul(y, w, x, with_bias, stream, bias);
+    } else {
+        int64_t size = (int64_t)n.rows * n.OC;
+        matmul(y, w, x, mm, stream);
+        launch({"add_bias", 2.0 * size * sizeof(floatX)}, one_thread_each(size / PACK, stream),
+               add_bias_kernel, y, bias, size, n.OC);
+    }
 }
 
 // dx = dy wᵀ
 static void linear_backward_input(floatX* dx, const floatX* dy, const floatX* w, LinearSizes n,
                                   cudaStream_t stream) {
     matmul(dx, w, dy, {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A}, stream);
-}
-
-// du = dy wᵀ gelu'(u): back through a linear layer, then through the GELU that made its input
-static void linear_gelu_backward_input(floatX* du, const floatX* dy, const floatX* w, floatX* u,
-                                       LinearSizes n, cudaStream_t stream) {
-    Matmul mm = {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A,
-                 .epilogue = TIMES_DGELU};
-    matmul(du, w, dy, mm, stream, NULL, u);
 }
 
 // dw += xᵀ dy    dbias += Σ_rows dy; dbias may be NULL
@@ -1956,8 +1971,9 @@ static void gate_backward(floatX* dn, float* dgate_weight, float* partials, cons
 
 // ---- §8 GELU, ReLU² -----------------------------------------------------------------------------
 //
-// In bf16, cuBLASLt computes GELU and its derivative in the epilogues of matmuls (§6). The kernels
-// here serve fp32, --recompute, and dN's ReLU².
+// In bf16, cuBLASLt computes GELU and its derivative in the epilogues of matmuls (§6), if it has
+// such a kernel for the sizes. The kernels here serve other sizes, fp32, --recompute, and dN's
+// ReLU².
 
 // GPT-2: u = sqrt(2/π) (x + 0.044715 x³)    y = x (1 + tanh u) / 2
 //        dx = dy ((1 + tanh u) / 2 + x (1 - tanh² u) u' / 2)
@@ -2017,6 +2033,31 @@ template <class Activation>
 static void activation_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
     launch({Activation::BACKWARD, 3.0 * n * sizeof(floatX)}, one_thread_each(n / PACK, stream),
            activation_backward_kernel<Activation>, dy, x, n);
+}
+
+// u = x w + bias, y = gelu(u)
+static void linear_gelu_forward(floatX* y, floatX* u, const floatX* x, const floatX* w,
+                                const floatX* bias, LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .epilogue = ADD_BIAS_GELU};
+    if (BF16 && has_kernel(mm, bias, u)) {
+        matmul(y, w, x, mm, stream, bias, u);
+    } else {
+        linear_forward(u, x, w, bias, n, stream);
+        activation_forward<Gelu>(y, u, (int64_t)n.rows * n.OC, stream);
+    }
+}
+
+// du = dy wᵀ gelu'(u): back through a linear layer, then through the GELU that made its input
+static void linear_gelu_backward_input(floatX* du, const floatX* dy, const floatX* w, floatX* u,
+                                       LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A,
+                 .epilogue = TIMES_DGELU};
+    if (BF16 && has_kernel(mm, NULL, u)) {
+        matmul(du, w, dy, mm, stream, NULL, u);
+    } else {
+        linear_backward_input(du, dy, w, n, stream);
+        activation_backward<Gelu>(du, u, (int64_t)n.rows * n.C, stream);
+    }
 }
 
 // ---- §9 Classifier ------------------------------------------------------------------------------
@@ -3044,12 +3085,7 @@ static void layer_forward(Model* model, int l, const floatX* branch) {
     layernorm_forward({.a = a->x, .b = model->branch, .weight = p(LN_2_W), .bias = p(LN_2_B),
                        .x = a->x_mid, .out = a->ln_2, .mean = a->ln_2_mean, .rstd = a->ln_2_rstd,
                        .BT = BT, .C = C}, stream);
-    if (BF16) {
-        linear_gelu_forward(a->act, a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream);
-    } else {
-        linear_forward(a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream);
-        activation_forward<Gelu>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
-    }
+    linear_gelu_forward(a->act, a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream);
     linear_forward(model->branch, a->act, p(FC_PROJ_W), p(FC_PROJ_B), {BT, 4 * C, C}, stream);
 }
 
@@ -3076,12 +3112,7 @@ static void layer_backward(Model* model, int l) {
     }
     linear_backward_weight(d(FC_PROJ_W), d(FC_PROJ_B), partials, a->act, dx, {BT, 4 * C, C},
                            stream);
-    if (BF16) {
-        linear_gelu_backward_input(dwide, dx, p(FC_PROJ_W), a->fc, {BT, 4 * C, C}, stream);
-    } else {
-        linear_backward_input(dwide, dx, p(FC_PROJ_W), {BT, 4 * C, C}, stream);
-        activation_backward<Gelu>(dwide, a->fc, (int64_t)BT * 4 * C, stream);
-    }
+    linear_gelu_backward_input(dwide, dx, p(FC_PROJ_W), a->fc, {BT, 4 * C, C}, stream);
     linear_backward_weight(d(FC_W), d(FC_B), partials, a->ln_2, dwide, {BT, C, 4 * C}, stream);
     linear_backward_input(dbranch, dwide, p(FC_W), {BT, C, 4 * C}, stream);
     layernorm_backward({.dout = dbranch, .x = a->x_mid, .weight = p(LN_2_W), .mean = a->ln_2_mean,

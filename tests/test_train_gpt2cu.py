@@ -182,6 +182,23 @@ def test_heads_of_128_and_small_ones_have_pytorchs_gradients(bf16, cuda_data, to
         assert worst_gradient(bf16, init, cuda_data, run, *flags) < 0.02
 
 
+@emulated
+@pytest.mark.parametrize("last", ["1", "4"])
+def test_epilogues_that_cublaslt_lacks_are_done_by_kernels_of_our_own(last, bf16, init, cuda_data,
+                                                                      tmp_path):
+    """It has plain matmuls alone, or also those that add a bias."""
+    worst = worst_gradient(bf16, init, cuda_data, tmp_path, CUEMU_LAST_EPILOGUE=last)
+    assert worst < 0.02
+
+
+@emulated
+def test_sizes_without_any_kernel_end_in_one_line(bf16, init, cuda_data, tmp_path):
+    error = train(bf16, cuda_data, tmp_path, "--init_from", init, "--max_steps", 1, *FLAGS,
+                  CUEMU_LAST_EPILOGUE="-1", code=1)
+    assert "cuBLASLt has no kernel for a 384 x 160 x 128 matmul" in error
+    assert error.count("\n") == 1 and error.count(";") == 1
+
+
 @slow
 @emulated
 def test_a_build_with_sanitizers_finds_nothing(init, cuda_data, tmp_path):
@@ -622,8 +639,8 @@ def test_every_kernel_is_launched_by_launch_and_so_has_a_row_in_the_profile():
 
 
 @pytest.mark.parametrize("precision, other", [
-    ("bf16", f"plain_|gelu_backward|{DN_KERNELS}"),
-    ("fp32", f"attention_(forward|backward)|{DN_KERNELS}")])
+    ("bf16", f"plain_|gelu_backward|add_bias|{DN_KERNELS}"),
+    ("fp32", f"attention_(forward|backward)|add_bias|{DN_KERNELS}")])
 def test_a_profile_has_every_kernel_and_the_bytes_it_moves(precision, other, cuda_data, tmp_path,
                                                            request):
     binary = request.getfixturevalue(precision)

@@ -113,7 +113,8 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int shared_bytes) {
 
 // ---- cuBLASLt -----------------------------------------------------------------------------------
 
-enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7 };
+enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7,
+                      CUBLAS_STATUS_NOT_SUPPORTED = 15 };
 enum cudaDataType_t { CUDA_R_32F = 0, CUDA_R_16BF = 14 };
 enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
 enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68 };
@@ -171,10 +172,17 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
 inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t) {
     return CUBLAS_STATUS_SUCCESS;
 }
+// CUEMU_LAST_EPILOGUE=N: there are no kernels for an epilogue of a higher number
+inline bool cuemu_has_kernel(cublasLtMatmulDesc_t matmul) {
+    int last = cuemu::setting("CUEMU_LAST_EPILOGUE");
+    return last == 0 || matmul->attributes[CUBLASLT_MATMUL_DESC_EPILOGUE] <= last;
+}
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
-    cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+    cublasLtHandle_t, cublasLtMatmulDesc_t matmul, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
     cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int,
     cublasLtMatmulHeuristicResult_t*, int* found) {
+    *found = 0;
+    if (!cuemu_has_kernel(matmul)) { return CUBLAS_STATUS_NOT_SUPPORTED; }
     *found = 1;
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -218,6 +226,7 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t matm
                                      const void* c, cublasLtMatrixLayout_t, void* d,
                                      cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t*,
                                      void*, size_t, cudaStream_t) {
+    if (!cuemu_has_kernel(matmul)) { return CUBLAS_STATUS_NOT_SUPPORTED; }
     int64_t* attributes = matmul->attributes;
     bool transpose_a = attributes[CUBLASLT_MATMUL_DESC_TRANSA] == CUBLAS_OP_T;
     bool transpose_b = attributes[CUBLASLT_MATMUL_DESC_TRANSB] == CUBLAS_OP_T;
