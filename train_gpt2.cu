@@ -71,8 +71,10 @@ text are not compared with gzip and xz.
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <thread>
 #include <time.h>
 #include <unistd.h>
+#include <vector>
 #ifdef MULTI_GPU
 #include <nccl.h>
 #endif
@@ -3704,18 +3706,20 @@ static void read_tensor(SafeTensors file, const char* name, int64_t n, float* va
     }
 }
 
-// Sets masters and parameters from fill(tensor, values), which writes a tensor's values. One bucket
-// at a time is in the CPU's memory. Each rank makes all values, keeps its own part of the masters,
-// and receives the parameters from the owners.
+// Sets masters and parameters from fill(tensor, values, first, end), which writes at least elements
+// first … end - 1 of a tensor's values. One bucket at a time is in the CPU's memory. Each rank sets
+// the masters of its own part, and receives the parameters from the owners.
 template <class Fill> static void set_parameters(Model* model, Ranks* ranks, Fill fill) {
     for (int i = 0; i < model->table.n_buckets; i++) {
         Bucket bucket = model->table.buckets[i];
+        Part part = model->parts[i];
         float* values = (float*)calloc(bucket.size, sizeof(float));
         for (int t = bucket.first_tensor; t < bucket.end_tensor; t++) {
             Tensor tensor = model->table.tensors[t];
-            fill(tensor, values + tensor.offset - bucket.offset);
+            int64_t first = max(part.first - tensor.offset, (int64_t)0);
+            int64_t end = min(part.first + part.size - tensor.offset, tensor.file_size());
+            fill(tensor, values + tensor.offset - bucket.offset, first, end);
         }
-        Part part = model->parts[i];
         CHECK_CUDA(cudaMemcpy(model->masters + part.state, values + part.first - bucket.offset,
                               part.size * sizeof(float), cudaMemcpyHostToDevice));
         free(values);
@@ -3746,28 +3750,50 @@ static float normal(uint64_t seed, uint64_t place) {
     return (float)(radius * cos(2.0 * M_PI * uniform(seed, 2 * place + 1)));
 }
 
-// Begins with the values of the tensor table. A place counts elements without padding, so they are
-// the same for any number of ranks.
+// Element i of a tensor; `place` is its number among all elements of the model.
+static float first_value(Init init, int64_t i, uint64_t seed, uint64_t place) {
+    float value = init.mean + init.step * i;
+    if (init.is_uniform) {
+        value += init.std * (float)((2.0 * uniform(seed, 2 * place) - 1.0) * sqrt(3.0));
+    } else if (init.std != 0) {
+        value += init.std * normal(seed, place);
+    }
+    return value;
+}
+
+// Calls task(i) for i from first to end - 1, on up to n_threads threads, each with at least 65,536
+// of the numbers.
+template <class Task>
+static void for_each_in_threads(int64_t first, int64_t end, int n_threads, Task task) {
+    n_threads = (int)max(min((int64_t)n_threads, (end - first) / 65536), (int64_t)1);
+    int64_t share = ceil_div(end - first, (int64_t)n_threads);
+    std::vector<std::thread> threads;
+    for (int64_t begin = first; begin < end; begin += share) {
+        threads.emplace_back([=] {
+            for (int64_t i = begin; i < min(begin + share, end); i++) { task(i); }
+        });
+    }
+    for (std::thread& thread : threads) { thread.join(); }
+}
+
+// Begins with the values of the tensor table. A value depends on the seed and its place alone, and
+// a place counts elements without padding. So the values have the same bits for any number of
+// threads and ranks. A normal number takes a core about 30 ns: 50 s for GPT-2 1558M.
 static void initialise(Model* model, Ranks* ranks, int64_t seed) {
+    int n_threads = std::thread::hardware_concurrency();        // 0: unknown
     uint64_t place = 0;
-    set_parameters(model, ranks, [&](Tensor tensor, float* values) {
-        Init init = tensor.init;
-        for (int64_t i = 0; i < tensor.file_size(); i++) {
-            values[i] = init.mean + init.step * i;
-            if (init.is_uniform) {
-                values[i] += init.std * (float)((2.0 * uniform(seed, 2 * place) - 1.0) * sqrt(3.0));
-            } else if (init.std != 0) {
-                values[i] += init.std * normal(seed, place);
-            }
-            place++;
-        }
+    set_parameters(model, ranks, [&](Tensor tensor, float* values, int64_t first, int64_t end) {
+        for_each_in_threads(first, end, n_threads, [=](int64_t i) {
+            values[i] = first_value(tensor.init, i, seed, place + i);
+        });
+        place += tensor.file_size();
     });
 }
 
 // Begins with the weights of a model.safetensors.
 static void load_weights(Model* model, Ranks* ranks, const char* path) {
     SafeTensors file = open_safetensors(path);
-    set_parameters(model, ranks, [&](Tensor tensor, float* values) {
+    set_parameters(model, ranks, [&](Tensor tensor, float* values, int64_t, int64_t) {
         read_tensor(file, tensor.name, tensor.file_size(), values);
     });
     close_safetensors(file);

@@ -731,6 +731,37 @@ def test_a_new_models_loss_is_that_of_a_guess_and_python_reads_it(bf16, cuda_dat
     assert 0.018 < model.wte.weight[:tokenizer.n_vocab].std() < 0.022
 
 
+def splitmix64(numbers):
+    """Its output for each state, as uint64."""
+    z = numbers.astype(np.uint64)
+    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return z ^ z >> np.uint64(31)
+
+
+def normals(seed, first, n):
+    """Box and Muller's numbers first … first + n - 1 of a seed, from pairs of uniform ones."""
+    places = np.arange(2 * first + 1, 2 * (first + n) + 1, dtype=np.uint64)
+    state = np.uint64(seed * 0xD1342543DE82EF95 % 2 ** 64) + places * np.uint64(0x9E3779B97F4A7C15)
+    u = (splitmix64(state) >> np.uint64(11)) * 2.0 ** -53
+    return np.sqrt(-2 * np.log(1 - u[::2])) * np.cos(2 * np.pi * u[1::2])
+
+
+@two_gpus
+def test_the_first_weights_are_the_same_normal_numbers_for_any_number_of_ranks(fp32, cuda_data,
+                                                                               tmp_path):
+    """h.0.mlp.c_fc.weight has 147,456 of them, which two threads draw."""
+    flags = ["--config", "n_layer=1", "n_head=3", "n_embd=192", "block_size=8", "--max_steps", 0,
+             "--total_batch_size", 16, "--batch_size", 1, "--seed", 5]
+    for n_ranks in (1, 2):
+        train_on(n_ranks, fp32, cuda_data, tmp_path / str(n_ranks), *flags)
+    assert same_bits(tmp_path / "1", tmp_path / "2")
+    found = load_file(tmp_path / "1" / "model.safetensors")["transformer.h.0.mlp.c_fc.weight"]
+    first = (400 + 8 + 2) * 192 + 4 * 192 * 192
+    expected = 0.02 * normals(5, first, found.size)
+    np.testing.assert_allclose(found.ravel(), expected, rtol=1e-6, atol=1e-9)
+
+
 def test_no_steps_are_not_the_default_but_save_the_first_model(bf16, init, cuda_data, tmp_path):
     rows = train(bf16, cuda_data, tmp_path, "--init_from", init, "--max_steps", 0, *FLAGS)
     assert len(rows) == 1 and "val_loss" in rows[0]
