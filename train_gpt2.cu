@@ -1131,6 +1131,10 @@ struct AttentionSizes {
     }
 };
 
+// What turned dN's q and k into q' and k' (the equations stand below, with rotary_forward_kernel):
+// cosines and sines (T, HS/2); rstd (BT, 2, NH) of q and k. NULL in GPT-2.
+struct Rotary { float *cosines, *sines, *rstd; };
+
 // With width 3, where the first q of a head is in qkv; its k and v are C and 2C later. With width
 // 1, where the first row of a head is in y.
 __device__ int64_t head_start(int b, int h, int T, int NH, int HS, int width) {
@@ -1533,17 +1537,60 @@ attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSize
                    1.0f / softmax.total[0], 1.0f / softmax.total[1]);
 }
 
+// Where rows of q or k are: t of the first one in a warp's 16, their b and h, and 0 for q, 1 for k
+struct Place { int t, b, h, part; };
+
+// In dN: rows (16, HS) of a warp, in dq' or dk', out dq or dk, as by rotary_backward_kernel. Rows
+// `row` … row + 15 of the tile are q' or k'. A lane has both channels of each pair that is turned,
+// because they are HS/2 apart, a multiple of 8. Only the sum over a row needs the quad.
+template <int HS>
+__device__ void turn_back(float (&rows)[HS / 8][4], floatX* tile, int row, Place at, Rotary rotary,
+                          AttentionSizes sizes) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int t = at.t + lane / 4 + 8 * r;
+        int tile_row = row + lane / 4 + 8 * r;
+        float product = 0.0f;
+#pragma unroll
+        for (int n = 0; n < HS / 8; n++) {
+            const floatX* turned = chunk_at<HS>(tile, tile_row, n) + lane % 4 * 2;
+            for (int i = 0; i < 2; i++) { product += rows[n][2 * r + i] * (float)turned[i]; }
+        }
+        float mean = quad_sum(product) / HS;
+        if (t >= sizes.T) { continue; }     // it is not stored, and has no cosines
+        int64_t bt = (int64_t)at.b * sizes.T + t;
+        float rstd = rotary.rstd[(bt * 2 + at.part) * sizes.NH + at.h];
+#pragma unroll
+        for (int n = 0; n < HS / 16; n++) {
+            int c = n * 8 + lane % 4 * 2;
+            const floatX* low = chunk_at<HS>(tile, tile_row, n) + lane % 4 * 2;
+            const floatX* high = chunk_at<HS>(tile, tile_row, n + HS / 16) + lane % 4 * 2;
+            for (int i = 0; i < 2; i++) {
+                float* d_low = &rows[n][2 * r + i];
+                float* d_high = &rows[n + HS / 16][2 * r + i];
+                float cosine = rotary.cosines[t * (HS / 2) + c + i];
+                float sine = rotary.sines[t * (HS / 2) + c + i];
+                float dr1 = (*d_low - (float)low[i] * mean) * rstd;
+                float dr2 = (*d_high - (float)high[i] * mean) * rstd;
+                *d_low = dr1 * cosine - dr2 * sine;
+                *d_high = dr2 * cosine + dr1 * sine;
+            }
+        }
+    }
+}
+
 // The queries of a tile in attention_backward_keys_kernel, as many as fit into the registers
 template <int HS> constexpr int QUERY_TILE = HS == 64 ? 64 : 32;
 
 // dk and dv. One block: 64 keys of a head; a warp has 16 of them, with their dk and dv in its
 // registers. The block walks over the tiles of queries that see its keys, which are double-buffered
 // as in Figure 3. S, P, dP and dS are computed transposed, (keys, queries), so that Pᵀ and dSᵀ can
-// be the left factors of dv += Pᵀ dy and dk += dSᵀ q without leaving the registers. Grid (T/64, NH,
-// B) x 128. 4 BT²C FLOP; bound by tensor cores.
-template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
+// be the left factors of dv += Pᵀ dy and dk += dSᵀ q without leaving the registers. TURNS, which
+// dN sets: dk' is turned back before it is written. Grid (T/64, NH, B) x 128. 4 BT²C FLOP; bound by tensor cores.
+template <int HS, bool TURNS> __global__ void __launch_bounds__(ATTENTION_THREADS)
 attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy, const float* lse,
-                               const float* delta, AttentionSizes sizes) {
+                               const float* delta, Rotary rotary, AttentionSizes sizes) {
     constexpr int QUERIES = QUERY_TILE<HS>;
     extern __shared__ float4 shared[];
     floatX* k = (floatX*)shared;                                // one tile
@@ -1615,16 +1662,19 @@ attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy
         which ^= 1;
     }
     floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
-    store_rows<HS>(to + C, 3 * C, key_0 + warp * 16, T, dk, scale, scale);
-    store_rows<HS>(to + 2 * C, 3 * C, key_0 + warp * 16, T, dv, 1.0f, 1.0f);
+    int t = key_0 + warp * 16;
+    if (TURNS) { turn_back<HS>(dk, k, warp * 16, {t, b, h, 1}, rotary, sizes); }
+    store_rows<HS>(to + C, 3 * C, t, T, dk, scale, scale);
+    store_rows<HS>(to + 2 * C, 3 * C, t, T, dv, 1.0f, 1.0f);
 }
 
 // dq. One block: 64 queries of a head, 16 for each warp. It walks over the tiles of keys as in the
-// forward pass. dq, and lse and delta of a lane's two rows, are in registers. Grid (T/64, NH, B) x
-// 128. 3 BT²C FLOP; bound by tensor cores.
-template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
+// forward pass. dq, and lse and delta of a lane's two rows, are in registers. TURNS: dq' is turned
+// back before it is written. Grid (T/64, NH, B) x 128. 3 BT²C FLOP; bound by tensor cores.
+template <int HS, bool TURNS> __global__ void __launch_bounds__(ATTENTION_THREADS)
 attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy,
-                                  const float* lse, const float* delta, AttentionSizes sizes) {
+                                  const float* lse, const float* delta, Rotary rotary,
+                                  AttentionSizes sizes) {
     extern __shared__ float4 shared[];
     floatX* q = (floatX*)shared;            // one tile
     floatX* dy_tile = q + TILE * HS;        // one tile
@@ -1682,7 +1732,9 @@ attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX*
         __syncthreads();
     }
     floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
-    store_rows<HS>(to, 3 * C, last * TILE + warp * 16, T, dq, scale, scale);
+    int t = last * TILE + warp * 16;
+    if (TURNS) { turn_back<HS>(dq, q, warp * 16, {t, b, h, 0}, rotary, sizes); }
+    store_rows<HS>(to, 3 * C, t, T, dq, scale, scale);
 }
 
 // Allows blocks of a kernel more than 48 KB of dynamic shared memory, which CUDA otherwise refuses.
@@ -1701,23 +1753,27 @@ template <int HS> static void flash_forward(floatX* y, float* lse, const floatX*
            sizes);
 }
 
-template <int HS> static void flash_backward(floatX* dqkv, const floatX* qkv, const floatX* dy,
-                                             const float* lse, const float* delta,
-                                             AttentionSizes sizes, cudaStream_t stream) {
+template <int HS, bool TURNS>
+static void flash_backward(floatX* dqkv, const floatX* qkv, const floatX* dy, const float* lse,
+                           const float* delta, Rotary rotary, AttentionSizes sizes,
+                           cudaStream_t stream) {
     dim3 grid(ceil_div(sizes.T, TILE), sizes.NH, sizes.B);
     size_t queries = QUERY_TILE<HS>;
     size_t bytes = sizeof(floatX) * HS * (2 * TILE + 4 * queries) + sizeof(float) * 4 * queries;
-    allow_shared_bytes(attention_backward_keys_kernel<HS>, bytes);
+    allow_shared_bytes(attention_backward_keys_kernel<HS, TURNS>, bytes);
     launch({"attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops()},
-           {grid, ATTENTION_THREADS, stream, bytes}, attention_backward_keys_kernel<HS>, dqkv, qkv,
-           dy, lse, delta, sizes);
+           {grid, ATTENTION_THREADS, stream, bytes}, attention_backward_keys_kernel<HS, TURNS>,
+           dqkv, qkv, dy, lse, delta, rotary, sizes);
     bytes = sizeof(floatX) * 6 * TILE * HS;
-    allow_shared_bytes(attention_backward_queries_kernel<HS>, bytes);
+    allow_shared_bytes(attention_backward_queries_kernel<HS, TURNS>, bytes);
     launch({"attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops()},
-           {grid, ATTENTION_THREADS, stream, bytes}, attention_backward_queries_kernel<HS>, dqkv,
-           qkv, dy, lse, delta, sizes);
+           {grid, ATTENTION_THREADS, stream, bytes}, attention_backward_queries_kernel<HS, TURNS>,
+           dqkv, qkv, dy, lse, delta, rotary, sizes);
 }
 #endif
+
+// Which heads have fast kernels
+static bool is_fast(AttentionSizes sizes) { return BF16 && (sizes.HS == 64 || sizes.HS == 128); }
 
 static void attention_forward(floatX* y, float* lse, const floatX* qkv, AttentionSizes sizes,
                               cudaStream_t stream) {
@@ -1730,16 +1786,22 @@ static void attention_forward(floatX* y, float* lse, const floatX* qkv, Attentio
            plain_attention_forward_kernel, y, lse, qkv, sizes);
 }
 
-// Writes dqkv. delta (B, NH, T) is workspace.
+// Writes dqkv. delta (B, NH, T) is workspace. The fast kernels also turn dN's dq and dk back.
 static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, const floatX* y,
-                               const float* lse, const floatX* qkv, AttentionSizes sizes,
-                               cudaStream_t stream) {
+                               const float* lse, const floatX* qkv, Rotary rotary,
+                               AttentionSizes sizes, cudaStream_t stream) {
     Grid grid = {ceil_div(sizes.B * sizes.NH * sizes.T, 4), 4 * WARP, stream};
     launch({"attention_delta", 2 * sizes.bytes()}, grid, attention_delta_kernel, delta, y, dy,
            sizes);
 #ifndef FP32
-    if (sizes.HS == 64) { return flash_backward<64>(dqkv, qkv, dy, lse, delta, sizes, stream); }
-    if (sizes.HS == 128) { return flash_backward<128>(dqkv, qkv, dy, lse, delta, sizes, stream); }
+    if (is_fast(sizes)) {
+        bool turns = rotary.rstd != NULL;
+        auto* flash = turns ? flash_backward<64, true> : flash_backward<64, false>;
+        if (sizes.HS == 128) {
+            flash = turns ? flash_backward<128, true> : flash_backward<128, false>;
+        }
+        return flash(dqkv, qkv, dy, lse, delta, rotary, sizes, stream);
+    }
 #endif
     launch({"plain_attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops()}, grid,
            plain_attention_backward_kernel<false>, dqkv, qkv, dy, lse, delta, sizes);
@@ -1764,9 +1826,6 @@ static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, con
 const int GATE_INPUTS = 12;
 const int GATE_PARTIALS = 256;
 
-// cosines and sines (T, HS/2); rstd (BT, 2, NH) of q and k
-struct Rotary { float *cosines, *sines, *rstd; };
-
 struct ValueEmbed {
     const floatX* table;                // E (Vp, C); NULL: this layer has none
     const floatX* gate_weight;          // Wg (NH, 12)
@@ -1775,7 +1834,8 @@ struct ValueEmbed {
     float* gate;                        // (BT, NH)
 };
 
-// The q, k or v of one token and head, of which a thread works on a part. HS/2/PACK neighbouring
+// The q, k or v of one token and head, of which a thread works on a part. Only parts `first_part`
+// and later are worked on, `parts` of them. HS/2/PACK neighbouring
 // threads share such a vector. Each has the Pack at channel c and the Pack HS/2 channels later,
 // since these two are rotated together.
 //
@@ -1788,7 +1848,7 @@ struct HeadVector {
     int h, c;
     int lanes;                          // threads of a vector, a power of two up to 32
     bool exists;
-    __device__ HeadVector(AttentionSizes sizes, int parts) {
+    __device__ HeadVector(AttentionSizes sizes, int parts, int first_part = 0) {
         lanes = sizes.HS / 2 / PACK;
         unsigned thread = thread_in_grid();
         unsigned vector = thread / lanes;           // (BT, parts, NH)
@@ -1798,7 +1858,7 @@ struct HeadVector {
         unsigned token = row / parts;
         bt = token;
         t = token % sizes.T;
-        part = row % parts;
+        part = first_part + row % parts;
         h = vector % sizes.NH;
         c = thread % lanes * PACK;
     }
@@ -1863,46 +1923,61 @@ __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed emb
     store(to + half, high);
 }
 
-// Threads and grid as in rotary_forward_kernel. For q and k, dqkv changes in place. For v, dqkv
-// stays as it is, because dv = dv'. Instead dembed (BT, C) = g dv', which is added to dE later, and
-// dz (BT, NH) are written. Moves 6 BTC, or 9 BTC with E; bound by memory.
-__global__ void rotary_backward_kernel(floatX* dqkv, floatX* dembed, float* dz, const floatX* qkv,
-                                       Rotary rotary, ValueEmbed embed, AttentionSizes sizes) {
-    HeadVector at(sizes, embed.table != NULL ? 3 : 2);
-    int NH = sizes.NH, HS = sizes.HS, half = HS / 2, C = NH * HS;
+// HS/2/PACK threads: the dq' or dk' of one token and head, in place, where plain kernels wrote it.
+// Grid BT*NH*2*lanes/256 x 256. Moves 6 BTC; bound by memory.
+__global__ void rotary_backward_kernel(floatX* dqkv, const floatX* qkv, Rotary rotary,
+                                       AttentionSizes sizes) {
+    HeadVector at(sizes, 2);
+    int NH = sizes.NH, HS = sizes.HS, half = HS / 2;
     floatX* to = dqkv + at.in_qkv(sizes);
-    const floatX* other = qkv + at.in_qkv(sizes);       // the sum is over gradient times this
-    if (at.part == 2) { other = embed.table + (int64_t)embed.tokens[at.bt] * C + at.h * HS + at.c; }
+    const floatX* turned = qkv + at.in_qkv(sizes);
     Pack low = load(to);
     Pack high = load(to + half);
-    Pack o_low = load(other);
-    Pack o_high = load(other + half);
+    Pack t_low = load(turned);
+    Pack t_high = load(turned + half);
     float product = 0.0f;
-    for (int i = 0; i < PACK; i++) { product += low[i] * o_low[i] + high[i] * o_high[i]; }
-    product = at.sum(product);
+    for (int i = 0; i < PACK; i++) { product += low[i] * t_low[i] + high[i] * t_high[i]; }
+    float mean = at.sum(product) / HS;
     if (!at.exists) { return; }
-    if (at.part == 2) {
-        float gate = embed.gate[at.bt * NH + at.h];
-        for (int i = 0; i < PACK; i++) {
-            low.set(i, gate * low[i]);
-            high.set(i, gate * high[i]);
-        }
-        to = dembed + at.bt * C + at.h * HS + at.c;
-        if (at.c == 0) { dz[at.bt * NH + at.h] = product * gate * (1.0f - gate / 3.0f); }
-    } else {
-        const float* cosine = rotary.cosines + at.t * half + at.c;
-        const float* sine = rotary.sines + at.t * half + at.c;
-        float rstd = rotary.rstd[(at.bt * 2 + at.part) * NH + at.h];
-        float mean = product / HS;
-        for (int i = 0; i < PACK; i++) {
-            float dr1 = (low[i] - o_low[i] * mean) * rstd;
-            float dr2 = (high[i] - o_high[i] * mean) * rstd;
-            low.set(i, dr1 * cosine[i] - dr2 * sine[i]);
-            high.set(i, dr2 * cosine[i] + dr1 * sine[i]);
-        }
+    const float* cosine = rotary.cosines + at.t * half + at.c;
+    const float* sine = rotary.sines + at.t * half + at.c;
+    float rstd = rotary.rstd[(at.bt * 2 + at.part) * NH + at.h];
+    for (int i = 0; i < PACK; i++) {
+        float dr1 = (low[i] - t_low[i] * mean) * rstd;
+        float dr2 = (high[i] - t_high[i] * mean) * rstd;
+        low.set(i, dr1 * cosine[i] - dr2 * sine[i]);
+        high.set(i, dr2 * cosine[i] + dr1 * sine[i]);
     }
     store(to, low);
     store(to + half, high);
+}
+
+// HS/2/PACK threads: the v of one token and head. dqkv stays as it is, because dv = dv'. dembed
+// (BT, C) = g dv', which is added to dE later, and dz (BT, NH) are written. Grid
+// BT*NH*lanes/256 x 256. Moves 3 BTC; bound by memory.
+__global__ void value_embed_backward_kernel(floatX* dembed, float* dz, const floatX* dqkv,
+                                            ValueEmbed embed, AttentionSizes sizes) {
+    HeadVector at(sizes, 1, 2);
+    int NH = sizes.NH, HS = sizes.HS, half = HS / 2, C = NH * HS;
+    const floatX* dv = dqkv + at.in_qkv(sizes);
+    const floatX* e = embed.table + (int64_t)embed.tokens[at.bt] * C + at.h * HS + at.c;
+    Pack low = load(dv);
+    Pack high = load(dv + half);
+    Pack e_low = load(e);
+    Pack e_high = load(e + half);
+    float product = 0.0f;
+    for (int i = 0; i < PACK; i++) { product += low[i] * e_low[i] + high[i] * e_high[i]; }
+    product = at.sum(product);
+    if (!at.exists) { return; }
+    float gate = embed.gate[at.bt * NH + at.h];
+    for (int i = 0; i < PACK; i++) {
+        low.set(i, gate * low[i]);
+        high.set(i, gate * high[i]);
+    }
+    floatX* to = dembed + at.bt * C + at.h * HS + at.c;
+    store(to, low);
+    store(to + half, high);
+    if (at.c == 0) { dz[at.bt * NH + at.h] = product * gate * (1.0f - gate / 3.0f); }
 }
 
 // One thread: one weight of the gates, summed over every 256th token; add_partials adds up the 256
@@ -1936,24 +2011,32 @@ __global__ void gate_backward_input_kernel(floatX* dn, const float* dz, const fl
     dn[bt * C + j] = (floatX)sum;
 }
 
-static Grid rotary_grid(ValueEmbed embed, AttentionSizes sizes, cudaStream_t stream) {
-    int64_t vectors = (int64_t)sizes.B * sizes.T * sizes.NH * (embed.table != NULL ? 3 : 2);
+// The threads of a HeadVector
+static Grid head_vectors(AttentionSizes sizes, int parts, cudaStream_t stream) {
+    int64_t vectors = (int64_t)sizes.B * sizes.T * sizes.NH * parts;
     return one_thread_each(vectors * (sizes.HS / 2 / PACK), stream);
 }
 
 static void rotary_forward(floatX* qkv, Rotary rotary, ValueEmbed embed, AttentionSizes sizes,
                            cudaStream_t stream) {
     double moved = embed.table != NULL ? 7.0 : 4.0;
-    launch({"rotary_forward", moved * sizes.bytes()}, rotary_grid(embed, sizes, stream),
+    int parts = embed.table != NULL ? 3 : 2;
+    launch({"rotary_forward", moved * sizes.bytes()}, head_vectors(sizes, parts, stream),
            rotary_forward_kernel, qkv, rotary, embed, sizes);
 }
 
-static void rotary_backward(floatX* dqkv, floatX* dembed, float* dz, const floatX* qkv,
-                            Rotary rotary, ValueEmbed embed, AttentionSizes sizes,
+// Turns dq and dk back, unless attention_backward has done so.
+static void rotary_backward(floatX* dqkv, const floatX* qkv, Rotary rotary, AttentionSizes sizes,
                             cudaStream_t stream) {
-    double moved = embed.table != NULL ? 9.0 : 6.0;
-    launch({"rotary_backward", moved * sizes.bytes()}, rotary_grid(embed, sizes, stream),
-           rotary_backward_kernel, dqkv, dembed, dz, qkv, rotary, embed, sizes);
+    if (is_fast(sizes)) { return; }
+    launch({"rotary_backward", 6 * sizes.bytes()}, head_vectors(sizes, 2, stream),
+           rotary_backward_kernel, dqkv, qkv, rotary, sizes);
+}
+
+static void value_embed_backward(floatX* dembed, float* dz, const floatX* dqkv, ValueEmbed embed,
+                                 AttentionSizes sizes, cudaStream_t stream) {
+    launch({"value_embed_backward", 3 * sizes.bytes()}, head_vectors(sizes, 1, stream),
+           value_embed_backward_kernel, dembed, dz, dqkv, embed, sizes);
 }
 
 // dn += …, dgate_weight += …; partials (GATE_PARTIALS, NH, 12)
@@ -3122,7 +3205,7 @@ static void layer_backward(Model* model, int l) {
                         .partials = partials, .BT = BT, .C = C}, stream);
     linear_backward_weight(d(ATTN_PROJ_W), d(ATTN_PROJ_B), partials, a->y, dx, {BT, C, C}, stream);
     linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream);
-    attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, sizes, stream);
+    attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, {}, sizes, stream);
     linear_backward_weight(d(ATTN_W), d(ATTN_B), partials, a->ln_1, dwide, {BT, C, 3 * C}, stream);
     linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream);
     layernorm_backward({.dout = dbranch, .x = a->x, .weight = p(LN_1_W), .mean = a->ln_1_mean,
@@ -3193,11 +3276,13 @@ static void modern_layer_backward(Model* model, int l, TokenIndex index) {
                       .C = C}, stream);
     backward_weight(ATTN_PROJ_W, a->y, dx, {BT, C, C});
     linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream);
-    attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, sizes, stream);
-    rotary_backward(dwide, dembed, model->dgate, a->qkv, a->rotary, a->embed, sizes, stream);
+    attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, a->rotary, sizes,
+                       stream);
+    rotary_backward(dwide, a->qkv, a->rotary, sizes, stream);
     backward_weight(ATTN_W, a->ln_1, dwide, {BT, C, 3 * C});
     linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream);
     if (a->embed.table != NULL) {
+        value_embed_backward(dembed, model->dgate, dwide, a->embed, sizes, stream);
         wte_backward(d(VALUE_EMBED), dembed, index, BT, C, stream);
         gate_backward(dbranch, d(VALUE_GATE), partials, model->dgate, a->embed, sizes, stream);
     }

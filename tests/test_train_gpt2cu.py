@@ -618,7 +618,7 @@ def test_damaged_lines_of_a_log_are_left_out(bf16, init, cuda_data, tmp_path):
 
 # ---- the log
 
-DN_KERNELS = "rmsnorm|add$|rotary|gate|relu2|momentum|line_|norm|muon"
+DN_KERNELS = "rmsnorm|add$|rotary|value_embed|gate|relu2|momentum|line_|norm|muon"
 
 
 def launches():
