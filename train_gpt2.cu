@@ -34,7 +34,7 @@ arXiv 1910.02054). A rank owns the matrices that Muon trains by whole layers, as
 Gradients of parameters are fp32 and accumulate over micro-steps. Gradients of activations are bf16
 and overwrite what was there, except along the residual stream, where they add up. With -DFP32
 everything is fp32, for cards before sm_80 and for tests. There are no floating-point atomics: the
-same run gives the same bits.
+same run gives the same bits. With --deterministic 0 this is true of a resumed run only.
 
 Memory: matrices are stored as in HF's GPT-2, (in, out), so that files and memory hold the same.
 
@@ -912,16 +912,24 @@ struct Matmul {
     bool operator==(const Matmul&) const = default;
 };
 
-// The kernel that cuBLASLt chose for a Matmul. Plans are kept, since choosing takes longer than a
-// small matmul.
+// cuBLASLt has several kernels ("algorithms") for a Matmul and proposes the one that its heuristic
+// takes for the fastest. With --deterministic 0 the first use of a Matmul times MAX_CANDIDATES of
+// them. These differ in the order of their sums, and which is the fastest may differ from one run
+// to the next, so a saved state holds the choices (§17), and a resumed run makes the same.
+const int MAX_CANDIDATES = 8;
+
+// Plans are kept, since choosing takes longer than a small matmul.
 struct MatmulPlan {
     Matmul matmul;
     char name[64];
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t a, b, d;
-    bool exists;                // false: cuBLASLt has no kernel for this matmul
-    cublasLtMatmulHeuristicResult_t chosen;
+    int n_candidates;           // 0: cuBLASLt has no kernel; 1: it is chosen
+    cublasLtMatmulAlgo_t candidates[MAX_CANDIDATES];
 };
+
+// A choice of an earlier run
+struct Choice { Matmul matmul; cublasLtMatmulAlgo_t algorithm; };
 
 const int MAX_PLANS = 64;                       // a model has about 30
 static struct {
@@ -929,6 +937,9 @@ static struct {
     void* workspace;
     MatmulPlan plans[MAX_PLANS];
     int n_plans;
+    Choice choices[MAX_PLANS];
+    int n_choices;
+    bool times_candidates;
 } cublas;
 const size_t WORKSPACE_BYTES = 32 << 20;        // what NVIDIA recommends for Hopper
 
@@ -968,18 +979,40 @@ static cublasLtMatrixLayout_t layout(cudaDataType_t type, int rows, int columns,
     return made;
 }
 
-static void choose_algorithm(MatmulPlan* plan) {
+// True: an earlier run chose for this plan, and its choice is now the only candidate.
+static bool take_choice(MatmulPlan* plan) {
+    for (int i = 0; i < cublas.n_choices; i++) {
+        if (cublas.choices[i].matmul != plan->matmul) { continue; }
+        cublasLtMatmulHeuristicResult_t result;
+        cublasStatus_t status = cublasLtMatmulAlgoCheck(
+            cublas.handle, plan->operation, plan->a, plan->b, plan->d, plan->d,
+            &cublas.choices[i].algorithm, &result);
+        if (status != CUBLAS_STATUS_SUCCESS || result.workspaceSize > WORKSPACE_BYTES) {
+            die("the saved kernel for a %s cannot run on this GPU; delete the matmuls_*.json of "
+                "the saved state, so that kernels are chosen again", plan->name);
+        }
+        plan->candidates[0] = cublas.choices[i].algorithm;
+        plan->n_candidates = 1;
+        return true;
+    }
+    return false;
+}
+
+static void find_candidates(MatmulPlan* plan) {
+    if (take_choice(plan)) { return; }
     cublasLtMatmulPreference_t preference;
     CHECK_CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
     CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(
         preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES,
         sizeof WORKSPACE_BYTES));
+    cublasLtMatmulHeuristicResult_t results[MAX_CANDIDATES];
     int found = 0;
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-        cublas.handle, plan->operation, plan->a, plan->b, plan->d, plan->d, preference, 1,
-        &plan->chosen, &found);
+        cublas.handle, plan->operation, plan->a, plan->b, plan->d, plan->d, preference,
+        cublas.times_candidates ? MAX_CANDIDATES : 1, results, &found);
     if (status != CUBLAS_STATUS_NOT_SUPPORTED) { CHECK_CUBLAS(status); }
-    plan->exists = status == CUBLAS_STATUS_SUCCESS && found > 0;
+    if (status == CUBLAS_STATUS_SUCCESS) { plan->n_candidates = found; }
+    for (int i = 0; i < plan->n_candidates; i++) { plan->candidates[i] = results[i].algo; }
     CHECK_CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
 }
 
@@ -1009,14 +1042,14 @@ static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias = NULL, floatX* aux
     if (a_is_transposed) { plan->a = layout(CUBLAS_X, mm.k, mm.m, mm.batch); }
     if (b_is_transposed) { plan->b = layout(CUBLAS_X, mm.n, mm.k, mm.batch); }
     plan->d = layout(mm.accumulate ? CUDA_R_32F : CUBLAS_X, mm.m, mm.n, mm.batch);
-    choose_algorithm(plan);
+    find_candidates(plan);
     return plan;
 }
 
 // False: cuBLASLt has no kernel for these sizes with this epilogue, so that a kernel of our own has
 // to do the epilogue's work after a plainer matmul.
 static bool has_kernel(Matmul mm, const floatX* bias, floatX* aux = NULL) {
-    return plan_matmul(mm, bias, aux)->exists;
+    return plan_matmul(mm, bias, aux)->n_candidates > 0;
 }
 
 // D = alpha op(A) op(B) + beta C, where C has D's shape
@@ -1027,9 +1060,57 @@ struct Operands {
     float beta = 0.0f;
 };
 
+static cublasStatus_t start_matmul(MatmulPlan* plan, int candidate, void* d, Operands x,
+                                   cudaStream_t stream) {
+    const void* c = x.c != NULL ? x.c : d;
+    return cublasLtMatmul(cublas.handle, plan->operation, &x.alpha, x.a, plan->a, x.b, plan->b,
+                          &x.beta, c, plan->d, d, plan->d, &plan->candidates[candidate],
+                          cublas.workspace, WORKSPACE_BYTES, stream);
+}
+
+// The milliseconds of three runs after a first one; INFINITY: the candidate cannot run.
+static float matmul_ms(MatmulPlan* plan, int candidate, void* d, Operands x, cudaStream_t stream) {
+    cudaEvent_t begin, end;
+    float ms = INFINITY;
+    if (start_matmul(plan, candidate, d, x, stream) != CUBLAS_STATUS_SUCCESS) { return ms; }
+    CHECK_CUDA(cudaEventCreate(&begin));
+    CHECK_CUDA(cudaEventCreate(&end));
+    CHECK_CUDA(cudaEventRecord(begin, stream));
+    for (int i = 0; i < 3; i++) {
+        CHECK_CUBLAS(start_matmul(plan, candidate, d, x, stream));
+    }
+    CHECK_CUDA(cudaEventRecord(end, stream));
+    CHECK_CUDA(cudaEventSynchronize(end));
+    CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
+    CHECK_CUDA(cudaEventDestroy(begin));
+    CHECK_CUDA(cudaEventDestroy(end));
+    return ms;
+}
+
+// Leaves the fastest candidate alone. They are timed on D itself, which the matmul that follows
+// overwrites, or, where it would be added to, on other memory.
+static void choose_fastest(MatmulPlan* plan, void* d, Operands x, cudaStream_t stream) {
+    Matmul mm = plan->matmul;
+    void* to = mm.accumulate ? allocate(sizeof(float) * mm.m * mm.n * mm.batch) : d;
+    CHECK_CUDA(cudaDeviceSynchronize());        // `allocate` has written its zeros
+    int fastest = 0;
+    float least_ms = INFINITY;
+    for (int i = 0; i < plan->n_candidates; i++) {
+        float ms = matmul_ms(plan, i, to, x, stream);
+        if (ms < least_ms) {
+            least_ms = ms;
+            fastest = i;
+        }
+    }
+    if (mm.accumulate) { CHECK_CUDA(cudaFree(to)); }
+    plan->candidates[0] = plan->candidates[fastest];
+    plan->n_candidates = 1;
+}
+
 static void run_matmul(MatmulPlan* plan, void* d, Operands x, cudaStream_t stream) {
     Matmul mm = plan->matmul;
-    if (!plan->exists) {
+    if (plan->n_candidates > 1) { choose_fastest(plan, d, x, stream); }
+    if (plan->n_candidates == 0) {
         die("cuBLASLt has no kernel for a %d x %d x %d matmul; choose an n_embd that is a multiple "
             "of 64, such as --config n_embd=768 n_head=12", mm.m, mm.n, mm.k);
     }
@@ -1039,12 +1120,9 @@ static void run_matmul(MatmulPlan* plan, void* d, Operands x, cudaStream_t strea
     if (mm.epilogue == ADD_BIAS_GELU || mm.epilogue == TIMES_DGELU) {
         bytes += m * n * sizeof(floatX);
     }
-    const void* c = x.c != NULL ? x.c : d;
     Work work = {plan->name, mm.batch * bytes, mm.batch * 2 * m * n * k};
     begin_work(work, stream);
-    CHECK_CUBLAS(cublasLtMatmul(cublas.handle, plan->operation, &x.alpha, x.a, plan->a, x.b,
-                                plan->b, &x.beta, c, plan->d, d, plan->d, &plan->chosen.algo,
-                                cublas.workspace, WORKSPACE_BYTES, stream));
+    CHECK_CUBLAS(start_matmul(plan, 0, d, x, stream));
     end_work(work, stream);
 }
 
@@ -4492,7 +4570,8 @@ static const Flag FLAGS[] = {
     integer_flag("recompute", &arguments.recompute, 0, 2,
                  "to save memory, compute again in the backward pass: 1 GELU, 2 also the norms"),
     integer_flag("deterministic", &arguments.deterministic, 0, 1,
-                 "1: the same run gives the same bits, which is always so here"),
+                 "1: the same run gives the same bits; 0: matmuls use the kernels that are fastest "
+                 "when the run begins"),
     switch_flag("profile", &arguments.profile, "time each kernel of steps 10-12"),
 };
 
@@ -5020,6 +5099,88 @@ static void check_weights(Model* model, Ranks* ranks, int64_t step) {
         "in another --out (what was saved before is kept)", (long long)step, n_broken);
 }
 
+// With --deterministic 0, each rank saves beside its shard which kernel it chose for each matmul:
+//   {"format_version": 1, "made_by": "NVIDIA H100 80GB HBM3, cuBLASLt 130100", "matmuls": [
+//   {"sizes": [m, n, k, transpose, accumulate, epilogue, batch], "algorithm": "128 hex digits"},
+//   … ]}
+// An algorithm is valid only for the GPU and the version of cuBLASLt that made it.
+
+static const char* choices_path(const char* folder, int rank) {
+    char name[64];
+    snprintf(name, sizeof name, "matmuls_%05d.json", rank);
+    return joined(folder, name);
+}
+
+// The GPU and the library, as a JSON string
+static char* maker_of_choices() {
+    int device = 0;
+    cudaDeviceProp properties;
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaGetDeviceProperties(&properties, device));
+    return to_string([&](FILE* file) {
+        fprintf(file, "\"%s, cuBLASLt %zu\"", properties.name, cublasLtGetVersion());
+    });
+}
+
+static void save_choices(const char* path) {
+    char* maker = maker_of_choices();
+    FILE* file = create_part(path);
+    fprintf(file, "{\"format_version\": 1, \"made_by\": %s, \"matmuls\": [", maker);
+    const char* separator = "\n";
+    for (int i = 0; i < cublas.n_plans; i++) {
+        Matmul mm = cublas.plans[i].matmul;
+        if (cublas.plans[i].n_candidates != 1) { continue; }
+        fprintf(file, "%s{\"sizes\": [%d, %d, %d, %d, %d, %d, %d], \"algorithm\": \"", separator,
+                mm.m, mm.n, mm.k, mm.transpose, mm.accumulate, mm.epilogue, mm.batch);
+        for (uint64_t word : cublas.plans[i].candidates[0].data) {
+            fprintf(file, "%016llx", (unsigned long long)word);
+        }
+        fputs("\"}", file);
+        separator = ",\n";
+    }
+    fputs("]}\n", file);
+    finish(file, path);
+    free(maker);
+}
+
+// Reads what save_choices wrote, if there is such a file.
+static void load_choices(const char* path) {
+    char* text = read_json(path);
+    if (text == NULL) { return; }
+    char* maker = maker_of_choices();
+    bool is_known = json_number(text, "format_version", 0) == 1;
+    if (!is_known || !json_is(text, "made_by", maker)) {
+        printf("%s is not of %s, so the kernels of matmuls are chosen again\n", path, maker);
+        free(text);
+        free(maker);
+        return;
+    }
+    const char* line = strchr(text, '\n');
+    while (line != NULL && line[1] != '\0' && cublas.n_choices < MAX_PLANS) {
+        Choice* choice = &cublas.choices[cublas.n_choices++];
+        Matmul* mm = &choice->matmul;
+        int transpose, accumulate, epilogue;
+        char digits[129] = "";
+        int end = 0;                    // stays 0 unless all of the line is as expected
+        sscanf(line, " {\"sizes\": [%d, %d, %d, %d, %d, %d, %d], \"algorithm\": "
+               "\"%128[0-9a-f]\"}%n", &mm->m, &mm->n, &mm->k, &transpose, &accumulate, &epilogue,
+               &mm->batch, digits, &end);
+        if (end == 0 || strlen(digits) != 128) {
+            die("%s is damaged: it must be a list of sizes and algorithms; copy it again, or "
+                "remove it, so that kernels are chosen again", path);
+        }
+        for (int i = 0; i < 8; i++) {
+            sscanf(digits + 16 * i, "%16lx", &choice->algorithm.data[i]);
+        }
+        mm->transpose = (Transpose)transpose;
+        mm->accumulate = accumulate != 0;
+        mm->epilogue = (Epilogue)epilogue;
+        line = strchr(line + 1, '\n');
+    }
+    free(text);
+    free(maker);
+}
+
 // Saves the state of a step and the checkpoint. Each rank writes its shard into <run>/state/step_N;
 // then the checkpoint is written; rank 0 writes state.json, without which the folder does not
 // count, and deletes older states. So a run that is killed at any moment has the complete state of
@@ -5031,6 +5192,8 @@ static void save_run(Model* model, Ranks* ranks, const State* state, int64_t n_t
     state_folder(folder, state->step);
     make_folders(folder);
     save_shard(model, ranks, folder);
+    bool chose = cublas.times_candidates || cublas.n_choices > 0;
+    if (chose) { save_choices(choices_path(folder, ranks->rank)); }
     barrier(ranks);                 // now every rank's shard is there
     save_checkpoint(model, ranks, state->step, val_bpb);
     if (ranks->rank == 0) {
@@ -5204,6 +5367,7 @@ static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_token
     state->losses = read_window(path, text, "losses");
     state->norms = read_window(path, text, "norms");
     load_shards(model, ranks, folder, (int)json_integer(path, text, "world_size", 1, MAX_SIZE));
+    load_choices(choices_path(folder, ranks->rank));
     free(text);
     free(settings);
     restore_parameters(model, ranks, (int)state->optimizer_steps);
@@ -5909,6 +6073,7 @@ int main(int argc, char** argv) {
     Config config = init_from != NULL ? read_config(init_from) : choose_config(V);
     if (a.seq_len == 0) { arguments.seq_len = config.block_size; }
     check_config(config, V, a.seq_len);
+    cublas.times_candidates = !a.deterministic;
     int64_t grad_accum_steps = plan_batch(config, ranks.world_size);
     Model model = make_model(config, a.batch_size, a.seq_len, a.recompute, &ranks);
     Loader loader = make_loader(train_shards, a.batch_size, a.seq_len, V, a.seed);

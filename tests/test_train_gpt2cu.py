@@ -377,6 +377,54 @@ def test_a_resumed_run_ends_with_the_same_bits(bf16, init, cuda_data, tmp_path):
     assert same_bits(tmp_path / "killed", tmp_path / "whole")
 
 
+TIMED = [*TINY, "--max_steps", 3, "--eval_every", 9, "--deterministic", 0]
+
+
+@pytest.fixture(scope="session")
+def timed(bf16, cuda_data, tmp_path_factory):
+    """A run that found algorithm 1 faster, stopped after its first step; tests copy it."""
+    run = tmp_path_factory.mktemp("timed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUEMU_FASTEST", "1")
+        train_on(1, bf16, cuda_data, run, *TIMED, stop_after="step 1/3")
+    return run
+
+
+@emulated
+def test_a_resumed_run_keeps_the_kernels_that_were_fastest(bf16, timed, cuda_data, tmp_path):
+    """Both algorithms are right, but they sum in another order."""
+    for fastest in "01":
+        train(bf16, cuda_data, tmp_path / fastest, *TIMED, CUEMU_FASTEST=fastest)
+    run = shutil.copytree(timed, tmp_path / "resumed")
+    train(bf16, cuda_data, run, *TIMED, "--resume", CUEMU_FASTEST="0")
+    assert same_bits(run, tmp_path / "1") and not same_bits(run, tmp_path / "0")
+    train(bf16, cuda_data, tmp_path / "not timed", *TIMED, "--deterministic", 1, CUEMU_FASTEST="1")
+    assert same_bits(tmp_path / "not timed", tmp_path / "0")
+
+
+@emulated
+@pytest.mark.parametrize("old, new, found", [
+    (b"", b"", "not one whole JSON object"), (b'"sizes": [192', b'"sizes": [x', "is damaged"),
+    (b"0000000000000001", b"1", "is damaged"),
+    (b"0000000000000001", b"0000000000000007", "cannot run on this GPU")])
+def test_a_damaged_choice_of_kernels_is_one_line(old, new, found, bf16, timed, cuda_data, tmp_path):
+    run = shutil.copytree(timed, tmp_path / "run")
+    damaged(next(run.glob("state/*/matmuls_00000.json")), old, new)
+    error = train(bf16, cuda_data, run, *TIMED, "--resume", code=1)
+    assert found in error and error.count("\n") == 1 and error.count(";") == 1
+
+
+@emulated
+@pytest.mark.parametrize("old, new", [(b"CPU", b"TPU"), (b"_version", b"_versiom")])
+def test_the_kernels_of_another_gpu_are_chosen_again(old, new, bf16, timed, cuda_data, tmp_path):
+    run = shutil.copytree(timed, tmp_path / "run")
+    damaged(next(run.glob("state/*/matmuls_00000.json")), old, new)
+    command = [bf16, "--data", cuda_data, "--out", run, *TIMED, "--resume"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0 and "the kernels of matmuls are chosen again" in done.stdout
+    assert b"TPU" not in next(run.glob("state/*/matmuls_00000.json")).read_bytes()
+
+
 def test_a_state_of_another_format_is_refused_in_one_line(bf16, init, cuda_data, tmp_path):
     flags = ["--init_from", init, *SHORT, *FLAGS]
     train(bf16, cuda_data, tmp_path, *flags)
