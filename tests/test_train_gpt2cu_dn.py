@@ -243,6 +243,7 @@ def test_a_profile_has_every_kernel_of_dn(bf16, dn_data, tmp_path):
                           capture_output=True, text=True)
     shown = {line.split()[0] for line in done.stdout.splitlines() if "%" in line}
     expected = {name for name in launches() if re.match(DN_KERNELS, name)}
+    expected.remove("rotary_backward")          # the fast kernels of attention do it
     assert len(expected) == 14 and expected <= shown
 
 
@@ -291,7 +292,9 @@ GRADIENT_MUTANTS = [
     ("fp32", "float gate = 3.0f / (1.0f + expf(-z));", "float gate = 2.0f / (1.0f + expf(-z));"),
     ("fp32", "gate * (1.0f - gate / 3.0f)", "gate * (1.0f - gate)"),
     ("fp32", "high[i] * cosine[i] - low[i] * sine[i]", "high[i] * cosine[i] + low[i] * sine[i]"),
-    ("fp32", "(low[i] - o_low[i] * mean) * rstd", "low[i] * rstd"),
+    ("fp32", "(low[i] - t_low[i] * mean) * rstd", "low[i] * rstd"),
+    ("bf16", "(*d_low - (float)low[i] * mean) * rstd", "*d_low * rstd"),
+    ("bf16", "*d_high = dr2 * cosine + dr1 * sine", "*d_high = dr2 * cosine - dr1 * sine"),
     ("fp32", "if (l == L / 2) {", "if (l == L / 2 + 1) {"),
     ("fp32", "de.set(i, de[i] + mu * ds);", "de.set(i, mu * ds);")]
 STEP_MUTANTS = [

@@ -14,6 +14,8 @@ chosen by the environment:
     CUEMU_ORDER=1     backward; copies land at once, products as in 0
     CUEMU_ORDER=2     threads shuffled; copies as in 0, products are computed at once
     CUEMU_WITHOUT_BARRIER=N     the __syncthreads() in line N does nothing
+    CUEMU_LAST_EPILOGUE=N       cuBLASLt has no epilogues of a higher number: 1 plain, 4 bias
+    CUEMU_FASTEST=N             cuBLASLt's algorithm N, 0 or 1, is faster than the other
 
 Not covered: speed, bank conflicts, the order of memory accesses, fences, streams that run side by
 side.
