@@ -1162,9 +1162,9 @@ __global__ void fp8_measure_kernel(unsigned* largest, const floatX* x, int64_t n
 struct alignas(8) Bytes8 { uint32_t words[2]; };
 struct alignas(16) Bytes16 { uint32_t words[4]; };
 
-// x / scale, where inverse is 1 / scale rounded to the nearest float. What x - scale quotient leaves
-// is computed without rounding, so one correction makes the quotient the nearest float, which is
-// PyTorch's (Markstein, IBM J. Res. Dev. 34, 1990). These are 3 instructions; a division takes 10.
+// x / scale, where inverse is 1 / scale rounded to the nearest float. The remainder, x - quotient
+// scale, is computed without rounding. So one correction makes the quotient the nearest float, which
+// is also PyTorch's (Markstein, IBM J. Res. Dev. 34, 1990), in fewer instructions than a division.
 __device__ float divided(float x, float scale, float inverse) {
     float quotient = x * inverse;
     return fmaf(fmaf(-quotient, scale, x), inverse, quotient);
@@ -1244,8 +1244,8 @@ static void fp8_quantise(Fp8Tensor to, const floatX* x, int rows, int columns,
 }
 
 // y = x w + bias. The weights are already in f->w, and if x is NULL, x is already in f->x. As in
-// precision.py, only this product has fast sums. Unlike there, y is rounded to bf16 only once, after
-// the bias was added.
+// precision.py, only this product has fast sums. Unlike there, y is rounded to bf16 once, after the
+// bias is added.
 static void fp8_linear_forward(floatX* y, const Fp8Linear* f, const floatX* x, const floatX* bias,
                                LinearSizes n, cudaStream_t stream) {
     Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .transpose = TRANSPOSE_A,
