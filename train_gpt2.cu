@@ -1163,8 +1163,8 @@ struct alignas(8) Bytes8 { uint32_t words[2]; };
 struct alignas(16) Bytes16 { uint32_t words[4]; };
 
 // x / scale, where inverse is 1 / scale rounded to the nearest float. The remainder, x - quotient
-// scale, is computed without rounding. So one correction makes the quotient the nearest float, which
-// is also PyTorch's (Markstein, IBM J. Res. Dev. 34, 1990), in fewer instructions than a division.
+// scale, has no rounding error. So one correction makes the quotient the nearest float, which is
+// also what PyTorch gives (Markstein, IBM J. Res. Dev. 34, 1990), and is cheaper than to divide.
 __device__ float divided(float x, float scale, float inverse) {
     float quotient = x * inverse;
     return fmaf(fmaf(-quotient, scale, x), inverse, quotient);
