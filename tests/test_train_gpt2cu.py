@@ -622,8 +622,8 @@ def test_every_kernel_is_launched_by_launch_and_so_has_a_row_in_the_profile():
 
 
 @pytest.mark.parametrize("precision, other", [
-    ("bf16", f"plain_|gelu_backward|fp8_|{DN_KERNELS}"),
-    ("fp32", f"attention_(forward|backward)|fp8_|{DN_KERNELS}")])
+    ("bf16", f"plain_|gelu_backward|{DN_KERNELS}"),
+    ("fp32", f"attention_(forward|backward)|{DN_KERNELS}")])
 def test_a_profile_has_every_kernel_and_the_bytes_it_moves(precision, other, cuda_data, tmp_path,
                                                            request):
     binary = request.getfixturevalue(precision)
@@ -631,7 +631,7 @@ def test_a_profile_has_every_kernel_and_the_bytes_it_moves(precision, other, cud
                            "--profile", "--recompute", "1", *map(str, TINY)], capture_output=True,
                           text=True)
     table = {line.split()[0]: line.split() for line in done.stdout.splitlines() if "%" in line}
-    launched = launches().keys() - {"round_parameters"}
+    launched = launches().keys() - {"round_parameters", "fp8_measure", "fp8_quantise"}
     expected = {name for name in launched if not re.match(other, name)}
     assert len(expected) >= 16 and expected <= table.keys()
     width, BTC = {"bf16": 2, "fp32": 4}[precision], 64 * 64

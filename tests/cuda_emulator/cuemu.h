@@ -379,6 +379,12 @@ template <class Kernel> void launch(const Launch& launch, Kernel kernel) {
 
 #define LINE int line = __builtin_LINE()
 
+inline unsigned atomicMax(unsigned* address, unsigned value) {
+    unsigned before = *address;
+    *address = std::max(before, value);
+    return before;
+}
+
 inline void __syncthreads(LINE) {
     static const int without = cuemu::setting("CUEMU_WITHOUT_BARRIER");
     if (line != without) { cuemu::barrier(line); }
@@ -396,12 +402,6 @@ inline float __shfl_xor_sync(unsigned, float value, int mask, LINE) {
         }
     }, "__shfl_xor_sync", line);
     return mine.result;
-}
-
-inline unsigned atomicMax(unsigned* address, unsigned value) {
-    unsigned before = *address;
-    *address = std::max(before, value);
-    return before;
 }
 
 inline float bf16_half(uint32_t pair, int which) {
@@ -485,5 +485,4 @@ template <int PENDING> void cp_async_wait() {
 }
 
 #undef LINE
-#include "cuemu_fp8.h"
 #include "cuemu_host.h"
