@@ -230,7 +230,7 @@ def test_the_emulators_cublaslt_refuses_what_a_gpus_does(old, new, tmp_path):
     binary = build(tmp_path, "-O1", source=source.replace(old, new))
     (tmp_path / "numbers").write_bytes(bytes(4 * 10 ** 6))
     done = subprocess.run([binary, tmp_path / "numbers"], capture_output=True)
-    assert b"cuBLASLt returned status 15" in done.stderr
+    assert done.returncode == 1 and b"cuBLASLt" in done.stderr
 
 
 # ---- the trainer
