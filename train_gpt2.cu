@@ -1170,18 +1170,18 @@ __device__ float divided(float x, float scale, float inverse) {
     return fmaf(fmaf(-quotient, scale, x), inverse, quotient);
 }
 
-// 8 floats / scale → 8 bits each. The GPU's conversion takes two numbers at a time.
+// 8 floats / scale → 8 bits each. The GPU's conversion takes two numbers at a time. GPUs before
+// compute capability 8.9 have none, so find_gpu refuses --fp8 1.
 template <__nv_fp8_interpretation_t FORMAT>
 __device__ Bytes8 divided(const float* x, float scale, float inverse) {
     Bytes8 result = {};
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
-    return result;      // find_gpu refuses --fp8 1: the GPU has no such conversion
-#endif
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
     for (int i = 0; i < 8; i += 2) {
         float2 pair = {divided(x[i], scale, inverse), divided(x[i + 1], scale, inverse)};
         uint32_t two = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, FORMAT);
         result.words[i / 4] |= two << 8 * (i % 4);
     }
+#endif
     return result;
 }
 
@@ -1203,13 +1203,14 @@ __global__ void __launch_bounds__(128) fp8_quantise_kernel(Fp8Tensor to, const f
     float inverse = __fdiv_rn(1.0f, scale);
     if (row == 0 && column == 0) { *to.scale = scale; }
     if (row >= rows || column >= columns) { return; }
-    Pack loaded[16][8 / PACK];          // first all loads, so that they wait for memory together
+    Pack loaded[16][8 / PACK];          // all loads first, so that they wait for memory together
     for (int r = 0; r < 16; r++) {
         for (int k = 0; k < 8; k += PACK) {
             loaded[r][k / PACK] = load(x + (row + r) * columns + column + k);
         }
     }
-    Bytes8 across[16];
+    Bytes8 across[16];                  // in registers only if the loops are unrolled
+#pragma unroll
     for (int r = 0; r < 16; r++) {
         float values[8];
         for (int i = 0; i < 8; i++) {
@@ -1218,8 +1219,10 @@ __global__ void __launch_bounds__(128) fp8_quantise_kernel(Fp8Tensor to, const f
         across[r] = divided<FORMAT>(values, scale, inverse);
         *(Bytes8*)(to.rows + (row + r) * columns + column) = across[r];
     }
+#pragma unroll
     for (int i = 0; i < 8; i++) {
         Bytes16 down = {};
+#pragma unroll
         for (int r = 0; r < 16; r++) {
             uint32_t byte = across[r].words[i / 4] >> 8 * (i % 4) & 255;
             down.words[r / 4] |= byte << 8 * (r % 4);
