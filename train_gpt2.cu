@@ -1255,19 +1255,26 @@ __global__ void fp8_measure_kernel(unsigned* largest, const floatX* x, int64_t n
 struct alignas(8) Bytes8 { uint32_t words[2]; };
 struct alignas(16) Bytes16 { uint32_t words[4]; };
 
-// 8 floats / scale → 8 bits each. The GPU's conversion takes two numbers at a time. The division is
-// exact to the last bit, as PyTorch's is, even with --use_fast_math.
+// x / scale, where inverse is 1 / scale rounded to the nearest float. The remainder, x - quotient
+// scale, has no rounding error. So one correction makes the quotient the nearest float, which is
+// also what PyTorch gives (Markstein, IBM J. Res. Dev. 34, 1990), and is cheaper than to divide.
+__device__ float divided(float x, float scale, float inverse) {
+    float quotient = x * inverse;
+    return fmaf(fmaf(-quotient, scale, x), inverse, quotient);
+}
+
+// 8 floats / scale → 8 bits each. The GPU's conversion takes two numbers at a time. GPUs before
+// compute capability 8.9 have none, so find_gpu refuses --fp8 1.
 template <__nv_fp8_interpretation_t FORMAT>
-__device__ Bytes8 divided(const float* x, float scale) {
+__device__ Bytes8 divided(const float* x, float scale, float inverse) {
     Bytes8 result = {};
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
-    return result;      // find_gpu refuses --fp8 1: the GPU has no such conversion
-#endif
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
     for (int i = 0; i < 8; i += 2) {
-        float2 pair = {__fdiv_rn(x[i], scale), __fdiv_rn(x[i + 1], scale)};
+        float2 pair = {divided(x[i], scale, inverse), divided(x[i + 1], scale, inverse)};
         uint32_t two = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, FORMAT);
         result.words[i / 4] |= two << 8 * (i % 4);
     }
+#endif
     return result;
 }
 
@@ -1286,25 +1293,29 @@ __global__ void __launch_bounds__(128) fp8_quantise_kernel(Fp8Tensor to, const f
     int64_t column = (blockIdx.x * 16 + warp * 4 + lane % 4) * 8;
     const float FORMAT_LARGEST = FORMAT == __NV_E4M3 ? 448.0f : 57344.0f;
     float scale = __fdiv_rn(fmaxf(__uint_as_float(*to.largest), 1e-12f), FORMAT_LARGEST);
+    float inverse = __fdiv_rn(1.0f, scale);
     if (row == 0 && column == 0) { *to.scale = scale; }
     if (row >= rows || column >= columns) { return; }
-    Pack loaded[16][8 / PACK];          // first all loads, so that they wait for memory together
+    Pack loaded[16][8 / PACK];          // all loads first, so that they wait for memory together
     for (int r = 0; r < 16; r++) {
         for (int k = 0; k < 8; k += PACK) {
             loaded[r][k / PACK] = load(x + (row + r) * columns + column + k);
         }
     }
-    Bytes8 across[16];
+    Bytes8 across[16];                  // in registers only if the loops are unrolled
+#pragma unroll
     for (int r = 0; r < 16; r++) {
         float values[8];
         for (int i = 0; i < 8; i++) {
             values[i] = rounded<Function>(loaded[r][i / PACK][i % PACK]);
         }
-        across[r] = divided<FORMAT>(values, scale);
+        across[r] = divided<FORMAT>(values, scale, inverse);
         *(Bytes8*)(to.rows + (row + r) * columns + column) = across[r];
     }
+#pragma unroll
     for (int i = 0; i < 8; i++) {
         Bytes16 down = {};
+#pragma unroll
         for (int r = 0; r < 16; r++) {
             uint32_t byte = across[r].words[i / 4] >> 8 * (i % 4) & 255;
             down.words[r / 4] |= byte << 8 * (r % 4);
@@ -1329,7 +1340,8 @@ static void fp8_quantise(Fp8Tensor to, const floatX* x, int rows, int columns,
 }
 
 // y = x w + bias. The weights are already in f->w, and if x is NULL, x is already in f->x. As in
-// precision.py, only this product has fast sums.
+// precision.py, only this product has fast sums. Unlike there, y is rounded to bf16 once, after the
+// bias is added.
 static void fp8_linear_forward(floatX* y, const Fp8Linear* f, const floatX* x, const floatX* bias,
                                LinearSizes n, cudaStream_t stream) {
     Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .transpose = TRANSPOSE_A,
@@ -6019,15 +6031,17 @@ struct State {
     Window losses, norms;
 };
 
-// The flags that decide what is computed; a resumed run must have the same.
+// The flags that decide what is computed; a resumed run must have the same. --fp8 0 is not written,
+// as in states from before there was this flag.
 static void write_settings(FILE* file, Config config, int64_t n_tokens) {
     const Arguments& a = arguments;
+    const char* fp8 = a.fp8 ? ", \"fp8\": 1" : "";
     fprintf(file, "\"settings\": {\"model\": ");
     write_config(file, config);
     fprintf(file, ", \"total_batch_size\": %lld, \"seq_len\": %lld, \"max_steps\": %lld, "
-            "\"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, \"bf16\": %d, \"fp8\": %d}",
+            "\"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, \"bf16\": %d%s}",
             (long long)a.total_batch_size, (long long)a.seq_len, (long long)a.max_steps,
-            (long long)a.seed, a.lr, (long long)n_tokens, BF16, (int)a.fp8);
+            (long long)a.seed, a.lr, (long long)n_tokens, BF16, fp8);
 }
 
 // A window as a JSON list; %.17g and strtod keep every bit of a double.

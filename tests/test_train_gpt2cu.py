@@ -689,8 +689,8 @@ def test_every_kernel_is_launched_by_launch_and_so_has_a_row_in_the_profile():
 
 
 @pytest.mark.parametrize("precision, other", [
-    ("bf16", f"plain_|attention_(forward|backward)|gelu_backward|add_bias|fp8_|{DN_KERNELS}"),
-    ("fp32", f"(hopper_)?attention_(forward|backward)|add_bias|fp8_|{DN_KERNELS}")])
+    ("bf16", f"plain_|attention_(forward|backward)|gelu_backward|add_bias|{DN_KERNELS}"),
+    ("fp32", f"(hopper_)?attention_(forward|backward)|add_bias|{DN_KERNELS}")])
 def test_a_profile_has_every_kernel_and_the_bytes_it_moves(precision, other, cuda_data, tmp_path,
                                                            request):
     binary = request.getfixturevalue(precision)
@@ -698,7 +698,7 @@ def test_a_profile_has_every_kernel_and_the_bytes_it_moves(precision, other, cud
                            "--profile", "--recompute", "1", *map(str, TINY)], capture_output=True,
                           text=True)
     table = {line.split()[0]: line.split() for line in done.stdout.splitlines() if "%" in line}
-    launched = launches().keys() - {"round_parameters"}
+    launched = launches().keys() - {"round_parameters", "fp8_measure", "fp8_quantise"}
     expected = {name for name in launched if not re.match(other, name)}
     assert len(expected) >= 16 and expected <= table.keys()
     width, BTC = {"bf16": 2, "fp32": 4}[precision], 64 * 64
@@ -831,7 +831,8 @@ def test_no_steps_are_not_the_default_but_save_the_first_model(bf16, init, cuda_
     (["--device", "cpu"], "--device is a flag of train_gpt2.py"),
     (["--fp8", 2], "--fp8 must be at most 1, got 2"),
     (["--fp8", 1, "--seq_len", 79, "--total_batch_size", 158], "multiples of 16, got 128 and 158"),
-    (["--fp8", 1, "--model", "gpt2", "--config", "n_head=1", "n_embd=136"], "got 136 and"),
+    (["--fp8", 1, "--model", "gpt2", "--config", "n_head=1", "n_embd=136", "block_size=80"],
+     "got 136 and 160; leave --fp8 out"),
     (["--layers", 3], "--layers is not a flag"),
     (["--lr", "high"], "--lr must be a number, got high"),
     (["--lr", 0], "--lr must be at least 1e-38, got 0"), (["--lr", -1], "must be at least"),

@@ -402,6 +402,12 @@ template <class Kernel> void launch(const Launch& launch, Kernel kernel) {
 
 #define LINE int line = __builtin_LINE()
 
+inline unsigned atomicMax(unsigned* address, unsigned value) {
+    unsigned before = *address;
+    *address = std::max(before, value);
+    return before;
+}
+
 inline void __syncthreads(LINE) {
     static const int without = cuemu::setting("CUEMU_WITHOUT_BARRIER");
     if (line != without) { cuemu::barrier(line); }
@@ -433,12 +439,6 @@ inline int __shfl_sync(unsigned, int value, int from, LINE) {
         }
     }, "__shfl_sync", line);
     return mine.value;
-}
-
-inline unsigned atomicMax(unsigned* address, unsigned value) {
-    unsigned before = *address;
-    *address = std::max(before, value);
-    return before;
 }
 
 inline float bf16_half(uint32_t pair, int which) {
@@ -523,5 +523,4 @@ template <int PENDING> void cp_async_wait() {
 
 #undef LINE
 #include "cuemu_hopper.h"
-#include "cuemu_fp8.h"
 #include "cuemu_host.h"

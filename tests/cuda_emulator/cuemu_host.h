@@ -8,6 +8,7 @@ once. New memory holds NaNs. Ranks are processes that share a file in memory.
 #include <sched.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include "cuemu_fp8.h"
 
 // ---- CUDA runtime -------------------------------------------------------------------------------
 
