@@ -108,14 +108,15 @@ def test_rows_may_be_shorter_than_the_models_positions(fp32, dn_init, dn_data, t
     assert len(errors) == 21 and max(errors.values()) < 6e-6
 
 
+@pytest.mark.parametrize("flags", [[], ["--attention", "mma"]])
 @pytest.mark.parametrize("sizes", [
     {}, dict(block_size=200, n_layer=2, n_head=1, windows="S"),
     dict(block_size=72, n_layer=1, n_head=3, n_embd=96)])
-def test_every_gradient_is_pytorchs_in_bf16(bf16, dn_tokenizer, dn_data, tmp_path, sizes):
+def test_every_gradient_is_pytorchs_in_bf16(bf16, dn_tokenizer, dn_data, tmp_path, sizes, flags):
     """Also of heads of 128, where of four tiles of keys the last queries skip two, and of small
     ones. PyTorch's own bf16: 1.6 % at most, and 3.3 % for the scalars, which are sums over all."""
     init = checkpoint(tmp_path / "init", dn_tokenizer, **sizes)
-    errors = gradient_errors(bf16, init, dn_data, tmp_path / "run", "--recompute", 2)
+    errors = gradient_errors(bf16, init, dn_data, tmp_path / "run", "--recompute", 2, *flags)
     for name, error in errors.items():
         assert error < (0.15 if "scalar" in name else 0.03), name       # measured 0.06 and 0.014
 
