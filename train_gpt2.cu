@@ -1236,6 +1236,7 @@ struct Itself { static __device__ float forward(float x) { return x; } };
 template <class Function> __device__ float rounded(float x) {
     return (float)(floatX)Function::forward(x);         // as if it had been in memory
 }
+template <> __device__ float rounded<Itself>(float x) { return x; }
 
 // One thread: Packs that are as far apart as the grid has threads. Grid up to 1024 x 256. Reads n;
 // bound by memory.
