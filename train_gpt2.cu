@@ -1097,8 +1097,8 @@ static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias = NULL, floatX* aux
 
 // False: cuBLASLt has no kernel for these sizes with this epilogue, so that a kernel of our own has
 // to do the epilogue's work after a plainer matmul.
-static bool has_kernel(Matmul mm, const floatX* bias, floatX* aux = NULL) {
-    return plan_matmul(mm, bias, aux)->n_candidates > 0;
+static bool has_kernel(Matmul mm, const floatX* bias, floatX* aux = NULL, Scales scales = {}) {
+    return plan_matmul(mm, bias, aux, scales)->n_candidates > 0;
 }
 
 // D = alpha op(A) op(B) + beta C, where C has D's shape
@@ -1159,6 +1159,10 @@ static void choose_fastest(MatmulPlan* plan, void* d, Operands x, cudaStream_t s
 static void run_matmul(MatmulPlan* plan, void* d, Operands x, cudaStream_t stream) {
     Matmul mm = plan->matmul;
     if (plan->n_candidates > 1) { choose_fastest(plan, d, x, stream); }
+    if (plan->n_candidates == 0 && mm.a_type != CUBLAS_X) {
+        die("cuBLASLt has no kernel for a %d x %d x %d matmul in 8 bits; leave --fp8 out, or update "
+            "CUDA", mm.m, mm.n, mm.k);
+    }
     if (plan->n_candidates == 0) {
         die("cuBLASLt has no kernel for a %d x %d x %d matmul; choose an n_embd that is a multiple "
             "of 64, such as --config n_embd=768 n_head=12", mm.m, mm.n, mm.k);
@@ -1182,6 +1186,34 @@ static void matmul(void* d, const void* a, const void* b, Matmul mm, cudaStream_
     set_epilogue(plan->operation, mm, bias, aux);
     set_scales(plan->operation, scales);
     run_matmul(plan, d, {.a = a, .b = b, .beta = mm.accumulate ? 1.0f : 0.0f}, stream);
+}
+
+// y (rows, OC) += bias (OC), where no kernel of cuBLASLt adds it. One thread: one Pack. Grid
+// rows*OC/PACK/256 x 256. Moves 2 rows*OC; bound by memory.
+__global__ void add_bias_kernel(floatX* y, const floatX* bias, int64_t n, int OC) {
+    int64_t at = thread_in_grid() * PACK;
+    if (at >= n) { return; }
+    Pack value = load(y + at);
+    Pack shift = load(bias + at % OC);
+    for (int i = 0; i < PACK; i++) { value.set(i, value[i] + shift[i]); }
+    store(y + at, value);
+}
+
+// D = op(A) op(B) + bias; bias may be NULL
+static void matmul_with_bias(floatX* d, const void* a, const void* b, Matmul mm,
+                             cudaStream_t stream, const floatX* bias, Scales scales = {}) {
+    Matmul with_bias = mm;
+    with_bias.epilogue = ADD_BIAS;
+    if (bias == NULL) {
+        matmul(d, a, b, mm, stream, NULL, NULL, scales);
+    } else if (has_kernel(with_bias, bias, NULL, scales)) {
+        matmul(d, a, b, with_bias, stream, bias, NULL, scales);
+    } else {
+        int64_t size = (int64_t)mm.m * mm.n;
+        matmul(d, a, b, mm, stream, NULL, NULL, scales);
+        launch({"add_bias", 2.0 * size * sizeof(floatX)}, one_thread_each(size / PACK, stream),
+               add_bias_kernel, d, bias, size, mm.m);
+    }
 }
 
 struct LinearSizes { int rows, C, OC; };
@@ -1346,10 +1378,9 @@ static void fp8_quantise(Fp8Tensor to, const floatX* x, int rows, int columns,
 static void fp8_linear_forward(floatX* y, const Fp8Linear* f, const floatX* x, const floatX* bias,
                                LinearSizes n, cudaStream_t stream) {
     Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .transpose = TRANSPOSE_A,
-                 .epilogue = bias != NULL ? ADD_BIAS : PLAIN, .a_type = CUDA_R_8F_E4M3,
-                 .b_type = CUDA_R_8F_E4M3, .fast_sums = true};
+                 .a_type = CUDA_R_8F_E4M3, .b_type = CUDA_R_8F_E4M3, .fast_sums = true};
     if (x != NULL) { fp8_quantise<__NV_E4M3>(f->x, x, n.rows, n.C, stream); }
-    matmul(y, f->w.columns, f->x.rows, mm, stream, bias, NULL, {f->w.scale, f->x.scale});
+    matmul_with_bias(y, f->w.columns, f->x.rows, mm, stream, bias, {f->w.scale, f->x.scale});
 }
 
 // dx = dy wᵀ, after fp8_linear_backward_weight, which leaves dy in f->dy
@@ -1370,36 +1401,13 @@ static void fp8_linear_backward_weight(float* dw, const Fp8Linear* f, const floa
     matmul(dw, f->dy.columns, f->x.columns, mm, stream, NULL, NULL, {f->dy.scale, f->x.scale});
 }
 
-// y (rows, OC) += bias (OC), where no kernel of cuBLASLt adds it. One thread: one Pack. Grid
-// rows*OC/PACK/256 x 256. Moves 2 rows*OC; bound by memory.
-__global__ void add_bias_kernel(floatX* y, const floatX* bias, int64_t n, int OC) {
-    int64_t at = thread_in_grid() * PACK;
-    if (at >= n) { return; }
-    Pack value = load(y + at);
-    Pack shift = load(bias + at % OC);
-    for (int i = 0; i < PACK; i++) { value.set(i, value[i] + shift[i]); }
-    store(y + at, value);
-}
-
 // Of the functions below, those with a parameter `fp8` multiply in 8 bits if it is not NULL.
 
 // y = x w + bias; bias may be NULL
 static void linear_forward(floatX* y, const floatX* x, const floatX* w, const floatX* bias,
                            LinearSizes n, cudaStream_t stream, const Fp8Linear* fp8 = NULL) {
     if (fp8 != NULL) { return fp8_linear_forward(y, fp8, x, bias, n, stream); }
-    Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C};
-    Matmul with_bias = mm;
-    with_bias.epilogue = ADD_BIAS;
-    if (bias == NULL) {
-        matmul(y, w, x, mm, stream);
-    } else if (has_kernel(with_bias, bias)) {
-        matmul(y, w, x, with_bias, stream, bias);
-    } else {
-        int64_t size = (int64_t)n.rows * n.OC;
-        matmul(y, w, x, mm, stream);
-        launch({"add_bias", 2.0 * size * sizeof(floatX)}, one_thread_each(size / PACK, stream),
-               add_bias_kernel, y, bias, size, n.OC);
-    }
+    matmul_with_bias(y, w, x, {.m = n.OC, .n = n.rows, .k = n.C}, stream, bias);
 }
 
 // dx = dy wᵀ

@@ -190,14 +190,15 @@ def test_the_three_products_are_those_of_the_8_bit_tensors(printed):
 
 
 PRODUCT_MUTANTS = [
-    ("bias, NULL, {f->w.scale, f->x.scale}", "bias, NULL, {f->w.scale, f->w.scale}"),
+    ("bias, {f->w.scale, f->x.scale}", "bias, {f->w.scale, f->w.scale}"),
     ("NULL, NULL, {f->w.scale, f->dy.scale}", "NULL, NULL, {f->x.scale, f->dy.scale}"),
     ("NULL, NULL, {f->dy.scale, f->x.scale}", "NULL, NULL, {f->dy.scale, f->w.scale}"),
     ("set(operation, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, scales.b);", ""),
     (".a_type = CUDA_R_8F_E4M3, .b_type = CUDA_R_8F_E5M2}",
      ".a_type = CUDA_R_8F_E4M3, .b_type = CUDA_R_8F_E4M3}"),
     ("fp8_quantise<__NV_E5M2>(f->dy, dy", "fp8_quantise<__NV_E4M3>(f->dy, dy"),
-    ("fmaxf(magnitude, fabsf(value[i]))", "fmaxf(magnitude, value[i])")]
+    ("fmaxf(magnitude, fabsf(rounded<Function>(value[i])))",
+     "fmaxf(magnitude, rounded<Function>(value[i]))")]
 
 
 @slow
@@ -266,6 +267,19 @@ def test_ten_steps_are_those_of_train_gpt2_py(recipe, inits, bf16, tmp_path, mon
         error = difference(column(rows, key), column(python_rows, key))
         assert error < bound, (key, error)
     assert difference(column(rows, "norm"), column(wide, "norm")) > 0.0035
+
+
+@emulated
+def test_where_cublaslt_adds_no_bias_in_8_bits_a_kernel_of_our_own_does(inits, bf16, tmp_path):
+    """It rounds once more, before the bias is added."""
+    init, data, _ = inits["gpt2"]
+    flags = ["--init_from", init, *STEPS, "--max_steps", 1, "--fp8", 1]
+    with_bias = train(bf16, data, tmp_path / "with", *flags)
+    without = train(bf16, data, tmp_path / "without", *flags, CUEMU_LAST_EPILOGUE="1")
+    for key in ("loss", "norm"):
+        assert difference(column(without, key), column(with_bias, key)) < 0.002, key
+    error = train(bf16, data, tmp_path / "neither", *flags, CUEMU_LAST_EPILOGUE="-1", code=1)
+    assert "matmul in 8 bits; leave --fp8 out" in error and error.count("\n") == 1
 
 
 # ---- measuring in the kernels that produce a tensor
