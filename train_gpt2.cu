@@ -1160,8 +1160,8 @@ static void run_matmul(MatmulPlan* plan, void* d, Operands x, cudaStream_t strea
     Matmul mm = plan->matmul;
     if (plan->n_candidates > 1) { choose_fastest(plan, d, x, stream); }
     if (plan->n_candidates == 0 && mm.a_type != CUBLAS_X) {
-        die("cuBLASLt has no kernel for a %d x %d x %d matmul in 8 bits; leave --fp8 out, or update "
-            "CUDA", mm.m, mm.n, mm.k);
+        die("cuBLASLt has no kernel for a %d x %d x %d matmul in 8 bits; leave --fp8 out, or "
+            "update CUDA", mm.m, mm.n, mm.k);
     }
     if (plan->n_candidates == 0) {
         die("cuBLASLt has no kernel for a %d x %d x %d matmul; choose an n_embd that is a multiple "
@@ -1930,7 +1930,8 @@ template <int HS> constexpr int QUERY_TILE = HS == 64 ? 64 : 32;
 // registers. The block walks over the tiles of queries that see its keys, which are double-buffered
 // as in Figure 3. S, P, dP and dS are computed transposed, (keys, queries), so that Pᵀ and dSᵀ can
 // be the left factors of dv += Pᵀ dy and dk += dSᵀ q without leaving the registers. TURNS, which
-// dN sets: dk' is turned back before it is written. Grid (T/64, NH, B) x 128. 4 BT²C FLOP; bound by tensor cores.
+// dN sets: dk' is turned back before it is written. Grid (T/64, NH, B) x 128. 4 BT²C FLOP; bound by
+// tensor cores.
 template <int HS, bool TURNS> __global__ void __launch_bounds__(ATTENTION_THREADS)
 attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy, const float* lse,
                                const float* delta, Rotary rotary, AttentionSizes sizes) {
@@ -2510,9 +2511,9 @@ hopper_attention_forward_kernel(floatX* y, float* lse, const __grid_constant__ C
 
 // dk and dv. One block: 128 keys of a head, 64 for each warpgroup of consumers, which has their dk
 // and dv in its registers. It walks over the tiles of queries that see its keys; all lanes of the
-// producer also copy their lse and delta. S, P, dP and dS are transposed, as in
-// attention_backward_keys_kernel. Grid (T/128, NH, B) x 384. Reads q and dy T/128 times, mostly
-// from L2. 4 BT²C FLOP; bound by tensor cores.
+// producer also copy their lse and delta. S, P, dP and dS are transposed, and TURNS turns dk' back,
+// as in attention_backward_keys_kernel. Grid (T/128, NH, B) x 384. Reads q and dy T/128 times,
+// mostly from L2. 4 BT²C FLOP; bound by tensor cores.
 template <int HS, bool TURNS> __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 hopper_attention_backward_keys_kernel(floatX* dqkv, const float* lse, const float* delta,
                                       const __grid_constant__ CUtensorMap qkv,
@@ -2632,8 +2633,9 @@ hopper_attention_backward_keys_kernel(floatX* dqkv, const float* lse, const floa
 }
 
 // dq. One block: 128 queries of a head, 64 for each warpgroup of consumers, which has their dq, lse
-// and delta in its registers. It walks over the tiles of keys as in the forward pass. Grid (T/128,
-// NH, B) x 384. Reads k and v T/128 times, mostly from L2. 3 BT²C FLOP; bound by tensor cores.
+// and delta in its registers. It walks over the tiles of keys as in the forward pass. TURNS: dq' is
+// turned back before it is written. Grid (T/128, NH, B) x 384. Reads k and v T/128 times, mostly
+// from L2. 3 BT²C FLOP; bound by tensor cores.
 template <int HS, bool TURNS> __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 hopper_attention_backward_queries_kernel(floatX* dqkv, const float* lse, const float* delta,
                                          const __grid_constant__ CUtensorMap qkv,
@@ -2863,9 +2865,9 @@ struct ValueEmbed {
 };
 
 // The q, k or v of one token and head, of which a thread works on a part. Only parts `first_part`
-// and later are worked on, `parts` of them. HS/2/PACK neighbouring
-// threads share such a vector. Each has the Pack at channel c and the Pack HS/2 channels later,
-// since these two are rotated together.
+// and later are worked on, `parts` of them. HS/2/PACK neighbouring threads share such a vector.
+// Each has the Pack at channel c and the Pack HS/2 channels later, since these two are rotated
+// together.
 //
 // Indices are divided as 32-bit numbers, because the GPU has no instruction that divides, and its
 // code for 64 bits is longer. 2³² threads would need a qkv of 137 GB.
@@ -5827,8 +5829,8 @@ static const char* init_folder() {
 
 // Ends the run unless the kernels can compute this model. A load is 128 bits wide, so C is a
 // multiple of 8; a warp holds at most 256 channels of a head in registers (§7); norms hold four
-// fp32 rows in 48 KB of shared memory, so C is at most 3072 (§5); rotary positions and qk norms of
-// dN share a head out among lanes, so its width is a power of two (§7).
+// rows in 48 KB of shared memory, so in fp32 C is at most 3072 (§5); rotary positions and qk norms
+// of dN share a head out among lanes, so its width is a power of two (§7).
 // V is the size of the shards' vocabulary, T the length of a row.
 static void check_config(Config config, int V, int64_t T) {
     int C = config.n_embd, NH = config.n_head;
@@ -6818,8 +6820,8 @@ static void say_samples(Log* log, Model* model, Loader* loader, const Vocabulary
 
 // ---- §19 Main -----------------------------------------------------------------------------------
 //
-// Schedules, the arithmetic of a step, and the training loop, as in recipe.py and train_gpt2.py. The
-// constants of GPT-2 are llm.c's, those of dN are nanochat's; recipe.py names the sources.
+// Schedules, the arithmetic of a step, and the training loop, as in recipe.py and train_gpt2.py.
+// The constants of GPT-2 are llm.c's, those of dN are nanochat's; recipe.py names the sources.
 
 // GPT-2's share of the peak learning rate: linear warm-up, then a cosine to 0
 static double gpt2_schedule(int64_t step, int64_t max_steps) {
