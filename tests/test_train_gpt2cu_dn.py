@@ -288,14 +288,17 @@ def test_a_mistake_ends_in_one_line_that_names_the_remedy(bf16, dn_init, dn_data
 GRADIENT_MUTANTS = [
     ("fp32", "dz *= 1.0f - (y / softcap) * (y / softcap);", ""),
     ("fp32", "s = max(0, at.t - sizes.window)", "s = max(0, at.t - sizes.window + 1)"),
-    ("bf16", "(unsigned)(query - key) <= (unsigned)window", "(unsigned)(query - key) < window"),
-    ("bf16", "return max(0, query - window) / TILE;", "return query / TILE;"),
+    ("mma", "(unsigned)(query - key) <= (unsigned)window", "(unsigned)(query - key) < window"),
+    ("mma", "return max(0, query - window) / TILE;", "return query / TILE;"),
     ("fp32", "float gate = 3.0f / (1.0f + expf(-z));", "float gate = 2.0f / (1.0f + expf(-z));"),
     ("fp32", "gate * (1.0f - gate / 3.0f)", "gate * (1.0f - gate)"),
     ("fp32", "high[i] * cosine[i] - low[i] * sine[i]", "high[i] * cosine[i] + low[i] * sine[i]"),
     ("fp32", "(low[i] - t_low[i] * mean) * rstd", "low[i] * rstd"),
-    ("bf16", "(*d_low - (float)low[i] * mean) * rstd", "*d_low * rstd"),
-    ("bf16", "*d_high = dr2 * cosine + dr1 * sine", "*d_high = dr2 * cosine - dr1 * sine"),
+    ("mma", "(*d_low - (float)low[i] * mean) * rstd", "*d_low * rstd"),
+    ("mma", "*d_high = dr2 * cosine + dr1 * sine", "*d_high = dr2 * cosine - dr1 * sine"),
+    ("wgmma", "(k + group, warp_row + r, n)", "(k, warp_row + r, n)"),
+    ("wgmma", "(q + group, warp_row + r, n)", "(q, warp_row + r, n)"),
+    ("wgmma", "(n % 8 ^ r % 8) * 8", "n % 8 * 8"),
     ("fp32", "if (l == L / 2) {", "if (l == L / 2 + 1) {"),
     ("fp32", "de.set(i, de[i] + mu * ds);", "de.set(i, mu * ds);")]
 STEP_MUTANTS = [
@@ -314,9 +317,12 @@ def mutant(folder, old, new, precision="fp32"):
 
 @slow
 @emulated
-@pytest.mark.parametrize("precision, old, new", GRADIENT_MUTANTS)
-def test_a_mutant_changes_a_gradient(precision, old, new, dn_init, dn_data, tmp_path):
-    errors = gradient_errors(mutant(tmp_path, old, new, precision), dn_init, dn_data, tmp_path)
+@pytest.mark.parametrize("kernels, old, new", GRADIENT_MUTANTS)
+def test_a_mutant_changes_a_gradient(kernels, old, new, dn_init, dn_data, tmp_path):
+    precision = "fp32" if kernels == "fp32" else "bf16"
+    flags = [] if kernels == "fp32" else ["--attention", kernels]
+    binary = mutant(tmp_path, old, new, precision)
+    errors = gradient_errors(binary, dn_init, dn_data, tmp_path, *flags)
     worst = max(error for name, error in errors.items() if "scalar" not in name)
     assert worst > (0.05 if precision == "bf16" else 5e-4)      # ten and a hundred times the noise
 
