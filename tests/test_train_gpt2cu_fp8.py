@@ -231,7 +231,7 @@ def test_the_emulators_cublaslt_refuses_what_a_gpus_does(old, new, tmp_path):
     binary = build(tmp_path, "-O1", source=source.replace(old, new))
     (tmp_path / "numbers").write_bytes(bytes(4 * 10 ** 6))
     done = subprocess.run([binary, tmp_path / "numbers"], capture_output=True)
-    assert done.returncode == 1 and b"cuBLASLt" in done.stderr
+    assert done.returncode == 1 and b"matmul in 8 bits; leave --fp8 out" in done.stderr
 
 
 # ---- the trainer
@@ -278,8 +278,6 @@ def test_where_cublaslt_adds_no_bias_in_8_bits_a_kernel_of_our_own_does(inits, b
     without = train(bf16, data, tmp_path / "without", *flags, CUEMU_LAST_EPILOGUE="1")
     for key in ("loss", "norm"):
         assert difference(column(without, key), column(with_bias, key)) < 0.002, key
-    error = train(bf16, data, tmp_path / "neither", *flags, CUEMU_LAST_EPILOGUE="-1", code=1)
-    assert "matmul in 8 bits; leave --fp8 out" in error and error.count("\n") == 1
 
 
 # ---- measuring in the kernels that produce a tensor
