@@ -39,7 +39,8 @@ WHEEL ?= $(firstword $(wildcard .venv/lib/python3*/site-packages/nvidia))
 find   = $(firstword $(foreach d,/usr/local/cuda $(WHEEL)/cu13 $(WHEEL)/nccl /usr,$(wildcard $(d)/$(1))))
 CUBLAS = $(firstword $(call find,lib64/libcublasLt.so.*) $(call find,lib*/libcublasLt.so.*))
 NCCL   = $(firstword $(call find,lib/libnccl.so.*) $(call find,lib/*/libnccl.so.*))
-GPU_ARCHS ?= $(or $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u)),90)
+CAPS   = $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u))
+GPU_ARCHS ?= $(patsubst 90,90a,$(or $(CAPS),90))
 link   = $(if $(1),-isystem $(dir $(1))../include -L$(dir $(1)) -l:$(notdir $(1)) -Xlinker -rpath=$(abspath $(dir $(1))))
 
 train_gpt2cu: train_gpt2.cu

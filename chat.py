@@ -157,7 +157,7 @@ class Chat:
         self.in_context = str       # a question → what the model reads in its place (--rag)
         # the longest prompt: a quarter of the context stays free for the reply, and another one
         # for what the search tool may find
-        reply_tokens = self.block_size // (2 if engine.search else 4)
+        reply_tokens = self.block_size // (2 if engine.can_search else 4)
         self.most = self.block_size - min(max_new_tokens, max(1, reply_tokens))
         self.begin(system)
 
@@ -165,7 +165,7 @@ class Chat:
         """Begins a new conversation, with a system message or with None."""
         messages = []
         content = system
-        if self.engine.search:
+        if self.engine.can_search:
             from search import CAN_SEARCH
             content = f"{system or ''} {CAN_SEARCH}".strip()
         if content:

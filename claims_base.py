@@ -398,9 +398,9 @@ def test_time(models):
 
 def two_losses(model, eot, first, rest):
     """Nats a token of `rest`: on its own, and with `first` before it in the context."""
-    from eval import score
-    found = score(model, [([eot, *rest], 1), ([eot, *first, *rest], 1 + len(first))])
-    return [-log_prob for log_prob, _ in found]
+    from eval import mean_log_probs
+    spans = [([eot, *rest], 1), ([eot, *first, *rest], 1 + len(first))]
+    return [-log_prob for log_prob in mean_log_probs(model, spans)]
 
 def take_steps(model, ids, lr=3e-4):
     """UPDATES steps of AdamW on one row of ids."""

@@ -1,7 +1,7 @@
 """
 The talk's claims about thinking, tools, letters and reinforcement learning.
 
-    python talk.py think arithmetic letters jagged discovery rlhf
+    python talk.py think arithmetic letters jagged discovery beyond rlhf
 
     in:  talk.py's Models, held-out problems       out: a Finding for each claim
 
@@ -14,7 +14,8 @@ import random
 import re
 from pathlib import Path
 
-from claims import Check, Finding, Measured, NotMeasured, difference, mean, one_line, share_of
+from claims import (Check, Finding, Measured, NotMeasured, difference, mean, one_line, share,
+                    share_of)
 
 ASSISTANT = ("honest", "sft", "rl")     # who has not practised, if it is there
 GUESSED = Measured(0.5, unit="%")       # of two answers
@@ -205,7 +206,7 @@ def jagged(models):
 
 # ---- Reinforcement learning ----------------------------------------------------------------------
 
-LONGER = 14             # bits in a row; the examples have 10
+LONGER = 14             # bits in a row; the examples have 12 at most
 
 def discovery(models):
     """SFT imitates, RL discovers: practice finds a longer way of thinking that is right more often.
@@ -253,6 +254,58 @@ def longer_rows(models):
         max_new_tokens=128)
     return share_of(says(reply, ("even", "odd")[sum(row) % 2]) for reply, row in zip(replies, rows))
 
+TAUGHT = 6              # arrows of the longest chain that an example of bench/beyond.py follows
+
+def beyond(models):
+    """Practice reaches what no example showed: problems longer than any that was taught.
+
+    Read: the log of a tiny model that was shown chains of up to six arrows and practised longer
+    ones. Counted, over the lengths that no example had: greedy answers that are right, and the
+    right ones among all samples. Against: before practice the same, and the problems to which at
+    least one of sixteen samples was right.
+    """
+    from training import read_log
+    folder = experiment(models, "beyond")
+    tests = {}
+    for row in read_log(folder / "seed_0" / "rl"):
+        if "accuracy" in row and "pass_16" in row and arrows(row["kind"]) > TAUGHT:
+            tests.setdefault(row["kind"], []).append(row)
+    if not tests or any(len(rows) < 2 for rows in tests.values()):
+        raise NotMeasured(f"run python bench/beyond.py --seeds 0 --folder {folder}")
+    first = [rows[0] for rows in tests.values()]
+    last = [rows[-1] for rows in tests.values()]
+    figures = dict(before=pooled(first, "accuracy", "n"), after=pooled(last, "accuracy", "n"),
+                   pass_16_before=pooled(first, "pass_16", "sampled"),
+                   pass_1_after=pooled(last, "pass_1", "sampled"))
+    checks = [Check("more longer chains are right after practice", figures["after"],
+                    figures["before"]),
+              Check("one try after practice does better than sixteen before",
+                    figures["pass_1_after"], figures["pass_16_before"])]
+    said = (f"longer chains right before practice {figures['before']}, after {figures['after']}; "
+            f"by one of 16 tries before {figures['pass_16_before']}, by each try after "
+            f"{figures['pass_1_after']}")
+    texts = [f"{kind}: right before practice {rows[0]['accuracy']:.1%}, after "
+             f"{rows[-1]['accuracy']:.1%}" for kind, rows in tests.items()]
+    return Finding(said, checks, figures, texts)
+
+def arrows(kind):
+    """The length of a chain in the name of its kind, such as "12 arrows"; 0 if it has none."""
+    length = kind.partition(" ")[0]
+    if not length.isdecimal():
+        return 0
+    return int(length)
+
+def pooled(rows, figure, count):
+    """The share of a figure over rows of several lengths, each with its number of problems. The
+    error is that of so many problems: samples of one problem are not independent."""
+    n = sum(row[count] for row in rows)
+    return share(round(sum(row[figure] * row[count] for row in rows)), n)
+
+def experiment(models, name):
+    """The folder of one of the demo's experiments, which lies beside the runs: demo-small-rlhf."""
+    assistant = Path(models.run("honest", "sft", "base"))
+    return assistant.with_name(f"{assistant.name.rpartition('-')[0]}-{name}".lstrip("-"))
+
 # ---- Pleasing a judge ----------------------------------------------------------------------------
 
 LAST = 5                # steps whose mean counts
@@ -266,8 +319,7 @@ def rlhf(models):
     steps. Against: the first 5 steps; the gold at its best; the policy with a KL penalty.
     """
     from training import read_log
-    assistant = Path(models.run("honest", "sft", "base"))
-    folder = assistant.with_name(f"{assistant.name.rpartition('-')[0]}-rlhf".lstrip("-"))
+    folder = experiment(models, "rlhf")
     rows = {}
     for name in ("without-kl", "with-kl"):
         rows[name] = [row for row in read_log(folder / name)

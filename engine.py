@@ -19,6 +19,7 @@ saves work:
     between which the other rows are written
   - what another text in the cache begins with is copied from there: the chat so far, a prompt that
     many samples share, a system message. Rows that ended stay until their place is needed
+  - on a CPU, a prompt that many samples continue is read once a step for all of them
   - the rows that are being written are always the first ones of the cache, so that a step reads
     them where they are: only a row that changes its place is ever copied
 
@@ -27,7 +28,8 @@ is computed from the row's seed and the token's position, so there is no generat
 What remains is rounding: matrix products of another shape may differ in the last bit.
 
 Papers: continuous batching (Orca, OSDI 2022), nucleus sampling (arXiv 1904.09751), min-p
-(2407.01082), repetition penalty (CTRL, 1909.05858), SplitMix64 (Steele et al., OOPSLA 2014).
+(2407.01082), repetition penalty (CTRL, 1909.05858), shared prompts (Hydragen, 2402.05099),
+SplitMix64 (Steele et al., OOPSLA 2014).
 Differs from vLLM (2309.06180): a row's keys and values lie in one piece, not in pages. That is
 simpler, and each row takes the memory of the longest one.
 """
@@ -126,6 +128,7 @@ class Scheduler:
         self.running = 0                # being written, so many; then those that ended
         self.waiting = deque()
         self.cache = SlotCache(self.model.config, rows, self.device, self.model.compute_dtype)
+        self.common = None              # CommonPrompts of the running rows, if they share some
         self.step_number = 0
         self.arrivals = 0
         self.positions = 0              # tokens that went through the model, for those who count
@@ -189,11 +192,37 @@ class Scheduler:
         at = [min(row.cached, len(row.ids) - 1) for row in rows]
         ids = [[row.ids[i]] for i, row in zip(at, rows)]
         cache = self.cache.part(0, at, 1)
+        if self.share_prompts(rows, at):
+            cache = CommonCache(cache, self.common)
         logits = self.model(torch.tensor(ids, device=self.device), cache=cache)[:, -1]
         for i, row in zip(at, rows):
             row.cached = i + 1
         self.positions += len(rows)
         return logits
+
+    def share_prompts(self, rows, at):
+        """Whether the next tokens of these rows, at the positions `at`, read their prompts from
+        self.common: on a CPU, where several rows share each prompt, and the prompts are most of
+        what is read."""
+        if self.device.type != "cpu":
+            return False
+        if self.common is None or self.common.rows != rows:
+            self.common = self.find_common(rows, at)
+        return self.common is not None and max(at) <= 2 * self.common.shortest
+
+    def find_common(self, rows, at):
+        """→ CommonPrompts of these rows, or None."""
+        prompts = {id(row.request.ids) for row in rows}
+        lengths = [common_tokens(row) for row in rows]
+        is_read = all(i >= n for i, n in zip(at, lengths))
+        is_most = max(at) <= 2 * min(lengths)
+        if not (is_read and is_most) or 2 * len(prompts) > len(rows):
+            return None
+        common = self.common
+        if common is None or not prompts <= common.number.keys():
+            common = CommonPrompts(self.cache, rows)
+        common.arrange(rows)
+        return common
 
     def write(self, rows, logits):
         """Draws the next token of each row from its logits (rows, V), lets tools answer → events.
@@ -362,6 +391,8 @@ class Scheduler:
         tokens."""
         events = []
         left = READ_TOKENS
+        for row in self.slots[:self.running]:
+            self.copy_prefix(row)       # a step may have read the last token that it waited for
         while batch := self.next_batch(left):
             events += self.read(batch)
             left -= sum(n for n, _ in batch)
@@ -479,6 +510,102 @@ class SlotCache(KVCache):
             of_a = t[:, a, :n].clone()
             t[:, a, :n] = t[:, b, :n]
             t[:, b, :n] = of_a
+
+# ---- Prompts that rows share, read once for all of them ------------------------------------------
+
+def common_tokens(row):
+    """So many tokens of a row may be read for all samples of its prompt: not its last one, which a
+    new row reads beside rows that are being written."""
+    return len(row.request.ids) - 1
+
+class CommonPrompts:
+    """Keys and values of the prompts of these rows, (L, P, NH, S, HS). Rows whose requests have the
+    same list of ids share one. In the cache a row keeps its own, for the time when it needs them.
+    """
+
+    def __init__(self, cache, rows):
+        first = {}
+        for row in rows:
+            first.setdefault(id(row.request.ids), row)
+        self.prompts = [row.request.ids for row in first.values()]  # so that no other list gets the
+        self.number = {key: p for p, key in enumerate(first)}       # id of one of them
+        L, _, _, NH, HS = cache.k.shape
+        S = max(common_tokens(row) for row in rows)
+        self.k = cache.k.new_zeros(L, len(first), NH, S, HS)
+        self.v = cache.k.new_zeros(L, len(first), NH, S, HS)
+        for p, row in enumerate(first.values()):
+            n = common_tokens(row)
+            self.k[:, p, :, :n] = cache.k[:, row.slot, :n].transpose(1, 2)
+            self.v[:, p, :, :n] = cache.v[:, row.slot, :n].transpose(1, 2)
+
+    def arrange(self, rows):
+        """Notes which rows, in this order, share which prompt."""
+        self.rows = rows
+        sharing = [[] for _ in self.prompts]
+        for i, row in enumerate(rows):
+            sharing[self.number[id(row.request.ids)]].append(i)
+        G = max(map(len, sharing))
+        self.members = torch.tensor([some + [0] * (G - len(some)) for some in sharing])     # (P, G)
+        self.places = torch.zeros(len(rows), dtype=torch.long)      # (B,): where in members
+        for p, some in enumerate(sharing):
+            self.places[some] = p * G + torch.arange(len(some))
+        lengths = [common_tokens(row) for row in rows]
+        self.lengths = torch.tensor(lengths)[:, None]               # (B, 1)
+        self.shortest = min(lengths)
+        self.longest = max(lengths)
+
+class CommonCache:
+    """To the model a cache of rows that get one more token, as KVCache is. Its attention reads each
+    of the prompts that rows share once (Hydragen, arXiv 2402.05099). In two products,
+
+        scores = (q Kᵀ of the prompt, q Kᵀ of the row's own tokens)    p = softmax(scores)
+        y      = p V of the prompt + p V of the row's own tokens
+
+    the queries of all rows that share a prompt are one matrix.
+    """
+
+    def __init__(self, part, common):
+        self.part = part            # of the SlotCache: these rows
+        self.common = common
+        self.pos = part.pos
+        self.used = part.used
+        self.masks = {}
+
+    def append(self, layer, k, v, pos, window):
+        """What KVCache.append does and returns, but from the end of the shortest prompt on; and a
+        mask to be added to the scores, (B, 1, S of the prompts + S of what is returned)."""
+        self.layer = layer
+        first = self.common.shortest
+        k, v, seen = self.part.append(layer, k, v, pos, window)
+        if window not in self.masks:
+            seen = seen[:, 0, 0]                                    # (B, used + 1)
+            is_common = torch.arange(seen.shape[1]) < self.common.lengths
+            common = (seen & is_common)[:, :self.common.longest]
+            own = (seen & ~is_common)[:, first:]
+            hidden = ~torch.cat((common, own), 1)[:, None]
+            self.masks[window] = k.new_zeros(hidden.shape).masked_fill(hidden, -math.inf)
+        return k[:, first:], v[:, first:], self.masks[window]
+
+    def attention(self, q, k, v, window, scale, mask):
+        """What sdpa returns for q, k, v (B, 1 or S, NH, HS) and append's mask: (B, 1, NH, HS)."""
+        S = self.common.longest
+        members = self.common.members
+        prompt_k = self.common.k[self.layer][:, :, :S]              # (P, NH, S, HS)
+        prompt_v = self.common.v[self.layer][:, :, :S]
+        queries = q[members, 0].transpose(1, 2)                     # (P, NH, G, HS)
+        of_prompt = self.by_row(queries @ prompt_k.transpose(2, 3))
+        own = (q * k).sum(-1).transpose(1, 2)                       # (B, NH, used + 1 - shortest)
+        p = torch.softmax(torch.cat((of_prompt, own), -1) * scale + mask, -1)
+        from_prompt = self.by_row(p[members, :, :S].transpose(1, 2) @ prompt_v)
+        from_own = (p[..., S:].transpose(1, 2)[..., None] * v).sum(1)
+        return (from_prompt + from_own)[:, None]
+
+    def by_row(self, x):
+        """x (P, NH, G, …) → (B, NH, …)"""
+        return x.transpose(1, 2).flatten(0, 1)[self.common.places]
+
+    def advance(self, T):
+        self.part.advance(T)
 
 # ---- From logits to one token --------------------------------------------------------------------
 

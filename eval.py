@@ -7,13 +7,16 @@ Evaluation: how well a model does, in numbers.
     python eval.py hellaswag --tokenizer data/fineweb/tokenizer          # for train_gpt2.cu
 
     in:  <run>/model.safetensors, config.json, the tokenizer; the tasks' files
-    out: <run>/eval.json {task: figures}, which report.py shows
+    out: <run>/eval.json {task: figures}, which report.py shows: each accuracy with its standard
+         error; with --documents, the share of questions that stand in these training documents,
+         and the accuracy on the others (contamination.py)
 
 A model is asked in one of two ways. By log-likelihood, the model reads every possible answer, and
-the most probable one is its choice; this suits base models. By generation, the model replies
-greedily to the chat prompt, and the reply is checked. A base model gets the same chat prompt,
-although it has never seen the special tokens in it, so that accuracies before and after
-fine-tuning can be compared.
+the most probable one is its choice; this suits base models. What answers begin with, such as the
+question and the solved examples before it, is read once. By generation, the model replies greedily
+to the chat prompt, and the reply is checked. A base model gets the same chat prompt, although it
+has never seen the special tokens in it, so that accuracies before and after fine-tuning can be
+compared.
 
     hellaswag    one of four endings is right; the highest mean log-probability per token wins
     core         22 tasks of three types, few-shot; accuracies are centered: guessing scores 0
@@ -26,14 +29,15 @@ Papers: HellaSwag (arXiv 1905.07830), DCLM's CORE (2406.11794), GSM8K (2110.1416
 Differs from the papers: log-probabilities are averaged over tokens, not bytes, as llm.c does. The
 order of the rows and the choice of the shots follow nanochat's seeds. The scored span is the whole
 answer, as in llm-foundry, whereas nanochat leaves out first tokens that all choices share. ChatCORE
-has no HumanEval, because that would run code that a model wrote.
+has no HumanEval, because that would run code that a model wrote. lm_eval finds the same
+log-likelihoods if its contexts begin with <|endoftext|>, but compares their sums.
 """
 import argparse
 import csv
 import hashlib
 import itertools
 import json
-import os
+import math
 import random
 import re
 import runpy
@@ -49,9 +53,10 @@ if __name__ == "__main__":      # Ctrl-C during the slow imports below ends with
 import torch
 from tqdm import tqdm
 
-from model import load_checkpoint, write_json
+from model import load_checkpoint, sdpa, visible, write_json
 from problems import (STAGES, cannot_write, check_text, declines, figures, is_correct, printable,
-                      quoted, read_json, read_lines, read_problems, reason, write_whole)
+                      quoted, read_json, read_lines, read_problems, reason, share_of, text_of,
+                      write_whole)
 from sample import Engine, check_at_least, find_run, load_tokenizer
 from training import Ranks, init_ranks
 
@@ -113,96 +118,220 @@ def token_spans(tokenizer, pairs):
     Context and continuation are tokenized together, because " Paris" is one token even if the space
     belongs to the context. The span starts where the tokens first differ from the context's own.
     """
-    contexts = tokenizer.encode_batch([context for context, _ in pairs])
-    wholes = tokenizer.encode_batch([context + continuation for context, continuation in pairs])
+    tokens = {}         # of each text; choices have the same context
+    for context, continuation in pairs:
+        for text in (context, context + continuation):
+            if text not in tokens:
+                tokens[text] = tokenizer.encode_ordinary(text)
     spans = []
-    for context, whole in zip(contexts, wholes):
-        shared = os.path.commonprefix([context, whole[:-1]])    # at least one token is scored
-        spans.append(([tokenizer.eot, *whole], 1 + len(shared)))
+    for context, continuation in pairs:
+        whole = tokens[context + continuation]
+        shared = shared_length(tokens[context], whole[:-1])     # at least one token is scored
+        spans.append(([tokenizer.eot, *whole], 1 + shared))
     return spans
 
-def batches(spans, block_size, batch_tokens):
-    """Yields (indices of the spans, inputs (B, T), targets (B, T)); a target of -1 is not scored.
+def score_alone(model, ids, start):
+    """The log-probabilities of ids[start:], each predicted from all ids before it, and whether
+    greedy decoding writes them. This is what score() computes faster."""
+    logits = model(torch.tensor([ids[:-1]], device=next(model.parameters()).device))[0, start - 1:]
+    wanted = torch.tensor(ids[start:], device=logits.device)
+    logprobs = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+    return logprobs, bool((logits.argmax(-1) == wanted).all())
 
-    The longest spans come first, so that rows of similar length share a batch. ids[start] is
-    predicted at position start - 1. Padding stands at the end, where causal attention hides it. A
-    span longer than the model's context loses its beginning.
+@dataclass(frozen=True)
+class Score:
+    """What a model finds about a span: how probable it is, and whether greedy decoding writes it.
     """
-    order = sorted(range(len(spans)), key=lambda i: -len(spans[i][0]))
+    logprob: float      # in nats, the sum over its tokens
+    n_tokens: int
+    greedy: bool
+
+    def mean(self):
+        return self.logprob / self.n_tokens
+
+class SharedRow:
+    """The spans of a question as one row of ids, in which what several begin with stands once.
+
+    >>> row = SharedRow([([0, 5, 6, 7], 2), ([0, 5, 8, 9], 2)], block_size=8)
+    >>> row.ids, row.pos, row.ends              # 0 5, which both begin with; then 6; then 8
+    ([0, 5, 6, 8], [0, 1, 2, 2], [4, 4, 3, 4])
+    >>> row.asked, row.targets                  # 5 predicts 6 and 8; 6 predicts 7; 8 predicts 9
+    ([1, 2, 1, 3], [6, 7, 8, 9])
+
+    Each id has its position in its span. The id at s belongs to the spans of those from s to
+    ends[s] - 1, so that they alone see it. The last id of a span is predicted, but never read.
+    """
+    def __init__(self, spans, block_size):
+        self.ids = []
+        self.pos = []
+        self.ends = []
+        self.asked = []         # places whose next ids are scored, span after span
+        self.targets = []       # these ids
+        self.lengths = []       # how many there are of each span
+        places = {}             # of each span's ids in the row
+        path = []               # those of the span before it
+        before = []
+        cut = [max(0, len(ids) - 1 - block_size) for ids, _ in spans]   # a beginning is lost
+        for n in sorted(range(len(spans)), key=lambda n: spans[n][0][cut[n]:]):
+            read = spans[n][0][cut[n]:-1]
+            shared = shared_length(before, read)
+            self.close(path[shared:])
+            path = path[:shared] + list(range(len(self.ids), len(self.ids) + len(read) - shared))
+            self.ids += read[shared:]
+            self.pos += range(shared, len(read))
+            self.ends += [None] * (len(read) - shared)
+            places[n] = path
+            before = read
+        self.close(path)
+        for n, (ids, start) in enumerate(spans):
+            start = max(1, start - cut[n])
+            self.asked += places[n][start - 1:]
+            self.targets += ids[cut[n] + start:]
+            self.lengths.append(len(places[n]) - start + 1)
+
+    def close(self, places):
+        """The ids at these places belong to no span that comes later."""
+        for place in places:
+            self.ends[place] = len(self.ids)
+
+def shared_length(one, other):
+    """How many ids two lists have in common from the beginning on."""
+    for n, (a, b) in enumerate(zip(one, other)):
+        if a != b:
+            return n
+    return min(len(one), len(other))
+
+class SharedRows:
+    """A batch of rows, padded at the end. To model.hidden it is a cache, as KVCache is: it keeps
+    nothing, but says which ids of a row see which."""
+    attention = staticmethod(sdpa)
+
+    def __init__(self, rows, device):
+        def padded(lists, fill):
+            longest = max(map(len, lists))
+            return torch.tensor([one + [fill] * (longest - len(one)) for one in lists],
+                                device=device)
+
+        self.ids = padded([row.ids for row in rows], 0)                         # (B, T)
+        self.asked = padded([row.asked for row in rows], 0)                     # (B, N)
+        self.targets = padded([row.targets for row in rows], -1)                # (B, N)
+        T = self.ids.shape[1]
+        self.t = torch.arange(T, device=device)
+        self.pos = torch.zeros(len(rows), dtype=torch.long, device=device)
+        self.used = 0
+        self.masks = {}
+        self.ends = None                # every id sees all before it
+        if any(row.pos[-1] + 1 < len(row.pos) for row in rows):
+            self.pos = padded([row.pos for row in rows], 0) - self.t            # added to 0, 1, …
+            self.used = 1 + max(max(row.pos) for row in rows) - T
+            self.ends = padded([row.ends for row in rows], T)[:, None]          # (B, 1, T)
+
+    def append(self, layer, k, v, pos, window):
+        if self.ends is not None and window not in self.masks:
+            t = self.t[:, None]
+            mask = visible(pos[:, :, None], pos[:, None], window)               # (B, T, T)
+            mask &= (self.t <= t) & (t < self.ends)
+            self.masks[window] = mask[:, None]
+        return k, v, self.masks.get(window)
+
+    def advance(self, T):
+        """A batch is read once."""
+
+def batches(rows, batch_ids):
+    """Yields the indices of rows that are read together. The longest come first, so that rows of
+    similar length share a batch, which holds at most batch_ids ids or one row."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
     while order:
-        longest = len(spans[order[0]][0])
-        T = min(longest - 1, block_size)
-        B = max(1, batch_tokens // T)
-        rows = order[:B]
+        B = max(1, batch_ids // len(rows[order[0]].ids))
+        yield order[:B]
         order = order[B:]
-        x = torch.zeros(len(rows), T, dtype=torch.long)
-        y = torch.full((len(rows), T), -1)
-        for b, i in enumerate(rows):
-            ids, start = spans[i]
-            cut = max(0, len(ids) - 1 - T)
-            ids = torch.tensor(ids[cut:])
-            start = max(1, start - cut)
-            x[b, :len(ids) - 1] = ids[:-1]
-            y[b, start - 1:len(ids) - 1] = ids[start:]
-        yield rows, x, y
 
 @torch.inference_mode()
-def score(model, spans):
-    """For each span (mean log-probability per token in nats, whether greedy decoding writes it)."""
+def score(model, questions):
+    """Questions, each a list of spans (ids, start) → for each question a list of Scores. What the
+    spans of a question begin with is read once. A span that is longer than the model's context
+    loses its beginning."""
     device = next(model.parameters()).device
-    batch_tokens = 2 ** 15 if device.type == "cuda" else 2 ** 12
+    batch_ids = 2 ** 15 if device.type == "cuda" else 2 ** 9    # a CPU's cache holds so many
+    rows = [SharedRow(spans, model.config.block_size) for spans in questions]
     training = model.training
     model.eval()
-    found = [None] * len(spans)
-    for rows, x, y in batches(spans, model.config.block_size, batch_tokens):
-        scored = y >= 0
-        hidden = model.hidden(x.to(device))[scored.to(device)]  # (N, C): only what is scored
-        targets = y[scored].to(device)                          # (N,)
+    found = [None] * len(rows)
+    for chosen in batches(rows, batch_ids):
+        batch = SharedRows([rows[i] for i in chosen], device)
+        scored = batch.targets >= 0
+        hidden = model.hidden(batch.ids, batch, batch.asked)[scored]    # (n, C)
+        targets = batch.targets[scored]                                 # (n,)
         logprobs = []
         greedy = []
-        for h, t in zip(hidden.split(1024), targets.split(1024)):
-            logits = model.logits(h)                            # (1024, V)
-            logprobs.append(logits.log_softmax(-1).gather(1, t[:, None])[:, 0])
-            greedy.append(logits.argmax(-1) == t)
-        lengths = scored.sum(1).tolist()
-        logprobs = torch.cat(logprobs).split(lengths)
-        greedy = torch.cat(greedy).split(lengths)
-        for i, p, g in zip(rows, logprobs, greedy):
-            found[i] = (p.mean().item(), bool(g.all()))
+        for h, target in zip(hidden.split(256), targets.split(256)):
+            logits = model.logits(h)                                    # (256, V)
+            logprobs += logits.log_softmax(-1).gather(1, target[:, None])[:, 0].tolist()
+            greedy += (logits.argmax(-1) == target).tolist()
+        at = 0
+        for i in chosen:
+            found[i] = []
+            for n in rows[i].lengths:
+                part = slice(at, at + n)
+                found[i].append(Score(sum(logprobs[part]), n, all(greedy[part])))
+                at += n
     model.train(training)
     return found
 
+def mean_log_probs(model, spans):
+    """For each span the mean log-probability of its tokens in nats; none shares what it reads."""
+    return [found.mean() for [found] in score(model, [[span] for span in spans])]
+
 def is_right(scores, gold):
-    """The best of a question's scores is the gold one; without gold, greedy decoding must write the
-    only span."""
+    """The best of a question's scores is the gold one, by its mean log-probability per token;
+    without gold, greedy decoding must write the only span."""
     if gold is None:
-        return scores[0][1]
-    best = max(range(len(scores)), key=lambda i: scores[i][0])
+        return scores[0].greedy
+    best = max(range(len(scores)), key=lambda i: scores[i].mean())
     return best == gold
 
-def measure(engine, questions, n, name, ranks=Ranks()):
-    """n questions (spans, gold) → {"accuracy", "n", "cut"}. Each rank answers its share.
+def measure(engine, questions, n, name, ranks=Ranks(), dirty=None):
+    """n questions (spans, gold) → {"accuracy", "accuracy_error", "n", "cut"}. Each rank answers its
+    share.
 
-    cut counts the questions whose beginning did not fit into the model's context.
+    cut counts the questions whose beginning did not fit into the model's context. dirty: for each
+    question whether it is contaminated; then the accuracy on the others is measured, too.
     """
-    right = done = cut = 0
+    right = done = cut = found_dirty = clean_right = 0
     room = engine.model.config.block_size + 1
-    mine = itertools.islice(questions, ranks.rank, None, ranks.world_size)
+    flagged = zip(questions, dirty or itertools.repeat(False))
+    mine = itertools.islice(flagged, ranks.rank, None, ranks.world_size)
     with tqdm(total=n // ranks.world_size, desc=printable(name), unit="question", leave=False,
               disable=not ranks.is_main) as progress:
         while chunk := list(itertools.islice(mine, 64)):
-            found = score(engine.model, [span for spans, _ in chunk for span in spans])
-            for spans, gold in chunk:
-                if is_right(found[:len(spans)], gold):
+            found = score(engine.model, [spans for (spans, _), _ in chunk])
+            for ((spans, gold), is_dirty), scores in zip(chunk, found):
+                if is_dirty:
+                    found_dirty += 1
+                if is_right(scores, gold):
                     right += 1
+                    if not is_dirty:
+                        clean_right += 1
                 if any(len(ids) > room for ids, _ in spans):
                     cut += 1
-                found = found[len(spans):]
             done += len(chunk)
             progress.update(len(chunk))
             progress.set_postfix_str(f"accuracy {right / done:.3f}")
-    right, done, cut = map(int, ranks.sum(right, done, cut))
-    return dict(accuracy=right / done, n=done, cut=cut)
+    right, done, cut, found_dirty, clean_right = map(int, ranks.sum(
+        right, done, cut, found_dirty, clean_right))
+    result = dict(share_of(right, done), cut=cut)
+    if dirty:
+        result.update(on_clean(found_dirty, done, clean_right))
+    return result
+
+def on_clean(n_dirty, n, clean_right):
+    """n_dirty of n questions are contaminated, and clean_right of the others are answered right →
+    what a result says about it."""
+    found = dict(contaminated=n_dirty / n)
+    if n_dirty < n:
+        clean = share_of(clean_right, n - n_dirty)
+        found.update({f"clean_{name}": value for name, value in clean.items()})
+    return found
 
 # ---- CORE and HellaSwag --------------------------------------------------------------------------
 
@@ -238,8 +367,9 @@ def gold_of(task, row):
     """The place of the right candidate; None in language modeling, which has one candidate."""
     return None if task.kind == "language_modeling" else row["gold"]
 
-def core_questions(tokenizer, task, rows, n):
-    """Yields the first n rows as (spans, gold); before each stand `shots` solved examples."""
+def core_pairs(task, rows, n):
+    """Yields for each of the first n rows its candidates, before which stand `shots` solved
+    examples, and gold."""
     for i, row in enumerate(rows[:n]):
         shots = min(task.shots, len(rows) - 1)
         prefix = ""
@@ -248,7 +378,12 @@ def core_questions(tokenizer, task, rows, n):
                 j += 1          # never the row itself
             prefix += "".join(candidates(task, rows[j])[gold_of(task, rows[j]) or 0]) + "\n\n"
         pairs = [(prefix + context, answer) for context, answer in candidates(task, row)]
-        yield token_spans(tokenizer, pairs), gold_of(task, row)
+        yield pairs, gold_of(task, row)
+
+def core_questions(tokenizer, task, rows, n):
+    """Yields the first n rows as (spans, gold)."""
+    for pairs, gold in core_pairs(task, rows, n):
+        yield token_spans(tokenizer, pairs), gold
 
 def letter_questions(tokenizer, task, rows, n):
     """Yields the first n rows as (spans, gold), in the chat prompt. The spans are the letters with
@@ -265,12 +400,24 @@ def letter_questions(tokenizer, task, rows, n):
         spans = [([*ids, *tokenizer.encode_ordinary(letter)], len(ids)) for letter in letters]
         yield spans, row["gold"]
 
-def run_task(engine, task, path, max_examples=None, ranks=Ranks()):
-    """→ {"accuracy", "n", "cut"} of one task."""
+def row_text(task, row):
+    """A question with its right answer, as one text."""
+    if task.kind == "letters":
+        return f"{row['query']}\n{row['choices'][row['gold']]}"
+    return "".join(candidates(task, row)[gold_of(task, row) or 0])
+
+def run_task(engine, task, path, max_examples=None, ranks=Ranks(), overlap=None):
+    """→ what measure() returns of one task. overlap: an Overlap of contamination.py that knows its
+    questions, or None."""
     rows = read_rows(path, task.kind)
     n = len(rows[:max_examples])
     ask = letter_questions if task.kind == "letters" else core_questions
-    return measure(engine, ask(engine.tokenizer, task, rows, n), n, task.label, ranks)
+    questions = ask(engine.tokenizer, task, rows, n)
+    if not overlap:
+        return measure(engine, questions, n, task.label, ranks)
+    texts = [row_text(task, row) for row in rows[:n]]
+    result = measure(engine, questions, n, task.label, ranks, overlap.flags(texts))
+    return dict(result, short=len([text for text in texts if text in overlap.short]))
 
 # ---- CORE as a mean of tasks ---------------------------------------------------------------------
 
@@ -337,35 +484,45 @@ def published_tasks(listed, about):
                          random_baseline_percent=baselines[row["label"]]))
     return rows
 
-def run_tasks(engine, tasks, folder, max_examples, ranks=Ranks()):
+def run_tasks(engine, tasks, folder, max_examples, ranks=Ranks(), overlap=None):
     """Yields (label, baseline, result); the result is None if the task's file is missing."""
     for task in tasks:
         path = existing(Path(folder, "eval_data", task.file))
         result = None
         if path:
-            result = run_task(engine, task, path, max_examples, ranks)
+            result = run_task(engine, task, path, max_examples, ranks, overlap)
         yield task.label, task.baseline, result
 
 def mean_of(name, results):
-    """Results as run_tasks yields them → {name: mean of centered, "n", "tasks", "left_out"}."""
+    """Results as run_tasks yields them → {name: mean of centered, its standard error, "n", "tasks",
+    "left_out"}."""
     tasks = {}
     left_out = []
+    squares = 0.0
     for label, baseline, result in results:
         if not result:
             left_out.append(label)
             continue
-        tasks[label] = dict(result, centered=centered(result["accuracy"], baseline))
+        error = result["accuracy_error"] / (1 - baseline)
+        squares += error ** 2
+        tasks[label] = dict(result, centered=centered(result["accuracy"], baseline),
+                            centered_error=error)
         say(f"{label:32s}", *figures(tasks[label]))
     if not tasks:
         raise SystemExit(f"{name} needs the file of at least one of {', '.join(left_out)}, and "
                          f"none is there; {GET_CORE}")
     mean = sum(task["centered"] for task in tasks.values()) / len(tasks)
     n = sum(task["n"] for task in tasks.values())
-    return {name: mean, "n": n, "tasks": tasks, "left_out": left_out}
+    found = {name: mean, f"{name}_error": math.sqrt(squares) / len(tasks), "n": n}
+    if any("contaminated" in task for task in tasks.values()):
+        dirty = sum(task["contaminated"] * task["n"] for task in tasks.values())
+        found["contaminated"] = dirty / n
+    return dict(found, tasks=tasks, left_out=left_out)
 
-def core(engine, folder, max_examples=None):
-    """→ {"core": mean of centered, "n", "tasks": {label: result}, "left_out": [labels]}."""
-    return mean_of("core", run_tasks(engine, core_tasks(folder), folder, max_examples))
+def core(engine, folder, max_examples=None, overlap=None):
+    """→ {"core": mean of centered, "core_error", "n", "tasks": {label: result}, "left_out"}."""
+    tasks = core_tasks(folder)
+    return mean_of("core", run_tasks(engine, tasks, folder, max_examples, overlap=overlap))
 
 def scores(engine, folder, max_examples=None, ranks=Ranks()):
     """For the log of a training run: {"hellaswag": accuracy, "core": mean of centered}."""
@@ -381,16 +538,21 @@ def scores(engine, folder, max_examples=None, ranks=Ranks()):
 
 # ---- Replies to the chat prompt ------------------------------------------------------------------
 
-def solve(engine, path, max_examples=None, max_new_tokens=128):
-    """Greedy replies to the problems of a file → {"accuracy", "n", "cut", "kinds"}.
-
-    kinds: {kind: {"accuracy", "n"}}, and if some questions have no answer (their checker is
-    "declines"), also "refused" and "wrong", the shares of such replies. cut counts the questions
-    that do not fit into the model's context; they count as wrong.
-    """
+def some_problems(path, max_examples=None):
+    """The problems of a file, shuffled with SEED, at most so many."""
     problems = read_problems(path)
     random.Random(SEED).shuffle(problems)
-    problems = problems[:max_examples]
+    return problems[:max_examples]
+
+def solve(engine, path, max_examples=None, max_new_tokens=128, overlap=None):
+    """Greedy replies to the problems of a file → {"accuracy", "accuracy_error", "n", "cut",
+    "kinds"}, and with an overlap what run_task says of it.
+
+    kinds: {kind: {"accuracy", "accuracy_error", "n"}}, and if some questions have no answer (their
+    checker is "declines"), also "refused" and "wrong", the shares of such replies. cut counts the
+    questions that do not fit into the model's context; they count as wrong.
+    """
+    problems = some_problems(path, max_examples)
     for p in problems:
         p["tokens"] = len(engine.tokenizer.render(p["messages"], for_completion=True)[0])
         p["right"] = False
@@ -414,18 +576,24 @@ def solve(engine, path, max_examples=None, max_new_tokens=128):
             refused = len([p for p in of_kind if p["refused"]]) / len(of_kind)
             wrong = len([p for p in of_kind if not (p["right"] or p["refused"])]) / len(of_kind)
             kinds[kind].update(refused=refused, wrong=wrong)
-    return dict(share_right(problems), cut=len(problems) - len(fitting), kinds=kinds)
+    result = dict(share_right(problems), cut=len(problems) - len(fitting))
+    if overlap:
+        texts = [text_of(p) for p in problems]
+        flags = overlap.flags(texts)
+        clean_right = [p for p, is_dirty in zip(problems, flags) if p["right"] and not is_dirty]
+        result.update(on_clean(flags.count(True), len(flags), len(clean_right)))
+        result["short"] = len([text for text in texts if text in overlap.short])
+    return dict(result, kinds=kinds)
 
 def share_right(problems):
-    right = [p for p in problems if p["right"]]
-    return dict(accuracy=len(right) / len(problems), n=len(problems))
+    return share_of(len([p for p in problems if p["right"]]), len(problems))
 
-def chat_core(engine, folder, gsm8k, max_examples=None, max_new_tokens=256):
+def chat_core(engine, folder, gsm8k, max_examples=None, max_new_tokens=256, overlap=None):
     """ChatCORE of the tasks whose files are there: letters are guessed with 0.25, GSM8K with 0."""
     def results():
         path = existing(gsm8k)
-        yield from run_tasks(engine, CHAT_TASKS, folder, max_examples)
-        yield "gsm8k", 0.0, path and solve(engine, path, max_examples, max_new_tokens)
+        yield from run_tasks(engine, CHAT_TASKS, folder, max_examples, overlap=overlap)
+        yield "gsm8k", 0.0, path and solve(engine, path, max_examples, max_new_tokens, overlap)
         yield "humaneval", 0.0, None
     return mean_of("chat_core", results())
 
@@ -444,12 +612,15 @@ def digest(*paths):
                 sha.update(piece)
     return sha.hexdigest()[:12]
 
+def tasks_of(name, args):
+    """The tasks by log-likelihood that a name of --tasks stands for."""
+    if name == "core":
+        return core_tasks(args.core_dir)
+    return dict(chat=CHAT_TASKS, hellaswag=[HELLASWAG]).get(name, [])
+
 def files_of(name, args):
     """The files that a task reads; each may be missing, or be there with .gz."""
-    tasks = dict(chat=CHAT_TASKS, hellaswag=[HELLASWAG]).get(name, [])
-    if name == "core":
-        tasks = core_tasks(args.core_dir)
-    files = [Path(args.core_dir, "eval_data", task.file) for task in tasks]
+    files = [Path(args.core_dir, "eval_data", task.file) for task in tasks_of(name, args)]
     if name in ("gsm8k", "chat"):
         files.append(args.gsm8k)
     return files or [name]
@@ -473,20 +644,42 @@ def plan(args):
             max_new_tokens = 256 if name in ("gsm8k", "chat") else 128
         arguments = dict(files=digest(*found), max_examples=args.max_examples,
                          max_new_tokens=max_new_tokens)
+        if args.documents:
+            from contamination import training_files
+            arguments["documents"] = training_files(args.documents)     # {file: bytes}
         jobs.append((name, found[0], arguments))
     return jobs
 
-def measure_task(engine, name, path, arguments, args):
+def find_overlap(names, args):
+    """Which questions of these tasks stand in the documents of --documents → an Overlap; None if no
+    documents were named."""
+    if not args.documents:
+        return None
+    from contamination import find
+    texts = []
+    for name in names:
+        problem_files = set(map(existing, files_of(name, args)))
+        for task in tasks_of(name, args):
+            path = existing(Path(args.core_dir, "eval_data", task.file))
+            problem_files.discard(path)
+            if path:
+                rows = read_rows(path, task.kind)[:args.max_examples]
+                texts += [row_text(task, row) for row in rows]
+        for path in problem_files - {None}:
+            texts += map(text_of, some_problems(path, args.max_examples))
+    return find(texts, args.documents)
+
+def measure_task(engine, name, path, arguments, args, overlap):
     """→ the result of one of the jobs that plan() lists."""
     n = args.max_examples
     max_new_tokens = arguments["max_new_tokens"]
     if name == "core":
-        return core(engine, args.core_dir, n)
+        return core(engine, args.core_dir, n, overlap)
     if name == "hellaswag":
-        return run_task(engine, HELLASWAG, path, n)
+        return run_task(engine, HELLASWAG, path, n, overlap=overlap)
     if name == "chat":
-        return chat_core(engine, args.core_dir, args.gsm8k, n, max_new_tokens)
-    return solve(engine, path, n, max_new_tokens)
+        return chat_core(engine, args.core_dir, args.gsm8k, n, max_new_tokens, overlap)
+    return solve(engine, path, n, max_new_tokens, overlap)
 
 def parse_args():
     parser = argparse.ArgumentParser(
@@ -497,6 +690,7 @@ def parse_args():
     add("--core_dir", default="data/eval_bundle", help="folder of eval_data/ and the list of tasks")
     add("--gsm8k", default="data/gsm8k/test.jsonl", help="GSM8K's test set")
     add("--docs", nargs="+", help="folders of documents that the model may search in its replies")
+    add("--documents", nargs="+", help="folders of training data, searched for the questions")
     add("--max_examples", type=int, help="questions per task, at most (default: all)")
     add("--max_new_tokens", type=int, help="tokens per reply, at most (128; gsm8k and chat: 256)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -524,6 +718,7 @@ def measure_run():
     engine = Engine(model.for_inference(), tokenizer, search=search)
     checkpoint = dict(stage=meta["stage"], step=meta["step"], seed=SEED,
                       weights=digest(run / "model.safetensors"))
+    to_ask = []
     for name, path, arguments in jobs:
         key = name
         if args.docs and arguments["max_new_tokens"]:
@@ -534,9 +729,15 @@ def measure_run():
         if isinstance(known, dict) and all(known.get(key) == asked[key] for key in asked):
             say(f"{key}: skipped, {run}/eval.json has it for these weights and arguments")
             continue
+        to_ask.append((key, name, path, asked))
+    overlap = None
+    if to_ask:
+        overlap = find_overlap([name for _, name, _, _ in to_ask], args)
+    for key, name, path, asked in to_ask:
+        arguments = asked["arguments"]
         if meta["stage"] == "pretrain" and arguments["max_new_tokens"]:
             say(f"{name}: a base model is asked, which has never seen the chat prompt")
-        result = measure_task(engine, name, path, arguments, args)
+        result = measure_task(engine, name, path, arguments, args, overlap)
         say(key, *figures(result))
         results[key] = {**result, **asked}
         try:

@@ -2,7 +2,8 @@
 The Transformer, its cache for generation, and its checkpoints.
 
 GPTConfig.preset("gpt2" … "gpt2-xl") is exactly OpenAI's GPT-2. preset("d12"), preset("d24") … is a
-modern recipe in which depth is the only dial. The fast versions of slow parts come last.
+modern recipe in which depth is the only dial. The fast versions of slow parts come last; the loss
+of training is in loss.py.
 
     >>> model = GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=2, n_head=2, n_embd=16))
     >>> idx = torch.zeros(1, 8, dtype=torch.long)
@@ -58,6 +59,8 @@ class GPTConfig:
     backout: bool = False           # subtract a share of the middle layer's stream before the head
     softcap: float = 0.0            # logits = s tanh(logits / s); 0 switches it off
     windows: str = "L"              # per layer, repeated: L sees all before it, S block_size / 4
+    norm_scales: str = ""           # RMSNorms with a learned scale: a before attention, m before
+                                    # the MLP, f before the head
 
     def __post_init__(self):
         check_config(self)
@@ -82,8 +85,8 @@ class GPTConfig:
 
     @property
     def padded_vocab(self):
-        """Rows of the embedding and the head: V rounded up to 64, for the GPU's matrix units."""
-        return math.ceil(self.vocab_size / 64) * 64
+        """Rows of the embedding and the head: V rounded up to 128, for the GPU's matrix units."""
+        return math.ceil(self.vocab_size / 128) * 128
 
     def has_value_embed(self, layer):
         """Every second layer has one, and the last does."""
@@ -102,37 +105,59 @@ def cast(p, dtype):
     """A parameter in this dtype; None, for a bias that a layer lacks, stays None."""
     return None if p is None else p.to(dtype)
 
+class CastBefore(torch.autograd.Function):
+    """(weight, its copy in another dtype, which was made before) → the copy. The gradient is the
+    weight's, as if the cast had happened here."""
+    @staticmethod
+    def forward(ctx, weight, copy):
+        ctx.dtype = weight.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None
+
 class Linear(nn.Linear):
     """Weights are fp32; they multiply in the dtype of the input (bf16 on a GPU). While training, a
-    large matrix may have a faster product (x, W) → x Wᵀ, which GPT.use gives it."""
+    large matrix may have a faster product (x, W) → x Wᵀ, which GPT.use gives it, and `copy` may be
+    the weight in the dtype of its factors, which GPT.cast_weights makes once for many calls."""
     product = None
+    factors = None
+    copy = None
+
+    def cast_weight(self, dtype):
+        """The weight in this dtype. A copy is of one training step, so nothing else reads it."""
+        if self.copy is None or not (self.training and torch.is_grad_enabled()):
+            return cast(self.weight, dtype)
+        return CastBefore.apply(self.weight, self.copy)
 
     def forward(self, x):
-        weight = cast(self.weight, x.dtype)
+        weight = self.cast_weight(x.dtype)
         bias = cast(self.bias, x.dtype)
         if self.product is None or not self.training:
             return F.linear(x, weight, bias)
         y = self.product(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
 
-def rms_norm(x):
+def rms_norm(x, weight=None):
     # one epsilon for every dtype, so that bf16 and fp32 models compute the same function
-    return F.rms_norm(x, x.shape[-1:], eps=torch.finfo(torch.float32).eps)
+    return F.rms_norm(x, x.shape[-1:], weight, eps=torch.finfo(torch.float32).eps)
 
 class Norm(nn.Module):
-    """GPT-2's LayerNorm, or RMSNorm without parameters."""
-    def __init__(self, config):
+    """GPT-2's LayerNorm, or RMSNorm, without parameters unless its letter is in norm_scales."""
+    def __init__(self, config, letter):
         super().__init__()
+        self.is_rms = config.rms_norm
         self.weight = self.bias = None
-        if not config.rms_norm:
+        if not self.is_rms or letter in config.norm_scales:
             self.weight = nn.Parameter(torch.empty(config.n_embd))
-            if config.bias:
-                self.bias = nn.Parameter(torch.empty(config.n_embd))
+        if not self.is_rms and config.bias:
+            self.bias = nn.Parameter(torch.empty(config.n_embd))
 
     def forward(self, x):
-        if self.weight is None:
-            return rms_norm(x)
         weight = cast(self.weight, x.dtype)
+        if self.is_rms:
+            return rms_norm(x, weight)
         bias = cast(self.bias, x.dtype)
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps=1e-5)
 
@@ -160,21 +185,20 @@ def sdpa(q, k, v, window, scale, mask=None, dropout=0.0):
     q = q.transpose(1, 2)                                                   # (B, NH, T, HS)
     k = k.transpose(1, 2)                                                   # (B, NH, S, HS)
     v = v.transpose(1, 2)
-    causal = mask is None and window >= q.shape[2] - 1
-    if mask is None and not causal:
+    if mask is None and window < q.shape[2] - 1:
         s = torch.arange(q.shape[2], device=q.device)
         mask = visible(s[:, None], s, window)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale,
-                                       dropout_p=dropout)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                       scale=scale, dropout_p=dropout)
     return y.transpose(1, 2)
 
 def take(x, last):
-    """x (B, T, …), last (B,) → (B, 1, …): one position of each row."""
-    return x[torch.arange(len(x), device=x.device), last][:, None]
+    """x (B, T, …), last (B,) or (B, N) → (B, 1 or N, …): these positions of each row."""
+    return x[torch.arange(len(x), device=x.device)[:, None], last.view(len(x), -1)]
 
 class Attention(nn.Module):
     """x (B, T, C) → (B, T, C): each position averages the values of the positions that it sees.
-    With `last`, only those positions do, and the result is (B, 1, C)."""
+    With `last`, only those positions do, and the result is (B, N, C)."""
     def __init__(self, config, layer):
         super().__init__()
         C = config.n_embd
@@ -207,9 +231,12 @@ class Attention(nn.Module):
             k, v, mask = cache.append(self.layer, k, v, pos, self.window)
             if last is not None:
                 q = take(q, last)
-                query = take(pos, last)[:, None, :, None]                   # (B, 1, 1, 1)
-                mask = visible(query, torch.arange(k.shape[1], device=k.device), self.window)
-            y = sdpa(q, k, v, self.window, scale, mask)
+                if mask is None:
+                    query = take(pos, last)[:, None, :, None]               # (B, 1, N, 1)
+                    mask = visible(query, torch.arange(k.shape[1], device=k.device), self.window)
+                else:
+                    mask = take(mask[:, 0], last)[:, None]                  # (B, 1, N, S)
+            y = cache.attention(q, k, v, self.window, scale, mask)
         elif self.training and self.config.dropout:
             y = sdpa(q, k, v, self.window, scale, dropout=self.config.dropout)
         else:
@@ -233,9 +260,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = Norm(config)
+        self.ln_1 = Norm(config, "a")
         self.attn = Attention(config, layer)
-        self.ln_2 = Norm(config)
+        self.ln_2 = Norm(config, "m")
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -245,6 +272,17 @@ class Block(nn.Module):
             x = take(x, last)
         x = x + self.dropout(y)
         return x + self.dropout(self.mlp(self.ln_2(x)))
+
+def run_layer(block, scalars, table, x, x0, idx, pos, rotary, cache, last):
+    """A block, and what modern parts add before it: scalars, the shares of x and of x0; table, the
+    embedding of the token that the values get."""
+    if scalars is not None:
+        share, share0 = scalars
+        x = (share * x + share0 * x0).to(x.dtype)
+    value_embed = None
+    if table is not None:
+        value_embed = table(idx).to(x.dtype)
+    return block(x, pos, rotary, value_embed, cache, last)
 
 class GPT(nn.Module):
     """model(idx) → logits (B, T, V); model(idx, targets) → mean loss in nats per token.
@@ -269,7 +307,7 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.block_size, C)
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(L))
-        self.ln_f = Norm(config)
+        self.ln_f = Norm(config, "f")
         self.lm_head = Linear(C, V, bias=False)     # tied below, after it was initialised
         if config.value_embeds:
             self.value_embeds = nn.ModuleDict()
@@ -317,15 +355,16 @@ class GPT(nn.Module):
         if name.startswith(VOCABULARY):
             p[V:] = 0.0                 # the padding rows are never a token
 
-    def hidden(self, idx, cache=None, last=None):
-        """idx (B, T) → what the head reads, (B, T, C) after the last norm. last (B,), which needs a
-        cache: only these positions are read, (B, 1, C). For the others the last layer then stops at
-        their keys and values, so that a prompt costs most of a layer less."""
+    def hidden(self, idx, cache=None, last=None, run_layer=run_layer):
+        """idx (B, T) → what the head reads, (B, T, C) after the last norm. last (B,) or (B, N):
+        these positions alone are read, (B, 1 or N, C); it needs a cache. For the others the last
+        layer then stops at their keys and values, and a prompt costs most of a layer less.
+        run_layer: a trainer may bring its own, which computes the same."""
         config = self.config
         T = idx.shape[1]
         pos = torch.arange(T, device=idx.device)[None]                               # (1, T)
         if cache is not None:
-            pos = pos + cache.pos[:, None]                                           # (B, T)
+            pos = pos + cache.pos.view(len(idx), -1)                                 # (B, T)
         longest = T if cache is None else cache.used + T
         assert longest <= config.block_size, (longest, config.block_size)
         x = self.wte(idx).to(self.compute_dtype)                                     # (B, T, C)
@@ -336,16 +375,15 @@ class GPT(nn.Module):
             x = x + self.wpe(pos).to(x.dtype)
         if config.rms_norm:
             x = rms_norm(x)
-        x = self.dropout(x)
-        x0 = x                          # residual_scalars add a share of it before each block
+        x = x0 = self.dropout(x)        # residual_scalars add a share of x0 before each block
         for layer, block in enumerate(self.h):
+            scalars = table = None
             if config.residual_scalars:
-                x = (self.resid_scalars[layer] * x + self.x0_scalars[layer] * x0).to(x.dtype)
-            value_embed = None
+                scalars = self.resid_scalars[layer], self.x0_scalars[layer]
             if config.has_value_embed(layer):
-                value_embed = self.value_embeds[str(layer)](idx).to(x.dtype)
+                table = self.value_embeds[str(layer)]
             only = last if layer == config.n_layer - 1 else None
-            x = block(x, pos, rotary, value_embed, cache, only)
+            x = run_layer(block, scalars, table, x, x0, idx, pos, rotary, cache, only)
             if layer == config.n_layer // 2:
                 middle = x
         if cache is not None:
@@ -369,12 +407,15 @@ class GPT(nn.Module):
     def loss(self, x, targets, reduction="mean"):
         """The cross-entropy of what hidden() returned. It is a method of its own so that a trainer
         can compile hidden() alone: the loss is a loop over chunks, which compiling would unroll."""
+        from loss import CrossEntropy, chunk_rows, loss_and_gradient
+        from precision import matmul_precision
         x, flat = x.flatten(0, 1), targets.flatten()                        # (B·T, C), (B·T,)
         if reduction == "mean":
-            from precision import matmul_precision
+            chunk_loss = compiled(loss_and_gradient, x.device.type)
             with matmul_precision(self.loss_precision):
-                return CrossEntropy.apply(x, self.lm_head.weight, flat, self.config)
-        size = chunk_rows(x, self.config.vocab_size)
+                W = self.lm_head.cast_weight(x.dtype).detach()
+                return CrossEntropy.apply(x, self.lm_head.weight, W, flat, self.config, chunk_loss)
+        size = chunk_rows(x, self.config.padded_vocab)
         losses = [F.cross_entropy(self.logits(part), target, ignore_index=-1, reduction="none")
                   for part, target in zip(x.split(size), flat.split(size))]
         return torch.cat(losses).view_as(targets)
@@ -401,7 +442,7 @@ class GPT(nn.Module):
         While training, the blocks' matrices of at least 128 x 128 multiply in 8 bits if fp8, and on
         a CPU they and the loss multiply in bf16. bf16: None means where it is faster; False: never.
         """
-        from precision import find_bf16, find_product
+        from precision import bf16_product, find_bf16, find_product
         device = str(device)
         if bf16 is None:
             bf16, _ = find_bf16(device)
@@ -419,7 +460,24 @@ class GPT(nn.Module):
                 module.kernel = kernel
             elif isinstance(module, Linear) and min(module.weight.shape) >= 128:
                 module.product = product
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.copy = None
+                module.factors = self.compute_dtype
+                if module.product is bf16_product and self.compute_dtype == torch.float32:
+                    module.factors = torch.bfloat16
         return self.to(device)
+
+    @torch.no_grad()
+    def cast_weights(self, part=None):
+        """Copies the matrices in the dtype they multiply in, for the micro-steps of one training
+        step, so that they are not cast in each. Call it again when the weights have changed. part:
+        a module of the model; default: all of it."""
+        for module in (part or self).modules():
+            if isinstance(module, Linear) and module.factors not in (None, module.weight.dtype):
+                if module.copy is None:
+                    module.copy = torch.empty_like(module.weight, dtype=module.factors)
+                module.copy.copy_(module.weight)
 
     def for_inference(self):
         """Ends training: keeps the matrices in the dtype they are multiplied in. On a GPU that
@@ -439,6 +497,7 @@ class GPT(nn.Module):
 class KVCache:
     """Keys and values (L, B, max_tokens, NH, HS) of the tokens so far, one row per sequence. `pos`
     (B,) counts the tokens of each row; no query sees the entries after them."""
+    attention = staticmethod(sdpa)      # another cache may know a faster one
     def __init__(self, config, batch_size, max_tokens, device="cpu", dtype=torch.float32):
         HS = config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, max_tokens, config.n_head, HS)
@@ -458,18 +517,17 @@ class KVCache:
         return new
 
     def append(self, layer, k, v, pos, window):
-        """Writes k, v (B, T, NH, HS) at pos (B, T), after each row's last token.
-
-        Returns all keys and values up to the longest row's end, (B, S, NH, HS), and the mask
-        (B, 1, T, S) of those that each token sees; None, for causal, if the cache was empty."""
+        """Writes k, v (B, T, NH, HS) at pos (B, T), after each row's last token → all keys and
+        values up to the longest row's end, (B, S, NH, HS), and the mask (B, 1, T, S) of those that
+        each token sees; None, for causal, if the cache was empty."""
         T = k.shape[1]
         if not self.used:
             self.k[layer, :, :T] = k
             self.v[layer, :, :T] = v
             return k, v, None
-        at = pos[:, :, None, None]                                          # (B, T, 1, 1)
-        self.k[layer].scatter_(1, at.expand_as(k), k)
-        self.v[layer].scatter_(1, at.expand_as(v), v)
+        at = pos[:, :, None, None].expand_as(k)                             # (B, T, NH, HS)
+        self.k[layer].scatter_(1, at, k)
+        self.v[layer].scatter_(1, at, v)
         S = self.used + T
         if window not in self.masks:    # layers with the same window share it
             query = pos[:, None, :, None]                                   # (B, 1, T, 1)
@@ -505,6 +563,8 @@ def check_config(config):
             raise SystemExit(f"{field.name} must be true or false, got {value}")
     if not re.fullmatch("[SL]+", str(config.windows)):
         raise SystemExit(f"windows must be letters S and L, got {config.windows}")
+    if not re.fullmatch("[amf]*", str(config.norm_scales)):
+        raise SystemExit(f"norm_scales must be letters a, m and f, got {config.norm_scales}")
     HS, rest = divmod(config.n_embd, config.n_head)
     if rest:
         raise SystemExit(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}; all "
@@ -709,7 +769,7 @@ def find_kernel(device, kernels=(flash_attention_3, varlen_attention)):
             return kernel, "; ".join(tried)
     return sdpa, "; ".join([*tried, "sdpa is used"])
 
-# ---- torch.compile, and the loss in chunks -------------------------------------------------------
+# ---- torch.compile -------------------------------------------------------------------------------
 
 @functools.cache
 def find_compiler(device):
@@ -728,73 +788,3 @@ def find_compiler(device):
 def compiled(function, device):
     compiler, _ = find_compiler(device)
     return compiler(function)
-
-CHUNK_LOGITS = {"cuda": 2 ** 27, "mps": 2 ** 24, "cpu": 2 ** 20}    # 256, 64, 4 MB, a CPU's cache
-
-def chunk_rows(x, V):
-    """Tokens with logits in memory at a time; below 256, reading the weights would dominate."""
-    return max(256, CHUNK_LOGITS[x.device.type] // V)
-
-def loss_and_gradient(z, target, share, s):
-    """The loss of one chunk and its gradient with respect to z, which is overwritten.
-
-    z (n, V): the head's outputs; target (n, 1); share (n, 1): each token's weight in the mean;
-    s: the soft-cap. On a GPU this is compiled into one or two passes over z.
-    """
-    t = z.float()
-    y = t.div_(s).tanh_() * s if s else t               # with a soft-cap, t becomes tanh(z / s)
-    y_target = y.gather(1, target)
-    top = torch.zeros_like(share)
-    if not 0 < s < 64:                  # a soft-cap bounds y; else its exp could overflow
-        top = y.amax(-1, keepdim=True)
-        y.sub_(top)
-    dy = y.exp_()                       # the loss needs its sum, the gradient all of it
-    sum_exp = dy.sum(-1, keepdim=True)
-    loss = ((top + sum_exp.log() - y_target) * share).sum()
-    dy_target = ((y_target - top).exp() / sum_exp - 1) * share
-    dy.mul_(share / sum_exp)
-    if s:
-        dy.addcmul_(dy, t.square_(), value=-1)
-        dy_target = dy_target * (1 - (y_target / s).square())
-    return loss, dy.to(z.dtype).scatter_(1, target, dy_target.to(z.dtype))
-
-class CrossEntropy(torch.autograd.Function):
-    """Head, soft-cap and mean cross-entropy in one, a chunk of tokens at a time.
-
-    At B = 32, T = 2048 and V = 32,768 the logits alone would take 8 GB. Here forward turns the
-    logits of a chunk into their gradient at once, so that they never exist all together and are
-    not computed twice. x (N, C), head weight (padded V, C), targets (N,) → the mean over the
-    targets that are not -1.
-        z = W x    y = s tanh(z / s)    loss = ln Σ exp(y) - y[target]
-        dz = (softmax(y) - onehot(target)) (1 - (y/s)²) / count    dx = Wᵀ dz    dW = dz xᵀ
-    """
-    @staticmethod
-    def forward(ctx, x, weight, targets, config):
-        V, s = config.vocab_size, config.softcap
-        W = weight[:V].to(x.dtype)
-        dx = torch.empty_like(x)
-        dW = torch.zeros_like(weight)
-        target = targets.clamp(min=0)[:, None]
-        share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)
-        share = share[:, None]          # (N, 1): each token's weight in the mean
-        total = torch.zeros((), device=x.device)
-        size = chunk_rows(x, V)
-        buffer = x.new_empty(min(size, len(x)), V)
-        chunk_loss = compiled(loss_and_gradient, x.device.type)
-        for start in range(0, len(x), size):
-            part = slice(start, start + size)
-            z = torch.mm(x[part], W.T, out=buffer[:len(x[part])])           # (n, V)
-            loss, dz = chunk_loss(z, target[part], share[part], s)
-            total += loss
-            torch.mm(dz, W, out=dx[part])
-            if dz.dtype == dW.dtype:
-                dW[:V].addmm_(dz.T, x[part])
-            else:
-                dW[:V] += dz.T @ x[part]
-        ctx.save_for_backward(dx, dW)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dW = ctx.saved_tensors
-        return dx * grad, dW * grad, None, None

@@ -12,6 +12,7 @@ right.
 """
 import gzip
 import json
+import math
 import re
 import zlib
 from pathlib import Path
@@ -90,6 +91,11 @@ def check_messages(messages):
             if not isinstance(text, str):
                 raise ValueError(f"content must be a text, got {quoted(text)}")
 
+def text_of(problem):
+    """What a problem asks, and its answer, as one text."""
+    texts = [text for message in problem["messages"] for _, text in checked(message)[1]]
+    return "\n".join([*texts, str(problem.get("answer", ""))])
+
 def problems_that_fit(path, problems, tokenizer, block_size, log):
     """The problems whose question leaves room for a reply in block_size tokens. The number of the
     others is logged."""
@@ -112,16 +118,35 @@ def warn_of_gamed(problems, log):
 
 STAGES = dict(pretrain="base", sft="SFT", rl="RL")      # stage in config.json: its name in tables
 
+def share_of(hits, n):
+    """hits of n are right → {"accuracy", "accuracy_error", "n"}. The standard error is that of
+    claims.py, by Laplace's rule, so that it is not 0 even if all or none are right.
+
+    >>> share_of(30, 100)
+    {'accuracy': 0.3, 'accuracy_error': 0.045542, 'n': 100}
+    """
+    p = (hits + 1) / (n + 2)
+    return dict(accuracy=hits / n, accuracy_error=round(math.sqrt(p * (1 - p) / (n + 2)), 6), n=n)
+
+def plus_minus(result, key):
+    """A figure of a result, and its standard error if it has one: "0.3000 ± 0.0456"."""
+    error = result.get(f"{key}_error")
+    if isinstance(error, float):
+        return f"{result[key]:.4f} ± {error:.4f}"
+    return f"{result[key]:.4f}"
+
 def figures(result):
     """The result of a task, as eval.py measures it → the fields of a log line."""
-    fields = [f"{key} {value:.4f}" for key, value in result.items() if isinstance(value, float)]
+    fields = [f"{key} {plus_minus(result, key)}" for key, value in result.items()
+              if isinstance(value, float) and not key.endswith("_error")]
     kinds = result.get("kinds", {})
     if len(kinds) > 1:
         for kind, task in kinds.items():
-            fields.append(f"{kind} {task['accuracy']:.4f}")
+            fields.append(f"{kind} {plus_minus(task, 'accuracy')}")
             if "wrong" in task:
                 fields[-1] += f" (wrong {task['wrong']:.4f}, refused {task['refused']:.4f})"
-    fields += [f"{key} {result[key]}" for key in ("n", "cut") if result.get(key)]
+    counts = ("n", "clean_n", "short", "cut")
+    fields += [f"{key} {result[key]}" for key in counts if result.get(key)]
     if result.get("left_out"):
         fields.append(f"left out: {', '.join(result['left_out'])}")
     return fields

@@ -121,16 +121,20 @@ INDEX = {"funnel?": [FUNNEL_ROW], "samples?": {ANY: [{"text?": is_text}]},
          "tokenizer?": {"n_vocab?": is_finite},
          "settings?": {"quality?": is_text, "extractor?": is_text},
          **dict.fromkeys(("documents?", "prose?"), [{"file": is_text, "split?": is_text}])}
-SHARES = {"accuracy": is_finite, "n?": is_finite, "refused?": is_finite, "wrong?": is_finite}
-TASK = {"accuracy?": is_finite, "centered?": is_finite, "n?": is_finite}
+SHARES = {"accuracy": is_finite, "accuracy_error?": is_finite, "n?": is_finite,
+          "refused?": is_finite, "wrong?": is_finite}
+TASK = {"accuracy?": is_finite, "accuracy_error?": is_finite, "centered?": is_finite,
+        "n?": is_finite, "contaminated?": is_finite, "clean_accuracy?": is_finite}
 RESULT = {"left_out?": [is_text], "arguments?": {}, "kinds?": {ANY: SHARES}, "core?": is_finite,
           "tasks?": {ANY: TASK}}
 LOG_ROW = {"step?": is_finite, "seconds?": is_finite, "loss?": is_number, "val_loss?": is_number,
            "val_bpb?": is_number, "known_words?": is_number, "gzip?": is_finite, "xz?": is_finite,
            "reward?": is_number, "reply_tokens?": is_number, "usd?": is_finite, "sample?": is_text,
-           "kind?": is_text, "when?": is_text, "accuracy?": is_finite,
+           "kind?": is_text, "when?": is_text, "accuracy?": is_finite, "n?": is_finite,
            "accuracy_error?": is_number, "others?": {ANY: is_finite},
-           "thinking_tokens?": is_number, "gold?": is_number, "kl_reply?": is_number,
+           "thinking_tokens?": is_number, "pass_16?": is_finite, "sampled?": is_finite,
+           "gold?": is_number,
+           "kl_reply?": is_number,
            "replies?": [{"reply": is_text, "reward": is_finite, "gold?": is_finite}],
            "header?": {"flags?": {"gpu_hour_usd?": is_number_or_none,
                                   "total_batch_size?": is_number_or_none}}}
@@ -214,9 +218,10 @@ def read_checked_log(run):
 
 CHANCE = dict(bits=0.5)     # even or odd; the answer to an open question cannot be guessed
 
-def eval_accuracies(runs):
-    """{source: {stage: {kind: accuracy}}} from eval.json. The hash of the problems is a part of the
-    source's name, so that accuracies on different problems are never compared."""
+def eval_accuracies(runs, key="accuracy"):
+    """{source: {stage: {kind: accuracy}}} from eval.json, or another figure of a kind. The hash of
+    the problems is a part of the source's name, so that accuracies on different problems are never
+    compared."""
     sources = {}
     for run in runs:
         for name, result in run.results.items():
@@ -226,7 +231,7 @@ def eval_accuracies(runs):
             source = (f"eval.json: {result.get('n')} of {Path(name).name} (hash "
                       f"{asked.get('files')}), replies of {asked.get('max_new_tokens')} tokens at "
                       "most")
-            shares = {kind: task["accuracy"] for kind, task in result["kinds"].items()}
+            shares = {kind: task[key] for kind, task in result["kinds"].items() if key in task}
             sources.setdefault(source, {})[run.stage] = shares
     return sources
 

@@ -23,8 +23,8 @@ if __name__ == "__main__":      # Ctrl-C during the slow imports below ends with
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from problems import STAGES, figures, write_whole
-from records import (CHANCE, JUDGED_TOKENS, Data, Run, accuracy_sources, ln_vocab, read_answers,
-                     tokens_read, verdicts)
+from records import (CHANCE, JUDGED_TOKENS, Data, Run, accuracy_sources, eval_accuracies, ln_vocab,
+                     read_answers, tokens_read, verdicts)
 from story import CHAPTERS, Story, chapter, folded, some_steps, table
 from svg import FIGURE_STYLE, GRAPHICS, SVG_STYLE, panel, shown
 
@@ -88,14 +88,18 @@ def gallery(run, most=12):
 
 def accuracy_tables(runs):
     """One table for each source; a stage that was not asked has a dash."""
+    errors = eval_accuracies(sorted(runs, key=lambda run: run.stage == "RL"), "accuracy_error")
     for source, stages in accuracy_sources(runs):
         kinds = dict.fromkeys(kind for accuracies in stages.values() for kind in accuracies)
         rows = []
         for kind in kinds:
             found = [stages.get(stage, {}).get(kind) for stage in STAGES.values()]
             row = [kind]
-            for accuracy in found:
+            for stage, accuracy in zip(STAGES.values(), found):
+                error = errors.get(source, {}).get(stage, {}).get(kind)
                 row.append("–" if accuracy is None else f"{accuracy:.1%}")
+                if error is not None:
+                    row[-1] += f" ± {error:.1%}"
             change = "–"
             if None not in found[1:]:
                 change = f"{100 * (found[2] - found[1]):+.1f} points"
@@ -183,7 +187,8 @@ def details(story, untold):
         folded("More samples, by training step", map(gallery, runs)),
         folded("Base, SFT, RL on the same held-out problems", accuracy_tables(runs)),
         folded("Right, wrong and refused", [knowledge_table(runs)]),
-        folded("Held-out problems of reinforcement learning", map(answers_table, story.rl)),
+        folded("Held-out problems of reinforcement learning",
+               map(answers_table, story.rl + story.beyond)),
         folded("RLHF: the best of n, and all replies", rlhf_tables(story)),
         folded("All that eval.py measured", results_tables(runs)),
         folded("Runs, versions, and the commands that repeat them", run_tables(runs)),

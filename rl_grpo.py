@@ -55,7 +55,7 @@ from pathlib import Path
 import torch
 
 from bpe import checked
-from model import load_checkpoint, visible
+from model import load_checkpoint, sdpa, visible
 from problems import (CheckerReward, is_correct, problems_that_fit, read_lines, read_problems,
                       warn_of_gamed, write_whole)
 from sample import Engine, check_above_0, check_at_least, find_run, load_tokenizer
@@ -167,6 +167,11 @@ def is_well_formed(ids, special):
         return False
     return 1 < ids.index(closing) < len(ids) - 2
 
+def well_formed_replies(completions, special):
+    """1.0 for each reply that has ended and is well formed, and 0.0 for the others, (N,)."""
+    return torch.tensor([c.finish == "stop" and is_well_formed(c.ids, special)
+                         for c in completions]).float()
+
 def thinking_tokens(ids, special):
     """How many tokens of a reply stand between <|think|> and <|/think|>, or after a <|think|> that
     is not closed."""
@@ -184,8 +189,8 @@ def sample_groups(engine, problems, order, asked, args, step, ranks, reward=Chec
     problems have been asked since the run began, on all ranks).
 
     The problems are dealt out to the ranks in turn, from number `asked` of the order on. For each
-    group that is tied, another problem is asked, in at most args.refill rounds, so that a step
-    learns from as many groups as it has prompts.
+    group that is tied, also in --format_reward, another problem is asked, in at most args.refill
+    rounds, so that a step learns from as many groups as it has prompts.
     """
     chosen, prompts, completions, rewards = [], [], [], []
     wanted = args.prompts
@@ -205,7 +210,8 @@ def sample_groups(engine, problems, order, asked, args, step, ranks, reward=Chec
             prompts += found[0]
             completions += found[1]
             rewards.append(found[2])
-            n_tied = is_tied(found[2]).sum().item()
+            formed = well_formed_replies(found[1], engine.tokenizer.special).view_as(found[2])
+            n_tied = is_tied(found[2] + args.format_reward * formed).sum().item()
         wanted = int(ranks.sum(n_tied)[0])
         if wanted == 0:
             break
@@ -369,6 +375,7 @@ class PromptCache:
 
     To model.hidden it is a cache, as KVCache is: first of the prompts, then of each part's rows.
     """
+    attention = staticmethod(sdpa)
 
     def __init__(self, model, prompts):
         self.model = model
@@ -378,7 +385,7 @@ class PromptCache:
         self.pos = torch.zeros(len(prompts), dtype=torch.long, device=prompts.device)
         self.s = torch.arange(prompts.shape[1], device=prompts.device)
         if len(prompts):
-            model.hidden(prompts, self)
+            model.hidden(prompts, self, last=self.pos)  # of the last layer, only keys and values
         self.leaves = self.made
         if torch.is_grad_enabled():
             self.leaves = [tensor.detach().requires_grad_() for tensor in self.made]
@@ -443,8 +450,9 @@ def mean(values):
     return sum(values) / len(values)
 
 def greedy_figures(engine, problems, max_new_tokens):
-    """Answers problems greedily → ({kind: figures}, [reply]): the share of right replies and the
-    mean tokens of a reply and of its thinking; and a row for answers.jsonl for each problem."""
+    """Answers problems greedily → ({kind: figures}, [reply]): how many there are, the share of
+    right replies, the mean tokens of a reply and of its thinking; and a row for answers.jsonl for
+    each problem."""
     special = engine.tokenizer.special
     by_kind = {}
     rows = []
@@ -457,14 +465,15 @@ def greedy_figures(engine, problems, max_new_tokens):
         by_kind.setdefault(problem["kind"], []).append(row)
     found = {}
     for kind, of_kind in by_kind.items():
-        found[kind] = dict(accuracy=mean([row["right"] for row in of_kind]),
+        found[kind] = dict(n=len(of_kind), accuracy=mean([row["right"] for row in of_kind]),
                            reply_tokens=mean([row["reply_tokens"] for row in of_kind]),
                            thinking_tokens=mean([row["thinking_tokens"] for row in of_kind]))
     return found, rows
 
 def sampled_figures(engine, problems, max_new_tokens, seed):
     """Samples SAMPLES replies at temperature 1 to the first problems of each kind → {kind:
-    pass@1 and pass@16, the mean share of right replies and of problems with one among 16}."""
+    pass@1 and pass@16, the mean share of right replies and of problems with one among 16; and of
+    how many problems}."""
     chosen = {}
     for problem in problems:
         of_kind = chosen.setdefault(problem["kind"], [])
@@ -476,6 +485,7 @@ def sampled_figures(engine, problems, max_new_tokens, seed):
                  answer(engine, of_kind, max_new_tokens, SAMPLES, 1.0, seed)]
         found[kind] = {f"pass_{k}": mean([pass_at_k(SAMPLES, n, k) for n in right])
                        for k in (1, SAMPLES)}
+        found[kind]["sampled"] = len(of_kind)
     return found
 
 @torch.inference_mode()
@@ -619,9 +629,9 @@ SETTINGS = ("task", "max_steps", "prompts", "group_size", "max_new_tokens", "lr"
             "refill", "loss", "clip", "kl", "std", "seed", "keep", "format_reward", "max_kl",
             "reward", "gold")
 
-def log_replies(log, step, engine, completions, rewards, golds, most=4):
-    """Logs a few replies of a step, evenly spread, with their rewards: numbers alone do not show
-    that a reward is being gamed."""
+def log_replies(log, step, engine, completions, rewards, golds, kl_reply, most=4):
+    """Logs a few replies of a step, evenly spread, with their rewards and how far they are from
+    where it started: numbers alone do not show that a reward is being gamed."""
     rows = []
     for i in range(0, len(completions), max(1, len(completions) // most)):
         text = engine.reply_text(completions[i])
@@ -629,7 +639,7 @@ def log_replies(log, step, engine, completions, rewards, golds, most=4):
         if golds:
             rows[-1]["gold"] = golds[i]
         log.say(f"  reward {rewards[i]:6.2f} | {' '.join(text.split())}")
-    log.say(f"  {len(rows)} replies of step {step}", step=step, replies=rows)
+    log.say(f"  {len(rows)} replies of step {step}", step=step, kl_reply=kl_reply, replies=rows)
 
 def warn(log, truncated, tied):
     """Logs warnings about a step: `truncated` and `tied` are shares of its replies, 0 to 1."""
@@ -736,8 +746,7 @@ def main():
                     f"{short:.0%} of the time, longer ones {long:.0%}",
                     step=0, middle=middle, short=short, long=long)
         ids, mask = rollout_tensors(prompts, completions, tokenizer.special["<|pad|>"])
-        well_formed = torch.tensor([c.finish == "stop" and is_well_formed(c.ids, special)
-                                    for c in completions]).float().view(rewards.shape)
+        well_formed = well_formed_replies(completions, special).view_as(rewards)
         total = rewards + args.format_reward * well_formed
         entropy = sampled_entropy(model, ids, mask)
         keep_losses = []
@@ -761,8 +770,9 @@ def main():
             is_far = args.max_kl is not None and kl_reply > args.max_kl
         if gold:
             mean_gold = ranks.sum(sum(golds))[0] / n
-        if args.reward != "checker" and (step % args.eval_every == 0 or is_far):
-            log_replies(log, step, engine, completions, rewards.flatten().tolist(), golds)
+        is_last = step + 1 == args.max_steps or is_far
+        if args.reward != "checker" and (step % args.eval_every == 0 or is_last):
+            log_replies(log, step, engine, completions, rewards.flatten().tolist(), golds, kl_reply)
         stop = stops > 0
         step += 1
         ms = 1000 * (time.perf_counter() - tick)

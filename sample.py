@@ -164,6 +164,12 @@ def limit_process(timeout, parent):
 
 MAX_QUERY_TOKENS = 32       # of a search; names and a few words fit
 
+def finds_nothing(query):
+    """The search tool where there are no documents. A model that writes a query all the same learns
+    that nothing was found, instead of making up how it goes on."""
+    from search import NOTHING
+    return NOTHING
+
 @dataclass
 class Completion:
     """What was written after one prompt."""
@@ -176,14 +182,15 @@ class Engine:
     Both let the Scheduler of engine.py write.
 
     python: the function that runs the code of <|python|>; None: the token means nothing.
-    search: the function that finds a passage for the query of <|search|>, in the same way.
+    search: the function that finds a passage for the query of <|search|>, in the same way. With
+    finds_nothing the model is not told that it can search.
     """
 
     def __init__(self, model, tokenizer, python=run_python, search=None):
         self.model = model
         self.tokenizer = tokenizer
         self.n_vocab = getattr(tokenizer, "n_vocab", None)
-        self.search = search
+        self.can_search = search not in (None, finds_nothing)
         self.kept = None    # the scheduler of stream(), if its cache may be kept
         self.tools = {}     # {closing token: (opening token, function)}
         for name, tool in (("python", python), ("search", search)):
@@ -245,9 +252,11 @@ class Engine:
         no room in the context.
         """
         from engine import Request, Scheduler, mix
+        from precision import packed
         if max_new_tokens < 1:
             return [Completion() for _ in range(len(prompts) * num_samples)]
-        scheduler = Scheduler(self, min(rows, len(prompts) * num_samples), keep=False)
+        rows = min(rows, len(prompts) * num_samples)
+        scheduler = Scheduler(self, rows, keep=False)
         sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                         repetition_penalty=repetition_penalty, stop=self.stop_ids(stop))
         done = {}
@@ -258,12 +267,13 @@ class Engine:
                 done[scheduler.add(request)] = Completion()
         was_training = self.model.training
         self.model.eval()
-        while scheduler.is_busy():
-            for event in scheduler.step():
-                completion = done[event.row]
-                completion.ids.append(event.token)
-                completion.sampled.append(event.sampled)
-                completion.finish = event.finish
+        with packed(self.model, rows):
+            while scheduler.is_busy():
+                for event in scheduler.step():
+                    completion = done[event.row]
+                    completion.ids.append(event.token)
+                    completion.sampled.append(event.sampled)
+                    completion.finish = event.finish
         self.model.train(was_training)
         return list(done.values())
 
@@ -377,6 +387,7 @@ def header_bytes(path):
         return int.from_bytes(file.read(8), "little")
 
 HF_TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
+GPT2_VOCAB = 50257
 
 def has_tokenizer(run):
     """Whether a folder says which tokenizer its model was trained with."""
@@ -384,10 +395,16 @@ def has_tokenizer(run):
 
 def load_tokenizer(run):
     """The tokenizer in a run's folder; for OpenAI's weights, which come without ours, GPT-2's.
-    Raises SystemExit if a folder has another one in HF's format, which cannot be read."""
+    Raises SystemExit if a folder has another one in HF's format, which cannot be read, or none
+    although its model has fewer tokens than GPT-2."""
     run = Path(run)
     if (run / "tokenizer.tiktoken").exists():
         return Tokenizer.load(run)
+    n_vocab = hf_vocab_size(run / "config.json")
+    if n_vocab < GPT2_VOCAB and not has_tokenizer(run):
+        raise SystemExit(f"{run} has no tokenizer, and its model's {n_vocab} tokens are not "
+                         f"GPT-2's {GPT2_VOCAB}; put the model's tokenizer into the folder as "
+                         "bpe.py writes it, tokenizer.tiktoken and tokenizer.json")
     tokenizer = Tokenizer.pretrained("gpt2")
     for name in HF_TOKENIZER_FILES:
         if (run / name).exists() and not is_gpt2(hf_vocabulary(run / name), tokenizer):
@@ -395,6 +412,13 @@ def load_tokenizer(run):
                              "that can be read; put the model's tokenizer into the folder as "
                              "bpe.py writes it, tokenizer.tiktoken and tokenizer.json")
     return tokenizer
+
+def hf_vocab_size(path):
+    """The vocab_size that a config.json states; GPT-2's if it states none."""
+    try:
+        return int(json.loads(path.read_bytes())["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return GPT2_VOCAB
 
 def hf_vocabulary(path):
     """{token: id} of a tokenizer file of HF; {} if it is none."""
@@ -593,7 +617,7 @@ def main():
     if args.docs is not None:
         from search import open_docs
         index = open_docs(args.docs, run, model.config.block_size)
-    search = None
+    search = finds_nothing if is_assistant else None
     if index and args.rag:
         prompt = prompt and index.in_context(prompt)
     elif index:

@@ -72,7 +72,7 @@ class Served:
 
     def with_tools(self, messages):
         """The messages, in which the system says that the model can search, as it learnt it."""
-        if not self.engine.search:
+        if not self.engine.can_search:
             return messages
         from search import CAN_SEARCH
         system = ""
@@ -105,7 +105,7 @@ class Served:
         or half of it if a search may bring a passage → (ids, how many messages were dropped)."""
         from chat import fit_context
         share = 4
-        if self.engine.search and may_search:
+        if self.engine.can_search and may_search:
             share = 2
             messages = self.with_tools(messages)
         most = self.block_size - max(1, self.block_size // share)
@@ -137,7 +137,8 @@ class Served:
 
 def load_models(args):
     """--model, or the newest run of each stage → {name: Served}."""
-    from sample import Engine, choose_device, find_run, load_tokenizer, run_python
+    from sample import (Engine, choose_device, find_run, finds_nothing, load_tokenizer,
+                        run_python)
     runs = [find_run(name) for name in args.model or ()] or newest_runs(args.runs)
     device = choose_device(args.device)
     python = run_python if args.tools else None
@@ -148,6 +149,8 @@ def load_models(args):
         model, meta = load_checkpoint(run, device, tokenizer.n_vocab)
         index = None
         search = None
+        if meta["stage"] != "pretrain":
+            search = finds_nothing
         if args.docs is not None and meta["stage"] != "pretrain":
             from search import build_index, own_documents
             folders = tuple(args.docs) or (own_documents(run),)

@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Callable
 
-from problems import STAGES
+from problems import STAGES, plus_minus
 from records import (CHANCE, is_finite, ln_vocab, logged_accuracies, read_answers, read_claims,
                      tokens_read)
 from svg import bars, curve, shown
@@ -50,7 +50,8 @@ class Story:
     """The runs by the part that they play, the data, and the talk's claims.
 
     A run of RL is a reasoner (`rl`), or belongs to RLHF (`rlhf`) if its log has a true objective
-    beside the reward; so do reward models. Of several talk.json the last one counts."""
+    beside the reward; so do reward models. One that practises chains of arrows is bench/beyond.py's
+    (`beyond`). Of several talk.json the last one counts."""
 
     def __init__(self, runs, data):
         self.runs = runs
@@ -58,7 +59,9 @@ class Story:
         self.base = [run for run in runs if run.stage == "base"]
         self.sft = [run for run in runs if run.stage == "SFT"]
         self.rlhf = [run for run in runs if is_rlhf(run)]
-        self.rl = [run for run in runs if run.stage == "RL" and run not in self.rlhf]
+        self.beyond = [run for run in runs if is_beyond(run)]
+        self.experiments = [*self.rlhf, *self.beyond]       # on models that are not of the story
+        self.rl = [run for run in runs if run.stage == "RL" and run not in self.experiments]
         self.claims = []
         for run in runs:
             self.claims = read_claims(run) or self.claims
@@ -67,10 +70,10 @@ class Story:
     def label(self, run):
         """The name of a run without what all names have in common: demo-small-sft → sft."""
         everyone = [other.path.name for other in self.runs]
-        names = {other.path.name for other in self.runs if other not in self.rlhf}
+        names = {other.path.name for other in self.runs if other not in self.experiments}
         if len(set(everyone)) < len(everyone):
             return str(run.path)        # two runs of one name, in different folders
-        if run in self.rlhf or len(names) < 2:
+        if run in self.experiments or len(names) < 2:
             return run.path.name
         common, dash, _ = os.path.commonprefix(list(names)).rpartition("-")
         return run.path.name.removeprefix(common + dash)
@@ -85,7 +88,7 @@ class Story:
             if runs:
                 names[name] = shlex.quote(str(runs[-1].path))
         names["all"] = " ".join(shlex.quote(str(run.path)) for run in self.runs
-                                if run not in self.rlhf)
+                                if run not in self.experiments)
         if self.data.path:
             names["data"] = shlex.quote(str(self.data.path))
         if self.data.path and Path(self.data.path, "warc").is_dir():
@@ -125,6 +128,12 @@ def is_rlhf(run):
     """Whether a run is part of RLHF: a reward model, or a policy whose true objective is logged."""
     return (run.stage not in STAGES.values() or bool(run.rows("step", "reward", "gold"))
             or (run.path / "best_of_n.jsonl").exists())
+
+def is_beyond(run):
+    """Whether a run practises the chains of bench/beyond.py, whose kinds are "6 arrows" and so on.
+    """
+    kinds = run.held_out()
+    return bool(kinds) and all(kind.endswith(" arrows") for kind in kinds)
 
 # ---- Pieces of a page ----------------------------------------------------------------------------
 
@@ -291,7 +300,7 @@ def base_sentence(story, run):
                      f"xz {row['xz']:.2f}")
     for result in run.results.values():
         if "core" in result:
-            parts.append(f"CORE {result['core']:.4f}, GPT-2 (1,558M) {GPT2_CORE}")
+            parts.append(f"CORE {plus_minus(result, 'core')}, GPT-2 (1,558M) {GPT2_CORE}")
     name = "The model"
     if len(story.base) > 1:
         name = story.label(run)
@@ -413,6 +422,8 @@ def tell_knowledge(story):
 
 # ---- Reinforcement learning ----------------------------------------------------------------------
 
+VERDICTS = {True: "right", False: "wrong"}
+
 def tell_practice(story):
     """Replies become longer and rewards higher together: that is the thinking which emerges."""
     for run in story.rl:
@@ -431,20 +442,12 @@ def tell_practice(story):
                     story.claim_texts("discovery", 99)[-2:])
 
 def held_out_points(run):
-    """{kind: [(step, accuracy, standard error)]} of held-out problems. The log does not say how
-    many there were; answers.jsonl does if they are of one kind, else points have no error."""
-    asked_at = {}
-    for row in read_answers(run):
-        asked_at[row["step"]] = asked_at.get(row["step"], 0) + 1
-    found = run.held_out()
-    if len(found) > 1:
-        return found
+    """{kind: [(step, accuracy, standard error)]} of held-out problems; the error is 0 in logs that
+    do not say how many there were."""
     lines = {}
-    for kind, points in found.items():
-        lines[kind] = []
-        for step, accuracy in points:
-            error = with_error(accuracy, asked_at.get(step))[1]
-            lines[kind].append((step, accuracy, error or 0))
+    for row in run.rows("step", "kind", "accuracy"):
+        error = with_error(row["accuracy"], row.get("n"))[1]
+        lines.setdefault(row["kind"], []).append((row["step"], row["accuracy"], error or 0))
     return lines
 
 def practice_parts(run):
@@ -467,10 +470,52 @@ def answers_by_step(run, most=4):
     for question in first:
         for row in answers:
             if row["question"] == question and row["step"] in steps:
-                verdict = {True: "right", False: "wrong"}[row["right"]]
-                rows.append((f"{question} · step {row['step']}, {verdict}",
+                rows.append((f"{question} · step {row['step']}, {VERDICTS[row['right']]}",
                              shortened(row["reply"], 500)))
     return rows
+
+# ---- Beyond imitation ----------------------------------------------------------------------------
+
+def tell_beyond(story):
+    """Chains by their length: the share that is followed before practice and after it, and how long
+    the thinking about them became; then how the reply to one of the longest grew."""
+    for run in story.beyond:
+        right = {}
+        for row in run.rows("step", "kind", "accuracy"):
+            if row["step"] == 0:
+                right[row["kind"]] = {"before": with_error(row["accuracy"], row.get("n"))}
+                if "pass_16" in row:
+                    right[row["kind"]]["before, in 16 tries"] = with_error(row["pass_16"],
+                                                                           row.get("sampled"))
+        thinking = {}
+        for row in run.rows("step", "kind", "thinking_tokens"):
+            thinking.setdefault(row["kind"], []).append((row["step"], row["thinking_tokens"]))
+        parts = []
+        tests = held_out_points(run)
+        for kind, points in tests.items():
+            if len(points) > 1:
+                right.setdefault(kind, {})["after"] = points[-1][1], points[-1][2] or None
+                parts.append(f"{kind} {points[0][1]:.0%}, then {points[-1][1]:.0%}")
+        kinds = list(tests)
+        yield said(sentence(f"No example was longer than {kinds[0]}. Right answers before practice "
+                            "and after it", parts))
+        yield said(story.claim_said("beyond"))
+        every_second = dict(list(thinking.items())[1::2])       # a figure has four colours
+        yield side_by_side(bars("Chains that are followed to their end", right),
+                           curve("Length of the thinking", every_second, unit="tokens a reply"))
+        yield texts("A long chain, by step of practice", growth_of_a_reply(run))
+
+def growth_of_a_reply(run):
+    """Replies by step to the last held-out problem that became right, or to the last one."""
+    by_question = {}
+    for row in read_answers(run):
+        by_question.setdefault(row["question"], []).append(row)
+    chosen = list(by_question.values())[-1:]
+    for rows in by_question.values():
+        if rows[-1]["right"] and not rows[0]["right"]:
+            chosen = [rows]
+    return [(f"{row['question']} · step {row['step']}, {VERDICTS[row['right']]}",
+             shortened(row["reply"], 500)) for rows in chosen for row in rows]
 
 # ---- RLHF ----------------------------------------------------------------------------------------
 
@@ -494,9 +539,10 @@ def tell_rlhf(story):
     yield said(sentence("What the judge thinks of the replies (gold), and the reward model",
                         parts))
     yield side_by_side(*reward_figures(story))
+    two = list(followed.items())[:2]        # a figure has four colours
     for by, key in (("step", "step"), ("KL in nats a reply", "kl_reply")):
         lines = {}
-        for name, rows in followed.items():
+        for name, rows in two:
             rows = sorted(rows, key=lambda row: row[key])
             for what in ("reward", "gold"):
                 lines[f"{name}, {what}"] = [(row[key], row[what]) for row in rows]
@@ -505,14 +551,23 @@ def tell_rlhf(story):
     turns = [(name, *turn) for name, rows in followed.items()
              for turn in turning_rows(turning_point(rows))]
     yield table(("run", "where", "step", "KL", "reward", "gold"), turns)
-    replies = []
-    for run in story.rlhf:
-        rows = run.rows("step", "replies")
-        for row in rows[:1] + rows[1:][-1:]:        # the first and the last
-            replies += [(f"{story.label(run)}, step {row['step']}: reward {one['reward']:.2f}, "
-                         f"gold {one.get('gold', '–')}", shortened(one["reply"]))
-                        for one in row["replies"][:1]]
-    yield texts("What it wrote, at first and in the end", replies)
+    yield texts("What it wrote, the farther it went from where it started",
+                [reply for run in story.rlhf for reply in replies_by_distance(story, run)])
+
+def replies_by_distance(story, run, most=5):
+    """A reply of at most `most` steps, with how far its policy is from where it started."""
+    rows = [row for row in run.rows("step", "kl_reply", "replies") if row["replies"]]
+    if not rows:
+        return []
+    steps = some_steps({row["step"] for row in rows}, most)
+    found = []
+    for row in rows:
+        if row["step"] in steps:
+            one = row["replies"][0]
+            found.append((f"{story.label(run)}, {row['kl_reply']:.1f} nats away: reward "
+                          f"{one['reward']:.2f}, gold {one.get('gold', '–')}",
+                          shortened(one["reply"])))
+    return found
 
 def reward_figures(story):
     """How often the reward model prefers the reply that the judge does, and what the best of n
@@ -660,6 +715,11 @@ CHAPTERS = [
             "No teacher knows which way of thinking suits a model. Practice on problems whose "
             "answers can be checked lets it find out.",
             tell_practice, "python sample.py --model {rl} --chat", "name the run of rl_grpo.py"),
+    Chapter("beyond", "Beyond imitation",
+            "An imitator is at best as good as whom it imitates. Practice against a check has no "
+            "such limit: at Go it found moves that no expert would have played.",
+            tell_beyond, "python bench/beyond.py --seeds 0", "python bench/beyond.py --folder "
+            "makes its run"),
     Chapter("rlhf", "RLHF",
             "Where nothing can be checked, a model of what people like gives the reward. Followed "
             "for too long, it is gamed: the score rises, and the replies get worse.",

@@ -90,6 +90,8 @@ CLAIMS = [
           claims_reasoner.jagged),
     Claim("discovery", "SFT imitates, RL discovers: longer thoughts, more right answers.",
           claims_reasoner.discovery),
+    Claim("beyond", "Practice reaches problems longer than any that a teacher showed.",
+          claims_reasoner.beyond),
     Claim("rlhf", "RLHF: the score of a stand-in rises, the truth turns, a KL penalty holds it.",
           claims_reasoner.rlhf),
     Claim("cost", "The whole costs less than $100, most of it for pretraining.",
@@ -231,8 +233,8 @@ class Models:
 
     def log_probs(self, roles, spans):
         """Spans (ids, start) → for each span the mean log-probability of ids[start:] in nats."""
-        from eval import score
-        return [mean for mean, _ in score(self.engine(*roles).model, spans)]
+        from eval import mean_log_probs
+        return mean_log_probs(self.engine(*roles).model, spans)
 
 # ---- Which runs ----------------------------------------------------------------------------------
 

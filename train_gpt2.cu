@@ -25,16 +25,18 @@ them. The rest is plumbing.
     §9 classifier: softmax and cross-entropy     §19 main
     §10 AdamW, Muon, the gradient's norm
 
-Three figures show the layouts that are hard to see in code: the registers of a tensor-core multiply
-(§2), the swizzle of shared memory and the double buffer of key and value tiles (both §7).
+Four figures show the layouts that are hard to see in code: the registers of a tensor-core multiply
+(§2), the swizzle of shared memory, the double buffer of key and value tiles, and the ring of tiles
+between the warps of a block on Hopper (all §7).
 
 Numerics: weights and activations are bf16 (floatX); sums and statistics are computed in fp32. Each
 rank keeps fp32 master weights and optimizer states of its 1/world_size of the parameters (ZeRO-1,
 arXiv 1910.02054). A rank owns the matrices that Muon trains by whole layers, as in training.py.
 Gradients of parameters are fp32 and accumulate over micro-steps. Gradients of activations are bf16
-and overwrite what was there, except along the residual stream, where they add up. With -DFP32
-everything is fp32, for cards before sm_80 and for tests. There are no floating-point atomics: the
-same run gives the same bits. With --deterministic 0 this is true of a resumed run only.
+and overwrite what was there, except along the residual stream, where they add up. With --fp8 1 the
+layers' matmuls have 8-bit operands while the model trains (§6). With -DFP32 everything is fp32, for
+cards before sm_80 and for tests. There are no floating-point atomics: the same run gives the same
+bits. With --deterministic 0 this is true of a resumed run only.
 
 Memory: matrices are stored as in HF's GPT-2, (in, out), so that files and memory hold the same.
 
@@ -54,7 +56,9 @@ text are not compared with gzip and xz.
 #include <algorithm>
 #include <arpa/inet.h>
 #include <cublasLt.h>
+#include <cuda.h>
 #include <cuda_bf16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #include <dirent.h>
 #include <errno.h>
@@ -214,7 +218,7 @@ static void add_times(double step_ms) {
 
 // Prints one row for each name of work, the longest time first. "of bound" is the time that memory
 // or tensor cores would need at their peak rate, as a share of the time taken. A peak rate of 0
-// means that it is unknown.
+// means that it is unknown. The rate is that of bf16: a matmul in 8 bits may take half the time.
 static void print_profile(double bytes_per_s, double flops_per_s) {
     int steps = profile.n_steps;
     double rest_ms = profile.ms;
@@ -309,6 +313,15 @@ __device__ float block_max(float value) {
     return warp_max(lane < n_warps ? of_warp[lane] : -INFINITY);
 }
 
+// Raises *largest to the largest of a warp's magnitudes; all lanes of the warp take part. As bits,
+// numbers of at least 0 have the same order as the numbers. A maximum is the same in any order, so
+// this atomic keeps the promise of the same bits. *largest only grows: if the copy of it in the L1
+// cache is old, the only loss is an atomic that changes nothing.
+__device__ void raise_largest(unsigned* largest, float magnitude) {
+    unsigned bits = __float_as_uint(warp_max(magnitude));
+    if (threadIdx.x % WARP == 0 && bits > *largest) { atomicMax(largest, bits); }
+}
+
 // Tensor cores multiply small matrices that lie in the registers of a warp. The instruction used
 // here is C += A B with C (16, 8) in fp32, A (16, 16) and B (16, 8) in bf16. Figure 1 shows which
 // lane (L0 … L31) holds which elements, and in which register. A register of A or B holds two
@@ -332,7 +345,8 @@ __device__ float block_max(float value) {
 // a result can be the left factor of the next product without leaving its registers (multiply_add
 // in §7).
 
-// This is the only inline PTX. tests/cuda_emulator has functions of the same names for the CPU.
+// This and §7's part for Hopper have all inline PTX. tests/cuda_emulator has functions of the same
+// names for the CPU.
 #if !defined(CUEMU) && !defined(FP32)
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return (uint32_t)__cvta_generic_to_shared(pointer);
@@ -563,6 +577,7 @@ struct LayerNormForward {
     floatX* x = NULL;
     floatX* out;
     float *mean, *rstd;                 // (BT)
+    unsigned* largest = NULL;           // raised to the largest |out| for --fp8 1 (§6)
     int BT, C;
 };
 
@@ -597,14 +612,19 @@ __global__ void layernorm_forward_kernel(LayerNormForward norm) {
         for (int i = 0; i < PACK; i++) { square_sum += (x[i] - mean) * (x[i] - mean); }
     }
     float rstd = rsqrtf(warp_sum(square_sum) / C + 1e-5f);
+    float magnitude = 0.0f;
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack weight = load(norm.weight + c);
         Pack bias = load(norm.bias + c);
         Pack x = row[c / PACK];
         Pack out;
-        for (int i = 0; i < PACK; i++) { out.set(i, (x[i] - mean) * rstd * weight[i] + bias[i]); }
+        for (int i = 0; i < PACK; i++) {
+            out.set(i, (x[i] - mean) * rstd * weight[i] + bias[i]);
+            magnitude = fmaxf(magnitude, fabsf(out[i]));
+        }
         store(norm.out + bt * C + c, out);
     }
+    if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }
     if (lane == 0) {
         norm.mean[bt] = mean;
         norm.rstd[bt] = rstd;
@@ -617,6 +637,7 @@ struct LayerNormBackward {
     floatX* dx;                         // added to
     float *dweight, *dbias;             // (C), added to
     float* partials;                    // (NORM_PARTIALS, 2C): dweight, then dbias
+    unsigned* largest = NULL;           // raised to the largest |dx| for --fp8 1
     int BT, C;
 };
 
@@ -637,6 +658,7 @@ __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
     bool active = c < C;
     float dweight[PACK] = {};
     float dbias[PACK] = {};
+    float magnitude = 0.0f;
     Pack weight = load(norm.weight + (active ? c : 0));
     for (int first = blockIdx.x * NORM_ROWS; first < norm.BT; first += gridDim.x * NORM_ROWS) {
         float n[NORM_ROWS][PACK] = {};
@@ -678,12 +700,14 @@ __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
                 for (int i = 0; i < PACK; i++) {
                     float here = (dn[r][i] - mean_dn - n[r][i] * mean_dn_n) * rstd[r];
                     dx[r].set(i, dx[r][i] + here);
+                    magnitude = fmaxf(magnitude, fabsf(dx[r][i]));
                 }
                 store(norm.dx + bt * C + c, dx[r]);
             }
         }
         __syncthreads();
     }
+    if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }
     if (!active) { return; }
     float* partial = norm.partials + (int64_t)blockIdx.x * 2 * C + c;
     for (int i = 0; i < PACK; i++) {
@@ -748,6 +772,7 @@ struct RmsNormForward {
     floatX* s = NULL;
     floatX* out;
     float* rstd;                        // (BT)
+    unsigned* largest = NULL;           // raised to the largest |out| for --fp8 1
     int BT, C;
 };
 
@@ -776,12 +801,17 @@ __global__ void rmsnorm_forward_kernel(RmsNormForward norm) {
         for (int i = 0; i < PACK; i++) { square_sum += value[i] * value[i]; }
     }
     float rstd = rsqrtf(warp_sum(square_sum) / C + RMS_EPSILON);
+    float magnitude = 0.0f;
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack s = row[c / PACK];
         Pack out;
-        for (int i = 0; i < PACK; i++) { out.set(i, s[i] * rstd); }
+        for (int i = 0; i < PACK; i++) {
+            out.set(i, s[i] * rstd);
+            magnitude = fmaxf(magnitude, fabsf(out[i]));
+        }
         store(norm.out + bt * C + c, out);
     }
+    if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }
     if (lane == 0) { norm.rstd[bt] = rstd; }
 }
 
@@ -796,6 +826,7 @@ struct RmsNormBackward {
     float* dlambda = NULL;              // one number, added to
     float* dmu = NULL;                  // one number, added to
     float* partials = NULL;             // (RMS_PARTIALS, 2): dλ, dμ; only with a mix
+    unsigned* largest = NULL;           // raised to the largest |dx| for --fp8 1
     int BT, C;
 };
 
@@ -813,6 +844,7 @@ __global__ void rmsnorm_backward_kernel(RmsNormBackward norm) {
     float mu = mix.e != NULL ? mix.sign * *mix.mu : 0.0f;
     float dlambda = 0.0f;
     float dmu = 0.0f;
+    float magnitude = 0.0f;
     for (int64_t bt = blockIdx.x * NORM_WARPS + warp; bt < norm.BT; bt += gridDim.x * NORM_WARPS) {
         const floatX* from = norm.x + (norm.tokens != NULL ? norm.tokens[bt] : bt) * C;
         float rstd = norm.rstd[bt];
@@ -837,6 +869,7 @@ __global__ void rmsnorm_backward_kernel(RmsNormBackward norm) {
             for (int i = 0; i < PACK; i++) {
                 float ds = dx[i] + (dout[i] - s[i] * rstd * mean) * rstd;
                 dx.set(i, lambda * ds);
+                magnitude = fmaxf(magnitude, fabsf(dx[i]));
                 if (mix.e == NULL) { continue; }
                 dlambda += ds * x[i];
                 dmu += mix.sign * ds * e[i];
@@ -846,6 +879,7 @@ __global__ void rmsnorm_backward_kernel(RmsNormBackward norm) {
             if (mix.e != NULL) { store(norm.de + bt * C + c, de); }
         }
     }
+    if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }
     if (mix.e == NULL) { return; }
     dlambda = block_sum(dlambda);
     dmu = block_sum(dmu);
@@ -909,6 +943,8 @@ struct Matmul {
     bool accumulate = false;    // D is fp32 and is added to
     Epilogue epilogue = PLAIN;
     int batch = 1;              // number of products; their matrices follow one another in memory
+    cudaDataType_t a_type = CUBLAS_X, b_type = CUBLAS_X;
+    bool fast_sums = false;     // of 8-bit operands: sums with fewer digits than fp32's
     bool operator==(const Matmul&) const = default;
 };
 
@@ -968,6 +1004,15 @@ static void set_epilogue(cublasLtMatmulDesc_t operation, Matmul mm, const floatX
     }
 }
 
+// Operands of 8 bits have one scale each, a number in the GPU's memory that multiplies the product.
+struct Scales { const float *a, *b; };
+
+static void set_scales(cublasLtMatmulDesc_t operation, Scales scales) {
+    if (scales.a == NULL) { return; }
+    set(operation, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, scales.a);
+    set(operation, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, scales.b);
+}
+
 static cublasLtMatrixLayout_t layout(cudaDataType_t type, int rows, int columns, int batch) {
     cublasLtMatrixLayout_t made;
     int64_t stride = (int64_t)rows * columns;
@@ -1016,7 +1061,8 @@ static void find_candidates(MatmulPlan* plan) {
     CHECK_CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
 }
 
-static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias = NULL, floatX* aux = NULL) {
+static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias = NULL, floatX* aux = NULL,
+                               Scales scales = {}) {
     for (int i = 0; i < cublas.n_plans; i++) {
         if (cublas.plans[i].matmul == mm) { return &cublas.plans[i]; }
     }
@@ -1030,6 +1076,7 @@ static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias = NULL, floatX* aux
     snprintf(plan->name, sizeof plan->name, "matmul %d x %d x %d%s%s", mm.m, mm.n, mm.k,
              mm.accumulate ? " += fp32" : "", epilogues[mm.epilogue]);
     if (mm.batch > 1) { snprintf(plan->name + strlen(plan->name), 16, " x %d", mm.batch); }
+    if (mm.a_type != CUBLAS_X) { strcat(plan->name, ", 8 bits"); }
 
     bool a_is_transposed = mm.transpose == TRANSPOSE_A;
     bool b_is_transposed = mm.transpose == TRANSPOSE_B;
@@ -1037,10 +1084,12 @@ static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias = NULL, floatX* aux
     set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSA, a_is_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
     set(plan->operation, CUBLASLT_MATMUL_DESC_TRANSB, b_is_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
     set_epilogue(plan->operation, mm, bias, aux);
-    plan->a = layout(CUBLAS_X, mm.m, mm.k, mm.batch);
-    plan->b = layout(CUBLAS_X, mm.k, mm.n, mm.batch);
-    if (a_is_transposed) { plan->a = layout(CUBLAS_X, mm.k, mm.m, mm.batch); }
-    if (b_is_transposed) { plan->b = layout(CUBLAS_X, mm.n, mm.k, mm.batch); }
+    set_scales(plan->operation, scales);
+    set(plan->operation, CUBLASLT_MATMUL_DESC_FAST_ACCUM, (int8_t)mm.fast_sums);
+    plan->a = layout(mm.a_type, mm.m, mm.k, mm.batch);
+    plan->b = layout(mm.b_type, mm.k, mm.n, mm.batch);
+    if (a_is_transposed) { plan->a = layout(mm.a_type, mm.k, mm.m, mm.batch); }
+    if (b_is_transposed) { plan->b = layout(mm.b_type, mm.n, mm.k, mm.batch); }
     plan->d = layout(mm.accumulate ? CUDA_R_32F : CUBLAS_X, mm.m, mm.n, mm.batch);
     find_candidates(plan);
     return plan;
@@ -1054,7 +1103,7 @@ static bool has_kernel(Matmul mm, const floatX* bias, floatX* aux = NULL) {
 
 // D = alpha op(A) op(B) + beta C, where C has D's shape
 struct Operands {
-    const floatX *a, *b;
+    const void *a, *b;
     float alpha = 1.0f;
     const void* c = NULL;       // NULL: D itself
     float beta = 0.0f;
@@ -1115,7 +1164,7 @@ static void run_matmul(MatmulPlan* plan, void* d, Operands x, cudaStream_t strea
             "of 64, such as --config n_embd=768 n_head=12", mm.m, mm.n, mm.k);
     }
     double m = mm.m, n = mm.n, k = mm.k;
-    double bytes = (m * k + k * n) * sizeof(floatX);
+    double bytes = (m * k + k * n) * (mm.a_type == CUBLAS_X ? sizeof(floatX) : 1);
     bytes += m * n * (mm.accumulate ? 2 * sizeof(float) : sizeof(floatX));
     if (mm.epilogue == ADD_BIAS_GELU || mm.epilogue == TIMES_DGELU) {
         bytes += m * n * sizeof(floatX);
@@ -1127,14 +1176,186 @@ static void run_matmul(MatmulPlan* plan, void* d, Operands x, cudaStream_t strea
 }
 
 // D = op(A) op(B), or D += op(A) op(B) with mm.accumulate; bias and aux are for the epilogue.
-static void matmul(void* d, const floatX* a, const floatX* b, Matmul mm, cudaStream_t stream,
-                   const floatX* bias = NULL, floatX* aux = NULL) {
-    MatmulPlan* plan = plan_matmul(mm, bias, aux);
+static void matmul(void* d, const void* a, const void* b, Matmul mm, cudaStream_t stream,
+                   const floatX* bias = NULL, floatX* aux = NULL, Scales scales = {}) {
+    MatmulPlan* plan = plan_matmul(mm, bias, aux, scales);
     set_epilogue(plan->operation, mm, bias, aux);
+    set_scales(plan->operation, scales);
     run_matmul(plan, d, {.a = a, .b = b, .beta = mm.accumulate ? 1.0f : 0.0f}, stream);
 }
 
 struct LinearSizes { int rows, C, OC; };
+
+// With --fp8 1 the matrices of the layers multiply in 8 bits while the model trains, with the
+// numerics of Fp8Matmul in precision.py: e4m3 has 3 bits of mantissa and serves x and w; e5m2 has 2
+// and the range that gradients need.
+//
+//   scale = max |x| / (largest number of the format)    x8 = x / scale in 8 bits    x ≈ scale x8
+//   y = x8 w8    dx = dy8 w8ᵀ    dw += x8ᵀ dy8, each times the scales of its two operands
+//
+// Tensor cores take 8-bit operands only if the numbers that are summed over are contiguous in both.
+// The rows of a matrix are so, its columns are not. Each tensor is therefore kept twice, as it is
+// and transposed:
+//
+//   product        summed over    A                     B
+//   y  = x w       C              w.columns (OC, C)     x.rows (rows, C)
+//   dx = dy wᵀ     OC             w.rows (C, OC)        dy.rows (rows, OC)
+//   dw += xᵀ dy    rows           dy.columns (OC, rows) x.columns (C, rows)
+//
+// The scale is taken from the tensor itself, so the whole tensor must exist before its first number
+// can be rounded. A kernel that produces a tensor therefore writes it in bf16 and measures it as it
+// does so (raise_largest). fp8_quantise_kernel then reads it, rounds it and transposes it. What
+// attention returns is measured by a kernel of its own, and so are the weights, once a step. GELU
+// and ReLU² are computed from their input twice, to be measured and to be rounded, and are never
+// written in bf16.
+
+const int FP8_UNIT = 16;            // sizes of 8-bit operands are multiples of this
+const int FP8_LEAST_SIZE = 128;     // smaller matrices multiply in bf16, as in model.py
+
+struct Fp8Tensor {
+    uint8_t *rows, *columns;        // x8 (M, K), and its transpose (K, M)
+    unsigned* largest;              // the bits of max |x| as a float
+    float* scale;
+    bool measured;                  // by the kernel that produces x; else fp8_quantise does it
+};
+
+// The 8-bit operands of one matrix of a layer, in its three products
+struct Fp8Linear { Fp8Tensor x, w, dy; };
+
+// Where the kernel that produces x, or dy, leaves the largest magnitude; NULL: it does not measure.
+static unsigned* largest_x(const Fp8Linear* fp8) {
+    return fp8 != NULL && fp8->x.measured ? fp8->x.largest : NULL;
+}
+static unsigned* largest_dy(const Fp8Linear* fp8) {
+    return fp8 != NULL && fp8->dy.measured ? fp8->dy.largest : NULL;
+}
+
+// What is measured and rounded is a function of what is in memory: itself, or a class of §8.
+struct Itself { static __device__ float forward(float x) { return x; } };
+
+template <class Function> __device__ float rounded(float x) {
+    return (float)(floatX)Function::forward(x);         // as if it had been in memory
+}
+
+// One thread: Packs that are as far apart as the grid has threads. Grid up to 1024 x 256. Reads n;
+// bound by memory.
+template <class Function>
+__global__ void fp8_measure_kernel(unsigned* largest, const floatX* x, int64_t n) {
+    float magnitude = 0.0f;
+    for (int64_t at = thread_in_grid() * PACK; at < n;
+         at += (int64_t)gridDim.x * blockDim.x * PACK) {
+        Pack value = load(x + at);
+        for (int i = 0; i < PACK; i++) {
+            magnitude = fmaxf(magnitude, fabsf(rounded<Function>(value[i])));
+        }
+    }
+    raise_largest(largest, magnitude);
+}
+
+struct alignas(8) Bytes8 { uint32_t words[2]; };
+struct alignas(16) Bytes16 { uint32_t words[4]; };
+
+// 8 floats / scale → 8 bits each. The GPU's conversion takes two numbers at a time. The division is
+// exact to the last bit, as PyTorch's is, even with --use_fast_math.
+template <__nv_fp8_interpretation_t FORMAT>
+__device__ Bytes8 divided(const float* x, float scale) {
+    Bytes8 result = {};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+    return result;      // find_gpu refuses --fp8 1: the GPU has no such conversion
+#endif
+    for (int i = 0; i < 8; i += 2) {
+        float2 pair = {__fdiv_rn(x[i], scale), __fdiv_rn(x[i + 1], scale)};
+        uint32_t two = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, FORMAT);
+        result.words[i / 4] |= two << 8 * (i % 4);
+    }
+    return result;
+}
+
+// x (rows, columns) → to.rows and to.columns, with the scale that follows from *to.largest.
+// One thread: 16 rows of 8 columns, which are 16 stores of 8 bytes in to.rows and 8 stores of 16
+// bytes in to.columns. A warp has 4 threads side by side and 8 one below the other, a block 4 such
+// warps side by side: 128 x 128 numbers. So a warp reads 64 neighbouring bytes of each row and
+// writes 32 of it, and 128 of each column. Grid (columns/128, rows/128) x 128. Moves 4 bytes for
+// each number of x; bound by memory.
+template <__nv_fp8_interpretation_t FORMAT, class Function>
+__global__ void __launch_bounds__(128) fp8_quantise_kernel(Fp8Tensor to, const floatX* x, int rows,
+                                                           int columns) {
+    int lane = threadIdx.x % WARP;
+    int warp = threadIdx.x / WARP;
+    int64_t row = (blockIdx.y * 8 + lane / 4) * 16;
+    int64_t column = (blockIdx.x * 16 + warp * 4 + lane % 4) * 8;
+    const float FORMAT_LARGEST = FORMAT == __NV_E4M3 ? 448.0f : 57344.0f;
+    float scale = __fdiv_rn(fmaxf(__uint_as_float(*to.largest), 1e-12f), FORMAT_LARGEST);
+    if (row == 0 && column == 0) { *to.scale = scale; }
+    if (row >= rows || column >= columns) { return; }
+    Pack loaded[16][8 / PACK];          // first all loads, so that they wait for memory together
+    for (int r = 0; r < 16; r++) {
+        for (int k = 0; k < 8; k += PACK) {
+            loaded[r][k / PACK] = load(x + (row + r) * columns + column + k);
+        }
+    }
+    Bytes8 across[16];
+    for (int r = 0; r < 16; r++) {
+        float values[8];
+        for (int i = 0; i < 8; i++) {
+            values[i] = rounded<Function>(loaded[r][i / PACK][i % PACK]);
+        }
+        across[r] = divided<FORMAT>(values, scale);
+        *(Bytes8*)(to.rows + (row + r) * columns + column) = across[r];
+    }
+    for (int i = 0; i < 8; i++) {
+        Bytes16 down = {};
+        for (int r = 0; r < 16; r++) {
+            uint32_t byte = across[r].words[i / 4] >> 8 * (i % 4) & 255;
+            down.words[r / 4] |= byte << 8 * (r % 4);
+        }
+        *(Bytes16*)(to.columns + (column + i) * rows + row) = down;
+    }
+}
+
+// *to.largest must be 0, unless to.measured. rows and columns are multiples of 16.
+template <__nv_fp8_interpretation_t FORMAT, class Function = Itself>
+static void fp8_quantise(Fp8Tensor to, const floatX* x, int rows, int columns,
+                         cudaStream_t stream) {
+    int64_t n = (int64_t)rows * columns;
+    int64_t blocks = min(ceil_div(n, (int64_t)256 * PACK), (int64_t)1024);
+    if (!to.measured) {
+        launch({"fp8_measure", (double)n * sizeof(floatX)}, {(unsigned)blocks, 256, stream},
+               fp8_measure_kernel<Function>, to.largest, x, n);
+    }
+    dim3 grid(ceil_div(columns, 128), ceil_div(rows, 128));
+    launch({"fp8_quantise", n * (sizeof(floatX) + 2.0)}, {grid, 128, stream},
+           fp8_quantise_kernel<FORMAT, Function>, to, x, rows, columns);
+}
+
+// y = x w + bias. The weights are already in f->w, and if x is NULL, x is already in f->x. As in
+// precision.py, only this product has fast sums.
+static void fp8_linear_forward(floatX* y, const Fp8Linear* f, const floatX* x, const floatX* bias,
+                               LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .transpose = TRANSPOSE_A,
+                 .epilogue = bias != NULL ? ADD_BIAS : PLAIN, .a_type = CUDA_R_8F_E4M3,
+                 .b_type = CUDA_R_8F_E4M3, .fast_sums = true};
+    if (x != NULL) { fp8_quantise<__NV_E4M3>(f->x, x, n.rows, n.C, stream); }
+    matmul(y, f->w.columns, f->x.rows, mm, stream, bias, NULL, {f->w.scale, f->x.scale});
+}
+
+// dx = dy wᵀ, after fp8_linear_backward_weight, which leaves dy in f->dy
+static void fp8_linear_backward_input(floatX* dx, const Fp8Linear* f, LinearSizes n,
+                                      cudaStream_t stream) {
+    Matmul mm = {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A,
+                 .a_type = CUDA_R_8F_E4M3, .b_type = CUDA_R_8F_E5M2};
+    matmul(dx, f->w.rows, f->dy.rows, mm, stream, NULL, NULL, {f->w.scale, f->dy.scale});
+}
+
+// dw += xᵀ dy, where x is still in f->x. Unlike precision.py's, the product is not rounded to bf16
+// before it is added.
+static void fp8_linear_backward_weight(float* dw, const Fp8Linear* f, const floatX* dy,
+                                       LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.OC, .n = n.C, .k = n.rows, .transpose = TRANSPOSE_A, .accumulate = true,
+                 .a_type = CUDA_R_8F_E5M2, .b_type = CUDA_R_8F_E4M3};
+    fp8_quantise<__NV_E5M2>(f->dy, dy, n.rows, n.OC, stream);
+    matmul(dw, f->dy.columns, f->x.columns, mm, stream, NULL, NULL, {f->dy.scale, f->x.scale});
+}
 
 // y (rows, OC) += bias (OC), where no kernel of cuBLASLt adds it. One thread: one Pack. Grid
 // rows*OC/PACK/256 x 256. Moves 2 rows*OC; bound by memory.
@@ -1147,9 +1368,12 @@ __global__ void add_bias_kernel(floatX* y, const floatX* bias, int64_t n, int OC
     store(y + at, value);
 }
 
+// Of the functions below, those with a parameter `fp8` multiply in 8 bits if it is not NULL.
+
 // y = x w + bias; bias may be NULL
 static void linear_forward(floatX* y, const floatX* x, const floatX* w, const floatX* bias,
-                           LinearSizes n, cudaStream_t stream) {
+                           LinearSizes n, cudaStream_t stream, const Fp8Linear* fp8 = NULL) {
+    if (fp8 != NULL) { return fp8_linear_forward(y, fp8, x, bias, n, stream); }
     Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C};
     Matmul with_bias = mm;
     with_bias.epilogue = ADD_BIAS;
@@ -1167,15 +1391,21 @@ static void linear_forward(floatX* y, const floatX* x, const floatX* w, const fl
 
 // dx = dy wᵀ
 static void linear_backward_input(floatX* dx, const floatX* dy, const floatX* w, LinearSizes n,
-                                  cudaStream_t stream) {
+                                  cudaStream_t stream, const Fp8Linear* fp8 = NULL) {
+    if (fp8 != NULL) { return fp8_linear_backward_input(dx, fp8, n, stream); }
     matmul(dx, w, dy, {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A}, stream);
 }
 
 // dw += xᵀ dy    dbias += Σ_rows dy; dbias may be NULL
 static void linear_backward_weight(float* dw, float* dbias, float* partials, const floatX* x,
-                                   const floatX* dy, LinearSizes n, cudaStream_t stream) {
+                                   const floatX* dy, LinearSizes n, cudaStream_t stream,
+                                   const Fp8Linear* fp8 = NULL) {
     Matmul mm = {.m = n.OC, .n = n.C, .k = n.rows, .transpose = TRANSPOSE_B, .accumulate = true};
-    matmul(dw, dy, x, mm, stream);
+    if (fp8 != NULL) {
+        fp8_linear_backward_weight(dw, fp8, dy, n, stream);
+    } else {
+        matmul(dw, dy, x, mm, stream);
+    }
     if (dbias != NULL) { bias_backward(dbias, partials, dy, n.rows, n.OC, stream); }
 }
 
@@ -1520,30 +1750,42 @@ __device__ void load_keys(floatX* k, floatX* v, const floatX* from, int64_t C, i
     cp_async_commit();
 }
 
+// Sets elements of a product to -∞ where the query does not see the key. If KEYS is false, rows are
+// queries, as in q kᵀ; if it is true, rows are keys, as in k qᵀ. `row` is the first of the lane's
+// two.
+template <bool KEYS, int N>
+__device__ void hide_unseen(float (&p)[N][4], int row, int first_column, int window) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int column = first_column + n * 8 + threadIdx.x % 4 * 2 + i % 2;
+            int query = KEYS ? column : row + i / 2 * 8;
+            int key = KEYS ? row + i / 2 * 8 : column;
+            if (!sees(query, key, window)) { p[n][i] = -INFINITY; }
+        }
+    }
+}
+
 // The state of the softmax of a lane's two rows, lane/4 and lane/4 + 8
 template <int HS> struct OnlineSoftmax {
     float highest[2] = {LOWEST, LOWEST};    // of the row's scores so far
     float total[2] = {};                    // Σ 2^(score - highest), over this lane's columns
 
-    // p: in q kᵀ for 64 keys, out 2^(score - highest). Where a row has a new highest score, the row
-    // of sum, Σ 2^(score - highest) v, and total shrink. `query` is the first of the lane's two.
-    __device__ void add_tile(float (&p)[TILE / 8][4], float (&sum)[HS / 8][4], int query,
-                             int first_key, float to_base_2, int window) {
-        float new_highest[2] = {highest[0], highest[1]};
+    // p: in q kᵀ for 8 N keys, out 2^(score - highest). Where a row has a new highest score, the
+    // row of sum, Σ 2^(score - highest) v, and total shrink.
+    template <int N>
+    __device__ void add_tile(float (&p)[N][4], float (&sum)[HS / 8][4], float to_base_2) {
+        float of_tile[2] = {-INFINITY, -INFINITY};      // the highest of q kᵀ
 #pragma unroll
-        for (int n = 0; n < TILE / 8; n++) {
+        for (int n = 0; n < N; n++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int key = first_key + n * 8 + threadIdx.x % 4 * 2 + i % 2;
-                bool seen = sees(query + i / 2 * 8, key, window);
-                p[n][i] = seen ? p[n][i] * to_base_2 : -INFINITY;
-                new_highest[i / 2] = fmaxf(new_highest[i / 2], p[n][i]);
-            }
+            for (int i = 0; i < 4; i++) { of_tile[i / 2] = fmaxf(of_tile[i / 2], p[n][i]); }
         }
         for (int r = 0; r < 2; r++) {
-            new_highest[r] = quad_max(new_highest[r]);
-            float shrink = exp2f(highest[r] - new_highest[r]);
-            highest[r] = new_highest[r];
+            float new_highest = fmaxf(highest[r], quad_max(of_tile[r]) * to_base_2);
+            float shrink = exp2f(highest[r] - new_highest);
+            highest[r] = new_highest;
             total[r] *= shrink;
             for (auto& part : sum) {
                 part[2 * r] *= shrink;
@@ -1551,10 +1793,10 @@ template <int HS> struct OnlineSoftmax {
             }
         }
 #pragma unroll
-        for (int n = 0; n < TILE / 8; n++) {
+        for (int n = 0; n < N; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                p[n][i] = exp2f(p[n][i] - highest[i / 2]);
+                p[n][i] = exp2f(p[n][i] * to_base_2 - highest[i / 2]);
                 total[i / 2] += p[n][i];
             }
         }
@@ -1600,7 +1842,8 @@ attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSize
         __syncthreads();
         float p[TILE / 8][4];
         multiply_transposed<HS, TILE>(p, q, warp * 16, k_tile);
-        softmax.add_tile(p, sum, query, j * TILE, to_base_2, sizes.window);
+        hide_unseen<false>(p, query, j * TILE, sizes.window);
+        softmax.add_tile(p, sum, to_base_2);
         multiply_add<HS, TILE>(sum, p, v_tile);
         __syncthreads();
     }
@@ -1618,21 +1861,22 @@ attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSize
 // Where rows of q or k are: t of the first one in a warp's 16, their b and h, and 0 for q, 1 for k
 struct Place { int t, b, h, part; };
 
-// In dN: rows (16, HS) of a warp, in dq' or dk', out dq or dk, as by rotary_backward_kernel. Rows
-// `row` … row + 15 of the tile are q' or k'. A lane has both channels of each pair that is turned,
-// because they are HS/2 apart, a multiple of 8. Only the sum over a row needs the quad.
-template <int HS>
-__device__ void turn_back(float (&rows)[HS / 8][4], floatX* tile, int row, Place at, Rotary rotary,
+// In dN: rows (16, HS) of a warp, in dq' or dk', out dq or dk, as by rotary_backward_kernel.
+// chunk(r, n) is where chunk n of row r of q' or k' lies in shared memory. A lane has both channels
+// of each pair that is turned, because they are HS/2 apart, a multiple of 8. Only the sum over a
+// row needs the quad.
+template <int HS, class Chunk>
+__device__ void turn_back(float (&rows)[HS / 8][4], Chunk chunk, Place at, Rotary rotary,
                           AttentionSizes sizes) {
     int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        int t = at.t + lane / 4 + 8 * r;
-        int tile_row = row + lane / 4 + 8 * r;
+        int row = lane / 4 + 8 * r;
+        int t = at.t + row;
         float product = 0.0f;
 #pragma unroll
         for (int n = 0; n < HS / 8; n++) {
-            const floatX* turned = chunk_at<HS>(tile, tile_row, n) + lane % 4 * 2;
+            const floatX* turned = chunk(row, n) + lane % 4 * 2;
             for (int i = 0; i < 2; i++) { product += rows[n][2 * r + i] * (float)turned[i]; }
         }
         float mean = quad_sum(product) / HS;
@@ -1642,8 +1886,8 @@ __device__ void turn_back(float (&rows)[HS / 8][4], floatX* tile, int row, Place
 #pragma unroll
         for (int n = 0; n < HS / 16; n++) {
             int c = n * 8 + lane % 4 * 2;
-            const floatX* low = chunk_at<HS>(tile, tile_row, n) + lane % 4 * 2;
-            const floatX* high = chunk_at<HS>(tile, tile_row, n + HS / 16) + lane % 4 * 2;
+            const floatX* low = chunk(row, n) + lane % 4 * 2;
+            const floatX* high = chunk(row, n + HS / 16) + lane % 4 * 2;
             for (int i = 0; i < 2; i++) {
                 float* d_low = &rows[n][2 * r + i];
                 float* d_high = &rows[n + HS / 16][2 * r + i];
@@ -1741,7 +1985,8 @@ attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy
     }
     floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
     int t = key_0 + warp * 16;
-    if (TURNS) { turn_back<HS>(dk, k, warp * 16, {t, b, h, 1}, rotary, sizes); }
+    auto chunk = [&](int r, int n) { return chunk_at<HS>(k, warp * 16 + r, n); };
+    if (TURNS) { turn_back<HS>(dk, chunk, {t, b, h, 1}, rotary, sizes); }
     store_rows<HS>(to + C, 3 * C, t, T, dk, scale, scale);
     store_rows<HS>(to + 2 * C, 3 * C, t, T, dv, 1.0f, 1.0f);
 }
@@ -1811,7 +2056,8 @@ attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX*
     }
     floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
     int t = last * TILE + warp * 16;
-    if (TURNS) { turn_back<HS>(dq, q, warp * 16, {t, b, h, 0}, rotary, sizes); }
+    auto chunk = [&](int r, int n) { return chunk_at<HS>(q, warp * 16 + r, n); };
+    if (TURNS) { turn_back<HS>(dq, chunk, {t, b, h, 0}, rotary, sizes); }
     store_rows<HS>(to, 3 * C, t, T, dq, scale, scale);
 }
 
@@ -1848,6 +2094,687 @@ static void flash_backward(floatX* dqkv, const floatX* qkv, const floatX* dy, co
            {grid, ATTENTION_THREADS, stream, bytes}, attention_backward_queries_kernel<HS, TURNS>,
            dqkv, qkv, dy, lse, delta, rotary, sizes);
 }
+
+// ---- §7, on Hopper: wgmma, TMA, mbarriers -------------------------------------------------------
+//
+// The same three kernels for GPUs of compute capability 9.0 (H100, H200). --attention mma does
+// without them. They use what only these GPUs have:
+//
+//   wgmma     Four warps, a warpgroup, multiply together: C (64, N) += A (64, 16) B (16, N). B is
+//             read from shared memory, once for all four. A is there, too, or in registers. The
+//             products are asynchronous: threads start some, and wait for them later.
+//   TMA       One thread starts the copy of a box of a matrix into shared memory. The hardware
+//             computes all addresses, swizzles, and writes zeros for rows from T on.
+//   mbarrier  A counter in shared memory of arrivals of threads, and of bytes that TMA copies. When
+//             all have come, its phase ends and the next one begins. A phase has a parity, 0 or 1
+//             in turn, and threads wait until the phase of some parity has ended.
+//
+// A block has 128 rows, queries or keys: 64 for each of two warpgroups, the consumers. One warp of
+// a third warpgroup is the producer: it copies the tiles by which they multiply into a ring of two
+// places, each with two mbarriers. Figure 4, from left to right in time:
+//
+//     producer    copy 0 │ copy 1 │ wait for empty[0] │ copy 2 │ wait for empty[1] │ copy 3 │ …
+//     full[0]     ends when tile 0 is there, then when tile 2 is there, …
+//     consumer    wait for full[0] │ multiply by 0 │ wait for full[1] │ multiply by 1 │ …
+//     empty[0]    ends when all warps of the consumers have finished with tile 0, then with 2, …
+//
+// The warpgroups do not wait for one another, so one computes powers of 2 while the other one
+// multiplies. Masks are applied only in tiles where a query does not see a key, and a warpgroup
+// skips tiles where none of its queries sees any key.
+//
+// A Panel is 64 rows of 64 channels of a head, swizzled as in Figure 2 by TMA. A tile of 128 rows
+// has two panels one below the other. A head of 128 channels has two such columns of panels, the
+// first 64 channels first. C is spread over each warp as in Figure 1, with 16 rows a warp, and so
+// is A if it is in registers.
+//
+// The layouts and rules are those of the PTX manual, "Asynchronous Warpgroup Level Matrix
+// Instructions", and of CUTLASS's mma_traits_sm90_gmma.hpp.
+
+const int PANEL = 64;                       // rows and channels of a Panel
+const int BLOCK_ROWS = 2 * PANEL;
+const int STAGES = 2;                       // places in the ring
+const int CONSUMER_WARPS = 8;
+const int HOPPER_THREADS = (CONSUMER_WARPS + 4) * WARP;
+
+struct alignas(1024) Panel { floatX rows[PANEL][PANEL]; };
+template <int HS, int ROWS> constexpr int PANELS = (HS / PANEL) * (ROWS / PANEL);      // of a tile
+
+// Rows of the tiles that a block walks over, forward and backward: as many as the registers allow
+template <int HS> constexpr int KEY_TILE = HS == 64 ? 64 : 128;
+template <int HS> constexpr int BACKWARD_TILE = HS == 64 ? 128 : 64;
+
+// Blocks of the forward kernel on a multiprocessor at a time. With small tiles there are two, which
+// together keep the tensor cores busier than one.
+template <int HS> constexpr int FORWARD_BLOCKS = HS * KEY_TILE<HS> == 64 * 64 ? 2 : 1;
+
+// The 65536 registers of a multiprocessor are 168 a thread for one block, or 80 for two. The
+// producer's warpgroup keeps 24, the fewest that are allowed, and the consumers take the others.
+template <int BLOCKS> constexpr int CONSUMER_REGISTERS = BLOCKS == 1 ? 240 : 104;
+
+struct Ring { uint64_t full[STAGES], empty[STAGES]; };      // mbarriers
+
+// Device code for Hopper alone is compiled for sm_90a, not for sm_90. choose_attention asks the GPU
+// which of the two it runs.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(CUEMU)
+#define SM_90A
+__device__ int compiled_for_sm_90a = 1;
+#else
+__device__ int compiled_for_sm_90a = 0;
+#endif
+
+#ifndef CUEMU
+// Each has its twin of the same name in tests/cuda_emulator.
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;"
+                 :: "r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// Makes new mbarriers known to TMA.
+__device__ __forceinline__ void fence_mbarrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];"
+                 :: "r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and lets this phase also wait for so many bytes of copies.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;"
+                 :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+
+// Waits until the phase of this parity has ended. Before the first phase, parity 1 has.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
+    uint32_t ended = 0;
+    while (ended == 0) {
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p,[%1],%2; "
+                     "selp.u32 %0,1,0,p;}"
+                     : "=r"(ended) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+    }
+}
+
+// Starts the copy of the box at (x, y, z) of a matrix. The mbarrier counts its bytes.
+__device__ __forceinline__ void tma_copy(void* to, const CUtensorMap* matrix, int x, int y, int z,
+                                         uint64_t* barrier) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0],[%1,{%3,%4,%5}],[%2];"
+                 :: "r"(shared_address(to)), "l"(matrix), "r"(shared_address(barrier)), "r"(x),
+                    "r"(y), "r"(z) : "memory");
+}
+
+// The compiler may not move reads or writes of these registers past this point.
+template <int N> __device__ __forceinline__ void pin(float (&c)[N][4]) {
+    for (auto& part : c) {
+        for (float& element : part) { asm volatile("" : "+f"(element) :: "memory"); }
+    }
+}
+
+// Products that start after this may use registers which were written before it.
+template <int N> __device__ __forceinline__ void wgmma_fence(float (&c)[N][4]) {
+    pin(c);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Makes one group of all products started since the last call.
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits for all groups. Only then may c be read, and what they read be overwritten.
+template <int N> __device__ __forceinline__ void wgmma_wait(float (&c)[N][4]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    pin(c);
+}
+
+// Changes the number of registers that each thread of a warpgroup has. All of its warps must call
+// it.
+template <int N> __device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
+}
+
+template <int N> __device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
+}
+
+#define C4(c, n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define C32(c, n) C4(c, n), C4(c, n + 1), C4(c, n + 2), C4(c, n + 3), \
+                  C4(c, n + 4), C4(c, n + 5), C4(c, n + 6), C4(c, n + 7)
+#define NAMES_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
+                 "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NAMES_64 NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48," \
+                 "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+
+// Starts c (64, N) = a (64, 16) b (16, N), or c += a b if `add`. Both are in shared memory, where
+// rows of a and columns of b are contiguous ("K-major": 0, 0 at the end of the instruction).
+template <int N>
+__device__ __forceinline__ void wgmma_shared(float (&c)[N / 8][4], uint64_t a, uint64_t b,
+                                             bool add) {
+    static_assert(N == 64 || N == 128);
+    if constexpr (N == 64) {
+        asm volatile("{.reg .pred p; setp.ne.b32 p,%34,0; "
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     "{" NAMES_32 "},%32,%33,p,1,1,0,0;}"
+                     : C32(c, 0) : "l"(a), "l"(b), "r"((int)add));
+    } else {
+        asm volatile("{.reg .pred p; setp.ne.b32 p,%66,0; "
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                     "{" NAMES_64 "},%64,%65,p,1,1,0,0;}"
+                     : C32(c, 0), C32(c, 8) : "l"(a), "l"(b), "r"((int)add));
+    }
+}
+
+// Starts c (64, N) += a (64, 16) b (16, N). a is in registers. b is in shared memory, where its
+// rows are contiguous ("MN-major": 1 at the end of the instruction).
+template <int N>
+__device__ __forceinline__ void wgmma_registers(float (&c)[N / 8][4], const uint32_t (&a)[4],
+                                                uint64_t b) {
+    static_assert(N == 64 || N == 128);
+    if constexpr (N == 64) {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     "{" NAMES_32 "},{%32,%33,%34,%35},%36,1,1,1,1;"
+                     : C32(c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    } else {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                     "{" NAMES_64 "},{%64,%65,%66,%67},%68,1,1,1,1;"
+                     : C32(c, 0), C32(c, 8)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    }
+}
+#endif
+
+// A shuffle tells the compiler that all lanes get the same number. So it computes addresses once
+// for the warp.
+__device__ int warp_number() { return __shfl_sync(~0u, threadIdx.x / WARP, 0); }
+
+// How wgmma finds a matrix in panels: where it starts, how far it is to the next 64 channels and to
+// the next 8 rows, all in units of 16 bytes, and 1 for the swizzle of 128 bytes. In a K-major
+// matrix the 16 channels of a product are in one panel, so the first distance is not used.
+__device__ uint64_t matrix_descriptor(const floatX* start, int panels_to_next_channels) {
+    uint64_t address = shared_address(start) / 16;
+    uint64_t next_channels = panels_to_next_channels * sizeof(Panel) / 16;
+    uint64_t next_rows = 8 * PANEL * sizeof(floatX) / 16;
+    return address | next_channels << 16 | next_rows << 32 | (uint64_t)1 << 62;
+}
+
+// Starts product (64, N) = a bᵀ for a warpgroup, where a is its 64 rows of a tile of BLOCK_ROWS,
+// and b is a tile of N rows.
+template <int HS, int N>
+__device__ void start_multiply_transposed(float (&product)[N / 8][4], const Panel* a,
+                                          const Panel* b) {
+#pragma unroll
+    for (int k = 0; k < HS; k += 16) {
+        const Panel* left = a + k / PANEL * (BLOCK_ROWS / PANEL);
+        const Panel* right = b + k / PANEL * (N / PANEL);
+        wgmma_shared<N>(product, matrix_descriptor(&left->rows[0][k % PANEL], 0),
+                        matrix_descriptor(&right->rows[0][k % PANEL], 0), k > 0);
+    }
+}
+
+// Where chunk n of row r of a warpgroup's 64 rows lies in a tile of BLOCK_ROWS
+__device__ const floatX* chunk_in_panels(const Panel* group, int r, int n) {
+    const Panel* panel = group + n / 8 * (BLOCK_ROWS / PANEL);
+    return &panel->rows[r][(n % 8 ^ r % 8) * 8];
+}
+
+// The left factor of start_multiply_add: a product rounded to bf16. See multiply_add.
+template <int N>
+__device__ void round_product(uint32_t (&left)[N / 2][4], const float (&product)[N][4]) {
+#pragma unroll
+    for (int k = 0; k < N; k += 2) {
+        const float* near = product[k];
+        const float* far = product[k + 1];
+        left[k / 2][0] = pack_bf16(near[0], near[1]);
+        left[k / 2][1] = pack_bf16(near[2], near[3]);
+        left[k / 2][2] = pack_bf16(far[0], far[1]);
+        left[k / 2][3] = pack_bf16(far[2], far[3]);
+    }
+}
+
+// Starts sum (64, HS) += a b for a warpgroup, where a (64, K) is in registers and b is a tile of K
+// rows.
+template <int HS, int K>
+__device__ void start_multiply_add(float (&sum)[HS / 8][4], const uint32_t (&a)[K / 16][4],
+                                   const Panel* b) {
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+        const floatX* right = b[k / PANEL].rows[k % PANEL];
+        wgmma_registers<HS>(sum, a[k / 16], matrix_descriptor(right, K / PANEL));
+    }
+}
+
+// One thread: starts to copy rows first … first + ROWS - 1 of row b of the batch into a tile.
+// `channel` is where the head begins.
+template <int HS, int ROWS>
+__device__ void copy_tile(Panel* tile, const CUtensorMap* matrix, int channel, int first, int b,
+                          uint64_t* barrier) {
+    for (int c = 0; c < HS; c += PANEL) {
+        for (int r = 0; r < ROWS; r += PANEL) {
+            tma_copy(tile, matrix, channel + c, first + r, b, barrier);
+            tile++;
+        }
+    }
+}
+
+// A place in the ring is full after `arrivals` and its bytes, and empty after all consumers' warps.
+__device__ void init_ring(Ring* ring, uint64_t* rows_here, int arrivals) {
+    if (threadIdx.x == 0) {
+        mbarrier_init(rows_here, 1);
+        for (int i = 0; i < STAGES; i++) {
+            mbarrier_init(&ring->full[i], arrivals);
+            mbarrier_init(&ring->empty[i], CONSUMER_WARPS);
+        }
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+}
+
+// The n-th tile of a block lies in place n % STAGES of the ring, as the n / STAGES-th one there.
+__device__ void wait_until_empty(Ring* ring, int n) {
+    mbarrier_wait(&ring->empty[n % STAGES], n / STAGES % 2 ^ 1);
+}
+
+__device__ void wait_until_full(Ring* ring, int n) {
+    mbarrier_wait(&ring->full[n % STAGES], n / STAGES % 2);
+}
+
+__device__ void leave_place(Ring* ring, int n) {
+    __syncwarp();
+    if (threadIdx.x % WARP == 0) { mbarrier_arrive(&ring->empty[n % STAGES]); }
+}
+
+// The producer of the kernels that walk over keys: copies tiles first … last of k and v.
+template <int HS, int KEYS>
+__device__ void copy_keys(Panel* k, Panel* v, const CUtensorMap* qkv, Ring* ring, int C, int h,
+                          int b, int first, int last) {
+    for (int n = 0; n <= last - first; n++) {
+        int tile = n % STAGES * PANELS<HS, KEYS>;
+        int key = (first + n) * KEYS;
+        uint64_t* full = &ring->full[n % STAGES];
+        wait_until_empty(ring, n);
+        mbarrier_arrive_expect(full, 2 * PANELS<HS, KEYS> * sizeof(Panel));
+        copy_tile<HS, KEYS>(k + tile, qkv, C + h * HS, key, b, full);
+        copy_tile<HS, KEYS>(v + tile, qkv, 2 * C + h * HS, key, b, full);
+    }
+}
+
+// True if one of n_queries, from `query` on, sees one of n_keys, from `key` on
+__device__ bool sees_any(int query, int n_queries, int key, int n_keys, int window) {
+    return key < query + n_queries && query - (key + n_keys - 1) <= window;
+}
+
+// True if each of them sees each of the keys
+__device__ bool sees_all(int query, int n_queries, int key, int n_keys, int window) {
+    return key + n_keys - 1 <= query && query + n_queries - 1 - key <= window;
+}
+
+// y and lse. One block: 128 queries of a head, 64 for each warpgroup of consumers, which has their
+// scores and sums in its registers. It walks over the tiles of keys that its queries see. Grid
+// (T/128, NH, B) x 384, blocks with the most keys first. Reads k and v T/128 times, mostly from L2.
+// 2 BT²C FLOP; bound by tensor cores.
+template <int HS> __global__ void __launch_bounds__(HOPPER_THREADS, FORWARD_BLOCKS<HS>)
+hopper_attention_forward_kernel(floatX* y, float* lse, const __grid_constant__ CUtensorMap qkv,
+                                AttentionSizes sizes) {
+#ifdef SM_90A
+    constexpr int KEYS = KEY_TILE<HS>;
+    extern __shared__ Panel panels[];
+    __shared__ Ring ring;
+    __shared__ uint64_t q_here;
+    Panel* q = panels;                              // one tile
+    Panel* k = q + PANELS<HS, BLOCK_ROWS>;          // STAGES tiles
+    Panel* v = k + STAGES * PANELS<HS, KEYS>;       // STAGES tiles
+    int T = sizes.T, NH = sizes.NH;
+    int lane = threadIdx.x % WARP;
+    int warp = warp_number();
+    int h = blockIdx.y;
+    int b = blockIdx.z;
+    int C = NH * HS;
+    int block_query = (gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS;
+    int first = max(0, block_query - sizes.window) / KEYS;          // tiles of keys
+    int last = min(T - 1, block_query + BLOCK_ROWS - 1) / KEYS;
+    init_ring(&ring, &q_here, 1);
+
+    if (warp >= CONSUMER_WARPS) {                   // the producer
+        give_registers<24>();
+        if (threadIdx.x != CONSUMER_WARPS * WARP) { return; }
+        mbarrier_arrive_expect(&q_here, PANELS<HS, BLOCK_ROWS> * sizeof(Panel));
+        copy_tile<HS, BLOCK_ROWS>(q, &qkv, h * HS, block_query, b, &q_here);
+        copy_keys<HS, KEYS>(k, v, &qkv, &ring, C, h, b, first, last);
+        return;
+    }
+    take_registers<CONSUMER_REGISTERS<FORWARD_BLOCKS<HS>>>();
+    int group = warp / 4;                           // the warpgroup
+    int group_query = block_query + group * PANEL;
+    int query = group_query + warp % 4 * 16 + lane / 4;     // the first of this lane's two
+    float sum[HS / 8][4] = {};                      // Σ 2^(score - highest) v
+    OnlineSoftmax<HS> softmax;
+    float to_base_2 = rsqrtf((float)HS) * LOG2_E * sizes.sharpness;
+    mbarrier_wait(&q_here, 0);
+    for (int n = 0; n <= last - first; n++) {
+        Panel* k_tile = k + n % STAGES * PANELS<HS, KEYS>;
+        Panel* v_tile = v + n % STAGES * PANELS<HS, KEYS>;
+        int key = (first + n) * KEYS;
+        wait_until_full(&ring, n);
+        if (sees_any(group_query, PANEL, key, KEYS, sizes.window)) {
+            float p[KEYS / 8][4];
+            uint32_t rounded[KEYS / 16][4];
+            wgmma_fence(p);
+            start_multiply_transposed<HS, KEYS>(p, q + group, k_tile);
+            wgmma_commit();
+            wgmma_wait(p);
+            if (!sees_all(group_query, PANEL, key, KEYS, sizes.window)) {
+                hide_unseen<false>(p, query, key, sizes.window);
+            }
+            softmax.add_tile(p, sum, to_base_2);
+            round_product(rounded, p);
+            wgmma_fence(sum);
+            start_multiply_add<HS, KEYS>(sum, rounded, v_tile);
+            wgmma_commit();
+            wgmma_wait(sum);
+        }
+        leave_place(&ring, n);
+    }
+    for (int r = 0; r < 2; r++) {
+        softmax.total[r] = quad_sum(softmax.total[r]);
+        int t = query + 8 * r;
+        if (lane % 4 == 0 && t < T) {
+            lse[((int64_t)b * NH + h) * T + t] = softmax.highest[r] + log2f(softmax.total[r]);
+        }
+    }
+    store_rows<HS>(y + head_start(b, h, T, NH, HS, 1), C, group_query + warp % 4 * 16, T, sum,
+                   1.0f / softmax.total[0], 1.0f / softmax.total[1]);
+#endif
+}
+
+// dk and dv. One block: 128 keys of a head, 64 for each warpgroup of consumers, which has their dk
+// and dv in its registers. It walks over the tiles of queries that see its keys; all lanes of the
+// producer also copy their lse and delta. S, P, dP and dS are transposed, as in
+// attention_backward_keys_kernel. Grid (T/128, NH, B) x 384. Reads q and dy T/128 times, mostly
+// from L2. 4 BT²C FLOP; bound by tensor cores.
+template <int HS, bool TURNS> __global__ void __launch_bounds__(HOPPER_THREADS, 1)
+hopper_attention_backward_keys_kernel(floatX* dqkv, const float* lse, const float* delta,
+                                      const __grid_constant__ CUtensorMap qkv,
+                                      const __grid_constant__ CUtensorMap dy, Rotary rotary,
+                                      AttentionSizes sizes) {
+#ifdef SM_90A
+    constexpr int QUERIES = BACKWARD_TILE<HS>;
+    extern __shared__ Panel panels[];
+    __shared__ Ring ring;
+    __shared__ uint64_t keys_here;
+    __shared__ float lse_tiles[STAGES][QUERIES];
+    __shared__ float delta_tiles[STAGES][QUERIES];
+    Panel* k = panels;                              // one tile
+    Panel* v = k + PANELS<HS, BLOCK_ROWS>;          // one tile
+    Panel* q = v + PANELS<HS, BLOCK_ROWS>;          // STAGES tiles
+    Panel* dy_tiles = q + STAGES * PANELS<HS, QUERIES>;     // STAGES tiles
+    int T = sizes.T, NH = sizes.NH;
+    int lane = threadIdx.x % WARP;
+    int warp = warp_number();
+    int h = blockIdx.y;
+    int b = blockIdx.z;
+    int C = NH * HS;
+    int block_key = blockIdx.x * BLOCK_ROWS;
+    int first = block_key / QUERIES;                // tiles of queries
+    int last = (min(T, block_key + BLOCK_ROWS + sizes.window) - 1) / QUERIES;
+    init_ring(&ring, &keys_here, WARP);
+
+    if (warp >= CONSUMER_WARPS) {                   // the producer
+        give_registers<24>();
+        if (warp != CONSUMER_WARPS) { return; }
+        int64_t row = ((int64_t)b * NH + h) * T;
+        if (lane == 0) {
+            mbarrier_arrive_expect(&keys_here, 2 * PANELS<HS, BLOCK_ROWS> * sizeof(Panel));
+            copy_tile<HS, BLOCK_ROWS>(k, &qkv, C + h * HS, block_key, b, &keys_here);
+            copy_tile<HS, BLOCK_ROWS>(v, &qkv, 2 * C + h * HS, block_key, b, &keys_here);
+        }
+        for (int n = 0; n <= last - first; n++) {
+            int place = n % STAGES;
+            int query = (first + n) * QUERIES;
+            uint64_t* full = &ring.full[place];
+            wait_until_empty(&ring, n);
+            for (int i = lane; i < QUERIES; i += WARP) {    // from T on, P becomes 2^-inf = 0
+                int t = query + i;
+                lse_tiles[place][i] = t < T ? lse[row + t] : INFINITY;
+                delta_tiles[place][i] = t < T ? delta[row + t] : 0.0f;
+            }
+            if (lane != 0) {
+                mbarrier_arrive(full);
+                continue;
+            }
+            mbarrier_arrive_expect(full, 2 * PANELS<HS, QUERIES> * sizeof(Panel));
+            copy_tile<HS, QUERIES>(q + place * PANELS<HS, QUERIES>, &qkv, h * HS, query, b, full);
+            copy_tile<HS, QUERIES>(dy_tiles + place * PANELS<HS, QUERIES>, &dy, h * HS, query, b,
+                                   full);
+        }
+        return;
+    }
+    take_registers<CONSUMER_REGISTERS<1>>();
+    int group = warp / 4;                           // the warpgroup
+    int group_key = block_key + group * PANEL;
+    int key = group_key + warp % 4 * 16 + lane / 4;         // the first of this lane's two
+    float dk[HS / 8][4] = {};
+    float dv[HS / 8][4] = {};
+    float scale = rsqrtf((float)HS) * sizes.sharpness;
+    float to_base_2 = scale * LOG2_E;
+    mbarrier_wait(&keys_here, 0);
+    for (int n = 0; n <= last - first; n++) {
+        int place = n % STAGES;
+        Panel* q_tile = q + place * PANELS<HS, QUERIES>;
+        Panel* dy_tile = dy_tiles + place * PANELS<HS, QUERIES>;
+        int query = (first + n) * QUERIES;
+        wait_until_full(&ring, n);
+        if (sees_any(query, QUERIES, group_key, PANEL, sizes.window)) {
+            float p[QUERIES / 8][4];                // Sᵀ = k qᵀ, then Pᵀ
+            float ds[QUERIES / 8][4];               // dPᵀ = v dyᵀ, then dSᵀ
+            uint32_t p_rounded[QUERIES / 16][4];
+            uint32_t ds_rounded[QUERIES / 16][4];
+            wgmma_fence(p);
+            wgmma_fence(ds);
+            start_multiply_transposed<HS, QUERIES>(p, k + group, q_tile);
+            start_multiply_transposed<HS, QUERIES>(ds, v + group, dy_tile);
+            wgmma_commit();
+            wgmma_wait(p);
+            wgmma_wait(ds);
+            if (!sees_all(query, QUERIES, group_key, PANEL, sizes.window)) {
+                hide_unseen<true>(p, key, query, sizes.window);
+            }
+#pragma unroll
+            for (int m = 0; m < QUERIES / 8; m++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int column = m * 8 + lane % 4 * 2 + i % 2;
+                    p[m][i] = exp2f(p[m][i] * to_base_2 - lse_tiles[place][column]);
+                    ds[m][i] = p[m][i] * (ds[m][i] - delta_tiles[place][column]);
+                }
+            }
+            round_product(p_rounded, p);
+            round_product(ds_rounded, ds);
+            wgmma_fence(dv);
+            wgmma_fence(dk);
+            start_multiply_add<HS, QUERIES>(dv, p_rounded, dy_tile);
+            start_multiply_add<HS, QUERIES>(dk, ds_rounded, q_tile);
+            wgmma_commit();
+            wgmma_wait(dv);
+            wgmma_wait(dk);
+        }
+        leave_place(&ring, n);
+    }
+    floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
+    int warp_row = warp % 4 * 16;
+    int warp_key = group_key + warp_row;
+    auto chunk = [&](int r, int n) { return chunk_in_panels(k + group, warp_row + r, n); };
+    if (TURNS) { turn_back<HS>(dk, chunk, {warp_key, b, h, 1}, rotary, sizes); }
+    store_rows<HS>(to + C, 3 * C, warp_key, T, dk, scale, scale);
+    store_rows<HS>(to + 2 * C, 3 * C, warp_key, T, dv, 1.0f, 1.0f);
+#endif
+}
+
+// dq. One block: 128 queries of a head, 64 for each warpgroup of consumers, which has their dq, lse
+// and delta in its registers. It walks over the tiles of keys as in the forward pass. Grid (T/128,
+// NH, B) x 384. Reads k and v T/128 times, mostly from L2. 3 BT²C FLOP; bound by tensor cores.
+template <int HS, bool TURNS> __global__ void __launch_bounds__(HOPPER_THREADS, 1)
+hopper_attention_backward_queries_kernel(floatX* dqkv, const float* lse, const float* delta,
+                                         const __grid_constant__ CUtensorMap qkv,
+                                         const __grid_constant__ CUtensorMap dy, Rotary rotary,
+                                         AttentionSizes sizes) {
+#ifdef SM_90A
+    constexpr int KEYS = BACKWARD_TILE<HS>;
+    extern __shared__ Panel panels[];
+    __shared__ Ring ring;
+    __shared__ uint64_t queries_here;
+    Panel* q = panels;                              // one tile
+    Panel* dy_tile = q + PANELS<HS, BLOCK_ROWS>;    // one tile
+    Panel* k = dy_tile + PANELS<HS, BLOCK_ROWS>;    // STAGES tiles
+    Panel* v = k + STAGES * PANELS<HS, KEYS>;       // STAGES tiles
+    int T = sizes.T, NH = sizes.NH;
+    int lane = threadIdx.x % WARP;
+    int warp = warp_number();
+    int h = blockIdx.y;
+    int b = blockIdx.z;
+    int C = NH * HS;
+    int block_query = (gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS;
+    int first = max(0, block_query - sizes.window) / KEYS;          // tiles of keys
+    int last = min(T - 1, block_query + BLOCK_ROWS - 1) / KEYS;
+    init_ring(&ring, &queries_here, 1);
+
+    if (warp >= CONSUMER_WARPS) {                   // the producer
+        give_registers<24>();
+        if (threadIdx.x != CONSUMER_WARPS * WARP) { return; }
+        mbarrier_arrive_expect(&queries_here, 2 * PANELS<HS, BLOCK_ROWS> * sizeof(Panel));
+        copy_tile<HS, BLOCK_ROWS>(q, &qkv, h * HS, block_query, b, &queries_here);
+        copy_tile<HS, BLOCK_ROWS>(dy_tile, &dy, h * HS, block_query, b, &queries_here);
+        copy_keys<HS, KEYS>(k, v, &qkv, &ring, C, h, b, first, last);
+        return;
+    }
+    take_registers<CONSUMER_REGISTERS<1>>();
+    int group = warp / 4;                           // the warpgroup
+    int group_query = block_query + group * PANEL;
+    int query = group_query + warp % 4 * 16 + lane / 4;     // the first of this lane's two
+    int64_t row = ((int64_t)b * NH + h) * T;
+    float dq[HS / 8][4] = {};
+    float lse_of[2];
+    float delta_of[2];
+    float scale = rsqrtf((float)HS) * sizes.sharpness;
+    float to_base_2 = scale * LOG2_E;
+    for (int r = 0; r < 2; r++) {
+        int t = query + 8 * r;
+        lse_of[r] = t < T ? lse[row + t] : INFINITY;
+        delta_of[r] = t < T ? delta[row + t] : 0.0f;
+    }
+    mbarrier_wait(&queries_here, 0);
+    for (int n = 0; n <= last - first; n++) {
+        Panel* k_tile = k + n % STAGES * PANELS<HS, KEYS>;
+        Panel* v_tile = v + n % STAGES * PANELS<HS, KEYS>;
+        int key = (first + n) * KEYS;
+        wait_until_full(&ring, n);
+        if (sees_any(group_query, PANEL, key, KEYS, sizes.window)) {
+            float p[KEYS / 8][4];                   // S = q kᵀ
+            float ds[KEYS / 8][4];                  // dP = dy vᵀ, then dS
+            uint32_t rounded[KEYS / 16][4];
+            wgmma_fence(p);
+            wgmma_fence(ds);
+            start_multiply_transposed<HS, KEYS>(p, q + group, k_tile);
+            start_multiply_transposed<HS, KEYS>(ds, dy_tile + group, v_tile);
+            wgmma_commit();
+            wgmma_wait(p);
+            wgmma_wait(ds);
+            if (!sees_all(group_query, PANEL, key, KEYS, sizes.window)) {
+                hide_unseen<false>(p, query, key, sizes.window);
+            }
+#pragma unroll
+            for (int m = 0; m < KEYS / 8; m++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float power = p[m][i] * to_base_2 - lse_of[i / 2];
+                    ds[m][i] = exp2f(power) * (ds[m][i] - delta_of[i / 2]);
+                }
+            }
+            round_product(rounded, ds);
+            wgmma_fence(dq);
+            start_multiply_add<HS, KEYS>(dq, rounded, k_tile);
+            wgmma_commit();
+            wgmma_wait(dq);
+        }
+        leave_place(&ring, n);
+    }
+    floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
+    int warp_row = warp % 4 * 16;
+    auto chunk = [&](int r, int n) { return chunk_in_panels(q + group, warp_row + r, n); };
+    if (TURNS) { turn_back<HS>(dq, chunk, {group_query + warp_row, b, h, 0}, rotary, sizes); }
+    store_rows<HS>(to, 3 * C, group_query + warp_row, T, dq, scale, scale);
+#endif
+}
+
+static bool use_wgmma;          // choose_attention sets it (§19)
+
+// A matrix (B, T, channels), from which TMA copies boxes of 64 rows of 64 channels
+static CUtensorMap tensor_map(const floatX* matrix, AttentionSizes sizes, int channels) {
+    static decltype(cuTensorMapEncodeTiled)* encode;        // of the driver; -lcuda is not needed
+    if (encode == NULL) {
+        cudaDriverEntryPointQueryResult found;
+        CHECK_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void**)&encode,
+                                                    12000, cudaEnableDefault, &found));
+        if (found != cudaDriverEntryPointSuccess) {
+            die("the driver cannot describe matrices to TMA; update it, or use --attention mma");
+        }
+    }
+    CUtensorMap map;
+    cuuint64_t lengths[3] = {(cuuint64_t)channels, (cuuint64_t)sizes.T, (cuuint64_t)sizes.B};
+    cuuint64_t row_bytes = channels * sizeof(floatX);
+    cuuint64_t strides[2] = {row_bytes, row_bytes * sizes.T};       // of t and of b
+    cuuint32_t box[3] = {PANEL, PANEL, 1};
+    cuuint32_t steps[3] = {1, 1, 1};
+    CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void*)matrix, lengths,
+                             strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) {
+        die("the driver returned error %d for a tensor map of attention; continue with --resume "
+            "--attention mma", (int)result);
+    }
+    return map;
+}
+
+template <int HS> static void hopper_forward(floatX* y, float* lse, const floatX* qkv,
+                                             AttentionSizes sizes, cudaStream_t stream) {
+    dim3 grid(ceil_div(sizes.T, BLOCK_ROWS), sizes.NH, sizes.B);
+    size_t n_panels = PANELS<HS, BLOCK_ROWS> + 2 * STAGES * PANELS<HS, KEY_TILE<HS>>;
+    size_t bytes = n_panels * sizeof(Panel);
+    allow_shared_bytes(hopper_attention_forward_kernel<HS>, bytes);
+    launch({"hopper_attention_forward", 4 * sizes.bytes(), 2 * sizes.flops()},
+           {grid, HOPPER_THREADS, stream, bytes}, hopper_attention_forward_kernel<HS>, y, lse,
+           tensor_map(qkv, sizes, 3 * sizes.NH * HS), sizes);
+}
+
+template <int HS, bool TURNS>
+static void hopper_backward(floatX* dqkv, const floatX* qkv, const floatX* dy, const float* lse,
+                            const float* delta, Rotary rotary, AttentionSizes sizes,
+                            cudaStream_t stream) {
+    dim3 grid(ceil_div(sizes.T, BLOCK_ROWS), sizes.NH, sizes.B);
+    size_t n_panels = 2 * PANELS<HS, BLOCK_ROWS> + 2 * STAGES * PANELS<HS, BACKWARD_TILE<HS>>;
+    size_t bytes = n_panels * sizeof(Panel);
+    CUtensorMap qkv_map = tensor_map(qkv, sizes, 3 * sizes.NH * HS);
+    CUtensorMap dy_map = tensor_map(dy, sizes, sizes.NH * HS);
+    allow_shared_bytes(hopper_attention_backward_keys_kernel<HS, TURNS>, bytes);
+    launch({"hopper_attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops()},
+           {grid, HOPPER_THREADS, stream, bytes}, hopper_attention_backward_keys_kernel<HS, TURNS>,
+           dqkv, lse, delta, qkv_map, dy_map, rotary, sizes);
+    allow_shared_bytes(hopper_attention_backward_queries_kernel<HS, TURNS>, bytes);
+    launch({"hopper_attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops()},
+           {grid, HOPPER_THREADS, stream, bytes},
+           hopper_attention_backward_queries_kernel<HS, TURNS>, dqkv, lse, delta, qkv_map, dy_map,
+           rotary, sizes);
+}
+
+template <int HS, bool TURNS>
+static void fast_backward(floatX* dqkv, const floatX* qkv, const floatX* dy, const float* lse,
+                          const float* delta, Rotary rotary, AttentionSizes sizes,
+                          cudaStream_t stream) {
+    auto* backward = use_wgmma ? hopper_backward<HS, TURNS> : flash_backward<HS, TURNS>;
+    backward(dqkv, qkv, dy, lse, delta, rotary, sizes, stream);
+}
+
 #endif
 
 // Which heads have fast kernels
@@ -1856,6 +2783,8 @@ static bool is_fast(AttentionSizes sizes) { return BF16 && (sizes.HS == 64 || si
 static void attention_forward(floatX* y, float* lse, const floatX* qkv, AttentionSizes sizes,
                               cudaStream_t stream) {
 #ifndef FP32
+    if (use_wgmma && sizes.HS == 64) { return hopper_forward<64>(y, lse, qkv, sizes, stream); }
+    if (use_wgmma && sizes.HS == 128) { return hopper_forward<128>(y, lse, qkv, sizes, stream); }
     if (sizes.HS == 64) { return flash_forward<64>(y, lse, qkv, sizes, stream); }
     if (sizes.HS == 128) { return flash_forward<128>(y, lse, qkv, sizes, stream); }
 #endif
@@ -1874,11 +2803,11 @@ static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, con
 #ifndef FP32
     if (is_fast(sizes)) {
         bool turns = rotary.rstd != NULL;
-        auto* flash = turns ? flash_backward<64, true> : flash_backward<64, false>;
+        auto* fast = turns ? fast_backward<64, true> : fast_backward<64, false>;
         if (sizes.HS == 128) {
-            flash = turns ? flash_backward<128, true> : flash_backward<128, false>;
+            fast = turns ? fast_backward<128, true> : fast_backward<128, false>;
         }
-        return flash(dqkv, qkv, dy, lse, delta, rotary, sizes, stream);
+        return fast(dqkv, qkv, dy, lse, delta, rotary, sizes, stream);
     }
 #endif
     launch({"plain_attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops()}, grid,
@@ -2135,8 +3064,8 @@ static void gate_backward(floatX* dn, float* dgate_weight, float* partials, cons
 // ---- §8 GELU, ReLU² -----------------------------------------------------------------------------
 //
 // In bf16, cuBLASLt computes GELU and its derivative in the epilogues of matmuls (§6), if it has
-// such a kernel for the sizes. The kernels here serve other sizes, fp32, --recompute, and dN's
-// ReLU².
+// such a kernel for the sizes. The kernels here serve other sizes, fp32, --recompute, --fp8 1, and
+// dN's ReLU².
 
 // GPT-2: u = sqrt(2/π) (x + 0.044715 x³)    y = x (1 + tanh u) / 2
 //        dx = dy ((1 + tanh u) / 2 + x (1 - tanh² u) u' / 2)
@@ -2173,17 +3102,22 @@ __global__ void activation_forward_kernel(floatX* y, const floatX* x, int64_t n)
     store(y + at, value);
 }
 
-// dy → dx in place. One thread: one Pack. Grid n/PACK/256 x 256. Moves 3n; bound by memory.
+// dy → dx in place. One thread: one Pack. Grid n/PACK/256 x 256. Moves 3n; bound by memory. If
+// `largest` is not NULL, it is raised to the largest |dx|, and n must fill whole warps.
 template <class Activation>
-__global__ void activation_backward_kernel(floatX* dy, const floatX* x, int64_t n) {
+__global__ void activation_backward_kernel(floatX* dy, const floatX* x, int64_t n,
+                                           unsigned* largest) {
     int64_t at = thread_in_grid() * PACK;
     if (at >= n) { return; }
     Pack gradient = load(dy + at);
     Pack value = load(x + at);
+    float magnitude = 0.0f;
     for (int i = 0; i < PACK; i++) {
         gradient.set(i, Activation::backward(gradient[i], value[i]));
+        magnitude = fmaxf(magnitude, fabsf(gradient[i]));
     }
     store(dy + at, gradient);
+    if (largest != NULL) { raise_largest(largest, magnitude); }
 }
 
 template <class Activation>
@@ -2193,9 +3127,10 @@ static void activation_forward(floatX* y, const floatX* x, int64_t n, cudaStream
 }
 
 template <class Activation>
-static void activation_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream) {
+static void activation_backward(floatX* dy, const floatX* x, int64_t n, cudaStream_t stream,
+                                unsigned* largest = NULL) {
     launch({Activation::BACKWARD, 3.0 * n * sizeof(floatX)}, one_thread_each(n / PACK, stream),
-           activation_backward_kernel<Activation>, dy, x, n);
+           activation_backward_kernel<Activation>, dy, x, n, largest);
 }
 
 // u = x w + bias, y = gelu(u)
@@ -3062,6 +3997,9 @@ struct Model {
     floatX* dwide;                          // (BT, 4C) dact and dfc; later dqkv, then dembed
     float *partials, *delta, *square_sums;  // workspace: sums over rows, attention, gradient_norm
 
+    Fp8Linear* fp8;                         // (L, 4) only with --fp8 1: of each layer's matrices
+    unsigned* fp8_largest;                  // (L, 4, 3) what they measure
+
     // Only in dN, where x0 is layers[0].x
     floatX *s, *dx0, *dmiddle;              // (BT, C) s as in §5, d x0, and backout's gradient
     float *x0_rstd, *dgate;                 // (BT), (BT, NH)
@@ -3084,16 +4022,21 @@ static int64_t layer_offset(Model* model, int layer, int which) {
 
 // Upper bounds in bytes: *row for the activations of one row, *fixed for everything else
 static void memory_bytes(Config config, int T, int recompute, int world_size, double* fixed,
-                         double* row) {
+                         double* row, bool fp8 = false) {
     double C = config.n_embd;
     double L = config.n_layer;
     double N = make_table(config, world_size).size;
     const double widths[] = {16, 12, 10};       // allocate_layer, in (BT, C), by recompute
     double width = widths[min(recompute, 2)];
+    if (fp8) { width += recompute < 1 ? -1.5 : 0.5; }           // allocate_layer and allocate_fp8
     *row = T * (sizeof(floatX) * C * (width * L + 18) + 4 * (4 * config.n_head + 4) * (L + 1));
     *fixed = N * (sizeof(floatX) + 4 + 12.0 / world_size) + WORKSPACE_BYTES +
              (double)HEAD_ROWS * padded_vocab(config) * sizeof(floatX);
     if (config.modern) { *fixed += 14 * C * C * sizeof(floatX); }       // Muon's workspace
+    if (fp8) {                                          // allocate_fp8
+        *fixed += 24 * L * C * C;
+        *row += T * C * 16;
+    }
 }
 
 static floatX* allocate_x(int64_t n) { return (floatX*)allocate(n * sizeof(floatX)); }
@@ -3108,7 +4051,8 @@ static AttentionSizes attention_sizes(const Model* model, int l) {
 }
 
 // --recompute 1 computes act again in the backward pass; --recompute 2 also the outputs of the
-// norms. What is computed again has memory in the first layer only, which all layers share.
+// norms. What is computed again has memory in the first layer only, which all layers share. With
+// --fp8 1 that is so for all that the backward pass needs in 8 bits alone (allocate_fp8).
 static void allocate_layer(Model* model, int l) {
     int64_t BT = (int64_t)model->B * model->T;
     int64_t C = model->config.n_embd;
@@ -3119,11 +4063,10 @@ static void allocate_layer(Model* model, int l) {
     a->y = allocate_x(BT * C);
     a->x_mid = allocate_x(BT * C);
     a->fc = allocate_x(BT * 4 * C);
-    if (l == 0 || model->recompute < 1) { a->act = allocate_x(BT * 4 * C); }
-    if (l == 0 || model->recompute < 2) {
-        a->ln_1 = allocate_x(BT * C);
-        a->ln_2 = allocate_x(BT * C);
-    }
+    bool fp8 = model->fp8 != NULL;
+    if (l == 0 || (model->recompute < 1 && !fp8)) { a->act = allocate_x(BT * 4 * C); }
+    if (l == 0 || model->recompute < 2) { a->ln_1 = allocate_x(BT * C); }
+    if (l == 0 || (model->recompute < 2 && !fp8)) { a->ln_2 = allocate_x(BT * C); }
     a->lse = allocate_float(BT * model->config.n_head);
     a->ln_1_mean = allocate_float(BT);
     a->ln_1_rstd = allocate_float(BT);
@@ -3206,7 +4149,92 @@ static void allocate_modern(Model* model) {
                    .sums = allocate_float(4 * C)};
 }
 
-static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks) {
+// Sets up the 8-bit operands. x.columns are kept for the backward pass, or, if --recompute computes
+// x again, have memory in the first layer only. What only the next matmul reads has memory once:
+// x.rows, dy.rows and dy.columns.
+static void allocate_fp8(Model* model) {
+    int64_t BT = (int64_t)model->B * model->T;
+    int64_t C = model->config.n_embd;
+    int n = model->config.n_layer * 4;
+    auto allocate_8 = [](int64_t size) { return (uint8_t*)allocate(size); };
+    uint8_t* rows = allocate_8(BT * 4 * C);
+    uint8_t* columns = allocate_8(BT * 4 * C);
+    unsigned* largest = (unsigned*)allocate(3 * n * sizeof(unsigned));
+    float* scale = allocate_float(3 * n);
+    Fp8Linear* fp8 = (Fp8Linear*)calloc(n, sizeof(Fp8Linear));
+    model->fp8 = fp8;
+    model->fp8_largest = largest;
+    for (int i = 0; i < n; i++) {
+        int l = i / 4;
+        int which = i % 4;
+        Tensor w = model->table.tensors[model->table.layer_tensors[l] + which];
+        int64_t size = (int64_t)w.rows * w.columns;
+        bool x_is_norm = which == ATTN_W || which == FC_W;
+        bool x_again = (x_is_norm && model->recompute >= 2) ||
+                       (which == FC_PROJ_W && model->recompute >= 1);
+        uint8_t* x_columns = l > 0 && x_again ? fp8[which].x.columns : allocate_8(BT * w.rows);
+        // dqkv comes from attention; backout adds to the gradient of the stream after the middle
+        bool is_middle = model->config.modern && which == FC_PROJ_W &&
+                         l == model->config.n_layer / 2;
+        bool dy_measured = which != ATTN_W && !is_middle;
+        fp8[i].x = {rows, x_columns, largest + 3 * i, scale + 3 * i, x_is_norm};
+        fp8[i].w = {allocate_8(size), allocate_8(size), largest + 3 * i + 1, scale + 3 * i + 1};
+        fp8[i].dy = {rows, columns, largest + 3 * i + 2, scale + 3 * i + 2, dy_measured};
+    }
+}
+
+// The 8-bit operands of a layer's matrix `which`, or NULL. Evaluations multiply in bf16.
+static const Fp8Linear* in_8_bits(const Model* model, int l, int which, bool train) {
+    return train && model->fp8 != NULL ? &model->fp8[4 * l + which] : NULL;
+}
+
+// Where to leave the largest magnitude of the gradient of the stream after layer l
+static unsigned* largest_of_stream(const Model* model, int l) {
+    return l < 0 ? NULL : largest_dy(in_8_bits(model, l, FC_PROJ_W, true));
+}
+
+// act = GELU or ReLU² of fc. If a matmul in 8 bits reads it, it goes straight to fp8->x.
+template <class Activation>
+static void activate(const Model* model, LayerActivations* a, const Fp8Linear* fp8) {
+    int BT = model->B * model->T;
+    int width = 4 * model->config.n_embd;
+    if (fp8 != NULL) {
+        fp8_quantise<__NV_E4M3, Activation>(fp8->x, a->fc, BT, width, model->stream);
+    } else {
+        activation_forward<Activation>(a->act, a->fc, (int64_t)BT * width, model->stream);
+    }
+}
+
+// For --recompute 2, after the norms were computed again: their outputs in 8 bits
+static void quantise_norms(const Model* model, int l) {
+    const LayerActivations* a = &model->layers[l];
+    int BT = model->B * model->T;
+    int C = model->config.n_embd;
+    if (model->fp8 == NULL) { return; }
+    fp8_quantise<__NV_E4M3>(model->fp8[4 * l + ATTN_W].x, a->ln_1, BT, C, model->stream);
+    fp8_quantise<__NV_E4M3>(model->fp8[4 * l + FC_W].x, a->ln_2, BT, C, model->stream);
+}
+
+// Every tensor is measured anew.
+static void forget_largest(Model* model) {
+    size_t bytes = model->config.n_layer * 12 * sizeof(unsigned);
+    CHECK_CUDA(cudaMemsetAsync(model->fp8_largest, 0, bytes, model->stream));
+}
+
+// Rounds all matrices of the layers to 8 bits, once a step.
+static void quantise_weights(Model* model) {
+    forget_largest(model);
+    for (int l = 0; l < model->config.n_layer; l++) {
+        for (int which = ATTN_W; which <= FC_PROJ_W; which++) {
+            Tensor w = model->table.tensors[model->table.layer_tensors[l] + which];
+            fp8_quantise<__NV_E4M3>(model->fp8[4 * l + which].w, model->parameters + w.offset,
+                                    w.rows, w.columns, model->stream);
+        }
+    }
+}
+
+static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks,
+                        bool fp8 = false) {
     Model model = {};
     model.config = config;
     model.B = B;
@@ -3221,6 +4249,7 @@ static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks
     model.masters = allocate_float(all.state);
     model.m = allocate_float(all.state);
     model.v = allocate_float(all.v);
+    if (fp8) { allocate_fp8(&model); }
     allocate_activations(&model);
     if (config.modern) { allocate_modern(&model); }
     start_cublas();
@@ -3231,25 +4260,35 @@ static Model make_model(Config config, int B, int T, int recompute, Ranks* ranks
 // GPT-2's layer. In: the stream. Without a branch it is a->x. With a branch it is the previous
 // layer's x_mid plus the branch, and the first norm writes it to a->x. Out: a->x_mid and
 // model->branch, whose sum is the stream after the layer.
-static void layer_forward(Model* model, int l, const floatX* branch) {
+static void layer_forward(Model* model, int l, const floatX* branch, bool train) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
     int C = model->config.n_embd;
     int BT = model->B * model->T;
     cudaStream_t stream = model->stream;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
+    auto fp8 = [&](int which) { return in_8_bits(model, l, which, train); };
     const floatX* before = branch != NULL ? model->layers[l - 1].x_mid : a->x;
     layernorm_forward({.a = before, .b = branch, .weight = p(LN_1_W), .bias = p(LN_1_B),
                        .x = a->x, .out = a->ln_1, .mean = a->ln_1_mean, .rstd = a->ln_1_rstd,
-                       .BT = BT, .C = C}, stream);
-    linear_forward(a->qkv, a->ln_1, p(ATTN_W), p(ATTN_B), {BT, C, 3 * C}, stream);
+                       .largest = largest_x(fp8(ATTN_W)), .BT = BT, .C = C},
+                      stream);
+    linear_forward(a->qkv, a->ln_1, p(ATTN_W), p(ATTN_B), {BT, C, 3 * C}, stream, fp8(ATTN_W));
     attention_forward(a->y, a->lse, a->qkv, sizes, stream);
-    linear_forward(model->branch, a->y, p(ATTN_PROJ_W), p(ATTN_PROJ_B), {BT, C, C}, stream);
+    linear_forward(model->branch, a->y, p(ATTN_PROJ_W), p(ATTN_PROJ_B), {BT, C, C}, stream,
+                   fp8(ATTN_PROJ_W));
     layernorm_forward({.a = a->x, .b = model->branch, .weight = p(LN_2_W), .bias = p(LN_2_B),
                        .x = a->x_mid, .out = a->ln_2, .mean = a->ln_2_mean, .rstd = a->ln_2_rstd,
-                       .BT = BT, .C = C}, stream);
-    linear_gelu_forward(a->act, a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream);
-    linear_forward(model->branch, a->act, p(FC_PROJ_W), p(FC_PROJ_B), {BT, 4 * C, C}, stream);
+                       .largest = largest_x(fp8(FC_W)), .BT = BT, .C = C}, stream);
+    if (fp8(FC_W) == NULL) {
+        linear_gelu_forward(a->act, a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream);
+    } else {
+        linear_forward(a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream, fp8(FC_W));
+        activate<Gelu>(model, a, fp8(FC_PROJ_W));
+    }
+    const floatX* act = fp8(FC_PROJ_W) == NULL ? a->act : NULL;
+    linear_forward(model->branch, act, p(FC_PROJ_W), p(FC_PROJ_B), {BT, 4 * C, C}, stream,
+                   fp8(FC_PROJ_W));
 }
 
 // The backward pass of layer_forward. model->dx is, in: the gradient of the stream after the layer;
@@ -3263,37 +4302,49 @@ static void layer_backward(Model* model, int l) {
     floatX *dx = model->dx, *dbranch = model->dbranch, *dwide = model->dwide;
     float* partials = model->partials;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
+    auto fp8 = [&](int which) { return in_8_bits(model, l, which, true); };
     auto d = [&](int which) { return model->gradients + layer_offset(model, l, which); };
-    if (model->recompute >= 1) {
-        activation_forward<Gelu>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
-    }
+    if (model->recompute >= 1) { activate<Gelu>(model, a, fp8(FC_PROJ_W)); }
     if (model->recompute >= 2) {
         layernorm_forward({.a = a->x, .weight = p(LN_1_W), .bias = p(LN_1_B), .out = a->ln_1,
                            .mean = a->ln_1_mean, .rstd = a->ln_1_rstd, .BT = BT, .C = C}, stream);
         layernorm_forward({.a = a->x_mid, .weight = p(LN_2_W), .bias = p(LN_2_B), .out = a->ln_2,
                            .mean = a->ln_2_mean, .rstd = a->ln_2_rstd, .BT = BT, .C = C}, stream);
+        quantise_norms(model, l);
     }
     linear_backward_weight(d(FC_PROJ_W), d(FC_PROJ_B), partials, a->act, dx, {BT, 4 * C, C},
-                           stream);
-    linear_gelu_backward_input(dwide, dx, p(FC_PROJ_W), a->fc, {BT, 4 * C, C}, stream);
-    linear_backward_weight(d(FC_W), d(FC_B), partials, a->ln_2, dwide, {BT, C, 4 * C}, stream);
-    linear_backward_input(dbranch, dwide, p(FC_W), {BT, C, 4 * C}, stream);
+                           stream, fp8(FC_PROJ_W));
+    if (fp8(FC_W) == NULL) {
+        linear_gelu_backward_input(dwide, dx, p(FC_PROJ_W), a->fc, {BT, 4 * C, C}, stream);
+    } else {
+        linear_backward_input(dwide, dx, p(FC_PROJ_W), {BT, 4 * C, C}, stream, fp8(FC_PROJ_W));
+        activation_backward<Gelu>(dwide, a->fc, (int64_t)BT * 4 * C, stream,
+                                  largest_dy(fp8(FC_W)));
+    }
+    linear_backward_weight(d(FC_W), d(FC_B), partials, a->ln_2, dwide, {BT, C, 4 * C}, stream,
+                           fp8(FC_W));
+    linear_backward_input(dbranch, dwide, p(FC_W), {BT, C, 4 * C}, stream, fp8(FC_W));
     layernorm_backward({.dout = dbranch, .x = a->x_mid, .weight = p(LN_2_W), .mean = a->ln_2_mean,
                         .rstd = a->ln_2_rstd, .dx = dx, .dweight = d(LN_2_W), .dbias = d(LN_2_B),
-                        .partials = partials, .BT = BT, .C = C}, stream);
-    linear_backward_weight(d(ATTN_PROJ_W), d(ATTN_PROJ_B), partials, a->y, dx, {BT, C, C}, stream);
-    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream);
+                        .partials = partials,
+                        .largest = largest_dy(fp8(ATTN_PROJ_W)), .BT = BT, .C = C},
+                       stream);
+    linear_backward_weight(d(ATTN_PROJ_W), d(ATTN_PROJ_B), partials, a->y, dx, {BT, C, C}, stream,
+                           fp8(ATTN_PROJ_W));
+    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream, fp8(ATTN_PROJ_W));
     attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, {}, sizes, stream);
-    linear_backward_weight(d(ATTN_W), d(ATTN_B), partials, a->ln_1, dwide, {BT, C, 3 * C}, stream);
-    linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream);
+    linear_backward_weight(d(ATTN_W), d(ATTN_B), partials, a->ln_1, dwide, {BT, C, 3 * C}, stream,
+                           fp8(ATTN_W));
+    linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream, fp8(ATTN_W));
     layernorm_backward({.dout = dbranch, .x = a->x, .weight = p(LN_1_W), .mean = a->ln_1_mean,
                         .rstd = a->ln_1_rstd, .dx = dx, .dweight = d(LN_1_W), .dbias = d(LN_1_B),
-                        .partials = partials, .BT = BT, .C = C}, stream);
+                        .partials = partials, .largest = largest_of_stream(model, l - 1),
+                        .BT = BT, .C = C}, stream);
 }
 
 // dN's layer, in which s = λ x + μ x0 takes the place of x. The first layer finds x in a->x. In the
 // others, the first norm adds the branch to the previous layer's x_mid and writes x.
-static void modern_layer_forward(Model* model, int l) {
+static void modern_layer_forward(Model* model, int l, bool train) {
     LayerActivations* a = &model->layers[l];
     AttentionSizes sizes = attention_sizes(model, l);
     int C = model->config.n_embd;
@@ -3301,23 +4352,25 @@ static void modern_layer_forward(Model* model, int l) {
     cudaStream_t stream = model->stream;
     floatX *s = model->s, *branch = model->branch;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
+    auto fp8 = [&](int which) { return in_8_bits(model, l, which, train); };
     RmsNormForward ln_1 = {.a = a->x, .mix = a->mix, .s = s, .out = a->ln_1, .rstd = a->ln_1_rstd,
-                           .BT = BT, .C = C};
+                           .largest = largest_x(fp8(ATTN_W)), .BT = BT, .C = C};
     if (l > 0) {
         ln_1.a = model->layers[l - 1].x_mid;
         ln_1.b = branch;
         ln_1.x = a->x;
     }
     rmsnorm_forward(ln_1, stream);
-    linear_forward(a->qkv, a->ln_1, p(ATTN_W), NULL, {BT, C, 3 * C}, stream);
+    linear_forward(a->qkv, a->ln_1, p(ATTN_W), NULL, {BT, C, 3 * C}, stream, fp8(ATTN_W));
     rotary_forward(a->qkv, a->rotary, a->embed, sizes, stream);
     attention_forward(a->y, a->lse, a->qkv, sizes, stream);
-    linear_forward(branch, a->y, p(ATTN_PROJ_W), NULL, {BT, C, C}, stream);
+    linear_forward(branch, a->y, p(ATTN_PROJ_W), NULL, {BT, C, C}, stream, fp8(ATTN_PROJ_W));
     rmsnorm_forward({.a = s, .b = branch, .x = a->x_mid, .out = a->ln_2, .rstd = a->ln_2_rstd,
-                     .BT = BT, .C = C}, stream);
-    linear_forward(a->fc, a->ln_2, p(FC_W), NULL, {BT, C, 4 * C}, stream);
-    activation_forward<Relu2>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
-    linear_forward(branch, a->act, p(FC_PROJ_W), NULL, {BT, 4 * C, C}, stream);
+                     .largest = largest_x(fp8(FC_W)), .BT = BT, .C = C}, stream);
+    linear_forward(a->fc, a->ln_2, p(FC_W), NULL, {BT, C, 4 * C}, stream, fp8(FC_W));
+    activate<Relu2>(model, a, fp8(FC_PROJ_W));
+    const floatX* act = fp8(FC_PROJ_W) == NULL ? a->act : NULL;
+    linear_forward(branch, act, p(FC_PROJ_W), NULL, {BT, 4 * C, C}, stream, fp8(FC_PROJ_W));
 }
 
 // The backward pass of modern_layer_forward. model->dx is, in: the gradient of the stream after the
@@ -3332,33 +4385,35 @@ static void modern_layer_backward(Model* model, int l, TokenIndex index) {
     floatX* dembed = dwide + (int64_t)BT * 3 * C;       // follows dqkv
     float* partials = model->partials;
     auto p = [&](int which) { return model->parameters + layer_offset(model, l, which); };
+    auto fp8 = [&](int which) { return in_8_bits(model, l, which, true); };
     auto d = [&](int which) { return model->gradients + layer_offset(model, l, which); };
     auto backward_weight = [&](int which, floatX* x, floatX* dy, LinearSizes n) {
-        linear_backward_weight(d(which), NULL, partials, x, dy, n, stream);
+        linear_backward_weight(d(which), NULL, partials, x, dy, n, stream, fp8(which));
     };
-    if (model->recompute >= 1) {
-        activation_forward<Relu2>(a->act, a->fc, (int64_t)BT * 4 * C, stream);
-    }
+    if (model->recompute >= 1) { activate<Relu2>(model, a, fp8(FC_PROJ_W)); }
     if (model->recompute >= 2) {
         rmsnorm_forward({.a = a->x, .mix = a->mix, .out = a->ln_1, .rstd = a->ln_1_rstd, .BT = BT,
                          .C = C}, stream);
         rmsnorm_forward({.a = a->x_mid, .out = a->ln_2, .rstd = a->ln_2_rstd, .BT = BT, .C = C},
                         stream);
+        quantise_norms(model, l);
     }
     backward_weight(FC_PROJ_W, a->act, dx, {BT, 4 * C, C});
-    linear_backward_input(dwide, dx, p(FC_PROJ_W), {BT, 4 * C, C}, stream);
-    activation_backward<Relu2>(dwide, a->fc, (int64_t)BT * 4 * C, stream);
+    linear_backward_input(dwide, dx, p(FC_PROJ_W), {BT, 4 * C, C}, stream, fp8(FC_PROJ_W));
+    activation_backward<Relu2>(dwide, a->fc, (int64_t)BT * 4 * C, stream,
+                               largest_dy(fp8(FC_W)));
     backward_weight(FC_W, a->ln_2, dwide, {BT, C, 4 * C});
-    linear_backward_input(dbranch, dwide, p(FC_W), {BT, C, 4 * C}, stream);
-    rmsnorm_backward({.dout = dbranch, .x = a->x_mid, .rstd = a->ln_2_rstd, .dx = dx, .BT = BT,
-                      .C = C}, stream);
+    linear_backward_input(dbranch, dwide, p(FC_W), {BT, C, 4 * C}, stream, fp8(FC_W));
+    rmsnorm_backward({.dout = dbranch, .x = a->x_mid, .rstd = a->ln_2_rstd, .dx = dx,
+                      .largest = largest_dy(fp8(ATTN_PROJ_W)), .BT = BT, .C = C},
+                     stream);
     backward_weight(ATTN_PROJ_W, a->y, dx, {BT, C, C});
-    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream);
+    linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream, fp8(ATTN_PROJ_W));
     attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, a->rotary, sizes,
                        stream);
     rotary_backward(dwide, a->qkv, a->rotary, sizes, stream);
     backward_weight(ATTN_W, a->ln_1, dwide, {BT, C, 3 * C});
-    linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream);
+    linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream, fp8(ATTN_W));
     if (a->embed.table != NULL) {
         value_embed_backward(dembed, model->dgate, dwide, a->embed, sizes, stream);
         wte_backward(d(VALUE_EMBED), dembed, index, BT, C, stream);
@@ -3367,7 +4422,7 @@ static void modern_layer_backward(Model* model, int l, TokenIndex index) {
     rmsnorm_backward({.dout = dbranch, .x = a->x, .rstd = a->ln_1_rstd, .mix = a->mix, .dx = dx,
                       .de = model->dx0, .dlambda = global_gradient(model, RESID_SCALARS) + l,
                       .dmu = global_gradient(model, X0_SCALARS) + l, .partials = partials,
-                      .BT = BT, .C = C}, stream);
+                      .largest = largest_of_stream(model, l - 1), .BT = BT, .C = C}, stream);
 }
 
 // Head and loss, for HEAD_ROWS tokens at a time, so that memory never holds all logits. Out: losses
@@ -3406,13 +4461,15 @@ static void sum_losses(Model* model) {
            model->losses, BT);
 }
 
-static void gpt2_forward(Model* model) {
+static void gpt2_forward(Model* model, bool train) {
     int C = model->config.n_embd;
     int L = model->config.n_layer;
     int BT = model->B * model->T;
     embedding_forward(model->layers[0].x, model->inputs, global_parameter(model, WTE),
                       global_parameter(model, WPE), model->B, model->T, C, model->stream);
-    for (int l = 0; l < L; l++) { layer_forward(model, l, l > 0 ? model->branch : NULL); }
+    for (int l = 0; l < L; l++) {
+        layer_forward(model, l, l > 0 ? model->branch : NULL, train);
+    }
     layernorm_forward({.a = model->layers[L - 1].x_mid, .b = model->branch,
                        .weight = global_parameter(model, LN_F_W),
                        .bias = global_parameter(model, LN_F_B), .x = model->x_last,
@@ -3422,14 +4479,14 @@ static void gpt2_forward(Model* model) {
 
 // The stream begins with x0, the normalised embedding. The last norm first subtracts the stream
 // after the middle layer, times a learned number (backout).
-static void modern_forward(Model* model) {
+static void modern_forward(Model* model, bool train) {
     int C = model->config.n_embd;
     int L = model->config.n_layer;
     int BT = model->B * model->T;
     rmsnorm_forward({.a = global_parameter(model, WTE), .tokens = model->inputs,
                      .out = model->layers[0].x, .rstd = model->x0_rstd, .BT = BT, .C = C},
                     model->stream);
-    for (int l = 0; l < L; l++) { modern_layer_forward(model, l); }
+    for (int l = 0; l < L; l++) { modern_layer_forward(model, l, train); }
     rmsnorm_forward({.a = model->layers[L - 1].x_mid, .b = model->branch, .mix = model->backout,
                      .x = model->x_last, .out = model->ln_f, .rstd = model->ln_f_rstd, .BT = BT,
                      .C = C}, model->stream);
@@ -3437,10 +4494,11 @@ static void modern_forward(Model* model) {
 
 // inputs, targets → losses
 static void forward(Model* model, bool train) {
+    if (train && model->fp8 != NULL) { forget_largest(model); }
     if (model->config.modern) {
-        modern_forward(model);
+        modern_forward(model, train);
     } else {
-        gpt2_forward(model);
+        gpt2_forward(model, train);
     }
     head(model, train);
 }
@@ -3469,7 +4527,8 @@ static void gpt2_backward(Model* model, TokenIndex index, Callback layer_is_done
                         .rstd = model->ln_f_rstd, .dx = model->dx,
                         .dweight = global_gradient(model, LN_F_W),
                         .dbias = global_gradient(model, LN_F_B), .partials = model->partials,
-                        .BT = BT, .C = C}, stream);
+                        .largest = largest_of_stream(model, model->config.n_layer - 1), .BT = BT,
+                        .C = C}, stream);
     for (int l = model->config.n_layer - 1; l >= 0; l--) {
         layer_backward(model, l);
         layer_is_done(l);
@@ -3495,7 +4554,7 @@ static void modern_backward(Model* model, TokenIndex index, Callback layer_is_do
     rmsnorm_backward({.dout = model->dbranch, .x = model->x_last, .rstd = model->ln_f_rstd,
                       .mix = model->backout, .dx = dx, .de = dmiddle,
                       .dmu = global_gradient(model, BACKOUT_SCALAR), .partials = model->partials,
-                      .BT = BT, .C = C}, stream);
+                      .largest = largest_of_stream(model, L - 1), .BT = BT, .C = C}, stream);
     for (int l = L - 1; l >= 0; l--) {
         if (l == L / 2) { add_to(dx, dmiddle, n, stream); }
         modern_layer_backward(model, l, index);
@@ -4079,6 +5138,10 @@ static Config read_config(const char* folder) {
         die("%s has %d of dN's %d parts, but the CUDA trainer has only GPT-2, with none of them, "
             "and dN, with all; use python train_gpt2.py", folder, n_modern, N_MODERN_FIELDS);
     }
+    if (json_find(text, "norm_scales") != NULL && !json_is(text, "norm_scales", "\"\"")) {
+        die("%s has learned scales in its RMSNorms, but the CUDA trainer has none; use python "
+            "train_gpt2.py", folder);
+    }
     Config config = {};
     config.block_size = (int)json_integer(path, text, "n_positions", 1, MAX_SIZE);
     config.vocab_size = (int)json_integer(path, text, "vocab_size", 1, MAX_SIZE);
@@ -4487,8 +5550,8 @@ static int* read_token_bytes(const char* data, int V) {
 
 // ---- §16 Flags ----------------------------------------------------------------------------------
 //
-// The flags of train_gpt2.py, with their names and meanings. One table drives parsing, --help and
-// the header of the log.
+// The flags of train_gpt2.py, with their names and meanings, and --attention. One table drives
+// parsing, --help and the header of the log.
 
 // Defaults of 0 and NULL, and the -1 of max_steps, mean that no flag was given; plan_batch and main
 // then choose a value.
@@ -4509,7 +5572,9 @@ struct Arguments {
     int64_t save_every = 1000;          // steps
     int64_t seed = 1337;
     int64_t recompute = 0;
+    int64_t fp8 = 0;
     int64_t deterministic = 1;
+    const char* attention = NULL;
     double lr = 0;
     double gpu_hour_usd = 0;
 };
@@ -4569,9 +5634,12 @@ static const Flag FLAGS[] = {
                  "seed of the initial weights and of the order of rows"),
     integer_flag("recompute", &arguments.recompute, 0, 2,
                  "to save memory, compute again in the backward pass: 1 GELU, 2 also the norms"),
+    integer_flag("fp8", &arguments.fp8, 0, 1, "1: multiply in 8 bits (H100 or later)"),
     integer_flag("deterministic", &arguments.deterministic, 0, 1,
                  "1: the same run gives the same bits; 0: matmuls use the kernels that are fastest "
                  "when the run begins"),
+    text_flag("attention", &arguments.attention,
+              "tensor-core kernels of attention: wgmma or mma (default: wgmma if the GPU has it)"),
     switch_flag("profile", &arguments.profile, "time each kernel of steps 10-12"),
 };
 
@@ -4630,8 +5698,8 @@ static void parse_value(const Flag* flag, char* value) {
 static void parse_arguments(int argc, char** argv) {
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--help") == 0) { print_help(); }
-        if (strcmp(argv[i], "--device") == 0 || strcmp(argv[i], "--fp8") == 0) {
-            die("%s is a flag of train_gpt2.py, not of the CUDA trainer; leave it out", argv[i]);
+        if (strcmp(argv[i], "--device") == 0) {
+            die("--device is a flag of train_gpt2.py, not of the CUDA trainer; leave it out");
         }
         const Flag* flag = find_flag(argv[i]);
         if (flag == NULL) { die("%s is not a flag; see --help", argv[i]); }
@@ -4763,9 +5831,22 @@ static void check_config(Config config, int V, int64_t T) {
     }
 }
 
+// Whether the layers multiply in 8 bits. As in train_gpt2.py, matrices of fewer than 128 channels
+// do not. Ends the run if the matrices have sizes that 8-bit operands cannot have.
+static bool choose_fp8(Config config) {
+    const Arguments& a = arguments;
+    int64_t BT = a.batch_size * a.seq_len;
+    if (!a.fp8 || config.n_embd < FP8_LEAST_SIZE) { return false; }
+    if (config.n_embd % FP8_UNIT != 0 || BT % FP8_UNIT != 0) {
+        die("with --fp8 1, n_embd and batch_size*seq_len must be multiples of %d, got %d and %lld; "
+            "leave --fp8 out", FP8_UNIT, config.n_embd, (long long)BT);
+    }
+    return true;
+}
+
 // ---- §17 The log and saved states ---------------------------------------------------------------
 //
-// The twin of RunLog, save_run and load_state in training.py, and of is_spike in train_gpt2.py:
+// The twin of RunLog, save_run and load_state in training.py, and of is_spike in recipe.py:
 //   <run>/lock                                       held while a process trains in the run
 //   <run>/log.jsonl                                  JSON lines: the header, steps, samples
 //   <run>/config.json, model.safetensors             the model, in fp32
@@ -4944,9 +6025,9 @@ static void write_settings(FILE* file, Config config, int64_t n_tokens) {
     fprintf(file, "\"settings\": {\"model\": ");
     write_config(file, config);
     fprintf(file, ", \"total_batch_size\": %lld, \"seq_len\": %lld, \"max_steps\": %lld, "
-            "\"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, \"bf16\": %d}",
+            "\"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, \"bf16\": %d, \"fp8\": %d}",
             (long long)a.total_batch_size, (long long)a.seq_len, (long long)a.max_steps,
-            (long long)a.seed, a.lr, (long long)n_tokens, BF16);
+            (long long)a.seed, a.lr, (long long)n_tokens, BF16, (int)a.fp8);
 }
 
 // A window as a JSON list; %.17g and strtod keep every bit of a double.
@@ -5101,7 +6182,8 @@ static void check_weights(Model* model, Ranks* ranks, int64_t step) {
 
 // With --deterministic 0, each rank saves beside its shard which kernel it chose for each matmul:
 //   {"format_version": 1, "made_by": "NVIDIA H100 80GB HBM3, cuBLASLt 130100", "matmuls": [
-//   {"sizes": [m, n, k, transpose, accumulate, epilogue, batch], "algorithm": "128 hex digits"},
+//   {"sizes": [m, n, k, transpose, accumulate, epilogue, batch, a_type, b_type, fast_sums],
+//    "algorithm": "128 hex digits"},
 //   … ]}
 // An algorithm is valid only for the GPU and the version of cuBLASLt that made it.
 
@@ -5130,8 +6212,9 @@ static void save_choices(const char* path) {
     for (int i = 0; i < cublas.n_plans; i++) {
         Matmul mm = cublas.plans[i].matmul;
         if (cublas.plans[i].n_candidates != 1) { continue; }
-        fprintf(file, "%s{\"sizes\": [%d, %d, %d, %d, %d, %d, %d], \"algorithm\": \"", separator,
-                mm.m, mm.n, mm.k, mm.transpose, mm.accumulate, mm.epilogue, mm.batch);
+        fprintf(file, "%s{\"sizes\": [%d, %d, %d, %d, %d, %d, %d, %d, %d, %d], \"algorithm\": \"",
+                separator, mm.m, mm.n, mm.k, mm.transpose, mm.accumulate, mm.epilogue, mm.batch,
+                mm.a_type, mm.b_type, mm.fast_sums);
         for (uint64_t word : cublas.plans[i].candidates[0].data) {
             fprintf(file, "%016llx", (unsigned long long)word);
         }
@@ -5159,12 +6242,12 @@ static void load_choices(const char* path) {
     while (line != NULL && line[1] != '\0' && cublas.n_choices < MAX_PLANS) {
         Choice* choice = &cublas.choices[cublas.n_choices++];
         Matmul* mm = &choice->matmul;
-        int transpose, accumulate, epilogue;
+        int transpose, accumulate, epilogue, a_type, b_type, fast_sums;
         char digits[129] = "";
         int end = 0;                    // stays 0 unless all of the line is as expected
-        sscanf(line, " {\"sizes\": [%d, %d, %d, %d, %d, %d, %d], \"algorithm\": "
+        sscanf(line, " {\"sizes\": [%d, %d, %d, %d, %d, %d, %d, %d, %d, %d], \"algorithm\": "
                "\"%128[0-9a-f]\"}%n", &mm->m, &mm->n, &mm->k, &transpose, &accumulate, &epilogue,
-               &mm->batch, digits, &end);
+               &mm->batch, &a_type, &b_type, &fast_sums, digits, &end);
         if (end == 0 || strlen(digits) != 128) {
             die("%s is damaged: it must be a list of sizes and algorithms; copy it again, or "
                 "remove it, so that kernels are chosen again", path);
@@ -5175,6 +6258,9 @@ static void load_choices(const char* path) {
         mm->transpose = (Transpose)transpose;
         mm->accumulate = accumulate != 0;
         mm->epilogue = (Epilogue)epilogue;
+        mm->a_type = (cudaDataType_t)a_type;
+        mm->b_type = (cudaDataType_t)b_type;
+        mm->fast_sums = fast_sums != 0;
         line = strchr(line + 1, '\n');
     }
     free(text);
@@ -5318,7 +6404,7 @@ static void load_shards(Model* model, Ranks* ranks, const char* folder, int old_
 // Says which setting of a saved run is not the same any more.
 [[noreturn]] static void die_changed(const char* text, const char* settings) {
     for (const char* key : {"total_batch_size", "seq_len", "max_steps", "seed", "lr", "n_tokens",
-                            "bf16"}) {
+                            "bf16", "fp8"}) {
         double before = json_number(text, key, 0);
         double now = json_number(settings, key, 0);
         if (before == now) { continue; }
@@ -5709,8 +6795,8 @@ static void say_samples(Log* log, Model* model, Loader* loader, const Vocabulary
 
 // ---- §19 Main -----------------------------------------------------------------------------------
 //
-// Schedules, the arithmetic of a step, and the training loop, as in train_gpt2.py. The constants of
-// GPT-2 are llm.c's, those of dN are nanochat's; train_gpt2.py names the sources.
+// Schedules, the arithmetic of a step, and the training loop, as in recipe.py and train_gpt2.py. The
+// constants of GPT-2 are llm.c's, those of dN are nanochat's; recipe.py names the sources.
 
 // GPT-2's share of the peak learning rate: linear warm-up, then a cosine to 0
 static double gpt2_schedule(int64_t step, int64_t max_steps) {
@@ -5741,7 +6827,7 @@ const double GPT2_MATMUL_PARAMETERS = 12.0 * 12 * 768 * 768 + 50257.0 * 768;    
 const double TUNED_BATCH = 1 << 19;             // tokens a step, where dN's rates were tuned
 
 // What the step after `step` steps multiplies its update by: for GPT-2, schedule and clipping; for
-// dN, the schedules of rate, momentum and decay. The twin of schedule in train_gpt2.py.
+// dN, the schedules of rate, momentum and decay. The twin of schedule in recipe.py.
 static Update plan_update(Config config, int64_t step, double norm) {
     const Arguments& a = arguments;
     int64_t n = a.max_steps;
@@ -5796,7 +6882,7 @@ static int64_t default_rows(Config config, int world_size) {
     size_t all_bytes = 0;
     CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all_bytes));
     double fixed, row;
-    memory_bytes(config, a.seq_len, a.recompute, world_size, &fixed, &row);
+    memory_bytes(config, a.seq_len, a.recompute, world_size, &fixed, &row, a.fp8);
     int64_t most = fmax(1.0, fmin(MOST_TOKENS / a.seq_len, (0.9 * free_bytes - fixed) / row));
     int64_t rows = a.total_batch_size / (a.seq_len * world_size);
     int64_t found = 0;
@@ -5859,7 +6945,33 @@ static cudaDeviceProp find_gpu() {
         die("%s has no bf16 tensor cores, which came with compute capability 8.0; build with make "
             "train_gpt2cu PRECISION=FP32", properties.name);
     }
+    if (arguments.fp8 && !BF16) {
+        die("--fp8 1 takes a build in bf16; run make train_gpt2cu without PRECISION=FP32");
+    }
+    if (arguments.fp8 && properties.major * 10 + properties.minor < 89) {
+        die("%s has no 8-bit tensor cores, which came with compute capability 8.9; leave --fp8 out",
+            properties.name);
+    }
     return properties;
+}
+
+// Sets which kernels attention uses for heads of 64 and 128. In fp32 there is no choice.
+static void choose_attention(cudaDeviceProp gpu) {
+    const char* wanted = arguments.attention;
+    if (wanted != NULL && strcmp(wanted, "wgmma") != 0 && strcmp(wanted, "mma") != 0) {
+        die("--attention must be wgmma or mma, got %s; see --help", wanted);
+    }
+#ifndef FP32
+    int compiled = 0;
+    CHECK_CUDA(cudaMemcpyFromSymbol(&compiled, compiled_for_sm_90a, sizeof compiled));
+    bool is_here = gpu.major == 9 && compiled;
+    if (wanted != NULL && strcmp(wanted, "wgmma") == 0 && !is_here) {
+        die("--attention wgmma needs a GPU of compute capability 9.0, got %s, and a build for it; "
+            "use make train_gpt2cu GPU_ARCHS=90a, or leave --attention out", gpu.name);
+    }
+    use_wgmma = is_here && (wanted == NULL || strcmp(wanted, "wgmma") == 0);
+    arguments.attention = use_wgmma ? "wgmma" : "mma";
+#endif
 }
 
 // After SIGTERM or SIGINT all ranks save and leave after the same step.
@@ -5905,7 +7017,8 @@ static void say_header(Log* log, Model* model, Ranks* ranks, const char* gpu, co
     int64_t T = model->T;
     int64_t grad_accum_steps = a.total_batch_size / (a.batch_size * T * ranks->world_size);
     double fixed, row_bytes;
-    memory_bytes(model->config, T, a.recompute, ranks->world_size, &fixed, &row_bytes);
+    memory_bytes(model->config, T, a.recompute, ranks->world_size, &fixed, &row_bytes,
+                 model->fp8 != NULL);
     char* lines = to_string([&](FILE* file) {
         fprintf(file, "command  %s\ncommit   unknown\ncuda     %s\nflags    %s\nparams   %lld\n"
                 "device   %s\n", command, cuda, flags, params, gpu);
@@ -5991,6 +7104,7 @@ static double accumulate(Model* model, Loader* loader, Ranks* ranks, int64_t pos
     int B = model->B, BT = B * model->T;
     CHECK_CUDA(cudaMemsetAsync(model->loss_sum, 0, sizeof(double), model->stream));
     position += ranks->rank * B;
+    if (model->fp8 != NULL) { quantise_weights(model); }
     for (int64_t micro_step = 0; micro_step < grad_accum_steps; micro_step++) {
         read_batch(loader, B, position);
         send_batch(loader, model);
@@ -6067,6 +7181,7 @@ int main(int argc, char** argv) {
     Validation validation = open_validation(V);
     Ranks ranks = start_ranks();
     cudaDeviceProp gpu = find_gpu();
+    choose_attention(gpu);
 
     // model: its shape, how a step is divided, its memory
     const char* init_from = a.init_from != NULL ? init_folder() : NULL;
@@ -6075,7 +7190,8 @@ int main(int argc, char** argv) {
     check_config(config, V, a.seq_len);
     cublas.times_candidates = !a.deterministic;
     int64_t grad_accum_steps = plan_batch(config, ranks.world_size);
-    Model model = make_model(config, a.batch_size, a.seq_len, a.recompute, &ranks);
+    bool fp8 = choose_fp8(config);
+    Model model = make_model(config, a.batch_size, a.seq_len, a.recompute, &ranks, fp8);
     Loader loader = make_loader(train_shards, a.batch_size, a.seq_len, V, a.seed);
 
     // weights: from a saved state, from another model, or random

@@ -20,10 +20,12 @@ Rows are cut from the shards back to back. A row may hold the end of one documen
 the next, and attention crosses the border. Masking the border was measured to gain 0.1 % and to
 cost a third of the speed (open_lm issue 206).
 
-Papers: GPT-2 and GPT-3 (arXiv 2005.14165) for the AdamW presets, MiniCPM (2404.06395) for the
-trapezoidal schedule, Chinchilla (2203.15556) for tokens per parameter, Power Lines (2505.13738) for
-batch size against tokens.
-Differs from the papers: the constants are nanochat's for dN and llm.c's for gpt2 … gpt2-xl.
+A GPU is never waited for within a step: Python reads a step's loss when the next step is on its
+way, and the GPU itself decides whether a step is skipped. How long a run is and how large a step,
+recipe.py says.
+
+Papers: GPT-2 and GPT-3 (arXiv 2005.14165).
+Differs from the papers: a step whose loss or norm stands out is skipped, as in llm.c.
 """
 import argparse
 import gc
@@ -47,12 +49,14 @@ import numpy as np
 import torch
 
 from bpe import Tokenizer
-from model import GPT, GPT2_SIZES, GPTConfig, find_compiler, find_kernel, load_checkpoint, sdpa
-from precision import find_bf16
+from model import (GPT, GPT2_SIZES, GPTConfig, find_compiler, find_kernel, load_checkpoint,
+                   run_layer, sdpa)
+from recipe import (RECIPES, SPIKE_WINDOW, is_spike, memory_bytes, most_rows, peak_flops,
+                    plan_batch, schedule)
 from sample import (Engine, check_above_0, check_at_least, choose_device, find_run, has_tokenizer,
                     load_tokenizer, quiet_end)
-from training import (D12_MATMUL_PARAMS, RunLog, already_trained, catch_signals, check_finite,
-                      finish, init_ranks, load_state, make_optimizer, save_run)
+from training import (RunLog, already_trained, catch_signals, check_finite, finish, init_ranks,
+                      load_state, make_optimizer, save_run)
 
 # ---- Data ----------------------------------------------------------------------------------------
 
@@ -356,117 +360,12 @@ def check_first_loss(val_loss, config):
                          f"{expected:.4f}, about ln({config.vocab_size}); the model or the loss is "
                          "broken: run make test")
 
-# ---- The recipe: learning rates, their schedule, the batch size ----------------------------------
-
-def schedule(step, max_steps, modern):
-    """The shape of a run, for step 0 … max_steps - 1 → (lr_scale, momentum, decay_scale).
-
-    The two scales multiply each parameter group's own lr and weight decay; momentum is Muon's.
-    """
-    if not modern:      # llm.c's GPT-2: linear warm-up, then a cosine down to 0
-        warmup = min(700, max_steps // 10)
-        if step < warmup:
-            return (step + 1) / warmup, 0.95, 1.0
-        angle = math.pi * (step - warmup) / max(1, max_steps - warmup)
-        return 0.5 * (1 + math.cos(angle)), 0.95, 1.0
-    warmup = min(40, max_steps // 10)
-    warmdown = 0.65 * max_steps     # in the last 65 % of the steps the lr falls linearly to 5 %
-    left = min(1.0, (max_steps - step) / warmdown)
-    lr_scale = min(1.0, (step + 1) / max(1, warmup)) * (0.05 + 0.95 * left)
-    momentum = 0.85 + 0.12 * min(1.0, step / 400)
-    if left < 1:
-        momentum = 0.90 + (momentum - 0.90) * left
-    decay_scale = 0.5 * (1 + math.cos(math.pi * step / max_steps))
-    return lr_scale, momentum, decay_scale
-
-GPT2_MATMUL_PARAMS = 12 * 12 * 768 ** 2 + 50257 * 768     # of the 124M model
-
-def plan_batch(model, args, world_size, most_rows):
-    """Decides how many steps a run takes and how a step is split → grad_accum_steps.
-
-    Sets args.total_batch_size (tokens), args.batch_size (rows) and args.max_steps where the user
-    left them out, in place. most_rows: how many rows of a rank fit in its memory.
-    Raises SystemExit if total_batch_size cannot be split evenly.
-    """
-    config = model.config
-    size = model.matmul_params()
-    T = args.seq_len or config.block_size
-    if config.rms_norm:     # 8 tokens a parameter reach GPT-2 at d24; batch ∝ tokens^0.383
-        tokens = 8 * size
-        batch_scale = (size / D12_MATMUL_PARAMS) ** 0.383
-    else:   # powers through llm.c's runs: 10B tokens for 124M, 33.6B by twice the batch for 1558M
-        tokens = 1e10 * (size / GPT2_MATMUL_PARAMS) ** 0.48
-        batch_scale = (size / GPT2_MATMUL_PARAMS) ** 0.27
-    if not args.total_batch_size:
-        args.total_batch_size = 2 ** round(math.log2(2 ** 19 * batch_scale))
-    if not args.batch_size:     # the most rows that fit and that divide the batch
-        rows = args.total_batch_size // (T * world_size)
-        args.batch_size = max(n for n in range(1, most_rows + 1) if rows % n == 0)
-    micro_tokens = args.batch_size * T * world_size
-    if args.total_batch_size % micro_tokens:
-        nearest = max(1, round(args.total_batch_size / micro_tokens)) * micro_tokens
-        raise SystemExit(f"--total_batch_size {args.total_batch_size} must be a multiple of "
-                         f"batch_size*seq_len*world_size = {micro_tokens}; try "
-                         f"--total_batch_size {nearest}")
-    if args.max_steps is None:
-        args.max_steps = max(1, round(tokens / args.total_batch_size))
-    return args.total_batch_size // micro_tokens
-
-def memory_bytes(model, T, world_size):
-    """An estimate of the memory that training takes on a rank → (fixed bytes, bytes per row).
-
-    Fixed: weights, gradients and this rank's share of the optimizer's moments in fp32, and the
-    weights once more in the dtype of the matmuls. Per row: activations, 34 C bytes per token and
-    layer in 16 bits (arXiv 2205.05198, equation 2, without its T x T term).
-    """
-    config = model.config
-    width = model.compute_dtype.itemsize
-    params = sum(p.numel() for p in model.parameters())
-    moments = 2 * params
-    if config.rms_norm:     # Muon keeps one moment for the weights of the blocks, Adam two
-        moments -= sum(p.numel() for p in model.h.parameters())
-    fixed = 4 * (2 * params + moments // world_size) + params * width
-    row = 34 * config.n_embd * T * config.n_layer * width // 2
-    return fixed, row
-
-def most_rows(model, T, world_size, device):
-    """The rows that a rank should take at a time, at most. On a GPU: what fits in its memory, up to
-    32. On a CPU: 2048 tokens, whose activations stay in the cache."""
-    if "cuda" not in device:
-        return max(1, 2048 // T)
-    fixed, row = memory_bytes(model, T, world_size)
-    free = 0.85 * torch.cuda.mem_get_info()[0] - 2 ** 30        # for the loss's chunk and cuBLAS
-    return max(1, min(32, int((free - fixed) // row)))
-
-PEAK_FLOPS = {      # dense bf16 FLOP/s, from the data sheets; the first name that fits counts
-    "H100 PCIE": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
-    "L40S": 362e12, "4090": 165e12, "3090": 71e12}
-
-def peak_flops(device):
-    """The GPU's peak in FLOP/s, or None on a CPU or a GPU that is not in PEAK_FLOPS."""
-    if "cuda" not in device:
-        return None
-    name = torch.cuda.get_device_name().upper()
-    for known, flops in PEAK_FLOPS.items():
-        if known in name:
-            return flops
-    return None
-
-SPIKE_WINDOW = 128      # steps; llm.c's window
-SPIKE_Z = 7.0           # standard deviations; what llm.c's run of GPT-2 1558M was given
-
-def is_spike(window, value):
-    """Whether a value lies SPIKE_Z deviations above the mean of the last SPIKE_WINDOW values."""
-    if len(window) < SPIKE_WINDOW:
-        return False
-    mean = sum(window) / len(window)
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in window) / len(window))
-    return value - mean > SPIKE_Z * deviation
-
 # ---- What main() is made of ----------------------------------------------------------------------
 
 def parse_args():
     parser = argparse.ArgumentParser(description="pretrain a GPT on token shards")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), help="flags of a known run, from "
+                        "recipe.py; those that are given too count more")
     parser.add_argument("--model", default="d12", help="gpt2 … gpt2-xl, or dN for N layers")
     parser.add_argument("--config", nargs="*", default=[], metavar="KEY=VALUE",
                         help="other fields of GPTConfig: n_embd=128 n_head=4 block_size=256 …")
@@ -475,11 +374,15 @@ def parse_args():
     parser.add_argument("--resume", action="store_true", help="continue from <out>/state, if any")
     parser.add_argument("--init_from", help="start from a run's weights, or from gpt2 … gpt2-xl")
     parser.add_argument("--max_steps", type=int, help="steps (default: from the model's size)")
+    parser.add_argument("--ratio", type=float, help="tokens to train on for each weight that "
+                        "multiplies a token (default: 8 for dN), instead of --max_steps")
     parser.add_argument("--total_batch_size", type=int, help="tokens per step, over all ranks")
     parser.add_argument("--batch_size", type=int, help="rows per rank at a time")
     parser.add_argument("--seq_len", type=int, help="tokens per row (default and maximum: the "
                         "model's block_size)")
     parser.add_argument("--lr", type=float, help="peak learning rate: AdamW's, or for dN Muon's")
+    parser.add_argument("--final_lr", type=float, help="share of the peak to which the learning "
+                        "rate falls (default: 0.05 for dN, 0 for GPT-2)")
     parser.add_argument("--eval_every", type=int, default=250, help="steps between evaluations")
     parser.add_argument("--core_dir", help="eval_bundle folder: also evaluate HellaSwag and CORE")
     parser.add_argument("--save_every", type=int, default=1000, help="steps between saved states")
@@ -488,17 +391,23 @@ def parse_args():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--fp8", type=int, default=0, choices=(0, 1),
                         help="1: multiply in 8 bits (H100 or later)")
-    parser.add_argument("--bf16", type=int, choices=(0, 1), help="multiply in bf16 while training; "
-                        "default: where it is faster")
+    parser.add_argument("--bf16", type=int, choices=(0, 1, 2), help="1: multiply in bf16 while "
+                        "training; 2: and send gradients in bf16; default: 1 where it is faster")
     parser.add_argument("--deterministic", type=int, default=0, choices=(0, 1),
                         help="1: repeatable bits on a GPU")
     parser.add_argument("--profile", action="store_true", help="trace steps 10-12 into <out>")
+    parser.set_defaults(warmdown=None)      # no flag: a recipe may set it
     args = parser.parse_args()
     check_at_least(1, args, "total_batch_size", "batch_size", "seq_len", "eval_every", "save_every")
-    check_at_least(0, args, "max_steps", "gpu_hour_usd", "seed")
+    check_at_least(0, args, "max_steps", "gpu_hour_usd", "seed", "final_lr")
     if args.seed >= 2 ** 63:
         raise SystemExit(f"--seed must be below {2 ** 63}, got {args.seed}")
-    check_above_0(args, "lr")
+    check_above_0(args, "lr", "ratio")
+    if args.ratio and args.max_steps is not None:
+        raise SystemExit("--ratio and --max_steps both say how long the run is; leave one out")
+    if args.recipe:
+        parser.set_defaults(**RECIPES[args.recipe])
+        args = parser.parse_args()
     choose_device(args.device)
     return args
 
@@ -578,11 +487,43 @@ class Progress:
                              "choose another --out")
         return cls(**{name: state[name] for name in cls.__dataclass_fields__})
 
-    def add_step(self, loss, norm, rows):
-        self.step += 1
-        self.position += rows
+    def window(self, ranks):
+        """The last losses and norms as is_spike wants them, on the device."""
+        values = [self.losses, self.norms]
+        return torch.tensor(values, dtype=torch.float64, device=ranks.fp64_device)
+
+    def remember(self, loss, norm):
+        """Of a step whose numbers have arrived."""
         self.losses = [*self.losses, loss][-SPIKE_WINDOW:]
         self.norms = [*self.norms, norm][-SPIKE_WINDOW:]
+
+def sum_over_ranks(ranks, loss, square, n_signals):
+    """A rank's mean loss, the sum of the squares of its gradients, and how many signals it caught →
+    a tensor on the device: the loss, the norm of the gradient, and the signals of all ranks."""
+    loss = loss.to(square.device).to(square.dtype) / ranks.world_size
+    totals = ranks.sum_tensor(torch.stack([loss, square, torch.full_like(square, n_signals)]))
+    totals[1].sqrt_()
+    return totals
+
+class Outcome:
+    """The numbers of a step, on their way from the device. They are read when the next step has
+    been handed out, and until then a GPU is never without work."""
+
+    def __init__(self, step, started, lr, numbers):
+        self.step = step
+        self.started = started      # when Python began to hand it out
+        self.lr = lr
+        self.numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
+        self.arrival = None
+        if numbers.is_cuda:
+            self.arrival = torch.cuda.Event()
+            self.arrival.record()
+
+    def read(self):
+        """Waits until this step is done, not for those after it."""
+        if self.arrival:
+            self.arrival.synchronize()
+        return self.numbers.tolist()
 
 class Meter:
     """Measures steps, for the figures of their log lines: time, speed, cost, and time left."""
@@ -594,18 +535,18 @@ class Meter:
         self.usd_per_second = (args.gpu_hour_usd or 0) * ranks.world_size / 3600
         self.earlier_usd = earlier_usd
         self.seconds = []       # of the last 20 steps
-        self.started = self.tick = time.perf_counter()
-
-    def start_step(self):
-        self.tick = time.perf_counter()
+        self.started = self.ended = time.perf_counter()
 
     def usd(self):
         """The cost so far, with evaluations and saving, and with the processes before --resume."""
         return self.earlier_usd + (time.perf_counter() - self.started) * self.usd_per_second
 
-    def figures(self, steps_left):
-        """Of the step since start_step(), and of the run so far. None: unknown, not shown."""
-        seconds = time.perf_counter() - self.tick
+    def figures(self, started, steps_left):
+        """Of the step that has just ended, and of the run so far. None: unknown, not shown. It
+        began at `started`, or when the step before it ended, if a GPU was still busy with that."""
+        began = max(started, self.ended)
+        self.ended = time.perf_counter()
+        seconds = self.ended - began
         self.seconds = [*self.seconds[-19:], seconds]
         mfu = None
         if self.peak:
@@ -627,7 +568,41 @@ def log_plan(log, args, model, T, ranks, grad_accum_steps, n_tokens):
     log.say(f"attention windows {model.config.windows}: {find_kernel(ranks.device)[1]}")
     log.say(find_compiler(ranks.device)[1])
     if args.bf16 is None:
+        from precision import find_bf16
         log.say(find_bf16(ranks.device)[1])
+
+def training_hidden(model, exchange, ranks):
+    """A function that computes model.hidden in a training step: compiled, and with weights that
+    are cast when they are new.
+
+    On one rank the model is compiled as a whole. Several ranks compile a layer, because a compiled
+    backward gives its gradients away at its end: so each layer's can leave when they are finished,
+    and its weights may arrive while the layers before it compute.
+    """
+    compiler, _ = find_compiler(ranks.device)
+    whole = compiler(model.hidden)
+    one_layer = compiler(run_layer)
+
+    def layer(block, *inputs):
+        if exchange.wait_for(block.attn.layer):
+            model.cast_weights(block)
+        return one_layer(block, *inputs)
+
+    def hidden_by_layers(x):
+        exchange.wait_for(exchange.first)
+        y = model.hidden(x, run_layer=layer)
+        if exchange.wait_for(exchange.head):
+            model.cast_weights(model.lm_head)
+        return y
+
+    def hidden(x):
+        if exchange.wait_for(exchange.first):
+            model.cast_weights()
+        return whole(x)
+
+    if ranks.world_size > 1:
+        return hidden_by_layers
+    return hidden
 
 @contextmanager
 def named_failures(ranks, step, phase):
@@ -679,14 +654,18 @@ def main():
     B = args.batch_size
     loader = Loader(train_shards, T, args.seed)
     optimizer = make_optimizer(model, ranks, args.lr, args.total_batch_size)
+    if args.bf16 == 2:
+        optimizer.exchange.dtype = torch.bfloat16
     engine = Engine(model, tokenizer)
     token_bytes = torch.from_numpy(tokenizer.token_bytes().astype(np.int64))
     known = known_words(train_shards, tokenizer)
 
-    settings = dict(model=vars(config), total_batch_size=args.total_batch_size,
-                    seq_len=T, max_steps=args.max_steps, seed=args.seed, lr=args.lr, fp8=args.fp8,
-                    bf16=args.bf16, tokenizer=tokenizer.sha256,
-                    n_tokens=train_shards.n_tokens)
+    # norm_scales is left out where it is off, so that runs from before it existed can be resumed
+    shape = {name: value for name, value in vars(config).items() if name != "norm_scales" or value}
+    settings = dict(model=shape, total_batch_size=args.total_batch_size,
+                    seq_len=T, max_steps=args.max_steps, seed=args.seed, lr=args.lr,
+                    final_lr=args.final_lr, warmdown=args.warmdown, fp8=args.fp8, bf16=args.bf16,
+                    tokenizer=tokenizer.sha256, n_tokens=train_shards.n_tokens)
     state = load_state(run, args.resume, ranks, optimizer, model, settings)
     progress = Progress()
     resume_step = None
@@ -699,7 +678,8 @@ def main():
                                args.max_steps)
     log.header(args, model, ranks.device)
     log_plan(log, args, model, T, ranks, grad_accum_steps, train_shards.n_tokens)
-    hidden = find_compiler(ranks.device)[0](model.hidden)   # evaluations and samples stay eager
+    exchange = optimizer.exchange
+    hidden = training_hidden(model, exchange, ranks)        # evaluations and samples stay eager
     profiler = None
     if args.profile and ranks.is_main:
         profiler = make_profiler(run, ranks, log)
@@ -709,6 +689,19 @@ def main():
         save_run(run, ranks, optimizer, model, tokenizer, "pretrain", dict(val_bpb=val_bpb),
                  **vars(progress), settings=settings)
 
+    def report(outcome):
+        """Logs a step whose numbers the device has computed; it may end the run."""
+        nonlocal stop
+        loss, norm, n_signals, is_skipped = outcome.read()
+        check_finite(f"step {outcome.step}", loss, norm)
+        stop = stop or n_signals > 0
+        if is_skipped:
+            log.say(f"step {outcome.step}: skipped, loss {loss:.4f} or norm {norm:.4f} stands out "
+                    f"of the last {SPIKE_WINDOW}", step=outcome.step, skipped=True)
+        progress.remember(loss, norm)
+        log(outcome.step, loss=loss, lr=outcome.lr, norm=norm,
+            **meter.figures(outcome.started, args.max_steps - outcome.step))
+
     def batch(micro_step):
         """This rank's rows of a micro-step. The one after the last is the next step's first."""
         first = progress.position + (micro_step * ranks.world_size + ranks.rank) * B
@@ -717,6 +710,8 @@ def main():
     first_step = progress.step
     signals = catch_signals()       # from here on they end the run after a step, with a saved state
     stop = False
+    outcomes = []                   # of steps that were handed out and not yet read
+    window = progress.window(ranks)
     val_bpb = None
     with named_failures(ranks, first_step, "the first collective"):
         ranks.sum(1)
@@ -727,8 +722,16 @@ def main():
         step = progress.step
         is_last = step == args.max_steps
         is_new = step == 0 or step > first_step     # a resumed run has evaluated its first step
+        evaluates = is_new and (is_last or step % args.eval_every == 0)
+        saves = step > first_step and step % args.save_every == 0
+        if is_last or stop or evaluates or saves:
+            with named_failures(ranks, step, "training"):
+                for outcome in outcomes:
+                    report(outcome)
+                exchange.wait()
+            outcomes = []
 
-        if is_new and (is_last or step % args.eval_every == 0):
+        if evaluates:
             with named_failures(ranks, step, "evaluation"):
                 val_tokens = None if is_last else VAL_TOKENS
                 val_loss, val_bpb = evaluate(model, val_shards, token_bytes, T, B, ranks,
@@ -744,39 +747,39 @@ def main():
                     if is_last:
                         show_compressors(log, step, val_shards, tokenizer, val_bpb)
 
-        if is_last or stop or (step > first_step and step % args.save_every == 0):
+        if is_last or stop or saves:
+            progress.usd = meter.usd()
             with named_failures(ranks, step, "saving"):
                 save()
         if is_last or stop:
             break
 
         with named_failures(ranks, step, "training"):
-            meter.start_step()
+            started = time.perf_counter()
             loss = torch.zeros((), device=ranks.device)
             for micro_step in range(grad_accum_steps):
                 micro_loss = model.loss(hidden(x), y) / grad_accum_steps
+                if micro_step == grad_accum_steps - 1:
+                    exchange.expect()
                 micro_loss.backward()
                 loss += micro_loss.detach()
                 x, y = batch(micro_step + 1)        # while a GPU is still busy with the backward
-            norm = optimizer.average_grads()
-            loss, n_signals = ranks.sum(loss.item() / ranks.world_size, len(signals))
-            stop = n_signals > 0
-            check_finite(f"step {step}", loss, norm)
-            lr_scale, momentum, decay_scale = schedule(step, args.max_steps, config.rms_norm)
-            if is_spike(progress.losses, loss) or is_spike(progress.norms, norm):
-                log.say(f"step {step + 1}: skipped, loss {loss:.4f} or norm {norm:.4f} stands out "
-                        f"of the last {SPIKE_WINDOW}", step=step + 1, skipped=True)
-                optimizer.zero_grad()
-            else:
-                grad_scale = 1.0        # the modern recipe does not clip: it would never act
-                if not config.rms_norm:
-                    grad_scale = min(1.0, 1.0 / (norm + 1e-6))
-                optimizer.step(lr_scale, grad_scale, momentum, decay_scale)
-
-        progress.add_step(loss, norm, rows=args.total_batch_size // T)
-        progress.usd = meter.usd()
-        log(progress.step, loss=loss, lr=lr_scale * optimizer.groups[0]["lr"], norm=norm,
-            **meter.figures(args.max_steps - progress.step))
+            totals = sum_over_ranks(ranks, loss, optimizer.reduce_grads(), len(signals))
+            values = totals[:2]                     # loss and norm
+            skip = is_spike(window, values)
+            window = torch.cat([window, values[:, None]], 1)[:, -SPIKE_WINDOW:]
+            lr_scale, momentum, decay_scale = schedule(step, args.max_steps, config.rms_norm,
+                                                       args.final_lr, args.warmdown)
+            grad_scale = 1.0            # the modern recipe does not clip: it would never act
+            if not config.rms_norm:
+                grad_scale = (1 / (values[1] + 1e-6)).clamp(max=1.0)
+            optimizer.step(lr_scale, grad_scale, momentum, decay_scale, skip, wait=False)
+            progress.step += 1
+            progress.position += args.total_batch_size // T
+            outcomes.append(Outcome(progress.step, started, lr_scale * optimizer.groups[0]["lr"],
+                                    torch.cat([totals, skip[None]])))
+            if outcomes[1:] or not ranks.runs_ahead:
+                report(outcomes.pop(0))
         if profiler:
             profiler.step()
         if step == first_step:

@@ -51,13 +51,27 @@ class Ranks:
     device: str = "cpu"
     is_main: bool = True
 
+    @property
+    def fp64_device(self):
+        """Where sums are added up: on the CPU, if the device is a GPU of Apple, without fp64."""
+        return self.device if "cuda" in self.device else "cpu"
+
+    @property
+    def runs_ahead(self):
+        """Whether Python hands out work faster than the device does it, so that to read a number
+        would keep both waiting. A CPU has done its work when Python goes on."""
+        return "cuda" in self.device
+
     def sum(self, *values):
         """Sums each number over all ranks, in fp64. All ranks wait here for each other."""
-        device = self.device if "cuda" in self.device else "cpu"    # Apple's GPUs have no fp64
-        total = torch.tensor(values, dtype=torch.float64, device=device)
+        values = torch.tensor(values, dtype=torch.float64, device=self.fp64_device)
+        return self.sum_tensor(values).tolist()
+
+    def sum_tensor(self, values):
+        """Sums a tensor over all ranks, in place. On a GPU, Python does not wait for the result."""
         if self.world_size > 1:
-            dist.all_reduce(total)
-        return total.tolist()
+            dist.all_reduce(values)
+        return values
 
 def init_ranks(device="auto"):
     """Joins the ranks that torchrun started, if it did. device: auto, cpu, cuda or mps, Apple's
@@ -122,8 +136,9 @@ def short_axis(W):
     """The axis of the shorter side of W (…, m, n), of the columns if both are equal."""
     return -1 if W.shape[-2] >= W.shape[-1] else -2
 
-def muon(W, grad, buffer, variance, lr, decay, momentum, beta2=0.9):
-    """One update of each matrix in W (K, m, n) → the next W, buffer and variance.
+def muon(W, grad, buffer, variance, lr, decay, momentum, skip=None, beta2=0.9):
+    """One update of each matrix in W (K, m, n) → the next W, buffer and variance; the same ones
+    again if skip, a 0-D tensor, is true.
 
     polar() of the Nesterov momentum, then NorMuon: the rows along the longer side get the same mean
     square, and the norm is kept. Decay is cautious: it acts only where the update shrinks W too.
@@ -133,13 +148,17 @@ def muon(W, grad, buffer, variance, lr, decay, momentum, beta2=0.9):
     Muon+, which sets the norm to √min(m, n) after it. On a d4 neither lowered val bits per byte
     (bench/RESULTS.md). Muon+ enlarges the update of a gradient of low rank.
     """
+    before = W, buffer, variance
     buffer = buffer.lerp(grad, 1 - momentum)
     U = polar(grad.lerp(buffer, momentum))
     variance = variance.lerp(U.square().mean(short_axis(W), keepdim=True), 1 - beta2)
     scaled = U * variance.clamp_min(1e-10).rsqrt()
     U = F.normalize(scaled, dim=(-2, -1)) * U.norm(dim=(-2, -1), keepdim=True)
     lr = lr * max(1, W.shape[-2] / W.shape[-1]) ** 0.5
-    return W - lr * (U + decay * W * (U * W >= 0)), buffer, variance
+    after = W - lr * (U + decay * W * (U * W >= 0)), buffer, variance
+    if skip is None:
+        return after
+    return tuple(torch.where(skip, old, new) for old, new in zip(before, after))
 
 def as_matrices(W):
     """A view (K, m, n): c_attn.weight (3C, C) is three matrices, q, k and v; any other is one."""
@@ -163,6 +182,8 @@ class Optimizer:
         self.params = {name: p for group in groups for name, p in group["params"].items()}
         by_size = sorted(self.params, key=lambda name: (-self.params[name].numel(), name))
         self.owner = {name: i % ranks.world_size for i, name in enumerate(by_size)}
+        from exchange import Exchange
+        self.exchange = Exchange(self.params, self.owner, ranks)
 
     def is_mine(self, name):
         """Whether this rank owns a parameter. Large ones are dealt out first, so that all ranks
@@ -206,53 +227,64 @@ class Optimizer:
         for p in self.params.values():
             p.grad = None
 
-    def send_all(self, collective, tensors):
-        """Starts to reduce each tensor {name: tensor} to its owner, or to broadcast it from there.
-        Returns what to wait for."""
-        if self.ranks.world_size == 1:
-            return []
-        return [collective(tensor, self.owner[name], async_op=True)
-                for name, tensor in tensors.items()]
-
-    @torch.no_grad()
     def average_grads(self):
         """Averages each gradient over the ranks, onto its owner. Returns the norm of all."""
-        for p in self.params.values():
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        for work in self.send_all(dist.reduce, {name: p.grad for name, p in self.params.items()}):
-            work.wait()
-        mine = [self.params[name].grad for name in filter(self.is_mine, self.params)]
-        square = 0.0
-        if mine:
-            if self.ranks.world_size > 1:
-                torch._foreach_div_(mine, self.ranks.world_size)
-            norms = torch.stack(torch._foreach_norm(mine)).cpu()
-            square = norms.double().square().sum().item()
+        square = self.reduce_grads().item()
         return math.sqrt(self.ranks.sum(square)[0])
 
     @torch.no_grad()
-    def step(self, lr_scale=1.0, grad_scale=1.0, momentum=0.95, decay_scale=1.0):
+    def reduce_grads(self):
+        """Averages each gradient over the ranks, onto its owner. Returns the sum of the squares of
+        those that this rank owns, a tensor, for which Python has not waited."""
+        for p in self.params.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        self.exchange.collect_gradients()
+        mine = [self.params[name].grad for name in filter(self.is_mine, self.params)]
+        if not mine:
+            return torch.zeros((), dtype=torch.float64, device=self.ranks.fp64_device)
+        if self.ranks.world_size > 1:
+            torch._foreach_div_(mine, self.ranks.world_size)
+        norms = torch.stack(torch._foreach_norm(mine))
+        if not self.ranks.runs_ahead:
+            norms = norms.cpu()
+        return norms.double().square().sum()
+
+    @torch.no_grad()
+    def step(self, lr_scale=1.0, grad_scale=1.0, momentum=0.95, decay_scale=1.0, skip=None,
+             wait=True):
         """Updates all parameters. The scales multiply each group's lr and weight_decay; grad_scale
-        clips the gradients. Updated parameters travel while their owners update the next ones."""
-        self.steps += 1
-        sent = []
-        for group in sorted(self.groups, key=lambda group: group["kind"]):      # AdamW is quick
+        clips the gradients.
+
+        grad_scale may be a 0-D tensor. skip, a 0-D tensor of bool, leaves all as it was if it is
+        true. A GPU decides by itself, so that Python does not wait; elsewhere Python decides.
+        wait=False: the parameters may still travel; exchange.wait_for() says when they are there.
+        """
+        if not self.ranks.runs_ahead:
+            grad_scale = float(grad_scale)
+            if skip is not None and bool(skip):
+                return self.zero_grad()
+            skip = None
+        elif torch.is_tensor(grad_scale):
+            grad_scale = grad_scale.float()
+        for group in self.groups:
             lr = lr_scale * group["lr"]
             decay = decay_scale * group["weight_decay"]
             for names in self.batches(group):
                 mine = list(filter(self.is_mine, names))
-                if mine and grad_scale != 1:
+                if mine and (torch.is_tensor(grad_scale) or grad_scale != 1):
                     torch._foreach_mul_([self.params[name].grad for name in mine], grad_scale)
                 if mine and group["kind"] == "adamw":
-                    self.adamw(mine, lr, decay, group["betas"], group["eps"])
+                    self.adamw(mine, lr, decay, group["betas"], group["eps"], skip)
                 elif mine:
-                    self.muon(mine, lr, decay, momentum)
-                sent += self.send_all(dist.broadcast,
-                                      {name: self.params[name].data for name in names})
-        for work in sent:
-            work.wait()
+                    self.muon(mine, lr, decay, momentum, skip)
+        self.exchange.send_weights()
+        if wait:
+            self.exchange.wait()
         self.zero_grad()
+        self.steps = self.steps + 1         # a tensor, once a GPU has decided about a step
+        if skip is not None:
+            self.steps = self.steps - skip.to(torch.float32)
 
     def batches(self, group):
         """The names that are updated in one call: all of AdamW's, or Muon's of equal shape."""
@@ -263,7 +295,7 @@ class Optimizer:
             by_shape.setdefault(as_matrices(p).shape[1:], []).append(name)
         return sorted(by_shape.values(), key=lambda names: -self.params[names[0]].numel())
 
-    def adamw(self, names, lr, decay, betas, eps):
+    def adamw(self, names, lr, decay, betas, eps, skip=None):
         """Adam with decoupled weight decay (arXiv 1711.05101, algorithm 2); PyTorch's function
         updates all tensors in one pass. At step t, with m^ = m / (1 - β₁ᵗ), v^ = v / (1 - β₂ᵗ):
             m = β₁ m + (1 - β₁) g    v = β₂ v + (1 - β₂) g²    p = p - lr (m^ / (√v^ + ε) + decay p)
@@ -271,12 +303,14 @@ class Optimizer:
         params = [self.params[name] for name in names]
         m = [self.slot(name, "exp_avg", self.params[name]) for name in names]
         v = [self.slot(name, "exp_avg_sq", self.params[name]) for name in names]
-        steps_before = torch.full((len(names),), self.steps - 1.0, device=params[0].device)
+        steps_before = torch.zeros(len(names), device=params[0].device) + self.steps
+        if skip is not None:
+            skip = skip.to(torch.float32)
         adamw([p.data for p in params], [p.grad for p in params], m, v, [],
               list(steps_before.unbind()), fused=True, amsgrad=False, maximize=False,
-              beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=decay, eps=eps)
+              beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=decay, eps=eps, found_inf=skip)
 
-    def muon(self, names, lr, decay, momentum):
+    def muon(self, names, lr, decay, momentum, skip=None):
         """muon() of all these parameters in one call: their matrices have equal shapes."""
         weights, grads, buffers, variances = [], [], [], []
         for name in names:
@@ -289,7 +323,7 @@ class Optimizer:
         # tensors, because torch.compile would recompile for every new float
         results = update(torch.cat(weights), torch.cat(grads), torch.cat(buffers),
                          torch.cat(variances), torch.tensor(lr), torch.tensor(decay),
-                         torch.tensor(momentum))
+                         torch.tensor(momentum), skip)
         sizes = [len(W) for W in weights]
         for tensors, result in zip((weights, buffers, variances), results):
             torch._foreach_copy_(tensors, result.split(sizes))
@@ -299,6 +333,7 @@ class Optimizer:
 ADAM_RECIPE = {     # nanochat's, tuned at d12: lr, betas, weight decay
     "lm_head": (0.008, (0.8, 0.96), 0.01), "wte": (0.3, (0.8, 0.995), 0.001),
     "wpe": (0.3, (0.8, 0.995), 0.001),      # our own, for a dN without RoPE
+    "norm_scales": (0.005, (0.8, 0.95), 0.0),       # our own, of RMSNorms
     "value_embeds": (0.15, (0.8, 0.995), 0.01), "resid_scalars": (0.005, (0.8, 0.95), 0.05),
     "x0_scalars": (0.5, (0.96, 0.95), 0.0), "backout_scalar": (0.2, (0.8, 0.95), 0.0)}
 D12_MATMUL_PARAMS = 110.1e6     # of d12 with 32,768 tokens, where decay and batch size were tuned
@@ -333,8 +368,10 @@ def make_optimizer(model, ranks=Ranks(), lr=None, batch_tokens=2 ** 19):
         return Optimizer([dict(adam, params=matrices, weight_decay=0.1),
                           dict(adam, params=vectors, weight_decay=0.0)], ranks)
     decay = 0.28 * math.sqrt(batch_tokens / 2 ** 19) * D12_MATMUL_PARAMS / model.matmul_params()
+    scales = {name: p for name, p in params.items() if ".ln_" in f".{name}"}
     groups = [dict(kind="muon", lr=lr, weight_decay=decay,
-                   params={name: p for name, p in params.items() if name.startswith("h.")})]
+                   params={name: p for name, p in params.items()
+                           if name.startswith("h.") and name not in scales})]
     for start, recipe in ADAM_RECIPE.items():
         if start == "wte" and config.tied_head:
             recipe = ADAM_RECIPE["lm_head"]
@@ -343,6 +380,8 @@ def make_optimizer(model, ranks=Ranks(), lr=None, batch_tokens=2 ** 19):
         if start in VOCABULARY:
             rate *= math.sqrt(768 / config.n_embd)
         group = {name: p for name, p in params.items() if name.startswith(start)}
+        if start == "norm_scales":
+            group = scales
         groups.append(dict(kind="adamw", params=group, lr=rate, betas=betas, eps=1e-10,
                            weight_decay=decay))
     assert sum(len(group["params"]) for group in groups) == len(params), "a parameter in no group"
@@ -359,8 +398,8 @@ LOG_FORMATS = dict(
     thinking_tokens="thinking {:.1f}", tied="tied {:.0%}", truncated="truncated {:.0%}",
     entropy="entropy {:.3f}", keep_loss="keep_loss {:.4f}", kl="kl {:.4f}",
     kl_reply="kl a reply {:.2f}", gold="gold {:.3f}", kind="held out: {}",
-    accuracy="accuracy {:.3f}", pass_1="pass@1 {:.3f}", pass_16="pass@16 {:.3f}",
-    hellaswag="hellaswag {:.4f}", core="core {:.4f}")
+    n="{} asked", accuracy="accuracy {:.3f}", pass_1="pass@1 {:.3f}", pass_16="pass@16 {:.3f}",
+    sampled="of {} problems", hellaswag="hellaswag {:.4f}", core="core {:.4f}")
 
 class RunLog:
     """log(7, loss=…, lr=…) prints `step  7/90 | loss 3.421875 | lr 5.98e-04`, and appends the same
@@ -497,7 +536,7 @@ def write_state(run, ranks, optimizer, model, **state):
     if ranks.is_main:
         save_weights(part / "model.safetensors", model)
         write_json(part / "state.json", dict(state, format_version=STATE_VERSION,
-                                             optimizer_steps=optimizer.steps,
+                                             optimizer_steps=int(optimizer.steps),
                                              world_size=ranks.world_size))
     return part
 

@@ -20,13 +20,14 @@ were equally frequent, fine-tuning with seed 0 taught to stop after four: of lon
 followed in 3072 replies, and one after 80 steps of practice. Long chains are therefore seldom in
 the examples, so that a model learns to end where no pair begins, not after so many letters.
 
+When a small model begins to follow chains differs from seed to seed: one has learnt it after 10,000
+examples, another needs 30,000. Fine-tuning therefore goes in rounds, each on new examples, and ends
+with the round after which the longest chains of the examples are followed. How much further it goes
+by itself depends on the seed, so each length is judged by its own figures.
+
 The problems of all lengths are in one file. At first the longest are hardly ever solved, so that
 their groups are tied and teach nothing. What is learnt from shorter ones brings the next length
-into reach: that makes a curriculum, although nobody orders the problems. How far fine-tuning alone
-goes depends on the seed, so each length is judged by its own figures.
-
-Two of three seeds reach both claims below. With the other, seed 1, fine-tuning does not learn in
-time to follow the chains that it is taught; practice then does not either (bench/RESULTS.md).
+into reach: that makes a curriculum, although nobody orders the problems.
 
 pass@1 is the share of right replies at temperature 1, pass@16 the share of problems with at least
 one right reply among 16. Practice that only made likely what the model already did could raise
@@ -35,6 +36,7 @@ it counts if more than half of the replies are right, because one lucky reply is
 """
 import argparse
 import json
+import os
 import random
 import string
 import subprocess
@@ -57,7 +59,9 @@ TAUGHT = {1: 6, 2: 5, 3: 4, 4: 3, 5: 2, 6: 1}   # arrows of an example's chain: 
 PRACTISED = range(6, 17)
 TESTED = range(6, 17, 2)
 PAIRS = 8                       # in a question, if the chain needs no more
-EXAMPLES = 30_000
+EXAMPLES = 10_000               # of each round of fine-tuning
+ROUNDS = 8                      # of fine-tuning, at most
+LEARNT = 0.9                    # share of the longest taught chains from which it is learnt
 HELD_OUT = 32                   # problems of each length
 SHAPE = dict(block_size=96, n_layer=2, n_head=2, n_embd=64, windows="L")
 
@@ -92,11 +96,12 @@ def problem(rng, arrows):
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-def write_files(folder, seed, examples, practised):
-    """Examples, problems to practise, held-out problems, and an untrained model with a tokenizer
-    of bytes, in which each letter is a token."""
+def write_files(folder, seed, practised):
+    """Held-out problems as long as the longest examples, problems to practise, held-out problems
+    of all their lengths, and an untrained model with a tokenizer of bytes, in which each letter is
+    a token."""
     rng = random.Random(seed)
-    write_rows(folder / "examples.jsonl", [example(rng) for _ in range(examples)])
+    write_rows(folder / "taught.jsonl", [problem(rng, max(TAUGHT)) for _ in range(HELD_OUT)])
     write_rows(folder / "practice.jsonl",
                [problem(rng, rng.choice(PRACTISED)) for _ in range(practised)])
     write_rows(folder / "held_out.jsonl",
@@ -137,18 +142,38 @@ def longest(run):
     replies = [row["reply"] for row in rows if row["question"] == question]
     return question, rows[-1]["answer"], replies[0], replies[-1]
 
+def teach(folder, seed, args):
+    """Fine-tunes in rounds, each on new examples, until the longest chains of the examples are
+    followed → (name of the last run, share of those chains that it follows)."""
+    model = "base"
+    for number in range(1, args.rounds + 1):
+        examples = f"examples_{number}.jsonl"
+        rng = random.Random(f"{seed} {number}")
+        write_rows(folder / examples, [example(rng) for _ in range(args.examples)])
+        run = f"sft_{number}"
+        run_stage(folder, args.folder, "chat_sft.py", "--model", model, "--out", run,
+                  "--data", examples, "--held_out", "taught.jsonl", "--batch_size", 21,
+                  "--lr", 0.02, "--val_fraction", 0, "--save_every", 200, "--seed", seed + number)
+        model = run
+        for row in read_log(folder / run):
+            if "accuracy" in row:               # the last one is that of after the round
+                followed = row["accuracy"][f"{max(TAUGHT)} arrows"]
+        if followed >= LEARNT:
+            break
+    return model, followed
+
 def one_seed(folder, seed, args):
-    """Teaches and practises → (measured(), longest())."""
+    """Teaches and practises → (a line on what was taught, measured(), longest())."""
     if not (folder / "base" / "model.safetensors").exists():
-        write_files(folder, seed, args.examples, args.steps * 16)
-    run_stage(folder, args.folder, "chat_sft.py", "--model", "base", "--out", "sft", "--data", "examples.jsonl",
-              "--batch_size", 21, "--lr", 0.02, "--val_fraction", 0, "--save_every", 200,
-              "--seed", seed)
-    run_stage(folder, args.folder, "rl_grpo.py", "--model", "sft", "--out", "rl", "--task", "practice.jsonl",
-              "--held_out", "held_out.jsonl", "--max_steps", args.steps, "--lr", args.lr,
-              "--max_new_tokens", 30, "--eval_every", 40, "--save_every", 20,
-              "--seed", seed)
-    return measured(folder / "rl"), longest(folder / "rl")
+        write_files(folder, seed, args.steps * 16)
+    model, followed = teach(folder, seed, args)
+    taught = (f"fine-tuning: {model.removeprefix('sft_')} rounds of {args.examples:,} examples, "
+              f"after which {followed:.1%} of other chains of {max(TAUGHT)} arrows are followed")
+    run_stage(folder, args.folder, "rl_grpo.py", "--model", model, "--out", "rl",
+              "--task", "practice.jsonl", "--held_out", "held_out.jsonl",
+              "--max_steps", args.steps, "--lr", args.lr, "--max_new_tokens", 30,
+              "--eval_every", 20, "--save_every", 20, "--seed", seed)
+    return taught, measured(folder / "rl"), longest(folder / "rl")
 
 def verdict(figures):
     """What one seed says about the two claims → (lengths that rose from below 20 % to above 70 %,
@@ -158,6 +183,11 @@ def verdict(figures):
     beyond = [kind for kind, (before, *_, after) in figures.items()
               if after["pass_1"] > max(0.5, before["pass_16"])]
     return risen, beyond
+
+def processor_time():
+    """Seconds of processor time of this process and of the stages that it ran."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 def show_lengths(seed, figures):
     """The table of one seed."""
@@ -176,23 +206,29 @@ def main():
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="all of it is done with each")
     add("--steps", type=int, default=80, help="of reinforcement learning")
-    add("--examples", type=int, default=EXAMPLES, help="supervised conversations")
+    add("--examples", type=int, default=EXAMPLES, help="supervised conversations of a round")
+    add("--rounds", type=int, default=ROUNDS, help="of fine-tuning, at most")
     add("--lr", type=float, default=1e-3, help="learning rate of reinforcement learning")
     add("--folder", help="keeps files and runs here, so that an interrupted run continues")
     args = parser.parse_args()
-    check_at_least(1, args, "steps", "examples")
+    check_at_least(1, args, "steps", "examples", "rounds")
     report = []
     for seed in args.seeds:
+        started = processor_time()
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(args.folder or temporary, f"seed_{seed}").absolute()
             folder.mkdir(parents=True, exist_ok=True)
-            figures, (question, answer, first, last) = one_seed(folder, seed, args)
+            taught, figures, (question, answer, first, last) = one_seed(folder, seed, args)
+        print(f"\nseed {seed}, {taught}")
         show_lengths(seed, figures)
         print(f"\n{question} → {answer}\n\nbefore: `{first}`\n\nafter: `{last}`")
         risen, beyond = verdict(figures)
+        seconds = processor_time() - started
         print(f"\nfrom below 20 % to above 70 %: {', '.join(risen) or 'none'}; pass@1 above the "
-              f"pass@16 of before: {', '.join(beyond) or 'none'}")
-        report.append(dict(seed=seed, figures=figures, risen=risen, beyond=beyond))
+              f"pass@16 of before: {', '.join(beyond) or 'none'}; {seconds:.0f} s of processor "
+              "time")
+        report.append(dict(seed=seed, taught=taught, figures=figures, risen=risen, beyond=beyond,
+                           seconds=seconds))
     finish("beyond", seeds=report)
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ import torch
 
 from model import GPT, GPTConfig, find_kernel, sdpa
 from precision import find_bf16
+from recipe import most_rows, schedule
+from train_gpt2 import training_hidden
 from training import Ranks, make_optimizer
-from train_gpt2 import most_rows, schedule
 
 @dataclass(frozen=True)
 class Shape:
@@ -76,11 +77,9 @@ class Ours:
         with torch.device(device):
             self.model = GPT(shape.config(windows)).use(device, fp8=fp8, bf16=bf16)
         lr = None if shape.modern else gpt2_lr(shape)
-        self.optimizer = make_optimizer(self.model, Ranks(device=self.device), lr,
-                                        shape.step_tokens)
-        self.hidden = self.model.hidden
-        if "cuda" in self.device:
-            self.hidden = torch.compile(self.model.hidden, dynamic=False)
+        ranks = Ranks(device=self.device)
+        self.optimizer = make_optimizer(self.model, ranks, lr, shape.step_tokens)
+        self.hidden = training_hidden(self.model, self.optimizer.exchange, ranks)
 
     @property
     def rows(self):
@@ -91,10 +90,12 @@ class Ours:
         (self.model.loss(self.hidden(x), y) * share).backward()
 
     def update(self, step):
-        norm = self.optimizer.average_grads()
+        norm = self.optimizer.reduce_grads().sqrt()
         lr_scale, momentum, decay_scale = schedule(step, self.max_steps, self.shape.modern)
-        grad_scale = 1.0 if self.shape.modern else min(1.0, 1 / (norm + 1e-6))
-        self.optimizer.step(lr_scale, grad_scale, momentum, decay_scale)
+        grad_scale = 1.0
+        if not self.shape.modern:
+            grad_scale = (1 / (norm + 1e-6)).clamp(max=1.0)
+        self.optimizer.step(lr_scale, grad_scale, momentum, decay_scale, ~norm.isfinite())
 
     def losses(self, x, y):
         return self.model(x, y, reduction="none")

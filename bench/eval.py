@@ -1,21 +1,26 @@
 """
-Evaluation by log-likelihood, beside nanochat's: how many questions a second.
+Evaluation by log-likelihood, beside nanochat's and lm_eval's: how many questions a second.
 
-    python bench/eval.py                                        # a minute on a quiet CPU
+    python bench/eval.py                                        # two minutes on a quiet CPU
     python bench/eval.py --device cuda --shapes d12             # 1 GPU
 
-in:  tasks of CORE, as eval.py reads them; .peers/nanochat, without which only ours is measured
+in:  tasks of CORE, as eval.py reads them; .peers/nanochat; lm_eval and transformers, which measure
+     GPT-2's shapes on a CPU. Who is not there is not measured
 out: a table for each shape, and all of them as one line of JSON
 
-Both ask the same model the same questions in the same order, with the same shots and tokens; the
-time goes into reading them. Before anything is timed, the bench checks that both find the same
-answers right. Only questions on which the two score different spans are excepted: eval.py scores
-the whole answer, while nanochat leaves out first tokens that all choices share, and adds last
-tokens that all contexts share. The table says how many these are.
+All ask the same model the same questions in the same order, with the same shots and tokens; the
+time goes into reading them. lm_eval runs HF's GPT-2 with the same weights, in batches of one answer,
+its default, and of 16; harness.py compares accuracies. Before anything is timed, the bench checks
+that lm_eval finds the same log-likelihoods, and nanochat the same answers right. Only questions on
+which nanochat scores other spans are excepted: eval.py scores the whole answer, while nanochat
+leaves out first tokens that all choices share, and adds last tokens that all contexts share. The
+table says how many these are.
 """
 import argparse
+import importlib.util
 import statistics
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,22 +33,23 @@ from bpe import Tokenizer
 from contenders import PEERS, Shape
 from eval import (candidates, core_questions, core_tasks, existing, is_right, measure, read_rows,
                   score)
+from harness import Harness, find_core
 from measure import chosen_shapes, finish, in_turns, missing, ratio, shape_flags, spread, table
-from model import GPT, sdpa
+from model import GPT, save_checkpoint, sdpa
 from training import Ranks
 
 SHAPES = {      # device or "quick": {name: modern, L, C, NH, V, T, tokens of a training step}
-    "cpu": {"d4": Shape(True, 4, 256, 2, 8192, 2048, 1)},
+    "cpu": {"d4": Shape(True, 4, 256, 2, 8192, 2048, 1),
+            "gpt2": Shape(False, 4, 256, 4, 8192, 1024, 1)},
     "cuda": {"gpt2": Shape(False, 12, 768, 12, 50257, 2048, 1),
              "d12": Shape(True, 12, 768, 6, 32768, 2048, 1),
              "d24": Shape(True, 24, 1536, 12, 32768, 2048, 1)},
     "quick": {"gpt2": Shape(False, 2, 64, 2, 8192, 2048, 1),
               "d2": Shape(True, 2, 64, 2, 8192, 2048, 1)}}
 TASKS = ["hellaswag_zeroshot", "arc_easy", "winograd", "lambada_openai"]    # all three types
-QUESTIONS = {"cpu": 12, "cuda": 256, "quick": 4}
-CORE = ROOT / "data" / "eval_bundle"
-if not CORE.is_dir() and (ROOT.parent / "shared" / "data" / "core").is_dir():
-    CORE = ROOT.parent / "shared" / "data" / "core"
+QUESTIONS = {"cpu": 32, "cuda": 256, "quick": 4}
+LONG = {"arc_easy": 4}      # its ten solved examples make a question so many times as long
+CORE = find_core()
 
 class Ours:
     """An untrained model and eval.py's functions."""
@@ -75,7 +81,7 @@ class Ours:
     def answers(self, task, rows):
         """Yields (spans, whether the answer was right)."""
         for spans, gold in core_questions(self.tokenizer, task, rows, len(rows)):
-            yield spans, is_right(score(self.model, spans), gold)
+            yield spans, is_right(score(self.model, [spans])[0], gold)
 
     def as_written(self, task, row, rest):
         """A row of language modeling whose answer begins with the model's own next token. Without
@@ -85,6 +91,24 @@ class Ours:
         logits = self.model(torch.tensor([ids], device=self.device))
         word = self.tokenizer.decode(logits[0, -1:].argmax(-1).tolist()).strip()
         return dict(row, continuation=f"{word} {rest}".strip() or row["continuation"])
+
+class LmEval:
+    """lm_eval, asked for the log-likelihoods alone."""
+
+    def __init__(self, folder, tokenizer, batch_size):
+        self.harness = Harness(folder, tokenizer, batch_size)
+
+    def accuracy(self, task, rows):
+        self.harness.log_likelihoods(task, rows)
+
+    def check(self, ours, task, rows):
+        """Asserts that in fp32 its log-likelihoods are ours, but for rounding."""
+        theirs = self.harness.log_likelihoods(task, rows)
+        questions = core_questions(ours.tokenizer, task, rows, len(rows))
+        for scores, found in zip(score(ours.model, [spans for spans, _ in questions]), theirs):
+            for one, (total, greedy) in zip(scores, found, strict=True):
+                assert abs(one.logprob - total) < 1e-3 - 1e-5 * total, (task.label, one, total)
+                assert one.greedy == greedy, (task.label, one, total)
 
 class Nanochat:
     """nanochat's core_eval. This object stands in for its model, model(ids) → logits, and for its
@@ -161,9 +185,10 @@ def read_tasks(n):
     found = {task.label: task for task in core_tasks(CORE)}
     tasks = []
     for label in TASKS:
-        task = replace(found[label], shots=min(found[label].shots, n - 1))
+        count = max(4, n // LONG.get(label, 1))
+        task = replace(found[label], shots=min(found[label].shots, count - 1))
         path = existing(CORE / "eval_data" / task.file)
-        tasks.append((task, read_rows(path, task.kind)[:n]))
+        tasks.append((task, read_rows(path, task.kind)[:count]))
     return tasks
 
 def texts_of(rows):
@@ -187,29 +212,51 @@ def time_task(contenders, task, rows, args, other_spans):
     ms = in_turns(calls, args.repeats, device=args.device)
     timed = []
     for label, times in ms.items():
-        row = dict(task=task.label, contender=label, accuracy=right[label],
-                   other_spans=other_spans, spread=spread(times), all_ms=times,
+        row = dict(task=task.label, contender=label, questions=len(rows), accuracy=right[label],
+                   spread=spread(times), all_ms=times,
                    questions_s=1000 * len(rows) / statistics.median(times), ours_faster_by=None)
+        if label == "nanochat":
+            row["other_spans"] = other_spans
         if label != "ours":
             row["ours_faster_by"] = ratio(times, ms["ours"])
         timed.append(row)
     return timed
 
-def show_shape(name, shape, n_questions, timed, absent):
+def all_tasks(timed):
+    """Rows as time_task returns them → a row for each contender that adds up all tasks."""
+    sums = {}
+    for row in timed:
+        sums.setdefault(row["contender"], []).append(row["all_ms"])
+    sums = {name: [sum(round_ms) for round_ms in zip(*ms)] for name, ms in sums.items()}
+    n = sum(row["questions"] for row in timed if row["contender"] == "ours")
+    return [dict(task="all", contender=name, questions=n, all_ms=ms, spread=spread(ms),
+                 questions_s=1000 * n / statistics.median(ms),
+                 ours_faster_by=None if name == "ours" else ratio(ms, sums["ours"]))
+            for name, ms in sums.items()]
+
+def show_shape(name, shape, timed, absent):
     """Prints the table of one shape. absent: why nanochat is not measured, or None."""
-    head = [f"{name}: {shape.L} layers, {shape.C} channels, {n_questions} questions a task", "",
-            "accuracy", "other spans", "questions/s", "spread", "ours is faster by"]
+    head = [f"{name}: {shape.L} layers, {shape.C} channels", "questions", "", "accuracy",
+            "other spans", "questions/s", "spread", "ours is faster by"]
     rows = []
     for row in timed:
-        other_spans = None if row["contender"] == "ours" else row["other_spans"]
-        rows.append([row["task"], row["contender"], f"{row['accuracy']:.4f}", other_spans,
-                     row["questions_s"], row["spread"], row["ours_faster_by"]])
+        accuracy = row.get("accuracy")
+        if accuracy is not None:
+            accuracy = f"{accuracy:.4f}"
+        rows.append([row["task"], row["questions"], row["contender"], accuracy,
+                     row.get("other_spans"), row["questions_s"], row["spread"],
+                     row["ours_faster_by"]])
     if absent:
-        rows.append(["", "nanochat", absent, None, None, None, None])
+        rows.append(["", None, "nanochat", absent, None, None, None, None])
     table(head, rows)
 
+def harnesses(ours, folder):
+    """{label: lm_eval with HF's GPT-2 of the same weights} for two sizes of its batches."""
+    save_checkpoint(folder, ours.model)
+    return {f"lm_eval, batch {n}": LmEval(folder, ours.tokenizer, n) for n in (1, 16)}
+
 def main():
-    parser = argparse.ArgumentParser(description="questions a second, beside nanochat")
+    parser = argparse.ArgumentParser(description="questions a second, beside nanochat and lm_eval")
     shape_flags(parser, repeats=3, timed="rounds")
     args = parser.parse_args()
     where, shapes = chosen_shapes(args, SHAPES)
@@ -224,13 +271,20 @@ def main():
         contenders = dict(ours=Ours(shape, tokenizer, args.device))
         if not absent:
             contenders["nanochat"] = Nanochat(contenders["ours"], args.device)
+        if not shape.modern and args.device == "cpu" and importlib.util.find_spec("lm_eval"):
+            with tempfile.TemporaryDirectory() as folder:
+                contenders.update(harnesses(contenders["ours"], folder))
         report[name] = []
         for task, rows in tasks:
             differ = None
             if not absent:
                 differ = check(contenders["ours"], contenders["nanochat"], task, rows[:32])
+            for contender in contenders.values():
+                if isinstance(contender, LmEval):
+                    contender.check(contenders["ours"], task, rows[:4])
             report[name] += time_task(contenders, task, rows, args, differ)
-        show_shape(name, shape, QUESTIONS[where], report[name], absent)
+        report[name] += all_tasks(report[name])
+        show_shape(name, shape, report[name], absent)
     finish("eval", device=args.device, shapes=report)
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ PARTS = {       # name: (seconds at most, command after `python`), in order of i
     "cuda_gpt2": (110, "bench/trainers.py --shapes gpt2"),
     "cuda_d12": (90, "bench/trainers.py --shapes d12"),
     "cuda_d24": (140, "bench/trainers.py --shapes d24"),
+    "tests_attention": (150, f"{PYTEST} tests/test_train_gpt2cu_attention.py {ON_GPU}"),
+    "cuda_attention": (300, "bench/trainers.py --shapes gpt2 d24 --attention wgmma mma"),
     "tests_cuda": (240, f"{PYTEST} tests/test_train_gpt2cu.py {ON_GPU}"),
     "tests_dn": (200, f"{PYTEST} tests/test_train_gpt2cu_dn.py {ON_GPU}"),
     "tests_python": (200, f"{PYTEST} tests/test_device.py"),
@@ -68,9 +70,11 @@ PARTS = {       # name: (seconds at most, command after `python`), in order of i
     "project": (30, "bench/project.py --measured data/bench/gpu")}
 CUDA_TRAINER = "--warmup 12 --binary {out}/train_gpt2cu"        # --profile is of steps 10 … 12
 TINY = {        # flags of a dry run: tiny sizes, and other files where a GPU would be needed
-    **dict.fromkeys(("cuda_gpt2", "cuda_d12", "cuda_d24", "cuda_gpt2-xl"), CUDA_TRAINER),
+    **dict.fromkeys(("cuda_gpt2", "cuda_d12", "cuda_d24", "cuda_attention", "cuda_gpt2-xl"),
+                    CUDA_TRAINER),
     **dict.fromkeys(("sanitizer_gpt2", "sanitizer_dn"), "--binary {out}/train_gpt2cu"),
-    **dict.fromkeys(("tests_cuda", "tests_dn", "tests_python"), "--collect-only"),
+    **dict.fromkeys(("tests_attention", "tests_cuda", "tests_dn", "tests_python"),
+                    "--collect-only"),
     "build": "--help",
     "pack": "--vocab_size 512 --train_mb 0.1 --shard_tokens 20000 --input {text}",
     **dict.fromkeys(("quality_ours", "quality_nanochat"),

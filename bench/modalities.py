@@ -45,7 +45,7 @@ import torch  # noqa: E402
 from bpe import SPECIAL_TOKENS, Tokenizer  # noqa: E402
 from claims import mean, share_of  # noqa: E402
 from model import load_checkpoint  # noqa: E402
-from eval import score  # noqa: E402
+from eval import mean_log_probs  # noqa: E402
 from sample import Engine, load_tokenizer  # noqa: E402
 from shards import write_bin  # noqa: E402
 
@@ -86,7 +86,7 @@ def bits_of(model, eot, documents, n_given):
     """For each document the bits that the model needs for all tokens but the first n_given."""
     spans = [([eot, *ids], 1 + n_given) for ids in documents]
     return [-log_prob * (len(ids) - n_given) / math.log(2)
-            for (log_prob, _), ids in zip(score(model, spans), documents)]
+            for log_prob, ids in zip(mean_log_probs(model, spans), documents)]
 
 # ---- Images --------------------------------------------------------------------------------------
 

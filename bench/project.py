@@ -41,7 +41,7 @@ import torch
 
 from measure import finish, table
 from model import GPT, GPTConfig
-from train_gpt2 import plan_batch
+from recipe import RECIPES, SPEEDRUN_VOCAB, plan_batch
 
 H100_FLOPS = 989e12             # dense bf16, from the data sheets, as are the memories' speeds
 H200_TB_S = 4.8
@@ -50,14 +50,17 @@ DENSE_KERNELS = ("gemm", "nvjet", "cutlass", "flash", "fmha", "attention", "xmma
 GPUS = 8
 
 def plan(name, ratio=None, **overrides):
-    """What train_gpt2.py would do with --model NAME: steps, tokens a step, and the model's size.
-    With a ratio: so many tokens for each weight that multiplies a token."""
+    """What train_gpt2.py would do with --model NAME, or with --recipe NAME: steps, tokens a step,
+    and the model's size. With a ratio: so many tokens for each weight that multiplies a token."""
+    if name in RECIPES:
+        ratio = ratio or RECIPES[name]["ratio"]
+        overrides = dict(overrides, vocab_size=SPEEDRUN_VOCAB)
+        name = RECIPES[name]["model"]
     with torch.device("meta"):
         model = GPT(GPTConfig.preset(name, **overrides))
-    args = SimpleNamespace(max_steps=None, total_batch_size=None, batch_size=1, seq_len=None)
+    args = SimpleNamespace(max_steps=None, total_batch_size=None, batch_size=1, seq_len=None,
+                           ratio=ratio)
     plan_batch(model, args, world_size=GPUS, most_rows=1)
-    if ratio:
-        args.max_steps = round(ratio * model.matmul_params() / args.total_batch_size)
     return SimpleNamespace(steps=args.max_steps, batch=args.total_batch_size, config=model.config,
                            params=model.num_params(), flops=model.flops_per_token(),
                            matmul_params=model.matmul_params(),
@@ -298,7 +301,8 @@ def measured(node_usd, reports, args):
 
 def main():
     parser = argparse.ArgumentParser(description="hours and dollars on 8×H100")
-    parser.add_argument("--models", nargs="+", default=["d22", "d24", "d26"], help="presets")
+    parser.add_argument("--models", nargs="+", default=["d22", "d24", "d26"], help="presets, or "
+                        "recipes of recipe.py")
     parser.add_argument("--ratio", type=float, help="tokens a parameter (default: train_gpt2.py's)")
     parser.add_argument("--rates", default=ROOT / "bench" / "rates.csv", help="sets of rates")
     parser.add_argument("--measured", help="folder of bench/gpu.sh's reports")

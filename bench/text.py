@@ -23,8 +23,9 @@ import torch  # noqa: E402
 
 from bpe import Tokenizer  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from recipe import schedule  # noqa: E402
 from sample import Engine  # noqa: E402
-from train_gpt2 import Loader, evaluate, schedule  # noqa: E402
+from train_gpt2 import Loader, evaluate  # noqa: E402
 from training import Ranks, make_optimizer  # noqa: E402
 
 T = 256

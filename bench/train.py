@@ -38,8 +38,9 @@ from contenders import Shape, arms
 from measure import (Clock, chosen_shapes, finish, missing, ratio, shape_flags, spread,
                      table)
 from model import find_compiler, load_checkpoint
+from recipe import peak_flops
 from sample import load_tokenizer
-from train_gpt2 import Loader, Shards, evaluate, peak_flops
+from train_gpt2 import Loader, Shards, evaluate
 from training import Ranks, make_optimizer
 
 SHAPES = {      # where: {name: modern, L, C, NH, V, T, tokens of a step}

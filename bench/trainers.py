@@ -4,6 +4,7 @@ Training in CUDA C: train_gpt2cu beside llm.c, as whole programs on the same ran
     python bench/trainers.py --build            # compiles both, and counts registers that spill
     python bench/trainers.py                    # 1 GPU: GPT-2 of 124M and 1558M, d12 and d24
     python bench/trainers.py --shapes d24 --ranks 8     # 8 GPUs: ours alone, 8 times the tokens
+    python bench/trainers.py --attention wgmma mma      # ours twice: each kind of attention kernels
     python bench/trainers.py --sanitize         # is a tiny run clean under compute-sanitizer?
 
 in:  train_gpt2.cu and .peers/llm.c, a checkout of karpathy's repository; both are built here
@@ -126,12 +127,13 @@ def build():
 
 # ---- Timing --------------------------------------------------------------------------------------
 
-def our_command(name, shape, binary, data):
-    """train_gpt2cu, for more steps than are timed."""
+def our_command(name, shape, binary, data, attention=None):
+    """train_gpt2cu, for more steps than are timed. Without a kind of attention kernels it chooses."""
+    chosen = [] if attention is None else ["--attention", attention]
     return [binary, "--model", name, "--data", data, "--out", WORK / "runs" / name, "--max_steps",
             NEVER, "--total_batch_size", shape.step_tokens, "--eval_every", NEVER, "--profile",
             "--config", f"n_layer={shape.L}", f"n_head={shape.NH}", f"n_embd={shape.C}",
-            f"block_size={shape.T}"]
+            f"block_size={shape.T}", *chosen]
 
 def llmc_command(name, shape, binary, data):
     """llm.c with the same batch, for more steps than are timed, without samples; one batch is
@@ -211,16 +213,25 @@ def timed(label, name, shape, command, args):
                 kernels=read_profile(lines))
 
 def measure(name, shape, args, llmc):
-    """The rows of both trainers at one shape, each when it is there."""
+    """The rows of both trainers at one shape, each when it is there. All are compared with the first
+    of ours."""
     n_tokens = max(2 ** 17, 4 * shape.step_tokens)
     if args.quick:
         n_tokens = 4096
     data = random_shards(WORK / f"random-{shape.V}", shape.V, n_tokens)
-    ours = dict(contender="ours, CUDA",
-                missing=f"not measured: no {args.binary}; run make train_gpt2cu")
-    if Path(args.binary).exists():
-        ours = timed("ours, CUDA", name, shape, our_command(name, shape, args.binary, data), args)
-    yield ours
+    ours = None
+    for attention in args.attention or [None]:
+        label = f"ours, CUDA, {attention}" if attention else "ours, CUDA"
+        row = dict(contender=label,
+                   missing=f"not measured: no {args.binary}; run make train_gpt2cu")
+        if Path(args.binary).exists():
+            command = our_command(name, shape, args.binary, data, attention)
+            row = timed(label, name, shape, command, args)
+        if ours is None:
+            ours = row
+        elif "all_ms" in ours and "all_ms" in row:
+            row["ours_faster_by"] = ratio(row["all_ms"], ours["all_ms"])
+        yield row
     if shape.modern or args.ranks > 1:      # it needs MPI for several ranks
         return
     theirs = dict(contender="llm.c", missing=missing("llm.c"))
@@ -309,6 +320,8 @@ def main():
     parser.add_argument("--sanitize", action="store_true", help="run compute-sanitizer instead")
     parser.add_argument("--limit", type=int, default=60, help="seconds per tool of --sanitize")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs; a step grows with them")
+    parser.add_argument("--attention", nargs="+", choices=("wgmma", "mma"),
+                        help="measure ours with each of these kinds of attention kernels")
     parser.add_argument("--repeats", type=int, default=15, help="timed steps")
     parser.add_argument("--warmup", type=int, default=12,
                         help="steps before them; ours profiles the last three of 12")

@@ -208,50 +208,56 @@ def practice(names):
         before, after = (sum(shares.values()) / len(shares) for shares in (others[0], others[-1]))
         lines.append(f"Of what it did not practise, {before:.1%} was right before, and "
                      f"{after:.1%} is right now: supervised conversations keep it.")
-    return lines + grown_answer(names)
+    return lines + grown_answer(names["rl"])
 
-def grown_answer(names):
-    """A held-out problem that became right, as it was answered by step."""
+def grown_answer(run):
+    """The last held-out problem that became right, as it was answered by step."""
     answers = {}
-    for row in read_rows(Path(names["rl"], "answers.jsonl"), "step", "question", "reply", "right"):
+    for row in read_rows(Path(run, "answers.jsonl"), "step", "question", "reply", "right"):
         answers.setdefault(row["question"], []).append(row)
-    for question, rows in answers.items():
+    for question, rows in reversed(answers.items()):
         if rows[-1]["right"] and not rows[0]["right"]:
             return [f"How its answer to one problem grew, by step: {one_line(question, 60)}",
                     *(f"{row['step']:6d}  {one_line(row['reply'], 88)}" for row in rows)]
     return []
 
 def beyond(names):
-    """Right answers by length of the chain, before practice and after."""
+    """Right answers by length of the chain, before practice and after, and how a reply grew."""
+    run = Path(names["beyond"], "seed_0", "rl")
     tests = {}
-    for row in read_rows(Path(names["beyond"], "seed_0", "rl", "log.jsonl"), "kind", "accuracy"):
+    for row in read_rows(run / "log.jsonl", "kind", "accuracy"):
         tests.setdefault(row["kind"], []).append(row)
     lines = []
     for kind, rows in tests.items():
         lines.append(f"{kind:10s} right before {rows[0]['accuracy']:6.1%} (of 16 tries one: "
                      f"{rows[0].get('pass_16', 0):6.1%})   after {rows[-1]['accuracy']:6.1%}")
-    if lines:
-        lines.append("That is one seed; of three, two went so far (bench/RESULTS.md).")
-    return lines
+    return lines + grown_answer(run)
 
 def pleasing(names):
-    """Without the KL term and with it: the stand-in's reward and the judge's own opinion at the
-    start, where the judge liked the replies best, and at the end; and a late reply."""
+    """Without the KL term, with it, and stopped at a KL: the stand-in's reward and the judge's own
+    opinion at the start, where the judge liked the replies best, and at the end; and what was
+    written on the way."""
     lines = []
-    for run, when in (("without-kl", "without a KL term"), ("with-kl", "with a KL term")):
-        rows = read_rows(Path(names["rlhf"], run, "log.jsonl"), "step", "reward", "gold")
+    for run, when in (("without-kl", "without a KL term"), ("with-kl", "with a KL term"),
+                      ("stopped", "stopped in time")):
+        log = Path(names["rlhf"], run, "log.jsonl")
+        rows = read_rows(log, "step", "reward", "gold", "kl_reply")
         if not rows:
             continue
         best = max(rows, key=lambda row: row["gold"])
+        away = f"{best['kl_reply']:.1f} nats away"
         rewards = " → ".join(f"{row['reward']:.2f}" for row in (rows[0], best, rows[-1]))
         golds = " → ".join(f"{row['gold']:.2f}" for row in (rows[0], best, rows[-1]))
-        lines.append(f"{when:18s} at the start, in step {best['step']}, and at the end: the "
-                     f"stand-in gives {rewards}, the judge {golds}")
-    replies = read_rows(Path(names["rlhf"], "without-kl", "log.jsonl"), "replies")
-    if replies and replies[-1]["replies"]:
-        reply = replies[-1]["replies"][0]
-        lines.append(f"What pleases the stand-in at the end: {one_line(reply['reply'])}")
-    return lines
+        lines.append(f"{when:18s} at the start, in step {best['step']} ({away}), and at the end: "
+                     f"the stand-in gives {rewards}, the judge {golds}")
+    written = []
+    for row in read_rows(Path(names["rlhf"], "without-kl", "log.jsonl"), "replies", "kl_reply"):
+        for one in row["replies"][:1]:
+            written.append(f"{row['kl_reply']:6.1f} nats  stand-in {one['reward']:5.2f}, judge "
+                           f"{one['gold']:5.2f}: {one_line(one['reply'], 60)}")
+    if written:
+        lines.append("What it writes without a KL term, the farther it goes from its start:")
+    return lines + written
 
 def held_out(names):
     """A table of accuracies: a row a kind of problem, a column a model."""

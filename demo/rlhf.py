@@ -6,12 +6,16 @@ for people.
 
     in:  an assistant's run
     out: <out>/jokes.jsonl, prompts.jsonl, prefs.jsonl; <out>/joker, reward, without-kl, with-kl,
-         the models; report.html
+         stopped, the models; report.html
 
 No checker can tell a good joke, so the talk asks people. Here `funny` below takes the place of the
 people: a scripted judge with a fixed, known taste, so that one can measure what people would say of
 thousands of replies that nobody has time to read. It likes a funny word or two in a sentence that
 still reads like one. The reward model never sees this rule, only how the judge ranked some replies.
+
+Practice goes far on purpose. With half its learning rate, the replies ended as one joke for every
+prompt, which was still a sentence. --kl holds the model back at every step; --max_kl ends the same
+practice early, before what the reward model likes and what the judge likes part.
 
 COMMANDS are those that one would type with a person in the judge's place. A command that was
 finished is skipped or resumed, so after an interruption the same command continues.
@@ -108,7 +112,7 @@ def write_jokes(out, seed, conversations=1500, prompts=400):
 
 PRACTICE = ("python rl_grpo.py --model {out}/joker --reward model:{out}/reward "
             "--gold demo/rlhf.py:funny --task {out}/prompts.jsonl --max_steps {steps} "
-            "--prompts 16 --group_size 4 --max_new_tokens 40 --lr 1e-3 --eval_every 5 "
+            "--prompts 16 --group_size 4 --max_new_tokens 40 --lr 2e-3 --eval_every 5 "
             "--save_every 10 --seed {seed} --resume")
 COMMANDS = [
     "python chat_sft.py --model {model} --data {out}/jokes.jsonl --out {out}/joker --epochs 1 "
@@ -122,7 +126,9 @@ COMMANDS = [
     "--max_new_tokens 40 --out {out}/reward/best_of_n.jsonl --seed {seed}",
     PRACTICE + " --out {out}/without-kl",
     PRACTICE + " --out {out}/with-kl --kl 0.2",
-    "python report.py {out}/reward {out}/without-kl {out}/with-kl --out {out}/report.html"]
+    PRACTICE + " --out {out}/stopped --max_kl 4",
+    "python report.py {out}/reward {out}/without-kl {out}/with-kl {out}/stopped "
+    "--out {out}/report.html"]
 
 def run(command, names):
     """Shows and runs one command; ends with its status if it fails."""

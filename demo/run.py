@@ -44,11 +44,11 @@ SIZES = {
     "tiny": dict(pages=400, steps=60, eval_every=30, examples=60, functions=12, mixed=200,
                  held_out=20, lookups=300, subjects=40, invented=60,
                  rl_steps=4, prompts=4, group_size=8, rl_eval_every=2, rlhf_steps=2,
-                 chains=400, chain_steps=2),
+                 chains=400, chain_rounds=1, chain_steps=2),
     "small": dict(pages=5000, steps=300, eval_every=50, examples=850, functions=48,
                   mixed=2500, held_out=30, lookups=3400, subjects=250, invented=350,
                   rl_steps=20, prompts=16, group_size=16, rl_eval_every=10, rlhf_steps=20,
-                  chains=30000, chain_steps=80)}
+                  chains=10000, chain_rounds=8, chain_steps=80)}
 
 MINUTES = dict(tiny=5, small=12)     # on two CPU cores
 
@@ -160,8 +160,8 @@ STEPS = [
         what="A tiny model saw chains of up to six arrows followed; it practises up to sixteen.",
         why="Imitation ends where its examples end. Practice needs only that answers are checked.",
         commands=[
-            "python bench/beyond.py --seeds 0 --examples {chains} --steps {chain_steps} "
-            "--folder {beyond}"],
+            "python bench/beyond.py --seeds 0 --examples {chains} --rounds {chain_rounds} "
+            "--steps {chain_steps} --folder {beyond}"],
         look=look.beyond),
     Step(
         title="Train it to please a stand-in for people",
@@ -194,8 +194,9 @@ STEPS = [
         what="One page tells the story of this run, and a summary judges what the demo promises.",
         why="A claim counts only with a figure from the logs beside it.",
         commands=[
-            "python report.py {base} {sft} {honest} {rl} {rlhf}/reward {rlhf}/without-kl "
-            "{rlhf}/with-kl --data {data} --out {rl}/report.html",
+            "python report.py {base} {sft} {honest} {rl} {beyond}/seed_0/rl {rlhf}/reward "
+            "{rlhf}/without-kl {rlhf}/with-kl {rlhf}/stopped --data {data} "
+            "--out {rl}/report.html",
             "python report.py summary {base} {sft} {honest} {rl} --data {data}"]),
 ]
 

@@ -73,7 +73,7 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """A tokenizer with 400 tokens. The model pads tables of that vocabulary to 448 rows."""
+    """A tokenizer with 400 tokens. The model pads tables of that vocabulary to 512 rows."""
     return Tokenizer.train(DOCUMENTS, 400)
 
 

@@ -21,6 +21,7 @@ import beyond
 import gpu
 import measure
 import project
+import recipe
 import scale
 import train as train_bench
 import trainers
@@ -344,9 +345,45 @@ def test_no_example_is_as_long_as_what_is_practised_beyond_them():
         assert steps == arrows > max(beyond.TAUGHT) and len(after) == max(arrows, beyond.PAIRS)
 
 
+@pytest.mark.parametrize("shares, rounds", [((0.0, 0.91, 1.0), 2), ((0.0, 0.5, 0.89), 3)])
+def test_fine_tuning_ends_with_the_round_that_follows_the_longest_chains(
+        shares, rounds, tmp_path, monkeypatch):
+    def run_stage(folder, is_kept, script, *flags):
+        flags = dict(zip(flags[::2], flags[1::2]))
+        started.append((flags["--model"], flags["--out"], (folder / flags["--data"]).read_text()))
+        (folder / flags["--out"]).mkdir()
+        beyond.write_rows(folder / flags["--out"] / "log.jsonl", [
+            dict(step=0, accuracy={"6 arrows": share}) for share in (0.0, shares[len(started) - 1])])
+    started = []
+    monkeypatch.setattr(beyond, "run_stage", run_stage)
+    args = SimpleNamespace(rounds=3, examples=5, folder=None)
+    assert beyond.teach(tmp_path, 0, args) == (f"sft_{rounds}", shares[rounds - 1])
+    assert [names for *names, _ in started] == [
+        ["base", "sft_1"], ["sft_1", "sft_2"], ["sft_2", "sft_3"]][:rounds]
+    assert len({data for *_, data in started}) == rounds        # each on examples of its own
+
+
 def test_beyond_claims_only_what_rose_past_every_sample_of_before():
     before = dict(accuracy=0.1, pass_1=0.1, pass_16=0.5)
     figures = dict(a=(before, dict(accuracy=0.9, pass_1=0.6)), b=(before, dict(accuracy=0.6, pass_1=0.5)),
                    c=(dict(before, accuracy=0.2), dict(accuracy=1.0, pass_1=0.5)),
                    d=(dict(before, pass_16=0.0), dict(accuracy=0.1, pass_1=0.1)))
     assert beyond.verdict(figures) == (["a"], ["a"])
+
+
+def test_the_speedruns_arithmetic_is_what_its_docstring_says():
+    run = project.plan("speedrun")
+    config = run.config
+    keys = sum(min(config.window(layer), 2048) for layer in range(config.n_layer))
+    rates = project.read_rates(ROOT / "bench" / "rates.csv")
+    said = [f"{run.matmul_params / 1e6:.0f} million", f"{run.tokens / 1e9:.2f} billion",
+            f"{run.steps:,} steps", f"{keys:,} keys", f"{run.flops / 1e9:.2f} billion a token",
+            f"{run.flops * run.tokens:.2e}".replace("e+", "e"), "22 · 12 · 1408²",
+            f"{run.flops * run.tokens / 8 / project.H100_FLOPS / 60:.0f} minutes"]
+    for kernels in ("train_gpt2.cu", "wgmma and fp8"):
+        ms, _ = project.step_from_rates(run, rates[kernels])
+        hours = run.steps * ms / 3.6e6
+        said.append(f"{hours:.2f} hours, ${24 * hours:.1f}")
+    for words in said:
+        assert words in recipe.__doc__, words
+    assert (config.n_layer, config.n_embd, config.vocab_size) == (22, 1408, 49152)

@@ -269,6 +269,18 @@ def test_practice_and_held_out_problems_are_told_with_figures(tmp_path):
         ["right", "answers", "base", "SFT", "RL"], ["bits", "-", "-", "97.0%"]]
 
 
+def test_chains_are_told_by_length_with_how_a_long_one_grew(tmp_path):
+    run_of = tmp_path / "beyond" / "seed_0" / "rl"
+    write_rows(run_of / "log.jsonl", dict(kind="16 arrows", accuracy=0.0, pass_16=0.125, step=0),
+               dict(kind="16 arrows", accuracy=0.75, pass_16=0.875, step=80))
+    write_rows(run_of / "answers.jsonl",
+               *(dict(step=step, question=q, reply=f"{q}{step}", right=step > 0)
+                 for step in (0, 80) for q in ("short", "long")))
+    share, question, *replies = look.beyond(names(tmp_path))
+    assert share.split()[-1] == "75.0%" and "12.5%" in share and question.endswith("long")
+    assert [line.split() for line in replies] == [["0", "long0"], ["80", "long80"]]
+
+
 def test_data_and_tokens_are_told_with_figures(tmp_path):
     funnel = [{"step": "read", "in": 400, "kept": 399, "dropped": {"status_404": 1}},
               {"step": "language", "in": 399, "kept": 300, "dropped": {"is_de": 99}, "bytes": 2e6}]

@@ -5,13 +5,15 @@ what the cache holds is not read again; places are given in order and freed at o
 import math
 import random
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
 import engine as engine_room
-from conftest import mutate, noisy
-from engine import Request, Scheduler, mix, random_share, splitmix64
+from conftest import GPT2, MODERN, in_fp64, mutate, noisy
+from engine import (CommonCache, CommonPrompts, Request, Scheduler, mix, random_share,
+                    splitmix64)
 from model import GPTConfig
 from sample import Engine
 from test_sample import writing
@@ -148,6 +150,80 @@ def test_samples_of_one_prompt_read_it_once(engine):
     finish(scheduler)
     assert scheduler.positions == 60 + 8 * 4 and [row.reused for row in rows] == [0] + 7 * [59]
     assert [row.written() for row in rows] == [write(engine, row.request)[0] for row in rows]
+
+
+def check_late_donor(engine):
+    """The first of two samples begins like other rows, beside which it reads its last tokens."""
+    scheduler = Scheduler(engine, rows=6)
+    for seed in range(4):
+        scheduler.add(Request(prompt(30), 20, seed=seed))
+    samples = [scheduler.add(Request(prompt(34), 20, seed=seed)) for seed in range(2)]
+    finish(scheduler)
+    assert [row.reused for row in samples] == [30, 33]
+
+
+def test_a_row_copies_its_prompt_from_a_sample_that_read_it_beside_other_rows(engine):
+    check_late_donor(engine)
+
+
+def test_a_row_that_does_not_copy_it_would_be_noticed(engine, monkeypatch):
+    mutate(monkeypatch, Scheduler, "read_prompts",
+           "self.copy_prefix(row)       # a step", "pass    # a step")
+    with pytest.raises(AssertionError):
+        check_late_donor(engine)
+
+
+# ---- prompts that rows share
+
+def logits_of_samples(engine, shares, patch):
+    """The logits of each step of samples of four prompts, which end one after another, and how
+    often the attention of CommonCache computed them."""
+    found, calls = [], []
+    feed, attention = Scheduler.feed, CommonCache.attention
+    patch.setattr(Scheduler, "feed", lambda *given: found.append(feed(*given)) or found[-1])
+    patch.setattr(CommonCache, "attention", lambda *given: calls.append(1) or attention(*given))
+    if not shares:
+        patch.setattr(Scheduler, "share_prompts", lambda *_: False)
+    scheduler = Scheduler(engine, rows=12, keep=False)
+    for i, ids in enumerate([prompt(30, 1), prompt(30, 2), prompt(34, 3), prompt(27, 4)]):
+        for j in range(5):
+            scheduler.add(Request(ids, 4 + i + 3 * j, seed=5 * i + j))
+    finish(scheduler)
+    return found, len(calls)
+
+
+def check_common_prompts(config, tokenizer):
+    """In fp64 the logits are those of rows that read each its own prompt."""
+    with in_fp64():
+        config = replace(config, vocab_size=tokenizer.n_vocab, block_size=96)
+        model = noisy(config, seed=15, std=0.4).double()
+        engine = Engine(model, tokenizer, python=None)
+        with pytest.MonkeyPatch.context() as patch:
+            found, calls = logits_of_samples(engine, True, patch)
+        with pytest.MonkeyPatch.context() as patch:
+            expected, none = logits_of_samples(engine, False, patch)
+    assert calls > 10 * config.n_layer and none == 0 and len(found) == len(expected)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+def test_a_prompt_that_rows_share_is_read_once_a_step_and_changes_nothing(config, tokenizer):
+    check_common_prompts(config, tokenizer)
+
+
+@pytest.mark.parametrize("owner, name, old, new", [
+    (CommonCache, "append", "seen & ~is_common", "seen"),
+    (CommonCache, "append", "seen & is_common", "is_common"),
+    (CommonCache, "attention", "* scale + mask", "* scale"),
+    (CommonPrompts, "arrange", "p * G", "0 * G"),
+    (CommonPrompts, "__init__", "self.v[:, p, :, :n]", "self.v[:, 0, :, :n]"),
+    (Scheduler, "find_common", "not prompts <= common.number.keys()", "False"),
+    (Scheduler, "share_prompts", "self.common.rows != rows", "False")], ids=str)
+def test_the_check_of_shared_prompts_notices_a_mutant(owner, name, old, new, tokenizer, monkeypatch):
+    mutate(monkeypatch, owner, name, old, new)
+    with pytest.raises((AssertionError, IndexError, KeyError, RuntimeError)):
+        check_common_prompts(MODERN, tokenizer)
 
 
 def test_the_chat_so_far_is_not_read_again(engine):

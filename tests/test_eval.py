@@ -14,14 +14,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import claims
 import eval as eval_module
 import problems
 from conftest import GPT2, MODERN, ROOT, mutate, noisy, run_main
-from eval import (HELLASWAG, Task, batches, centered, core, core_questions, core_tasks,
-                  letter_questions, mean_of, read_rows, run_task, score, solve, token_spans)
+from eval import (HELLASWAG, SharedRow, SharedRows, Task, batches, centered, core, core_questions,
+                  core_tasks, letter_questions, mean_log_probs, mean_of, read_rows, run_task, score,
+                  score_alone, solve, token_spans)
+from bpe import Tokenizer
 from model import load_checkpoint, save_weights
 from checkers import final_answer
-from problems import is_correct, read_problems
+from problems import figures, is_correct, read_problems, share_of
 from sample import Engine
 
 T = GPT2.block_size
@@ -183,70 +186,101 @@ def test_problems_may_be_gzipped_and_begin_with_a_byte_order_mark(tmp_path):
 
 @torch.no_grad()
 def slow_score(model, ids, start):
-    """One token at a time, the whole prefix anew: the specification of score."""
+    """One token at a time, the whole prefix anew: the specification of score_alone and score."""
+    ids, start = ids[-T - 1:], max(1, start - max(0, len(ids) - T - 1))
     steps = [model(torch.tensor([ids[:t]]))[0, -1].log_softmax(-1) for t in range(start, len(ids))]
     logprobs = [p[i].item() for p, i in zip(steps, ids[start:])]
-    greedy = all(p.argmax() == i for p, i in zip(steps, ids[start:]))
-    return sum(logprobs) / len(logprobs), greedy
+    return sum(logprobs), len(logprobs), all(p.argmax() == i for p, i in zip(steps, ids[start:]))
 
 
-def some_spans(model, count=24):
-    """Random spans, spans as the model writes greedily, and greedy ones but for the last token."""
-    rng, spans = random.Random(0), []
+def some_questions(model, count=16):
+    """Questions whose spans begin alike up to some place: with random ids, as the model writes
+    greedily, and greedy but for the last id. Some are longer than the context, some are alone."""
+    rng, questions = random.Random(0), []
     for n in range(count):
-        start, length = rng.randint(1, 12), rng.randint(1, 9)
-        ids = [rng.randrange(65) for _ in range(start)]
-        for left in reversed(range(length)):
-            best = model(torch.tensor([ids]))[0, -1].argmax().item()
-            ids.append(rng.randrange(65) if n % 3 == 0 or n % 3 == 1 and not left else best)
-        spans.append((ids, start))
-    return spans
+        shared = [rng.randrange(65) for _ in range(rng.choice((1, 5, 12, T)))]
+        spans = []
+        for m in range(n % 5 + 1):
+            ids = shared[:rng.choice((1, len(shared), len(shared)))]
+            start = rng.randint(1, len(ids))
+            for left in reversed(range(rng.randint(1, 9))):
+                best = model(torch.tensor([ids[-T:]]))[0, -1].argmax().item()
+                ids.append(rng.randrange(65) if m % 3 == 0 or m % 3 == 1 and not left else best)
+            spans.append((ids, start if len(ids) - start < 12 else len(ids) - 3))
+        questions.append(spans)
+    return questions
 
 
 def differs_from_the_slow_twin(config):
     model = noisy(config)
-    spans = some_spans(model)
-    expected = [slow_score(model, *span) for span in spans]
-    assert 0 < sum(greedy for _, greedy in expected) < len(spans)
-    pairs = zip(eval_module.score(model, spans), expected)
-    return any(abs(p - q) > 1e-4 or g != h for (p, g), (q, h) in pairs)
+    questions = some_questions(model)
+    expected = [[slow_score(model, *span) for span in spans] for spans in questions]
+    found = [[(s.logprob, s.n_tokens, s.greedy) for s in scores]
+             for scores in eval_module.score(model, questions)]
+    assert {greedy for scores in expected for _, _, greedy in scores} == {True, False}
+    pairs = [pair for one, other in zip(found, expected) for pair in zip(one, other, strict=True)]
+    return any(abs(a[0] - b[0]) > 1e-3 or a[1:] != b[1:] for a, b in pairs)
 
 
 @pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
-def test_batched_scores_are_those_of_one_token_at_a_time(config):
+def test_scores_with_shared_beginnings_are_those_of_one_token_at_a_time(config):
     assert not differs_from_the_slow_twin(config)
 
 
-@pytest.mark.parametrize("owner, old, new", [
-    ("batches", "ids[start:]\n", "ids[start - 1:-1]\n"),
-    ("batches", "y[b, start - 1:len(ids) - 1] = ids[start:]",
-     "y[b, start:len(ids) - 1] = ids[start + 1:]"),
-    ("score", "p.mean()", "p.sum()"), ("score", "g.all()", "g.any()")])
-def test_a_span_that_is_off_by_one_would_be_noticed(owner, old, new, monkeypatch):
-    mutate(monkeypatch, eval_module, owner, old, new)
+@pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
+@torch.no_grad()
+def test_a_span_that_is_read_alone_scores_the_same(config):
+    model = noisy(config)
+    for ids, start in [span for spans in some_questions(model) for span in spans]:
+        if len(ids) <= T + 1:
+            logprobs, greedy = score_alone(model, ids, start)
+            total, n, expected = slow_score(model, ids, start)
+            assert abs(logprobs.sum() - total) < 1e-3 and (len(logprobs), greedy) == (n, expected)
+
+
+def test_what_spans_begin_with_is_read_once_and_the_last_id_never():
+    shared = list(range(20))
+    row = SharedRow([(shared + [30 + n, 40, 41], 20) for n in range(4)], T)
+    assert len(row.ids) == 20 + 4 * 2 and row.ids[:20] == shared and 41 not in row.ids
+    assert SharedRow([(shared, 3), (shared, 3)], T).ids == shared[:-1]
+    assert len(SharedRow([([1, 2, 3], 1), ([2, 2, 3], 1)], T).ids) == 4
+
+
+@pytest.mark.parametrize("owner, name, old, new", [
+    (SharedRow, "__init__", "places[n][start - 1:]", "places[n][start:] + places[n][:1]"),
+    (SharedRow, "__init__", "shared_length(before, read)",
+     "min(len(before), len(read), shared_length(before, read) + 1)"),
+    (SharedRow, "__init__", "range(shared, len(read))",
+     "range(len(self.pos), len(self.pos) + len(read) - shared)"),
+    (SharedRow, "__init__", "self.close(path[shared:])", "self.close([])"),
+    (SharedRow, "__init__", "max(1, start - cut[n])", "start"),
+    (SharedRows, "append", "(t < self.ends)", "(t <= self.ends)"),
+    (SharedRows, "append", "pos[:, None], window)", "pos[:, None], 999)"),
+    (eval_module, "score", "sum(logprobs[part])", "logprobs[at]"),
+    (eval_module, "score", "all(greedy[part])", "any(greedy[part])"),
+    (eval_module, "score", "at += n", "at += 1")])
+def test_a_span_that_sees_or_scores_another_id_would_be_noticed(owner, name, old, new, monkeypatch):
+    mutate(monkeypatch, owner, name, old, new)
     try:
-        noticed = differs_from_the_slow_twin(GPT2)
-    except (RuntimeError, ValueError):      # a span of one token has become empty
+        noticed = differs_from_the_slow_twin(MODERN)
+    except (RuntimeError, IndexError, TypeError, AssertionError):       # a length does not fit
         noticed = True
     assert noticed
 
 
-def test_small_batches_hold_every_span_once_and_score_the_same():
-    model = noisy(GPT2)
-    spans = some_spans(model)
-    seen = [i for rows, x, y in batches(spans, T, 40) for i in rows]
-    assert sorted(seen) == list(range(len(spans)))
-    for rows, x, y in batches(spans, T, 40):
-        assert x.numel() <= 40 and [int(n) for n in (y >= 0).sum(1)] == [
-            len(spans[i][0]) - spans[i][1] for i in rows]
+def test_batches_hold_every_row_once_and_the_longest_come_first():
+    rows = [SimpleNamespace(ids=[0] * n) for n in (3, 9, 1, 4, 4, 30, 2)]
+    found = list(batches(rows, 12))
+    assert sorted(sum(found, [])) == list(range(7)) and found[0] == [5]
+    assert all(len(rows[b[0]].ids) * len(b) <= 12 for b in found[1:])
 
 
 def test_what_exceeds_the_context_loses_its_beginning_and_is_counted(tokenizer):
     model = noisy(GPT2)
     ids = [random.Random(1).randrange(65) for _ in range(50)]
     kept = ids[-T - 1:]
-    [(found, _)] = score(model, [(ids, 47)])
-    assert found == pytest.approx(slow_score(model, kept, len(kept) - 3)[0], abs=1e-5)
+    [[found]] = score(model, [[(ids, 47)]])
+    assert found.logprob == pytest.approx(slow_score(model, kept, len(kept) - 3)[0], abs=1e-4)
     engine = SimpleNamespace(model=model, tokenizer=tokenizer)
     questions = [([(ids, 47)], 0), ([(kept, 30)], 0)]
     assert eval_module.measure(engine, questions, 2, "")["cut"] == 1
@@ -254,7 +288,7 @@ def test_what_exceeds_the_context_loses_its_beginning_and_is_counted(tokenizer):
 
 def test_scoring_leaves_the_model_in_the_mode_it_was_in():
     model = noisy(GPT2).train()
-    score(model, [([1, 2, 3], 1)])
+    assert len(mean_log_probs(model, [([1, 2, 3], 1)])) == 1
     assert model.training
 
 
@@ -287,12 +321,14 @@ class Parrot(torch.nn.Module):
             ids = [tokenizer.eot, *tokenizer.encode_ordinary(text)]
             self.next.update({tuple(ids[max(0, t - 3):t]): ids[t] for t in range(1, len(ids))})
 
-    def hidden(self, idx):
-        x = torch.zeros(*idx.shape, len(self.weight))
-        for b, row in enumerate(idx.tolist()):
-            for t in range(len(row)):
-                if tuple(row[max(0, t - 2):t + 1]) in self.next:
-                    x[b, t, self.next[tuple(row[max(0, t - 2):t + 1])]] = 9.0
+    def hidden(self, idx, cache, last):
+        x = torch.zeros(*last.shape, len(self.weight))
+        ends = torch.full(idx.shape, 999) if cache.ends is None else cache.ends[:, 0]
+        for b, places in enumerate(last.tolist()):
+            for n, t in enumerate(places):
+                seen = tuple(idx[b, s].item() for s in range(t + 1) if t < ends[b, s])[-3:]
+                if seen in self.next:
+                    x[b, n, self.next[seen]] = 9.0
         return x
 
     def logits(self, x):
@@ -343,7 +379,7 @@ def test_each_type_of_task_is_right_only_for_a_model_that_knows(tokenizer, tmp_p
     knows = Engine(Parrot(tokenizer, RIGHT), tokenizer)
     wrong = Engine(Parrot(tokenizer, ["You can see zzqx kk", "She will eat jjw vvk",
                                       "Qqzx jwv for home", "Vvk zzq by car"]), tokenizer)
-    assert run_task(knows, task, path) == dict(accuracy=1.0, n=2, cut=0)
+    assert run_task(knows, task, path) == dict(share_of(2, 2), cut=0)
     assert run_task(wrong, task, path)["accuracy"] == 0.0
 
 
@@ -357,11 +393,26 @@ def test_core_is_the_mean_of_centered_and_names_what_is_left_out(parrot, core_fo
 
 
 def test_guessing_is_zero_after_centering():
-    tasks = [("a", 0.25, dict(accuracy=0.25, n=4)), ("b", 0.5, dict(accuracy=0.5, n=4))]
+    tasks = [("a", 0.25, share_of(1, 4)), ("b", 0.5, share_of(2, 4))]
     assert mean_of("core", tasks)["core"] == 0.0
     assert centered(0.62, 0.62) == 0.0 and centered(1.0, 0.62) == 1.0 and centered(0.0, 0.5) == -1.0
-    mixed = mean_of("core", [*tasks, ("c", 0.0, dict(accuracy=0.6, n=5))])
+    mixed = mean_of("core", [*tasks, ("c", 0.0, share_of(3, 5))])
     assert mixed["core"] == pytest.approx(0.2)
+    errors = [share_of(1, 4)["accuracy_error"] / 0.75, share_of(2, 4)["accuracy_error"] / 0.5,
+              share_of(3, 5)["accuracy_error"]]
+    assert mixed["core_error"] == pytest.approx(sum(e ** 2 for e in errors) ** 0.5 / 3)
+    assert mixed["tasks"]["a"]["centered_error"] == pytest.approx(errors[0])
+
+
+def test_the_standard_error_is_that_of_claims_and_stands_beside_each_accuracy():
+    for hits, n in ((0, 7), (7, 7), (30, 100)):
+        assert share_of(hits, n)["accuracy_error"] == pytest.approx(claims.share(hits, n).error,
+                                                                    abs=1e-6)
+    assert figures(dict(share_of(30, 100), cut=2)) == ["accuracy 0.3000 ± 0.0455", "n 100", "cut 2"]
+    kinds = dict(a=share_of(1, 2), b=dict(share_of(2, 2), wrong=0.5, refused=0.0))
+    assert figures(dict(share_of(3, 4), kinds=kinds))[1:3] == [
+        "a 0.5000 ± 0.2500", "b 1.0000 ± 0.2165 (wrong 0.5000, refused 0.0000)"]
+    assert figures(dict(accuracy=0.5, accuracy_error="?", n=1)) == ["accuracy 0.5000", "n 1"]
 
 
 def test_the_published_list_of_tasks_reads_as_the_table_does(core_folder):
@@ -494,7 +545,7 @@ def test_accuracy_is_counted_for_each_kind(tokenizer, tmp_path):
         dict(question="Who?", answer="Ada", kind="identity", check="contains")])
     replies = {"1+1?": "#### 2", "2+2?": "#### 5", "Who?": "I am Ada."}
     result = solve(scripted(tokenizer, replies), path)
-    assert result["kinds"] == dict(identity=dict(accuracy=1.0, n=1), sums=dict(accuracy=0.5, n=2))
+    assert result["kinds"] == dict(identity=share_of(1, 1), sums=share_of(1, 2))
     assert result["n"] == 3 and result["accuracy"] == pytest.approx(2 / 3) and result["cut"] == 0
 
 
@@ -536,7 +587,8 @@ def test_results_are_shown_even_if_they_cannot_be_written(base_run, tmp_path, mo
     with pytest.raises(SystemExit, match="eval.json cannot be written: No space left on device; "):
         run_main(eval_module, "--model", base_run, "--tasks", path, "--max_new_tokens", 2)
     out = capsys.readouterr().out
-    assert "accuracy 0.0000 | \\x1b[2J 0.0000 | \\ud800 0.0000 | n 2" in out and "\x1b" not in out
+    assert ("accuracy 0.0000 ± 0.2165 | \\x1b[2J 0.0000 ± 0.2722 | \\ud800 0.0000 ± 0.2722 | n 2"
+            in out and "\x1b" not in out)
 
 
 @pytest.mark.parametrize("stored", ["[]", "{", '{"%s": 3}', "[" * 200_000])
@@ -555,8 +607,7 @@ def test_a_model_of_almost_no_context_is_measured_all_the_same(block_size, token
     engine = Engine(noisy(config), tokenizer)
     assert core(engine, core_folder)["n"] == 6
     path = write_jsonl(core_folder / "p.jsonl", [dict(question="a?", answer="1")])
-    assert solve(engine, path) == dict(accuracy=0.0, n=1, cut=1,
-                                       kinds=dict(problems=dict(accuracy=0.0, n=1)))
+    assert solve(engine, path) == dict(share_of(0, 1), cut=1, kinds=dict(problems=share_of(0, 1)))
 
 
 def test_a_base_model_is_asked_in_the_chat_prompt_and_that_is_said(base_run, tmp_path, capsys):
@@ -603,3 +654,28 @@ def test_a_bad_input_ends_in_one_line_that_says_what_to_do(flags, said, base_run
     message = str(stopped.value)
     assert said in message and "\n" not in message
     assert ";" in message or message.startswith("--")
+
+
+def test_a_folder_that_transformers_wrote_is_measured_offline(tmp_path, capsys, monkeypatch):
+    """GPT-2's sizes but for the layers, with HF's tokenizer files and without any."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CORE.parent / "tiktoken_cache"))
+    try:
+        tokenizer = Tokenizer.pretrained("gpt2")
+    except SystemExit as error:
+        pytest.skip(str(error))
+    run = tmp_path / "hf"
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(run)
+    write_jsonl(tmp_path / "eval_data" / HELLASWAG.file, CHOICES)
+    tokens = {}
+    for with_tokenizer in (False, True):
+        if with_tokenizer:
+            tokenizer.export_hf(tmp_path / "made.json")
+            transformers.PreTrainedTokenizerFast(
+                tokenizer_file=str(tmp_path / "made.json")).save_pretrained(run)
+        run_main(eval_module, "--model", run, "--tasks", "hellaswag", "--core_dir", tmp_path)
+        tokens[with_tokenizer] = json.loads((run / "eval.json").read_text())["hellaswag"]
+        (run / "eval.json").unlink()
+    assert tokens[True] == tokens[False] and tokens[True]["n"] == 2
+    assert "accuracy " in capsys.readouterr().out

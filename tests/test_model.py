@@ -15,13 +15,16 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
+import loss as loss_module
 import model as model_module
 import precision
 from conftest import GPT2, MODERN, mutate, noisy
-from model import (GPT, GPT2_SIZES, CrossEntropy, GPTConfig, KVCache, Linear, find_compiler,
-                   find_kernel, load_checkpoint, save_checkpoint, sdpa)
+from loss import CrossEntropy, loss_and_gradient
+from model import (GPT, GPT2_SIZES, GPTConfig, KVCache, Linear, find_compiler, find_kernel,
+                   load_checkpoint, save_checkpoint, sdpa)
 from precision import Fp8Matmul, bf16_product, find_bf16, fp8_matmul, fp8_product, to_fp8
 from reward_model import rows_tensors, with_reward_head
 from training import Optimizer, make_optimizer
@@ -32,8 +35,9 @@ TEXT = torch.randint(0, 65, (3, T), generator=torch.Generator().manual_seed(1))
 
 def test_docstring_examples_are_true():
     torch.manual_seed(0)
-    result = doctest.testmod(model_module)
-    assert result.attempted > 0 and result.failed == 0
+    for module in (model_module, loss_module):
+        result = doctest.testmod(module)
+        assert result.attempted > 0 and result.failed == 0
 
 
 # ---- the architecture
@@ -328,8 +332,13 @@ def check_last(config):
         for start, count, lengths in ((0, 14, [3, 14, 9]), (14, 5, [5, 1, 2])):
             idx = TEXT[:, start:start + count]
             last = torch.tensor(lengths) - 1
+            two = torch.stack((last, 0 * last), 1)
+            ends, begins = model.hidden(idx, cache.rows([0, 1, 2]), last=two).unbind(1)
             found = model.hidden(idx, cache, last=last)
-            wanted = model.hidden(idx, whole)[torch.arange(3), last]
+            torch.testing.assert_close(ends, found[:, 0], rtol=0, atol=1e-4)
+            read = model.hidden(idx, whole)
+            wanted = read[torch.arange(3), last]
+            torch.testing.assert_close(begins, read[:, 0], rtol=0, atol=1e-4)
             torch.testing.assert_close(found, wanted[:, None], rtol=0, atol=1e-4)
             assert torch.equal(cache.k, whole.k) and torch.equal(cache.v, whole.v)
             cache.pos = whole.pos = whole.pos - (count - torch.tensor(lengths))
@@ -533,6 +542,86 @@ def test_fp8_reaches_the_large_matrices_and_trains(monkeypatch):
     torch.testing.assert_close(plain, in_8_bits, rtol=0.01, atol=0)
 
 
+def test_norm_scales_multiply_what_their_norms_return_and_begin_at_one():
+    torch.manual_seed(0)
+    plain = GPT(MODERN)
+    torch.manual_seed(0)
+    scaled = GPT(replace(MODERN, norm_scales="amf"))
+    assert torch.equal(plain(TEXT), scaled(TEXT))
+    x = torch.randn(3, 32)
+    for norm in (scaled.h[1].ln_1, scaled.h[2].ln_2, scaled.ln_f):
+        with torch.no_grad():
+            norm.weight.normal_()
+        expected = x / x.square().mean(-1, keepdim=True).sqrt() * norm.weight
+        torch.testing.assert_close(norm(x), expected)
+    for letter, name in (("a", "ln_1"), ("m", "ln_2")):
+        model = GPT(replace(MODERN, norm_scales=letter))
+        assert [f"h.{n}.{name}.weight" for n in range(4)] == [
+            name for name, p in model.named_parameters() if ".ln_" in name]
+
+
+# ---- weights are cast once a step
+
+class CountCasts(TorchDispatchMode):
+    """Counts how often a matrix of a model changes its dtype."""
+    def __init__(self, model):
+        super().__init__()
+        self.matrices = {p.data_ptr() for p in model.parameters()
+                         if p.ndim == 2 and min(p.shape) >= 128}
+        self.n_casts = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        source = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}
+        if function in source and args[source[function]].data_ptr() in self.matrices:
+            self.n_casts += 1
+        return function(*args, **kwargs or {})
+
+
+def gradients_of_two_steps(casts, config, bf16_everywhere):
+    """Two steps of three micro-steps → (all their gradients, how many casts)."""
+    torch.manual_seed(0)
+    model = GPT(config).use("cpu", bf16=True)
+    if bf16_everywhere:                     # as on a GPU
+        model.compute_dtype = torch.bfloat16
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.product, module.factors = None, torch.bfloat16
+    found = []
+    with CountCasts(model) as counter:
+        for _ in range(2):
+            if casts:
+                model.cast_weights()
+            for micro_step in range(3):
+                model(TEXT.roll(micro_step, 1), TEXT).backward()
+            found += [p.grad.clone() for p in model.parameters()]
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.sub_(p.grad, alpha=0.1)
+                    p.grad = None
+    return found, counter.n_casts
+
+
+@pytest.mark.parametrize("preset, bf16_everywhere", [(GPT2, True), (GPT2, False), (MODERN, True),
+                                                     (MODERN, False)])
+def test_weights_are_cast_once_a_step_and_the_gradients_are_the_same_bits(preset, bf16_everywhere):
+    config = replace(preset, n_embd=128, n_layer=2, vocab_size=130)
+    each_time, n_each = gradients_of_two_steps(False, config, bf16_everywhere)
+    once, n_once = gradients_of_two_steps(True, config, bf16_everywhere)
+    assert all(torch.equal(a, b) for a, b in zip(each_time, once))
+    n_matrices = 4 * 2 + int(bf16_everywhere)           # of the blocks, and the head
+    assert (n_each, n_once) == (2 * 3 * n_matrices, 2 * n_matrices)
+
+
+def test_a_copy_is_not_read_after_its_step():
+    model = GPT(MODERN).use("cpu", bf16=False)
+    model.lm_head.factors = torch.bfloat16
+    model.cast_weights()
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+        fresh = model(TEXT)
+        assert fresh.abs().max() > 0.1 and torch.equal(fresh, model.eval()(TEXT))
+
+
 # ---- the loss
 
 def check_cross_entropy(softcap, chunk=17, masked=0.3):
@@ -550,10 +639,11 @@ def check_cross_entropy(softcap, chunk=17, masked=0.3):
     expected = expected / max(1, (targets >= 0).sum())
     (3 * expected).backward()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_module, "chunk_rows", lambda x, V: chunk)
+        patch.setattr(loss_module, "chunk_rows", lambda x, V: chunk)
         x.requires_grad_()
         weight.requires_grad_()
-        loss = CrossEntropy.apply(x, weight, targets, config)
+        loss = CrossEntropy.apply(x, weight, weight.detach(), targets, config,
+                                  loss_module.loss_and_gradient)
         (3 * loss).backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-4, atol=1e-6)
@@ -565,6 +655,28 @@ def check_cross_entropy(softcap, chunk=17, masked=0.3):
 @pytest.mark.parametrize("chunk", [1, 17, 1000])
 def test_loss_and_gradients_equal_pytorchs(softcap, chunk):
     check_cross_entropy(softcap, chunk)
+
+
+def check_overflow(_):
+    """Logits of 200, whose exp is infinite in fp32, and a padding row with a larger one."""
+    z = torch.tensor([[200.0, 190.0, 300.0]])
+    loss, dz = loss_module.loss_and_gradient(z, torch.tensor([[1]]), torch.ones(1, 1), V=2, s=0)
+    share = 1 / (1 + math.exp(-10))
+    assert loss.item() == pytest.approx(10 - math.log(share), rel=1e-4)
+    torch.testing.assert_close(dz, torch.tensor([[share, -share, 0.0]]))
+
+
+def test_large_logits_do_not_overflow_and_padding_does_not_count():
+    check_overflow(None)
+
+
+def test_the_loss_compiles_into_one_graph_and_keeps_its_values():
+    for dtype, softcap in [(torch.float32, 0.0), (torch.bfloat16, 15.0)]:
+        z = torch.randn(4, 128).to(dtype)
+        rest = torch.randint(0, 100, (4, 1)), torch.rand(4, 1), 100, softcap
+        compiled = torch.compile(loss_and_gradient, fullgraph=True, backend="aot_eager")
+        for found, wanted in zip(compiled(z.clone(), *rest), loss_and_gradient(z.clone(), *rest)):
+            torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("config", [GPT2, MODERN], ids=["gpt2", "modern"])
@@ -759,26 +871,31 @@ def text_only(value):
 @pytest.mark.parametrize("owner, name, old, new, check, argument", [
     (model_module, "visible", "t - s <= window", "t - s < window", check_window, 4),
     (model_module, "visible", "s <= t", "s <= t + 1", check_window, 4),
-    (model_module, "sdpa", "window >= q.shape[2] - 1", "window >= 0", check_window, 4),
-    (model_module, "sdpa", "is_causal=causal", "is_causal=False", check_causality, GPT2),
+    (model_module, "sdpa", "window < q.shape[2] - 1", "window < 0", check_window, 4),
+    (model_module, "sdpa", "is_causal=mask is None", "is_causal=False", check_causality, GPT2),
     (KVCache, "append", "pos[:, None, :, None]", "self.used + 0 * pos[:, None, :, None]",
      check_cache, GPT2),
     (KVCache, "append", "device=k.device), window)", "device=k.device), 8)", check_cache, MODERN),
-    (GPT, "hidden", "pos + cache.pos[:, None]", "pos + cache.used", check_cache, MODERN),
+    (GPT, "hidden", "pos + cache.pos.view(len(idx), -1)", "pos + cache.used", check_cache, MODERN),
     (GPT, "hidden", "middle = take(middle, last)", "middle = middle[:, -1:]", check_last, MODERN),
     (model_module.Attention, "forward", "take(pos, last)", "pos[:, -1:]", check_last, GPT2),
+    (model_module.Attention, "forward", "take(mask[:, 0], last)", "mask[:, 0, :1]", check_last,
+     GPT2),
     (model_module.Block, "forward", "x = take(x, last)", "x = x[:, -1:]", check_last, GPT2),
-    (model_module, "loss_and_gradient", "dy.addcmul_(dy, t.square_(), value=-1)", "pass",
+    (loss_module, "loss_and_gradient", "dy.addcmul_(dy, t.square_(), value=-1)", "pass",
      check_cross_entropy, 3.0),
-    (model_module, "loss_and_gradient", "share / sum_exp", "1 / sum_exp", check_cross_entropy, 0.0),
-    (model_module, "loss_and_gradient", "(1 - (y_target / s).square())", "1", check_cross_entropy,
+    (loss_module, "loss_and_gradient", "share / sum_exp", "1 / sum_exp", check_cross_entropy, 0.0),
+    (loss_module, "loss_and_gradient", "(1 - (y_target / s).square())", "1", check_cross_entropy,
      3.0),
     (Fp8Matmul, "backward", "weight.t().contiguous(), weight_scale", "weight, weight_scale",
      check_fp8, (32, 32, 32)),
     (precision, "to_fp8", "x.float() / scale", "x.float()", check_fp8, (64, 48, 32)),
-    (CrossEntropy, "forward", "dW[:V].addmm_(dz.T, x[part])", "dW[:V] = dz.T @ x[part]",
+    (loss_module.CrossEntropy, "forward", "dW.addmm_(dz.T, x[part])", "dW = dz.T @ x[part]",
      check_cross_entropy, 0.0),
-    (CrossEntropy, "backward", "dx * grad", "dx", check_cross_entropy, 0.0)],
+    (loss_module, "loss_and_gradient", "dy[:, :V].sum", "dy.sum", check_cross_entropy, 3.0),
+    (loss_module, "loss_and_gradient", "y[:, :V].amax", "y[:, -1:].amax", check_overflow, None),
+    (loss_module, "loss_and_gradient", "dy[:, V:] = 0", "pass", check_cross_entropy, 0.0),
+    (loss_module.CrossEntropy, "backward", "dx * grad", "dx", check_cross_entropy, 0.0)],
     ids=text_only)
 def test_checks_notice_a_mutant(owner, name, old, new, check, argument, monkeypatch):
     check(argument)

@@ -18,7 +18,8 @@ import eval as eval_module
 import report
 import story
 from conftest import ROOT, run_main
-from records import Run, accuracy_sources, verdicts
+from problems import share_of
+from records import Data, Run, accuracy_sources, verdicts
 from svg import FIGURE_STYLE, bars, curve, ticks
 from test_style import check_commands
 from training import RunLog
@@ -109,17 +110,20 @@ def test_a_report_escapes_html_and_tells_the_stages_in_order(tmp_path):
 
 def test_a_report_shows_the_filters_and_every_measurement(tmp_path):
     runs = demo(tmp_path)
-    result = dict(accuracy=0.5, n=4, cut=0, kinds=dict(bits=dict(accuracy=0.5, n=4)),
+    result = dict(share_of(2, 4), cut=0, kinds=dict(bits=share_of(2, 4)),
                   arguments=dict(files="f00", max_new_tokens=9))
-    core_result = dict(core=0.1234, n=3, left_out=["coqa"], tasks=dict(
-        copa=dict(accuracy=0.75, centered=0.5, n=3)))
+    core_result = dict(core=0.1234, core_error=0.05, n=3, left_out=["coqa"], tasks=dict(
+        copa=dict(accuracy=0.75, centered=0.5, centered_error=0.1, n=3, contaminated=1 / 3,
+                  clean_accuracy=0.5, clean_accuracy_error=0.25, clean_n=2)))
     (runs[0] / "eval.json").write_text(json.dumps({"h.jsonl": result, "core": core_result}))
     funnel = {"step": "language", "in": 100, "kept": 70, "dropped": {"is_<de>": 30}, "bytes": 2e6,
               "flagged": dict(short=5), "docs_per_s": 12.0, "seconds": 3600}
     (tmp_path / "index.json").write_text(json.dumps(dict(funnel=[funnel])))
     page = report_of("--data", tmp_path, *runs)
-    for text in ("70.0%", "is_&lt;de&gt; 30", "short 5", "2.00", "1:00:00, summed", "core 0.1234",
-                 "left out: coqa", "centered 0.5000", "4 of h.jsonl (hash f00)"):
+    for text in ("70.0%", "is_&lt;de&gt; 30", "short 5", "2.00", "1:00:00, summed", "core 0.1234 ± 0.0500",
+                 "CORE 0.1234 ± 0.0500, GPT-2", "left out: coqa", "centered 0.5000 ± 0.1000",
+                 "4 of h.jsonl (hash f00)", "accuracy 0.5000 ± 0.2041", "50.0% ± 20.4%",
+                 "contaminated 0.3333 | clean_accuracy 0.5000 ± 0.2500 | n 3 | clean_n 2"):
         assert text in page, text
 
 
@@ -164,7 +168,7 @@ def test_the_commands_of_the_chapters_exist():
     for told in story.CHAPTERS:
         check_commands(told.again.format_map(defaultdict(str, trained="train_gpt2.py")))
         check_commands(told.missing)
-    assert len({told.name for told in story.CHAPTERS}) == 10
+    assert len({told.name for told in story.CHAPTERS}) == 11
 
 
 def test_core_stands_beside_gpt2_and_cost_beside_published_runs(tmp_path):
@@ -359,6 +363,23 @@ def test_answers_to_the_same_problem_stand_together_by_step(tmp_path):
         (run / "answers.jsonl").write_text(text)
         with pytest.raises(SystemExit, match="answers.jsonl.*; delete the file"):
             report_of(run)
+
+
+def test_chains_stand_in_a_chapter_of_their_own_and_their_run_is_no_reasoner(tmp_path):
+    rows = [(step, dict(kind=f"{n} arrows", accuracy=right, pass_16=0.5, thinking_tokens=3.0 + step))
+            for step, right in ((0, 0.125), (80, 0.75)) for n in (6, 16)]
+    run = write_run(tmp_path / "chains", "rl", rows)
+    write_jsonl(run / "answers.jsonl", [
+        dict(step=step, question=q, reply=f"{q}{step}", right=step == 80 and q == "long")
+        for step in (0, 80) for q in ("short", "long", "never")])
+    runs = demo(tmp_path)
+    page = report_of(*runs, run)
+    found = re.findall("<section id=beyond>.*?</section>", page, re.S)[0]
+    assert "16 arrows 12%, then 75%" in found and "before, in 16 tries" in found
+    assert "long · step 80, right" in found and "never" not in found and "short" not in found
+    assert "arrows" not in re.findall("<section id=reasoner>.*?</section>", page, re.S)[0]
+    told = story.Story([Run(path) for path in (*runs, run)], Data())
+    assert told.rl == [told.runs[2]] and told.command("{all}") == " ".join(map(str, runs))
 
 
 def test_a_reward_model_is_shown_with_its_standard_error_and_its_best_of_n(tmp_path):

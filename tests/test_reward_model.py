@@ -428,13 +428,14 @@ def test_the_report_shows_both_objectives_the_turn_and_the_replies(tmp_path):
     run = tmp_path / "rlhf"
     run.mkdir()
     rows = [dict(step=n, reward=n / 4, gold=-n / 5, kl_reply=n / 9, seconds=1.0) for n in range(9)]
-    rows.append(dict(step=8, replies=[dict(reply="A <b>pelican</b>", reward=1.5, gold=0.5)]))
+    rows += [dict(step=n, kl_reply=float(n), replies=[dict(reply=f"A <b>{word}</b>", reward=1.5, gold=0.5)])
+             for n, word in ((0, "list"), (8, "pelican"))]
     write(run / "log.jsonl", rows)
     write(run / "best_of_n.jsonl", [dict(n=4, kl=0.64, reward=1.25, gold=0.75)])
     run_main(report, run, "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     for text in ("by KL in nats a reply", "rlhf, gold", "highest gold", "0.64", "1.25",
-                 "A &lt;b&gt;pelican&lt;/b&gt;"):
+                 "A &lt;b&gt;list&lt;/b&gt;", "A &lt;b&gt;pelican&lt;/b&gt;", "8.0 nats away"):
         assert text in page, text
 
 
@@ -454,7 +455,7 @@ def test_the_demos_judge_likes_a_funny_word_or_two_in_a_sentence():
 def test_the_demos_commands_exist_and_carry_its_names(tmp_path):
     names = dict(model="m", out=tmp_path, steps=5, seed=1)
     commands = [command.format(**names) for command in rlhf.COMMANDS]
-    assert check_commands("\n".join(commands)) == len(commands) == 7
+    assert check_commands("\n".join(commands)) == len(commands) == 8
 
 
 # ---- a person's ranks

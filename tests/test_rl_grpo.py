@@ -625,28 +625,50 @@ def test_a_run_killed_anywhere_resumes_bit_by_bit_and_asks_each_problem_once(
     assert len(killed) + len(resumed) >= len(whole) > 6 * 3         # some groups were tied
 
 
+THINKING = {"<|think|>": 1, "<|/think|>": 2}
+FORMED, PLAIN = Completion([1, 5, 2, 6, 7], finish="stop"), Completion([6, 7], finish="stop")
+
+
+def refilled(rank, world_size, tied, replies, reward_of, asked, format_reward=0.0):
+    """sample_groups of 4 of 9 problems from number 2 on. tied: what the ranks say in each round."""
+    def rollout(engine, problems, args, seed, reward):
+        asked.extend(problems)
+        return problems, replies * len(problems), torch.tensor([reward_of(i) for i in problems])
+
+    def add(self, n):
+        return [tied.pop(0) if tied else n]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl_grpo, "rollout", rollout)
+        patch.setattr(Ranks, "sum", add)
+        args = SimpleNamespace(prompts=4, refill=3, seed=0, format_reward=format_reward)
+        engine = SimpleNamespace(tokenizer=SimpleNamespace(special=THINKING))
+        return rl_grpo.sample_groups(engine, range(9), [*range(9)], 2, args, 0, Ranks(rank, world_size))
+
+
 def test_tied_groups_are_refilled_with_the_next_problems():
     """Problem i is tied if i is even; on 1 and on 2 ranks the same problems are asked."""
-    asked = {}
+    asked = {1: [], 2: []}
 
-    def sample(rank, world_size, replies):
-        def rollout(engine, problems, args, seed, reward):
-            asked.setdefault(world_size, []).extend(problems)
-            return (problems, problems, torch.tensor([[i % 2, 0.] for i in problems]))
+    def sample(rank, world_size):
+        return refilled(rank, world_size, [2, 1, 1, 0], [PLAIN, PLAIN], lambda i: [i % 2, 0.],
+                        asked[world_size])
 
-        ranks = Ranks(rank, world_size)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rl_grpo, "rollout", rollout)
-            patch.setattr(Ranks, "sum", lambda self, n: [replies.pop(0)])
-            args = SimpleNamespace(prompts=4, refill=3, seed=0)
-            return rl_grpo.sample_groups(None, range(9), [*range(9)], 2, args, 0, ranks)
-
-    chosen, prompts, _, rewards, position = sample(0, 1, [2, 1, 1, 0])
+    chosen, prompts, _, rewards, position = sample(0, 1)
     assert chosen == prompts == [2, 3, 4, 5, 6, 7, 8, 0] and position == 10 and rewards.shape == (8, 2)
     assert (rewards[:, 0] == torch.tensor([0., 1, 0, 1, 0, 1, 0, 0])).all()
     for rank in (0, 1):
-        assert sample(rank, 2, [2, 1, 1, 0])[4] == 10
+        assert sample(rank, 2)[4] == 10
     assert sorted(asked[2]) == sorted(asked[1]) == sorted(prompts)
+
+
+@pytest.mark.parametrize("replies, format_reward, rounds", [
+    ([FORMED, PLAIN], 0.1, 1), ([FORMED, PLAIN], 0.0, 4), ([FORMED, FORMED], 0.1, 4)])
+def test_a_group_that_the_format_reward_unties_is_not_refilled(replies, format_reward, rounds):
+    """The update learns from it, because its total rewards differ."""
+    asked = []
+    *_, position = refilled(0, 1, [], replies, lambda i: [0., 0.], asked, format_reward)
+    assert len(asked) == 4 * rounds and position == 2 + 4 * rounds
 
 
 def test_a_tool_that_does_not_start_ends_the_run_in_one_line(assistant, task, tmp_path, monkeypatch):

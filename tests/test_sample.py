@@ -2,6 +2,7 @@
 sample.py against slow twins: one token at a time without a cache, probabilities from their
 definitions. The Python tool meets code that means ill, the answer checker replies that cheat.
 """
+import contextlib
 import importlib
 import io
 import json
@@ -19,10 +20,12 @@ import pytest
 import torch
 
 import engine as engine_room
+import precision
 import sample
 from conftest import ROOT, mutate, noisy, run_main
 from engine import Scheduler, next_token_probs
 from model import GPTConfig, load_checkpoint, save_checkpoint
+from precision import PACKED_ROWS, can_pack, packed
 from sample import Engine, find_run, run_python
 
 PROMPTS = ["Return", "Return the mean of the data", "If", "a, b", "Return the"]
@@ -218,6 +221,60 @@ def test_ids_that_only_pad_the_vocabulary_are_never_written(tokenizer):
     assert max(ids) < tokenizer.n_vocab
 
 
+# ---- packed weights
+
+def check_packed(bias=True):
+    """Within, many rows multiply with packed weights, and few do not; afterwards none do."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(256, 512, bias=bias)
+    many, few = torch.randn(PACKED_ROWS, 1, 256), torch.randn(1, 256)
+    wanted = layer(many), layer(few)
+    with torch.inference_mode(), packed(layer, PACKED_ROWS):
+        assert "forward" in vars(layer)
+        torch.testing.assert_close((layer(many), layer(few)), wanted, rtol=1e-4, atol=1e-5)
+    assert "forward" not in vars(layer) and layer(many).grad_fn
+
+
+@pytest.mark.skipif(not can_pack(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_weights_multiply_as_the_others_and_are_forgotten(bias):
+    check_packed(bias)
+
+
+@pytest.mark.skipif(not can_pack(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("name, old, new", [
+    ("pack", "ordered, bias,", "ordered, None,"), ("packed", "layer.forward =", "_ ="),
+    ("packed", 'pop("forward", None)', 'get("forward")')], ids=str)
+def test_the_check_of_packed_weights_notices_a_mutant(name, old, new, monkeypatch):
+    mutate(monkeypatch, precision, name, old, new)
+    monkeypatch.setitem(globals(), name, getattr(precision, name))
+    with pytest.raises(AssertionError):
+        check_packed()
+
+
+def test_without_onednn_nothing_is_packed(monkeypatch):
+    def pack(*_):
+        raise AttributeError("no mkldnn")
+
+    monkeypatch.setattr(precision, "pack", pack)
+    assert not can_pack.__wrapped__()
+    monkeypatch.setattr(precision, "can_pack", lambda: False)
+    layer = torch.nn.Linear(256, 512)
+    with packed(layer, PACKED_ROWS):
+        assert "forward" not in vars(layer)
+
+
+def test_a_batch_that_is_written_with_packed_weights_learns_as_before(tokenizer):
+    """The replies are those of rows that are written alone, and the model keeps its gradients."""
+    config = GPTConfig(block_size=64, vocab_size=tokenizer.n_vocab, n_layer=1, n_head=2, n_embd=256)
+    engine = Engine(noisy(config, seed=15, std=0.1), tokenizer, python=None)
+    together = engine.generate(PROMPTS * 2, 12, temperature=0)
+    alone = [engine.generate([prompt], 12, temperature=0)[0] for prompt in PROMPTS]
+    assert [reply.ids for reply in together] == [reply.ids for reply in alone * 2]
+    engine.model(torch.zeros(8, 4, dtype=torch.long)).sum().backward()
+    assert all(p.grad is not None for p in engine.model.parameters())
+
+
 # ---- the loop
 
 def test_same_seed_repeats_and_another_does_not(engine):
@@ -256,6 +313,8 @@ def test_a_long_prompt_does_not_cut_the_replies_of_its_batch(engine):
 
 
 def test_a_row_that_stops_early_may_wait_beside_others_until_the_cache_is_full(engine):
+    model = noisy(engine.model.config, seed=29, std=0.4)    # repeats itself less
+    engine = Engine(model, engine.tokenizer, python=None)
     prompts = [[5] * 55, [7] * 6, [9] * 7, [11] * 8]
     alone = [engine.generate([prompt], 99, temperature=0)[0] for prompt in prompts]
     stop = {alone[0].ids[1]}
@@ -574,6 +633,7 @@ def gpt2(tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample.Tokenizer, "pretrained", lambda name: tokenizer)
     config = GPTConfig(64, tokenizer.n_vocab - len(tokenizer.special) + 1, 1, 2, 32)
+    monkeypatch.setattr(sample, "GPT2_VOCAB", config.vocab_size)
     save_checkpoint("data/openai/gpt2", noisy(config))
     described = json.loads(Path("data/openai/gpt2/config.json").read_text())
     del described["deepdive"]
@@ -743,6 +803,12 @@ def test_openais_gpt2_is_read_with_gpt2s_tokenizer(base_run, tmp_path, monkeypat
     monkeypatch.setattr(sample.Tokenizer, "pretrained", asked.append)
     assert sample.load_tokenizer(tmp_path) is None and asked == ["gpt2"]
     assert sample.load_tokenizer(base_run).n_vocab == 400
+    for size, known in ((8192, False), (50256, False), (50257, True), (50304, True)):
+        (tmp_path / "config.json").write_text(json.dumps(dict(vocab_size=size)))
+        with contextlib.nullcontext() if known else pytest.raises(
+                SystemExit, match=f"has no tokenizer, and its model's {size} tokens are not GPT-2"):
+            sample.load_tokenizer(tmp_path)
+    assert asked == ["gpt2"] * 3
 
 
 def test_a_checkpoint_in_hfs_format_with_another_tokenizer_than_gpt2s_is_refused(

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,6 +198,15 @@ def test_without_documents_a_query_is_only_text(tokenizer, index):
     del engine.tools[tokenizer.special["<|/search|>"]]
     found = engine.generate([""], 200, temperature=0)[0]
     assert found.ids == ids and all(found.sampled)
+
+
+def test_without_documents_a_chat_answers_a_query_and_does_not_offer_to_search(tokenizer):
+    """The stand-in for Index only has the passage that is forced in."""
+    nothing = SimpleNamespace(look_up=sample.finds_nothing)
+    engine, _ = searching(tokenizer, nothing, "Ares Base")
+    text = tokenizer.decode(engine.generate([""], 200, temperature=0)[0].ids)
+    assert text.startswith(f"<|search|> Ares Base<|/search|><|output|>{NOTHING}<|/output|>")
+    assert begun_chat(engine, None) == []
 
 
 # ---- sample.py --docs

@@ -608,7 +608,8 @@ def test_models_run_python_with_tools_alone(server, tools, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["serve.py", *flags, *["--tools"] * int(tools)])
     models = serve.load_models(serve.parse_args())
     assert list(models) == ["tiny-sft", "tiny-base"]
-    assert [bool(model.engine.tools) for model in models.values()] == [tools, tools]
+    closing = models["tiny-sft"].engine.tokenizer.special["<|/python|>"]
+    assert [closing in model.engine.tools for model in models.values()] == [tools, tools]
     assert not any(model.engine.model.training for model in models.values())
 
 
@@ -619,7 +620,7 @@ def test_documents_are_searched_as_the_model_learnt_it(server, tmp_path, monkeyp
                                       "--docs", str(tmp_path)])
     model = serve.load_models(serve.parse_args())["tiny-sft"]
     messages = [dict(role="user", content="What is Zorblax?")]
-    assert "search" in api.plain(model.with_tools(messages)[0]) and model.engine.search
+    assert "search" in api.plain(model.with_tools(messages)[0]) and model.engine.can_search
     replaced, found = page.with_passages(model, messages)
     assert "capital of Mars" in found[0] and "capital of Mars" in replaced[0]["content"]
     decode = model.engine.tokenizer.decode

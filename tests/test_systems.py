@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import crawl
 import engine
-import model
+import loss
 import sample
 import training
 from model import GPT, GPTConfig
@@ -170,7 +170,7 @@ class No64(TorchDispatchMode):
 @pytest.mark.parametrize("is_modern", [True, False])
 def test_no_step_of_training_needs_fp64_on_the_gpu(monkeypatch, is_modern):
     cpu = torch.Tensor.cpu
-    monkeypatch.setitem(model.CHUNK_LOGITS, "meta", model.CHUNK_LOGITS["mps"])
+    monkeypatch.setitem(loss.CHUNK_LOGITS, "meta", loss.CHUNK_LOGITS["mps"])
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: cpu(torch.ones_like(self, device="cpu")))
     config = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)
     if is_modern:

@@ -285,6 +285,22 @@ def test_rlhf_is_shown_if_the_reward_rises_and_the_gold_turns(tmp_path, reward, 
     assert claims_reasoner.rlhf(models).verdict == verdict
 
 
+@pytest.mark.parametrize("pass_1, verdict", [
+    (0.9, "shown"), (0.5, "partly shown"), (0.02, "not at this size")])
+def test_practice_goes_beyond_if_one_try_beats_sixteen_of_before(tmp_path, pass_1, verdict):
+    """The chains of six arrows, which were taught, do not count."""
+    def test(step, arrows, right, k):
+        return dict(step=step, kind=f"{arrows} arrows", n=32, accuracy=right, sampled=32,
+                    pass_1=right, pass_16=k)
+    rows = [test(0, 6, 1.0, 1.0), test(0, 8, 0.0, 0.6), test(0, 10, 0.0, 0.4),
+            test(9, 6, 0.0, 0.0), test(9, 8, pass_1, 1.0), test(9, 10, pass_1, 1.0)]
+    folder = tmp_path / "demo-beyond" / "seed_0" / "rl"
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = SimpleNamespace(run=lambda *roles: tmp_path / "demo-honest")
+    assert claims_reasoner.beyond(models).verdict == verdict
+
+
 @pytest.mark.parametrize("log, usd", [
     ([dict(header=dict(device="cpu x 2")), dict(step=1, seconds=1800)], 0.05),
     ([dict(header=dict(device="NVIDIA H100 x 8")), dict(step=1, seconds=3600)], 24.0),
@@ -320,7 +336,7 @@ def test_a_sitting_measures_each_claim_once_and_writes_talk_json(models, tmp_pat
 def test_a_missing_part_is_not_measured_and_says_what_makes_it(models):
     for claim in talk.CLAIMS:
         if claim.name in ("funnel", "probing", "memories", "search", "discovery", "rlhf",
-                          "modalities", "jagged"):
+                          "beyond", "modalities", "jagged"):
             entry = talk.measure(claim, models)
             assert entry["verdict"] in ("not measured", "not at this size"), entry
     with pytest.raises(NotMeasured, match="chat_sft"):
@@ -355,4 +371,4 @@ def test_every_claim_is_a_function_of_40_lines_at_most_that_says_against_what():
         lines = inspect.getsource(claim.measure).splitlines()
         assert len(lines) <= 40, (claim.name, len(lines))
         assert re.search(r"Against:", claim.measure.__doc__), claim.name
-    assert len(talk.CLAIMS) == len({claim.name for claim in talk.CLAIMS}) == 23
+    assert len(talk.CLAIMS) == len({claim.name for claim in talk.CLAIMS}) == 24

@@ -2,6 +2,7 @@
 train_gpt2.py: the loader gives every token once, a run that was killed goes on bit by bit, and two
 ranks train what one does. Runs are of 12 steps on the manuals of conftest.py.
 """
+import doctest
 import gzip
 import hashlib
 import json
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,15 +23,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import recipe
 import train_gpt2
 from bpe import Tokenizer
-from conftest import (GPT2, ROOT, assert_same_files, in_fp64, mutate, noisy, run_main, run_ranks,
+from conftest import (GPT2, MODERN, ROOT, assert_same_files, in_fp64, mutate, noisy, run_main, run_ranks,
                       stop_at, write_shard)
+from exchange import Exchange
 from model import GPT, GPTConfig, load_checkpoint
 from test_model import RECIPE, text_only
-from train_gpt2 import (Loader, Shards, compressors_bpb, evaluate, is_spike, memory_bytes,
-                        plan_batch, schedule, shuffled_rows)
-from training import Optimizer, Ranks, RunLog, finish, read_log
+from recipe import is_spike, memory_bytes, plan_batch, schedule
+from train_gpt2 import Loader, Shards, compressors_bpb, evaluate, shuffled_rows
+from training import Optimizer, Ranks, RunLog, finish, make_optimizer, read_log
 
 HERE = dict(cwd=ROOT, capture_output=True, text=True)
 PRESETS = dict(adamw=["--model", "gpt2"], muon=["--model", "d4"])
@@ -335,6 +339,11 @@ def test_the_share_of_known_words_leaves_out_the_two_ends_of_a_sample(tokenizer)
 
 # ---- schedules and batch arithmetic
 
+def test_the_recipes_example_is_true():
+    result = doctest.testmod(recipe)
+    assert result.attempted > 0 and result.failed == 0
+
+
 @pytest.mark.parametrize("step, expected", {
     0: (1 / 700, 0.95, 1), 349: (0.5, 0.95, 1), 699: (1, 0.95, 1), 700: (1, 0.95, 1),
     10350: (0.5, 0.95, 1), 20000: (0, 0.95, 1)}.items())
@@ -354,6 +363,23 @@ def test_modern_schedule_is_the_recipes(step, expected):
 
 
 @pytest.mark.parametrize("modern", [False, True])
+def test_the_learning_rate_falls_to_the_share_that_is_asked_for(modern):
+    scales = [schedule(step, 1000, modern, final_lr=0.2)[0] for step in range(1000)]
+    plain = [schedule(step, 1000, modern, final_lr=0.0)[0] for step in range(1000)]
+    assert scales[-1] == pytest.approx(0.2, abs=0.002) and plain[-1] == pytest.approx(0, abs=0.002)
+    assert scales[200] == plain[200] == 1 if modern else scales[200] > plain[200]
+    for scale, without in zip(scales[100:], plain[100:]):
+        assert scale == pytest.approx(0.2 + 0.8 * without)
+
+
+def test_the_learning_rate_falls_in_the_share_of_the_steps_that_is_asked_for():
+    for warmdown, begins in ((None, 350), (0.85, 150)):
+        falling = [step for step in range(40, 1000)
+                   if schedule(step, 1000, True, 0.0, warmdown)[0] < 1]
+        assert falling == list(range(begins + 1, 1000))
+
+
+@pytest.mark.parametrize("modern", [False, True])
 @pytest.mark.parametrize("max_steps", [1, 2, 9, 50])
 def test_short_schedules_stay_within_bounds(modern, max_steps):
     for step in range(max_steps):
@@ -362,7 +388,7 @@ def test_short_schedules_stay_within_bounds(modern, max_steps):
 
 
 def batch_flags(**given):
-    flags = dict(total_batch_size=None, batch_size=None, seq_len=None, max_steps=None)
+    flags = dict(total_batch_size=None, batch_size=None, seq_len=None, max_steps=None, ratio=None)
     return SimpleNamespace(**{**flags, **given})
 
 
@@ -386,6 +412,32 @@ def test_plan_batch_of_gpt2_is_that_of_llm_cs_runs(name, tokens, steps):
     plan_batch(model, args, world_size=8, most_rows=16)
     assert args.total_batch_size == tokens
     assert args.max_steps == pytest.approx(steps, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "d12"])
+def test_a_ratio_is_tokens_for_each_weight_of_a_matmul(name):
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset(name))
+    args = batch_flags(ratio=9.4)
+    plan_batch(model, args, world_size=8, most_rows=16)
+    tokens = args.max_steps * args.total_batch_size
+    assert tokens == pytest.approx(9.4 * model.matmul_params(), rel=1e-3)
+
+
+def test_a_recipe_sets_flags_and_flags_that_are_given_count_more(monkeypatch):
+    given = ["train_gpt2.py", "--data", "d", "--out", "o", "--recipe", "speedrun"]
+    monkeypatch.setattr(sys, "argv", given)
+    args = train_gpt2.parse_args()
+    assert (args.model, args.ratio, args.final_lr, args.fp8) == ("d22", 9.4, 0.0, 1)
+    assert args.warmdown == 0.85
+    monkeypatch.setattr(sys, "argv", [*given, "--model", "d24", "--fp8", "0", "--max_steps", "9"])
+    args = train_gpt2.parse_args()
+    assert (args.model, args.max_steps, args.final_lr, args.fp8) == ("d24", 9, 0.0, 0)
+
+
+def test_ratio_and_max_steps_exclude_each_other(data, tmp_path):
+    with pytest.raises(SystemExit, match="^--ratio and --max_steps both .*; leave one out"):
+        run_main(train_gpt2, *flags(data, tmp_path), "--ratio", 3)
 
 
 @pytest.mark.parametrize("given", [
@@ -497,13 +549,23 @@ def test_two_ranks_under_torchrun_train_what_one_does_with_muon(data, whole, tmp
     assert_nearly_equal(tmp_path, whole["muon"])
 
 
-@pytest.mark.parametrize("preset, world_size", [("adamw", 2), ("adamw", 4), ("muon", 2),
-                                                ("muon", 4)])
-def test_ranks_train_what_one_does(preset, world_size, data, whole_in_fp64, tmp_path):
-    """2 rows at a time: one rank accumulates 4, two 2, four 1."""
+@pytest.mark.parametrize("preset, world_size, runs_ahead", [
+    ("adamw", 2, False), ("adamw", 4, True), ("muon", 2, True), ("muon", 4, False)])
+def test_ranks_train_what_one_does(preset, world_size, runs_ahead, data, whole_in_fp64, tmp_path,
+                                   monkeypatch):
+    """2 rows at a time: one rank accumulates 4, two 2, four 1. runs_ahead: as on GPUs."""
+    monkeypatch.setattr(Ranks, "runs_ahead", runs_ahead)
     with in_fp64():
         run_ranks(train_gpt2, *flags(data, tmp_path, preset), world_size=world_size)
     assert_equal_in_fp64(tmp_path, whole_in_fp64[preset])
+
+
+def test_gradients_may_travel_in_bf16(data, whole, tmp_path):
+    """It rounds them to 0.4 %, so the ranks do not train exactly what one does."""
+    run_ranks(train_gpt2, *flags(data, tmp_path), "--bf16", 2)
+    assert_nearly_equal(tmp_path, whole["muon"], steps=2, rel=0.01)
+    with pytest.raises(AssertionError):
+        assert_nearly_equal(tmp_path, whole["muon"])
 
 
 def test_state_of_two_ranks_can_be_resumed_by_one(data, whole_in_fp64, tmp_path, monkeypatch):
@@ -516,7 +578,9 @@ def test_state_of_two_ranks_can_be_resumed_by_one(data, whole_in_fp64, tmp_path,
     assert_equal_in_fp64(tmp_path, whole_in_fp64["muon"])
 
 
-def test_ranks_leave_together_when_one_is_signalled_at_a_bad_moment(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("runs_ahead, stopped", [(False, 5), (True, 6)])
+def test_ranks_leave_together_when_one_is_signalled_at_a_bad_moment(runs_ahead, stopped, data,
+                                                                    tmp_path, monkeypatch):
     """After the ranks have told each other whether to stop, and before they look at the answer."""
     def signalled(step, *args, **kwargs):
         if step == 3 and os.environ["RANK"] == "0":
@@ -524,8 +588,9 @@ def test_ranks_leave_together_when_one_is_signalled_at_a_bad_moment(data, tmp_pa
         return schedule(step, *args, **kwargs)
 
     monkeypatch.setattr(train_gpt2, "schedule", signalled)
+    monkeypatch.setattr(Ranks, "runs_ahead", runs_ahead)
     run_ranks(train_gpt2, *flags(data, tmp_path, eval_every=100), exit_code=130, seconds=20)
-    assert max(logged(tmp_path, "loss")) == 5
+    assert max(logged(tmp_path, "loss")) == stopped
 
 
 def test_a_signal_in_the_last_step_does_not_make_a_finished_run_a_failure(data, tmp_path,
@@ -547,7 +612,7 @@ def test_saved_run_is_not_overwritten(data, whole):
 
 @pytest.mark.parametrize("change", [
     dict(seed=1), dict(max_steps=30), dict(total_batch_size=128), dict(lr=0.1), dict(seq_len=16),
-    dict(block_size=16)], ids=str)
+    dict(block_size=16), dict(final_lr=0)], ids=str)
 def test_resume_with_other_settings_is_refused(data, whole, change):
     with pytest.raises(SystemExit, match="another .*;.*;"):
         run_main(train_gpt2, *flags(data, whole["muon"], **change), "--resume")
@@ -595,6 +660,101 @@ def twin_val_loss(data, run, T=32):
                      1).mean().item()
 
 
+# ---- a step in which nobody waits for the device
+
+WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
+
+
+@contextmanager
+def counted_waits(patch):
+    """Counts, within the training step, how often Python asks for a number of the device. This is
+    what a GPU would be waited for; a CPU is treated as one here."""
+    counts, inside = [], []
+
+    @contextmanager
+    def watched(ranks, step, phase):
+        inside.append(phase == "training")
+        with failures(ranks, step, phase):
+            yield
+        inside.pop()
+
+    def noted(name, original):
+        def function(tensor, *args, **kwargs):
+            if inside and inside[-1]:
+                counts.append(name)
+            return original(tensor, *args, **kwargs)
+        return function
+
+    def read(outcome):
+        inside.append(False)
+        numbers = original_read(outcome)
+        inside.pop()
+        return numbers
+
+    failures, original_read = train_gpt2.named_failures, train_gpt2.Outcome.read
+    patch.setattr(train_gpt2, "named_failures", watched)
+    patch.setattr(train_gpt2.Outcome, "read", read)
+    for name in WAITS:
+        patch.setattr(torch.Tensor, name, noted(name, getattr(torch.Tensor, name)))
+    yield counts
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_step_waits_for_nothing_and_trains_the_same(preset, data, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, counted_waits(patch) as counts:
+        patch.setattr(Ranks, "runs_ahead", True)
+        run_main(train_gpt2, *flags(data, tmp_path, preset))
+    assert counts == []
+    assert_same_files(tmp_path, whole[preset], "model.safetensors", "config.json")
+    for key in ("loss", "norm", "lr"):
+        assert logged(tmp_path, key) == logged(whole[preset], key)
+
+
+def test_a_step_that_waits_is_noticed(data, tmp_path, monkeypatch):
+    mutate(monkeypatch, train_gpt2, "is_spike", "is_bad |=", "is_bad.item(); is_bad |=")
+    monkeypatch.setattr(recipe, "SPIKE_WINDOW", 3)
+    with monkeypatch.context() as patch, counted_waits(patch) as counts:
+        patch.setattr(train_gpt2, "SPIKE_WINDOW", 3)
+        run_main(train_gpt2, *flags(data, tmp_path, max_steps=5))
+    assert "item" in counts
+
+
+def test_numbers_are_read_when_the_next_step_has_been_handed_out(data, tmp_path, monkeypatch):
+    def handed_out(step, *args, **kwargs):
+        calls.append(("handed out", step + 1))
+        return schedule(step, *args, **kwargs)
+
+    def read(outcome):
+        calls.append(("read", outcome.step))
+        return original(outcome)
+
+    calls, original = [], train_gpt2.Outcome.read
+    monkeypatch.setattr(Ranks, "runs_ahead", True)
+    monkeypatch.setattr(train_gpt2, "schedule", handed_out)
+    monkeypatch.setattr(train_gpt2.Outcome, "read", read)
+    run_main(train_gpt2, *flags(data, tmp_path, max_steps=4, eval_every=3))
+    assert [step for word, step in calls] == [1, 2, 1, 3, 2, 3, 4, 4]   # 3 is read before val_loss
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_device_that_skips_a_step_leaves_everything_as_it_was(preset):
+    model = noisy(GPT2 if preset == "adamw" else MODERN)
+    optimizer = make_optimizer(model, Ranks())
+    outcomes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranks, "runs_ahead", True)
+        for is_bad in (False, True, False):
+            for number, p in enumerate(model.parameters()):
+                p.grad = torch.full_like(p, math.nan if is_bad else 1e-3 * number)
+            optimizer.step(skip=torch.tensor(is_bad))
+            tensors = [*model.parameters(), *optimizer.state.values()]
+            outcomes.append([tensor.detach().clone() for tensor in tensors])
+    for first, second, third in zip(*outcomes):
+        assert torch.equal(first, second) and third.isfinite().all()
+    assert int(optimizer.steps) == 2
+    assert any(not torch.equal(second, third) for _, second, third in zip(*outcomes))
+
+
 # ---- spikes, failures, memory, profile, benchmarks on the way
 
 def test_a_spike_is_skipped_and_logged_and_training_goes_on(data, tmp_path, monkeypatch):
@@ -603,7 +763,8 @@ def test_a_spike_is_skipped_and_logged_and_training_goes_on(data, tmp_path, monk
         return ours(self, x, targets, *args) * (50.0 if len(calls) == 4 * 8 + 1 else 1.0)
 
     calls, ours = [], GPT.loss
-    monkeypatch.setattr(train_gpt2, "SPIKE_WINDOW", 5)
+    for module in (recipe, train_gpt2):
+        monkeypatch.setattr(module, "SPIKE_WINDOW", 8)
     monkeypatch.setattr(GPT, "loss", loss_of)
     monkeypatch.setattr(train_gpt2, "evaluate", lambda *args, **kwargs: (math.log(400), 0.0))
     run_main(train_gpt2, *flags(data, tmp_path))
@@ -613,8 +774,12 @@ def test_a_spike_is_skipped_and_logged_and_training_goes_on(data, tmp_path, monk
 
 @pytest.mark.parametrize("value, expected", [(1.0, False), (2.2, False), (2.3, True)])
 def test_a_spike_is_7_deviations_above_a_full_window(value, expected):
-    window = [1.0, 1.4] * 64        # mean 1.2, deviation 0.2
-    assert is_spike(window, value + 0.35) is expected and not is_spike(window[1:], 1e9)
+    window = torch.tensor([[3.0, 3.4] * 64, [1.0, 1.4] * 64])   # means 3.2, 1.2, deviations 0.2
+    values = torch.tensor([3.0, value + 0.35])
+    assert is_spike(window, values).item() is expected
+    assert is_spike(window.flip(0), values.flip(0)).item() is expected
+    assert not is_spike(window[:, 1:], values * 1e9)
+    assert is_spike(window[:, 1:], values * math.nan)
 
 
 def test_a_rank_that_dies_ends_the_others_with_rank_and_phase(data, tmp_path, monkeypatch, capfd):
@@ -626,7 +791,8 @@ def test_a_rank_that_dies_ends_the_others_with_rank_and_phase(data, tmp_path, mo
     monkeypatch.setattr(train_gpt2, "schedule", dies)
     with pytest.raises(AssertionError, match=r"\[1, -9\]"):
         run_ranks(train_gpt2, *flags(data, tmp_path), seconds=60)
-    assert "rank 0 of 2, step 3, training: " in capfd.readouterr().err
+    # the weights of the update are waited for in the step after it
+    assert re.search("rank 0 of 2, step [34], training: ", capfd.readouterr().err)
 
 
 def test_running_out_of_memory_names_the_flag_to_halve(data, tmp_path, monkeypatch):
@@ -661,7 +827,7 @@ def test_the_first_loss_of_a_wide_gpt2_is_expected(C, V):
     ids = torch.randint(0, V, (4, 65))
     loss = GPT(config).eval()(ids[:, :-1], ids[:, 1:]).item()
     expected = math.log(V) + 0.0002 * C
-    assert loss == pytest.approx(expected, rel=0.01)
+    assert loss == pytest.approx(expected, rel=0.02)
     train_gpt2.check_first_loss(loss, config)
     with pytest.raises(SystemExit, match="broken"):
         train_gpt2.check_first_loss(1.06 * expected, config)
@@ -672,7 +838,8 @@ def test_the_first_loss_of_a_wide_gpt2_is_expected(C, V):
     ("save_every", 0, "at least 1"), ("batch_size", 0, "at least 1"), ("seq_len", 0, "at least 1"),
     ("total_batch_size", 0, "at least 1"), ("lr", 0, "above 0, got 0"), ("lr", "nan", "above 0"),
     ("seed", -1, "at least 0"), ("max_steps", -1, "at least 0"), ("device", "foo", "auto, cpu, cuda or"),
-    ("gpu_hour_usd", -1, "at least 0")])
+    ("gpu_hour_usd", -1, "at least 0"), ("final_lr", -1, "at least 0"),
+    ("ratio", 0, "above 0, got 0")])
 def test_a_flag_out_of_range_is_one_line_and_0_is_not_the_default(flag, value, said, data, tmp_path):
     with pytest.raises(SystemExit, match=f"^--{flag} must be {said}"):
         run_main(train_gpt2, *flags(data, tmp_path), f"--{flag}", value)
@@ -680,7 +847,7 @@ def test_a_flag_out_of_range_is_one_line_and_0_is_not_the_default(flag, value, s
 
 @pytest.mark.parametrize("given", [
     "n_layer=0", "n_head=0", "n_head=-2", "n_embd=0", "block_size=0", "dropout=1.5", "dropout=nan",
-    "softcap=-1", "windows=", "windows=XQ", "rope=maybe", "rope=2", "rope=", "n_embd=6", "n_embd"])
+    "softcap=-1", "windows=", "windows=XQ", "norm_scales=x", "rope=maybe", "rope=2", "rope=", "n_embd=6", "n_embd"])
 def test_a_shape_that_no_model_has_is_one_line(given, data, tmp_path):
     with pytest.raises(SystemExit, match=f"{given.split('=')[0]}.*(must be|multiple)|rope needs") as error:
         run_main(train_gpt2, "--model", "d2", "--data", data, "--out", tmp_path, "--config",
@@ -728,9 +895,12 @@ def test_bad_config_is_one_line(data, tmp_path, given, words):
 
 def test_config_switches_parts_of_the_recipe_off(data, tmp_path):
     run_main(train_gpt2, *flags(data, tmp_path, max_steps=1)[:-2], "--max_steps", 1, "--config",
-             "n_embd=32", "n_head=2", "block_size=32", "backout=0", "softcap=0", "windows=SSSL")
-    config = load_checkpoint(tmp_path)[0].config
+             "n_embd=32", "n_head=2", "block_size=32", "backout=0", "softcap=0", "windows=SSSL",
+             "norm_scales=mf")
+    model, _ = load_checkpoint(tmp_path)
+    config = model.config
     assert (config.backout, config.softcap, config.windows) == (False, 0.0, "SSSL")
+    assert config.norm_scales == "mf" and (model.ln_f.weight != 1).any()
 
 
 def test_hellaswag_and_core_are_logged_beside_val_loss(data, tmp_path, monkeypatch):
@@ -785,7 +955,9 @@ def test_checks_notice_a_mutant(owner, name, old, new, check, counting, data, to
 
 @pytest.mark.parametrize("owner, name, old, new", [
     (train_gpt2, "main", "+ ranks.rank) * B", "+ 0) * B"),
-    (Optimizer, "average_grads", "(mine, self.ranks.world_size)", "(mine, 1)")], ids=text_only)
+    (train_gpt2, "main", "micro_step == grad_accum_steps - 1", "micro_step == 0"),
+    (Exchange, "send_weights", "self.buckets.items()", "list(self.buckets.items())[:1]"),
+    (Optimizer, "reduce_grads", "(mine, self.ranks.world_size)", "(mine, 1)")], ids=text_only)
 def test_two_ranks_notice_a_mutant(owner, name, old, new, data, whole, tmp_path, monkeypatch):
     mutate(monkeypatch, owner, name, old, new)
     run_ranks(train_gpt2, *flags(data, tmp_path))

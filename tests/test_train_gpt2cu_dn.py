@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+import recipe
 import train_gpt2
 from bpe import Tokenizer
 from conftest import DOCUMENTS, noisy, run_main, write_shard
@@ -194,14 +195,14 @@ def test_schedules_are_those_of_train_gpt2_py(tmp_path):
     with torch.device("meta"):
         model = GPT(GPTConfig.preset("d12", vocab_size=32768))
     args = type("Arguments", (), dict(total_batch_size=0, batch_size=1, seq_len=None, max_steps=None))
-    train_gpt2.plan_batch(model, args, 1, 1)
+    recipe.plan_batch(model, args, 1, 1)
     assert (max_steps, batch) == (args.max_steps, args.total_batch_size)
     assert flops == model.flops_per_token()
     rates = [default_lr(model.config, tokens) for tokens in (2 ** 12, 2 ** 16, 2 ** 18, 2 ** 20)]
     assert [*map(float, printed.split()[-4:])] == pytest.approx(rates, rel=1e-12)
     muon = make_optimizer(model, batch_tokens=args.total_batch_size).groups[0]
     for i, step in enumerate(range(0, args.max_steps, 40)):
-        lr_scale, momentum, decay_scale = train_gpt2.schedule(step, args.max_steps, True)
+        lr_scale, momentum, decay_scale = recipe.schedule(step, args.max_steps, True)
         expected = lr_scale * muon["lr"], momentum, decay_scale * muon["weight_decay"]
         assert updates[3 * i:3 * i + 3] == pytest.approx(expected, rel=1e-12)
 
@@ -267,13 +268,15 @@ def test_a_new_model_begins_as_pythons_and_python_reads_it(bf16, dn_data, tmp_pa
 @pytest.mark.parametrize("flags, found", [
     (["--model", "d0"], "d1, d2"),
     (["--model", "d2", "--config", "n_embd=96", "n_head=1"], "power of two"),
-    (["--init_from", "mixed"], "8 of dN's 9 parts")])
+    (["--init_from", '"relu2": false'], "8 of dN's 9 parts"),
+    (["--init_from", '"norm_scales": "f"'], "learned scales in its RMSNorms")])
 def test_a_mistake_ends_in_one_line_that_names_the_remedy(bf16, dn_init, dn_data, tmp_path, flags,
                                                           found):
-    if "mixed" in flags:
+    if flags[0] == "--init_from":
         mixed = shutil.copytree(dn_init, tmp_path / "mixed")
+        name = re.match('"\\w+"', flags[1])[0]
         text = (mixed / "config.json").read_text()
-        (mixed / "config.json").write_text(text.replace('"relu2": true', '"relu2": false'))
+        (mixed / "config.json").write_text(re.sub(f'{name}: [^,\\s]+', flags[1], text))
         flags = ["--init_from", mixed]
     error = train(bf16, dn_data, tmp_path / "run", "--max_steps", 1, *FLAGS, *flags, code=1)
     assert found in error and error.count("\n") == 1 and error.count(";") == 1

@@ -143,8 +143,9 @@ def test_weights_decay_only_where_the_update_shrinks_them():
     assert 0.2 < shrinks.float().mean() < 0.8
 
 
-@pytest.mark.parametrize("config", [GPT2, MODERN, replace(MODERN, rope=False, tied_head=True)],
-                         ids=["gpt2", "modern", "some of both"])
+@pytest.mark.parametrize("config", [GPT2, MODERN, replace(MODERN, norm_scales="amf"),
+                                    replace(MODERN, rope=False, tied_head=True)],
+                         ids=["gpt2", "modern", "norm scales", "some of both"])
 def test_every_parameter_is_in_one_group_and_moves(config):
     model = noisy(config)
     optimizer = make_optimizer(model)

@@ -5,17 +5,20 @@ Runs the kernels of train_gpt2.cu on the CPU, for tests without a GPU: g++ on x8
     g++ -std=c++20 -O2 -Ishim train_gpt2.cpp
 
 A CUDA thread is a fiber with a stack of its own. Blocks run one after another; in a block, a thread
-runs until it waits: at a barrier for the block, at a shuffle, ldmatrix or mma for its warp. The
-last one to arrive does the work of all. What a GPU leaves open is chosen by the environment:
+runs until it waits: at a barrier for the block, at a shuffle, ldmatrix or mma for its warp, at
+wgmma for its warpgroup. The last one to arrive does the work of all. What a GPU leaves open is
+chosen by the environment:
 
-    CUEMU_ORDER=0     threads and blocks forward; asynchronous copies land when they are waited for
-    CUEMU_ORDER=1     backward; copies land at once
-    CUEMU_ORDER=2     threads shuffled; copies as in 0
+    CUEMU_ORDER=0     threads and blocks forward; asynchronous copies land when they are waited for,
+                      asynchronous products (wgmma) are computed when they are waited for
+    CUEMU_ORDER=1     backward; copies land at once, products as in 0
+    CUEMU_ORDER=2     threads shuffled; copies as in 0, products are computed at once
     CUEMU_WITHOUT_BARRIER=N     the __syncthreads() in line N does nothing
     CUEMU_LAST_EPILOGUE=N       cuBLASLt has no epilogues of a higher number: 1 plain, 4 bias
     CUEMU_FASTEST=N             cuBLASLt's algorithm N, 0 or 1, is faster than the other
 
-Not covered: speed, bank conflicts, the order of memory accesses, streams that run side by side.
+Not covered: speed, bank conflicts, the order of memory accesses, fences, streams that run side by
+side.
 */
 #pragma once
 #define CUEMU 1
@@ -27,6 +30,7 @@ Not covered: speed, bank conflicts, the order of memory accesses, streams that r
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <random>
 #include <type_traits>
 #include <vector>
@@ -46,12 +50,14 @@ extern "C" __attribute__((weak, used)) const char* __asan_default_options() {
 #define __host__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct uint3 { unsigned x, y, z; };
 struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 
 inline float __uint_as_float(uint32_t bits) {
@@ -81,6 +87,7 @@ struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 template <class A, class B> constexpr std::common_type_t<A, B> max(A a, B b) {
     return a > b ? a : b;
 }
@@ -130,25 +137,29 @@ __attribute__((naked, noinline)) inline void switch_stacks(void** /*from*/, void
 // ---- A block of threads -------------------------------------------------------------------------
 
 struct Copy { void* to; const void* from; int valid, group; };      // a cp.async on its way
+struct Box { const void* barrier; std::function<void()> land; };    // a copy by TMA on its way
+struct Product { int group; std::function<void()> compute; };       // a wgmma on its way
 typedef void (*Collective)(void** arguments);       // one of each lane; NULL: it is not there
 
+// Threads that work together: the 32 of a warp, or the 128 of a warpgroup
 struct Warp {
-    Thread* lanes[32];
-    void* arguments[32];
-    int n_alive, n_arrived;
+    Thread* lanes[128];
+    void* arguments[128];                   // NULL but while a lane waits
+    int n_lanes, n_alive, n_arrived;
     Collective collective;
+    std::vector<Product> products;
 };
 
 struct Thread {
     uint3 index;
-    int lane;
-    Warp* warp;
+    int lane;                               // in its warp
+    Warp *warp, *warpgroup;
     Fiber* fiber;
     bool done;
     const char* waits_in;
     int line;
     std::vector<Copy> copies;
-    int copy_group;
+    int copy_group, product_group;
 };
 
 struct Block {
@@ -158,10 +169,12 @@ struct Block {
     void (*run)(void*);
     void* kernel;
     std::vector<Thread> threads;
-    std::vector<Warp> warps;
+    std::vector<Warp> warps, warpgroups;
     std::vector<int> starts;                // in which order threads start
     std::deque<Thread*> ready;              // what they waited for is there
     std::vector<Thread*> at_barrier;
+    std::vector<std::pair<const void*, Thread*>> at_mbarriers;
+    std::vector<Box> boxes;
     std::vector<Fiber*> idle;
     Fiber main, *running;
     size_t main_stack_bytes = STACK_BYTES;
@@ -248,22 +261,25 @@ inline void barrier(int line) {
 inline void complete(Warp* warp) {
     warp->n_arrived = 0;
     warp->collective(warp->arguments);
-    for (int lane = 0; lane < 32; lane++) {
+    for (int lane = 0; lane < warp->n_lanes; lane++) {
         if (warp->arguments[lane] != NULL) { wake(warp->lanes[lane]); }
         warp->arguments[lane] = NULL;
     }
 }
 
 // All lanes of the warp bring an argument; the last one works on all.
-inline void collective(void* argument, Collective work, const char* name, int line) {
-    Warp* warp = current->warp;
+inline void collective(Warp* warp, int lane, void* argument, Collective work, const char* name,
+                       int line) {
     if (warp->n_arrived > 0 && warp->collective != work) {
         fprintf(stderr, "emulator: line %d: lane %d of a warp is in %s, others are elsewhere\n",
-                line, current->lane, name);
+                line, lane, name);
         abort();
     }
-    warp->collective = work, warp->arguments[current->lane] = argument;
+    warp->collective = work, warp->arguments[lane] = argument;
     ++warp->n_arrived == warp->n_alive ? complete(warp) : wait(name, line);
+}
+inline void collective(void* argument, Collective work, const char* name, int line) {
+    collective(current->warp, current->lane, argument, work, name, line);
 }
 
 // A thread that returns no longer counts where others wait.
@@ -315,13 +331,19 @@ inline void report_deadlock() {
 inline void run_block(uint3 index, size_t shared_bytes) {
     dim3 size = block.size;
     block.index = index, block.n_started = 0, block.n_alive = block.n;
-    for (Warp& warp : block.warps) { warp = {}; }
+    block.boxes.clear();
+    for (Warp& warp : block.warps) { warp.n_lanes = 32, warp.n_alive = 0; }
+    for (Warp& warp : block.warpgroups) {
+        warp.n_lanes = 128, warp.n_alive = 0, warp.products.clear();
+    }
     for (int i = 0; i < block.n; i++) {
         Thread& thread = block.threads[i];
         thread.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
         thread.lane = i % 32, thread.warp = &block.warps[i / 32];
         thread.warp->lanes[thread.lane] = &thread, thread.warp->n_alive++;
-        thread.done = false, thread.copy_group = 0;
+        thread.warpgroup = &block.warpgroups[i / 128];
+        thread.warpgroup->lanes[i % 128] = &thread, thread.warpgroup->n_alive++;
+        thread.done = false, thread.copy_group = thread.product_group = 0;
         block.starts[i] = block.order == 1 ? block.n - 1 - i : i;
     }
     if (block.order == 2) { std::shuffle(block.starts.begin(), block.starts.end(), block.random); }
@@ -357,6 +379,7 @@ template <class Kernel> void launch(const Launch& launch, Kernel kernel) {
     }
     block.grid = grid, block.size = size, block.n = n;
     block.threads.resize(n), block.starts.resize(n), block.warps.resize((n + 31) / 32);
+    block.warpgroups.resize((n + 127) / 128);
     block.run = [](void* kernel) { (*(Kernel*)kernel)(); };
     block.kernel = &kernel;
     block.memory.resize(std::max(block.memory.size(), launch.shared_bytes + 1024));
@@ -396,6 +419,26 @@ inline float __shfl_xor_sync(unsigned, float value, int mask, LINE) {
         }
     }, "__shfl_xor_sync", line);
     return mine.result;
+}
+
+inline int __shfl_sync(unsigned, int value, int from, LINE) {
+    struct Shuffle { int value, from; } mine = {value, from};
+    cuemu::collective(&mine, [](void** lanes) {
+        Shuffle old[32];
+        for (int i = 0; i < 32; i++) {
+            if (lanes[i] != NULL) { old[i] = *(Shuffle*)lanes[i]; }
+        }
+        for (int i = 0; i < 32; i++) {
+            if (lanes[i] != NULL) { ((Shuffle*)lanes[i])->value = old[old[i].from].value; }
+        }
+    }, "__shfl_sync", line);
+    return mine.value;
+}
+
+inline unsigned atomicMax(unsigned* address, unsigned value) {
+    unsigned before = *address;
+    *address = std::max(before, value);
+    return before;
 }
 
 inline float bf16_half(uint32_t pair, int which) {
@@ -479,4 +522,6 @@ template <int PENDING> void cp_async_wait() {
 }
 
 #undef LINE
+#include "cuemu_hopper.h"
+#include "cuemu_fp8.h"
 #include "cuemu_host.h"

@@ -18,7 +18,7 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpy
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr { cudaDevAttrMemoryClockRate = 36, cudaDevAttrGlobalMemoryBusWidth = 37 };
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
-struct cudaDeviceProp { char name[256]; int major; };
+struct cudaDeviceProp { char name[256]; int major, minor; };
 typedef struct CuemuStream {}* cudaStream_t;
 typedef struct CuemuEvent { std::chrono::steady_clock::time_point time; }* cudaEvent_t;
 
@@ -106,7 +106,9 @@ inline cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* device, int) {
-    *device = {"CPU, emulating a GPU", 9};
+    int capability = cuemu::setting("CUEMU_CAPABILITY");        // 0: that of an H100
+    *device = {"CPU, emulating a GPU", 9, 0};
+    if (capability > 0) { device->major = capability / 10, device->minor = capability % 10; }
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -120,11 +122,25 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int shared_bytes) {
     return cudaSuccess;
 }
 
+template <class T> cudaError_t cudaMemcpyFromSymbol(void* to, const T& symbol, size_t bytes) {
+    return cudaMemcpy(to, &symbol, bytes, cudaMemcpyDeviceToHost);
+}
+
+// The driver's only function that is asked for
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+enum { cudaEnableDefault };
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned,
+                                                    unsigned long long,
+                                                    cudaDriverEntryPointQueryResult* found) {
+    *function = (void*)cuTensorMapEncodeTiled, *found = cudaDriverEntryPointSuccess;
+    return cudaSuccess;
+}
+
 // ---- cuBLASLt -----------------------------------------------------------------------------------
 
 enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7,
                       CUBLAS_STATUS_NOT_SUPPORTED = 15 };
-enum cudaDataType_t { CUDA_R_32F = 0, CUDA_R_16BF = 14 };
+enum cudaDataType_t { CUDA_R_32F = 0, CUDA_R_16BF = 14, CUDA_R_8F_E4M3 = 28, CUDA_R_8F_E5M2 = 29 };
 enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
 enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68 };
 enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_BIAS = 4,
@@ -132,7 +148,8 @@ enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_BIAS 
 enum cublasLtMatmulDescAttributes_t {
     CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB, CUBLASLT_MATMUL_DESC_EPILOGUE,
     CUBLASLT_MATMUL_DESC_BIAS_POINTER, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER,
-    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, CUEMU_ATTRIBUTES };
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
+    CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, CUBLASLT_MATMUL_DESC_FAST_ACCUM, CUEMU_ATTRIBUTES };
 enum cublasLtMatrixLayoutAttribute_t { CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT,
                                        CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET };
 enum cublasLtMatmulPreferenceAttributes_t { CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES };
@@ -181,35 +198,65 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
 inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t) {
     return CUBLAS_STATUS_SUCCESS;
 }
-// CUEMU_LAST_EPILOGUE=N: there are no kernels for an epilogue of a higher number
-inline bool cuemu_has_kernel(cublasLtMatmulDesc_t matmul) {
-    int last = cuemu::setting("CUEMU_LAST_EPILOGUE");
-    return last == 0 || matmul->attributes[CUBLASLT_MATMUL_DESC_EPILOGUE] <= last;
+namespace cuemu {
+inline bool is_fp8(cudaDataType_t type) { return type == CUDA_R_8F_E4M3 || type == CUDA_R_8F_E5M2; }
+
+// What cuBLASLt asks of 8-bit operands on a GPU of compute capability 8.9 or 9.0: A transposed and
+// B not, sizes that are multiples of 16, not both e5m2, C and D in bf16 or fp32. Of the epilogues
+// its manual names for all of these types, train_gpt2.cu uses the bias.
+inline bool is_supported(cublasLtMatmulDesc_t matmul, cublasLtMatrixLayout_t a,
+                         cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
+                         cublasLtMatrixLayout_t d) {
+    int64_t epilogue = matmul->attributes[CUBLASLT_MATMUL_DESC_EPILOGUE];
+    int last_epilogue = setting("CUEMU_LAST_EPILOGUE");
+    if (last_epilogue != 0 && epilogue > last_epilogue) { return false; }
+    if (!is_fp8(a->type) && !is_fp8(b->type)) { return a->type == b->type; }
+    cudaDeviceProp device;
+    cudaGetDeviceProperties(&device, 0);
+    bool is_tn = matmul->attributes[CUBLASLT_MATMUL_DESC_TRANSA] == CUBLAS_OP_T &&
+                 matmul->attributes[CUBLASLT_MATMUL_DESC_TRANSB] == CUBLAS_OP_N;
+    bool is_aligned = true;
+    for (cublasLtMatrixLayout_t each : {a, b, c, d}) {
+        is_aligned &= each->rows % 16 == 0 && each->columns % 16 == 0 && each->stride % 16 == 0;
+    }
+    return device.major * 10 + device.minor >= 89 && is_tn && is_aligned && is_fp8(a->type) &&
+           is_fp8(b->type) && (a->type == CUDA_R_8F_E4M3 || b->type == CUDA_R_8F_E4M3) &&
+           c->type == d->type && (d->type == CUDA_R_32F || d->type == CUDA_R_16BF) &&
+           (epilogue == CUBLASLT_EPILOGUE_DEFAULT ||
+            (epilogue == CUBLASLT_EPILOGUE_BIAS && d->type == CUDA_R_16BF));
 }
+}  // namespace cuemu
+
 // Two algorithms, which sum upwards and downwards. CUEMU_FASTEST=N: the other takes a second more.
 const int CUEMU_ALGORITHMS = 2;
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
-    cublasLtHandle_t, cublasLtMatmulDesc_t matmul, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
-    cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int most,
-    cublasLtMatmulHeuristicResult_t* results, int* found) {
+    cublasLtHandle_t, cublasLtMatmulDesc_t matmul, cublasLtMatrixLayout_t a,
+    cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+    cublasLtMatmulPreference_t, int most, cublasLtMatmulHeuristicResult_t* results, int* found) {
     *found = 0;
-    if (!cuemu_has_kernel(matmul)) { return CUBLAS_STATUS_NOT_SUPPORTED; }
+    if (!cuemu::is_supported(matmul, a, b, c, d)) { return CUBLAS_STATUS_NOT_SUPPORTED; }
     *found = std::min(most, CUEMU_ALGORITHMS);
     for (int i = 0; i < *found; i++) { results[i] = {{{(uint64_t)i}}, 0}; }
     return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulAlgoCheck(
-    cublasLtHandle_t, cublasLtMatmulDesc_t matmul, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
-    cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, const cublasLtMatmulAlgo_t* algorithm,
-    cublasLtMatmulHeuristicResult_t* result) {
-    bool exists = cuemu_has_kernel(matmul) && algorithm->data[0] < CUEMU_ALGORITHMS;
+    cublasLtHandle_t, cublasLtMatmulDesc_t matmul, cublasLtMatrixLayout_t a,
+    cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+    const cublasLtMatmulAlgo_t* algorithm, cublasLtMatmulHeuristicResult_t* result) {
+    bool exists = cuemu::is_supported(matmul, a, b, c, d) && algorithm->data[0] < CUEMU_ALGORITHMS;
     result->workspaceSize = 0;
     return exists ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 
 namespace cuemu {
 inline float get(const void* matrix, int64_t i, cudaDataType_t type) {
-    return type == CUDA_R_32F ? ((const float*)matrix)[i] : (float)((__nv_bfloat16*)matrix)[i];
+    switch (type) {
+        case CUDA_R_32F: return ((const float*)matrix)[i];
+        case CUDA_R_16BF: return (float)((__nv_bfloat16*)matrix)[i];
+        case CUDA_R_8F_E4M3: return fp8_value(((const uint8_t*)matrix)[i], __NV_E4M3);
+        case CUDA_R_8F_E5M2: return fp8_value(((const uint8_t*)matrix)[i], __NV_E5M2);
+    }
+    die("a matrix of a type that the emulator lacks");
 }
 inline void put(void* matrix, int64_t i, cudaDataType_t type, float value) {
     if (type == CUDA_R_32F) { ((float*)matrix)[i] = value; }
@@ -239,16 +286,18 @@ inline float gelu_slope(float x) {
 }  // namespace cuemu
 
 // D = alpha op(A) op(B) + beta C, matrices column by column; sums in fp32, k ascending in algorithm
-// 0, descending in 1
+// 0, descending in 1. Operands of 8 bits also have a scale each, one number.
 inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t matmul,
                                      const void* alpha, const void* a,
                                      cublasLtMatrixLayout_t a_layout, const void* b,
                                      cublasLtMatrixLayout_t b_layout, const void* beta,
-                                     const void* c, cublasLtMatrixLayout_t, void* d,
-                                     cublasLtMatrixLayout_t d_layout,
+                                     const void* c, cublasLtMatrixLayout_t c_layout,
+                                     void* d, cublasLtMatrixLayout_t d_layout,
                                      const cublasLtMatmulAlgo_t* algorithm, void*, size_t,
                                      cudaStream_t) {
-    if (!cuemu_has_kernel(matmul)) { return CUBLAS_STATUS_NOT_SUPPORTED; }
+    if (!cuemu::is_supported(matmul, a_layout, b_layout, c_layout, d_layout)) {
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
     uint64_t number = algorithm->data[0];
     if (cuemu::setting("CUEMU_FASTEST") != (int)number) { cuemu_wasted += std::chrono::seconds(1); }
     int64_t* attributes = matmul->attributes;
@@ -260,6 +309,16 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t matm
         (transpose_b ? b_layout->rows : b_layout->columns) != N ||
         (transpose_b ? b_layout->columns : b_layout->rows) != K) {
         return CUBLAS_STATUS_INVALID_VALUE;
+    }
+    float factor = *(const float*)alpha;
+    if (cuemu::is_fp8(a_layout->type)) {
+        for (const void* operand : {a, b}) {
+            if ((uintptr_t)operand % 16 != 0) { return CUBLAS_STATUS_NOT_SUPPORTED; }
+        }
+        for (auto each : {CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
+                          CUBLASLT_MATMUL_DESC_B_SCALE_POINTER}) {
+            if (attributes[each] != 0) { factor *= *(const float*)attributes[each]; }
+        }
     }
     const void* bias = (const void*)attributes[CUBLASLT_MATMUL_DESC_BIAS_POINTER];
     void* aux = (void*)attributes[CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER];
@@ -276,13 +335,13 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t matm
         std::fill(sum.begin(), sum.end(), 0.0f);
         for (int64_t step = 0; step < K; step++) {
             int64_t k = number == 0 ? step : K - 1 - step;
-            float factor = right[n * K + k], *column = &left[k * M];
-            for (int64_t m = 0; m < M; m++) { sum[m] += factor * column[m]; }
+            float from_right = right[n * K + k], *column = &left[k * M];
+            for (int64_t m = 0; m < M; m++) { sum[m] += from_right * column[m]; }
         }
         for (int64_t m = 0; m < M; m++) {
             int64_t at = which * d_layout->batch[1] + n * d_layout->stride + m;
             int64_t aux_at = n * aux_stride + m;
-            float value = *(float*)alpha * sum[m];
+            float value = factor * sum[m];
             if (*(float*)beta != 0) { value += *(float*)beta * cuemu::get(c, at, type); }
             if (epilogue == CUBLASLT_EPILOGUE_BIAS || epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS) {
                 value += cuemu::get(bias, m, type);
