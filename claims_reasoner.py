@@ -206,7 +206,7 @@ def jagged(models):
 
 # ---- Reinforcement learning ----------------------------------------------------------------------
 
-LONGER = 14             # bits in a row; the examples have 10
+LONGER = 14             # bits in a row; the examples have 12 at most
 
 def discovery(models):
     """SFT imitates, RL discovers: practice finds a longer way of thinking that is right more often.

@@ -12,10 +12,11 @@ Evaluation: how well a model does, in numbers.
          and the accuracy on the others (contamination.py)
 
 A model is asked in one of two ways. By log-likelihood, the model reads every possible answer, and
-the most probable one is its choice; this suits base models. By generation, the model replies
-greedily to the chat prompt, and the reply is checked. A base model gets the same chat prompt,
-although it has never seen the special tokens in it, so that accuracies before and after
-fine-tuning can be compared.
+the most probable one is its choice; this suits base models. What answers begin with, such as the
+question and the solved examples before it, is read once. By generation, the model replies greedily
+to the chat prompt, and the reply is checked. A base model gets the same chat prompt, although it
+has never seen the special tokens in it, so that accuracies before and after fine-tuning can be
+compared.
 
     hellaswag    one of four endings is right; the highest mean log-probability per token wins
     core         22 tasks of three types, few-shot; accuracies are centered: guessing scores 0
@@ -28,7 +29,8 @@ Papers: HellaSwag (arXiv 1905.07830), DCLM's CORE (2406.11794), GSM8K (2110.1416
 Differs from the papers: log-probabilities are averaged over tokens, not bytes, as llm.c does. The
 order of the rows and the choice of the shots follow nanochat's seeds. The scored span is the whole
 answer, as in llm-foundry, whereas nanochat leaves out first tokens that all choices share. ChatCORE
-has no HumanEval, because that would run code that a model wrote.
+has no HumanEval, because that would run code that a model wrote. lm_eval finds the same
+log-likelihoods if its contexts begin with <|endoftext|>, but compares their sums.
 """
 import argparse
 import csv
@@ -194,7 +196,6 @@ class SharedRow:
 
 def shared_length(one, other):
     """How many ids two lists have in common from the beginning on."""
-    n = 0
     for n, (a, b) in enumerate(zip(one, other)):
         if a != b:
             return n

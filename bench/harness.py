@@ -178,7 +178,7 @@ def main():
             write_gpt2(folder)
         tokenizer = Tokenizer.pretrained("gpt2")
         model, _ = load_checkpoint(folder)
-        harness = Harness(folder, tokenizer, batch_size=16)
+        harness = Harness(folder, tokenizer, batch_size=1)
         for label in TASKS:
             task, rows = task_rows(label, args.rows)
             if task.kind == "language_modeling":        # otherwise nothing would be right

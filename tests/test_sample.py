@@ -633,6 +633,7 @@ def gpt2(tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample.Tokenizer, "pretrained", lambda name: tokenizer)
     config = GPTConfig(64, tokenizer.n_vocab - len(tokenizer.special) + 1, 1, 2, 32)
+    monkeypatch.setattr(sample, "GPT2_VOCAB", config.vocab_size)
     save_checkpoint("data/openai/gpt2", noisy(config))
     described = json.loads(Path("data/openai/gpt2/config.json").read_text())
     del described["deepdive"]
