@@ -296,8 +296,8 @@ GRADIENT_MUTANTS = [
     ("fp32", "(low[i] - t_low[i] * mean) * rstd", "low[i] * rstd"),
     ("mma", "(*d_low - (float)low[i] * mean) * rstd", "*d_low * rstd"),
     ("mma", "*d_high = dr2 * cosine + dr1 * sine", "*d_high = dr2 * cosine - dr1 * sine"),
-    ("wgmma", "(k + group, warp_row + r, n)", "(k, warp_row + r, n)"),
-    ("wgmma", "(q + group, warp_row + r, n)", "(q, warp_row + r, n)"),
+    ("wgmma", "(k + group, warp_row + r, n)", "(k + group, r, n)"),
+    ("wgmma", "(q + group, warp_row + r, n)", "(q + group, r, n)"),
     ("wgmma", "(n % 8 ^ r % 8) * 8", "n % 8 * 8"),
     ("fp32", "if (l == L / 2) {", "if (l == L / 2 + 1) {"),
     ("fp32", "de.set(i, de[i] + mu * ds);", "de.set(i, mu * ds);")]
