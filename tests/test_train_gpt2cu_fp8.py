@@ -297,7 +297,7 @@ def alone(tmp_path_factory):
 
 def has_bits_of_alone(binary, alone, inits, recipe, out, recompute=0):
     init, data, _ = inits[recipe]
-    flags = ["--init_from", init, *STEPS, "--max_steps", 1, "--fp8", 1]
+    flags = ["--init_from", init, *STEPS, "--max_steps", 1, "--total_batch_size", 320, "--fp8", 1]
     train(alone, data, out / "alone", *flags)
     train(binary, data, out / "fused", *flags, "--recompute", recompute)
     return same_bits(out / "fused", out / "alone")
@@ -320,7 +320,7 @@ RAISE = "if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }"
     ("dn", "&& !is_middle", 0), ("dn", "    if (train && model->fp8 != NULL) { forget", 0)])
 def test_a_tensor_that_is_measured_wrongly_changes_bits(recipe, piece, occurrence, alone, inits,
                                                         tmp_path):
-    """The last of them keeps the largest numbers of the step before."""
+    """The last of them keeps the largest numbers of the micro-step before."""
     parts = SOURCE.split(piece)
     assert occurrence + 1 < len(parts)
     source = piece.join(parts[:occurrence + 1])
