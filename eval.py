@@ -301,7 +301,7 @@ def measure(engine, questions, n, name, ranks=Ranks(), dirty=None):
     room = engine.model.config.block_size + 1
     flagged = zip(questions, dirty or itertools.repeat(False))
     mine = itertools.islice(flagged, ranks.rank, None, ranks.world_size)
-    with tqdm(total=n // ranks.world_size, desc=printable(name), unit="question", leave=False,
+    with tqdm(total=n // ranks.world_size, desc=printable(name), unit=" questions", leave=False,
               disable=not ranks.is_main) as progress:
         while chunk := list(itertools.islice(mine, 64)):
             found = score(engine.model, [spans for (spans, _), _ in chunk])
@@ -559,7 +559,7 @@ def solve(engine, path, max_examples=None, max_new_tokens=128, overlap=None):
         p["refused"] = False
     problems.sort(key=lambda p: p["tokens"])    # similar lengths share a batch: little padding
     fitting = [p for p in problems if p["tokens"] < engine.model.config.block_size]
-    for i in tqdm(range(0, len(fitting), 64), desc=printable(Path(path).name), unit="batch",
+    for i in tqdm(range(0, len(fitting), 64), desc=printable(Path(path).name), unit=" batches",
                   leave=False):
         batch = fitting[i:i + 64]
         replies = engine.answer([p["messages"] for p in batch], max_new_tokens=max_new_tokens,
