@@ -36,7 +36,7 @@ Gradients of parameters are fp32 and accumulate over micro-steps. Gradients of a
 and overwrite what was there, except along the residual stream, where they add up. With --fp8 1 the
 layers' matmuls have 8-bit operands while the model trains (§6). With -DFP32 everything is fp32, for
 cards before sm_80 and for tests. There are no floating-point atomics: the same run gives the same
-bits.
+bits. With --deterministic 0 this is true of a resumed run only.
 
 Memory: matrices are stored as in HF's GPT-2, (in, out), so that files and memory hold the same.
 
@@ -75,8 +75,10 @@ text are not compared with gzip and xz.
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <thread>
 #include <time.h>
 #include <unistd.h>
+#include <vector>
 #ifdef MULTI_GPU
 #include <nccl.h>
 #endif
@@ -502,6 +504,7 @@ __global__ void row_sum_kernel(float* partials, const floatX* matrix, int rows, 
     int c = (blockIdx.x * WARP + threadIdx.x) * PACK;
     float sum[PACK] = {};
     if (c < OC) {
+#pragma unroll 4                        // four loads are on their way at once; the order stays
         for (int row = blockIdx.y * 8 + threadIdx.y; row < rows; row += gridDim.y * 8) {
             Pack values = load(matrix + (int64_t)row * OC + c);
             for (int k = 0; k < PACK; k++) { sum[k] += values[k]; }
@@ -580,16 +583,17 @@ struct LayerNormForward {
 
 // One warp: one row. The row stays in shared memory between two passes: the first sums x, and the
 // second sums (x - mean)². (Σ x² / C - mean² would take one pass but lose digits.) No barrier is
-// needed, because a lane reads only what it wrote itself. Grid BT/4 x 128. Moves 4 BTC, or 2 BTC
-// without b; bound by memory.
+// needed, because a lane reads only what it wrote itself. It writes whole Packs: 32 lanes that each
+// wrote single floats, PACK floats apart, would wait for the same banks of shared memory. Grid BT/4
+// x 128. Moves 4 BTC, or 2 BTC without b; bound by memory.
 __global__ void layernorm_forward_kernel(LayerNormForward norm) {
-    extern __shared__ float rows[];     // (NORM_WARPS, C)
+    extern __shared__ Pack rows[];      // (NORM_WARPS, C/PACK)
     int C = norm.C;
     int lane = threadIdx.x % WARP;
     int warp = threadIdx.x / WARP;
     int64_t bt = (int64_t)blockIdx.x * NORM_WARPS + warp;
     if (bt >= norm.BT) { return; }
-    float* row = rows + warp * C;
+    Pack* row = rows + warp * (C / PACK);
     float sum = 0.0f;
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack value = load(norm.a + bt * C + c);
@@ -598,27 +602,27 @@ __global__ void layernorm_forward_kernel(LayerNormForward norm) {
             for (int i = 0; i < PACK; i++) { value.set(i, value[i] + other[i]); }
             store(norm.x + bt * C + c, value);
         }
-        for (int i = 0; i < PACK; i++) {
-            row[c + i] = value[i];
-            sum += value[i];
-        }
+        row[c / PACK] = value;
+        for (int i = 0; i < PACK; i++) { sum += value[i]; }
     }
     float mean = warp_sum(sum) / C;
     float square_sum = 0.0f;
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
-        for (int i = 0; i < PACK; i++) { square_sum += (row[c + i] - mean) * (row[c + i] - mean); }
+        Pack x = row[c / PACK];
+        for (int i = 0; i < PACK; i++) { square_sum += (x[i] - mean) * (x[i] - mean); }
     }
     float rstd = rsqrtf(warp_sum(square_sum) / C + 1e-5f);
     float magnitude = 0.0f;
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack weight = load(norm.weight + c);
         Pack bias = load(norm.bias + c);
-        Pack value;
+        Pack x = row[c / PACK];
+        Pack out;
         for (int i = 0; i < PACK; i++) {
-            value.set(i, (row[c + i] - mean) * rstd * weight[i] + bias[i]);
-            magnitude = fmaxf(magnitude, fabsf(value[i]));
+            out.set(i, (x[i] - mean) * rstd * weight[i] + bias[i]);
+            magnitude = fmaxf(magnitude, fabsf(out[i]));
         }
-        store(norm.out + bt * C + c, value);
+        store(norm.out + bt * C + c, out);
     }
     if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }
     if (lane == 0) {
@@ -660,6 +664,7 @@ __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
         float n[NORM_ROWS][PACK] = {};
         float dn[NORM_ROWS][PACK] = {};
         float rstd[NORM_ROWS] = {};
+        Pack dx[NORM_ROWS];             // loaded early, so that no thread waits after the barrier
         for (int r = 0; r < NORM_ROWS; r++) {
             int64_t bt = first + r;
             float sum_dn = 0.0f;
@@ -667,6 +672,7 @@ __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
             if (active && bt < norm.BT) {
                 Pack dout = load(norm.dout + bt * C + c);
                 Pack x = load(norm.x + bt * C + c);
+                dx[r] = load(norm.dx + bt * C + c);
                 float mean = norm.mean[bt];
                 rstd[r] = norm.rstd[bt];
                 for (int i = 0; i < PACK; i++) {
@@ -691,13 +697,12 @@ __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
             float mean_dn = warp_sum(lane < n_warps ? of_warp[0][r][lane] : 0.0f) / C;
             float mean_dn_n = warp_sum(lane < n_warps ? of_warp[1][r][lane] : 0.0f) / C;
             if (active && bt < norm.BT) {
-                Pack dx = load(norm.dx + bt * C + c);
                 for (int i = 0; i < PACK; i++) {
                     float here = (dn[r][i] - mean_dn - n[r][i] * mean_dn_n) * rstd[r];
-                    dx.set(i, dx[i] + here);
-                    magnitude = fmaxf(magnitude, fabsf(dx[i]));
+                    dx[r].set(i, dx[r][i] + here);
+                    magnitude = fmaxf(magnitude, fabsf(dx[r][i]));
                 }
-                store(norm.dx + bt * C + c, dx);
+                store(norm.dx + bt * C + c, dx[r]);
             }
         }
         __syncthreads();
@@ -712,7 +717,7 @@ __global__ void layernorm_backward_kernel(LayerNormBackward norm) {
 }
 
 static void layernorm_forward(LayerNormForward norm, cudaStream_t stream) {
-    size_t shared_bytes = sizeof(float) * NORM_WARPS * norm.C;
+    size_t shared_bytes = sizeof(floatX) * NORM_WARPS * norm.C;
     double moved = norm.b != NULL ? 4.0 : 2.0;
     launch({"layernorm_forward", moved * norm.BT * norm.C * sizeof(floatX)},
            {ceil_div(norm.BT, NORM_WARPS), NORM_WARPS * WARP, stream, shared_bytes},
@@ -774,14 +779,14 @@ struct RmsNormForward {
 // One warp: one row, held in shared memory between the passes, as in layernorm_forward_kernel. Grid
 // BT/4 x 128. Moves up to 6 BTC; bound by memory.
 __global__ void rmsnorm_forward_kernel(RmsNormForward norm) {
-    extern __shared__ float rows[];     // (NORM_WARPS, C)
+    extern __shared__ Pack rows[];      // (NORM_WARPS, C/PACK)
     int C = norm.C;
     int lane = threadIdx.x % WARP;
     int warp = threadIdx.x / WARP;
     int64_t bt = (int64_t)blockIdx.x * NORM_WARPS + warp;
     if (bt >= norm.BT) { return; }
     const floatX* a = norm.a + (norm.tokens != NULL ? norm.tokens[bt] : bt) * C;
-    float* row = rows + warp * C;
+    Pack* row = rows + warp * (C / PACK);
     float square_sum = 0.0f;
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
         Pack value = load(a + c);
@@ -792,20 +797,19 @@ __global__ void rmsnorm_forward_kernel(RmsNormForward norm) {
         if (norm.x != NULL) { store(norm.x + bt * C + c, value); }
         value = mixed(value, norm.mix, bt * C + c);
         if (norm.s != NULL) { store(norm.s + bt * C + c, value); }
-        for (int i = 0; i < PACK; i++) {
-            row[c + i] = value[i];
-            square_sum += value[i] * value[i];
-        }
+        row[c / PACK] = value;
+        for (int i = 0; i < PACK; i++) { square_sum += value[i] * value[i]; }
     }
     float rstd = rsqrtf(warp_sum(square_sum) / C + RMS_EPSILON);
     float magnitude = 0.0f;
     for (int c = lane * PACK; c < C; c += WARP * PACK) {
-        Pack value;
+        Pack s = row[c / PACK];
+        Pack out;
         for (int i = 0; i < PACK; i++) {
-            value.set(i, row[c + i] * rstd);
-            magnitude = fmaxf(magnitude, fabsf(value[i]));
+            out.set(i, s[i] * rstd);
+            magnitude = fmaxf(magnitude, fabsf(out[i]));
         }
-        store(norm.out + bt * C + c, value);
+        store(norm.out + bt * C + c, out);
     }
     if (norm.largest != NULL) { raise_largest(norm.largest, magnitude); }
     if (lane == 0) { norm.rstd[bt] = rstd; }
@@ -885,7 +889,7 @@ __global__ void rmsnorm_backward_kernel(RmsNormBackward norm) {
 }
 
 static void rmsnorm_forward(RmsNormForward norm, cudaStream_t stream) {
-    size_t shared_bytes = sizeof(float) * NORM_WARPS * norm.C;
+    size_t shared_bytes = sizeof(floatX) * NORM_WARPS * norm.C;
     double moved = 2;                   // (BT, C) matrices: a, out, and each that is not NULL
     if (norm.b != NULL) { moved++; }
     if (norm.mix.e != NULL) { moved++; }
@@ -944,15 +948,24 @@ struct Matmul {
     bool operator==(const Matmul&) const = default;
 };
 
-// The kernel that cuBLASLt chose for a Matmul. Plans are kept, since choosing takes longer than a
-// small matmul.
+// cuBLASLt has several kernels ("algorithms") for a Matmul and proposes the one that its heuristic
+// takes for the fastest. With --deterministic 0 the first use of a Matmul times MAX_CANDIDATES of
+// them. These differ in the order of their sums, and which is the fastest may differ from one run
+// to the next, so a saved state holds the choices (§17), and a resumed run makes the same.
+const int MAX_CANDIDATES = 8;
+
+// Plans are kept, since choosing takes longer than a small matmul.
 struct MatmulPlan {
     Matmul matmul;
     char name[64];
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t a, b, d;
-    cublasLtMatmulHeuristicResult_t chosen;
+    int n_candidates;           // 0: cuBLASLt has no kernel; 1: it is chosen
+    cublasLtMatmulAlgo_t candidates[MAX_CANDIDATES];
 };
+
+// A choice of an earlier run
+struct Choice { Matmul matmul; cublasLtMatmulAlgo_t algorithm; };
 
 const int MAX_PLANS = 64;                       // a model has about 30
 static struct {
@@ -960,6 +973,9 @@ static struct {
     void* workspace;
     MatmulPlan plans[MAX_PLANS];
     int n_plans;
+    Choice choices[MAX_PLANS];
+    int n_choices;
+    bool times_candidates;
 } cublas;
 const size_t WORKSPACE_BYTES = 32 << 20;        // what NVIDIA recommends for Hopper
 
@@ -1008,21 +1024,40 @@ static cublasLtMatrixLayout_t layout(cudaDataType_t type, int rows, int columns,
     return made;
 }
 
-static void choose_algorithm(MatmulPlan* plan) {
-    Matmul mm = plan->matmul;
+// True: an earlier run chose for this plan, and its choice is now the only candidate.
+static bool take_choice(MatmulPlan* plan) {
+    for (int i = 0; i < cublas.n_choices; i++) {
+        if (cublas.choices[i].matmul != plan->matmul) { continue; }
+        cublasLtMatmulHeuristicResult_t result;
+        cublasStatus_t status = cublasLtMatmulAlgoCheck(
+            cublas.handle, plan->operation, plan->a, plan->b, plan->d, plan->d,
+            &cublas.choices[i].algorithm, &result);
+        if (status != CUBLAS_STATUS_SUCCESS || result.workspaceSize > WORKSPACE_BYTES) {
+            die("the saved kernel for a %s cannot run on this GPU; delete the matmuls_*.json of "
+                "the saved state, so that kernels are chosen again", plan->name);
+        }
+        plan->candidates[0] = cublas.choices[i].algorithm;
+        plan->n_candidates = 1;
+        return true;
+    }
+    return false;
+}
+
+static void find_candidates(MatmulPlan* plan) {
+    if (take_choice(plan)) { return; }
     cublasLtMatmulPreference_t preference;
     CHECK_CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
     CHECK_CUBLAS(cublasLtMatmulPreferenceSetAttribute(
         preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES,
         sizeof WORKSPACE_BYTES));
+    cublasLtMatmulHeuristicResult_t results[MAX_CANDIDATES];
     int found = 0;
-    CHECK_CUBLAS(cublasLtMatmulAlgoGetHeuristic(cublas.handle, plan->operation, plan->a, plan->b,
-                                                plan->d, plan->d, preference, 1, &plan->chosen,
-                                                &found));
-    if (found == 0) {
-        die("cuBLASLt has no kernel for a %d x %d x %d matmul; choose an n_embd that is a multiple "
-            "of 64, such as --config n_embd=768 n_head=12", mm.m, mm.n, mm.k);
-    }
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+        cublas.handle, plan->operation, plan->a, plan->b, plan->d, plan->d, preference,
+        cublas.times_candidates ? MAX_CANDIDATES : 1, results, &found);
+    if (status != CUBLAS_STATUS_NOT_SUPPORTED) { CHECK_CUBLAS(status); }
+    if (status == CUBLAS_STATUS_SUCCESS) { plan->n_candidates = found; }
+    for (int i = 0; i < plan->n_candidates; i++) { plan->candidates[i] = results[i].algo; }
     CHECK_CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
 }
 
@@ -1056,8 +1091,14 @@ static MatmulPlan* plan_matmul(Matmul mm, const floatX* bias = NULL, floatX* aux
     if (a_is_transposed) { plan->a = layout(mm.a_type, mm.k, mm.m, mm.batch); }
     if (b_is_transposed) { plan->b = layout(mm.b_type, mm.n, mm.k, mm.batch); }
     plan->d = layout(mm.accumulate ? CUDA_R_32F : CUBLAS_X, mm.m, mm.n, mm.batch);
-    choose_algorithm(plan);
+    find_candidates(plan);
     return plan;
+}
+
+// False: cuBLASLt has no kernel for these sizes with this epilogue, so that a kernel of our own has
+// to do the epilogue's work after a plainer matmul.
+static bool has_kernel(Matmul mm, const floatX* bias, floatX* aux = NULL, Scales scales = {}) {
+    return plan_matmul(mm, bias, aux, scales)->n_candidates > 0;
 }
 
 // D = alpha op(A) op(B) + beta C, where C has D's shape
@@ -1068,20 +1109,73 @@ struct Operands {
     float beta = 0.0f;
 };
 
+static cublasStatus_t start_matmul(MatmulPlan* plan, int candidate, void* d, Operands x,
+                                   cudaStream_t stream) {
+    const void* c = x.c != NULL ? x.c : d;
+    return cublasLtMatmul(cublas.handle, plan->operation, &x.alpha, x.a, plan->a, x.b, plan->b,
+                          &x.beta, c, plan->d, d, plan->d, &plan->candidates[candidate],
+                          cublas.workspace, WORKSPACE_BYTES, stream);
+}
+
+// The milliseconds of three runs after a first one; INFINITY: the candidate cannot run.
+static float matmul_ms(MatmulPlan* plan, int candidate, void* d, Operands x, cudaStream_t stream) {
+    cudaEvent_t begin, end;
+    float ms = INFINITY;
+    if (start_matmul(plan, candidate, d, x, stream) != CUBLAS_STATUS_SUCCESS) { return ms; }
+    CHECK_CUDA(cudaEventCreate(&begin));
+    CHECK_CUDA(cudaEventCreate(&end));
+    CHECK_CUDA(cudaEventRecord(begin, stream));
+    for (int i = 0; i < 3; i++) {
+        CHECK_CUBLAS(start_matmul(plan, candidate, d, x, stream));
+    }
+    CHECK_CUDA(cudaEventRecord(end, stream));
+    CHECK_CUDA(cudaEventSynchronize(end));
+    CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
+    CHECK_CUDA(cudaEventDestroy(begin));
+    CHECK_CUDA(cudaEventDestroy(end));
+    return ms;
+}
+
+// Leaves the fastest candidate alone. They are timed on D itself, which the matmul that follows
+// overwrites, or, where it would be added to, on other memory.
+static void choose_fastest(MatmulPlan* plan, void* d, Operands x, cudaStream_t stream) {
+    Matmul mm = plan->matmul;
+    void* to = mm.accumulate ? allocate(sizeof(float) * mm.m * mm.n * mm.batch) : d;
+    CHECK_CUDA(cudaDeviceSynchronize());        // `allocate` has written its zeros
+    int fastest = 0;
+    float least_ms = INFINITY;
+    for (int i = 0; i < plan->n_candidates; i++) {
+        float ms = matmul_ms(plan, i, to, x, stream);
+        if (ms < least_ms) {
+            least_ms = ms;
+            fastest = i;
+        }
+    }
+    if (mm.accumulate) { CHECK_CUDA(cudaFree(to)); }
+    plan->candidates[0] = plan->candidates[fastest];
+    plan->n_candidates = 1;
+}
+
 static void run_matmul(MatmulPlan* plan, void* d, Operands x, cudaStream_t stream) {
     Matmul mm = plan->matmul;
+    if (plan->n_candidates > 1) { choose_fastest(plan, d, x, stream); }
+    if (plan->n_candidates == 0 && mm.a_type != CUBLAS_X) {
+        die("cuBLASLt has no kernel for a %d x %d x %d matmul in 8 bits; leave --fp8 out, or "
+            "update CUDA", mm.m, mm.n, mm.k);
+    }
+    if (plan->n_candidates == 0) {
+        die("cuBLASLt has no kernel for a %d x %d x %d matmul; choose an n_embd that is a multiple "
+            "of 64, such as --config n_embd=768 n_head=12", mm.m, mm.n, mm.k);
+    }
     double m = mm.m, n = mm.n, k = mm.k;
     double bytes = (m * k + k * n) * (mm.a_type == CUBLAS_X ? sizeof(floatX) : 1);
     bytes += m * n * (mm.accumulate ? 2 * sizeof(float) : sizeof(floatX));
     if (mm.epilogue == ADD_BIAS_GELU || mm.epilogue == TIMES_DGELU) {
         bytes += m * n * sizeof(floatX);
     }
-    const void* c = x.c != NULL ? x.c : d;
     Work work = {plan->name, mm.batch * bytes, mm.batch * 2 * m * n * k};
     begin_work(work, stream);
-    CHECK_CUBLAS(cublasLtMatmul(cublas.handle, plan->operation, &x.alpha, x.a, plan->a, x.b,
-                                plan->b, &x.beta, c, plan->d, d, plan->d, &plan->chosen.algo,
-                                cublas.workspace, WORKSPACE_BYTES, stream));
+    CHECK_CUBLAS(start_matmul(plan, 0, d, x, stream));
     end_work(work, stream);
 }
 
@@ -1092,6 +1186,34 @@ static void matmul(void* d, const void* a, const void* b, Matmul mm, cudaStream_
     set_epilogue(plan->operation, mm, bias, aux);
     set_scales(plan->operation, scales);
     run_matmul(plan, d, {.a = a, .b = b, .beta = mm.accumulate ? 1.0f : 0.0f}, stream);
+}
+
+// y (rows, OC) += bias (OC), where no kernel of cuBLASLt adds it. One thread: one Pack. Grid
+// rows*OC/PACK/256 x 256. Moves 2 rows*OC; bound by memory.
+__global__ void add_bias_kernel(floatX* y, const floatX* bias, int64_t n, int OC) {
+    int64_t at = thread_in_grid() * PACK;
+    if (at >= n) { return; }
+    Pack value = load(y + at);
+    Pack shift = load(bias + at % OC);
+    for (int i = 0; i < PACK; i++) { value.set(i, value[i] + shift[i]); }
+    store(y + at, value);
+}
+
+// D = op(A) op(B) + bias; bias may be NULL
+static void matmul_with_bias(floatX* d, const void* a, const void* b, Matmul mm,
+                             cudaStream_t stream, const floatX* bias, Scales scales = {}) {
+    Matmul with_bias = mm;
+    with_bias.epilogue = ADD_BIAS;
+    if (bias == NULL) {
+        matmul(d, a, b, mm, stream, NULL, NULL, scales);
+    } else if (has_kernel(with_bias, bias, NULL, scales)) {
+        matmul(d, a, b, with_bias, stream, bias, NULL, scales);
+    } else {
+        int64_t size = (int64_t)mm.m * mm.n;
+        matmul(d, a, b, mm, stream, NULL, NULL, scales);
+        launch({"add_bias", 2.0 * size * sizeof(floatX)}, one_thread_each(size / PACK, stream),
+               add_bias_kernel, d, bias, size, mm.m);
+    }
 }
 
 struct LinearSizes { int rows, C, OC; };
@@ -1146,6 +1268,7 @@ struct Itself { static __device__ float forward(float x) { return x; } };
 template <class Function> __device__ float rounded(float x) {
     return (float)(floatX)Function::forward(x);         // as if it had been in memory
 }
+template <> __device__ float rounded<Itself>(float x) { return x; }
 
 // One thread: Packs that are as far apart as the grid has threads. Grid up to 1024 x 256. Reads n;
 // bound by memory.
@@ -1165,19 +1288,26 @@ __global__ void fp8_measure_kernel(unsigned* largest, const floatX* x, int64_t n
 struct alignas(8) Bytes8 { uint32_t words[2]; };
 struct alignas(16) Bytes16 { uint32_t words[4]; };
 
-// 8 floats / scale → 8 bits each. The GPU's conversion takes two numbers at a time. The division is
-// exact to the last bit, as PyTorch's is, even with --use_fast_math.
+// x / scale, where inverse is 1 / scale rounded to the nearest float. The remainder, x - quotient
+// scale, has no rounding error. So one correction makes the quotient the nearest float, which is
+// also what PyTorch gives (Markstein, IBM J. Res. Dev. 34, 1990), and is cheaper than to divide.
+__device__ float divided(float x, float scale, float inverse) {
+    float quotient = x * inverse;
+    return fmaf(fmaf(-quotient, scale, x), inverse, quotient);
+}
+
+// 8 floats / scale → 8 bits each. The GPU's conversion takes two numbers at a time. GPUs before
+// compute capability 8.9 have none, so find_gpu refuses --fp8 1.
 template <__nv_fp8_interpretation_t FORMAT>
-__device__ Bytes8 divided(const float* x, float scale) {
+__device__ Bytes8 divided(const float* x, float scale, float inverse) {
     Bytes8 result = {};
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
-    return result;      // find_gpu refuses --fp8 1: the GPU has no such conversion
-#endif
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
     for (int i = 0; i < 8; i += 2) {
-        float2 pair = {__fdiv_rn(x[i], scale), __fdiv_rn(x[i + 1], scale)};
+        float2 pair = {divided(x[i], scale, inverse), divided(x[i + 1], scale, inverse)};
         uint32_t two = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, FORMAT);
         result.words[i / 4] |= two << 8 * (i % 4);
     }
+#endif
     return result;
 }
 
@@ -1196,25 +1326,29 @@ __global__ void __launch_bounds__(128) fp8_quantise_kernel(Fp8Tensor to, const f
     int64_t column = (blockIdx.x * 16 + warp * 4 + lane % 4) * 8;
     const float FORMAT_LARGEST = FORMAT == __NV_E4M3 ? 448.0f : 57344.0f;
     float scale = __fdiv_rn(fmaxf(__uint_as_float(*to.largest), 1e-12f), FORMAT_LARGEST);
+    float inverse = __fdiv_rn(1.0f, scale);
     if (row == 0 && column == 0) { *to.scale = scale; }
     if (row >= rows || column >= columns) { return; }
-    Pack loaded[16][8 / PACK];          // first all loads, so that they wait for memory together
+    Pack loaded[16][8 / PACK];          // all loads first, so that they wait for memory together
     for (int r = 0; r < 16; r++) {
         for (int k = 0; k < 8; k += PACK) {
             loaded[r][k / PACK] = load(x + (row + r) * columns + column + k);
         }
     }
-    Bytes8 across[16];
+    Bytes8 across[16];                  // in registers only if the loops are unrolled
+#pragma unroll
     for (int r = 0; r < 16; r++) {
         float values[8];
         for (int i = 0; i < 8; i++) {
             values[i] = rounded<Function>(loaded[r][i / PACK][i % PACK]);
         }
-        across[r] = divided<FORMAT>(values, scale);
+        across[r] = divided<FORMAT>(values, scale, inverse);
         *(Bytes8*)(to.rows + (row + r) * columns + column) = across[r];
     }
+#pragma unroll
     for (int i = 0; i < 8; i++) {
         Bytes16 down = {};
+#pragma unroll
         for (int r = 0; r < 16; r++) {
             uint32_t byte = across[r].words[i / 4] >> 8 * (i % 4) & 255;
             down.words[r / 4] |= byte << 8 * (r % 4);
@@ -1239,14 +1373,14 @@ static void fp8_quantise(Fp8Tensor to, const floatX* x, int rows, int columns,
 }
 
 // y = x w + bias. The weights are already in f->w, and if x is NULL, x is already in f->x. As in
-// precision.py, only this product has fast sums.
+// precision.py, only this product has fast sums. Unlike there, y is rounded to bf16 once, after the
+// bias is added.
 static void fp8_linear_forward(floatX* y, const Fp8Linear* f, const floatX* x, const floatX* bias,
                                LinearSizes n, cudaStream_t stream) {
     Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .transpose = TRANSPOSE_A,
-                 .epilogue = bias != NULL ? ADD_BIAS : PLAIN, .a_type = CUDA_R_8F_E4M3,
-                 .b_type = CUDA_R_8F_E4M3, .fast_sums = true};
+                 .a_type = CUDA_R_8F_E4M3, .b_type = CUDA_R_8F_E4M3, .fast_sums = true};
     if (x != NULL) { fp8_quantise<__NV_E4M3>(f->x, x, n.rows, n.C, stream); }
-    matmul(y, f->w.columns, f->x.rows, mm, stream, bias, NULL, {f->w.scale, f->x.scale});
+    matmul_with_bias(y, f->w.columns, f->x.rows, mm, stream, bias, {f->w.scale, f->x.scale});
 }
 
 // dx = dy wᵀ, after fp8_linear_backward_weight, which leaves dy in f->dy
@@ -1273,15 +1407,7 @@ static void fp8_linear_backward_weight(float* dw, const Fp8Linear* f, const floa
 static void linear_forward(floatX* y, const floatX* x, const floatX* w, const floatX* bias,
                            LinearSizes n, cudaStream_t stream, const Fp8Linear* fp8 = NULL) {
     if (fp8 != NULL) { return fp8_linear_forward(y, fp8, x, bias, n, stream); }
-    Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .epilogue = bias != NULL ? ADD_BIAS : PLAIN};
-    matmul(y, w, x, mm, stream, bias);
-}
-
-// u = x w + bias, y = gelu(u)
-static void linear_gelu_forward(floatX* y, floatX* u, const floatX* x, const floatX* w,
-                                const floatX* bias, LinearSizes n, cudaStream_t stream) {
-    Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .epilogue = ADD_BIAS_GELU};
-    matmul(y, w, x, mm, stream, bias, u);
+    matmul_with_bias(y, w, x, {.m = n.OC, .n = n.rows, .k = n.C}, stream, bias);
 }
 
 // dx = dy wᵀ
@@ -1289,14 +1415,6 @@ static void linear_backward_input(floatX* dx, const floatX* dy, const floatX* w,
                                   cudaStream_t stream, const Fp8Linear* fp8 = NULL) {
     if (fp8 != NULL) { return fp8_linear_backward_input(dx, fp8, n, stream); }
     matmul(dx, w, dy, {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A}, stream);
-}
-
-// du = dy wᵀ gelu'(u): back through a linear layer, then through the GELU that made its input
-static void linear_gelu_backward_input(floatX* du, const floatX* dy, const floatX* w, floatX* u,
-                                       LinearSizes n, cudaStream_t stream) {
-    Matmul mm = {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A,
-                 .epilogue = TIMES_DGELU};
-    matmul(du, w, dy, mm, stream, NULL, u);
 }
 
 // dw += xᵀ dy    dbias += Σ_rows dy; dbias may be NULL
@@ -1341,6 +1459,10 @@ struct AttentionSizes {
         return (double)B * window * (2 * T - window) * NH * HS;
     }
 };
+
+// What turned dN's q and k into q' and k' (the equations stand below, with rotary_forward_kernel):
+// cosines and sines (T, HS/2); rstd (BT, 2, NH) of q and k. NULL in GPT-2.
+struct Rotary { float *cosines, *sines, *rstd; };
 
 // With width 3, where the first q of a head is in qkv; its k and v are C and 2C later. With width
 // 1, where the first row of a head is in y.
@@ -1440,9 +1562,10 @@ __global__ void attention_delta_kernel(float* delta, const floatX* y, const floa
         sum += (float)y[row * HS + c] * (float)dy[row * HS + c];
     }
     sum = warp_sum(sum);
-    int b = row / ((int64_t)T * NH);
-    int t = row / NH % T;
-    int h = row % NH;
+    unsigned token = (unsigned)row / NH;            // in 32 bits, as in HeadVector
+    int b = token / T;
+    int t = token % T;
+    int h = (unsigned)row % NH;
     if (lane == 0) { delta[((int64_t)b * NH + h) * T + t] = sum; }
 }
 
@@ -1756,17 +1879,62 @@ attention_forward_kernel(floatX* y, float* lse, const floatX* qkv, AttentionSize
                    1.0f / softmax.total[0], 1.0f / softmax.total[1]);
 }
 
+// Where rows of q or k are: t of the first one in a warp's 16, their b and h, and 0 for q, 1 for k
+struct Place { int t, b, h, part; };
+
+// In dN: rows (16, HS) of a warp, in dq' or dk', out dq or dk, as by rotary_backward_kernel.
+// chunk(r, n) is where chunk n of row r of q' or k' lies in shared memory. A lane has both channels
+// of each pair that is turned, because they are HS/2 apart, a multiple of 8. Only the sum over a
+// row needs the quad.
+template <int HS, class Chunk>
+__device__ void turn_back(float (&rows)[HS / 8][4], Chunk chunk, Place at, Rotary rotary,
+                          AttentionSizes sizes) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int row = lane / 4 + 8 * r;
+        int t = at.t + row;
+        float product = 0.0f;
+#pragma unroll
+        for (int n = 0; n < HS / 8; n++) {
+            const floatX* turned = chunk(row, n) + lane % 4 * 2;
+            for (int i = 0; i < 2; i++) { product += rows[n][2 * r + i] * (float)turned[i]; }
+        }
+        float mean = quad_sum(product) / HS;
+        if (t >= sizes.T) { continue; }     // it is not stored, and has no cosines
+        int64_t bt = (int64_t)at.b * sizes.T + t;
+        float rstd = rotary.rstd[(bt * 2 + at.part) * sizes.NH + at.h];
+#pragma unroll
+        for (int n = 0; n < HS / 16; n++) {
+            int c = n * 8 + lane % 4 * 2;
+            const floatX* low = chunk(row, n) + lane % 4 * 2;
+            const floatX* high = chunk(row, n + HS / 16) + lane % 4 * 2;
+            for (int i = 0; i < 2; i++) {
+                float* d_low = &rows[n][2 * r + i];
+                float* d_high = &rows[n + HS / 16][2 * r + i];
+                float cosine = rotary.cosines[t * (HS / 2) + c + i];
+                float sine = rotary.sines[t * (HS / 2) + c + i];
+                float dr1 = (*d_low - (float)low[i] * mean) * rstd;
+                float dr2 = (*d_high - (float)high[i] * mean) * rstd;
+                *d_low = dr1 * cosine - dr2 * sine;
+                *d_high = dr2 * cosine + dr1 * sine;
+            }
+        }
+    }
+}
+
 // The queries of a tile in attention_backward_keys_kernel, as many as fit into the registers
 template <int HS> constexpr int QUERY_TILE = HS == 64 ? 64 : 32;
 
 // dk and dv. One block: 64 keys of a head; a warp has 16 of them, with their dk and dv in its
 // registers. The block walks over the tiles of queries that see its keys, which are double-buffered
 // as in Figure 3. S, P, dP and dS are computed transposed, (keys, queries), so that Pᵀ and dSᵀ can
-// be the left factors of dv += Pᵀ dy and dk += dSᵀ q without leaving the registers. Grid (T/64, NH,
-// B) x 128. 4 BT²C FLOP; bound by tensor cores.
-template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
+// be the left factors of dv += Pᵀ dy and dk += dSᵀ q without leaving the registers. TURNS, which
+// dN sets: dk' is turned back before it is written. Grid (T/64, NH, B) x 128. 4 BT²C FLOP; bound by
+// tensor cores.
+template <int HS, bool TURNS> __global__ void __launch_bounds__(ATTENTION_THREADS)
 attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy, const float* lse,
-                               const float* delta, AttentionSizes sizes) {
+                               const float* delta, Rotary rotary, AttentionSizes sizes) {
     constexpr int QUERIES = QUERY_TILE<HS>;
     extern __shared__ float4 shared[];
     floatX* k = (floatX*)shared;                                // one tile
@@ -1838,16 +2006,20 @@ attention_backward_keys_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy
         which ^= 1;
     }
     floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
-    store_rows<HS>(to + C, 3 * C, key_0 + warp * 16, T, dk, scale, scale);
-    store_rows<HS>(to + 2 * C, 3 * C, key_0 + warp * 16, T, dv, 1.0f, 1.0f);
+    int t = key_0 + warp * 16;
+    auto chunk = [&](int r, int n) { return chunk_at<HS>(k, warp * 16 + r, n); };
+    if (TURNS) { turn_back<HS>(dk, chunk, {t, b, h, 1}, rotary, sizes); }
+    store_rows<HS>(to + C, 3 * C, t, T, dk, scale, scale);
+    store_rows<HS>(to + 2 * C, 3 * C, t, T, dv, 1.0f, 1.0f);
 }
 
 // dq. One block: 64 queries of a head, 16 for each warp. It walks over the tiles of keys as in the
-// forward pass. dq, and lse and delta of a lane's two rows, are in registers. Grid (T/64, NH, B) x
-// 128. 3 BT²C FLOP; bound by tensor cores.
-template <int HS> __global__ void __launch_bounds__(ATTENTION_THREADS)
+// forward pass. dq, and lse and delta of a lane's two rows, are in registers. TURNS: dq' is turned
+// back before it is written. Grid (T/64, NH, B) x 128. 3 BT²C FLOP; bound by tensor cores.
+template <int HS, bool TURNS> __global__ void __launch_bounds__(ATTENTION_THREADS)
 attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX* dy,
-                                  const float* lse, const float* delta, AttentionSizes sizes) {
+                                  const float* lse, const float* delta, Rotary rotary,
+                                  AttentionSizes sizes) {
     extern __shared__ float4 shared[];
     floatX* q = (floatX*)shared;            // one tile
     floatX* dy_tile = q + TILE * HS;        // one tile
@@ -1905,7 +2077,10 @@ attention_backward_queries_kernel(floatX* dqkv, const floatX* qkv, const floatX*
         __syncthreads();
     }
     floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
-    store_rows<HS>(to, 3 * C, last * TILE + warp * 16, T, dq, scale, scale);
+    int t = last * TILE + warp * 16;
+    auto chunk = [&](int r, int n) { return chunk_at<HS>(q, warp * 16 + r, n); };
+    if (TURNS) { turn_back<HS>(dq, chunk, {t, b, h, 0}, rotary, sizes); }
+    store_rows<HS>(to, 3 * C, t, T, dq, scale, scale);
 }
 
 // Allows blocks of a kernel more than 48 KB of dynamic shared memory, which CUDA otherwise refuses.
@@ -1924,21 +2099,22 @@ template <int HS> static void flash_forward(floatX* y, float* lse, const floatX*
            sizes);
 }
 
-template <int HS> static void flash_backward(floatX* dqkv, const floatX* qkv, const floatX* dy,
-                                             const float* lse, const float* delta,
-                                             AttentionSizes sizes, cudaStream_t stream) {
+template <int HS, bool TURNS>
+static void flash_backward(floatX* dqkv, const floatX* qkv, const floatX* dy, const float* lse,
+                           const float* delta, Rotary rotary, AttentionSizes sizes,
+                           cudaStream_t stream) {
     dim3 grid(ceil_div(sizes.T, TILE), sizes.NH, sizes.B);
     size_t queries = QUERY_TILE<HS>;
     size_t bytes = sizeof(floatX) * HS * (2 * TILE + 4 * queries) + sizeof(float) * 4 * queries;
-    allow_shared_bytes(attention_backward_keys_kernel<HS>, bytes);
+    allow_shared_bytes(attention_backward_keys_kernel<HS, TURNS>, bytes);
     launch({"attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops()},
-           {grid, ATTENTION_THREADS, stream, bytes}, attention_backward_keys_kernel<HS>, dqkv, qkv,
-           dy, lse, delta, sizes);
+           {grid, ATTENTION_THREADS, stream, bytes}, attention_backward_keys_kernel<HS, TURNS>,
+           dqkv, qkv, dy, lse, delta, rotary, sizes);
     bytes = sizeof(floatX) * 6 * TILE * HS;
-    allow_shared_bytes(attention_backward_queries_kernel<HS>, bytes);
+    allow_shared_bytes(attention_backward_queries_kernel<HS, TURNS>, bytes);
     launch({"attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops()},
-           {grid, ATTENTION_THREADS, stream, bytes}, attention_backward_queries_kernel<HS>, dqkv,
-           qkv, dy, lse, delta, sizes);
+           {grid, ATTENTION_THREADS, stream, bytes}, attention_backward_queries_kernel<HS, TURNS>,
+           dqkv, qkv, dy, lse, delta, rotary, sizes);
 }
 
 // ---- §7, on Hopper: wgmma, TMA, mbarriers -------------------------------------------------------
@@ -2158,6 +2334,12 @@ __device__ void start_multiply_transposed(float (&product)[N / 8][4], const Pane
     }
 }
 
+// Where chunk n of row r of a warpgroup's 64 rows lies in a tile of BLOCK_ROWS
+__device__ const floatX* chunk_in_panels(const Panel* group, int r, int n) {
+    const Panel* panel = group + n / 8 * (BLOCK_ROWS / PANEL);
+    return &panel->rows[r][(n % 8 ^ r % 8) * 8];
+}
+
 // The left factor of start_multiply_add: a product rounded to bf16. See multiply_add.
 template <int N>
 __device__ void round_product(uint32_t (&left)[N / 2][4], const float (&product)[N][4]) {
@@ -2329,13 +2511,13 @@ hopper_attention_forward_kernel(floatX* y, float* lse, const __grid_constant__ C
 
 // dk and dv. One block: 128 keys of a head, 64 for each warpgroup of consumers, which has their dk
 // and dv in its registers. It walks over the tiles of queries that see its keys; all lanes of the
-// producer also copy their lse and delta. S, P, dP and dS are transposed, as in
-// attention_backward_keys_kernel. Grid (T/128, NH, B) x 384. Reads q and dy T/128 times, mostly
-// from L2. 4 BT²C FLOP; bound by tensor cores.
-template <int HS> __global__ void __launch_bounds__(HOPPER_THREADS, 1)
+// producer also copy their lse and delta. S, P, dP and dS are transposed, and TURNS turns dk' back,
+// as in attention_backward_keys_kernel. Grid (T/128, NH, B) x 384. Reads q and dy T/128 times,
+// mostly from L2. 4 BT²C FLOP; bound by tensor cores.
+template <int HS, bool TURNS> __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 hopper_attention_backward_keys_kernel(floatX* dqkv, const float* lse, const float* delta,
                                       const __grid_constant__ CUtensorMap qkv,
-                                      const __grid_constant__ CUtensorMap dy,
+                                      const __grid_constant__ CUtensorMap dy, Rotary rotary,
                                       AttentionSizes sizes) {
 #ifdef SM_90A
     constexpr int QUERIES = BACKWARD_TILE<HS>;
@@ -2441,19 +2623,23 @@ hopper_attention_backward_keys_kernel(floatX* dqkv, const float* lse, const floa
         leave_place(&ring, n);
     }
     floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
-    int warp_key = group_key + warp % 4 * 16;
+    int warp_row = warp % 4 * 16;
+    int warp_key = group_key + warp_row;
+    auto chunk = [&](int r, int n) { return chunk_in_panels(k + group, warp_row + r, n); };
+    if (TURNS) { turn_back<HS>(dk, chunk, {warp_key, b, h, 1}, rotary, sizes); }
     store_rows<HS>(to + C, 3 * C, warp_key, T, dk, scale, scale);
     store_rows<HS>(to + 2 * C, 3 * C, warp_key, T, dv, 1.0f, 1.0f);
 #endif
 }
 
 // dq. One block: 128 queries of a head, 64 for each warpgroup of consumers, which has their dq, lse
-// and delta in its registers. It walks over the tiles of keys as in the forward pass. Grid (T/128,
-// NH, B) x 384. Reads k and v T/128 times, mostly from L2. 3 BT²C FLOP; bound by tensor cores.
-template <int HS> __global__ void __launch_bounds__(HOPPER_THREADS, 1)
+// and delta in its registers. It walks over the tiles of keys as in the forward pass. TURNS: dq' is
+// turned back before it is written. Grid (T/128, NH, B) x 384. Reads k and v T/128 times, mostly
+// from L2. 3 BT²C FLOP; bound by tensor cores.
+template <int HS, bool TURNS> __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 hopper_attention_backward_queries_kernel(floatX* dqkv, const float* lse, const float* delta,
                                          const __grid_constant__ CUtensorMap qkv,
-                                         const __grid_constant__ CUtensorMap dy,
+                                         const __grid_constant__ CUtensorMap dy, Rotary rotary,
                                          AttentionSizes sizes) {
 #ifdef SM_90A
     constexpr int KEYS = BACKWARD_TILE<HS>;
@@ -2536,7 +2722,10 @@ hopper_attention_backward_queries_kernel(floatX* dqkv, const float* lse, const f
         leave_place(&ring, n);
     }
     floatX* to = dqkv + head_start(b, h, T, NH, HS, 3);
-    store_rows<HS>(to, 3 * C, group_query + warp % 4 * 16, T, dq, scale, scale);
+    int warp_row = warp % 4 * 16;
+    auto chunk = [&](int r, int n) { return chunk_in_panels(q + group, warp_row + r, n); };
+    if (TURNS) { turn_back<HS>(dq, chunk, {group_query + warp_row, b, h, 0}, rotary, sizes); }
+    store_rows<HS>(to, 3 * C, group_query + warp_row, T, dq, scale, scale);
 #endif
 }
 
@@ -2581,25 +2770,38 @@ template <int HS> static void hopper_forward(floatX* y, float* lse, const floatX
            tensor_map(qkv, sizes, 3 * sizes.NH * HS), sizes);
 }
 
-template <int HS> static void hopper_backward(floatX* dqkv, const floatX* qkv, const floatX* dy,
-                                              const float* lse, const float* delta,
-                                              AttentionSizes sizes, cudaStream_t stream) {
+template <int HS, bool TURNS>
+static void hopper_backward(floatX* dqkv, const floatX* qkv, const floatX* dy, const float* lse,
+                            const float* delta, Rotary rotary, AttentionSizes sizes,
+                            cudaStream_t stream) {
     dim3 grid(ceil_div(sizes.T, BLOCK_ROWS), sizes.NH, sizes.B);
     size_t n_panels = 2 * PANELS<HS, BLOCK_ROWS> + 2 * STAGES * PANELS<HS, BACKWARD_TILE<HS>>;
     size_t bytes = n_panels * sizeof(Panel);
     CUtensorMap qkv_map = tensor_map(qkv, sizes, 3 * sizes.NH * HS);
     CUtensorMap dy_map = tensor_map(dy, sizes, sizes.NH * HS);
-    allow_shared_bytes(hopper_attention_backward_keys_kernel<HS>, bytes);
+    allow_shared_bytes(hopper_attention_backward_keys_kernel<HS, TURNS>, bytes);
     launch({"hopper_attention_backward_keys", 6 * sizes.bytes(), 4 * sizes.flops()},
-           {grid, HOPPER_THREADS, stream, bytes}, hopper_attention_backward_keys_kernel<HS>, dqkv,
-           lse, delta, qkv_map, dy_map, sizes);
-    allow_shared_bytes(hopper_attention_backward_queries_kernel<HS>, bytes);
+           {grid, HOPPER_THREADS, stream, bytes}, hopper_attention_backward_keys_kernel<HS, TURNS>,
+           dqkv, lse, delta, qkv_map, dy_map, rotary, sizes);
+    allow_shared_bytes(hopper_attention_backward_queries_kernel<HS, TURNS>, bytes);
     launch({"hopper_attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops()},
-           {grid, HOPPER_THREADS, stream, bytes}, hopper_attention_backward_queries_kernel<HS>,
-           dqkv, lse, delta, qkv_map, dy_map, sizes);
+           {grid, HOPPER_THREADS, stream, bytes},
+           hopper_attention_backward_queries_kernel<HS, TURNS>, dqkv, lse, delta, qkv_map, dy_map,
+           rotary, sizes);
+}
+
+template <int HS, bool TURNS>
+static void fast_backward(floatX* dqkv, const floatX* qkv, const floatX* dy, const float* lse,
+                          const float* delta, Rotary rotary, AttentionSizes sizes,
+                          cudaStream_t stream) {
+    auto* backward = use_wgmma ? hopper_backward<HS, TURNS> : flash_backward<HS, TURNS>;
+    backward(dqkv, qkv, dy, lse, delta, rotary, sizes, stream);
 }
 
 #endif
+
+// Which heads have fast kernels
+static bool is_fast(AttentionSizes sizes) { return BF16 && (sizes.HS == 64 || sizes.HS == 128); }
 
 static void attention_forward(floatX* y, float* lse, const floatX* qkv, AttentionSizes sizes,
                               cudaStream_t stream) {
@@ -2614,22 +2816,22 @@ static void attention_forward(floatX* y, float* lse, const floatX* qkv, Attentio
            plain_attention_forward_kernel, y, lse, qkv, sizes);
 }
 
-// Writes dqkv. delta (B, NH, T) is workspace.
+// Writes dqkv. delta (B, NH, T) is workspace. The fast kernels also turn dN's dq and dk back.
 static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, const floatX* y,
-                               const float* lse, const floatX* qkv, AttentionSizes sizes,
-                               cudaStream_t stream) {
+                               const float* lse, const floatX* qkv, Rotary rotary,
+                               AttentionSizes sizes, cudaStream_t stream) {
     Grid grid = {ceil_div(sizes.B * sizes.NH * sizes.T, 4), 4 * WARP, stream};
     launch({"attention_delta", 2 * sizes.bytes()}, grid, attention_delta_kernel, delta, y, dy,
            sizes);
 #ifndef FP32
-    if (use_wgmma && sizes.HS == 64) {
-        return hopper_backward<64>(dqkv, qkv, dy, lse, delta, sizes, stream);
+    if (is_fast(sizes)) {
+        bool turns = rotary.rstd != NULL;
+        auto* fast = turns ? fast_backward<64, true> : fast_backward<64, false>;
+        if (sizes.HS == 128) {
+            fast = turns ? fast_backward<128, true> : fast_backward<128, false>;
+        }
+        return fast(dqkv, qkv, dy, lse, delta, rotary, sizes, stream);
     }
-    if (use_wgmma && sizes.HS == 128) {
-        return hopper_backward<128>(dqkv, qkv, dy, lse, delta, sizes, stream);
-    }
-    if (sizes.HS == 64) { return flash_backward<64>(dqkv, qkv, dy, lse, delta, sizes, stream); }
-    if (sizes.HS == 128) { return flash_backward<128>(dqkv, qkv, dy, lse, delta, sizes, stream); }
 #endif
     launch({"plain_attention_backward_queries", 5 * sizes.bytes(), 3 * sizes.flops()}, grid,
            plain_attention_backward_kernel<false>, dqkv, qkv, dy, lse, delta, sizes);
@@ -2654,9 +2856,6 @@ static void attention_backward(floatX* dqkv, float* delta, const floatX* dy, con
 const int GATE_INPUTS = 12;
 const int GATE_PARTIALS = 256;
 
-// cosines and sines (T, HS/2); rstd (BT, 2, NH) of q and k
-struct Rotary { float *cosines, *sines, *rstd; };
-
 struct ValueEmbed {
     const floatX* table;                // E (Vp, C); NULL: this layer has none
     const floatX* gate_weight;          // Wg (NH, 12)
@@ -2665,23 +2864,31 @@ struct ValueEmbed {
     float* gate;                        // (BT, NH)
 };
 
-// The q, k or v of one token and head, of which a thread works on a part. HS/2/PACK neighbouring
-// threads share such a vector. Each has the Pack at channel c and the Pack HS/2 channels later,
-// since these two are rotated together.
+// The q, k or v of one token and head, of which a thread works on a part. Only parts `first_part`
+// and later are worked on, `parts` of them. HS/2/PACK neighbouring threads share such a vector.
+// Each has the Pack at channel c and the Pack HS/2 channels later, since these two are rotated
+// together.
+//
+// Indices are divided as 32-bit numbers, because the GPU has no instruction that divides, and its
+// code for 64 bits is longer. 2³² threads would need a qkv of 137 GB.
 struct HeadVector {
     int64_t bt;
+    int t;
     int part;                           // 0 q, 1 k, 2 v
     int h, c;
     int lanes;                          // threads of a vector, a power of two up to 32
     bool exists;
-    __device__ HeadVector(AttentionSizes sizes, int parts) {
+    __device__ HeadVector(AttentionSizes sizes, int parts, int first_part = 0) {
         lanes = sizes.HS / 2 / PACK;
-        int64_t thread = thread_in_grid();
-        int64_t vector = thread / lanes;            // (BT, parts, NH)
-        exists = vector < (int64_t)sizes.B * sizes.T * parts * sizes.NH;
+        unsigned thread = thread_in_grid();
+        unsigned vector = thread / lanes;           // (BT, parts, NH)
+        exists = vector < (unsigned)sizes.B * sizes.T * parts * sizes.NH;
         if (!exists) { vector = 0; }    // the thread still has to take part in shuffles
-        bt = vector / (parts * sizes.NH);
-        part = vector / sizes.NH % parts;
+        unsigned row = vector / sizes.NH;           // (BT, parts)
+        unsigned token = row / parts;
+        bt = token;
+        t = token % sizes.T;
+        part = first_part + row % parts;
         h = vector % sizes.NH;
         c = thread % lanes * PACK;
     }
@@ -2709,8 +2916,8 @@ __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed emb
     float r2[PACK];
     float square_sum = 0.0f;
     if (at.part < 2) {
-        const float* cosine = rotary.cosines + at.bt % sizes.T * half + at.c;
-        const float* sine = rotary.sines + at.bt % sizes.T * half + at.c;
+        const float* cosine = rotary.cosines + at.t * half + at.c;
+        const float* sine = rotary.sines + at.t * half + at.c;
         for (int i = 0; i < PACK; i++) {
             r1[i] = low[i] * cosine[i] + high[i] * sine[i];
             r2[i] = high[i] * cosine[i] - low[i] * sine[i];
@@ -2746,46 +2953,61 @@ __global__ void rotary_forward_kernel(floatX* qkv, Rotary rotary, ValueEmbed emb
     store(to + half, high);
 }
 
-// Threads and grid as in rotary_forward_kernel. For q and k, dqkv changes in place. For v, dqkv
-// stays as it is, because dv = dv'. Instead dembed (BT, C) = g dv', which is added to dE later, and
-// dz (BT, NH) are written. Moves 6 BTC, or 9 BTC with E; bound by memory.
-__global__ void rotary_backward_kernel(floatX* dqkv, floatX* dembed, float* dz, const floatX* qkv,
-                                       Rotary rotary, ValueEmbed embed, AttentionSizes sizes) {
-    HeadVector at(sizes, embed.table != NULL ? 3 : 2);
-    int NH = sizes.NH, HS = sizes.HS, half = HS / 2, C = NH * HS;
+// HS/2/PACK threads: the dq' or dk' of one token and head, in place, where plain kernels wrote it.
+// Grid BT*NH*2*lanes/256 x 256. Moves 6 BTC; bound by memory.
+__global__ void rotary_backward_kernel(floatX* dqkv, const floatX* qkv, Rotary rotary,
+                                       AttentionSizes sizes) {
+    HeadVector at(sizes, 2);
+    int NH = sizes.NH, HS = sizes.HS, half = HS / 2;
     floatX* to = dqkv + at.in_qkv(sizes);
-    const floatX* other = qkv + at.in_qkv(sizes);       // the sum is over gradient times this
-    if (at.part == 2) { other = embed.table + (int64_t)embed.tokens[at.bt] * C + at.h * HS + at.c; }
+    const floatX* turned = qkv + at.in_qkv(sizes);
     Pack low = load(to);
     Pack high = load(to + half);
-    Pack o_low = load(other);
-    Pack o_high = load(other + half);
+    Pack t_low = load(turned);
+    Pack t_high = load(turned + half);
     float product = 0.0f;
-    for (int i = 0; i < PACK; i++) { product += low[i] * o_low[i] + high[i] * o_high[i]; }
-    product = at.sum(product);
+    for (int i = 0; i < PACK; i++) { product += low[i] * t_low[i] + high[i] * t_high[i]; }
+    float mean = at.sum(product) / HS;
     if (!at.exists) { return; }
-    if (at.part == 2) {
-        float gate = embed.gate[at.bt * NH + at.h];
-        for (int i = 0; i < PACK; i++) {
-            low.set(i, gate * low[i]);
-            high.set(i, gate * high[i]);
-        }
-        to = dembed + at.bt * C + at.h * HS + at.c;
-        if (at.c == 0) { dz[at.bt * NH + at.h] = product * gate * (1.0f - gate / 3.0f); }
-    } else {
-        const float* cosine = rotary.cosines + at.bt % sizes.T * half + at.c;
-        const float* sine = rotary.sines + at.bt % sizes.T * half + at.c;
-        float rstd = rotary.rstd[(at.bt * 2 + at.part) * NH + at.h];
-        float mean = product / HS;
-        for (int i = 0; i < PACK; i++) {
-            float dr1 = (low[i] - o_low[i] * mean) * rstd;
-            float dr2 = (high[i] - o_high[i] * mean) * rstd;
-            low.set(i, dr1 * cosine[i] - dr2 * sine[i]);
-            high.set(i, dr2 * cosine[i] + dr1 * sine[i]);
-        }
+    const float* cosine = rotary.cosines + at.t * half + at.c;
+    const float* sine = rotary.sines + at.t * half + at.c;
+    float rstd = rotary.rstd[(at.bt * 2 + at.part) * NH + at.h];
+    for (int i = 0; i < PACK; i++) {
+        float dr1 = (low[i] - t_low[i] * mean) * rstd;
+        float dr2 = (high[i] - t_high[i] * mean) * rstd;
+        low.set(i, dr1 * cosine[i] - dr2 * sine[i]);
+        high.set(i, dr2 * cosine[i] + dr1 * sine[i]);
     }
     store(to, low);
     store(to + half, high);
+}
+
+// HS/2/PACK threads: the v of one token and head. dqkv stays as it is, because dv = dv'. dembed
+// (BT, C) = g dv', which is added to dE later, and dz (BT, NH) are written. Grid
+// BT*NH*lanes/256 x 256. Moves 3 BTC; bound by memory.
+__global__ void value_embed_backward_kernel(floatX* dembed, float* dz, const floatX* dqkv,
+                                            ValueEmbed embed, AttentionSizes sizes) {
+    HeadVector at(sizes, 1, 2);
+    int NH = sizes.NH, HS = sizes.HS, half = HS / 2, C = NH * HS;
+    const floatX* dv = dqkv + at.in_qkv(sizes);
+    const floatX* e = embed.table + (int64_t)embed.tokens[at.bt] * C + at.h * HS + at.c;
+    Pack low = load(dv);
+    Pack high = load(dv + half);
+    Pack e_low = load(e);
+    Pack e_high = load(e + half);
+    float product = 0.0f;
+    for (int i = 0; i < PACK; i++) { product += low[i] * e_low[i] + high[i] * e_high[i]; }
+    product = at.sum(product);
+    if (!at.exists) { return; }
+    float gate = embed.gate[at.bt * NH + at.h];
+    for (int i = 0; i < PACK; i++) {
+        low.set(i, gate * low[i]);
+        high.set(i, gate * high[i]);
+    }
+    floatX* to = dembed + at.bt * C + at.h * HS + at.c;
+    store(to, low);
+    store(to + half, high);
+    if (at.c == 0) { dz[at.bt * NH + at.h] = product * gate * (1.0f - gate / 3.0f); }
 }
 
 // One thread: one weight of the gates, summed over every 256th token; add_partials adds up the 256
@@ -2819,24 +3041,32 @@ __global__ void gate_backward_input_kernel(floatX* dn, const float* dz, const fl
     dn[bt * C + j] = (floatX)sum;
 }
 
-static Grid rotary_grid(ValueEmbed embed, AttentionSizes sizes, cudaStream_t stream) {
-    int64_t vectors = (int64_t)sizes.B * sizes.T * sizes.NH * (embed.table != NULL ? 3 : 2);
+// The threads of a HeadVector
+static Grid head_vectors(AttentionSizes sizes, int parts, cudaStream_t stream) {
+    int64_t vectors = (int64_t)sizes.B * sizes.T * sizes.NH * parts;
     return one_thread_each(vectors * (sizes.HS / 2 / PACK), stream);
 }
 
 static void rotary_forward(floatX* qkv, Rotary rotary, ValueEmbed embed, AttentionSizes sizes,
                            cudaStream_t stream) {
     double moved = embed.table != NULL ? 7.0 : 4.0;
-    launch({"rotary_forward", moved * sizes.bytes()}, rotary_grid(embed, sizes, stream),
+    int parts = embed.table != NULL ? 3 : 2;
+    launch({"rotary_forward", moved * sizes.bytes()}, head_vectors(sizes, parts, stream),
            rotary_forward_kernel, qkv, rotary, embed, sizes);
 }
 
-static void rotary_backward(floatX* dqkv, floatX* dembed, float* dz, const floatX* qkv,
-                            Rotary rotary, ValueEmbed embed, AttentionSizes sizes,
+// Turns dq and dk back, unless attention_backward has done so.
+static void rotary_backward(floatX* dqkv, const floatX* qkv, Rotary rotary, AttentionSizes sizes,
                             cudaStream_t stream) {
-    double moved = embed.table != NULL ? 9.0 : 6.0;
-    launch({"rotary_backward", moved * sizes.bytes()}, rotary_grid(embed, sizes, stream),
-           rotary_backward_kernel, dqkv, dembed, dz, qkv, rotary, embed, sizes);
+    if (is_fast(sizes)) { return; }
+    launch({"rotary_backward", 6 * sizes.bytes()}, head_vectors(sizes, 2, stream),
+           rotary_backward_kernel, dqkv, qkv, rotary, sizes);
+}
+
+static void value_embed_backward(floatX* dembed, float* dz, const floatX* dqkv, ValueEmbed embed,
+                                 AttentionSizes sizes, cudaStream_t stream) {
+    launch({"value_embed_backward", 3 * sizes.bytes()}, head_vectors(sizes, 1, stream),
+           value_embed_backward_kernel, dembed, dz, dqkv, embed, sizes);
 }
 
 // dn += …, dgate_weight += …; partials (GATE_PARTIALS, NH, 12)
@@ -2856,8 +3086,9 @@ static void gate_backward(floatX* dn, float* dgate_weight, float* partials, cons
 
 // ---- §8 GELU, ReLU² -----------------------------------------------------------------------------
 //
-// In bf16, cuBLASLt computes GELU and its derivative in the epilogues of matmuls (§6). The kernels
-// here serve fp32, --recompute, --fp8 1, and dN's ReLU².
+// In bf16, cuBLASLt computes GELU and its derivative in the epilogues of matmuls (§6), if it has
+// such a kernel for the sizes. The kernels here serve other sizes, fp32, --recompute, --fp8 1, and
+// dN's ReLU².
 
 // GPT-2: u = sqrt(2/π) (x + 0.044715 x³)    y = x (1 + tanh u) / 2
 //        dx = dy ((1 + tanh u) / 2 + x (1 - tanh² u) u' / 2)
@@ -2923,6 +3154,31 @@ static void activation_backward(floatX* dy, const floatX* x, int64_t n, cudaStre
                                 unsigned* largest = NULL) {
     launch({Activation::BACKWARD, 3.0 * n * sizeof(floatX)}, one_thread_each(n / PACK, stream),
            activation_backward_kernel<Activation>, dy, x, n, largest);
+}
+
+// u = x w + bias, y = gelu(u)
+static void linear_gelu_forward(floatX* y, floatX* u, const floatX* x, const floatX* w,
+                                const floatX* bias, LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.OC, .n = n.rows, .k = n.C, .epilogue = ADD_BIAS_GELU};
+    if (BF16 && has_kernel(mm, bias, u)) {
+        matmul(y, w, x, mm, stream, bias, u);
+    } else {
+        linear_forward(u, x, w, bias, n, stream);
+        activation_forward<Gelu>(y, u, (int64_t)n.rows * n.OC, stream);
+    }
+}
+
+// du = dy wᵀ gelu'(u): back through a linear layer, then through the GELU that made its input
+static void linear_gelu_backward_input(floatX* du, const floatX* dy, const floatX* w, floatX* u,
+                                       LinearSizes n, cudaStream_t stream) {
+    Matmul mm = {.m = n.C, .n = n.rows, .k = n.OC, .transpose = TRANSPOSE_A,
+                 .epilogue = TIMES_DGELU};
+    if (BF16 && has_kernel(mm, NULL, u)) {
+        matmul(du, w, dy, mm, stream, NULL, u);
+    } else {
+        linear_backward_input(du, dy, w, n, stream);
+        activation_backward<Gelu>(du, u, (int64_t)n.rows * n.C, stream);
+    }
 }
 
 // ---- §9 Classifier ------------------------------------------------------------------------------
@@ -3773,7 +4029,7 @@ struct Model {
     Mix backout;                            // what the last norm subtracts from the stream
 };
 
-const int HEAD_ROWS = 8192;                 // tokens whose logits are in memory at the same time
+const int HEAD_ROWS = 16384;                // tokens whose logits are in memory at the same time
 
 // Where a tensor's parameters, or its gradients, are. `which` is a number of the tensor table.
 
@@ -4047,7 +4303,7 @@ static void layer_forward(Model* model, int l, const floatX* branch, bool train)
     layernorm_forward({.a = a->x, .b = model->branch, .weight = p(LN_2_W), .bias = p(LN_2_B),
                        .x = a->x_mid, .out = a->ln_2, .mean = a->ln_2_mean, .rstd = a->ln_2_rstd,
                        .largest = largest_x(fp8(FC_W)), .BT = BT, .C = C}, stream);
-    if (BF16 && fp8(FC_W) == NULL) {
+    if (fp8(FC_W) == NULL) {
         linear_gelu_forward(a->act, a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream);
     } else {
         linear_forward(a->fc, a->ln_2, p(FC_W), p(FC_B), {BT, C, 4 * C}, stream, fp8(FC_W));
@@ -4081,7 +4337,7 @@ static void layer_backward(Model* model, int l) {
     }
     linear_backward_weight(d(FC_PROJ_W), d(FC_PROJ_B), partials, a->act, dx, {BT, 4 * C, C},
                            stream, fp8(FC_PROJ_W));
-    if (BF16 && fp8(FC_W) == NULL) {
+    if (fp8(FC_W) == NULL) {
         linear_gelu_backward_input(dwide, dx, p(FC_PROJ_W), a->fc, {BT, 4 * C, C}, stream);
     } else {
         linear_backward_input(dwide, dx, p(FC_PROJ_W), {BT, 4 * C, C}, stream, fp8(FC_PROJ_W));
@@ -4099,7 +4355,7 @@ static void layer_backward(Model* model, int l) {
     linear_backward_weight(d(ATTN_PROJ_W), d(ATTN_PROJ_B), partials, a->y, dx, {BT, C, C}, stream,
                            fp8(ATTN_PROJ_W));
     linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream, fp8(ATTN_PROJ_W));
-    attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, sizes, stream);
+    attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, {}, sizes, stream);
     linear_backward_weight(d(ATTN_W), d(ATTN_B), partials, a->ln_1, dwide, {BT, C, 3 * C}, stream,
                            fp8(ATTN_W));
     linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream, fp8(ATTN_W));
@@ -4176,11 +4432,13 @@ static void modern_layer_backward(Model* model, int l, TokenIndex index) {
                      stream);
     backward_weight(ATTN_PROJ_W, a->y, dx, {BT, C, C});
     linear_backward_input(dbranch, dx, p(ATTN_PROJ_W), {BT, C, C}, stream, fp8(ATTN_PROJ_W));
-    attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, sizes, stream);
-    rotary_backward(dwide, dembed, model->dgate, a->qkv, a->rotary, a->embed, sizes, stream);
+    attention_backward(dwide, model->delta, dbranch, a->y, a->lse, a->qkv, a->rotary, sizes,
+                       stream);
+    rotary_backward(dwide, a->qkv, a->rotary, sizes, stream);
     backward_weight(ATTN_W, a->ln_1, dwide, {BT, C, 3 * C});
     linear_backward_input(dbranch, dwide, p(ATTN_W), {BT, C, 3 * C}, stream, fp8(ATTN_W));
     if (a->embed.table != NULL) {
+        value_embed_backward(dembed, model->dgate, dwide, a->embed, sizes, stream);
         wte_backward(d(VALUE_EMBED), dembed, index, BT, C, stream);
         gate_backward(dbranch, d(VALUE_GATE), partials, model->dgate, a->embed, sizes, stream);
     }
@@ -4693,18 +4951,20 @@ static void read_tensor(SafeTensors file, const char* name, int64_t n, float* va
     }
 }
 
-// Sets masters and parameters from fill(tensor, values), which writes a tensor's values. One bucket
-// at a time is in the CPU's memory. Each rank makes all values, keeps its own part of the masters,
-// and receives the parameters from the owners.
+// Sets masters and parameters from fill(tensor, values, first, end), which writes at least elements
+// first … end - 1 of a tensor's values. One bucket at a time is in the CPU's memory. Each rank sets
+// the masters of its own part, and receives the parameters from the owners.
 template <class Fill> static void set_parameters(Model* model, Ranks* ranks, Fill fill) {
     for (int i = 0; i < model->table.n_buckets; i++) {
         Bucket bucket = model->table.buckets[i];
+        Part part = model->parts[i];
         float* values = (float*)calloc(bucket.size, sizeof(float));
         for (int t = bucket.first_tensor; t < bucket.end_tensor; t++) {
             Tensor tensor = model->table.tensors[t];
-            fill(tensor, values + tensor.offset - bucket.offset);
+            int64_t first = max(part.first - tensor.offset, (int64_t)0);
+            int64_t end = min(part.first + part.size - tensor.offset, tensor.file_size());
+            fill(tensor, values + tensor.offset - bucket.offset, first, end);
         }
-        Part part = model->parts[i];
         CHECK_CUDA(cudaMemcpy(model->masters + part.state, values + part.first - bucket.offset,
                               part.size * sizeof(float), cudaMemcpyHostToDevice));
         free(values);
@@ -4735,28 +4995,50 @@ static float normal(uint64_t seed, uint64_t place) {
     return (float)(radius * cos(2.0 * M_PI * uniform(seed, 2 * place + 1)));
 }
 
-// Begins with the values of the tensor table. A place counts elements without padding, so they are
-// the same for any number of ranks.
+// Element i of a tensor; `place` is its number among all elements of the model.
+static float first_value(Init init, int64_t i, uint64_t seed, uint64_t place) {
+    float value = init.mean + init.step * i;
+    if (init.is_uniform) {
+        value += init.std * (float)((2.0 * uniform(seed, 2 * place) - 1.0) * sqrt(3.0));
+    } else if (init.std != 0) {
+        value += init.std * normal(seed, place);
+    }
+    return value;
+}
+
+// Calls task(i) for i from first to end - 1, on up to n_threads threads, each with at least 65,536
+// of the numbers.
+template <class Task>
+static void for_each_in_threads(int64_t first, int64_t end, int n_threads, Task task) {
+    n_threads = (int)max(min((int64_t)n_threads, (end - first) / 65536), (int64_t)1);
+    int64_t share = ceil_div(end - first, (int64_t)n_threads);
+    std::vector<std::thread> threads;
+    for (int64_t begin = first; begin < end; begin += share) {
+        threads.emplace_back([=] {
+            for (int64_t i = begin; i < min(begin + share, end); i++) { task(i); }
+        });
+    }
+    for (std::thread& thread : threads) { thread.join(); }
+}
+
+// Begins with the values of the tensor table. A value depends on the seed and its place alone, and
+// a place counts elements without padding. So the values have the same bits for any number of
+// threads and ranks. A normal number takes a core about 30 ns: 50 s for GPT-2 1558M.
 static void initialise(Model* model, Ranks* ranks, int64_t seed) {
+    int n_threads = std::thread::hardware_concurrency();        // 0: unknown
     uint64_t place = 0;
-    set_parameters(model, ranks, [&](Tensor tensor, float* values) {
-        Init init = tensor.init;
-        for (int64_t i = 0; i < tensor.file_size(); i++) {
-            values[i] = init.mean + init.step * i;
-            if (init.is_uniform) {
-                values[i] += init.std * (float)((2.0 * uniform(seed, 2 * place) - 1.0) * sqrt(3.0));
-            } else if (init.std != 0) {
-                values[i] += init.std * normal(seed, place);
-            }
-            place++;
-        }
+    set_parameters(model, ranks, [&](Tensor tensor, float* values, int64_t first, int64_t end) {
+        for_each_in_threads(first, end, n_threads, [=](int64_t i) {
+            values[i] = first_value(tensor.init, i, seed, place + i);
+        });
+        place += tensor.file_size();
     });
 }
 
 // Begins with the weights of a model.safetensors.
 static void load_weights(Model* model, Ranks* ranks, const char* path) {
     SafeTensors file = open_safetensors(path);
-    set_parameters(model, ranks, [&](Tensor tensor, float* values) {
+    set_parameters(model, ranks, [&](Tensor tensor, float* values, int64_t, int64_t) {
         read_tensor(file, tensor.name, tensor.file_size(), values);
     });
     close_safetensors(file);
@@ -5377,7 +5659,8 @@ static const Flag FLAGS[] = {
                  "to save memory, compute again in the backward pass: 1 GELU, 2 also the norms"),
     integer_flag("fp8", &arguments.fp8, 0, 1, "1: multiply in 8 bits (H100 or later)"),
     integer_flag("deterministic", &arguments.deterministic, 0, 1,
-                 "1: the same run gives the same bits, which is always so here"),
+                 "1: the same run gives the same bits; 0: matmuls use the kernels that are fastest "
+                 "when the run begins"),
     text_flag("attention", &arguments.attention,
               "tensor-core kernels of attention: wgmma or mma (default: wgmma if the GPU has it)"),
     switch_flag("profile", &arguments.profile, "time each kernel of steps 10-12"),
@@ -5546,8 +5829,8 @@ static const char* init_folder() {
 
 // Ends the run unless the kernels can compute this model. A load is 128 bits wide, so C is a
 // multiple of 8; a warp holds at most 256 channels of a head in registers (§7); norms hold four
-// fp32 rows in 48 KB of shared memory, so C is at most 3072 (§5); rotary positions and qk norms of
-// dN share a head out among lanes, so its width is a power of two (§7).
+// rows in 48 KB of shared memory, so in fp32 C is at most 3072 (§5); rotary positions and qk norms
+// of dN share a head out among lanes, so its width is a power of two (§7).
 // V is the size of the shards' vocabulary, T the length of a row.
 static void check_config(Config config, int V, int64_t T) {
     int C = config.n_embd, NH = config.n_head;
@@ -5759,15 +6042,17 @@ struct State {
     Window losses, norms;
 };
 
-// The flags that decide what is computed; a resumed run must have the same.
+// The flags that decide what is computed; a resumed run must have the same. --fp8 0 is not written,
+// as in states from before there was this flag.
 static void write_settings(FILE* file, Config config, int64_t n_tokens) {
     const Arguments& a = arguments;
+    const char* fp8 = a.fp8 ? ", \"fp8\": 1" : "";
     fprintf(file, "\"settings\": {\"model\": ");
     write_config(file, config);
     fprintf(file, ", \"total_batch_size\": %lld, \"seq_len\": %lld, \"max_steps\": %lld, "
-            "\"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, \"bf16\": %d, \"fp8\": %d}",
+            "\"seed\": %lld, \"lr\": %.17g, \"n_tokens\": %lld, \"bf16\": %d%s}",
             (long long)a.total_batch_size, (long long)a.seq_len, (long long)a.max_steps,
-            (long long)a.seed, a.lr, (long long)n_tokens, BF16, (int)a.fp8);
+            (long long)a.seed, a.lr, (long long)n_tokens, BF16, fp8);
 }
 
 // A window as a JSON list; %.17g and strtod keep every bit of a double.
@@ -5920,6 +6205,93 @@ static void check_weights(Model* model, Ranks* ranks, int64_t step) {
         "in another --out (what was saved before is kept)", (long long)step, n_broken);
 }
 
+// With --deterministic 0, each rank saves beside its shard which kernel it chose for each matmul:
+//   {"format_version": 1, "made_by": "NVIDIA H100 80GB HBM3, cuBLASLt 130100", "matmuls": [
+//   {"sizes": [m, n, k, transpose, accumulate, epilogue, batch, a_type, b_type, fast_sums],
+//    "algorithm": "128 hex digits"},
+//   … ]}
+// An algorithm is valid only for the GPU and the version of cuBLASLt that made it.
+
+static const char* choices_path(const char* folder, int rank) {
+    char name[64];
+    snprintf(name, sizeof name, "matmuls_%05d.json", rank);
+    return joined(folder, name);
+}
+
+// The GPU and the library, as a JSON string
+static char* maker_of_choices() {
+    int device = 0;
+    cudaDeviceProp properties;
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaGetDeviceProperties(&properties, device));
+    return to_string([&](FILE* file) {
+        fprintf(file, "\"%s, cuBLASLt %zu\"", properties.name, cublasLtGetVersion());
+    });
+}
+
+static void save_choices(const char* path) {
+    char* maker = maker_of_choices();
+    FILE* file = create_part(path);
+    fprintf(file, "{\"format_version\": 1, \"made_by\": %s, \"matmuls\": [", maker);
+    const char* separator = "\n";
+    for (int i = 0; i < cublas.n_plans; i++) {
+        Matmul mm = cublas.plans[i].matmul;
+        if (cublas.plans[i].n_candidates != 1) { continue; }
+        fprintf(file, "%s{\"sizes\": [%d, %d, %d, %d, %d, %d, %d, %d, %d, %d], \"algorithm\": \"",
+                separator, mm.m, mm.n, mm.k, mm.transpose, mm.accumulate, mm.epilogue, mm.batch,
+                mm.a_type, mm.b_type, mm.fast_sums);
+        for (uint64_t word : cublas.plans[i].candidates[0].data) {
+            fprintf(file, "%016llx", (unsigned long long)word);
+        }
+        fputs("\"}", file);
+        separator = ",\n";
+    }
+    fputs("]}\n", file);
+    finish(file, path);
+    free(maker);
+}
+
+// Reads what save_choices wrote, if there is such a file.
+static void load_choices(const char* path) {
+    char* text = read_json(path);
+    if (text == NULL) { return; }
+    char* maker = maker_of_choices();
+    bool is_known = json_number(text, "format_version", 0) == 1;
+    if (!is_known || !json_is(text, "made_by", maker)) {
+        printf("%s is not of %s, so the kernels of matmuls are chosen again\n", path, maker);
+        free(text);
+        free(maker);
+        return;
+    }
+    const char* line = strchr(text, '\n');
+    while (line != NULL && line[1] != '\0' && cublas.n_choices < MAX_PLANS) {
+        Choice* choice = &cublas.choices[cublas.n_choices++];
+        Matmul* mm = &choice->matmul;
+        int transpose, accumulate, epilogue, a_type, b_type, fast_sums;
+        char digits[129] = "";
+        int end = 0;                    // stays 0 unless all of the line is as expected
+        sscanf(line, " {\"sizes\": [%d, %d, %d, %d, %d, %d, %d, %d, %d, %d], \"algorithm\": "
+               "\"%128[0-9a-f]\"}%n", &mm->m, &mm->n, &mm->k, &transpose, &accumulate, &epilogue,
+               &mm->batch, &a_type, &b_type, &fast_sums, digits, &end);
+        if (end == 0 || strlen(digits) != 128) {
+            die("%s is damaged: it must be a list of sizes and algorithms; copy it again, or "
+                "remove it, so that kernels are chosen again", path);
+        }
+        for (int i = 0; i < 8; i++) {
+            sscanf(digits + 16 * i, "%16lx", &choice->algorithm.data[i]);
+        }
+        mm->transpose = (Transpose)transpose;
+        mm->accumulate = accumulate != 0;
+        mm->epilogue = (Epilogue)epilogue;
+        mm->a_type = (cudaDataType_t)a_type;
+        mm->b_type = (cudaDataType_t)b_type;
+        mm->fast_sums = fast_sums != 0;
+        line = strchr(line + 1, '\n');
+    }
+    free(text);
+    free(maker);
+}
+
 // Saves the state of a step and the checkpoint. Each rank writes its shard into <run>/state/step_N;
 // then the checkpoint is written; rank 0 writes state.json, without which the folder does not
 // count, and deletes older states. So a run that is killed at any moment has the complete state of
@@ -5931,6 +6303,8 @@ static void save_run(Model* model, Ranks* ranks, const State* state, int64_t n_t
     state_folder(folder, state->step);
     make_folders(folder);
     save_shard(model, ranks, folder);
+    bool chose = cublas.times_candidates || cublas.n_choices > 0;
+    if (chose) { save_choices(choices_path(folder, ranks->rank)); }
     barrier(ranks);                 // now every rank's shard is there
     save_checkpoint(model, ranks, state->step, val_bpb);
     if (ranks->rank == 0) {
@@ -6104,6 +6478,7 @@ static bool load_state(Model* model, Ranks* ranks, State* state, int64_t n_token
     state->losses = read_window(path, text, "losses");
     state->norms = read_window(path, text, "norms");
     load_shards(model, ranks, folder, (int)json_integer(path, text, "world_size", 1, MAX_SIZE));
+    load_choices(choices_path(folder, ranks->rank));
     free(text);
     free(settings);
     restore_parameters(model, ranks, (int)state->optimizer_steps);
@@ -6445,8 +6820,8 @@ static void say_samples(Log* log, Model* model, Loader* loader, const Vocabulary
 
 // ---- §19 Main -----------------------------------------------------------------------------------
 //
-// Schedules, the arithmetic of a step, and the training loop, as in recipe.py and train_gpt2.py. The
-// constants of GPT-2 are llm.c's, those of dN are nanochat's; recipe.py names the sources.
+// Schedules, the arithmetic of a step, and the training loop, as in recipe.py and train_gpt2.py.
+// The constants of GPT-2 are llm.c's, those of dN are nanochat's; recipe.py names the sources.
 
 // GPT-2's share of the peak learning rate: linear warm-up, then a cosine to 0
 static double gpt2_schedule(int64_t step, int64_t max_steps) {
@@ -6522,8 +6897,10 @@ static double default_lr(Config config, int64_t batch_tokens) {
     return 0.02 * fmax(sqrt(batch_tokens / TUNED_BATCH), sqrt(0.5));
 }
 
-// The most rows at a time, up to 32, that fit into 90 % of the free memory and divide a step's rows
-// evenly
+const double MOST_TOKENS = 65536;       // at a time by default: more make matmuls no faster
+
+// The most rows at a time, up to MOST_TOKENS, that fit into 90 % of the free memory and divide a
+// step's rows evenly
 static int64_t default_rows(Config config, int world_size) {
     const Arguments& a = arguments;
     size_t free_bytes = 0;
@@ -6531,7 +6908,7 @@ static int64_t default_rows(Config config, int world_size) {
     CHECK_CUDA(cudaMemGetInfo(&free_bytes, &all_bytes));
     double fixed, row;
     memory_bytes(config, a.seq_len, a.recompute, world_size, &fixed, &row, a.fp8);
-    int64_t most = fmin(32.0, fmax(1.0, (0.9 * free_bytes - fixed) / row));
+    int64_t most = fmax(1.0, fmin(MOST_TOKENS / a.seq_len, (0.9 * free_bytes - fixed) / row));
     int64_t rows = a.total_batch_size / (a.seq_len * world_size);
     int64_t found = 0;
     for (int64_t n = 1; n <= most; n++) {
@@ -6836,6 +7213,7 @@ int main(int argc, char** argv) {
     Config config = init_from != NULL ? read_config(init_from) : choose_config(V);
     if (a.seq_len == 0) { arguments.seq_len = config.block_size; }
     check_config(config, V, a.seq_len);
+    cublas.times_candidates = !a.deterministic;
     int64_t grad_accum_steps = plan_batch(config, ranks.world_size);
     bool fp8 = choose_fp8(config);
     Model model = make_model(config, a.batch_size, a.seq_len, a.recompute, &ranks, fp8);

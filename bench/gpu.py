@@ -48,6 +48,7 @@ PARTS = {       # name: (seconds at most, command after `python`), in order of i
     "tests_cuda": (240, f"{PYTEST} tests/test_train_gpt2cu.py {ON_GPU}"),
     "tests_dn": (200, f"{PYTEST} tests/test_train_gpt2cu_dn.py {ON_GPU}"),
     "tests_python": (200, f"{PYTEST} tests/test_device.py"),
+    "tests_fp8": (300, f"{PYTEST} tests/test_train_gpt2cu_fp8.py"),
     "attention": (60, "bench/kernels.py attention"),
     "d24_ours": (160, "bench/train.py --shapes d24 --arms ours"),
     "d24_nanochat": (160, "bench/train.py --shapes d24 --arms nanochat"),

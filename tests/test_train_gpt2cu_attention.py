@@ -39,7 +39,7 @@ int main(int, char** words) {
     CHECK_CUDA(cudaMemcpy(dy, host + 3 * n, 2 * n, cudaMemcpyHostToDevice));
     use_wgmma = strcmp(words[1], "wgmma") == 0;
     attention_forward(y, lse, qkv, s, 0);
-    attention_backward(dqkv, delta, dy, y, lse, qkv, s, 0);
+    attention_backward(dqkv, delta, dy, y, lse, qkv, {}, s, 0);
     CHECK_CUDA(cudaDeviceSynchronize());
     CHECK_CUDA(cudaMemcpy(host, y, 2 * n, cudaMemcpyDeviceToHost));
     CHECK_CUDA(cudaMemcpy(host + n, dqkv, 6 * n, cudaMemcpyDeviceToHost));

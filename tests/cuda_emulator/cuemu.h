@@ -14,6 +14,8 @@ chosen by the environment:
     CUEMU_ORDER=1     backward; copies land at once, products as in 0
     CUEMU_ORDER=2     threads shuffled; copies as in 0, products are computed at once
     CUEMU_WITHOUT_BARRIER=N     the __syncthreads() in line N does nothing
+    CUEMU_LAST_EPILOGUE=N       cuBLASLt has no epilogues of a higher number: 1 plain, 4 bias
+    CUEMU_FASTEST=N             cuBLASLt's algorithm N, 0 or 1, is faster than the other
 
 Not covered: speed, bank conflicts, the order of memory accesses, fences, streams that run side by
 side.
@@ -400,6 +402,12 @@ template <class Kernel> void launch(const Launch& launch, Kernel kernel) {
 
 #define LINE int line = __builtin_LINE()
 
+inline unsigned atomicMax(unsigned* address, unsigned value) {
+    unsigned before = *address;
+    *address = std::max(before, value);
+    return before;
+}
+
 inline void __syncthreads(LINE) {
     static const int without = cuemu::setting("CUEMU_WITHOUT_BARRIER");
     if (line != without) { cuemu::barrier(line); }
@@ -431,12 +439,6 @@ inline int __shfl_sync(unsigned, int value, int from, LINE) {
         }
     }, "__shfl_sync", line);
     return mine.value;
-}
-
-inline unsigned atomicMax(unsigned* address, unsigned value) {
-    unsigned before = *address;
-    *address = std::max(before, value);
-    return before;
 }
 
 inline float bf16_half(uint32_t pair, int which) {
@@ -521,5 +523,4 @@ template <int PENDING> void cp_async_wait() {
 
 #undef LINE
 #include "cuemu_hopper.h"
-#include "cuemu_fp8.h"
 #include "cuemu_host.h"

@@ -8,6 +8,7 @@ once. New memory holds NaNs. Ranks are processes that share a file in memory.
 #include <sched.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include "cuemu_fp8.h"
 
 // ---- CUDA runtime -------------------------------------------------------------------------------
 
@@ -55,6 +56,10 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
                                    cudaStream_t) {
     return cudaMemcpy(to, from, bytes, kind);
 }
+inline cudaError_t cudaFree(void* pointer) {
+    free(pointer);
+    return cudaSuccess;
+}
 inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
     memset(to, value, bytes);
     return cudaSuccess;
@@ -77,8 +82,13 @@ inline cudaError_t cudaEventCreate(cudaEvent_t* event) {
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
     return cudaEventCreate(event);
 }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    delete event;
+    return cudaSuccess;
+}
+inline std::chrono::seconds cuemu_wasted{0};        // by slow kernels, on the clock of events alone
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
-    event->time = std::chrono::steady_clock::now();
+    event->time = std::chrono::steady_clock::now() + cuemu_wasted;
     return cudaSuccess;
 }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
@@ -150,8 +160,8 @@ typedef struct CuemuLayout {
     cudaDataType_t type;
     int64_t rows, columns, stride, batch[2];        // how many, elements from one to the next
 }* cublasLtMatrixLayout_t;
-struct cublasLtMatmulAlgo_t {};
-struct cublasLtMatmulHeuristicResult_t { cublasLtMatmulAlgo_t algo; };
+struct cublasLtMatmulAlgo_t { uint64_t data[8]; };      // the first word is its number
+struct cublasLtMatmulHeuristicResult_t { cublasLtMatmulAlgo_t algo; size_t workspaceSize; };
 
 inline size_t cublasLtGetVersion() { return 0; }
 inline cublasStatus_t cublasLtCreate(cublasLtHandle_t*) { return CUBLAS_STATUS_SUCCESS; }
@@ -198,6 +208,9 @@ inline bool is_fp8(cudaDataType_t type) { return type == CUDA_R_8F_E4M3 || type 
 inline bool is_supported(cublasLtMatmulDesc_t matmul, cublasLtMatrixLayout_t a,
                          cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
                          cublasLtMatrixLayout_t d) {
+    int64_t epilogue = matmul->attributes[CUBLASLT_MATMUL_DESC_EPILOGUE];
+    int last_epilogue = setting("CUEMU_LAST_EPILOGUE");
+    if (last_epilogue != 0 && epilogue > last_epilogue) { return false; }
     if (!is_fp8(a->type) && !is_fp8(b->type)) { return a->type == b->type; }
     cudaDeviceProp device;
     cudaGetDeviceProperties(&device, 0);
@@ -207,7 +220,6 @@ inline bool is_supported(cublasLtMatmulDesc_t matmul, cublasLtMatrixLayout_t a,
     for (cublasLtMatrixLayout_t each : {a, b, c, d}) {
         is_aligned &= each->rows % 16 == 0 && each->columns % 16 == 0 && each->stride % 16 == 0;
     }
-    int64_t epilogue = matmul->attributes[CUBLASLT_MATMUL_DESC_EPILOGUE];
     return device.major * 10 + device.minor >= 89 && is_tn && is_aligned && is_fp8(a->type) &&
            is_fp8(b->type) && (a->type == CUDA_R_8F_E4M3 || b->type == CUDA_R_8F_E4M3) &&
            c->type == d->type && (d->type == CUDA_R_32F || d->type == CUDA_R_16BF) &&
@@ -216,12 +228,25 @@ inline bool is_supported(cublasLtMatmulDesc_t matmul, cublasLtMatrixLayout_t a,
 }
 }  // namespace cuemu
 
+// Two algorithms, which sum upwards and downwards. CUEMU_FASTEST=N: the other takes a second more.
+const int CUEMU_ALGORITHMS = 2;
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     cublasLtHandle_t, cublasLtMatmulDesc_t matmul, cublasLtMatrixLayout_t a,
     cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
-    cublasLtMatmulPreference_t, int, cublasLtMatmulHeuristicResult_t*, int* found) {
-    *found = cuemu::is_supported(matmul, a, b, c, d);
-    return *found ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
+    cublasLtMatmulPreference_t, int most, cublasLtMatmulHeuristicResult_t* results, int* found) {
+    *found = 0;
+    if (!cuemu::is_supported(matmul, a, b, c, d)) { return CUBLAS_STATUS_NOT_SUPPORTED; }
+    *found = std::min(most, CUEMU_ALGORITHMS);
+    for (int i = 0; i < *found; i++) { results[i] = {{{(uint64_t)i}}, 0}; }
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulAlgoCheck(
+    cublasLtHandle_t, cublasLtMatmulDesc_t matmul, cublasLtMatrixLayout_t a,
+    cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+    const cublasLtMatmulAlgo_t* algorithm, cublasLtMatmulHeuristicResult_t* result) {
+    bool exists = cuemu::is_supported(matmul, a, b, c, d) && algorithm->data[0] < CUEMU_ALGORITHMS;
+    result->workspaceSize = 0;
+    return exists ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 
 namespace cuemu {
@@ -261,18 +286,21 @@ inline float gelu_slope(float x) {
 }
 }  // namespace cuemu
 
-// D = alpha op(A) op(B) + beta C, matrices column by column; sums in fp32, k ascending. Operands
-// of 8 bits also have a scale each, one number.
+// D = alpha op(A) op(B) + beta C, matrices column by column; sums in fp32, k ascending in algorithm
+// 0, descending in 1. Operands of 8 bits also have a scale each, one number.
 inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t matmul,
                                      const void* alpha, const void* a,
                                      cublasLtMatrixLayout_t a_layout, const void* b,
                                      cublasLtMatrixLayout_t b_layout, const void* beta,
                                      const void* c, cublasLtMatrixLayout_t c_layout,
                                      void* d, cublasLtMatrixLayout_t d_layout,
-                                     const cublasLtMatmulAlgo_t*, void*, size_t, cudaStream_t) {
+                                     const cublasLtMatmulAlgo_t* algorithm, void*, size_t,
+                                     cudaStream_t) {
     if (!cuemu::is_supported(matmul, a_layout, b_layout, c_layout, d_layout)) {
         return CUBLAS_STATUS_NOT_SUPPORTED;
     }
+    uint64_t number = algorithm->data[0];
+    if (cuemu::setting("CUEMU_FASTEST") != (int)number) { cuemu_wasted += std::chrono::seconds(1); }
     int64_t* attributes = matmul->attributes;
     bool transpose_a = attributes[CUBLASLT_MATMUL_DESC_TRANSA] == CUBLAS_OP_T;
     bool transpose_b = attributes[CUBLASLT_MATMUL_DESC_TRANSB] == CUBLAS_OP_T;
@@ -306,7 +334,8 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t matm
             right = cuemu::unpack(b, *b_layout, transpose_b, which);
         }
         std::fill(sum.begin(), sum.end(), 0.0f);
-        for (int64_t k = 0; k < K; k++) {
+        for (int64_t step = 0; step < K; step++) {
+            int64_t k = number == 0 ? step : K - 1 - step;
             float from_right = right[n * K + k], *column = &left[k * M];
             for (int64_t m = 0; m < M; m++) { sum[m] += from_right * column[m]; }
         }
