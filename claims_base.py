@@ -193,7 +193,7 @@ def few_shot(models):
 def few_shot_scores(models, shots):
     """(task, log-probability a token of the right output and of three others) of every item, after
     this many examples, which are other items."""
-    from eval import token_spans
+    from likelihood import token_spans
     from few_shot import few_shot_prompt
     tokenizer = models.engine("base").tokenizer
     rng = random.Random(models.seed)
@@ -398,7 +398,7 @@ def test_time(models):
 
 def two_losses(model, eot, first, rest):
     """Nats a token of `rest`: on its own, and with `first` before it in the context."""
-    from eval import mean_log_probs
+    from likelihood import mean_log_probs
     spans = [([eot, *rest], 1), ([eot, *first, *rest], 1 + len(first))]
     return [-log_prob for log_prob in mean_log_probs(model, spans)]
 

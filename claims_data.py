@@ -133,7 +133,7 @@ def loss(models):
     new = untrained(trained, models.seed)
     spans = [([trained.tokenizer.eot, *ids][:trained.model.config.block_size], 1)
              for ids in models.val_documents()[:64]]
-    from eval import mean_log_probs
+    from likelihood import mean_log_probs
     first, last = (mean([-nats for nats in mean_log_probs(engine.model, spans)])
                    for engine in (new, trained))
     ln_v = Measured(math.log(trained.model.config.vocab_size))

@@ -149,5 +149,5 @@ def find(texts, folders):
     files = training_files(folders)
     for number, path in enumerate(map(Path, files), 1):
         overlap.scan(tqdm(texts_of(path), desc=f"contamination, file {number} of {len(files)}",
-                          unit="document", leave=False))
+                          unit=" documents", leave=False))
     return overlap

@@ -399,7 +399,7 @@ def crawl(seeds, folder, max_pages, delay=None):
             state.replay(path)
             paths.append(path)
         progress = stack.enter_context(tqdm(
-            total=max_pages, initial=len(state.fetched), desc="crawl", unit="page"))
+            total=max_pages, initial=len(state.fetched), desc="crawl", unit=" pages"))
         threads = stack.enter_context(ThreadPool(BATCH))  # its end does not wait for late ones
         records = state.records(max_pages, threads)
         for first in records:  # a file is begun when there is a record for it

@@ -485,7 +485,7 @@ def main():
         raise SystemExit("--out is missing; give a folder for the files, e.g. --out data/fineweb")
     with one_line_when_full(), one_line_when_interrupted():
         files = find_files(args.source, args.num_shards, args.out, args.mirror)
-        for file in tqdm(files, desc=args.source, unit="file"):
+        for file in tqdm(files, desc=args.source, unit=" files"):
             fetch(file, args.source, args.out, args.mirror)
     print(f"{args.out} holds {len(files)} files of {args.source}, all complete")
 

@@ -215,7 +215,7 @@ class Scheduler:
         prompts = {id(row.request.ids) for row in rows}
         lengths = [common_tokens(row) for row in rows]
         is_read = all(i >= n for i, n in zip(at, lengths))
-        is_most = max(at) <= 2 * min(lengths)
+        is_most = 0 < max(at) <= 2 * min(lengths)
         if not (is_read and is_most) or 2 * len(prompts) > len(rows):
             return None
         common = self.common

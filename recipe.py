@@ -10,8 +10,8 @@ It follows nanochat's pull request 830, which was closed unmerged: d22, 9.4 toke
 vocabulary of 49,152, multiplied in 8 bits. From pull request 733 comes a learning rate that falls
 to 0 in the last 85 % of the steps. By their author's measurements six runs of 830 reached 0.2618 ±
 0.0023, in 82 minutes on 8×H100. Ours is not measured. It lacks that model's smear, which mixes
-neighbouring tokens across the border of documents, and its scales of some norms, because which
-norms they are is not known here; --config norm_scales=amf gives all of ours one.
+neighbouring tokens across the border of documents, and its scales of some norms: which norms they
+are is not known here, and on a d4 scales gained nothing (bench/RESULTS.md, norm_scales).
 
     parameters in matmuls   22 · 12 · 1408² in the blocks + 49,152 · 1408 in the head = 593 million
     tokens                  9.4 · 593 million = 5.57 billion, 5,312 steps of 2²⁰

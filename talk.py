@@ -233,7 +233,7 @@ class Models:
 
     def log_probs(self, roles, spans):
         """Spans (ids, start) → for each span the mean log-probability of ids[start:] in nats."""
-        from eval import mean_log_probs
+        from likelihood import mean_log_probs
         return mean_log_probs(self.engine(*roles).model, spans)
 
 # ---- Which runs ----------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ import torch
 
 from bpe import Tokenizer
 from contenders import PEERS, Shape
-from eval import (candidates, core_questions, core_tasks, existing, is_right, measure, read_rows,
-                  score)
+from eval import candidates, core_questions, core_tasks, existing, measure, read_rows
+from likelihood import is_right, score
 from harness import Harness, find_core
 from measure import chosen_shapes, finish, in_turns, missing, ratio, shape_flags, spread, table
 from model import GPT, save_checkpoint, sdpa

@@ -34,8 +34,8 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import torch
 
 from bpe import Tokenizer
-from eval import (candidates, core_pairs, core_questions, core_tasks, existing, gold_of, read_rows,
-                  score)
+from eval import candidates, core_pairs, core_questions, core_tasks, existing, gold_of, read_rows
+from likelihood import score
 from measure import finish, table
 from model import load_checkpoint
 

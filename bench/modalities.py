@@ -45,7 +45,7 @@ import torch  # noqa: E402
 from bpe import SPECIAL_TOKENS, Tokenizer  # noqa: E402
 from claims import mean, share_of  # noqa: E402
 from model import load_checkpoint  # noqa: E402
-from eval import mean_log_probs  # noqa: E402
+from likelihood import mean_log_probs  # noqa: E402
 from sample import Engine, load_tokenizer  # noqa: E402
 from shards import write_bin  # noqa: E402
 

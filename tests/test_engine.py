@@ -212,6 +212,12 @@ def test_a_prompt_that_rows_share_is_read_once_a_step_and_changes_nothing(config
     check_common_prompts(config, tokenizer)
 
 
+def test_prompts_of_one_token_leave_nothing_to_share(tokenizer):
+    engine = Engine(noisy(replace(GPT2, vocab_size=tokenizer.n_vocab)), tokenizer, python=None)
+    samples = engine.generate([[tokenizer.eot]], 3, num_samples=8)
+    assert all(len(sample.ids) == 3 or sample.finish == "stop" for sample in samples)
+
+
 @pytest.mark.parametrize("owner, name, old, new", [
     (CommonCache, "append", "seen & ~is_common", "seen"),
     (CommonCache, "append", "seen & is_common", "is_common"),

@@ -16,11 +16,13 @@ import torch
 
 import claims
 import eval as eval_module
+import likelihood
 import problems
 from conftest import GPT2, MODERN, ROOT, mutate, noisy, run_main
-from eval import (HELLASWAG, SharedRow, SharedRows, Task, batches, centered, core, core_questions,
-                  core_tasks, letter_questions, mean_log_probs, mean_of, read_rows, run_task, score,
-                  score_alone, solve, token_spans)
+from eval import (HELLASWAG, Task, centered, core, core_questions, core_tasks, letter_questions,
+                  mean_of, read_rows, run_task, solve)
+from likelihood import (SharedRow, SharedRows, batches, mean_log_probs, score, score_alone,
+                        token_spans)
 from bpe import Tokenizer
 from model import load_checkpoint, save_weights
 from checkers import final_answer
@@ -37,7 +39,7 @@ def write_jsonl(path, rows):
     return path
 
 
-@pytest.mark.parametrize("module", [eval_module, problems], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [eval_module, likelihood, problems], ids=lambda module: module.__name__)
 def test_docstring_examples_are_true(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
@@ -216,7 +218,7 @@ def differs_from_the_slow_twin(config):
     questions = some_questions(model)
     expected = [[slow_score(model, *span) for span in spans] for spans in questions]
     found = [[(s.logprob, s.n_tokens, s.greedy) for s in scores]
-             for scores in eval_module.score(model, questions)]
+             for scores in likelihood.score(model, questions)]
     assert {greedy for scores in expected for _, _, greedy in scores} == {True, False}
     pairs = [pair for one, other in zip(found, expected) for pair in zip(one, other, strict=True)]
     return any(abs(a[0] - b[0]) > 1e-3 or a[1:] != b[1:] for a, b in pairs)
@@ -256,9 +258,9 @@ def test_what_spans_begin_with_is_read_once_and_the_last_id_never():
     (SharedRow, "__init__", "max(1, start - cut[n])", "start"),
     (SharedRows, "append", "(t < self.ends)", "(t <= self.ends)"),
     (SharedRows, "append", "pos[:, None], window)", "pos[:, None], 999)"),
-    (eval_module, "score", "sum(logprobs[part])", "logprobs[at]"),
-    (eval_module, "score", "all(greedy[part])", "any(greedy[part])"),
-    (eval_module, "score", "at += n", "at += 1")])
+    (likelihood, "score", "sum(logprobs[part])", "logprobs[at]"),
+    (likelihood, "score", "all(greedy[part])", "any(greedy[part])"),
+    (likelihood, "score", "at += n", "at += 1")])
 def test_a_span_that_sees_or_scores_another_id_would_be_noticed(owner, name, old, new, monkeypatch):
     mutate(monkeypatch, owner, name, old, new)
     try:

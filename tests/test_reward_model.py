@@ -359,7 +359,7 @@ def test_rl_takes_the_scores_of_a_reward_model_and_follows_gold_and_kl(
     assert len(steps) == 4 and all("gold" in row and row["gold"] >= 0 for row in steps)
     assert steps[0]["kl_reply"] == pytest.approx(0, abs=1e-4) and steps[-1]["kl_reply"] > 0
     kept = rows_with(tmp_path / "rl", "replies")
-    assert [row["step"] for row in kept] == [0, 2] and len(kept[0]["replies"]) == 4
+    assert [row["step"] for row in kept] == [0, 2, 3] and len(kept[0]["replies"]) == 4       # the last ones, too
 
 
 def test_max_kl_stops_with_a_line_and_saves_and_a_resume_does_not_go_on(

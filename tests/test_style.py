@@ -27,6 +27,7 @@ ALLOWED = {                         # which of the project's files each may impo
     "show": set(), "chat": {"show"}, "few_shot": set(), "checkers": set(),
     "tasks": {"problems", "subjects"}, "contamination": {"corpus"},
     "search": {"corpus"}, "subjects": set(), "probe": {"model", "problems", "sample", "subjects"},
+    "likelihood": {"model"},
     "eval": {"model", "problems", "sample", "training"}, "preferences": {"dialogs", "problems"},
     "reward_model": {"model", "problems", "sample", "training"},
     **dict.fromkeys(("rank", "best_of_n"), {"model", "problems", "sample"}),
@@ -50,16 +51,16 @@ OPTIONAL = {                        # imported by the function that needs it, if
     "reward_model": {"preferences"},
     "chat": {"search"}, "chat_sft": {"dialogs", "show"}, "dialogs": {"download"},
     "api": {"show"}, "page": {"bpe", "search"}, "serve": {"chat", "sample", "search"},
-    "eval": {"contamination", "search"}, "contamination": {"bpe", "shards"}, "probe": {"search"},
+    "eval": {"contamination", "likelihood", "search"}, "contamination": {"bpe", "shards"}, "probe": {"search"},
     "training": {"exchange"}, "model": {"loss", "precision"}, "train_gpt2": {"eval", "precision"},
     "prepare_fineweb": {"inspection", "shards"}, "report": {"best_of_n"},
     "records": {"training"}, "story": {"best_of_n", "bpe", "claims"},
     "inspection": {"crawl"},
-    "claims_data": {"bpe", "eval", "model", "warc"},
-    "claims_base": {"claims_data", "engine", "eval", "few_shot", "problems"},
+    "claims_data": {"bpe", "eval", "likelihood", "model", "warc"},
+    "claims_base": {"claims_data", "engine", "few_shot", "likelihood", "problems"},
     "claims_assistant": {"claims_base", "problems"},
     "claims_reasoner": {"problems", "training"},
-    "talk": {"eval", "model", "problems", "sample", "search", "train_gpt2", "training"}}
+    "talk": {"likelihood", "model", "problems", "sample", "search", "train_gpt2", "training"}}
 PROSE = [path for name in ("README.md", "Makefile", "requirements.txt", "requirements-extra.txt",
                            ".ci/run", "docs/files.md", "docs/talk.md")
          for path in [ROOT / name] if path.exists()]
