@@ -13,9 +13,11 @@ people: a scripted judge with a fixed, known taste, so that one can measure what
 thousands of replies that nobody has time to read. It likes a funny word or two in a sentence that
 still reads like one. The reward model never sees this rule, only how the judge ranked some replies.
 
-Practice goes far on purpose. With half its learning rate, the replies ended as one joke for every
-prompt, which was still a sentence. --kl holds the model back at every step; --max_kl ends the same
-practice early, before what the reward model likes and what the judge likes part.
+Practice goes far on purpose, and few replies are ranked. With half the learning rate the replies
+ended as one joke for every prompt, which was still a sentence. With four times as many prompts one
+reward model was too good to be gamed in these 20 steps. --kl holds the model back at every step;
+--max_kl ends the same practice early, before what the reward model likes and what the judge likes
+part.
 
 COMMANDS are those that one would type with a person in the judge's place. A command that was
 finished is skipped or resumed, so after an interruption the same command continues.
@@ -95,7 +97,7 @@ def write_rows(path, rows):
     part.replace(path)
     print(f"{path}: {len(rows)} rows")
 
-def write_jokes(out, seed, conversations=1500, prompts=400):
+def write_jokes(out, seed, conversations=1500, prompts=100):
     """Writes <out>/jokes.jsonl, conversations for chat_sft.py, and <out>/prompts.jsonl."""
     rng = random.Random(seed)
     rows = []
