@@ -13,6 +13,7 @@ import pytest
 
 import contamination
 import eval as eval_module
+import likelihood
 from conftest import mutate, run_main, write_shard
 from contamination import N, Overlap, find, ngram_hashes, ngrams, training_files, words_of
 
@@ -194,8 +195,8 @@ def test_eval_writes_the_share_and_the_accuracy_on_the_others(base_run, data, tm
 
 def test_the_accuracy_on_the_others_counts_the_others_alone(monkeypatch):
     spans = [([0, n], 1) for n in range(2)]
-    monkeypatch.setattr(eval_module, "score", lambda model, questions: [
-        [eval_module.Score(-1.0, 1, False), eval_module.Score(-2.0, 1, False)] for _ in questions])
+    monkeypatch.setattr(likelihood, "score", lambda model, questions: [
+        [likelihood.Score(-1.0, 1, False), likelihood.Score(-2.0, 1, False)] for _ in questions])
     engine = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(block_size=9)))
     questions = [(spans, gold) for gold in (0, 0, 1, 0)]        # the first of two always wins
     result = eval_module.measure(engine, questions, 4, "", dirty=[True, False, False, False])

@@ -195,7 +195,8 @@ def test_schedules_are_those_of_train_gpt2_py(tmp_path):
     *updates, max_steps, batch, flops = map(float, printed.split()[:-4])
     with torch.device("meta"):
         model = GPT(GPTConfig.preset("d12", vocab_size=32768))
-    args = type("Arguments", (), dict(total_batch_size=0, batch_size=1, seq_len=None, max_steps=None))
+    args = type("Arguments", (), dict(total_batch_size=0, batch_size=1, seq_len=None, max_steps=None,
+                                      ratio=None))
     recipe.plan_batch(model, args, 1, 1)
     assert (max_steps, batch) == (args.max_steps, args.total_batch_size)
     assert flops == model.flops_per_token()
