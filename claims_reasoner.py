@@ -309,6 +309,7 @@ def experiment(models, name):
 # ---- Pleasing a judge ----------------------------------------------------------------------------
 
 LAST = 5                # steps whose mean counts
+TOP = 2                 # scores whose mean is the best: the truth may turn after a few steps
 
 def rlhf(models):
     """RLHF climbs a stand-in for people: for long enough, its score rises while the truth turns,
@@ -347,6 +348,6 @@ def at_its_best(scores):
     mean is that of the others there, so that a lucky score does not count."""
     found_on = scores[::2]
     others = scores[1::2]
-    places = range(max(1, len(others) - LAST + 1))
-    best = max(places, key=lambda i: sum(found_on[i:i + LAST]))
-    return mean(others[best:best + LAST])
+    places = range(max(1, len(others) - TOP + 1))
+    best = max(places, key=lambda i: sum(found_on[i:i + TOP]))
+    return mean(others[best:best + TOP])
