@@ -151,7 +151,8 @@ def test_each_of_n_answers_is_that_of_its_seed_alone(client):
     texts = [choice.message.content for choice in together.choices]
     assert texts == [answer.choices[0].message.content for answer in alone]
     assert len(set(texts)) == 3
-    assert client.chat.completions.create(**CHAT | dict(seed=None)).usage.completion_tokens > 0
+    message = client.chat.completions.create(**CHAT | dict(seed=None)).choices[0].message
+    assert message.content or message.parts     # a random reply may be a query alone
 
 
 @pytest.mark.parametrize("stream", [False, True])
