@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine import shared_tokens
 from model import sdpa, visible
 
 # ---- One answer at a time ------------------------------------------------------------------------
@@ -34,7 +35,7 @@ def token_spans(tokenizer, pairs):
     spans = []
     for context, continuation in pairs:
         whole = tokens[context + continuation]
-        shared = shared_length(tokens[context], whole[:-1])     # at least one token is scored
+        shared = shared_tokens(tokens[context], whole[:-1])     # at least one token is scored
         spans.append(([tokenizer.eot, *whole], 1 + shared))
     return spans
 
@@ -84,7 +85,7 @@ class SharedRow:
         cut = [max(0, len(ids) - 1 - block_size) for ids, _ in spans]   # a beginning is lost
         for n in sorted(range(len(spans)), key=lambda n: spans[n][0][cut[n]:]):
             read = spans[n][0][cut[n]:-1]
-            shared = shared_length(before, read)
+            shared = shared_tokens(before, read)
             self.close(path[shared:])
             path = path[:shared] + list(range(len(self.ids), len(self.ids) + len(read) - shared))
             self.ids += read[shared:]
@@ -103,13 +104,6 @@ class SharedRow:
         """The ids at these places belong to no span that comes later."""
         for place in places:
             self.ends[place] = len(self.ids)
-
-def shared_length(one, other):
-    """How many ids two lists have in common from the beginning on."""
-    for n, (a, b) in enumerate(zip(one, other)):
-        if a != b:
-            return n
-    return min(len(one), len(other))
 
 class SharedRows:
     """A batch of rows, padded at the end. To model.hidden it is a cache, as KVCache is: it keeps

@@ -56,7 +56,8 @@ class CrossEntropy(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, weight, W, targets, config, chunk_loss):
-        V, s = config.vocab_size, config.softcap
+        V = config.vocab_size
+        s = config.softcap
         dx = torch.empty_like(x)
         dW = torch.zeros_like(weight)
         target = targets.clamp(min=0)[:, None]

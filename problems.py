@@ -12,7 +12,6 @@ right.
 """
 import gzip
 import json
-import math
 import re
 import zlib
 from pathlib import Path
@@ -125,8 +124,8 @@ def share_of(hits, n):
     >>> share_of(30, 100)
     {'accuracy': 0.3, 'accuracy_error': 0.045542, 'n': 100}
     """
-    p = (hits + 1) / (n + 2)
-    return dict(accuracy=hits / n, accuracy_error=round(math.sqrt(p * (1 - p) / (n + 2)), 6), n=n)
+    from claims import share
+    return dict(accuracy=hits / n, accuracy_error=round(share(hits, n).error, 6), n=n)
 
 def plus_minus(result, key):
     """A figure of a result, and its standard error if it has one: "0.3000 ± 0.0456"."""

@@ -133,8 +133,7 @@ LOG_ROW = {"step?": is_finite, "seconds?": is_finite, "loss?": is_number, "val_l
            "kind?": is_text, "when?": is_text, "accuracy?": is_finite, "n?": is_finite,
            "accuracy_error?": is_number, "others?": {ANY: is_finite},
            "thinking_tokens?": is_number, "pass_16?": is_finite, "sampled?": is_finite,
-           "gold?": is_number,
-           "kl_reply?": is_number,
+           "gold?": is_number, "kl_reply?": is_number,
            "replies?": [{"reply": is_text, "reward": is_finite, "gold?": is_finite}],
            "header?": {"flags?": {"gpu_hour_usd?": is_number_or_none,
                                   "total_batch_size?": is_number_or_none}}}

@@ -250,8 +250,8 @@ def test_what_spans_begin_with_is_read_once_and_the_last_id_never():
 
 @pytest.mark.parametrize("owner, name, old, new", [
     (SharedRow, "__init__", "places[n][start - 1:]", "places[n][start:] + places[n][:1]"),
-    (SharedRow, "__init__", "shared_length(before, read)",
-     "min(len(before), len(read), shared_length(before, read) + 1)"),
+    (SharedRow, "__init__", "shared_tokens(before, read)",
+     "min(len(before), len(read), shared_tokens(before, read) + 1)"),
     (SharedRow, "__init__", "range(shared, len(read))",
      "range(len(self.pos), len(self.pos) + len(read) - shared)"),
     (SharedRow, "__init__", "self.close(path[shared:])", "self.close([])"),
